@@ -1,0 +1,1 @@
+//! Decoded chunks in memory.

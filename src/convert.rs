@@ -1,0 +1,1 @@
+//! Layer stream to meta image.

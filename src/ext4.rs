@@ -1,0 +1,1 @@
+//! A tree of files and the ext4 blocks that describe it.

@@ -1,0 +1,1 @@
+//! Random access into gzip layers.

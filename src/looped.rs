@@ -1,0 +1,1 @@
+//! The disk as one FUSE file under a loop device.

@@ -1,0 +1,1 @@
+//! overlaybd's layer format.

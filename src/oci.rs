@@ -1,0 +1,5 @@
+//! OCI images.
+
+pub mod digest;
+
+pub use digest::{Digest, DigestError};

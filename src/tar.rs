@@ -1,0 +1,1 @@
+//! Tar headers with exact offsets.

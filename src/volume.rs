@@ -1,0 +1,230 @@
+//! The one trait between a virtual disk and what shows it to a kernel.
+//!
+//! A front end asks *where bytes `[a, b)` are*. The answer is either a list of [`Piece`]s, each an
+//! address that stays valid as long as the piece lives (so a ublk worker can commit it without
+//! copying), or [`Located::Pending`]: the volume has begun to load what is missing and will call the
+//! [`Waiter`] once, from any thread. After an `Ok` call the front end asks again; after an `Err` it
+//! fails the request. Nothing here blocks, except the convenience [`Volume::read_at`].
+//!
+//! Real: [`disk::Disk`](crate::disk). For tests of front ends: [`MemoryVolume`], and
+//! [`FaultyVolume`], which delays and fails.
+
+use std::sync::{Arc, mpsc};
+
+use thiserror::Error;
+
+use crate::chunk::{ChunkBytes, ChunkError};
+
+/// Why bytes of a volume could not be had.
+#[derive(Clone, Debug, Error)]
+pub enum VolumeError {
+    /// The request leaves the volume.
+    #[error("Bytes {offset}..{end} do not exist: the disk has {size} bytes")]
+    PastEnd {
+        /// First byte asked for.
+        offset: u64,
+        /// One past the last byte asked for.
+        end: u64,
+        /// Size of the volume in bytes.
+        size: u64,
+    },
+    /// A chunk behind the range could not be loaded.
+    #[error("Cannot read byte {offset} of the disk (layer {layer})")]
+    Chunk {
+        /// Byte of the volume.
+        offset: u64,
+        /// Layer of the image, 0 lowest.
+        layer: usize,
+        /// The chunk's failure.
+        #[source]
+        source: Arc<ChunkError>,
+    },
+    /// A volume made for tests was told to fail.
+    #[error("Injected failure at byte {offset}")]
+    Injected {
+        /// Byte of the volume.
+        offset: u64,
+    },
+}
+
+/// Called once, from any thread, when a pending range can be asked for again or has failed.
+pub type Waiter = Box<dyn FnOnce(Result<(), VolumeError>) + Send>;
+
+/// Where the bytes of one contiguous part of a request are.
+pub enum Piece {
+    /// A hole: this many zero bytes.
+    Zero(usize),
+    /// Part of memory that lives as long as the guard.
+    Memory {
+        /// Keeps the bytes alive.
+        guard: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        /// Range of the guard's bytes.
+        range: std::ops::Range<usize>,
+    },
+    /// Part of a decoded chunk.
+    Chunk {
+        /// Keeps the bytes alive.
+        guard: Arc<ChunkBytes>,
+        /// Range of the chunk's bytes.
+        range: std::ops::Range<usize>,
+    },
+}
+
+impl Piece {
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Piece::Zero(len) => *len,
+            Piece::Memory { range, .. } | Piece::Chunk { range, .. } => range.len(),
+        }
+    }
+
+    /// Whether the piece has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes, or `None` for zeros.
+    #[must_use]
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Piece::Zero(_) => None,
+            Piece::Memory { guard, range } => Some(&(**guard).as_ref()[range.clone()]),
+            Piece::Chunk { guard, range } => Some(&guard[range.clone()]),
+        }
+    }
+
+    /// Copies the piece into `buf`, which has its length.
+    pub fn copy_to(&self, buf: &mut [u8]) {
+        match self.bytes() {
+            Some(bytes) => buf.copy_from_slice(bytes),
+            None => buf.fill(0),
+        }
+    }
+}
+
+/// Answer to [`Volume::locate`].
+pub enum Located {
+    /// The bytes, in order, together exactly as long as the request.
+    Ready(Vec<Piece>),
+    /// The waiter will be called.
+    Pending,
+}
+
+/// An immutable virtual disk.
+pub trait Volume: Send + Sync {
+    /// Size in bytes, a multiple of 512.
+    fn size(&self) -> u64;
+
+    /// Where bytes `offset..offset + len` are. `waiter` is made and kept only when the answer is
+    /// [`Located::Pending`], and then called exactly once.
+    ///
+    /// # Errors
+    /// [`VolumeError`] when the range leaves the volume.
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        waiter: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError>;
+
+    /// Reads into `buf`, blocking this thread until all bytes are there.
+    ///
+    /// # Errors
+    /// [`VolumeError`]; `buf` is then unspecified.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), VolumeError> {
+        loop {
+            let (wake, woken) = mpsc::sync_channel(1);
+            let located = self.locate(offset, buf.len(), &mut || {
+                let wake = wake.clone();
+                Box::new(move |result| {
+                    let _ = wake.send(result);
+                })
+            })?;
+            match located {
+                Located::Ready(pieces) => {
+                    let mut rest = buf;
+                    for piece in pieces {
+                        let (part, tail) = rest.split_at_mut(piece.len());
+                        piece.copy_to(part);
+                        rest = tail;
+                    }
+                    return Ok(());
+                }
+                Located::Pending => {
+                    drop(wake);
+                    // A waiter dropped uncalled means that the volume is going away.
+                    woken.recv().unwrap_or(Err(VolumeError::Injected { offset }))?;
+                }
+            }
+        }
+    }
+}
+
+/// A volume in memory.
+pub struct MemoryVolume {
+    bytes: Arc<Vec<u8>>,
+}
+
+impl MemoryVolume {
+    /// A disk with these bytes; the length must be a multiple of 512.
+    #[must_use]
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes: Arc::new(bytes) }
+    }
+}
+
+impl Volume for MemoryVolume {
+    fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn locate(&self, offset: u64, len: usize, _: &mut dyn FnMut() -> Waiter) -> Result<Located, VolumeError> {
+        let end = offset.saturating_add(len as u64);
+        if end > self.size() {
+            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
+        }
+        let guard = self.bytes.clone();
+        Ok(Located::Ready(vec![Piece::Memory { guard, range: offset as usize..end as usize }]))
+    }
+}
+
+/// A volume whose first answer for a range is late, and which fails where it is told to.
+pub struct FaultyVolume<V> {
+    inner: V,
+    delay: std::time::Duration,
+    fail_at: Option<u64>,
+    asked: std::sync::Mutex<std::collections::HashSet<u64>>,
+}
+
+impl<V: Volume> FaultyVolume<V> {
+    /// `inner`, with every first read of an offset late by `delay`, and reads over `fail_at` failing.
+    pub fn new(inner: V, delay: std::time::Duration, fail_at: Option<u64>) -> Self {
+        Self { inner, delay, fail_at, asked: std::sync::Mutex::default() }
+    }
+}
+
+impl<V: Volume> Volume for FaultyVolume<V> {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn locate(&self, offset: u64, len: usize, waiter: &mut dyn FnMut() -> Waiter) -> Result<Located, VolumeError> {
+        let fails = self.fail_at.filter(|at| (offset..offset + len as u64).contains(at));
+        let first = self.asked.lock().is_ok_and(|mut asked| asked.insert(offset));
+        if first || fails.is_some() {
+            let (waiter, delay) = (waiter(), self.delay);
+            std::thread::spawn(move || {
+                std::thread::sleep(delay);
+                waiter(match fails {
+                    Some(offset) => Err(VolumeError::Injected { offset }),
+                    None => Ok(()),
+                });
+            });
+            return Ok(Located::Pending);
+        }
+        self.inner.locate(offset, len, waiter)
+    }
+}

@@ -1,0 +1,1 @@
+//! overlaybd's seekable compressed container.
