@@ -1,0 +1,161 @@
+//! Directories: a chain of entries in one block, or an index by hash over many.
+//!
+//! All entries in one block are sorted by name. What does not fit becomes an indexed directory ("htree"):
+//! entries sorted by the hash of their names, cut into full leaf blocks, and the first hash of each leaf
+//! in the root block or, past 508 leaves, in one level of index blocks between. A directory of a million
+//! names is found in three reads. To a kernel without dir_index the index looks like empty blocks.
+
+use super::field::{put16, put32};
+use super::geometry::BLOCK;
+use super::hash::{HALF_MD4, NameHash, hash};
+
+/// Entries of the root: what `.`, `..` and the 8 bytes of information leave.
+const ROOT_ENTRIES: usize = (BLOCK - 32) / 8;
+/// Entries of an index block, behind one empty directory entry.
+const NODE_ENTRIES: usize = (BLOCK - 8) / 8;
+/// Bytes of `.` and `..`.
+const DOTS: usize = 24;
+
+/// A name in a directory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entry<'a> {
+    pub(super) name: &'a [u8],
+    pub(super) inode: u32,
+    /// One of [`file_type`]'s constants.
+    pub(super) file_type: u8,
+}
+
+/// The type byte of entries.
+pub(super) mod file_type {
+    pub(in super::super) const REGULAR: u8 = 1;
+    pub(in super::super) const DIRECTORY: u8 = 2;
+    pub(in super::super) const CHAR: u8 = 3;
+    pub(in super::super) const BLOCK: u8 = 4;
+    pub(in super::super) const FIFO: u8 = 5;
+    pub(in super::super) const SYMLINK: u8 = 7;
+}
+
+/// The content of a directory.
+#[derive(Debug)]
+pub(super) struct Directory {
+    /// Whole blocks.
+    pub(super) bytes: Vec<u8>,
+    /// Whether it has an index.
+    pub(super) indexed: bool,
+}
+
+/// More entries than two levels of index hold.
+#[derive(Debug)]
+pub(super) struct TooManyEntries;
+
+/// Encodes a directory; `entries` sorted by name, without `.` and `..`.
+pub(super) fn encode(own: u32, parent: u32, entries: &[Entry], seed: [u32; 4]) -> Result<Directory, TooManyEntries> {
+    let dots = [
+        Entry { name: b".", inode: own, file_type: file_type::DIRECTORY },
+        Entry { name: b"..", inode: parent, file_type: file_type::DIRECTORY },
+    ];
+    if DOTS + entries.iter().map(|entry| length(entry.name)).sum::<usize>() <= BLOCK {
+        let mut bytes = vec![0; BLOCK];
+        chain(&mut bytes, dots.iter().chain(entries));
+        return Ok(Directory { bytes, indexed: false });
+    }
+    let mut sorted: Vec<(NameHash, &Entry)> = entries.iter().map(|entry| (hash(entry.name, seed), entry)).collect();
+    sorted.sort_unstable_by_key(|&(hash, entry)| (hash, entry.name));
+    let leaves = cut(&sorted);
+    let nodes = if leaves.len() > ROOT_ENTRIES { leaves.len().div_ceil(NODE_ENTRIES) } else { 0 };
+    if nodes > ROOT_ENTRIES {
+        return Err(TooManyEntries);
+    }
+    let mut bytes = vec![0; BLOCK * (1 + nodes + leaves.len())];
+    let (index, content) = bytes.split_at_mut(BLOCK * (1 + nodes));
+    chain(&mut index[..BLOCK], dots.iter());
+    let mut pointers = Vec::with_capacity(leaves.len());
+    for ((number, leaf), block) in (1 + nodes..).zip(&leaves).zip(content.chunks_exact_mut(BLOCK)) {
+        chain(block, leaf.entries.iter().map(|&(_, entry)| entry));
+        pointers.push((leaf.first, number as u32));
+    }
+    write_index(index, &pointers, nodes);
+    Ok(Directory { bytes, indexed: true })
+}
+
+/// The entries of a leaf block, and the hash that leads to it.
+struct Leaf<'a> {
+    first: u32,
+    entries: &'a [(NameHash, &'a Entry<'a>)],
+}
+
+/// Cuts the sorted entries into full leaf blocks. Where a cut separates names of one hash, the lowest bit
+/// of the second leaf's hash tells the reader who ends at the first to go on there.
+fn cut<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)]) -> Vec<Leaf<'a>> {
+    let mut leaves = Vec::new();
+    let mut start = 0;
+    let mut size = 0;
+    for (at, (_, entry)) in sorted.iter().enumerate() {
+        size += length(entry.name);
+        if size > BLOCK {
+            leaves.push(leaf(sorted, start, at));
+            start = at;
+            size = length(entry.name);
+        }
+    }
+    leaves.push(leaf(sorted, start, sorted.len()));
+    leaves
+}
+
+fn leaf<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)], start: usize, end: usize) -> Leaf<'a> {
+    let first = sorted[start].0.major;
+    let continued = start > 0 && sorted[start - 1].0.major == first;
+    Leaf { first: first | u32::from(continued), entries: &sorted[start..end] }
+}
+
+/// Writes the root (whose `.` and `..` are there already) and the index blocks behind it.
+fn write_index(index: &mut [u8], leaves: &[(u32, u32)], nodes: usize) {
+    let (root, inner) = index.split_at_mut(BLOCK);
+    root[28] = HALF_MD4;
+    root[29] = 8; // length of this information
+    root[30] = u8::from(nodes > 0); // levels below the root
+    if nodes == 0 {
+        return write_pointers(&mut root[32..], leaves, ROOT_ENTRIES);
+    }
+    let mut above = Vec::with_capacity(nodes);
+    for ((number, part), block) in (1..).zip(leaves.chunks(NODE_ENTRIES)).zip(inner.chunks_exact_mut(BLOCK)) {
+        put16(block, 4, BLOCK as u16); // one unused entry as long as the block
+        write_pointers(&mut block[8..], part, NODE_ENTRIES);
+        above.push((part[0].0, number));
+    }
+    write_pointers(&mut root[32..], &above, ROOT_ENTRIES);
+}
+
+/// Pairs of hash and block. The first pair's hash is implied; limit and count lie in its place.
+fn write_pointers(slots: &mut [u8], pointers: &[(u32, u32)], limit: usize) {
+    for (slot, &(hash, block)) in slots.chunks_exact_mut(8).zip(pointers) {
+        put32(slot, 0, hash);
+        put32(slot, 4, block);
+    }
+    put16(slots, 0, limit as u16);
+    put16(slots, 2, pointers.len() as u16);
+}
+
+/// Bytes of an entry: eight and the name, in fours.
+fn length(name: &[u8]) -> usize {
+    (8 + name.len()).next_multiple_of(4)
+}
+
+/// Writes entries one behind the other; the last one reaches to the end of the block.
+fn chain<'a>(block: &mut [u8], entries: impl Iterator<Item = &'a Entry<'a>>) {
+    let mut at = 0;
+    let mut last = 0;
+    for entry in entries {
+        let size = length(entry.name);
+        let record = &mut block[at..at + size];
+        put32(record, 0, entry.inode);
+        put16(record, 4, size as u16);
+        record[6] = entry.name.len() as u8;
+        record[7] = entry.file_type;
+        record[8..8 + entry.name.len()].copy_from_slice(entry.name);
+        last = at;
+        at += size;
+    }
+    let rest = (block.len() - last) as u16;
+    put16(block, last + 4, rest);
+}

@@ -1,0 +1,114 @@
+//! Where the fixed parts of the filesystem lie.
+//!
+//! ```text
+//! block 0      superblock (at byte 1024)
+//! 1 ..         group descriptors, 64 bytes a group
+//! ..           block bitmaps, one block a group
+//! ..           inode bitmaps, one block a group
+//! ..           inode tables: one contiguous array, inode n at (n - 1) * 256
+//! ..           metadata region: directories, extent trees, attributes, long symbolic links
+//! ..           data region: file data in the order of the tar
+//! ```
+//!
+//! flex_bg allows all of a group's tables anywhere; putting them all in front makes everything that is
+//! metadata one short range of the disk, and leaves the rest to data that read-ahead may run through.
+
+use super::Ext4Error;
+use crate::units::{Bytes, Sectors};
+
+/// Block size in bytes: the page size, so that one block is one page of the reader's cache.
+pub(super) const BLOCK: usize = 4096;
+
+/// Sectors in a block.
+pub(super) const BLOCK_SECTORS: u64 = BLOCK as u64 / crate::units::SECTOR;
+
+/// Blocks in a group: as many as one bitmap block has bits.
+pub(super) const GROUP_BLOCKS: u64 = BLOCK as u64 * 8;
+
+/// Inodes in a group. One for 8 KiB of disk, twice mkfs's default: unused table is a hole and costs
+/// nothing, but the bitmaps that cover the tables are ones, 128 bytes a group.
+pub(super) const GROUP_INODES: u32 = 16_384;
+
+/// Bytes of an inode.
+pub(super) const INODE: usize = 256;
+
+/// Bytes of a group descriptor, with the 64bit feature.
+pub(super) const DESCRIPTOR: usize = 64;
+
+/// Size of the virtual disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// A multiple of 4 KiB, from 64 MiB to 16 TiB.
+    pub size: Bytes,
+}
+
+impl Geometry {
+    /// The smallest disk.
+    pub const MIN: Bytes = Bytes(64 << 20);
+    /// The largest: 2^32 blocks, the most that one file's logical blocks can address.
+    pub const MAX: Bytes = Bytes(16 << 40);
+}
+
+impl Default for Geometry {
+    /// 64 GiB, as upstream's converter.
+    fn default() -> Self {
+        Geometry { size: Bytes(64 << 30) }
+    }
+}
+
+/// First blocks of the parts.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    /// Blocks of the disk.
+    pub(super) blocks: u64,
+    /// Groups; the last may be short.
+    pub(super) groups: u32,
+    pub(super) descriptors: u64,
+    pub(super) block_bitmaps: u64,
+    pub(super) inode_bitmaps: u64,
+    pub(super) inode_tables: u64,
+    /// Start of the metadata region, which ends where the data region begins.
+    pub(super) metadata: u64,
+    pub(super) data: u64,
+}
+
+/// Blocks of one group's inode table.
+pub(super) const TABLE_BLOCKS: u64 = GROUP_INODES as u64 * INODE as u64 / BLOCK as u64;
+
+impl Layout {
+    pub(super) fn new(geometry: Geometry) -> Result<Layout, Ext4Error> {
+        let size = geometry.size;
+        if size < Geometry::MIN || size > Geometry::MAX || !size.0.is_multiple_of(BLOCK as u64) {
+            return Err(Ext4Error::BadSize { size });
+        }
+        let blocks = size.0 / BLOCK as u64;
+        let groups = blocks.div_ceil(GROUP_BLOCKS);
+        let descriptors = 1;
+        let block_bitmaps = descriptors + (groups * DESCRIPTOR as u64).div_ceil(BLOCK as u64);
+        let inode_bitmaps = block_bitmaps + groups;
+        let inode_tables = inode_bitmaps + groups;
+        let metadata = inode_tables + groups * TABLE_BLOCKS;
+        // A sixteenth for metadata; each region overflows into the other, so this is no limit. The
+        // data region starts on a 1 MiB boundary.
+        let data = (metadata + blocks / 16).next_multiple_of(256);
+        // At most 2^32 blocks, so 2^17 groups.
+        let groups = groups as u32;
+        Ok(Layout { blocks, groups, descriptors, block_bitmaps, inode_bitmaps, inode_tables, metadata, data })
+    }
+
+    /// Inodes of the filesystem: 2^31 at most.
+    pub(super) fn inodes(&self) -> u32 {
+        self.groups * GROUP_INODES
+    }
+
+    /// Blocks of a group.
+    pub(super) fn blocks_in(&self, group: u32) -> u32 {
+        let start = u64::from(group) * GROUP_BLOCKS;
+        (self.blocks - start).min(GROUP_BLOCKS) as u32
+    }
+}
+
+/// The disk position of a block.
+pub(super) fn sector_of(block: u64) -> Sectors {
+    Sectors(block * BLOCK_SECTORS)
+}

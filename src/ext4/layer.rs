@@ -1,0 +1,163 @@
+//! What one layer puts on the disk.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+
+use super::geometry::{BLOCK, BLOCK_SECTORS, sector_of};
+use crate::units::{SECTOR, Sectors};
+
+/// A range of the disk, and what this layer says about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Run<'a> {
+    /// These bytes, a multiple of 512.
+    Metadata {
+        /// First sector on the disk.
+        lba: Sectors,
+        /// The content.
+        bytes: &'a [u8],
+    },
+    /// The content lies in the layer's uncompressed tar.
+    Remote {
+        /// First sector on the disk.
+        lba: Sectors,
+        /// Length.
+        count: Sectors,
+        /// First sector in the tar.
+        target: Sectors,
+    },
+    /// Zeros, where a lower layer had something else.
+    Zeroed {
+        /// First sector on the disk.
+        lba: Sectors,
+        /// Length.
+        count: Sectors,
+    },
+}
+
+impl Run<'_> {
+    /// First sector on the disk.
+    #[must_use]
+    pub fn lba(&self) -> Sectors {
+        let (Run::Metadata { lba, .. } | Run::Remote { lba, .. } | Run::Zeroed { lba, .. }) = *self;
+        lba
+    }
+
+    /// Length in sectors.
+    #[must_use]
+    pub fn count(&self) -> Sectors {
+        match *self {
+            Run::Metadata { bytes, .. } => Sectors(bytes.len() as u64 / SECTOR),
+            Run::Remote { count, .. } | Run::Zeroed { count, .. } => count,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    lba: u64,
+    count: u64,
+    content: Content,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Content {
+    /// From this byte on in [`LayerBlocks::bytes`].
+    Bytes(usize),
+    /// From this sector on in the tar.
+    Tar(u64),
+    Zeros,
+}
+
+/// What one layer changes on the disk; what it does not name stays as the layers below have it, or zero.
+#[derive(Debug, Default)]
+pub struct LayerBlocks {
+    pieces: Vec<Piece>,
+    bytes: Vec<u8>,
+}
+
+impl LayerBlocks {
+    /// The runs, ascending by disk position and without overlap.
+    pub fn runs(&self) -> impl ExactSizeIterator<Item = Run<'_>> {
+        self.pieces.iter().map(|piece| {
+            let (lba, count) = (Sectors(piece.lba), Sectors(piece.count));
+            match piece.content {
+                Content::Bytes(at) => {
+                    Run::Metadata { lba, bytes: &self.bytes[at..at + (piece.count * SECTOR) as usize] }
+                }
+                Content::Tar(target) => Run::Remote { lba, count, target: Sectors(target) },
+                Content::Zeros => Run::Zeroed { lba, count },
+            }
+        })
+    }
+
+    /// Length of all metadata runs together, bytes.
+    #[must_use]
+    pub fn metadata_len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// Adds bytes, a multiple of 512.
+    pub(super) fn metadata(&mut self, lba: Sectors, bytes: &[u8]) {
+        let at = self.bytes.len();
+        self.bytes.extend_from_slice(bytes);
+        self.push(lba, bytes.len() as u64 / SECTOR, Content::Bytes(at));
+    }
+
+    /// Adds a mapping into the tar.
+    pub(super) fn remote(&mut self, lba: Sectors, count: Sectors, target: Sectors) {
+        self.push(lba, count.0, Content::Tar(target.0));
+    }
+
+    fn push(&mut self, lba: Sectors, count: u64, content: Content) {
+        if let Some(last) = self.pieces.last_mut()
+            && last.lba + last.count == lba.0
+            && match (last.content, content) {
+                (Content::Bytes(before), Content::Bytes(at)) => before + (last.count * SECTOR) as usize == at,
+                (Content::Tar(before), Content::Tar(target)) => before + last.count == target,
+                (Content::Zeros, Content::Zeros) => true,
+                _ => false,
+            }
+        {
+            last.count += count;
+            return;
+        }
+        self.pieces.push(Piece { lba: lba.0, count, content });
+    }
+
+    /// Sorts by disk position.
+    pub(super) fn sort(&mut self) {
+        self.pieces.sort_unstable_by_key(|piece| piece.lba);
+    }
+}
+
+/// What metadata blocks hold after all layers so far, as keyed hashes: enough to tell whether a block
+/// changed. A false "unchanged" has a chance of 2^-64 for each block rewritten, and the key is random, so no
+/// input can aim at it.
+#[derive(Debug, Default)]
+pub(super) struct Emitted {
+    key: RandomState,
+    hashes: HashMap<u64, u64>,
+}
+
+impl Emitted {
+    /// Puts a block into the layer unless the layers below already say the same.
+    pub(super) fn emit(&mut self, layer: &mut LayerBlocks, block: u64, bytes: &[u8]) {
+        if bytes.iter().all(|&byte| byte == 0) {
+            // What was never written reads as zeros.
+            if self.hashes.remove(&block).is_some() {
+                layer.push(sector_of(block), BLOCK_SECTORS, Content::Zeros);
+            }
+            return;
+        }
+        debug_assert_eq!(bytes.len(), BLOCK);
+        let hash = self.key.hash_one(bytes);
+        if self.hashes.insert(block, hash) != Some(hash) {
+            layer.metadata(sector_of(block), bytes);
+        }
+    }
+
+    /// A block was freed; nothing refers to it any more.
+    pub(super) fn forget(&mut self, block: u64) {
+        self.hashes.remove(&block);
+    }
+}

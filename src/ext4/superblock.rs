@@ -1,0 +1,93 @@
+//! The superblock, and which features the filesystem claims.
+
+use super::field::{high32, low32, put16, put32};
+use super::geometry::{BLOCK, DESCRIPTOR, GROUP_BLOCKS, GROUP_INODES, INODE, Layout};
+use super::hash::HALF_MD4;
+
+/// The superblock's place within block 0: the first KiB belongs to a boot loader.
+pub(super) const OFFSET: usize = 1024;
+
+/// First inode number that is not reserved; `lost+found` by custom.
+pub(super) const FIRST_INODE: u32 = 11;
+
+/// ext_attr, dir_index, sparse_super2. The last one with no backup groups listed means: no backups.
+const COMPATIBLE: u32 = 0x8 | 0x20 | 0x200;
+/// filetype, extents, 64bit, flex_bg.
+const INCOMPATIBLE: u32 = 0x2 | 0x40 | 0x80 | 0x200;
+/// sparse_super, large_file, huge_file, uninit_bg (checksummed descriptors), dir_nlink, extra_isize.
+const READ_ONLY_COMPATIBLE: u32 = 0x1 | 0x2 | 0x8 | 0x10 | 0x20 | 0x40;
+
+/// Bytes of an inode's fixed part that lie beyond the first 128.
+pub(super) const EXTRA_ISIZE: u16 = 32;
+
+/// What tells one filesystem from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// UUID. Also seeds the checksum of group descriptors.
+    pub uuid: [u8; 16],
+    /// Volume name, padded with NUL.
+    pub label: [u8; 16],
+    /// Seed of the hash that sorts large directories.
+    pub hash_seed: [u8; 16],
+}
+
+impl Default for Identity {
+    /// Fixed, so that the same layers give the same bytes and layers deduplicate between images. ext4
+    /// mounts any number of filesystems with one UUID.
+    fn default() -> Self {
+        const UUID: [u8; 16] =
+            [0x74, 0x75, 0x72, 0x62, 0x6f, 0x62, 0x44, 0x00, 0x80, 0x00, 0x65, 0x78, 0x74, 0x34, 0x00, 0x01];
+        Identity { uuid: UUID, label: *b"turbobd\0\0\0\0\0\0\0\0\0", hash_seed: UUID }
+    }
+}
+
+impl Identity {
+    /// The seed as the words that the hash starts from.
+    pub(super) fn seed_words(&self) -> [u32; 4] {
+        let mut words = [0; 4];
+        for (word, bytes) in words.iter_mut().zip(self.hash_seed.chunks_exact(4)) {
+            *word = bytes.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte));
+        }
+        words
+    }
+}
+
+/// Encodes block 0. All times are zero: nothing here may depend on when it was made.
+pub(super) fn block(layout: &Layout, identity: &Identity, free_blocks: u64, free_inodes: u32) -> [u8; BLOCK] {
+    let mut block = [0; BLOCK];
+    let record = &mut block[OFFSET..2 * OFFSET];
+    put32(record, 0, layout.inodes());
+    put32(record, 4, low32(layout.blocks));
+    put32(record, 12, low32(free_blocks));
+    put32(record, 16, free_inodes);
+    put32(record, 24, 2); // log2(block size / 1024)
+    put32(record, 28, 2); // the same of clusters
+    put32(record, 32, GROUP_BLOCKS as u32);
+    put32(record, 36, GROUP_BLOCKS as u32);
+    put32(record, 40, GROUP_INODES);
+    put16(record, 54, 0xffff); // never check for the number of mounts
+    put16(record, 56, 0xef53); // magic
+    put16(record, 58, 1); // cleanly unmounted
+    put16(record, 60, 1); // on errors: continue
+    put32(record, 76, 1); // revision with variable inode size
+    put32(record, 84, FIRST_INODE);
+    put16(record, 88, INODE as u16);
+    put32(record, 92, COMPATIBLE);
+    put32(record, 96, INCOMPATIBLE);
+    put32(record, 100, READ_ONLY_COMPATIBLE);
+    record[104..120].copy_from_slice(&identity.uuid);
+    record[120..136].copy_from_slice(&identity.label);
+    record[236..252].copy_from_slice(&identity.hash_seed);
+    record[252] = HALF_MD4;
+    put16(record, 254, DESCRIPTOR as u16);
+    put32(record, 256, 0xc); // mount options by default: user_xattr, acl
+    put32(record, 336, high32(layout.blocks));
+    put32(record, 344, high32(free_blocks));
+    put16(record, 348, EXTRA_ISIZE); // least extra size of inodes
+    put16(record, 350, EXTRA_ISIZE); // wanted
+    put32(record, 352, 2); // names are hashed as unsigned bytes
+    record[372] = layout.groups.next_power_of_two().ilog2() as u8; // log2(groups per flex group): one holds all
+    // Saves the kernel the sum over all groups at mount; 32 bits do for the tables of 2^17 groups.
+    put32(record, 584, low32(layout.metadata));
+    block
+}

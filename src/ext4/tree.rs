@@ -1,0 +1,483 @@
+//! The tree of files, kept across the layers of an image.
+//!
+//! Layers are applied to it one after the other (whiteouts remove, entries create), and after each
+//! one [`Image::commit_layer`](super::Image::commit_layer) lays out what changed. Nodes live in one
+//! vector and refer to each other by number, so a path of a million components costs no stack, and
+//! a number is never given twice: the image remembers by it what it wrote for a node.
+//!
+//! Every change stamps the node with a counter. The image keeps the counter of its last commit and
+//! finds what is new by comparing; the tree knows nothing of images.
+
+use std::collections::BTreeMap;
+
+use crate::units::{Bytes, SECTOR};
+
+/// Longest name of a directory entry, bytes (the field is one byte wide).
+pub const NAME_MAX: usize = 255;
+
+/// Most names one file may have, as in the kernel (`EXT4_LINK_MAX`).
+pub const LINKS_MAX: u32 = 65_000;
+
+/// Longest target of a symbolic link, bytes: one block with its closing NUL.
+pub const SYMLINK_MAX: usize = 4095;
+
+/// A file of the tree, whatever names it has.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct NodeId(pub u32);
+
+impl NodeId {
+    pub(super) fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A moment: seconds since 1970 (negative before) and the nanoseconds after that second.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Timestamp {
+    /// Seconds since 1970-01-01 00:00 UTC.
+    pub secs: i64,
+    /// Nanoseconds, 0..=999,999,999.
+    pub nanos: u32,
+}
+
+/// What a file has besides its content.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Attributes {
+    /// Permission bits with set-uid, set-gid and sticky: `0o7777`. Higher bits are ignored.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Time of the last change of the content. ext4 holds 1901 to 2446; others are clamped.
+    pub mtime: Timestamp,
+    /// Extended attributes: full names (`security.capability`), values in the form of the system
+    /// call (POSIX ACLs in the `posix_acl_xattr` form).
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+/// A piece of a file's content, and where it lies in the layer's uncompressed tar.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DataRun {
+    /// First byte in the file.
+    pub file_offset: Bytes,
+    /// First byte in the uncompressed tar.
+    pub tar_offset: Bytes,
+    /// Length in bytes.
+    pub len: Bytes,
+    /// The content itself, `len` bytes, for a piece that no mapping of whole sectors can express
+    /// ([`DataRun::needs_bytes`]). `None` for all others.
+    pub bytes: Option<Box<[u8]>>,
+}
+
+impl DataRun {
+    /// A run that stays in the tar.
+    #[must_use]
+    pub fn remote(file_offset: Bytes, tar_offset: Bytes, len: Bytes) -> DataRun {
+        DataRun { file_offset, tar_offset, len, bytes: None }
+    }
+
+    /// Whether this run cannot be a mapping of whole sectors, so that [`DataRun::bytes`] must be
+    /// filled as the tar passes. `size` is the file's. Never true for a file without holes, whose
+    /// data starts on a sector in the tar and ends with the file.
+    #[must_use]
+    pub fn needs_bytes(&self, size: Bytes) -> bool {
+        let end = self.file_offset.0.saturating_add(self.len.0);
+        !self.file_offset.0.is_multiple_of(SECTOR)
+            || !self.tar_offset.0.is_multiple_of(SECTOR)
+            || (!end.is_multiple_of(SECTOR) && end != size.0)
+    }
+
+    /// This run cut so that as much as possible stays remote: at most a head, whole sectors and a
+    /// tail. Ask each piece [`DataRun::needs_bytes`]. A run whose two offsets differ modulo 512
+    /// cannot be mapped at all and comes back whole; GNU tar never writes one.
+    #[must_use]
+    pub fn split(self, size: Bytes) -> Vec<DataRun> {
+        let phase = self.file_offset.0 % SECTOR;
+        if !self.needs_bytes(size) || phase != self.tar_offset.0 % SECTOR {
+            return vec![self];
+        }
+        let head = ((SECTOR - phase) % SECTOR).min(self.len.0);
+        let rest = self.len.0 - head;
+        let tail = if self.file_offset.0.saturating_add(self.len.0) == size.0 { 0 } else { rest % SECTOR };
+        let mut pieces = Vec::with_capacity(3);
+        let mut at = 0;
+        for len in [head, rest - tail, tail] {
+            if len > 0 {
+                let (file, tar) = (self.file_offset + Bytes(at), self.tar_offset + Bytes(at));
+                pieces.push(DataRun::remote(file, tar, Bytes(len)));
+            }
+            at += len;
+        }
+        pieces
+    }
+}
+
+/// What a node is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// A directory; its entries are reached by [`Tree::children`].
+    Directory,
+    /// A plain file.
+    Regular {
+        /// Length in bytes.
+        size: Bytes,
+        /// Its data, ascending and without overlap; what lies between is a hole.
+        runs: Vec<DataRun>,
+    },
+    /// A symbolic link and its exact target.
+    Symlink(Vec<u8>),
+    /// A character device.
+    Char {
+        /// Major number, 12 bits.
+        major: u32,
+        /// Minor number, 20 bits.
+        minor: u32,
+    },
+    /// A block device.
+    Block {
+        /// Major number, 12 bits.
+        major: u32,
+        /// Minor number, 20 bits.
+        minor: u32,
+    },
+    /// A named pipe.
+    Fifo,
+}
+
+/// Why a change of the tree was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TreeError {
+    /// A name that no directory can hold.
+    #[error("The name \"{name}\" is not one of a directory entry: 1 to 255 bytes without \"/\" and NUL, not \".\" and not \"..\"")]
+    BadName {
+        /// The name, printable.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("The name \"{name}\" exists already")]
+    Exists {
+        /// The name, printable.
+        name: String,
+    },
+    /// No such name.
+    #[error("The name \"{name}\" does not exist")]
+    NotFound {
+        /// The name, printable.
+        name: String,
+    },
+    /// Something that is not a directory was used as one.
+    #[error("The parent of \"{name}\" is not a directory")]
+    NotADirectory {
+        /// The name, printable.
+        name: String,
+    },
+    /// Only files other than directories may have several names.
+    #[error("The hard link \"{name}\" points to a directory or to a removed file")]
+    BadLinkTarget {
+        /// The name, printable.
+        name: String,
+    },
+    /// One file has too many names.
+    #[error("The hard link \"{name}\" would be number {} of its file; ext4 allows {LINKS_MAX}", LINKS_MAX + 1)]
+    TooManyLinks {
+        /// The name, printable.
+        name: String,
+    },
+    /// A symbolic link's target does not fit.
+    #[error("The target of the symbolic link \"{name}\" is {len} bytes long or holds a NUL; ext4 takes 1 to {SYMLINK_MAX} bytes without NUL")]
+    BadSymlink {
+        /// The name, printable.
+        name: String,
+        /// Length of the target in bytes.
+        len: usize,
+    },
+    /// A device number does not fit.
+    #[error("The device {major}:{minor} of \"{name}\" does not fit into 12 bits for the major and 20 for the minor number")]
+    BadDevice {
+        /// The name, printable.
+        name: String,
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// 2^32 nodes have been created.
+    #[error("The tree cannot take \"{name}\": it has given out all its 2^32 node numbers")]
+    Full {
+        /// The name, printable.
+        name: String,
+    },
+}
+
+fn printable(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).into_owned()
+}
+
+/// One file. A removed one stays as an empty slot with no links.
+#[derive(Debug)]
+struct Node {
+    kind: Kind,
+    attributes: Attributes,
+    /// Of a directory only.
+    children: BTreeMap<Box<[u8]>, NodeId>,
+    /// Of a directory: where `..` leads. The root is its own parent.
+    parent: NodeId,
+    /// Names of a file; 1 for a directory; 0 when removed.
+    names: u32,
+    /// Directories among the children.
+    subdirectories: u32,
+    /// The tree's counter at the last change.
+    changed: u64,
+}
+
+/// A tree of files.
+#[derive(Debug)]
+pub struct Tree {
+    nodes: Vec<Node>,
+    clock: u64,
+}
+
+impl Default for Tree {
+    fn default() -> Self {
+        Tree::new()
+    }
+}
+
+const ROOT: NodeId = NodeId(0);
+
+impl Tree {
+    /// A tree with nothing but its root, mode 0755, owned by root, time 0.
+    #[must_use]
+    pub fn new() -> Tree {
+        let attributes = Attributes { mode: 0o755, ..Attributes::default() };
+        let root = Node {
+            kind: Kind::Directory,
+            attributes,
+            children: BTreeMap::new(),
+            parent: ROOT,
+            names: 1,
+            subdirectories: 0,
+            changed: 1,
+        };
+        Tree { nodes: vec![root], clock: 1 }
+    }
+
+    /// The root directory.
+    #[must_use]
+    pub fn root(&self) -> NodeId {
+        ROOT
+    }
+
+    /// The child of that name, if there is one and `dir` is a directory.
+    #[must_use]
+    pub fn lookup(&self, dir: NodeId, name: &[u8]) -> Option<NodeId> {
+        self.node(dir).children.get(name).copied()
+    }
+
+    /// The directory that holds `dir`; the root for the root. Only for directories: a file may have
+    /// several, and gets the one it was created in.
+    #[must_use]
+    pub fn parent(&self, dir: NodeId) -> NodeId {
+        self.node(dir).parent
+    }
+
+    /// The entries of a directory, sorted by the bytes of their names, without `.` and `..`.
+    pub fn children(&self, dir: NodeId) -> impl Iterator<Item = (&[u8], NodeId)> {
+        self.node(dir).children.iter().map(|(name, &node)| (&**name, node))
+    }
+
+    /// Adds a file.
+    ///
+    /// # Errors
+    /// The name is taken or not a name; `dir` is not a directory; the target or the device number
+    /// of `kind` does not fit.
+    pub fn create(&mut self, dir: NodeId, name: &[u8], kind: Kind, attributes: Attributes) -> Result<NodeId, TreeError> {
+        self.check_free(dir, name)?;
+        check_kind(name, &kind)?;
+        let number = u32::try_from(self.nodes.len()).map_err(|_| TreeError::Full { name: printable(name) })?;
+        let node = NodeId(number);
+        let is_directory = kind == Kind::Directory;
+        let children = BTreeMap::new();
+        self.nodes.push(Node { kind, attributes, children, parent: dir, names: 1, subdirectories: 0, changed: 0 });
+        self.touch(node);
+        self.insert(dir, name, node);
+        if is_directory {
+            self.node_mut(dir).subdirectories += 1;
+        }
+        Ok(node)
+    }
+
+    /// Gives an existing file a further name.
+    ///
+    /// # Errors
+    /// The name is taken or not a name; `dir` is not a directory; `target` is one; it has
+    /// [`LINKS_MAX`] names already.
+    pub fn link(&mut self, dir: NodeId, name: &[u8], target: NodeId) -> Result<(), TreeError> {
+        self.check_free(dir, name)?;
+        let file = self.node_mut(target);
+        if file.kind == Kind::Directory || file.names == 0 {
+            return Err(TreeError::BadLinkTarget { name: printable(name) });
+        }
+        if file.names >= LINKS_MAX {
+            return Err(TreeError::TooManyLinks { name: printable(name) });
+        }
+        file.names += 1;
+        self.touch(target);
+        self.insert(dir, name, target);
+        Ok(())
+    }
+
+    /// Removes a name, and everything below it if it is a directory. A file goes with its last name.
+    ///
+    /// # Errors
+    /// There is no such name.
+    pub fn remove(&mut self, dir: NodeId, name: &[u8]) -> Result<(), TreeError> {
+        let Some(target) = self.node_mut(dir).children.remove(name) else {
+            return Err(TreeError::NotFound { name: printable(name) });
+        };
+        self.touch(dir);
+        if self.node(target).kind == Kind::Directory {
+            self.node_mut(dir).subdirectories -= 1;
+        }
+        let mut doomed = vec![target];
+        while let Some(node) = doomed.pop() {
+            let file = self.node_mut(node);
+            file.names = file.names.saturating_sub(1);
+            if file.names == 0 {
+                doomed.extend(std::mem::take(&mut file.children).into_values());
+                file.kind = Kind::Fifo;
+                file.attributes = Attributes::default();
+                file.subdirectories = 0;
+            }
+            self.touch(node);
+        }
+        Ok(())
+    }
+
+    /// What a node is.
+    #[must_use]
+    pub fn kind(&self, node: NodeId) -> &Kind {
+        &self.node(node).kind
+    }
+
+    /// Mode, owner, time and extended attributes.
+    #[must_use]
+    pub fn attributes(&self, node: NodeId) -> &Attributes {
+        &self.node(node).attributes
+    }
+
+    /// Replaces them all; for every name of the file.
+    pub fn set_attributes(&mut self, node: NodeId, attributes: Attributes) {
+        if self.node(node).attributes != attributes {
+            self.node_mut(node).attributes = attributes;
+            self.touch(node);
+        }
+    }
+
+    /// Number of names; for a directory 2 and one for each directory in it. 0 when removed.
+    #[must_use]
+    pub fn links(&self, node: NodeId) -> u32 {
+        let node = self.node(node);
+        match node.kind {
+            Kind::Directory => node.subdirectories.saturating_add(2),
+            _ => node.names,
+        }
+    }
+
+    /// Where a node is, for messages: the first path found by a walk, lossily printable.
+    #[must_use]
+    pub fn path(&self, node: NodeId) -> String {
+        let mut upwards = vec![node];
+        if self.node(node).kind != Kind::Directory {
+            let parent = self.any_parent(node);
+            upwards.push(parent);
+        }
+        while let Some(&last) = upwards.last()
+            && last != ROOT
+        {
+            upwards.push(self.node(last).parent);
+        }
+        let mut path = String::new();
+        for pair in upwards.windows(2).rev() {
+            let name = self.children(pair[1]).find(|&(_, child)| child == pair[0]);
+            path.push('/');
+            path.push_str(&printable(name.map_or(b"?", |(name, _)| name)));
+        }
+        if path.is_empty() { "/".into() } else { path }
+    }
+
+    /// Counter of changes; every change raises it.
+    pub(super) fn clock(&self) -> u64 {
+        self.clock
+    }
+
+    /// The counter when `node` last changed.
+    pub(super) fn changed(&self, node: NodeId) -> u64 {
+        self.node(node).changed
+    }
+
+    /// Whether the node still has a name.
+    pub(super) fn is_live(&self, node: NodeId) -> bool {
+        self.node(node).names > 0
+    }
+
+    /// Every node that has a name, in the order of creation.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = NodeId> {
+        (0..).zip(&self.nodes).filter(|(_, node)| node.names > 0).map(|(number, _)| NodeId(number))
+    }
+
+    fn any_parent(&self, file: NodeId) -> NodeId {
+        let created_in = self.node(file).parent;
+        if self.children(created_in).any(|(_, child)| child == file) {
+            return created_in;
+        }
+        self.nodes().find(|&dir| self.children(dir).any(|(_, child)| child == file)).unwrap_or(ROOT)
+    }
+
+    fn check_free(&self, dir: NodeId, name: &[u8]) -> Result<(), TreeError> {
+        let reserved = matches!(name, b"" | b"." | b"..");
+        if reserved || name.len() > NAME_MAX || name.iter().any(|&byte| byte == 0 || byte == b'/') {
+            return Err(TreeError::BadName { name: printable(name) });
+        }
+        let parent = self.node(dir);
+        if parent.kind != Kind::Directory || parent.names == 0 {
+            return Err(TreeError::NotADirectory { name: printable(name) });
+        }
+        if parent.children.contains_key(name) {
+            return Err(TreeError::Exists { name: printable(name) });
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, dir: NodeId, name: &[u8], node: NodeId) {
+        self.node_mut(dir).children.insert(name.into(), node);
+        self.touch(dir);
+    }
+
+    fn touch(&mut self, node: NodeId) {
+        self.clock += 1;
+        self.nodes[node.index()].changed = self.clock;
+    }
+
+    /// Node numbers come only from this tree, so the index is in range.
+    fn node(&self, node: NodeId) -> &Node {
+        &self.nodes[node.index()]
+    }
+
+    fn node_mut(&mut self, node: NodeId) -> &mut Node {
+        &mut self.nodes[node.index()]
+    }
+}
+
+fn check_kind(name: &[u8], kind: &Kind) -> Result<(), TreeError> {
+    match *kind {
+        Kind::Symlink(ref target) if !(1..=SYMLINK_MAX).contains(&target.len()) || target.contains(&0) => {
+            Err(TreeError::BadSymlink { name: printable(name), len: target.len() })
+        }
+        Kind::Char { major, minor } | Kind::Block { major, minor } if major >= 1 << 12 || minor >= 1 << 20 => {
+            Err(TreeError::BadDevice { name: printable(name), major, minor })
+        }
+        _ => Ok(()),
+    }
+}
