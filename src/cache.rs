@@ -214,7 +214,9 @@ impl Chunks {
     fn evict_one(&self) -> bool {
         let first = self.hand.fetch_add(1, Ordering::Relaxed);
         for number in 0..SHARDS {
-            let Some(bytes) = self.lock((first.wrapping_add(number)) % SHARDS).evict() else { continue };
+            let Some(bytes) = self.lock((first.wrapping_add(number)) % SHARDS).evict() else {
+                continue;
+            };
             self.held.fetch_sub(bytes.footprint() as u64, Ordering::Relaxed);
             self.evictions.fetch_add(1, Ordering::Relaxed);
             return true;

@@ -84,7 +84,9 @@ pub enum LsmtError {
         rule: &'static str,
     },
     /// More mappings than readers accept.
-    #[error("A layer needs more than {limit} index entries, which no reader opens: make the disk less fragmented")]
+    #[error(
+        "A layer needs more than {limit} index entries, which no reader opens: make the disk less fragmented"
+    )]
     TooManyMappings {
         /// The limit, padding included.
         limit: u64,

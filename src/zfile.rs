@@ -73,7 +73,9 @@ pub enum ZFileError {
         reason: String,
     },
     /// A block compresses to more than existing readers can take.
-    #[error("Block {block} takes {stored} bytes with {block_size}-byte blocks, and {rule}: use smaller blocks")]
+    #[error(
+        "Block {block} takes {stored} bytes with {block_size}-byte blocks, and {rule}: use smaller blocks"
+    )]
     BlockTooLong {
         /// Number of the block, from 0.
         block: u64,
@@ -139,7 +141,9 @@ impl Payload {
     pub fn chunks(&self, id: &str) -> Arc<dyn ChunkSource> {
         match self {
             Payload::ZFile(file) => Arc::new(ZFileChunks::new(format!("zfile:{id}"), file.clone())),
-            Payload::Plain(source) => Arc::new(PlainChunks::new(format!("plain:{id}"), source.clone())),
+            Payload::Plain(source) => {
+                Arc::new(PlainChunks::new(format!("plain:{id}"), source.clone()))
+            }
         }
     }
 

@@ -71,7 +71,11 @@ impl Drop for Loaders {
 /// Loads until the cache ends; then answers what is left with an error.
 fn run(chunks: &Chunks, inbox: &Receiver<Job>, ending: &AtomicBool) {
     for Job { source, key } in inbox {
-        let result = if ending.load(Ordering::Relaxed) { Err(ended(&*source)) } else { load(&*source, key.chunk) };
+        let result = if ending.load(Ordering::Relaxed) {
+            Err(ended(&*source))
+        } else {
+            load(&*source, key.chunk)
+        };
         chunks.deliver(key, result.map(Arc::new));
     }
 }
@@ -98,5 +102,7 @@ pub(super) fn ended(source: &dyn ChunkSource) -> Arc<ChunkError> {
 
 fn failure(source: &dyn ChunkSource, reason: &'static str) -> Arc<ChunkError> {
     let error = Arc::new(io::Error::other(reason));
-    Arc::new(SourceError::Io { name: source.id().to_owned(), offset: 0, len: 0, source: error }.into())
+    Arc::new(
+        SourceError::Io { name: source.id().to_owned(), offset: 0, len: 0, source: error }.into(),
+    )
 }

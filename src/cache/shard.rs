@@ -56,7 +56,11 @@ impl Shard {
     }
 
     /// Puts the loaded chunk, if any, in the place of those who waited for it, and returns them.
-    pub(super) fn end_load(&mut self, key: Key, bytes: Option<Arc<ChunkBytes>>) -> Vec<ChunkWaiter> {
+    pub(super) fn end_load(
+        &mut self,
+        key: Key,
+        bytes: Option<Arc<ChunkBytes>>,
+    ) -> Vec<ChunkWaiter> {
         let before = match bytes {
             Some(bytes) => {
                 self.ring.push_back(key);

@@ -10,8 +10,8 @@ use crate::units::{Bytes, SECTOR};
 
 /// "LSMT", 0, 1, 2, 0, then a fixed UUID.
 pub(super) const MAGIC: [u8; 24] = [
-    0x4c, 0x53, 0x4d, 0x54, 0x00, 0x01, 0x02, 0x00, 0x65, 0x7e, 0x63, 0xd2, 0x94, 0x44, 0x08, 0x4c, 0xa2, 0xd2, 0xc8,
-    0xec, 0x4f, 0xcf, 0xae, 0x8a,
+    0x4c, 0x53, 0x4d, 0x54, 0x00, 0x01, 0x02, 0x00, 0x65, 0x7e, 0x63, 0xd2, 0x94, 0x44, 0x08, 0x4c,
+    0xa2, 0xd2, 0xc8, 0xec, 0x4f, 0xcf, 0xae, 0x8a,
 ];
 
 /// Set in the record at the beginning, clear in the one at the end.
@@ -118,7 +118,10 @@ impl Record {
         }
         // Upstream logs an identity that it cannot parse and goes on with none.
         let uuid = |at: usize| {
-            std::str::from_utf8(&bytes[at..at + 36]).ok().and_then(|text| text.parse().ok()).unwrap_or(Uuid::NULL)
+            std::str::from_utf8(&bytes[at..at + 36])
+                .ok()
+                .and_then(|text| text.parse().ok())
+                .unwrap_or(Uuid::NULL)
         };
         let tag = &bytes[134..390];
         let tag_len = tag.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
@@ -235,7 +238,12 @@ impl Layer {
                 free = mapping.end().0;
                 continue;
             };
-            return Err(LsmtError::Entry { name: self.name.clone(), entry: entry as u64, mapping: *mapping, rule });
+            return Err(LsmtError::Entry {
+                name: self.name.clone(),
+                entry: entry as u64,
+                mapping: *mapping,
+                rule,
+            });
         }
         Ok(())
     }
@@ -264,7 +272,11 @@ fn read_trailer(source: &dyn ByteSource) -> Result<Record, LsmtError> {
     source.read_exact_at(&mut bytes, at)?;
     let trailer = Record::parse(&bytes).map_err(|rule| record("Trailer", at, rule))?;
     if trailer.flags & (FLAG_HEADER | FLAG_DATA | FLAG_SEALED) != FLAG_DATA | FLAG_SEALED {
-        return Err(record("Trailer", at, "its flags are not those of a sealed data file's trailer"));
+        return Err(record(
+            "Trailer",
+            at,
+            "its flags are not those of a sealed data file's trailer",
+        ));
     }
     if trailer.index_size > MAX_ENTRIES {
         let rule = format!("{} index entries are more than {MAX_ENTRIES}", trailer.index_size);
@@ -273,7 +285,9 @@ fn read_trailer(source: &dyn ByteSource) -> Result<Record, LsmtError> {
     let end = trailer.index_offset.checked_add(trailer.index_size * ENTRY);
     if trailer.index_offset < RECORD || end.is_none_or(|end| end > at) {
         let (from, size) = (trailer.index_offset, trailer.index_size);
-        let rule = format!("an index of {size} entries at byte {from} does not lie between header and trailer");
+        let rule = format!(
+            "an index of {size} entries at byte {from} does not lie between header and trailer"
+        );
         return Err(record("Trailer", at, &rule));
     }
     if trailer.virtual_size > MAX_VIRTUAL_SIZE {
@@ -284,7 +298,11 @@ fn read_trailer(source: &dyn ByteSource) -> Result<Record, LsmtError> {
 }
 
 /// The index without padding. Its size was checked against the file.
-fn read_index(source: &dyn ByteSource, kind: LayerKind, trailer: &Record) -> Result<Vec<Mapping>, LsmtError> {
+fn read_index(
+    source: &dyn ByteSource,
+    kind: LayerKind,
+    trailer: &Record,
+) -> Result<Vec<Mapping>, LsmtError> {
     let mut left = trailer.index_size * ENTRY;
     let mut at = trailer.index_offset;
     let mut mappings = Vec::with_capacity(trailer.index_size as usize);
@@ -292,7 +310,13 @@ fn read_index(source: &dyn ByteSource, kind: LayerKind, trailer: &Record) -> Res
     while left > 0 {
         let bytes = &mut step[..INDEX_STEP.min(left) as usize];
         source.read_exact_at(bytes, at)?;
-        mappings.extend(bytes.as_chunks::<{ ENTRY as usize }>().0.iter().filter_map(|&entry| Mapping::decode(entry)));
+        mappings.extend(
+            bytes
+                .as_chunks::<{ ENTRY as usize }>()
+                .0
+                .iter()
+                .filter_map(|&entry| Mapping::decode(entry)),
+        );
         at += bytes.len() as u64;
         left -= bytes.len() as u64;
     }
@@ -306,4 +330,3 @@ fn read_index(source: &dyn ByteSource, kind: LayerKind, trailer: &Record) -> Res
     }
     Ok(mappings)
 }
-

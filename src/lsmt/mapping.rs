@@ -17,7 +17,8 @@ pub const LBA_LIMIT: u64 = (1 << 50) - 1;
 pub const MOFFSET_LIMIT: u64 = 1 << 55;
 
 /// The entry that fills an index up to a whole page and means nothing.
-pub const PADDING: [u8; ENTRY as usize] = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x03, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+pub const PADDING: [u8; ENTRY as usize] =
+    [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x03, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 /// A run of disk sectors and where it is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,9 @@ impl Mapping {
     #[must_use]
     pub fn encode(&self) -> [u8; ENTRY as usize] {
         let a = self.lba.0 & LBA_LIMIT | (u64::from(self.len) & MAX_LEN) << 50;
-        let b = self.moffset.0 & (MOFFSET_LIMIT - 1) | u64::from(self.zeroed) << 55 | u64::from(self.tag) << 56;
+        let b = self.moffset.0 & (MOFFSET_LIMIT - 1)
+            | u64::from(self.zeroed) << 55
+            | u64::from(self.tag) << 56;
         (u128::from(a) | u128::from(b) << 64).to_le_bytes()
     }
 
@@ -74,7 +77,11 @@ impl Mapping {
 impl fmt::Display for Mapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "disk sectors {}..{} ", self.lba.0, self.end().0)?;
-        if self.zeroed { write!(f, "zeroed") } else { write!(f, "at sector {} of file {}", self.moffset.0, self.tag) }
+        if self.zeroed {
+            write!(f, "zeroed")
+        } else {
+            write!(f, "at sector {} of file {}", self.moffset.0, self.tag)
+        }
     }
 }
 

@@ -117,7 +117,9 @@ impl Stack {
         if layers.len() > MAX_LAYERS {
             return refuse("an image has at most 255");
         }
-        let Some(size) = layers.iter().rev().map(|layer| layer.virtual_size().0).find(|&size| size > 0) else {
+        let Some(size) =
+            layers.iter().rev().map(|layer| layer.virtual_size().0).find(|&size| size > 0)
+        else {
             return refuse("none of them says how large the disk is");
         };
         let extents = merge_from(layers, 0);
@@ -162,7 +164,12 @@ impl Stack {
     #[must_use]
     pub fn look_up(&self, lba: Sectors, count: Sectors) -> LookUp<'_> {
         let after = self.starts.partition_point(|&start| start <= lba.0);
-        LookUp { stack: self, next: after.saturating_sub(1), at: lba.0, end: lba.0.saturating_add(count.0) }
+        LookUp {
+            stack: self,
+            next: after.saturating_sub(1),
+            at: lba.0,
+            end: lba.0.saturating_add(count.0),
+        }
     }
 
     fn extent(&self, number: usize) -> Extent {
@@ -293,7 +300,12 @@ impl Iterator for LookUp<'_> {
             if start <= from {
                 let part = self.stack.extent(self.next).clip(from, self.end);
                 self.at = part.end().0;
-                return Some(Run { lba: part.lba, len: part.len, layer: part.layer, place: part.place });
+                return Some(Run {
+                    lba: part.lba,
+                    len: part.len,
+                    layer: part.layer,
+                    place: part.place,
+                });
             }
             self.at = start;
         } else {

@@ -102,7 +102,12 @@ impl WarpWriter {
     ///
     /// # Errors
     /// As [`metadata`](Self::metadata).
-    pub fn remote(&mut self, lba: Sectors, count: Sectors, target: Sectors) -> Result<(), LsmtError> {
+    pub fn remote(
+        &mut self,
+        lba: Sectors,
+        count: Sectors,
+        target: Sectors,
+    ) -> Result<(), LsmtError> {
         let end = self.0.admit(lba, count)?;
         if target.checked_add(count).is_none_or(|target_end| target_end.0 > MOFFSET_LIMIT) {
             return Err(run_error(lba, end, "the tar cannot be that long"));
@@ -140,7 +145,11 @@ impl WarpWriter {
         let tags = |tag| self.0.index.iter().any(|mapping| mapping.tag == tag);
         if tags(1) && !tags(0) {
             let end = self.0.free;
-            return Err(run_error(Sectors(0), end, "a layer of remote runs needs a sector of metadata too"));
+            return Err(run_error(
+                Sectors(0),
+                end,
+                "a layer of remote runs needs a sector of metadata too",
+            ));
         }
         let bytes = self.0.finish(false)?;
         out.write_all(&bytes)?;
@@ -234,8 +243,16 @@ impl<W: Write> LayerWriter<W> {
     }
 
     /// Adds an entry, joined to the last one by the rule of upstream's `compress_raw_index`.
-    fn entry(&mut self, lba: u64, len: u64, zeroed: bool, tag: u8, moffset: u64) -> Result<(), LsmtError> {
-        let next = Mapping { lba: Sectors(lba), len: len as u16, zeroed, tag, moffset: Sectors(moffset) };
+    fn entry(
+        &mut self,
+        lba: u64,
+        len: u64,
+        zeroed: bool,
+        tag: u8,
+        moffset: u64,
+    ) -> Result<(), LsmtError> {
+        let next =
+            Mapping { lba: Sectors(lba), len: len as u16, zeroed, tag, moffset: Sectors(moffset) };
         if let Some(last) = self.index.last_mut() {
             let joins = last.end() == next.lba
                 && last.moffset_end() == next.moffset

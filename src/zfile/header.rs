@@ -109,7 +109,8 @@ impl Record {
     /// [`ZFileError::NotZFile`] without the magic, [`ZFileError::Invalid`] naming the broken rule.
     pub fn parse(bytes: &[u8; SPACE], name: &str, offset: u64) -> Result<Self, ZFileError> {
         let part = if offset == 0 { "Header" } else { "Trailer" };
-        let invalid = |rule: String| ZFileError::Invalid { name: name.to_owned(), part, offset, rule };
+        let invalid =
+            |rule: String| ZFileError::Invalid { name: name.to_owned(), part, offset, rule };
         if bytes[..24] != MAGIC {
             return Err(if offset == 0 {
                 ZFileError::NotZFile { name: name.to_owned() }
@@ -120,16 +121,22 @@ impl Record {
         let flags = le64(bytes, 32);
         if flags & FLAG_DIGEST != 0 && le32(bytes, 28) != digest(bytes) {
             let (found, computed) = (le32(bytes, 28), digest(bytes));
-            return Err(invalid(format!("its digest says {found:08x}, its bytes give {computed:08x}")));
+            return Err(invalid(format!(
+                "its digest says {found:08x}, its bytes give {computed:08x}"
+            )));
         }
         let algo = match bytes[76] {
             1 => Algo::Lz4,
             2 => Algo::Zstd,
-            other => return Err(invalid(format!("compression {other} is neither 1 (LZ4) nor 2 (ZSTD)"))),
+            other => {
+                return Err(invalid(format!("compression {other} is neither 1 (LZ4) nor 2 (ZSTD)")));
+            }
         };
         let block_size = le32(bytes, 72);
         if !block_size.is_power_of_two() || !(MIN_BLOCK..=MAX_BLOCK).contains(&block_size) {
-            return Err(invalid(format!("block size {block_size} is not a power of two from 4096 to 65536")));
+            return Err(invalid(format!(
+                "block size {block_size} is not a power of two from 4096 to 65536"
+            )));
         }
         if bytes[78] != 0 {
             return Err(invalid("it asks for a dictionary, which no writer ever made".to_owned()));
@@ -160,10 +167,13 @@ impl Record {
         put(56, &self.original_size.to_le_bytes());
         put(64, &self.index_crc.to_le_bytes());
         put(72, &self.block_size.to_le_bytes());
-        put(76, &[match self.algo {
-            Algo::Lz4 => 1,
-            Algo::Zstd => 2,
-        }]);
+        put(
+            76,
+            &[match self.algo {
+                Algo::Lz4 => 1,
+                Algo::Zstd => 2,
+            }],
+        );
         put(84, &self.dict_size.to_le_bytes());
         put(88, &[u8::from(self.verify)]);
         if self.has(FLAG_DIGEST) {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::ZFileError;
 use super::header::{
-    BLOCK_SEED, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED, MAX_BLOCKS, Record, SPACE,
-    raw_crc32c,
+    BLOCK_SEED, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED, MAX_BLOCKS,
+    Record, SPACE, raw_crc32c,
 };
 use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
 use crate::source::{ByteSource, SourceError};
@@ -140,15 +140,18 @@ impl ZFile {
         for number in first..last {
             let length = self.lengths[number as usize] as usize;
             let len = self.plain_len(number);
-            self.decode_block(&mut decoder, &stored[at..at + length], &mut plain[filled..filled + len]).map_err(
-                |reason| ZFileError::Damaged {
-                    name: self.source.name().to_owned(),
-                    block: number,
-                    start: start + at as u64,
-                    end: start + (at + length) as u64,
-                    reason,
-                },
-            )?;
+            self.decode_block(
+                &mut decoder,
+                &stored[at..at + length],
+                &mut plain[filled..filled + len],
+            )
+            .map_err(|reason| ZFileError::Damaged {
+                name: self.source.name().to_owned(),
+                block: number,
+                start: start + at as u64,
+                end: start + (at + length) as u64,
+                reason,
+            })?;
             at += length;
             filled += len;
         }
@@ -156,7 +159,12 @@ impl ZFile {
     }
 
     /// Verifies and decodes one block, or says what is wrong with it.
-    fn decode_block(&self, decoder: &mut Decoder, stored: &[u8], plain: &mut [u8]) -> Result<(), String> {
+    fn decode_block(
+        &self,
+        decoder: &mut Decoder,
+        stored: &[u8],
+        plain: &mut [u8],
+    ) -> Result<(), String> {
         let mut packed = stored;
         if self.record.verify {
             let Some((bytes, crc)) = stored.split_last_chunk::<4>() else {
@@ -164,7 +172,9 @@ impl ZFile {
             };
             let (stored, computed) = (u32::from_le_bytes(*crc), raw_crc32c(BLOCK_SEED, bytes));
             if stored != computed {
-                return Err(format!("its checksum says {stored:08x}, its bytes give {computed:08x}"));
+                return Err(format!(
+                    "its checksum says {stored:08x}, its bytes give {computed:08x}"
+                ));
             }
             packed = bytes;
         }
@@ -197,14 +207,23 @@ fn read_record(source: &dyn ByteSource) -> Result<(Record, u64), ZFileError> {
     let trailer = Record::parse(&bytes, name, at)?;
     if trailer.has(FLAG_HEADER) || !trailer.has(FLAG_DATA | FLAG_SEALED) {
         let rule = "its flags are not those of a sealed trailer".to_owned();
-        return Err(ZFileError::Invalid { name: name.to_owned(), part: "Trailer", offset: at, rule });
+        return Err(ZFileError::Invalid {
+            name: name.to_owned(),
+            part: "Trailer",
+            offset: at,
+            rule,
+        });
     }
     Ok((trailer, at))
 }
 
 /// The jump table and its checksum, after every number that describes it was checked against the
 /// length of the file.
-fn read_index(source: &dyn ByteSource, record: &Record, end: u64) -> Result<(Vec<u32>, u32), ZFileError> {
+fn read_index(
+    source: &dyn ByteSource,
+    record: &Record,
+    end: u64,
+) -> Result<(Vec<u32>, u32), ZFileError> {
     let invalid = |rule: String| ZFileError::Invalid {
         name: source.name().to_owned(),
         part: "Jump table",
@@ -217,7 +236,10 @@ fn read_index(source: &dyn ByteSource, record: &Record, end: u64) -> Result<(Vec
         return Err(invalid(format!("{count} blocks are more than {MAX_BLOCKS}")));
     }
     if count != needed {
-        return Err(invalid(format!("it has {count} blocks where {} bytes take {needed}", record.original_size)));
+        return Err(invalid(format!(
+            "it has {count} blocks where {} bytes take {needed}",
+            record.original_size
+        )));
     }
     if record.index_offset.checked_add(count * 4).is_none_or(|index_end| index_end > end) {
         return Err(invalid(format!("its {count} entries end past byte {end}")));
@@ -256,7 +278,8 @@ impl Decoder {
     /// Decoded length, or the codec's complaint.
     fn decode(&mut self, packed: &[u8], plain: &mut [u8]) -> Result<usize, String> {
         match self {
-            Self::Lz4 => lz4_flex::block::decompress_into(packed, plain).map_err(|e| format!("LZ4 says: {e}")),
+            Self::Lz4 => lz4_flex::block::decompress_into(packed, plain)
+                .map_err(|e| format!("LZ4 says: {e}")),
             Self::Zstd(decoder) => {
                 decoder.decompress_to_buffer(packed, plain).map_err(|e| format!("ZSTD says: {e}"))
             }
@@ -272,7 +295,12 @@ impl ByteSource for ZFile {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
         let end = offset.saturating_add(buf.len() as u64);
         if end > self.len() {
-            return Err(SourceError::PastEnd { name: self.name().to_owned(), offset, end, size: self.len() });
+            return Err(SourceError::PastEnd {
+                name: self.name().to_owned(),
+                offset,
+                end,
+                size: self.len(),
+            });
         }
         let block = u64::from(self.record.block_size);
         let (mut at, mut rest) = (offset, buf);
@@ -334,7 +362,11 @@ impl ChunkSource for ZFileChunks {
         (offset < size).then(|| {
             let index = offset / u64::from(CHUNK);
             let start = index * u64::from(CHUNK);
-            ChunkSpan { index: index as u32, start, len: (size - start).min(u64::from(CHUNK)) as u32 }
+            ChunkSpan {
+                index: index as u32,
+                start,
+                len: (size - start).min(u64::from(CHUNK)) as u32,
+            }
         })
     }
 
@@ -342,7 +374,13 @@ impl ChunkSource for ZFileChunks {
         if index >= self.chunk_count() {
             let offset = u64::from(index) * u64::from(CHUNK);
             let name = self.file.name().to_owned();
-            return Err(SourceError::PastEnd { name, offset, end: offset + 1, size: self.file.len() }.into());
+            return Err(SourceError::PastEnd {
+                name,
+                offset,
+                end: offset + 1,
+                size: self.file.len(),
+            }
+            .into());
         }
         match self.file.decode(u64::from(index) * self.file.grain, self.file.grain) {
             Ok(plain) => Ok(plain.into()),

@@ -43,12 +43,15 @@ pub fn unwrap(source: Arc<dyn ByteSource>) -> Result<(Arc<dyn ByteSource>, Wrapp
         offset,
         rule,
     };
-    let field_size =
-        number(&header[124..136]).ok_or_else(|| invalid(0, "its size is not an octal number".to_owned()))?;
+    let field_size = number(&header[124..136])
+        .ok_or_else(|| invalid(0, "its size is not an octal number".to_owned()))?;
     let (start, len, wrapping) = match header[156] {
         b'x' => {
             if field_size > BLOCK {
-                return Err(invalid(0, format!("a pax record of {field_size} bytes is longer than {BLOCK}")));
+                return Err(invalid(
+                    0,
+                    format!("a pax record of {field_size} bytes is longer than {BLOCK}"),
+                ));
             }
             let mut record = [0; BLOCK as usize];
             source.read_exact_at(&mut record, BLOCK)?;
@@ -56,17 +59,26 @@ pub fn unwrap(source: Arc<dyn ByteSource>) -> Result<(Arc<dyn ByteSource>, Wrapp
                 .ok_or_else(|| invalid(BLOCK, "its pax record gives no size".to_owned()))?;
             source.read_exact_at(&mut header, 2 * BLOCK)?;
             if !is_ustar(&header) || !matches!(header[156], b'0' | 0) {
-                return Err(invalid(2 * BLOCK, "no plain member follows the pax header".to_owned()));
+                return Err(invalid(
+                    2 * BLOCK,
+                    "no plain member follows the pax header".to_owned(),
+                ));
             }
             (3 * BLOCK, size, Wrapping::TarPax)
         }
         b'0' | 0 => (BLOCK, field_size, Wrapping::Tar),
         other => {
-            return Err(invalid(0, format!("the first member of a layer cannot have type {:?}", char::from(other))));
+            return Err(invalid(
+                0,
+                format!("the first member of a layer cannot have type {:?}", char::from(other)),
+            ));
         }
     };
     if start.checked_add(len).is_none_or(|end| end > source.len()) {
-        return Err(invalid(0, format!("its member of {len} bytes ends past byte {}", source.len())));
+        return Err(invalid(
+            0,
+            format!("its member of {len} bytes ends past byte {}", source.len()),
+        ));
     }
     Ok((Arc::new(SubSource::new(source, start, len)?), wrapping))
 }
@@ -88,14 +100,16 @@ fn is_ustar(header: &[u8; BLOCK as usize]) -> bool {
 
 /// Sum of a header's bytes, its checksum field counted as spaces.
 fn checksum(header: &[u8; BLOCK as usize], value: impl Fn(u8) -> u64) -> u64 {
-    let byte = |(at, &byte): (usize, &u8)| value(if (148..156).contains(&at) { b' ' } else { byte });
+    let byte =
+        |(at, &byte): (usize, &u8)| value(if (148..156).contains(&at) { b' ' } else { byte });
     header.iter().enumerate().map(byte).fold(0, u64::wrapping_add)
 }
 
 /// An octal field: spaces, digits, then anything after a space or NUL. `None` without a digit.
 fn number(field: &[u8]) -> Option<u64> {
     let digits = field.trim_ascii_start();
-    let len = digits.iter().position(|digit| !(b'0'..=b'7').contains(digit)).unwrap_or(digits.len());
+    let len =
+        digits.iter().position(|digit| !(b'0'..=b'7').contains(digit)).unwrap_or(digits.len());
     let text = std::str::from_utf8(&digits[..len]).ok()?;
     u64::from_str_radix(text, 8).ok()
 }

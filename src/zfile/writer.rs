@@ -7,8 +7,8 @@ use std::io::{self, Seek, SeekFrom, Write};
 
 use super::ZFileError;
 use super::header::{
-    Algo, BLOCK_SEED, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED, MAX_BLOCK, MAX_BLOCKS,
-    MIN_BLOCK, Record, SPACE, raw_crc32c,
+    Algo, BLOCK_SEED, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED,
+    MAX_BLOCK, MAX_BLOCKS, MIN_BLOCK, Record, SPACE, raw_crc32c,
 };
 
 /// Most stored bytes of a block, checksum included: the size of the buffer in upstream
@@ -151,10 +151,13 @@ impl<W: Write> Writer<W> {
     }
 
     fn try_put_block(&mut self, plain: &[u8]) -> Result<(), ZFileError> {
-        let bound = lz4_flex::block::get_maximum_output_size(plain.len()).max(zstd::zstd_safe::compress_bound(plain.len()));
+        let bound = lz4_flex::block::get_maximum_output_size(plain.len())
+            .max(zstd::zstd_safe::compress_bound(plain.len()));
         self.packed.resize(bound, 0);
         let len = match &mut self.encoder {
-            Encoder::Lz4 => lz4_flex::block::compress_into(plain, &mut self.packed).map_err(io::Error::other)?,
+            Encoder::Lz4 => {
+                lz4_flex::block::compress_into(plain, &mut self.packed).map_err(io::Error::other)?
+            }
             Encoder::Zstd(encoder) => encoder.compress_to_buffer(plain, &mut self.packed[..])?,
         };
         self.packed.truncate(len);
@@ -176,7 +179,9 @@ impl<W: Write> Writer<W> {
         let block_size = self.options.block_size;
         let too_long = |rule| Err(ZFileError::BlockTooLong { block, stored, block_size, rule });
         if block >= MAX_BLOCKS {
-            return Err(ZFileError::Options { rule: format!("the stream has more than {MAX_BLOCKS} blocks") });
+            return Err(ZFileError::Options {
+                rule: format!("the stream has more than {MAX_BLOCKS} blocks"),
+            });
         }
         if stored > MAX_STORED {
             return too_long("readers have a buffer of 65536");
@@ -189,7 +194,9 @@ impl<W: Write> Writer<W> {
         if block % group != group - 1 {
             self.in_group += stored;
             if self.in_group >= MAX_IN_GROUP {
-                return too_long("all but the last of the blocks that share 64 KiB must take less than 65535");
+                return too_long(
+                    "all but the last of the blocks that share 64 KiB must take less than 65535",
+                );
             }
         }
         Ok(stored as u32)
