@@ -1,0 +1,428 @@
+//! Upstream's device configuration, `config.v1.json` (spec runtime 1 and 2), and the disk it
+//! describes, for layers that are local files.
+//!
+//! Keys that nobody knows are ignored with a warning, as upstream ignores them. A value of the wrong
+//! type is an error that names the key, where upstream aborts. Relative paths count from the folder
+//! of the configuration, so that an image and its configuration can be moved together.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use super::{Disk, DiskError, DiskLayer, LayerData};
+use crate::cache::Cache;
+use crate::chunk::{ChunkSource, PlainChunks};
+use crate::lsmt::{Layer, LayerKind};
+use crate::source::{ByteSource, FileSource, MemorySource};
+use crate::zfile;
+
+/// Largest `gzip.meta` or sidecar that is read into memory, in bytes. Upstream's take 4 % of a
+/// layer, ours less than 1 %: this is a layer of hundreds of GB.
+const MAX_INDEX: u64 = 8 << 30;
+
+/// Opens the original layer of a TurboOCI layer. The gzip part of this program implements it; so may
+/// tests.
+pub trait TargetOpener {
+    /// The uncompressed tar of `blob`, a gzip stream that `index` (a `gzip.meta`) gives access to.
+    /// `sidecar` holds what upstream's index cannot; `digest` is what the configuration calls the
+    /// blob.
+    ///
+    /// # Errors
+    /// [`DiskError::Target`], or any other.
+    fn open_gzip(
+        &self,
+        blob: Arc<dyn ByteSource>,
+        index: Vec<u8>,
+        sidecar: Option<Vec<u8>>,
+        digest: Option<&str>,
+    ) -> Result<Arc<dyn ChunkSource>, DiskError>;
+}
+
+/// A device configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// `https://host/v2/<name>/blobs`: where blobs without a local file are.
+    pub repo_blob_url: String,
+    /// The layers, bottom first.
+    pub lowers: Vec<Lower>,
+    /// The writable layer.
+    pub upper: Upper,
+    /// File that receives `success` or `failed:<reason>` once.
+    pub result_file: String,
+    /// Overrides the host's settings for background download; not looked into here.
+    pub download: Option<Map<String, Value>>,
+    /// The last lower is a trace to prefetch by, not a layer.
+    pub acceleration_layer: bool,
+    /// File of a trace.
+    pub record_trace_path: String,
+}
+
+/// One layer of a configuration. An empty text means that the key is absent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lower {
+    /// Local layer file; of a TurboOCI layer, the filesystem metadata.
+    pub file: String,
+    /// Folder of the downloaded layer.
+    pub dir: String,
+    /// Digest of the layer blob.
+    pub digest: String,
+    /// Bytes of the layer blob.
+    pub size: u64,
+    /// Local copy of the original layer.
+    pub target_file: String,
+    /// Digest of the original layer.
+    pub target_digest: String,
+    /// Path of `gzip.meta`; its presence says that the original layer is gzip.
+    pub gzip_index: String,
+    /// Path of the sidecar with what `gzip.meta` cannot hold: ours, unknown to upstream.
+    pub gzip_sidecar: String,
+}
+
+/// The writable layer of a configuration; this program has none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Upper {
+    /// Its index log.
+    pub index: String,
+    /// Its data file.
+    pub data: String,
+    /// Original layer of a writable TurboOCI layer.
+    pub target: String,
+    /// `gzip.meta` of that.
+    pub gzip_index: String,
+}
+
+/// An object of the configuration, whose keys are taken one by one.
+struct Object {
+    file: String,
+    /// Path of the object: empty, or `lowers[2].`.
+    path: String,
+    map: Map<String, Value>,
+}
+
+impl Object {
+    fn error(&self, key: &str, rule: String) -> DiskError {
+        DiskError::Config { file: self.file.clone(), key: format!("{}{key}", self.path), rule }
+    }
+
+    fn wrong_type(&self, key: &str, wanted: &str, found: &Value) -> DiskError {
+        let found = match found {
+            Value::Null => "null",
+            Value::Bool(_) => "a boolean",
+            Value::Number(_) => "a number",
+            Value::String(_) => "a string",
+            Value::Array(_) => "an array",
+            Value::Object(_) => "an object",
+        };
+        self.error(key, format!("it must be {wanted}, not {found}"))
+    }
+
+    fn string(&mut self, key: &str) -> Result<String, DiskError> {
+        match self.map.remove(key) {
+            None => Ok(String::new()),
+            Some(Value::String(text)) => Ok(text),
+            Some(other) => Err(self.wrong_type(key, "a string", &other)),
+        }
+    }
+
+    fn u64(&mut self, key: &str) -> Result<u64, DiskError> {
+        match self.map.remove(key) {
+            None => Ok(0),
+            Some(value) => {
+                value.as_u64().ok_or_else(|| self.wrong_type(key, "a whole number", &value))
+            }
+        }
+    }
+
+    fn bool(&mut self, key: &str) -> Result<bool, DiskError> {
+        match self.map.remove(key) {
+            None => Ok(false),
+            Some(Value::Bool(value)) => Ok(value),
+            Some(other) => Err(self.wrong_type(key, "true or false", &other)),
+        }
+    }
+
+    fn object(&mut self, key: &str) -> Result<Option<Object>, DiskError> {
+        match self.map.remove(key) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Object {
+                file: self.file.clone(),
+                path: format!("{}{key}.", self.path),
+                map,
+            })),
+            Some(other) => Err(self.wrong_type(key, "an object", &other)),
+        }
+    }
+
+    fn objects(&mut self, key: &str) -> Result<Vec<Object>, DiskError> {
+        let values = match self.map.remove(key) {
+            None => return Ok(Vec::new()),
+            Some(Value::Array(values)) => values,
+            Some(other) => return Err(self.wrong_type(key, "an array", &other)),
+        };
+        let element = |(number, value)| {
+            let key = format!("{key}[{number}]");
+            match value {
+                Value::Object(map) => Ok(Object {
+                    file: self.file.clone(),
+                    path: format!("{}{key}.", self.path),
+                    map,
+                }),
+                other => Err(self.wrong_type(&key, "an object", &other)),
+            }
+        };
+        values.into_iter().enumerate().map(element).collect()
+    }
+
+    /// Warns of what nobody has taken.
+    fn end(self) {
+        for key in self.map.keys() {
+            tracing::warn!("Key {}{key} of {} is unknown and ignored", self.path, self.file);
+        }
+    }
+}
+
+impl Config {
+    /// Reads a configuration; `file` is its name for messages.
+    ///
+    /// # Errors
+    /// [`DiskError::Config`] naming the key, or that the text is not JSON.
+    pub fn parse(text: &str, file: &str) -> Result<Self, DiskError> {
+        let whole = |rule: String| DiskError::Config {
+            file: file.to_owned(),
+            key: "(all)".to_owned(),
+            rule,
+        };
+        let map = match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => map,
+            Ok(_) => return Err(whole("it must be an object".to_owned())),
+            Err(error) => return Err(whole(format!("it is not JSON: {error}"))),
+        };
+        let mut object = Object { file: file.to_owned(), path: String::new(), map };
+        let config = Self {
+            repo_blob_url: object.string("repoBlobUrl")?,
+            lowers: object
+                .objects("lowers")?
+                .into_iter()
+                .map(Lower::take)
+                .collect::<Result<_, _>>()?,
+            upper: object.object("upper")?.map(Upper::take).transpose()?.unwrap_or_default(),
+            result_file: object.string("resultFile")?,
+            download: object.object("download")?.map(|download| download.map),
+            acceleration_layer: object.bool("accelerationLayer")?,
+            record_trace_path: object.string("recordTracePath")?,
+        };
+        object.end();
+        Ok(config)
+    }
+}
+
+impl Lower {
+    fn take(mut object: Object) -> Result<Self, DiskError> {
+        let lower = Self {
+            file: object.string("file")?,
+            dir: object.string("dir")?,
+            digest: object.string("digest")?,
+            size: object.u64("size")?,
+            target_file: object.string("targetFile")?,
+            target_digest: object.string("targetDigest")?,
+            gzip_index: object.string("gzipIndex")?,
+            gzip_sidecar: object.string("gzipSidecar")?,
+        };
+        object.end();
+        Ok(lower)
+    }
+}
+
+impl Upper {
+    fn take(mut object: Object) -> Result<Self, DiskError> {
+        // The snapshotter writes a size that nothing reads.
+        object.map.remove("vsize");
+        let upper = Self {
+            index: object.string("index")?,
+            data: object.string("data")?,
+            target: object.string("target")?,
+            gzip_index: object.string("gzipIndex")?,
+        };
+        object.end();
+        Ok(upper)
+    }
+}
+
+/// Opens the image that the configuration at `path` describes, whose layers must be local files.
+///
+/// # Errors
+/// [`DiskError`], which names the layer or the key.
+pub fn open(path: &Path, cache: Arc<Cache>, targets: &dyn TargetOpener) -> Result<Disk, DiskError> {
+    let file = path.display().to_string();
+    let text = fs::read_to_string(path)
+        .map_err(|source| DiskError::Io { name: file.clone(), source: Arc::new(source) })?;
+    let mut config = Config::parse(&text, &file)?;
+    let invalid = |key: &str, rule: &str| DiskError::Config {
+        file: file.clone(),
+        key: key.to_owned(),
+        rule: rule.to_owned(),
+    };
+    if !config.upper.index.is_empty() && !config.upper.data.is_empty() {
+        return Err(invalid("upper", "this program has no writable layers: remove it"));
+    }
+    if config.acceleration_layer {
+        if !config.record_trace_path.is_empty() {
+            return Err(invalid("accelerationLayer", "it excludes recordTracePath"));
+        }
+        config.lowers.pop();
+    }
+    if config.lowers.is_empty() {
+        return Err(invalid("lowers", "an image has at least one layer"));
+    }
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let open = |(number, lower)| open_lower(number, lower, folder, targets);
+    let layers = config.lowers.iter().enumerate().map(open).collect::<Result<_, _>>()?;
+    Disk::new(layers, cache)
+}
+
+/// The first of the places where upstream looks for a layer that exists.
+fn local_file(number: usize, lower: &Lower, folder: &Path) -> Result<PathBuf, DiskError> {
+    let mut candidates = Vec::new();
+    if !lower.file.is_empty() {
+        candidates.push(folder.join(&lower.file));
+    }
+    // Upstream looks in the root directory when `dir` is empty: not imitated.
+    if !lower.dir.is_empty() {
+        let names = ["overlaybd.commit", ".commit", "overlaybd.sealed"];
+        candidates.extend(names.map(|name| folder.join(&lower.dir).join(name)));
+    }
+    if let Some(path) = candidates.iter().find(|path| path.exists()) {
+        return Ok(path.clone());
+    }
+    let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
+    let rule = if tried.is_empty() {
+        "it names neither file nor dir".to_owned()
+    } else {
+        format!("none of its local files exists: {}", tried.join(", "))
+    };
+    let name = if lower.digest.is_empty() { lower.file.clone() } else { lower.digest.clone() };
+    Err(DiskError::Layer { layer: number, name, rule })
+}
+
+/// A name for the content of a local file: another file, or the same one changed, has another.
+fn identity(path: &Path) -> Result<String, DiskError> {
+    let meta = fs::metadata(path).map_err(|source| DiskError::Io {
+        name: path.display().to_string(),
+        source: Arc::new(source),
+    })?;
+    let (dev, ino, len) = (meta.dev(), meta.ino(), meta.len());
+    Ok(format!("{}:{dev:x}:{ino:x}:{len}:{}.{}", path.display(), meta.mtime(), meta.mtime_nsec()))
+}
+
+/// A whole file in memory.
+fn read_file(path: &Path) -> Result<Vec<u8>, DiskError> {
+    let name = || path.display().to_string();
+    let source = FileSource::open(path)?;
+    if source.len() > MAX_INDEX {
+        let error = std::io::Error::from(std::io::ErrorKind::FileTooLarge);
+        return Err(DiskError::Io { name: name(), source: Arc::new(error) });
+    }
+    fs::read(path).map_err(|source| DiskError::Io { name: name(), source: Arc::new(source) })
+}
+
+fn open_lower(
+    number: usize,
+    lower: &Lower,
+    folder: &Path,
+    targets: &dyn TargetOpener,
+) -> Result<DiskLayer, DiskError> {
+    let path = local_file(number, lower, folder)?;
+    let payload = zfile::open(Arc::new(FileSource::open(&path)?))?;
+    if lower.target_file.is_empty() && lower.target_digest.is_empty() {
+        let index = Layer::open(&*payload.source(), LayerKind::Plain)?;
+        return Ok(DiskLayer {
+            index,
+            data: LayerData::Native { chunks: payload.chunks(&identity(&path)?) },
+        });
+    }
+    let meta =
+        Arc::new(MemoryMeta(MemorySource::new(path.display().to_string(), payload.read_all()?)));
+    let index = Layer::open(&meta.0, LayerKind::Warp)?;
+    let target = open_target(number, lower, folder, targets)?;
+    Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })
+}
+
+/// Metadata that is both a source to parse and bytes to point into.
+struct MemoryMeta(MemorySource);
+
+impl AsRef<[u8]> for MemoryMeta {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_slice().unwrap_or_default()
+    }
+}
+
+fn open_target(
+    number: usize,
+    lower: &Lower,
+    folder: &Path,
+    targets: &dyn TargetOpener,
+) -> Result<Arc<dyn ChunkSource>, DiskError> {
+    if lower.target_file.is_empty() {
+        let rule = "its original layer is not a local file (targetFile)".to_owned();
+        return Err(DiskError::Layer { layer: number, name: lower.target_digest.clone(), rule });
+    }
+    let path = folder.join(&lower.target_file);
+    let blob = Arc::new(FileSource::open(&path)?);
+    if lower.gzip_index.is_empty() {
+        return Ok(Arc::new(PlainChunks::new(format!("plain:{}", identity(&path)?), blob)));
+    }
+    let index = read_file(&folder.join(&lower.gzip_index))?;
+    let sidecar = match lower.gzip_sidecar.as_str() {
+        "" => None,
+        sidecar => Some(read_file(&folder.join(sidecar))?),
+    };
+    let digest = Some(lower.target_digest.as_str()).filter(|digest| !digest.is_empty());
+    targets.open_gzip(blob, index, sidecar, digest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_type_is_an_error_that_names_the_key_and_an_unknown_key_is_none() {
+        let parse = |text| Config::parse(text, "c.json");
+        let config = parse(
+            r#"{"lowers": [{"file": "a", "size": 5, "new": 1}], "upper": {"vsize": 64}, "x": []}"#,
+        );
+        assert_eq!(
+            config.unwrap().lowers,
+            [Lower { file: "a".into(), size: 5, ..Lower::default() }]
+        );
+        let cases = [
+            (
+                r#"{"lowers": [{}, {"size": "5"}]}"#,
+                "Key lowers[1].size of c.json is invalid: it must be a whole number, not a string",
+            ),
+            (
+                r#"{"lowers": [7]}"#,
+                "Key lowers[0] of c.json is invalid: it must be an object, not a number",
+            ),
+            (
+                r#"{"lowers": {}}"#,
+                "Key lowers of c.json is invalid: it must be an array, not an object",
+            ),
+            (
+                r#"{"upper": {"data": null}}"#,
+                "Key upper.data of c.json is invalid: it must be a string, not null",
+            ),
+            (
+                r#"{"accelerationLayer": 1}"#,
+                "Key accelerationLayer of c.json is invalid: it must be true or false, not a number",
+            ),
+            ("[]", "Key (all) of c.json is invalid: it must be an object"),
+        ];
+        for (text, message) in cases {
+            assert_eq!(parse(text).unwrap_err().to_string(), message);
+        }
+        assert!(parse("{").is_err());
+    }
+}

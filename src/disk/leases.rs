@@ -1,0 +1,76 @@
+//! Chunks kept aside for a request that was woken and will ask again.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::chunk::ChunkBytes;
+
+/// A layer and a chunk of its file.
+pub(super) type ChunkKey = (u8, u32);
+
+/// Offset and length of a request.
+type Range = (u64, usize);
+
+/// Most requests that chunks are kept for: more than a device has tags. Beyond it the oldest loses
+/// its chunks and may have to wait once more.
+const MAX_LEASES: usize = 4096;
+
+/// The chunks of woken requests, by the range that they asked for.
+#[derive(Default)]
+pub(super) struct Leases {
+    /// Number of leases, so that a disk without any need not lock.
+    count: AtomicUsize,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    leases: HashMap<Range, Lease>,
+    /// Ranges in the order in which they were woken; some may be taken already.
+    order: VecDeque<Range>,
+}
+
+struct Lease {
+    /// Requests of this range that were woken and have not asked again.
+    takers: usize,
+    chunks: Vec<(ChunkKey, Arc<ChunkBytes>)>,
+}
+
+impl Leases {
+    /// Keeps `chunks` until a request for `range` comes.
+    pub(super) fn keep(&self, range: Range, chunks: Vec<(ChunkKey, Arc<ChunkBytes>)>) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(lease) = table.leases.get_mut(&range) {
+            lease.takers += 1;
+            return;
+        }
+        while table.order.len() >= MAX_LEASES {
+            let Some(oldest) = table.order.pop_front() else { break };
+            table.leases.remove(&oldest);
+        }
+        table.leases.insert(range, Lease { takers: 1, chunks });
+        table.order.push_back(range);
+        self.count.store(table.leases.len(), Ordering::Release);
+    }
+
+    /// The chunks kept for `range`, if any.
+    pub(super) fn take(&self, range: Range) -> Vec<(ChunkKey, Arc<ChunkBytes>)> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return Vec::new();
+        }
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(lease) = table.leases.get_mut(&range) else { return Vec::new() };
+        lease.takers -= 1;
+        if lease.takers > 0 {
+            return lease.chunks.clone();
+        }
+        let chunks = table.leases.remove(&range).map(|lease| lease.chunks).unwrap_or_default();
+        // Requests are answered nearly in order, so this looks at few.
+        if let Some(at) = table.order.iter().position(|kept| *kept == range) {
+            table.order.remove(at);
+        }
+        self.count.store(table.leases.len(), Ordering::Release);
+        chunks
+    }
+}

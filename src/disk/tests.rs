@@ -1,0 +1,1 @@
+//! What holds for disks as a whole.

@@ -1,0 +1,1 @@
+//! What holds for `ZFile`s as a whole.
