@@ -1,0 +1,447 @@
+//! Challenges and tokens.
+//!
+//! A registry answers 401 with one or more challenges (RFC 9110 11.6.1). `Basic` is answered with the
+//! password itself. `Bearer` names a token service (`realm`) that turns the password, or nothing,
+//! into a token for a scope such as `repository:team/app:pull`.
+//!
+//! Tokens are kept per registry, repository and action, and replaced a little before they run out.
+//! When a registry refuses one all the same (401, or 403: some say that of an expired token), it is
+//! replaced once. Of many threads that are refused at the same time, one fetches the new token and
+//! the others take it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use hyper::header::{
+    ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue, USER_AGENT, WWW_AUTHENTICATE,
+};
+use hyper::{HeaderMap, Method, Request, Uri};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::Deserialize;
+
+use super::client::Services;
+use super::credentials::Credential;
+use super::error::RegistryError;
+use super::redirect::same_origin;
+
+/// What RFC 3986 leaves unreserved stays as it is; everything else in a query value is encoded.
+const QUERY_VALUE: &AsciiSet =
+    &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+/// The life of a token whose answer states none (distribution specification, token authentication).
+const DEFAULT_TOKEN_LIFE: Duration = Duration::from_secs(60);
+
+/// Tokens are a few KiB; some carry a list of groups.
+const TOKEN_ANSWER_LIMIT: usize = 256 << 10;
+
+/// One way to prove who we are, as offered by a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Challenge {
+    /// A token from a token service.
+    Bearer {
+        /// URL of the service.
+        realm: String,
+        /// What the service calls this registry.
+        service: Option<String>,
+        /// What the token must allow.
+        scope: Option<String>,
+    },
+    /// The password itself.
+    Basic,
+}
+
+/// All challenges in the `WWW-Authenticate` fields of an answer; unknown schemes are passed over.
+#[must_use]
+pub fn parse_challenges(headers: &HeaderMap) -> Vec<Challenge> {
+    let fields = headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
+    fields.flat_map(parse_field).collect()
+}
+
+/// One field: `Scheme name=token, name="quoted", Scheme2 …`.
+fn parse_field(field: &str) -> Vec<Challenge> {
+    let mut found: Vec<(String, HashMap<String, String>)> = Vec::new();
+    let mut rest = field.trim_start_matches([' ', '\t', ',']);
+    while !rest.is_empty() {
+        let end = rest.find([' ', '\t', ',', '=']).unwrap_or(rest.len());
+        let (word, after) = rest.split_at(end);
+        let next = after.trim_start_matches([' ', '\t']);
+        if let (Some(value), false) = (next.strip_prefix('='), word.is_empty()) {
+            let (text, after) = parse_value(value.trim_start_matches([' ', '\t']));
+            if let Some((_, parameters)) = found.last_mut() {
+                parameters.entry(word.to_ascii_lowercase()).or_insert(text);
+            }
+            rest = after;
+        } else {
+            if !word.is_empty() {
+                found.push((word.to_ascii_lowercase(), HashMap::new()));
+            }
+            rest = next.strip_prefix('=').unwrap_or(next);
+        }
+        rest = rest.trim_start_matches([' ', '\t', ',']);
+    }
+    found.into_iter().filter_map(|(scheme, parameters)| challenge(&scheme, parameters)).collect()
+}
+
+/// A token, or a quoted string with its escapes taken out; and what follows it.
+fn parse_value(text: &str) -> (String, &str) {
+    let Some(quoted) = text.strip_prefix('"') else {
+        let end = text.find([' ', '\t', ',']).unwrap_or(text.len());
+        return (text[..end].to_owned(), &text[end..]);
+    };
+    let mut value = String::new();
+    let mut characters = quoted.char_indices();
+    while let Some((at, character)) = characters.next() {
+        match character {
+            '"' => return (value, &quoted[at + 1..]),
+            '\\' => value.extend(characters.next().map(|(_, escaped)| escaped)),
+            other => value.push(other),
+        }
+    }
+    (value, "")
+}
+
+fn challenge(scheme: &str, mut parameters: HashMap<String, String>) -> Option<Challenge> {
+    match scheme {
+        "basic" => Some(Challenge::Basic),
+        "bearer" => Some(Challenge::Bearer {
+            realm: parameters.remove("realm")?,
+            service: parameters.remove("service"),
+            scope: parameters.remove("scope"),
+        }),
+        _ => None,
+    }
+}
+
+/// What a token is for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Scope {
+    /// The registry's origin, such as `https://registry.example`.
+    pub(super) origin: String,
+    /// Host with its port: the key of credentials.
+    pub(super) host: String,
+    pub(super) repository: String,
+    /// `pull` or `pull,push`.
+    pub(super) actions: &'static str,
+}
+
+/// Tokens by what they are for.
+#[derive(Default)]
+pub(super) struct TokenCache {
+    slots: Mutex<HashMap<Scope, Arc<Mutex<Slot>>>>,
+}
+
+#[derive(Default)]
+struct Slot {
+    header: Option<HeaderValue>,
+    replace_at: Option<Instant>,
+    /// The last challenge, for refreshing ahead of time and after a 403 that brings none.
+    challenges: Vec<Challenge>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is guarded is replaced whole, so it is sound after a panic elsewhere.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl TokenCache {
+    fn slot(&self, scope: &Scope) -> Arc<Mutex<Slot>> {
+        lock(&self.slots).entry(scope.clone()).or_default().clone()
+    }
+
+    /// What to send as `Authorization`, as far as we know; a token about to run out is replaced first.
+    pub(super) fn current(
+        &self,
+        services: &Services,
+        scope: &Scope,
+        deadline: Instant,
+    ) -> Result<Option<HeaderValue>, RegistryError> {
+        let slot = self.slot(scope);
+        let mut slot = lock(&slot);
+        if slot.replace_at.is_some_and(|at| at <= Instant::now()) {
+            let challenges = slot.challenges.clone();
+            answer(services, scope, &challenges, deadline, &mut slot)?;
+        }
+        Ok(slot.header.clone())
+    }
+
+    /// A new `Authorization` after `refused` was answered with 401 or 403; `None` when there is nothing
+    /// new to try, and an error that says why when it could not be had.
+    pub(super) fn renew(
+        &self,
+        services: &Services,
+        scope: &Scope,
+        refused: Option<&HeaderValue>,
+        challenges: Vec<Challenge>,
+        deadline: Instant,
+    ) -> Result<Option<HeaderValue>, RegistryError> {
+        let slot = self.slot(scope);
+        let mut slot = lock(&slot);
+        if let Some(header) = &slot.header
+            && Some(header) != refused
+        {
+            return Ok(Some(header.clone())); // Another thread was quicker.
+        }
+        let challenges = if challenges.is_empty() { slot.challenges.clone() } else { challenges };
+        if challenges.is_empty() {
+            return Ok(None);
+        }
+        let header = answer(services, scope, &challenges, deadline, &mut slot)?;
+        Ok(Some(header).filter(|header| Some(header) != refused))
+    }
+}
+
+/// Answers the best of `challenges` and remembers the answer in `slot`.
+fn answer(
+    services: &Services,
+    scope: &Scope,
+    challenges: &[Challenge],
+    deadline: Instant,
+    slot: &mut Slot,
+) -> Result<HeaderValue, RegistryError> {
+    let (credential, problem) = match services.credentials.find(&scope.host, &scope.repository) {
+        Ok(credential) => (credential, None),
+        Err(problem) => {
+            tracing::warn!(%problem, "registry: going on without credentials");
+            (None, Some(problem.to_string()))
+        }
+    };
+    let asker = Asker { services, scope, credential, problem, deadline };
+    let bearer = challenges.iter().find(|challenge| matches!(challenge, Challenge::Bearer { .. }));
+    let (header, life) = match bearer.or(challenges.first()) {
+        Some(Challenge::Bearer { realm, service, scope }) => {
+            asker.token(realm, service.as_deref(), scope.as_deref())?
+        }
+        Some(Challenge::Basic) => (asker.basic_header()?, None),
+        None => {
+            return Err(
+                asker.denied("it offers no way to log in that is known here (Bearer, Basic)")
+            );
+        }
+    };
+    *slot = Slot {
+        header: Some(header.clone()),
+        replace_at: life
+            .map(|life| Instant::now() + life - (life / 4).min(Duration::from_secs(30))),
+        challenges: challenges.to_vec(),
+    };
+    Ok(header)
+}
+
+struct Asker<'a> {
+    services: &'a Services,
+    scope: &'a Scope,
+    credential: Option<Credential>,
+    problem: Option<String>,
+    deadline: Instant,
+}
+
+#[derive(Deserialize)]
+struct TokenAnswer {
+    token: Option<String>,
+    access_token: Option<String>,
+    expires_in: Option<u64>,
+}
+
+impl Asker<'_> {
+    fn denied(&self, reason: &str) -> RegistryError {
+        let hint = match (&self.problem, &self.credential) {
+            (Some(problem), _) => format!("; {problem}"),
+            (None, None) => format!("; no credentials were found for {}", self.scope.host),
+            (None, Some(_)) => String::new(),
+        };
+        RegistryError::Denied {
+            what: format!("{}/{}", self.scope.host, self.scope.repository),
+            host: self.scope.host.clone(),
+            reason: format!("{reason}{hint}"),
+        }
+    }
+
+    fn basic_header(&self) -> Result<HeaderValue, RegistryError> {
+        let Some(Credential::Password { user, password }) = &self.credential else {
+            return Err(self.denied("it wants a user name and a password"));
+        };
+        secret_header(format!("Basic {}", STANDARD.encode(format!("{user}:{password}"))))
+            .ok_or_else(|| self.denied("the password cannot be sent"))
+    }
+
+    fn token(
+        &self,
+        realm: &str,
+        service: Option<&str>,
+        scope: Option<&str>,
+    ) -> Result<(HeaderValue, Option<Duration>), RegistryError> {
+        let what = format!("a token for {}/{}", self.scope.host, self.scope.repository);
+        let request = self.token_request(realm, service, scope)?;
+        let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
+        let reply = self
+            .services
+            .transport
+            .send(request, Some(self.deadline))
+            .map_err(|error| self.services.broken(&what, &host, &error))?;
+        if reply.status == 401 || reply.status == 403 {
+            let text = super::client::read_complaint(reply.body);
+            return Err(self.denied(&format!("the token service {host} refused{}", join(&text))));
+        }
+        if reply.status != 200 {
+            return Err(super::client::refusal(&what, &host, &self.scope.host, reply));
+        }
+        let body = reply
+            .body
+            .collect(TOKEN_ANSWER_LIMIT)
+            .map_err(|error| self.services.broken(&what, &host, &error))?;
+        let protocol = |rule: &str| RegistryError::Protocol {
+            what: what.clone(),
+            host: host.clone(),
+            rule: rule.into(),
+        };
+        let answer: TokenAnswer = serde_json::from_slice(&body)
+            .map_err(|_| protocol("the token service's answer is not the JSON it should be"))?;
+        let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
+        let token = token.ok_or_else(|| protocol("the token service's answer holds no token"))?;
+        let header = secret_header(format!("Bearer {token}"))
+            .ok_or_else(|| protocol("the token holds characters that cannot be sent"))?;
+        let life = answer
+            .expires_in
+            .filter(|seconds| *seconds > 0)
+            .map_or(DEFAULT_TOKEN_LIFE, Duration::from_secs);
+        // A day at most: the clock arithmetic has a bound, and a wrong number does no harm.
+        Ok((header, Some(life.min(Duration::from_secs(86_400)))))
+    }
+
+    fn token_request(
+        &self,
+        realm: &str,
+        service: Option<&str>,
+        scope: Option<&str>,
+    ) -> Result<Request<Bytes>, RegistryError> {
+        let wrong = || RegistryError::Protocol {
+            what: format!("a token for {}/{}", self.scope.host, self.scope.repository),
+            host: self.scope.host.clone(),
+            rule: format!("its token service {realm:?} is not a URL that can be used"),
+        };
+        let own_scope = format!("repository:{}:{}", self.scope.repository, self.scope.actions);
+        let scopes = scope.filter(|scope| !scope.is_empty()).unwrap_or(&own_scope);
+        let mut query = String::new();
+        let mut add = |name: &str, value: &str| {
+            let joint = if query.is_empty() { "" } else { "&" };
+            query.push_str(&format!("{joint}{name}={}", utf8_percent_encode(value, QUERY_VALUE)));
+        };
+        if let Some(service) = service {
+            add("service", service);
+        }
+        let refresh = matches!(self.credential, Some(Credential::IdentityToken(_)));
+        if refresh {
+            add("scope", scopes);
+        } else {
+            // Several scopes of one challenge are several parameters (distribution, token/scope).
+            scopes.split_ascii_whitespace().for_each(|scope| add("scope", scope));
+        }
+        if let Some(Credential::IdentityToken(token)) = &self.credential {
+            add("grant_type", "refresh_token");
+            add("client_id", "turbobd");
+            add("refresh_token", token);
+        }
+        let base: Uri = realm.parse().map_err(|_| wrong())?;
+        self.check_realm(&base).ok_or_else(wrong)?;
+        let joint = if realm.contains('?') { '&' } else { '?' };
+        let request = Request::builder()
+            .header(ACCEPT, "application/json")
+            .header(USER_AGENT, &self.services.user_agent);
+        let built = if refresh {
+            request
+                .method(Method::POST)
+                .uri(base)
+                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+                .body(query.into())
+        } else {
+            let mut request = request.method(Method::GET).uri(format!("{realm}{joint}{query}"));
+            if let Some(Credential::Password { .. }) = &self.credential {
+                request = request.header(AUTHORIZATION, self.basic_header()?);
+            }
+            request.body(Bytes::new())
+        };
+        built.map_err(|_| wrong())
+    }
+
+    /// A registry reached by TLS must not make us send a password in the clear.
+    fn check_realm(&self, realm: &Uri) -> Option<()> {
+        let origin: Uri = self.scope.origin.parse().ok()?;
+        let clear = realm.scheme_str() == Some("http");
+        let known = clear || realm.scheme_str() == Some("https");
+        let loopback = realm.host().is_some_and(super::proxy::is_loopback);
+        let harmless =
+            origin.scheme_str() == Some("http") || loopback || same_origin(realm, &origin);
+        (known && realm.host().is_some() && (!clear || harmless || self.credential.is_none()))
+            .then_some(())
+    }
+}
+
+fn secret_header(text: String) -> Option<HeaderValue> {
+    let mut value = HeaderValue::try_from(text).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+fn join(text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!(": {text}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bearer(realm: &str, service: Option<&str>, scope: Option<&str>) -> Challenge {
+        Challenge::Bearer {
+            realm: realm.into(),
+            service: service.map(Into::into),
+            scope: scope.map(Into::into),
+        }
+    }
+
+    #[test]
+    fn several_challenges_in_one_field_are_told_apart() {
+        let field = r#"Negotiate, Digest realm="x", qop="auth, int", Basic realm="r, \"q\"", Bearer realm="https://a/t",service="s",scope="repository:a/b:pull,push""#;
+        let expected = vec![
+            Challenge::Basic,
+            bearer("https://a/t", Some("s"), Some("repository:a/b:pull,push")),
+        ];
+        assert_eq!(parse_field(field), expected);
+        let spaced = "bearer  realm = https://a/t , SERVICE=s";
+        assert_eq!(parse_field(spaced), vec![bearer("https://a/t", Some("s"), None)]);
+    }
+
+    #[test]
+    fn no_text_of_a_server_makes_the_parser_fail() {
+        for text in [
+            "",
+            ",",
+            "=",
+            "Bearer",
+            "Bearer realm",
+            "Bearer realm=",
+            "Bearer realm=\"",
+            "==,=,\"",
+            "é é=é",
+            "Basic =",
+        ] {
+            let _ = parse_field(text);
+        }
+        assert_eq!(parse_field("Bearer service=\"s\""), vec![], "a realm is required");
+    }
+}
+
+#[cfg(test)]
+mod properties {
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_field_is_parsed_to_its_end(text in ".{0,80}") {
+            let _ = super::parse_field(&text);
+        }
+    }
+}

@@ -1,0 +1,473 @@
+//! A client, its options, and one authorised exchange.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use hyper::header::{
+    ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, LOCATION, RETRY_AFTER, USER_AGENT,
+};
+use hyper::http::uri::Authority;
+use hyper::{HeaderMap, Method, Request, Uri};
+use serde::Deserialize;
+
+use super::auth::{Scope, TokenCache, parse_challenges};
+use super::credentials::{Credential, CredentialStore};
+use super::error::RegistryError;
+use super::proxy::{Proxies, is_loopback};
+use super::redirect::{MAX_HOPS, resolve, same_origin};
+use super::repository::Repository;
+use super::retry::{RetryPolicy, parse_retry_after};
+use super::tls::{self, ClientCertificate};
+use super::transport::{Body, Reply, Timeouts, Transport, TransportError};
+
+/// How to reach registries. The default is what docker would do on this machine.
+#[derive(Clone, Debug)]
+pub struct ClientOptions {
+    /// Speak HTTP without TLS. Hosts of this machine are spoken to so without being asked, unless
+    /// authorities or a client certificate are given.
+    pub plain: bool,
+    /// Believe any certificate.
+    pub insecure: bool,
+    /// Authorities to believe besides the platform's: PEM files, or directories of them.
+    pub authorities: Vec<PathBuf>,
+    /// What to show to a registry that wants a certificate.
+    pub certificate: Option<ClientCertificate>,
+    /// Used for every registry that is asked, before any file.
+    pub credential: Option<Credential>,
+    /// Files of docker's form, in order.
+    pub credential_files: Vec<PathBuf>,
+    /// The way out.
+    pub proxies: Proxies,
+    /// How long each stage may be silent.
+    pub timeouts: Timeouts,
+    /// How often and how long a request or read is tried.
+    pub retry: RetryPolicy,
+    /// What to call ourselves.
+    pub user_agent: String,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        Self {
+            plain: false,
+            insecure: false,
+            authorities: Vec::new(),
+            certificate: None,
+            credential: None,
+            credential_files: CredentialStore::default_files(),
+            proxies: Proxies::Environment,
+            timeouts: Timeouts::default(),
+            retry: RetryPolicy::default(),
+            user_agent: concat!("turbobd/", env!("CARGO_PKG_VERSION")).to_owned(),
+        }
+    }
+}
+
+/// A pool of connections and tokens. Clones share both.
+#[derive(Clone)]
+pub struct Client {
+    services: Arc<Services>,
+}
+
+/// What all repositories of a client share.
+pub(super) struct Services {
+    pub(super) transport: Transport,
+    pub(super) credentials: CredentialStore,
+    pub(super) tokens: TokenCache,
+    pub(super) user_agent: HeaderValue,
+    pub(super) retry: RetryPolicy,
+    plain: bool,
+    /// Speak plainly to this machine without being asked.
+    plain_loopback: bool,
+}
+
+impl Client {
+    /// A client with these options.
+    ///
+    /// # Errors
+    /// [`RegistryError::Setup`] naming the certificate, key or authority that cannot be used.
+    pub fn new(options: ClientOptions) -> Result<Self, RegistryError> {
+        let tls =
+            tls::configure(&options.authorities, options.certificate.as_ref(), options.insecure)?;
+        let user_agent = HeaderValue::try_from(options.user_agent).map_err(|_| {
+            RegistryError::Setup { reason: "the user agent cannot be sent in a header".to_owned() }
+        })?;
+        let services = Services {
+            transport: Transport::new(tls, &options.proxies, options.timeouts),
+            credentials: CredentialStore {
+                explicit: options.credential,
+                files: options.credential_files,
+            },
+            tokens: TokenCache::default(),
+            user_agent,
+            retry: options.retry,
+            plain: options.plain,
+            plain_loopback: options.authorities.is_empty() && options.certificate.is_none(),
+        };
+        Ok(Self { services: Arc::new(services) })
+    }
+
+    /// The repository `name` on `host`: `registry.example`, `127.0.0.1:5000`, `docker.io`. A host may be
+    /// given as `http://…` or `https://…` to settle whether TLS is spoken.
+    ///
+    /// # Errors
+    /// [`RegistryError::BadName`] when the two cannot be part of a URL.
+    pub fn repository(&self, host: &str, name: &str) -> Result<Repository, RegistryError> {
+        Ok(Repository::new(Arc::new(Place::new(self.services.clone(), host, name)?)))
+    }
+}
+
+impl Services {
+    /// What a failed exchange with `host` means.
+    pub(super) fn broken(&self, what: &str, host: &str, error: &TransportError) -> RegistryError {
+        let (what, host) = (what.to_owned(), host.to_owned());
+        match error {
+            TransportError::Untrusted(reason) => {
+                RegistryError::Untrusted { host, reason: reason.clone() }
+            }
+            TransportError::TooLarge(limit) => RegistryError::TooLarge { what, limit: *limit },
+            TransportError::Reader(source) => {
+                RegistryError::Upload { what, source: source.clone() }
+            }
+            other => RegistryError::Unreachable { what, host, reason: other.to_string() },
+        }
+    }
+}
+
+/// One repository of one registry.
+pub(super) struct Place {
+    pub(super) services: Arc<Services>,
+    /// The registry as the user names it, with its port.
+    pub(super) host: String,
+    /// Scheme and authority to connect to.
+    pub(super) origin: Uri,
+    pub(super) name: String,
+}
+
+impl Place {
+    fn new(services: Arc<Services>, host: &str, name: &str) -> Result<Self, RegistryError> {
+        let bad_host = || RegistryError::BadName {
+            text: host.to_owned(),
+            expected: "a registry host with an optional port",
+        };
+        let (scheme, bare) = match host.split_once("://") {
+            Some((scheme @ ("http" | "https"), bare)) => (Some(scheme), bare),
+            Some(_) => return Err(bad_host()),
+            None => (None, host),
+        };
+        let authority: Authority = bare.parse().map_err(|_| bad_host())?;
+        if authority.host().is_empty() || bare.contains('@') {
+            return Err(bad_host());
+        }
+        let plain = services.plain || (services.plain_loopback && is_loopback(authority.host()));
+        let scheme = scheme.unwrap_or(if plain { "http" } else { "https" });
+        // docker's hub is served by another host than its name says, and its own images lie in `library`.
+        let hub = matches!(bare, "docker.io" | "index.docker.io");
+        let connect = if hub { "registry-1.docker.io" } else { bare };
+        let name =
+            if hub && !name.contains('/') { format!("library/{name}") } else { name.to_owned() };
+        if !is_repository_name(&name) {
+            let expected = "a repository name (lower-case letters, digits, and . _ - between them, parts separated by /)";
+            return Err(RegistryError::BadName { text: name, expected });
+        }
+        let origin = format!("{scheme}://{connect}/").parse().map_err(|_| bad_host())?;
+        Ok(Self { services, host: bare.to_owned(), origin, name })
+    }
+
+    /// A URL below `/v2/<name>/`. `path` holds only characters that need no encoding.
+    pub(super) fn url(&self, path: &str) -> Result<Uri, RegistryError> {
+        let text = format!("{}v2/{}/{path}", self.origin, self.name);
+        text.parse().map_err(|_| RegistryError::BadName { text, expected: "a URL" })
+    }
+
+    /// `blob sha256:… of registry.example/team/app`.
+    pub(super) fn describe(&self, item: &str) -> String {
+        format!("{item} of {}/{}", self.host, self.name)
+    }
+
+    pub(super) fn scope(&self, actions: &'static str) -> Scope {
+        let (scheme, authority) = (self.origin.scheme_str(), self.origin.authority());
+        let origin = format!(
+            "{}://{}",
+            scheme.unwrap_or("https"),
+            authority.map_or("", |authority| authority.as_str())
+        );
+        Scope { origin, host: self.host.clone(), repository: self.name.clone(), actions }
+    }
+
+    /// Sends `call`, proves who we are when asked, and follows redirects. Any other answer is returned
+    /// as it is.
+    pub(super) fn exchange(
+        &self,
+        call: &Call,
+        deadline: Option<Instant>,
+    ) -> Result<Landed, RegistryError> {
+        let token_deadline =
+            deadline.unwrap_or_else(|| Instant::now() + self.services.retry.deadline);
+        let scope = self.scope(call.actions);
+        let mut url = call.url.clone();
+        // Once a redirect has left the registry, nothing brings `Authorization` back.
+        let mut at_home = same_origin(&url, &self.origin);
+        let (mut renewed, mut hops) = (false, 0);
+        loop {
+            let tokens = &self.services.tokens;
+            let header = if at_home {
+                tokens.current(&self.services, &scope, token_deadline)?
+            } else {
+                None
+            };
+            let request = self.request(call, &url, header.as_ref())?;
+            let sent = self.services.transport.send(request, deadline);
+            let reply =
+                sent.map_err(|error| self.services.broken(&call.what, authority(&url), &error))?;
+            if at_home && !renewed && matches!(reply.status.as_u16(), 401 | 403) {
+                renewed = true;
+                let challenges = parse_challenges(&reply.headers);
+                let fresh = tokens.renew(
+                    &self.services,
+                    &scope,
+                    header.as_ref(),
+                    challenges,
+                    token_deadline,
+                )?;
+                if fresh.is_some() {
+                    reply.body.discard();
+                    continue;
+                }
+            } else if is_redirect(&reply) && matches!(call.method, Method::GET | Method::HEAD) {
+                hops += 1;
+                let next = self.next_hop(call, &url, &reply, hops)?;
+                reply.body.discard();
+                at_home = at_home && same_origin(&next, &url);
+                url = next;
+                continue;
+            }
+            return Ok(Landed { reply, url, away: !at_home });
+        }
+    }
+
+    pub(super) fn request(
+        &self,
+        call: &Call,
+        url: &Uri,
+        authorization: Option<&HeaderValue>,
+    ) -> Result<Request<Bytes>, RegistryError> {
+        let mut request = Request::builder()
+            .method(call.method.clone())
+            .uri(url.clone())
+            .body(call.body.clone())
+            .map_err(|_| RegistryError::BadName { text: url.to_string(), expected: "a URL" })?;
+        let headers = request.headers_mut();
+        headers.extend(call.headers.clone());
+        headers.insert(USER_AGENT, self.services.user_agent.clone());
+        // Bytes are named by digest and position: nobody may compress them on the way.
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if let Some(value) = authorization {
+            headers.insert(AUTHORIZATION, value.clone());
+        }
+        Ok(request)
+    }
+
+    fn next_hop(
+        &self,
+        call: &Call,
+        url: &Uri,
+        reply: &Reply,
+        hops: u32,
+    ) -> Result<Uri, RegistryError> {
+        let protocol = |rule: String| RegistryError::Protocol {
+            what: call.what.clone(),
+            host: authority(url).to_owned(),
+            rule,
+        };
+        if hops > MAX_HOPS {
+            return Err(protocol(format!("it redirects more than {MAX_HOPS} times")));
+        }
+        let location = reply.headers.get(LOCATION).and_then(|value| value.to_str().ok());
+        let next = location.and_then(|location| resolve(url, location));
+        let next = next.ok_or_else(|| protocol("its redirect leads to no HTTP URL".to_owned()))?;
+        // Blobs are checked by digest wherever they come from; names and manifests by tag are not.
+        let downgrade = url.scheme_str() == Some("https") && next.scheme_str() == Some("http");
+        if downgrade && !call.verified {
+            return Err(protocol(format!(
+                "it redirects from TLS to plain HTTP at {}",
+                authority(&next)
+            )));
+        }
+        Ok(next)
+    }
+}
+
+/// What is to be asked. `what` is for messages.
+pub(super) struct Call {
+    pub(super) method: Method,
+    pub(super) url: Uri,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Bytes,
+    pub(super) actions: &'static str,
+    /// Whether what comes back is checked by digest.
+    pub(super) verified: bool,
+    pub(super) what: String,
+}
+
+impl Call {
+    pub(super) fn new(method: Method, url: Uri, what: String) -> Self {
+        let writes = !matches!(method, Method::GET | Method::HEAD);
+        let actions = if writes { "pull,push" } else { "pull" };
+        Self {
+            method,
+            url,
+            headers: HeaderMap::new(),
+            body: Bytes::new(),
+            actions,
+            verified: false,
+            what,
+        }
+    }
+
+    pub(super) fn header(mut self, name: hyper::header::HeaderName, value: HeaderValue) -> Self {
+        self.headers.append(name, value);
+        self
+    }
+}
+
+/// An answer, and where it came from after redirects.
+pub(super) struct Landed {
+    pub(super) reply: Reply,
+    pub(super) url: Uri,
+    /// Whether a redirect left the registry.
+    pub(super) away: bool,
+}
+
+impl Landed {
+    pub(super) fn host(&self) -> &str {
+        authority(&self.url)
+    }
+}
+
+pub(super) fn authority(url: &Uri) -> &str {
+    url.authority().map_or("", |authority| authority.as_str())
+}
+
+fn is_redirect(reply: &Reply) -> bool {
+    matches!(reply.status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+/// What an answer that is no success means. `host` gave it, `registry` is the one to log in to.
+pub(super) fn refusal(what: &str, host: &str, registry: &str, reply: Reply) -> RegistryError {
+    let status = reply.status.as_u16();
+    let now = unix_now();
+    let retry_after = reply
+        .headers
+        .get(RETRY_AFTER)
+        .and_then(|value| parse_retry_after(value.to_str().ok()?, now));
+    let what = what.to_owned();
+    match status {
+        404 => RegistryError::NotFound { what },
+        401 | 403 => {
+            let said = read_complaint(reply.body);
+            let reason = if said.is_empty() { format!("it answered {status}") } else { said };
+            RegistryError::Denied { what, host: registry.to_owned(), reason }
+        }
+        429 => RegistryError::RateLimited { what, retry_after },
+        503 if retry_after.is_some() => RegistryError::RateLimited { what, retry_after },
+        _ => RegistryError::Server {
+            what,
+            host: host.to_owned(),
+            status,
+            reason: read_complaint(reply.body),
+        },
+    }
+}
+
+#[derive(Deserialize)]
+struct Complaints {
+    errors: Vec<Complaint>,
+}
+
+#[derive(Deserialize)]
+struct Complaint {
+    #[serde(default)]
+    code: String,
+    #[serde(default)]
+    message: String,
+}
+
+/// The text of an error answer: its first `errors` entry (distribution specification, error codes), or
+/// the start of whatever it is. Never more than a line.
+pub(super) fn read_complaint(body: Body) -> String {
+    let Ok(bytes) = body.collect(16 << 10) else { return String::new() };
+    let text = match serde_json::from_slice::<Complaints>(&bytes) {
+        Ok(Complaints { errors }) => errors.first().map_or_else(String::new, |first| {
+            [first.code.as_str(), first.message.as_str()].join(" ").trim().to_owned()
+        }),
+        Err(_) => String::from_utf8_lossy(&bytes).into_owned(),
+    };
+    let line: String =
+        text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect();
+    if line.trim_start().starts_with('<') { String::new() } else { line.trim().to_owned() }
+}
+
+pub(super) fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Distribution specification, "Pulling manifests": the grammar of `<name>`.
+fn is_repository_name(name: &str) -> bool {
+    let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let part = |part: &str| {
+        let bytes = part.as_bytes();
+        bytes.first().is_some_and(|b| letter(*b))
+            && bytes.last().is_some_and(|b| letter(*b))
+            && bytes.iter().all(|b| letter(*b) || b"._-".contains(b))
+            && !part.contains("..")
+    };
+    name.len() <= 255 && name.split('/').all(part)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn origin(
+        options: ClientOptions,
+        host: &str,
+        name: &str,
+    ) -> Result<(String, String), RegistryError> {
+        let repository = Client::new(options)?.repository(host, name)?;
+        let place = repository.place();
+        Ok((place.url("x")?.to_string(), place.host.clone()))
+    }
+
+    #[test]
+    fn a_host_decides_how_it_is_spoken_to() {
+        let url = |host: &str, name: &str| origin(ClientOptions::default(), host, name).unwrap().0;
+        assert_eq!(url("r.example", "a/b"), "https://r.example/v2/a/b/x");
+        assert_eq!(url("127.0.0.1:5000", "a"), "http://127.0.0.1:5000/v2/a/x");
+        assert_eq!(url("https://localhost:5000", "a"), "https://localhost:5000/v2/a/x");
+        assert_eq!(url("docker.io", "alpine"), "https://registry-1.docker.io/v2/library/alpine/x");
+        let plain = ClientOptions { plain: true, ..ClientOptions::default() };
+        assert_eq!(origin(plain, "r.example", "a").unwrap().0, "http://r.example/v2/a/x");
+    }
+
+    #[test]
+    fn names_that_would_lead_elsewhere_are_refused() {
+        for (host, name) in [
+            ("r.example/evil", "a"),
+            ("user@r.example", "a"),
+            ("", "a"),
+            ("ftp://r.example", "a"),
+            ("r.example", "../a"),
+            ("r.example", "a/../b"),
+            ("r.example", "A"),
+            ("r.example", "a//b"),
+            ("r.example", "a?x"),
+            ("r.example", ""),
+        ] {
+            let refused = origin(ClientOptions::default(), host, name);
+            assert!(matches!(refused, Err(RegistryError::BadName { .. })), "{host} {name}");
+        }
+    }
+}

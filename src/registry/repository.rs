@@ -1,0 +1,442 @@
+//! Manifests and uploads of one repository.
+
+use std::io::{self, Cursor, Read};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hyper::header::{
+    ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION,
+};
+use hyper::{Method, Uri};
+
+use super::blob::RemoteBlob;
+use super::client::{Call, Landed, Place, authority, refusal};
+use super::error::RegistryError;
+use super::redirect::{resolve, same_origin};
+use super::retry::{Budget, RetryPolicy};
+use super::stream::BlobReader;
+use crate::oci::Digest;
+
+/// Registries must accept manifests of 4 MiB and need not accept larger ones (distribution
+/// specification, "Pushing manifests").
+const MANIFEST_LIMIT: usize = 4 << 20;
+
+/// Every form in which an image or an index of images is stored.
+const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, \
+    application/vnd.oci.image.manifest.v1+json, \
+    application/vnd.docker.distribution.manifest.list.v2+json, \
+    application/vnd.docker.distribution.manifest.v2+json";
+
+const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+
+/// An upload may take as long as it goes on; only the number of tries counts.
+const UPLOAD_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// A manifest as the registry stores it.
+#[derive(Clone, Debug)]
+pub struct Manifest {
+    /// `Content-Type`, without parameters.
+    pub media_type: String,
+    /// The bytes that `digest` names.
+    pub bytes: Vec<u8>,
+    /// Computed from `bytes`.
+    pub digest: Digest,
+}
+
+/// One repository of one registry. Clones are cheap.
+#[derive(Clone)]
+pub struct Repository {
+    place: Arc<Place>,
+}
+
+impl Repository {
+    pub(super) fn new(place: Arc<Place>) -> Self {
+        Self { place }
+    }
+
+    #[cfg(test)]
+    pub(super) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The registry, as it was named.
+    #[must_use]
+    pub fn host(&self) -> &str {
+        &self.place.host
+    }
+
+    /// The repository's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.place.name
+    }
+
+    fn retry<T>(
+        &self,
+        attempt: impl FnMut(Instant) -> Result<T, RegistryError>,
+    ) -> Result<T, RegistryError> {
+        Budget::new(self.place.services.retry).run(attempt)
+    }
+
+    /// Sends `call` until it is answered with one of `accepted`.
+    fn ask(&self, call: &Call, accepted: &[u16]) -> Result<Landed, RegistryError> {
+        self.retry(|deadline| {
+            let landed = self.place.exchange(call, Some(deadline))?;
+            self.accept(call, landed, accepted)
+        })
+    }
+
+    fn accept(
+        &self,
+        call: &Call,
+        landed: Landed,
+        accepted: &[u16],
+    ) -> Result<Landed, RegistryError> {
+        if accepted.contains(&landed.reply.status.as_u16()) {
+            return Ok(landed);
+        }
+        let host = landed.host().to_owned();
+        Err(refusal(&call.what, &host, &self.place.host, landed.reply))
+    }
+
+    /// The manifest under a tag or a digest, whatever it describes. By digest, the bytes are verified; by
+    /// tag, they are checked against `Docker-Content-Digest` when the registry sends it.
+    ///
+    /// # Errors
+    /// [`RegistryError::TooLarge`] past 4 MiB, [`RegistryError::DigestMismatch`], and all others.
+    pub fn manifest(&self, reference: &str) -> Result<Manifest, RegistryError> {
+        let expected = check_reference(reference)?;
+        let what = self.place.describe(&format!("manifest {reference}"));
+        let url = self.place.url(&format!("manifests/{reference}"))?;
+        let call = Call { verified: expected.is_some(), ..Call::new(Method::GET, url, what) }
+            .header(ACCEPT, HeaderValue::from_static(MANIFEST_TYPES));
+        self.retry(|deadline| {
+            let landed = self.place.exchange(&call, Some(deadline))?;
+            let landed = self.accept(&call, landed, &[200])?;
+            self.read_manifest(&call, landed, expected)
+        })
+    }
+
+    fn read_manifest(
+        &self,
+        call: &Call,
+        landed: Landed,
+        expected: Option<Digest>,
+    ) -> Result<Manifest, RegistryError> {
+        let host = landed.host().to_owned();
+        let headers = &landed.reply.headers;
+        let content_type =
+            headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let media_type = content_type.split(';').next().unwrap_or_default().trim().to_owned();
+        let stated = stated_digest(headers);
+        let body = landed.reply.body.collect(MANIFEST_LIMIT);
+        let bytes = body.map_err(|error| self.place.services.broken(&call.what, &host, &error))?;
+        let digest = Digest::of(&bytes);
+        for expected in expected.into_iter().chain(stated) {
+            if expected != digest {
+                return Err(RegistryError::DigestMismatch {
+                    what: call.what.clone(),
+                    expected: expected.to_string(),
+                    actual: digest.to_string(),
+                });
+            }
+        }
+        Ok(Manifest { media_type, bytes, digest })
+    }
+
+    /// Stores a manifest under a tag or its digest; returns its digest.
+    ///
+    /// # Errors
+    /// See [`RegistryError`]; [`RegistryError::DigestMismatch`] when the registry stored something else.
+    pub fn put_manifest(
+        &self,
+        reference: &str,
+        media_type: &str,
+        bytes: &[u8],
+    ) -> Result<Digest, RegistryError> {
+        let digest = Digest::of(bytes);
+        let what = self.place.describe(&format!("manifest {reference}"));
+        if let Some(named) = check_reference(reference)?.filter(|named| *named != digest) {
+            return Err(RegistryError::DigestMismatch {
+                what,
+                expected: named.to_string(),
+                actual: digest.to_string(),
+            });
+        }
+        let content_type = HeaderValue::from_str(media_type).map_err(|_| {
+            RegistryError::BadName { text: media_type.to_owned(), expected: "a media type" }
+        })?;
+        let url = self.place.url(&format!("manifests/{reference}"))?;
+        let mut call = Call::new(Method::PUT, url, what).header(CONTENT_TYPE, content_type);
+        call.body = Bytes::copy_from_slice(bytes);
+        let landed = self.ask(&call, &[200, 201, 202])?;
+        self.check_stored(&call, &landed, digest)?;
+        landed.reply.body.discard();
+        Ok(digest)
+    }
+
+    fn check_stored(
+        &self,
+        call: &Call,
+        landed: &Landed,
+        digest: Digest,
+    ) -> Result<(), RegistryError> {
+        match stated_digest(&landed.reply.headers) {
+            Some(stored) if stored != digest => Err(RegistryError::DigestMismatch {
+                what: call.what.clone(),
+                expected: digest.to_string(),
+                actual: stored.to_string(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The index of manifests that refer to `digest` (OCI 1.1 referrers), or, from a registry without
+    /// that, the index under the fallback tag `sha256-…`; `None` when there is neither.
+    ///
+    /// # Errors
+    /// See [`RegistryError`].
+    pub fn referrers(&self, digest: &Digest) -> Result<Option<Manifest>, RegistryError> {
+        let what = self.place.describe(&format!("referrers of {digest}"));
+        let url = self.place.url(&format!("referrers/{digest}"))?;
+        let call = Call::new(Method::GET, url, what)
+            .header(ACCEPT, HeaderValue::from_static(MANIFEST_TYPES));
+        let landed = self.retry(|deadline| self.place.exchange(&call, Some(deadline)))?;
+        if landed.reply.status == 200 {
+            let manifest = self.read_manifest(&call, landed, None)?;
+            // Some registries answer anything they do not know with a login page.
+            if manifest.media_type == "application/vnd.oci.image.index.v1+json" {
+                return Ok(Some(manifest));
+            }
+        } else if !matches!(landed.reply.status.as_u16(), 400 | 404 | 405) {
+            self.accept(&call, landed, &[])?;
+        }
+        match self.manifest(&format!("sha256-{}", digest.hex())) {
+            Ok(manifest) => Ok(Some(manifest)),
+            Err(RegistryError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the repository has this blob.
+    ///
+    /// # Errors
+    /// See [`RegistryError`]; "not found" is no error here.
+    pub fn blob_exists(&self, digest: &Digest) -> Result<bool, RegistryError> {
+        let what = self.place.describe(&format!("blob {digest}"));
+        let url = self.place.url(&format!("blobs/{digest}"))?;
+        let call = Call { verified: true, ..Call::new(Method::HEAD, url, what) };
+        match self.ask(&call, &[200]) {
+            Ok(_) => Ok(true),
+            Err(RegistryError::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Range reads of a blob whose `size` in bytes its descriptor gives. Asks nothing yet.
+    ///
+    /// # Errors
+    /// [`RegistryError::BadName`] never happens for a digest, but the URL is built here.
+    pub fn blob(&self, digest: &Digest, size: u64) -> Result<RemoteBlob, RegistryError> {
+        RemoteBlob::new(self.place.clone(), digest, size)
+    }
+
+    /// A blob of `size` bytes from front to end. The caller verifies the digest.
+    ///
+    /// # Errors
+    /// As [`Repository::blob`]; the first read asks the registry.
+    pub fn blob_stream(&self, digest: &Digest, size: u64) -> Result<BlobReader, RegistryError> {
+        BlobReader::new(self.place.clone(), digest, size)
+    }
+
+    /// Stores a blob that is in memory, unless the repository has it; says whether it was sent.
+    ///
+    /// # Errors
+    /// See [`RegistryError`].
+    pub fn push_blob(&self, digest: &Digest, bytes: &Bytes) -> Result<bool, RegistryError> {
+        self.push_blob_from(digest, bytes.len() as u64, &mut || {
+            Ok(Box::new(Cursor::new(bytes.clone())))
+        })
+    }
+
+    /// Stores a blob of `length` bytes, unless the repository has it; says whether it was sent. `open` is
+    /// called for each try and gives the blob from its start.
+    ///
+    /// # Errors
+    /// [`RegistryError::Upload`] when the reader fails or ends early; else see [`RegistryError`].
+    pub fn push_blob_from(
+        &self,
+        digest: &Digest,
+        length: u64,
+        open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>,
+    ) -> Result<bool, RegistryError> {
+        if self.blob_exists(digest)? {
+            return Ok(false);
+        }
+        let upload = Upload {
+            repository: self,
+            digest: *digest,
+            length,
+            what: self.place.describe(&format!("blob {digest}")),
+        };
+        let policy = RetryPolicy { deadline: UPLOAD_DEADLINE, ..self.place.services.retry };
+        let mut in_one = true;
+        Budget::new(policy).run(|_| {
+            if in_one {
+                match upload.whole(open)? {
+                    Stored::Yes => return Ok(()),
+                    Stored::NotThisWay => in_one = false,
+                }
+            }
+            upload.in_pieces(open)
+        })?;
+        Ok(true)
+    }
+}
+
+enum Stored {
+    Yes,
+    /// The registry takes no body with the closing `PUT`.
+    NotThisWay,
+}
+
+/// One blob on its way up (distribution specification, "Pushing blobs").
+struct Upload<'a> {
+    repository: &'a Repository,
+    digest: Digest,
+    length: u64,
+    what: String,
+}
+
+impl Upload<'_> {
+    /// `POST`, then `PUT` with the bytes.
+    fn whole(
+        &self,
+        open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>,
+    ) -> Result<Stored, RegistryError> {
+        let url = self.closing_url(&self.session()?)?;
+        let call = self.call(Method::PUT, url);
+        let landed = self.send(&call, open)?;
+        if matches!(landed.reply.status.as_u16(), 404 | 405 | 411 | 415 | 416 | 501) {
+            return Ok(Stored::NotThisWay);
+        }
+        self.finish(&call, landed)?;
+        Ok(Stored::Yes)
+    }
+
+    /// `POST`, `PATCH` with the bytes, `PUT` without any.
+    fn in_pieces(
+        &self,
+        open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>,
+    ) -> Result<(), RegistryError> {
+        let mut location = self.session()?;
+        if self.length > 0 {
+            let range = format!("0-{}", self.length - 1);
+            let mut call = self.call(Method::PATCH, location);
+            if let Ok(range) = HeaderValue::try_from(range) {
+                call = call.header(hyper::header::CONTENT_RANGE, range);
+            }
+            let landed = self.send(&call, open)?;
+            let landed = self.repository.accept(&call, landed, &[202])?;
+            location = self.location(&landed)?;
+            landed.reply.body.discard();
+        }
+        let call = self
+            .call(Method::PUT, self.closing_url(&location)?)
+            .header(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        let landed = self.repository.place.exchange(&call, None)?;
+        self.finish(&call, landed)
+    }
+
+    fn call(&self, method: Method, url: Uri) -> Call {
+        Call::new(method, url, self.what.clone())
+            .header(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))
+    }
+
+    /// Opens an upload and says where it goes on.
+    fn session(&self) -> Result<Uri, RegistryError> {
+        let url = self.repository.place.url("blobs/uploads/")?;
+        let call = Call::new(Method::POST, url, self.what.clone())
+            .header(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        let landed = self.repository.ask(&call, &[202])?;
+        let location = self.location(&landed)?;
+        landed.reply.body.discard();
+        Ok(location)
+    }
+
+    fn location(&self, landed: &Landed) -> Result<Uri, RegistryError> {
+        let location = landed.reply.headers.get(LOCATION).and_then(|value| value.to_str().ok());
+        location.and_then(|location| resolve(&landed.url, location)).ok_or_else(|| {
+            RegistryError::Protocol {
+                what: self.what.clone(),
+                host: landed.host().to_owned(),
+                rule: "it accepted an upload without a Location to send it to".to_owned(),
+            }
+        })
+    }
+
+    fn closing_url(&self, location: &Uri) -> Result<Uri, RegistryError> {
+        let joint = if location.query().is_some() { '&' } else { '?' };
+        let text = format!("{location}{joint}digest=sha256%3A{}", self.digest.hex());
+        text.parse().map_err(|_| RegistryError::BadName { text, expected: "a URL" })
+    }
+
+    /// Sends the blob's bytes as the body of `call`. The token is at most seconds old, from the session.
+    fn send(
+        &self,
+        call: &Call,
+        open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>,
+    ) -> Result<Landed, RegistryError> {
+        let place = &self.repository.place;
+        let header = if same_origin(&call.url, &place.origin) {
+            let deadline = Instant::now() + place.services.retry.deadline;
+            place.services.tokens.current(&place.services, &place.scope(call.actions), deadline)?
+        } else {
+            None
+        };
+        let mut request = place.request(call, &call.url, header.as_ref())?.map(|_| ());
+        request.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(self.length));
+        let mut reader = open().map_err(|source| RegistryError::Upload {
+            what: self.what.clone(),
+            source: source.into(),
+        })?;
+        let sent = place.services.transport.upload(request, &mut *reader, self.length);
+        let reply =
+            sent.map_err(|error| place.services.broken(&self.what, authority(&call.url), &error))?;
+        Ok(Landed { reply, url: call.url.clone(), away: false })
+    }
+
+    fn finish(&self, call: &Call, landed: Landed) -> Result<(), RegistryError> {
+        let landed = self.repository.accept(call, landed, &[200, 201, 204])?;
+        self.repository.check_stored(call, &landed, self.digest)?;
+        landed.reply.body.discard();
+        Ok(())
+    }
+}
+
+/// `Docker-Content-Digest`, when it is one that can be checked.
+fn stated_digest(headers: &HeaderMap) -> Option<Digest> {
+    headers.get(DOCKER_CONTENT_DIGEST)?.to_str().ok()?.trim().parse().ok()
+}
+
+/// A tag (distribution specification, "Pulling manifests") or a digest, which is returned.
+fn check_reference(reference: &str) -> Result<Option<Digest>, RegistryError> {
+    if reference.contains(':') {
+        let expected = "a digest (sha256: and 64 lower-case hexadecimal digits)";
+        let digest = reference.parse();
+        return digest
+            .map(Some)
+            .map_err(|_| RegistryError::BadName { text: reference.to_owned(), expected });
+    }
+    let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    let bytes = reference.as_bytes();
+    let tag = bytes.len() <= 128
+        && bytes.first().is_some_and(|b| word(*b))
+        && bytes.iter().all(|b| word(*b) || b".-".contains(b));
+    if tag {
+        Ok(None)
+    } else {
+        Err(RegistryError::BadName { text: reference.to_owned(), expected: "a tag or a digest" })
+    }
+}

@@ -1,0 +1,124 @@
+//! One blob from front to end, resumed where it broke.
+//!
+//! For the converter, which needs every byte of a layer once. A connection that breaks after 9 GB of 10
+//! is continued by a range request; from a registry without ranges the blob is fetched again and
+//! the known part thrown away, which is slow but gets there.
+
+use std::io::{self, Read};
+use std::sync::Arc;
+
+use bytes::{Buf as _, Bytes};
+
+use super::blob::{BlobAddress, RangeBody};
+use super::client::Place;
+use super::error::RegistryError;
+use super::retry::Budget;
+use crate::oci::Digest;
+
+/// Progress after which the count of tries starts anew: a link that gives less between two breaks is
+/// not worth holding on to.
+const PROGRESS: u64 = 64 << 10;
+
+/// Reads a whole blob. Exactly its size in bytes, or an [`io::Error`] that holds a [`RegistryError`]; whether
+/// they are the right bytes is for the caller to verify.
+pub struct BlobReader {
+    blob: BlobAddress,
+    body: Option<RangeBody>,
+    frame: Bytes,
+    /// Bytes that arrived, delivered or in `frame`.
+    received: u64,
+    /// Bytes of the present body to throw away: it started at 0.
+    skip: u64,
+    received_at_break: u64,
+    ranges_ignored: bool,
+    budget: Budget,
+}
+
+impl BlobReader {
+    pub(super) fn new(
+        place: Arc<Place>,
+        digest: &Digest,
+        size: u64,
+    ) -> Result<Self, RegistryError> {
+        let what = place.describe(&format!("blob {digest}"));
+        let budget = Budget::new(place.services.retry);
+        let blob = BlobAddress::new(place, digest, size, what)?;
+        Ok(Self {
+            blob,
+            body: None,
+            frame: Bytes::new(),
+            received: 0,
+            skip: 0,
+            received_at_break: 0,
+            ranges_ignored: false,
+            budget,
+        })
+    }
+
+    /// Size of the blob in bytes, by its descriptor.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.blob.size
+    }
+
+    /// Fetches the next frame; `false` at the end of the blob.
+    fn advance(&mut self) -> Result<bool, RegistryError> {
+        while self.received < self.blob.size {
+            match self.try_advance() {
+                Ok(()) if self.frame.is_empty() => {}
+                Ok(()) => return Ok(true),
+                Err(RegistryError::RangeIgnored { .. }) if !self.ranges_ignored => {
+                    self.ranges_ignored = true
+                }
+                Err(error) => {
+                    self.body = None;
+                    if self.received - self.received_at_break >= PROGRESS {
+                        self.budget.renew();
+                    }
+                    self.received_at_break = self.received;
+                    self.budget.pause(error)?;
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn try_advance(&mut self) -> Result<(), RegistryError> {
+        let mut body = match self.body.take() {
+            Some(body) => body,
+            None => {
+                let from = if self.ranges_ignored { 0 } else { self.received };
+                self.skip = self.received - from;
+                self.blob.open(from..self.blob.size, None)?
+            }
+        };
+        let Some(mut frame) = body.next_frame()? else { return Ok(()) };
+        let known = self.skip.min(frame.len() as u64);
+        frame.advance(usize::try_from(known).unwrap_or(frame.len()));
+        self.skip -= known;
+        let received = self.received + frame.len() as u64;
+        if received == self.blob.size {
+            // The end must be the end: this reads the mark, and gives the connection back.
+            body.next_frame()?;
+        } else {
+            self.body = Some(body);
+        }
+        self.received = received;
+        self.frame = frame;
+        Ok(())
+    }
+}
+
+impl Read for BlobReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        if self.frame.is_empty() && !self.advance().map_err(io::Error::other)? {
+            return Ok(0);
+        }
+        let count = buf.len().min(self.frame.len());
+        self.frame.copy_to_slice(&mut buf[..count]);
+        Ok(count)
+    }
+}

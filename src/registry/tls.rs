@@ -1,0 +1,155 @@
+//! Whom to believe: the platform's authorities, the user's, and our own certificate.
+//!
+//! The cryptography is named explicitly (ring): two providers in one program without a default make
+//! rustls panic at its first handshake.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use super::error::RegistryError;
+
+/// A certificate that this client shows to registries that ask for one.
+#[derive(Clone, Debug)]
+pub struct ClientCertificate {
+    /// PEM file with the certificate and what stands between it and its authority.
+    pub certificate: PathBuf,
+    /// PEM file with its private key.
+    pub key: PathBuf,
+}
+
+/// Builds the TLS side of a client.
+///
+/// # Errors
+/// [`RegistryError::Setup`] naming the file that cannot be used.
+pub(super) fn configure(
+    authorities: &[PathBuf],
+    certificate: Option<&ClientCertificate>,
+    insecure: bool,
+) -> Result<ClientConfig, RegistryError> {
+    let setup = |reason: String| RegistryError::Setup { reason };
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| setup(error.to_string()))?;
+    let builder = if insecure {
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(BelieveAnyone(provider)))
+    } else {
+        builder.with_root_certificates(roots(authorities)?)
+    };
+    let Some(ClientCertificate { certificate, key }) = certificate else {
+        return Ok(builder.with_no_client_auth());
+    };
+    let chain = certificates(certificate)?;
+    let private = PrivateKeyDer::from_pem_file(key).map_err(|error| {
+        setup(format!("{} holds no private key in PEM form: {error}", key.display()))
+    })?;
+    builder.with_client_auth_cert(chain, private).map_err(|error| {
+        setup(format!("{} and {} do not fit: {error}", certificate.display(), key.display()))
+    })
+}
+
+/// The platform's authorities and those in `files`: PEM bundles, or directories of `*.crt` and `*.pem`.
+fn roots(files: &[PathBuf]) -> Result<RootCertStore, RegistryError> {
+    let mut store = RootCertStore::empty();
+    store.add_parsable_certificates(platform_roots().iter().cloned());
+    for path in files {
+        for file in bundle_files(path)? {
+            for authority in certificates(&file)? {
+                store.add(authority).map_err(|error| RegistryError::Setup {
+                    reason: format!(
+                        "{} holds a certificate that is no authority: {error}",
+                        file.display()
+                    ),
+                })?;
+            }
+        }
+    }
+    Ok(store)
+}
+
+fn bundle_files(path: &Path) -> Result<Vec<PathBuf>, RegistryError> {
+    if !path.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let unreadable =
+        |error| RegistryError::Setup { reason: format!("Cannot list {}: {error}", path.display()) };
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(unreadable)? {
+        let file = entry.map_err(unreadable)?.path();
+        if file.extension().is_some_and(|ext| ext == "crt" || ext == "pem") {
+            files.push(file);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Read once a process: some platforms have hundreds of files of them.
+fn platform_roots() -> &'static [CertificateDer<'static>] {
+    static ROOTS: OnceLock<Vec<CertificateDer<'static>>> = OnceLock::new();
+    ROOTS.get_or_init(|| {
+        let found = rustls_native_certs::load_native_certs();
+        for error in &found.errors {
+            tracing::warn!(%error, "registry: some authorities of this machine cannot be read");
+        }
+        found.certs
+    })
+}
+
+fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, RegistryError> {
+    let setup = |error: &dyn std::fmt::Display| RegistryError::Setup {
+        reason: format!("{} holds no certificate in PEM form: {error}", file.display()),
+    };
+    let chain: Result<Vec<_>, _> =
+        CertificateDer::pem_file_iter(file).map_err(|error| setup(&error))?.collect();
+    let chain = chain.map_err(|error| setup(&error))?;
+    if chain.is_empty() {
+        return Err(setup(&"it is empty"));
+    }
+    Ok(chain)
+}
+
+/// `--insecure`: any certificate will do. Signatures of the handshake are still checked.
+#[derive(Debug)]
+struct BelieveAnyone(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for BelieveAnyone {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,502 @@
+//! One request at a time, synchronously, over sockets that live elsewhere.
+//!
+//! [`Transport::send`] hands a request to an I/O thread and blocks until the head of the answer is
+//! here. The body follows through a channel of a few frames: when the caller does not take them, the
+//! I/O thread stops reading, the TCP window closes and the server waits. An upload runs the other
+//! way: the caller's thread reads its reader and feeds the I/O thread.
+//!
+//! Nothing waits for ever. Connecting, the wait for a head, and silence in the middle of a body each
+//! have a limit ([`Timeouts`]), and a whole exchange may have a deadline. The waiting side needs no
+//! clock of its own: the I/O thread always sends an end or a reason.
+
+use std::error::Error as StdError;
+use std::io::{self, Read};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::header::PROXY_AUTHORIZATION;
+use hyper::{HeaderMap, Request, Response, StatusCode};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::{Client, Error as ClientError};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use rustls::ClientConfig;
+use thiserror::Error;
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::mpsc;
+use tokio::time::{Instant as IoInstant, sleep_until, timeout, timeout_at};
+
+use super::proxy::{Proxies, Route};
+
+/// Frames of a body between the I/O thread and its reader. hyper's frames are at most some 400 KiB, so
+/// a stream holds a few MiB in the worst case; fewer frames would make the two threads wait in turns.
+const FRAMES_AHEAD: usize = 8;
+
+/// Bytes read from an uploader at once.
+const UPLOAD_PIECE: usize = 256 << 10;
+
+/// Idle connections kept a host. More parallel reads than this open more, and drop them afterwards.
+const IDLE_CONNECTIONS: usize = 32;
+
+/// How long each stage of an exchange may be silent.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// TCP connect.
+    pub connect: Duration,
+    /// From the request to the head of its answer, TLS handshake included; counted from the last byte of
+    /// an upload.
+    pub head: Duration,
+    /// Between two frames of a body, in either direction.
+    pub idle: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            head: Duration::from_secs(30),
+            idle: Duration::from_secs(20),
+        }
+    }
+}
+
+/// Why an exchange did not happen. The text is the reason; the caller knows host and purpose.
+#[derive(Clone, Debug, Error)]
+pub enum TransportError {
+    /// No connection, a broken one, or an answer that is not HTTP.
+    #[error("{0}")]
+    Broken(String),
+    /// The server's certificate was refused.
+    #[error("{0}")]
+    Untrusted(String),
+    /// Nothing came in time.
+    #[error("nothing arrived for {:.1} s while waiting for {waiting_for}", .after.as_secs_f64())]
+    Silent {
+        /// Which stage.
+        waiting_for: &'static str,
+        /// How long it lasted.
+        after: Duration,
+    },
+    /// More than the caller accepts.
+    #[error("the body is larger than {0} bytes")]
+    TooLarge(usize),
+    /// The reader that was to be uploaded failed.
+    #[error("the reader to be uploaded failed")]
+    Reader(#[source] Arc<io::Error>),
+}
+
+/// The I/O threads of this process. They start with the first request and never end; a program that
+/// forks does so before.
+struct IoThreads {
+    handles: Vec<Handle>,
+    next: AtomicUsize,
+}
+
+/// Two threads keep a 10 Gbit/s link busy with TLS; a machine of one core gets one.
+fn io_threads() -> Result<&'static IoThreads, TransportError> {
+    static THREADS: OnceLock<Result<IoThreads, String>> = OnceLock::new();
+    let threads = THREADS.get_or_init(|| {
+        let count = thread::available_parallelism().map_or(1, |cores| cores.get().min(2));
+        let handles = (0..count).map(start_io_thread).collect::<io::Result<_>>();
+        handles
+            .map(|handles| IoThreads { handles, next: AtomicUsize::new(0) })
+            .map_err(|error| error.to_string())
+    });
+    threads.as_ref().map_err(|error| {
+        TransportError::Broken(format!("the I/O threads cannot be started: {error}"))
+    })
+}
+
+fn start_io_thread(number: usize) -> io::Result<Handle> {
+    let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+    let handle = runtime.handle().clone();
+    thread::Builder::new()
+        .name(format!("registry-io-{number}"))
+        .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+    Ok(handle)
+}
+
+impl IoThreads {
+    fn pick(&self) -> &Handle {
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        &self.handles[turn % self.handles.len()]
+    }
+}
+
+type Connector = HttpsConnector<Route>;
+
+/// A pool of connections with one idea of trust, proxies and time.
+#[derive(Clone)]
+pub struct Transport {
+    pool: Client<Connector, Payload>,
+    route: Route,
+    timeouts: Timeouts,
+}
+
+/// The head of an answer, and its body to come.
+#[derive(Debug)]
+pub struct Reply {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// Header fields.
+    pub headers: HeaderMap,
+    /// What follows.
+    pub body: Body,
+}
+
+/// A body on its way. Dropping it closes the connection unless all of it was read.
+#[derive(Debug)]
+pub struct Body {
+    frames: mpsc::Receiver<Result<Bytes, TransportError>>,
+}
+
+impl Body {
+    /// The next bytes, or `None` at the end of the body. Blocks; not for asynchronous code.
+    pub fn next_frame(&mut self) -> Option<Result<Bytes, TransportError>> {
+        self.frames.blocking_recv()
+    }
+
+    /// All of it, when it has at most `limit` bytes.
+    ///
+    /// # Errors
+    /// [`TransportError::TooLarge`] past `limit`; else how the connection broke.
+    pub fn collect(mut self, limit: usize) -> Result<Vec<u8>, TransportError> {
+        let mut all = Vec::new();
+        while let Some(frame) = self.next_frame() {
+            let frame = frame?;
+            if frame.len() > limit - all.len() {
+                return Err(TransportError::TooLarge(limit));
+            }
+            all.extend_from_slice(&frame);
+        }
+        Ok(all)
+    }
+
+    /// Reads what is left when that is little, so that the connection can be used again.
+    pub fn discard(mut self) {
+        let mut left = 64 << 10;
+        while let Some(Ok(frame)) = self.next_frame() {
+            if frame.len() > left {
+                return;
+            }
+            left -= frame.len();
+        }
+    }
+}
+
+impl Transport {
+    /// A pool with these rules.
+    #[must_use]
+    pub fn new(tls: ClientConfig, proxies: &Proxies, timeouts: Timeouts) -> Self {
+        let route = Route::new(proxies, timeouts.connect);
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(route.clone());
+        let pool = Client::builder(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(60))
+            .pool_max_idle_per_host(IDLE_CONNECTIONS)
+            .build(connector);
+        Self { pool, route, timeouts }
+    }
+
+    /// Sends a request whose body is in memory, and waits for the head of the answer. Head and body
+    /// must arrive before `deadline`, if there is one.
+    ///
+    /// # Errors
+    /// [`TransportError`]: any HTTP status is an answer, not an error.
+    pub fn send(
+        &self,
+        request: Request<Bytes>,
+        deadline: Option<Instant>,
+    ) -> Result<Reply, TransportError> {
+        let mut answer = self.start(request.map(Payload::Memory), None, deadline)?;
+        answer.wait()
+    }
+
+    /// Sends `length` bytes of `reader` as the body of a request, and waits for the head of the answer.
+    ///
+    /// # Errors
+    /// [`TransportError::Reader`] when `reader` fails or ends early, else as [`Transport::send`].
+    pub fn upload(
+        &self,
+        request: Request<()>,
+        reader: &mut dyn Read,
+        length: u64,
+    ) -> Result<Reply, TransportError> {
+        let (pieces, receiver) = mpsc::channel(2);
+        let gauge = Arc::new(Gauge::default());
+        let stream = Payload::Stream { pieces: receiver, left: length, gauge: gauge.clone() };
+        let mut answer = self.start(request.map(|()| stream), Some(gauge), None)?;
+        let mut left = length;
+        while left > 0 {
+            let mut piece = vec![0; UPLOAD_PIECE.min(usize::try_from(left).unwrap_or(usize::MAX))];
+            if let Err(error) = reader.read_exact(&mut piece) {
+                let error = Arc::new(error);
+                // The body fails too, so that the server never takes a part for the whole.
+                let _ = pieces.blocking_send(Err(io::Error::other("the reader failed")));
+                return Err(TransportError::Reader(error));
+            }
+            left -= piece.len() as u64;
+            if pieces.blocking_send(Ok(piece.into())).is_err() {
+                break; // The server answered early, or the connection broke: the answer says which.
+            }
+        }
+        drop(pieces);
+        answer.wait()
+    }
+
+    fn start(
+        &self,
+        mut request: Request<Payload>,
+        gauge: Option<Arc<Gauge>>,
+        deadline: Option<Instant>,
+    ) -> Result<Answer, TransportError> {
+        if let Some(value) = self.route.proxy_authorization(request.uri()) {
+            request.headers_mut().insert(PROXY_AUTHORIZATION, value);
+        }
+        let (head_sender, head) = mpsc::channel(1);
+        let exchange = Exchange {
+            pool: self.pool.clone(),
+            timeouts: self.timeouts,
+            deadline: deadline.map(IoInstant::from_std),
+        };
+        io_threads()?.pick().spawn(exchange.run(request, gauge, head_sender));
+        Ok(Answer(head))
+    }
+}
+
+/// The answer to come.
+struct Answer(mpsc::Receiver<Result<Reply, TransportError>>);
+
+impl Answer {
+    fn wait(&mut self) -> Result<Reply, TransportError> {
+        self.0
+            .blocking_recv()
+            .unwrap_or_else(|| Err(TransportError::Broken("the I/O thread gave up".into())))
+    }
+}
+
+/// One request, on an I/O thread.
+struct Exchange {
+    pool: Client<Connector, Payload>,
+    timeouts: Timeouts,
+    deadline: Option<IoInstant>,
+}
+
+impl Exchange {
+    async fn run(
+        self,
+        request: Request<Payload>,
+        gauge: Option<Arc<Gauge>>,
+        head: mpsc::Sender<Result<Reply, TransportError>>,
+    ) {
+        let answer = match gauge {
+            None => self.answer(request).await,
+            Some(gauge) => self.answer_upload(request, &gauge).await,
+        };
+        let (sender, frames) = mpsc::channel(FRAMES_AHEAD);
+        match answer {
+            Err(error) => {
+                let _ = head.send(Err(error)).await;
+            }
+            Ok(response) => {
+                let (parts, incoming) = response.into_parts();
+                let reply =
+                    Reply { status: parts.status, headers: parts.headers, body: Body { frames } };
+                if head.send(Ok(reply)).await.is_ok() {
+                    self.pump(incoming, &sender).await;
+                }
+            }
+        }
+    }
+
+    /// The earlier of "silent for `limit`" and the deadline.
+    fn until(&self, limit: Duration) -> IoInstant {
+        let silent = IoInstant::now() + limit;
+        self.deadline.map_or(silent, |deadline| deadline.min(silent))
+    }
+
+    async fn answer(
+        &self,
+        request: Request<Payload>,
+    ) -> Result<Response<Incoming>, TransportError> {
+        let started = IoInstant::now();
+        let limit = self.until(self.timeouts.connect + self.timeouts.head);
+        match timeout_at(limit, self.pool.request(request)).await {
+            Ok(answer) => answer.map_err(|error| explain(&error)),
+            Err(_) => {
+                Err(TransportError::Silent { waiting_for: "an answer", after: started.elapsed() })
+            }
+        }
+    }
+
+    /// As `answer`, but the clock only runs while it is the server that keeps us waiting.
+    async fn answer_upload(
+        &self,
+        request: Request<Payload>,
+        gauge: &Gauge,
+    ) -> Result<Response<Incoming>, TransportError> {
+        let mut answer = std::pin::pin!(self.pool.request(request));
+        loop {
+            let before = gauge.sent.load(Ordering::Relaxed);
+            let limit = if gauge.done.load(Ordering::Relaxed) {
+                // A registry hashes a whole layer before it answers the last byte.
+                self.timeouts.head + Duration::from_millis(before >> 17)
+            } else {
+                self.timeouts.connect + self.timeouts.idle
+            };
+            match timeout(limit, answer.as_mut()).await {
+                Ok(answer) => return answer.map_err(|error| explain(&error)),
+                Err(_)
+                    if gauge.sent.load(Ordering::Relaxed) != before
+                        || gauge.starved.load(Ordering::Relaxed) => {}
+                Err(_) => {
+                    return Err(TransportError::Silent {
+                        waiting_for: "the upload to go on",
+                        after: limit,
+                    });
+                }
+            }
+        }
+    }
+
+    async fn pump(
+        &self,
+        mut incoming: Incoming,
+        frames: &mpsc::Sender<Result<Bytes, TransportError>>,
+    ) {
+        loop {
+            let limit = self.until(self.timeouts.idle);
+            let next = tokio::select! {
+                frame = incoming.frame() => frame,
+                () = sleep_until(limit) => {
+                    let after = self.timeouts.idle;
+                    let _ = frames.send(Err(TransportError::Silent { waiting_for: "the rest of the body", after })).await;
+                    return;
+                }
+                () = frames.closed() => return,
+            };
+            let item = match next {
+                None => return,
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => Ok(data),
+                    Err(_trailers) => continue,
+                },
+                Some(Err(error)) => Err(TransportError::Broken(chain(&error))),
+            };
+            let broken = item.is_err();
+            if frames.send(item).await.is_err() || broken {
+                return;
+            }
+        }
+    }
+}
+
+/// How far an upload is, seen from the I/O thread.
+#[derive(Debug, Default)]
+struct Gauge {
+    sent: AtomicU64,
+    /// The reader has not produced the next piece yet: not the server's fault.
+    starved: AtomicBool,
+    done: AtomicBool,
+}
+
+/// The body of a request.
+#[derive(Debug)]
+enum Payload {
+    Memory(Bytes),
+    Stream { pieces: mpsc::Receiver<io::Result<Bytes>>, left: u64, gauge: Arc<Gauge> },
+}
+
+impl HttpBody for Payload {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        match &mut *self {
+            Self::Memory(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Self::Memory(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Self::Stream { pieces, left, gauge } => {
+                let next = pieces.poll_recv(cx);
+                gauge.starved.store(next.is_pending() && *left > 0, Ordering::Relaxed);
+                let Poll::Ready(piece) = next else { return Poll::Pending };
+                let Some(piece) = piece.transpose()? else { return Poll::Ready(None) };
+                *left -= (piece.len() as u64).min(*left);
+                gauge.sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
+                gauge.done.store(*left == 0, Ordering::Relaxed);
+                Poll::Ready(Some(Ok(Frame::data(piece))))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Memory(bytes) => bytes.is_empty(),
+            Self::Stream { left, .. } => *left == 0,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Memory(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Self::Stream { left, .. } => SizeHint::with_exact(*left),
+        }
+    }
+}
+
+fn explain(error: &ClientError) -> TransportError {
+    let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
+    while let Some(here) = cause {
+        // An `io::Error` hides what it wraps from `source()` of the level above.
+        let wrapped = here.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        let tls = wrapped
+            .and_then(|inner| find_certificate_error(inner))
+            .or_else(|| here.downcast_ref::<rustls::Error>().filter(|tls| is_distrust(tls)));
+        if let Some(tls) = tls {
+            return TransportError::Untrusted(tls.to_string());
+        }
+        cause = here.source();
+    }
+    TransportError::Broken(chain(error))
+}
+
+fn find_certificate_error<'a>(
+    error: &'a (dyn StdError + Send + Sync + 'static),
+) -> Option<&'a rustls::Error> {
+    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+        return Some(tls).filter(|tls| is_distrust(tls));
+    }
+    error.downcast_ref::<io::Error>().and_then(io::Error::get_ref).and_then(find_certificate_error)
+}
+
+fn is_distrust(error: &rustls::Error) -> bool {
+    matches!(error, rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented)
+}
+
+/// An error with everything under it in one line, each text once.
+fn chain(error: &(dyn StdError + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(here) = cause {
+        let more = here.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = here.source();
+    }
+    text
+}
