@@ -1,0 +1,207 @@
+//! The loop device over the FUSE file.
+//!
+//! `unsafe` is needed for `ioctl(2)`: the kernel reads a structure through a pointer, so its layout
+//! must be that of `linux/loop.h`, and its type must belong to the request. All calls are in
+//! [`control`].
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::{LoopedError, step};
+
+const LOOP_CLR_FD: u64 = 0x4C01;
+const LOOP_CONFIGURE: u64 = 0x4C0A; // Linux 5.8
+const LOOP_CTL_GET_FREE: u64 = 0x4C82;
+
+const LO_FLAGS_READ_ONLY: u32 = 1;
+/// Gone when the last file that has it open is closed: ours, unless it is mounted.
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+/// Dropped by the kernel without an error where the file cannot do it.
+const LO_FLAGS_DIRECT_IO: u32 = 16;
+
+/// `struct loop_info64` of `linux/loop.h`.
+#[repr(C)]
+struct Info {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    offset: u64,
+    sizelimit: u64,
+    number: u32,
+    encrypt_type: u32,
+    encrypt_key_size: u32,
+    flags: u32,
+    file_name: [u8; 64],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+}
+
+/// `struct loop_config` of `linux/loop.h`.
+#[repr(C)]
+struct Config {
+    fd: u32,
+    block_size: u32,
+    info: Info,
+    reserved: [u64; 8],
+}
+
+/// How often another program may take the loop device that we were told is free.
+const ATTEMPTS: u32 = 64;
+
+/// How long a detached device may take to go away: the kernel does it in the background once nobody
+/// has it open; udev opens new and changed devices for a moment.
+const GONE: Duration = Duration::from_secs(5);
+
+/// A read-only loop device, held open.
+pub(super) struct LoopDevice {
+    path: PathBuf,
+    node: File,
+}
+
+/// The argument of a loop `ioctl`.
+enum Argument<'a> {
+    None,
+    Config(&'a Config),
+}
+
+fn control(file: &File, request: u64, argument: &Argument<'_>) -> io::Result<u32> {
+    let pointer = match argument {
+        Argument::None => std::ptr::null(),
+        Argument::Config(config) => std::ptr::from_ref::<Config>(config),
+    };
+    // SAFETY: LOOP_CTL_GET_FREE and LOOP_CLR_FD take no argument. LOOP_CONFIGURE reads a `struct
+    // loop_config`, whose layout `Config` has (asserted in a test), from a reference that lives
+    // until the call returns. None of them writes through the pointer.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), request as _, pointer) };
+    u32::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+impl LoopDevice {
+    /// A free loop device over `file`.
+    pub(super) fn attach(file: &Path) -> Result<Self, LoopedError> {
+        let backing = File::open(file).map_err(step("open", file))?;
+        let control_path = Path::new("/dev/loop-control");
+        let controller = OpenOptions::new().read(true).write(true).open(control_path);
+        let controller = controller.map_err(step("open", control_path))?;
+        for _ in 0..ATTEMPTS {
+            let number = control(&controller, LOOP_CTL_GET_FREE, &Argument::None)
+                .map_err(step("find a free loop device through", control_path))?;
+            let path = PathBuf::from(format!("/dev/loop{number}"));
+            let node = match open_node(&path) {
+                Ok(node) => node,
+                // Taken and removed meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => continue,
+                Err(error) => return Err(step("open", &path)(error)),
+            };
+            match control(&node, LOOP_CONFIGURE, &Argument::Config(&config(&backing, file))) {
+                Ok(_) => {
+                    // Twice the largest FUSE read, as on a ublk device; cosmetic if it fails.
+                    let _ = std::fs::write(
+                        format!("/sys/block/loop{number}/queue/read_ahead_kb"),
+                        "512",
+                    );
+                    return Ok(Self { path, node });
+                }
+                // Another program was faster.
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+                Err(error) => return Err(step("configure", &path)(error)),
+            }
+        }
+        Err(LoopedError::NoFreeDevice(ATTEMPTS))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn sysfs(&self) -> PathBuf {
+        Path::new("/sys/block").join(self.path.file_name().unwrap_or_default()).join("loop")
+    }
+
+    /// Whether the kernel took the wish for direct I/O.
+    pub(super) fn reads_direct(&self) -> bool {
+        std::fs::read_to_string(self.sysfs().join("dio")).is_ok_and(|dio| dio.trim() == "1")
+    }
+
+    /// Detaches the file and waits until the kernel has let go of it.
+    pub(super) fn detach(self) -> Result<(), LoopedError> {
+        let sysfs = self.sysfs();
+        let Self { path, node } = self;
+        match control(&node, LOOP_CLR_FD, &Argument::None) {
+            Err(error) if error.raw_os_error() != Some(libc::ENXIO) => {
+                return Err(step("detach", &path)(error));
+            }
+            _ => {}
+        }
+        // The last close detaches.
+        drop(node);
+        let until = Instant::now() + GONE;
+        while sysfs.exists() {
+            if Instant::now() >= until {
+                return Err(LoopedError::Busy { path });
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+}
+
+/// Opens the node of a loop device that may just have been made: in a container without devtmpfs it
+/// appears late or never.
+fn open_node(path: &Path) -> io::Result<File> {
+    let until = Instant::now() + GONE;
+    loop {
+        match OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            result => return result,
+        }
+    }
+}
+
+fn config(backing: &File, name: &Path) -> Config {
+    let mut file_name = [0; 64];
+    let bytes = name.as_os_str().as_encoded_bytes();
+    let shown = bytes.len().min(63);
+    file_name[..shown].copy_from_slice(&bytes[..shown]);
+    Config {
+        fd: backing.as_raw_fd() as u32,
+        block_size: 512,
+        info: Info {
+            device: 0,
+            inode: 0,
+            rdevice: 0,
+            offset: 0,
+            sizelimit: 0,
+            number: 0,
+            encrypt_type: 0,
+            encrypt_key_size: 0,
+            flags: LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
+            file_name,
+            crypt_name: [0; 64],
+            encrypt_key: [0; 32],
+            init: [0; 2],
+        },
+        reserved: [0; 8],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_structures_have_the_kernels_layout() {
+        assert_eq!(size_of::<Info>(), 232);
+        assert_eq!(size_of::<Config>(), 304);
+        assert_eq!(std::mem::offset_of!(Info, flags), 52);
+        assert_eq!(std::mem::offset_of!(Config, info), 8);
+    }
+}

@@ -1,0 +1,73 @@
+//! What the queues of a device did.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters of one device, written by its queue threads without ordering among each other.
+#[derive(Debug, Default)]
+pub struct QueueCounters {
+    /// READ requests answered in full.
+    pub reads: AtomicU64,
+    /// Bytes of those.
+    pub bytes: AtomicU64,
+    /// Of the reads: committed straight from the address of their bytes.
+    pub direct: AtomicU64,
+    /// Of the reads: committed from the zero area.
+    pub zero: AtomicU64,
+    /// Of the reads: gathered in a scratch buffer first, the only case with a second copy.
+    pub gathered: AtomicU64,
+    /// Times a request had to wait for the volume.
+    pub pending: AtomicU64,
+    /// Requests that ended with an error on the volume's account.
+    pub errors: AtomicU64,
+    /// Writes, discards and unknown operations that were refused.
+    pub refused: AtomicU64,
+    /// Times a waiter had to wake a sleeping queue thread (one system call each).
+    pub wakes: AtomicU64,
+    /// `io_uring_enter` calls.
+    pub enters: AtomicU64,
+    /// Queue threads that ended although the device was not stopped.
+    pub lost_queues: AtomicU64,
+}
+
+/// A copy of [`QueueCounters`] at one moment; fields as there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[allow(missing_docs)] // each has the name and the meaning of the counter
+pub struct QueueTotals {
+    pub reads: u64,
+    pub bytes: u64,
+    pub direct: u64,
+    pub zero: u64,
+    pub gathered: u64,
+    pub pending: u64,
+    pub errors: u64,
+    pub refused: u64,
+    pub wakes: u64,
+    pub enters: u64,
+    pub lost_queues: u64,
+}
+
+impl QueueCounters {
+    /// The counters now.
+    #[must_use]
+    pub fn totals(&self) -> QueueTotals {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        QueueTotals {
+            reads: get(&self.reads),
+            bytes: get(&self.bytes),
+            direct: get(&self.direct),
+            zero: get(&self.zero),
+            gathered: get(&self.gathered),
+            pending: get(&self.pending),
+            errors: get(&self.errors),
+            refused: get(&self.refused),
+            wakes: get(&self.wakes),
+            enters: get(&self.enters),
+            lost_queues: get(&self.lost_queues),
+        }
+    }
+}
+
+/// Adds `n` to a counter.
+pub(super) fn count(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}

@@ -1,0 +1,436 @@
+//! The worker of one queue: one thread, one ring, no data buffers.
+//!
+//! `unsafe` is needed for one call, pushing submission entries: the kernel will read memory whose
+//! address stands in the entry, so the pusher must keep that memory alive. It is all in
+//! [`Worker::push`], with the argument.
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use libublk::ctrl::UblkCtrl;
+use libublk::io::{UblkDev, UblkQueue, ublk_init_task_ring, with_task_io_ring_mut};
+use libublk::sys;
+
+use super::counters::{QueueCounters, count};
+use super::mailbox::{Mailbox, Outcome};
+use super::{UblkError, system_error};
+use crate::units::SECTOR;
+use crate::volume::{Located, Piece, Volume, VolumeError};
+
+/// `user_data` of the poll on the mailbox's eventfd; a tag is below 4096.
+const MAILBOX: u64 = u64::MAX;
+
+/// What the driver completes a tag's command with once the device is going away: `-ENODEV`.
+const ABORTED: i32 = sys::UBLK_IO_RES_ABORT;
+
+/// What a queue thread tells the thread that started it, once.
+pub(super) type Ready = Result<libc::pid_t, UblkError>;
+
+/// Everything that a queue thread works with.
+pub(super) struct QueueContext {
+    /// Number of the queue.
+    pub(super) queue: u16,
+    /// libublk's open character device.
+    pub(super) dev: Arc<UblkDev>,
+    /// The disk.
+    pub(super) volume: Arc<dyn Volume>,
+    /// Where to count.
+    pub(super) counters: Arc<QueueCounters>,
+    /// As many zeros as a request can ask for, shared by all queues.
+    pub(super) zeros: Arc<Vec<u8>>,
+}
+
+/// Body of a queue thread: sets up, reports on `ready`, serves until the device is stopped.
+pub(super) fn run(context: &QueueContext, ready: &Sender<Ready>) {
+    // Memory that this thread allocates must not wait for I/O that this thread would have to serve:
+    // libublk sets PR_SET_IO_FLUSHER here.
+    let tid = UblkCtrl::init_queue_thread();
+    let failed = |what, source| UblkError::Queue { queue: context.queue, what, source };
+    if let Err(error) = make_ring(context.dev.dev_info.queue_depth) {
+        let _ = ready.send(Err(failed("making its ring", error)));
+        return;
+    }
+    let queue = match UblkQueue::new(context.queue, &context.dev) {
+        Ok(queue) => queue,
+        Err(error) => {
+            let _ = ready.send(Err(failed("mapping its requests", system_error(error))));
+            return;
+        }
+    };
+    let mut worker = match Worker::new(context, &queue) {
+        Ok(worker) => worker,
+        Err(error) => {
+            let _ = ready.send(Err(failed("arming its tags", error)));
+            return;
+        }
+    };
+    let _ = ready.send(Ok(tid));
+    if let Err(error) = worker.serve() {
+        count(&context.counters.lost_queues, 1);
+        tracing::error!(queue = context.queue, %error, "A ublk queue has ended: its requests will fail");
+    }
+}
+
+/// The thread's ring, before libublk makes its default one. Only this thread submits, and task work
+/// runs only inside our enters: no interrupts, bigger batches (6.1+).
+fn make_ring(depth: u16) -> io::Result<()> {
+    // One command a tag and the poll: the submission queue is never full within one turn.
+    let entries = (u32::from(depth) + 1).next_power_of_two();
+    let build = || {
+        IoUring::<squeue::Entry, cqueue::Entry>::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            // Without it an enter that does not wait would not know that task work is due.
+            .setup_taskrun_flag()
+            .build(entries)
+            .or_else(|_| IoUring::builder().setup_coop_taskrun().build(entries))
+    };
+    ublk_init_task_ring(|cell| {
+        let ring = build().map_err(libublk::UblkError::IOError)?;
+        cell.set(RefCell::new(ring)).map_err(|_| libublk::UblkError::OtherError(-libc::EEXIST))
+    })
+    .map_err(system_error)
+}
+
+/// Memory that a submitted commit points to: dropped after the enter that issued it.
+enum Held {
+    /// The volume's guards.
+    Pieces(#[allow(dead_code, reason = "kept alive, not read")] Vec<Piece>),
+    /// A gathered request; goes back to the pool.
+    Scratch(Vec<u8>),
+}
+
+struct Worker<'a> {
+    context: &'a QueueContext,
+    queue: &'a UblkQueue<'a>,
+    mailbox: Arc<Mailbox>,
+    /// Per tag: the wait that is open, if any.
+    waiting: Vec<Option<u32>>,
+    /// Number of the last wait.
+    ticket: u32,
+    /// Tags that the driver still holds or that we work on.
+    live: u32,
+    held: Vec<Held>,
+    /// Scratch buffers not lent to a commit.
+    pool: Vec<Vec<u8>>,
+    /// Where the data of a refused write go; never read.
+    refuse: Vec<u8>,
+    /// Kernels before 6.4 know the commands by number only.
+    command_mask: u32,
+}
+
+impl<'a> Worker<'a> {
+    /// Arms the mailbox and all tags.
+    fn new(context: &'a QueueContext, queue: &'a UblkQueue<'a>) -> io::Result<Self> {
+        let info = &context.dev.dev_info;
+        let encoded = info.flags & u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) != 0;
+        let mut worker = Self {
+            context,
+            queue,
+            mailbox: Arc::new(Mailbox::new(context.counters.clone())?),
+            waiting: vec![None; info.queue_depth.into()],
+            ticket: 0,
+            live: 0,
+            held: Vec::new(),
+            pool: Vec::new(),
+            refuse: Vec::new(),
+            command_mask: if encoded { u32::MAX } else { 0xff },
+        };
+        worker.poll_mailbox()?;
+        for tag in 0..info.queue_depth {
+            // No address: with NEED_GET_DATA the driver takes it from later commands.
+            worker.command(tag, sys::UBLK_U_IO_FETCH_REQ, 0, 0)?;
+            worker.live += 1;
+        }
+        worker.enter(0)?;
+        // libublk would wait for per-tag buffers, of which there are none.
+        context.dev.notify_buffer_registration_complete(false);
+        Ok(worker)
+    }
+
+    /// Serves until the driver has taken every tag back.
+    fn serve(&mut self) -> io::Result<()> {
+        let mut completions = Vec::new();
+        while self.live > 0 {
+            while let Some(letter) = self.mailbox.take() {
+                if self.waiting.get(usize::from(letter.tag)) == Some(&Some(letter.ticket)) {
+                    self.waiting[usize::from(letter.tag)] = None;
+                    self.resume(letter.tag, letter.outcome)?;
+                }
+            }
+            let sleep = self.mailbox.park();
+            self.enter(usize::from(sleep))?;
+            self.mailbox.unpark();
+            with_task_io_ring_mut(|ring| {
+                completions
+                    .extend(ring.completion().map(|c| (c.user_data(), c.result(), c.flags())));
+            });
+            for (data, result, flags) in completions.drain(..) {
+                self.complete(data, result, flags)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, data: u64, result: i32, flags: u32) -> io::Result<()> {
+        if data == MAILBOX {
+            // The letters are read at the top of the loop; the eventfd's count is never drained,
+            // since a multishot poll reports every write and not the level.
+            return if cqueue::more(flags) { Ok(()) } else { self.poll_mailbox() };
+        }
+        let Ok(tag) = u16::try_from(data) else { return Ok(()) };
+        match u32::try_from(result) {
+            Ok(sys::UBLK_IO_RES_OK) => self.request(tag),
+            Ok(sys::UBLK_IO_RES_NEED_GET_DATA) => self.let_write_in(tag),
+            _ => {
+                if result != ABORTED {
+                    tracing::error!(
+                        queue = self.context.queue,
+                        tag,
+                        result,
+                        "The ublk driver gave a request slot up"
+                    );
+                }
+                self.live -= 1;
+                Ok(())
+            }
+        }
+    }
+
+    /// A new request stands in the tag's descriptor.
+    fn request(&mut self, tag: u16) -> io::Result<()> {
+        let descriptor = *self.queue.get_iod(tag);
+        match descriptor.op_flags & 0xff {
+            sys::UBLK_IO_OP_READ => self.read(tag),
+            // Nothing is ever dirty.
+            sys::UBLK_IO_OP_FLUSH => self.commit(tag, self.zero_address(), 0),
+            sys::UBLK_IO_OP_WRITE => self.refuse(tag, libc::EROFS),
+            _ => self.refuse(tag, libc::EOPNOTSUPP),
+        }
+    }
+
+    fn read(&mut self, tag: u16) -> io::Result<()> {
+        let descriptor = self.queue.get_iod(tag);
+        let (offset, len) = (
+            descriptor.start_sector.saturating_mul(SECTOR),
+            descriptor.nr_sectors as usize * SECTOR as usize,
+        );
+        let ticket = self.ticket.wrapping_add(1);
+        self.ticket = ticket;
+        let mailbox = &self.mailbox;
+        match self.context.volume.locate(offset, len, &mut || mailbox.waiter(tag, ticket)) {
+            Ok(Located::Ready(pieces)) => self.commit_pieces(tag, offset, len, pieces),
+            Ok(Located::Pending) => {
+                count(&self.context.counters.pending, 1);
+                self.waiting[usize::from(tag)] = Some(ticket);
+                Ok(())
+            }
+            Err(error) => self.fail(tag, Some(&error)),
+        }
+    }
+
+    /// The volume has answered a wait.
+    fn resume(&mut self, tag: u16, outcome: Outcome) -> io::Result<()> {
+        match outcome {
+            Outcome::Ready => self.read(tag),
+            Outcome::Failed(error) => self.fail(tag, Some(&error)),
+            Outcome::Forgotten => self.fail(tag, None),
+        }
+    }
+
+    fn fail(&mut self, tag: u16, error: Option<&VolumeError>) -> io::Result<()> {
+        let descriptor = self.queue.get_iod(tag);
+        let offset = descriptor.start_sector.saturating_mul(SECTOR);
+        let bytes = u64::from(descriptor.nr_sectors) * SECTOR;
+        match error {
+            Some(error) => tracing::error!(
+                offset,
+                bytes,
+                error = error as &dyn std::error::Error,
+                "A read of the disk failed"
+            ),
+            None => tracing::error!(
+                offset,
+                bytes,
+                "A read of the disk failed: the volume forgot its waiter"
+            ),
+        }
+        count(&self.context.counters.errors, 1);
+        self.commit(tag, self.zero_address(), -libc::EIO)
+    }
+
+    /// Answers a read: full length, or an error, never short (the driver takes a short answer for
+    /// a full one in some modes, and asks again for ever in others).
+    fn commit_pieces(
+        &mut self,
+        tag: u16,
+        offset: u64,
+        len: usize,
+        pieces: Vec<Piece>,
+    ) -> io::Result<()> {
+        let counters = &self.context.counters;
+        let Ok(result) = i32::try_from(len) else { return self.fail(tag, None) };
+        if pieces.iter().map(Piece::len).sum::<usize>() != len {
+            tracing::error!(offset, len, "The volume answered with a wrong length");
+            return self.fail(tag, None);
+        }
+        count(&counters.reads, 1);
+        count(&counters.bytes, len as u64);
+        if pieces.iter().all(|piece| piece.bytes().is_none()) && len <= self.context.zeros.len() {
+            count(&counters.zero, 1);
+            return self.commit(tag, self.zero_address(), result);
+        }
+        if let Some(address) = one_run(&pieces) {
+            count(&counters.direct, 1);
+            self.held.push(Held::Pieces(pieces));
+            return self.commit(tag, address, result);
+        }
+        count(&counters.gathered, 1);
+        let mut scratch = self.pool.pop().unwrap_or_default();
+        scratch.resize(scratch.len().max(len), 0);
+        let mut rest = scratch.as_mut_slice();
+        for piece in &pieces {
+            let (part, tail) = rest.split_at_mut(piece.len());
+            piece.copy_to(part);
+            rest = tail;
+        }
+        let address = scratch.as_ptr() as u64;
+        self.held.push(Held::Scratch(scratch));
+        self.commit(tag, address, result)
+    }
+
+    /// A write was announced. It can only be refused once its data have been taken, so they go into
+    /// a buffer that nobody reads.
+    fn let_write_in(&mut self, tag: u16) -> io::Result<()> {
+        if self.refuse.is_empty() {
+            self.refuse = vec![0; self.context.zeros.len()];
+        }
+        let address = self.refuse.as_mut_ptr() as u64;
+        self.command(tag, sys::UBLK_U_IO_NEED_GET_DATA, address, 0)
+    }
+
+    fn refuse(&mut self, tag: u16, errno: i32) -> io::Result<()> {
+        count(&self.context.counters.refused, 1);
+        self.commit(tag, self.zero_address(), -errno)
+    }
+
+    /// Ends the tag's request and arms the tag again. The address must not be 0 for a read, whatever
+    /// the result is.
+    fn commit(&mut self, tag: u16, address: u64, result: i32) -> io::Result<()> {
+        self.command(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, address, result)
+    }
+
+    fn zero_address(&self) -> u64 {
+        self.context.zeros.as_ptr() as u64
+    }
+
+    /// `struct ublksrv_io_cmd` of `ublk_cmd.h`: queue, tag, result, address.
+    fn command(&mut self, tag: u16, op: u32, address: u64, result: i32) -> io::Result<()> {
+        let mut body = [0; 16];
+        body[0..2].copy_from_slice(&self.context.queue.to_ne_bytes());
+        body[2..4].copy_from_slice(&tag.to_ne_bytes());
+        body[4..8].copy_from_slice(&result.to_ne_bytes());
+        body[8..16].copy_from_slice(&address.to_ne_bytes());
+        // Fixed file 0 is the device's character node (registered by UblkQueue::new).
+        let entry =
+            opcode::UringCmd16::new(types::Fixed(0), op & self.command_mask).cmd(body).build();
+        self.push(&entry.user_data(tag.into()))
+    }
+
+    fn poll_mailbox(&mut self) -> io::Result<()> {
+        let event = types::Fd(self.mailbox.event().as_raw_fd());
+        let entry = opcode::PollAdd::new(event, libc::POLLIN as u32).multi(true).build();
+        self.push(&entry.user_data(MAILBOX))
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        for _ in 0..2 {
+            let pushed = with_task_io_ring_mut(|ring| {
+                // SAFETY: the only memory an entry points to is the address of a COMMIT (read by the
+                // kernel) or of NEED_GET_DATA (written), both only while the entry is issued, which
+                // happens inside `enter`. A COMMIT's address lies in `self.held`, which is dropped only
+                // after the submission queue was seen empty, or in `context.zeros`, which outlives the
+                // worker. NEED_GET_DATA's lies in `self.refuse`, which is never resized once it is not
+                // empty, is never read, and outlives the last enter. The poll names the eventfd by
+                // number; the mailbox is dropped after the last enter of this worker, and a closed number
+                // could only wake us for nothing. FETCH has no address.
+                unsafe { ring.submission().push(entry) }
+            });
+            if pushed.is_ok() {
+                return Ok(());
+            }
+            self.enter(0)?; // never seen: the queue holds a command for every tag
+        }
+        Err(io::Error::other("The submission queue stays full"))
+    }
+
+    /// Issues what was pushed and waits for `want` completions (0 or 1), then lets go of the memory
+    /// that the issued commits pointed to.
+    fn enter(&mut self, want: usize) -> io::Result<()> {
+        count(&self.context.counters.enters, 1);
+        let issued = with_task_io_ring_mut(|ring| {
+            match ring.submit_and_wait(want) {
+                Ok(_) => {}
+                // EBUSY: completions must be reaped first.
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                    ) => {}
+                Err(error) => return Err(error),
+            }
+            Ok(ring.submission().is_empty())
+        })?;
+        if issued {
+            for held in self.held.drain(..) {
+                if let Held::Scratch(buffer) = held {
+                    self.pool.push(buffer);
+                }
+            }
+            // One buffer stays warm; a burst's worth of them would stay for ever.
+            self.pool.truncate(4);
+        }
+        Ok(())
+    }
+}
+
+/// Address of the bytes if all pieces lie one after the other in memory.
+fn one_run(pieces: &[Piece]) -> Option<u64> {
+    let mut pieces = pieces.iter().filter(|piece| !piece.is_empty());
+    let first = pieces.next()?.bytes()?.as_ptr_range();
+    let mut end = first.end;
+    for piece in pieces {
+        let next = piece.bytes()?.as_ptr_range();
+        if next.start != end {
+            return None;
+        }
+        end = next.end;
+    }
+    Some(first.start as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(guard: &Arc<Vec<u8>>, range: std::ops::Range<usize>) -> Piece {
+        Piece::Memory { guard: guard.clone(), range }
+    }
+
+    #[test]
+    fn only_neighbours_in_memory_are_committed_together() {
+        let bytes = Arc::new(vec![1_u8; 4096]);
+        let base = bytes.as_ptr() as u64;
+        assert_eq!(one_run(&[memory(&bytes, 8..16)]), Some(base + 8));
+        assert_eq!(one_run(&[memory(&bytes, 8..16), memory(&bytes, 16..99)]), Some(base + 8));
+        assert_eq!(one_run(&[memory(&bytes, 8..16), memory(&bytes, 17..99)]), None);
+        assert_eq!(one_run(&[memory(&bytes, 8..16), Piece::Zero(8)]), None);
+        assert_eq!(one_run(&[Piece::Zero(8), memory(&bytes, 8..16)]), None);
+        assert_eq!(one_run(&[]), None);
+    }
+}
