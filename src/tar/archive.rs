@@ -170,7 +170,7 @@ mod tests {
     fn a_header_is_byte_for_byte_what_go_writes() {
         let block = header("ext4.fs.meta", 4096).unwrap();
         assert_eq!(&block[..12], b"ext4.fs.meta");
-        assert_eq!(&block[100..156], b"0000644\x000000000\x000000000\x0000000010000\x0000000000000\x00010603\x00 ");
+        assert_eq!(&block[100..156], b"0000644\x000000000\x000000000\x0000000010000\x0000000000000\x00011337\x00 ");
         assert_eq!(&block[156..158], b"0\0");
         assert_eq!(&block[257..265], b"ustar\x0000");
         assert_eq!(&block[329..345], b"0000000\x000000000\x00");
