@@ -1,0 +1,565 @@
+//! The push parser: a small machine that is always within one of a few things ([`State`]).
+
+use crate::tar::entry::{Content, Entry, EntryKind, Timestamp};
+use crate::tar::header::{Header, NumberError, until_nul};
+use crate::tar::pax::{PaxError, Records};
+use crate::tar::{BLOCK, TarError, shown, sparse};
+use crate::units::Bytes;
+
+/// Most bytes that pax records, a long name or a sparse map of one entry may have: 1 MiB. They are
+/// held in memory, and a header can claim any length. Go's reader, which is what containerd unpacks
+/// with, has the same limit.
+pub const METADATA_LIMIT: u64 = 1 << 20;
+
+/// What the parser found.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// An entry; its data, if any, follows.
+    Entry(Entry),
+    /// A piece of the data of the last entry as it is stored: not empty, not padding. Only from a parser made
+    /// [`with_data`](Parser::with_data).
+    Data(&'a [u8]),
+}
+
+/// Reads a tar that arrives in pieces.
+///
+/// After an error the parser is of no further use.
+pub struct Parser {
+    with_data: bool,
+    /// Bytes fed so far.
+    position: u64,
+    state: State,
+    /// The block that is being gathered, and how much of it is there.
+    block: Box<[u8; BLOCK]>,
+    filled: usize,
+    /// pax records of `g` headers: they hold for all entries that follow.
+    global: Records,
+    pending: Pending,
+    /// The entry (or extra entry) that is being read, for messages.
+    current: Current,
+}
+
+/// Where the parser is. The first group gathers whole blocks.
+enum State {
+    /// At an entry, or at the end.
+    Header,
+    /// Behind one zero block.
+    SecondZeroBlock,
+    /// Behind the header of a hard link that claims so many bytes of data.
+    LinkData(u64),
+    /// In the extra blocks of an old sparse map.
+    OldSparse(Box<Draft>, sparse::Pairs),
+    /// In the sparse map at the start of the data; `.2` is the length of the map so far.
+    LineMap(Box<Draft>, sparse::LineMap, u64),
+
+    /// In the payload of an extra entry of this kind and length.
+    Payload(Extra, usize, Vec<u8>),
+    /// In file data: so many bytes left.
+    Data(u64),
+    /// In bytes that mean nothing: so many left.
+    Padding(u64),
+    /// Behind the end marker.
+    End,
+}
+
+/// An entry that describes another.
+#[derive(Clone, Copy)]
+enum Extra {
+    Local,
+    Global,
+    LongName,
+    LongLink,
+}
+
+impl Extra {
+    fn from_flag(flag: u8) -> Option<Self> {
+        match flag {
+            b'x' => Some(Self::Local),
+            b'g' => Some(Self::Global),
+            b'L' => Some(Self::LongName),
+            b'K' => Some(Self::LongLink),
+            _ => None,
+        }
+    }
+
+    fn what(self) -> &'static str {
+        match self {
+            Self::Local | Self::Global => "pax records",
+            Self::LongName | Self::LongLink => "a long name",
+        }
+    }
+}
+
+/// What extra entries said about the one that comes next.
+#[derive(Default)]
+struct Pending {
+    /// Offset of the first of them.
+    offset: Option<u64>,
+    /// Of several pax headers in a row the last counts, as for Go.
+    records: Option<Vec<u8>>,
+    name: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+}
+
+/// A sparse entry whose map is not complete.
+struct Draft {
+    entry: Entry,
+    /// Length of the file.
+    size: u64,
+    /// Bytes in the tar, a map in the data included.
+    stored: u64,
+}
+
+#[derive(Default)]
+struct Current {
+    offset: u64,
+    name: Vec<u8>,
+}
+
+impl Current {
+    fn field(&self, field: impl Into<String>, reason: impl Into<String>) -> TarError {
+        TarError::Field { offset: self.offset, name: shown(&self.name), field: field.into(), reason: reason.into() }
+    }
+
+    fn pax(&self, error: PaxError) -> TarError {
+        self.field(error.key, error.reason)
+    }
+
+    /// A number field that must not be negative and not exceed `max`.
+    fn unsigned(&self, field: &'static str, value: Result<i64, NumberError>, max: u64) -> Result<u64, TarError> {
+        let value = value.map_err(|reason| self.field(field, reason))?;
+        let unsigned = u64::try_from(value).ok().filter(|&unsigned| unsigned <= max);
+        unsigned.ok_or_else(|| self.field(field, format!("{value} is not in 0..={max}")))
+    }
+
+    fn too_long(&self, what: &'static str, len: u64) -> TarError {
+        TarError::TooLong { offset: self.offset, name: shown(&self.name), what, len }
+    }
+}
+
+type Callback<'c, E> = &'c mut dyn FnMut(Event<'_>) -> Result<(), E>;
+
+impl Default for Parser {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Parser {
+    /// A parser at the start of a tar that reports entries only.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            with_data: false,
+            position: 0,
+            state: State::Header,
+            block: Box::new([0; BLOCK]),
+            filled: 0,
+            global: Records::default(),
+            pending: Pending::default(),
+            current: Current::default(),
+        }
+    }
+
+    /// A parser that also reports file data.
+    #[must_use]
+    pub fn with_data() -> Self {
+        Self { with_data: true, ..Self::new() }
+    }
+
+    /// Bytes fed so far.
+    #[must_use]
+    pub fn position(&self) -> Bytes {
+        Bytes(self.position)
+    }
+
+    /// Takes the next bytes of the stream, in pieces of any size, and reports what they complete.
+    ///
+    /// # Errors
+    /// [`TarError`] when the stream breaks a rule; whatever `on` returns. Nothing is reported after that.
+    pub fn feed<E: From<TarError>>(&mut self, mut bytes: &[u8], on: Callback<'_, E>) -> Result<(), E> {
+        while !bytes.is_empty() {
+            let taken = match &mut self.state {
+                State::Data(left) | State::Padding(left) => {
+                    let taken = bytes.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+                    *left -= taken as u64;
+                    let done = *left == 0;
+                    let is_data = matches!(self.state, State::Data(_));
+                    if is_data && self.with_data {
+                        on(Event::Data(&bytes[..taken]))?;
+                    }
+                    self.position += taken as u64;
+                    if done {
+                        self.state = if is_data { padding(self.position) } else { State::Header };
+                    }
+                    bytes = &bytes[taken..];
+                    continue;
+                }
+                State::Payload(_, len, payload) => {
+                    let taken = bytes.len().min(*len - payload.len());
+                    payload.extend_from_slice(&bytes[..taken]);
+                    taken
+                }
+                State::End => match bytes.iter().position(|&byte| byte != 0) {
+                    Some(at) => return Err(TarError::Trailing { offset: self.position + at as u64 }.into()),
+                    None => bytes.len(),
+                },
+                _ => {
+                    let taken = bytes.len().min(BLOCK - self.filled);
+                    self.block[self.filled..self.filled + taken].copy_from_slice(&bytes[..taken]);
+                    self.filled += taken;
+                    taken
+                }
+            };
+            self.position += taken as u64;
+            bytes = &bytes[taken..];
+            if self.filled == BLOCK {
+                self.filled = 0;
+                self.take_block(on)?;
+            } else if matches!(&self.state, State::Payload(_, len, payload) if payload.len() == *len) {
+                self.take_payload()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The end of the stream: returns its length.
+    ///
+    /// A missing end marker is accepted, as by containerd and (with a warning) GNU tar, when the last
+    /// entry is whole. Its padding must be there: the disk maps whole sectors of the tar.
+    ///
+    /// # Errors
+    /// [`TarError::Truncated`] or [`TarError::Dangling`].
+    pub fn finish(self) -> Result<Bytes, TarError> {
+        let what = match self.state {
+            State::End => None,
+            State::Header if self.filled > 0 => Some("a header"),
+            State::SecondZeroBlock | State::LinkData(_) if self.filled > 0 => Some("the block behind"),
+            State::Header | State::SecondZeroBlock | State::LinkData(_) => None,
+            State::OldSparse(..) | State::LineMap(..) => Some("the sparse map"),
+            State::Payload(extra, ..) => Some(extra.what()),
+            State::Data(_) => Some("the data"),
+            State::Padding(_) => Some("the padding"),
+        };
+        if let Some(what) = what {
+            let Current { offset, name } = self.current;
+            return Err(TarError::Truncated { offset, name: shown(&name), what, total: self.position });
+        }
+        match self.pending.offset {
+            Some(offset) => Err(TarError::Dangling { offset }),
+            None => Ok(Bytes(self.position)),
+        }
+    }
+
+    /// A whole block is there and belongs to one of the states that gather blocks.
+    fn take_block<E: From<TarError>>(&mut self, on: Callback<'_, E>) -> Result<(), E> {
+        let block = *self.block;
+        let start = self.position - BLOCK as u64;
+        let is_zero = block == [0; BLOCK];
+        match std::mem::replace(&mut self.state, State::Header) {
+            State::SecondZeroBlock if is_zero => self.state = State::End,
+            State::SecondZeroBlock => {
+                return Err(TarError::LoneZeroBlock { offset: start - BLOCK as u64 }.into());
+            }
+            State::LinkData(len) if !is_zero && Header::new(&block).is_none() => {
+                let rest = len.div_ceil(BLOCK as u64).saturating_sub(1).saturating_mul(BLOCK as u64);
+                self.state = if rest > 0 { State::Padding(rest) } else { State::Header };
+            }
+            State::OldSparse(draft, pairs) => self.old_sparse_block(&block, draft, pairs, on)?,
+            State::LineMap(draft, map, len) => self.line_map_block(&block, draft, map, len, on)?,
+            _ if is_zero => match self.pending.offset {
+                Some(offset) => return Err(TarError::Dangling { offset }.into()),
+                None => self.state = State::SecondZeroBlock,
+            },
+            _ => {
+                let header = Header::new(&block).ok_or(TarError::Checksum { offset: start })?;
+                self.take_header(header, start, on)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_header<E: From<TarError>>(&mut self, header: Header<'_>, start: u64, on: Callback<'_, E>) -> Result<(), E> {
+        self.current = Current { offset: self.pending.offset.unwrap_or(start), name: header.name() };
+        if let Some(extra) = Extra::from_flag(header.flag()) {
+            return Ok(self.start_payload(extra, header, start)?);
+        }
+        if header.flag() == b'V' {
+            // GNU's name for the whole archive. It is no file and nothing that precedes it describes a file.
+            self.pending = Pending::default();
+            let len = self.current.unsigned("size", header.size(), i64::MAX as u64)?;
+            self.state = if len > 0 { State::Padding(len.next_multiple_of(BLOCK as u64)) } else { State::Header };
+            return Ok(());
+        }
+        self.take_entry(header, on)
+    }
+
+    fn start_payload(&mut self, extra: Extra, header: Header<'_>, start: u64) -> Result<(), TarError> {
+        let len = self.current.unsigned("size", header.size(), i64::MAX as u64)?;
+        if len > METADATA_LIMIT {
+            return Err(self.current.too_long(extra.what(), len));
+        }
+        if !matches!(extra, Extra::Global) {
+            self.pending.offset.get_or_insert(start);
+        }
+        let len = len as usize;
+        self.state = State::Payload(extra, len, Vec::with_capacity(len));
+        if len == 0 { self.take_payload() } else { Ok(()) }
+    }
+
+    fn take_payload(&mut self) -> Result<(), TarError> {
+        let state = std::mem::replace(&mut self.state, padding(self.position));
+        let State::Payload(extra, _, payload) = state else { return Ok(()) };
+        let long_name = |payload: &[u8]| {
+            let name = until_nul(payload);
+            match payload[name.len()..].iter().all(|&byte| byte == 0) {
+                true => Ok(Some(name.to_vec()).filter(|name| !name.is_empty())),
+                false => Err(self.current.field("long name", "it contains a NUL byte")),
+            }
+        };
+        match extra {
+            Extra::Local => self.pending.records = Some(payload),
+            Extra::Global => self.global.merge(&payload).map_err(|error| self.current.pax(error))?,
+            Extra::LongName => self.pending.name = long_name(&payload)?,
+            Extra::LongLink => self.pending.link = long_name(&payload)?,
+        }
+        Ok(())
+    }
+
+    /// The header of an entry proper: joins it with what the extra entries said.
+    fn take_entry<E: From<TarError>>(&mut self, header: Header<'_>, on: Callback<'_, E>) -> Result<(), E> {
+        let pending = std::mem::take(&mut self.pending);
+        let mut records = self.global.clone();
+        if let Some(payload) = &pending.records {
+            records.merge(payload).map_err(|error| self.current.pax(error))?;
+        }
+        let pax = |current: &Current, error| current.pax(error);
+        let path = records.path("path").map_err(|error| pax(&self.current, error))?;
+        let link_path = records.path("linkpath").map_err(|error| pax(&self.current, error))?;
+        let sparse_kind = SparseKind::of(header, &records).map_err(|error| pax(&self.current, error))?;
+        let sparse_name = match sparse_kind {
+            SparseKind::No | SparseKind::Old => None,
+            _ => records.path("GNU.sparse.name").map_err(|error| pax(&self.current, error))?,
+        };
+        self.current.name = sparse_name.or(pending.name).or(path).unwrap_or_else(|| header.name());
+        let link = pending.link.or(link_path).unwrap_or_else(|| header.link_name());
+
+        let draft = self.draft(header, &records, link)?;
+        match sparse_kind {
+            SparseKind::No => self.emit(draft.entry, draft.stored, on),
+            SparseKind::Old => self.start_old_sparse(header, draft, on),
+            SparseKind::Pairs(pairs) => self.emit_sparse(draft, &pairs, on),
+            SparseKind::Lines => {
+                self.state = State::LineMap(Box::new(draft), sparse::LineMap::default(), 0);
+                Ok(())
+            }
+        }
+    }
+
+    /// Everything about an entry but its sparse map.
+    fn draft(&self, header: Header<'_>, records: &Records, link: Vec<u8>) -> Result<Draft, TarError> {
+        let current = &self.current;
+        let pax = |error| current.pax(error);
+        let either = |key: &'static str, field: Result<i64, NumberError>, max: u64| match records.number(key) {
+            Ok(Some(value)) => Ok(value),
+            Ok(None) => current.unsigned(key, field, max),
+            Err(error) => Err(current.pax(error)),
+        };
+        let stored = either("size", header.size(), i64::MAX as u64)?;
+        let mtime = match records.time("mtime").map_err(pax)? {
+            Some(mtime) => mtime,
+            None => Timestamp { secs: header.mtime().map_err(|reason| current.field("mtime", reason))?, nanos: 0 },
+        };
+        let real_size = match records.number("GNU.sparse.realsize").map_err(pax)? {
+            Some(size) => Some(size),
+            None => records.number("GNU.sparse.size").map_err(pax)?,
+        };
+        let entry = Entry {
+            header_offset: Bytes(current.offset),
+            name: current.name.clone(),
+            kind: self.kind(header, link)?,
+            mode: (current.unsigned("mode", header.mode(), u64::from(u32::MAX))? & 0o7777) as u32,
+            uid: either("uid", header.uid(), i64::MAX as u64)?,
+            gid: either("gid", header.gid(), i64::MAX as u64)?,
+            mtime,
+            xattrs: records.xattrs().map_err(pax)?,
+            data_offset: Bytes(self.position),
+            stored_len: Bytes(stored),
+            content: Content::Plain,
+        };
+        Ok(Draft { entry, size: real_size.unwrap_or(stored), stored })
+    }
+
+    fn kind(&self, header: Header<'_>, link: Vec<u8>) -> Result<EntryKind, TarError> {
+        let device = || -> Result<(u32, u32), TarError> {
+            let max = u64::from(u32::MAX);
+            let major = self.current.unsigned("major device number", header.major(), max)?;
+            let minor = self.current.unsigned("minor device number", header.minor(), max)?;
+            Ok((major as u32, minor as u32))
+        };
+        Ok(match header.flag() {
+            // V7 had no type for directories but a slash at the end.
+            0 if self.current.name.ends_with(b"/") => EntryKind::Directory,
+            // '7' asked for contiguous storage on systems that had it.
+            0 | b'0' | b'7' | b'S' => EntryKind::Regular,
+            b'1' => EntryKind::HardLink(link),
+            b'2' => EntryKind::Symlink(link),
+            b'3' => device().map(|(major, minor)| EntryKind::Char { major, minor })?,
+            b'4' => device().map(|(major, minor)| EntryKind::Block { major, minor })?,
+            // 'D' is GNU's directory of an incremental dump; its data is a list of names.
+            b'5' | b'D' => EntryKind::Directory,
+            b'6' => EntryKind::Fifo,
+            flag => {
+                let Current { offset, name } = &self.current;
+                return Err(TarError::Type { offset: *offset, name: shown(name), flag: char::from(flag) });
+            }
+        })
+    }
+
+    /// Reports an entry and moves on to its data, `stored` bytes if the header is right.
+    fn emit<E: From<TarError>>(&mut self, mut entry: Entry, stored: u64, on: Callback<'_, E>) -> Result<(), E> {
+        // A size of an entry that has no data is noise, as for Go and GNU tar, with two exceptions: a
+        // directory of a GNU dump, and a hard link: pax may store the data once more with each link,
+        // while older tars give the size of the file and no data. Only the next block tells.
+        let is_dump = entry.kind == EntryKind::Directory && self.block[156] == b'D';
+        self.state = match &entry.kind {
+            EntryKind::Regular => data(self.position, stored),
+            EntryKind::HardLink(_) if stored > 0 => State::LinkData(stored),
+            _ if is_dump && stored > 0 => match stored.checked_next_multiple_of(BLOCK as u64) {
+                Some(len) => State::Padding(len),
+                None => return Err(self.current.field("size", "it exceeds 64 bits").into()),
+            },
+            _ => State::Header,
+        };
+        if entry.kind != EntryKind::Regular {
+            entry.stored_len = Bytes::ZERO;
+        }
+        if self.position.checked_add(stored).is_none_or(|end| end > i64::MAX as u64) {
+            return Err(self.current.field("size", "the data would end past 63 bits").into());
+        }
+        on(Event::Entry(entry))
+    }
+
+    fn start_old_sparse<E: From<TarError>>(
+        &mut self,
+        header: Header<'_>,
+        mut draft: Draft,
+        on: Callback<'_, E>,
+    ) -> Result<(), E> {
+        let (field, is_extended, real_size) = header.old_sparse();
+        let real_size = crate::tar::header::number(real_size);
+        draft.size = self.current.unsigned("sparse file size", real_size, i64::MAX as u64)?;
+        let mut pairs = Vec::new();
+        sparse::old_pairs(field, &mut pairs).map_err(|reason| self.current.field("sparse map", reason))?;
+        if is_extended {
+            self.state = State::OldSparse(Box::new(draft), pairs);
+            return Ok(());
+        }
+        self.emit_sparse(draft, &pairs, on)
+    }
+
+    fn old_sparse_block<E: From<TarError>>(
+        &mut self,
+        block: &[u8; BLOCK],
+        draft: Box<Draft>,
+        mut pairs: sparse::Pairs,
+        on: Callback<'_, E>,
+    ) -> Result<(), E> {
+        /// 21 pairs of 24 bytes, then the flag.
+        const FLAG: usize = 504;
+        sparse::old_pairs(&block[..FLAG], &mut pairs).map_err(|reason| self.current.field("sparse map", reason))?;
+        let len = self.position - draft.entry.data_offset.get();
+        if len > METADATA_LIMIT {
+            return Err(self.current.too_long("a sparse map", len).into());
+        }
+        if block[FLAG] != 0 {
+            self.state = State::OldSparse(draft, pairs);
+            return Ok(());
+        }
+        self.emit_sparse(*draft, &pairs, on)
+    }
+
+    fn line_map_block<E: From<TarError>>(
+        &mut self,
+        block: &[u8; BLOCK],
+        mut draft: Box<Draft>,
+        mut map: sparse::LineMap,
+        len: u64,
+        on: Callback<'_, E>,
+    ) -> Result<(), E> {
+        let len = len + BLOCK as u64;
+        if len > METADATA_LIMIT {
+            return Err(self.current.too_long("a sparse map", len).into());
+        }
+        let pairs = map.block(block).map_err(|reason| self.current.field("sparse map", reason))?;
+        let Some(pairs) = pairs else {
+            self.state = State::LineMap(draft, map, len);
+            return Ok(());
+        };
+        let too_short = || self.current.field("size", "the sparse map at the start of the data is longer than the data");
+        draft.stored = draft.stored.checked_sub(len).ok_or_else(too_short)?;
+        self.emit_sparse(*draft, &pairs, on)
+    }
+
+    /// Reports a sparse file whose map is complete: the data starts here.
+    fn emit_sparse<E: From<TarError>>(&mut self, draft: Draft, pairs: &[u64], on: Callback<'_, E>) -> Result<(), E> {
+        let Draft { mut entry, size, stored } = draft;
+        entry.data_offset = Bytes(self.position);
+        entry.stored_len = Bytes(stored);
+        entry.content = sparse::content(pairs, size, self.position, stored)
+            .map_err(|reason| self.current.field("sparse map", reason))?;
+        self.emit(entry, stored, on)
+    }
+}
+
+/// The state in `len` bytes of data that start at `position`, a multiple of the block size.
+fn data(position: u64, len: u64) -> State {
+    if len > 0 { State::Data(len) } else { padding(position) }
+}
+
+/// The state in the padding that fills the block in which `position` lies.
+fn padding(position: u64) -> State {
+    match position % BLOCK as u64 {
+        0 => State::Header,
+        past => State::Padding(BLOCK as u64 - past),
+    }
+}
+
+/// How an entry's sparse map is stored.
+enum SparseKind {
+    No,
+    Old,
+    Pairs(sparse::Pairs),
+    Lines,
+}
+
+impl SparseKind {
+    fn of(header: Header<'_>, records: &Records) -> Result<Self, PaxError> {
+        match header.flag() {
+            b'S' => return Ok(Self::Old),
+            0 | b'0' | b'7' => {}
+            _ => return Ok(Self::No),
+        }
+        let map = records.get("GNU.sparse.map");
+        let kind = match (records.get("GNU.sparse.major"), records.get("GNU.sparse.minor")) {
+            (Some(b"1"), Some(b"0")) => Self::Lines,
+            (None, None) if map.is_none() && records.sparse_pairs.is_empty() => return Ok(Self::No),
+            (None, None) | (Some(b"0"), Some(b"0" | b"1")) => match map {
+                Some(map) => Self::Pairs(
+                    sparse::comma_pairs(map).map_err(|reason| PaxError::new(b"GNU.sparse.map", reason))?,
+                ),
+                None => Self::Pairs(records.sparse_pairs.clone()),
+            },
+            _ => return Err(PaxError::new(b"GNU.sparse.major", "this version of sparse files is not known")),
+        };
+        if records.get("GNU.sparse.realsize").or(records.get("GNU.sparse.size")).is_none() {
+            return Err(PaxError::new(b"GNU.sparse.realsize", "it is missing for a sparse file"));
+        }
+        if let (Self::Pairs(pairs), Some(count)) = (&kind, records.number("GNU.sparse.numblocks")?) {
+            if count.checked_mul(2) != Some(pairs.len() as u64) {
+                return Err(PaxError::new(b"GNU.sparse.numblocks", "it is not the number of pieces in the map"));
+            }
+        }
+        Ok(kind)
+    }
+}

@@ -1,0 +1,111 @@
+//! Maps of sparse files, in the four ways that GNU tar has written them.
+//!
+//! | format | where the map is |
+//! |---|---|
+//! | old GNU (`S`) | four pairs in the header, then blocks of 21 pairs |
+//! | pax 0.0 | repeated records `GNU.sparse.offset` and `GNU.sparse.numbytes` |
+//! | pax 0.1 | one record `GNU.sparse.map`: `offset,length,offset,length…` |
+//! | pax 1.0 | decimal lines at the start of the data: count, offset, length, … padded to a block |
+//!
+//! All end as the same list. It is checked here once: ascending, within the file, and as long in sum
+//! as the stored data.
+
+use crate::tar::entry::{Content, SparsePiece};
+use crate::tar::header::number;
+use crate::units::Bytes;
+
+/// Bytes of one pair of number fields in the old format.
+const OLD_PAIR: usize = 24;
+
+/// A sparse map in the making: the numbers as they came, offset and length in turn.
+pub(super) type Pairs = Vec<u64>;
+
+/// Takes the pairs of an old map's field; an empty field ends the map.
+pub(super) fn old_pairs(field: &[u8], pairs: &mut Pairs) -> Result<(), &'static str> {
+    for pair in field.chunks_exact(OLD_PAIR) {
+        if pair[0] == 0 || pair[12] == 0 {
+            break;
+        }
+        for half in pair.chunks_exact(12) {
+            pairs.push(u64::try_from(number(half)?).map_err(|_| "a number in the sparse map is negative")?);
+        }
+    }
+    Ok(())
+}
+
+/// Reads the map of format 1.0 from the data, which comes in blocks.
+#[derive(Default)]
+pub(super) struct LineMap {
+    /// Numbers still to come; unknown before the first line.
+    awaited: Option<u64>,
+    pairs: Pairs,
+    digits: u64,
+    digit_count: u32,
+}
+
+impl LineMap {
+    /// Takes a block; gives the pairs when the map is complete. The rest of that block is padding.
+    pub(super) fn block(&mut self, block: &[u8]) -> Result<Option<Pairs>, &'static str> {
+        for &byte in block {
+            match byte {
+                b'0'..=b'9' if self.digit_count < 18 => {
+                    self.digits = self.digits * 10 + u64::from(byte - b'0');
+                    self.digit_count += 1;
+                }
+                b'\n' if self.digit_count > 0 => {
+                    let value = std::mem::take(&mut self.digits);
+                    self.digit_count = 0;
+                    match &mut self.awaited {
+                        None => self.awaited = Some(value.checked_mul(2).ok_or("the sparse map has too many pieces")?),
+                        Some(awaited) => {
+                            *awaited -= 1;
+                            self.pairs.push(value);
+                        }
+                    }
+                    if self.awaited == Some(0) {
+                        return Ok(Some(std::mem::take(&mut self.pairs)));
+                    }
+                }
+                _ => return Err("the sparse map at the start of the data is not lines of decimal numbers"),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Numbers of a `GNU.sparse.map` record.
+pub(super) fn comma_pairs(text: &[u8]) -> Result<Pairs, &'static str> {
+    let number = |part: &[u8]| {
+        if part.is_empty() || part.len() > 18 || !part.iter().all(u8::is_ascii_digit) {
+            return Err("the sparse map is not a list of decimal numbers");
+        }
+        Ok(part.iter().fold(0, |value, digit| value * 10 + u64::from(digit - b'0')))
+    };
+    text.split(|&byte| byte == b',').map(number).collect()
+}
+
+/// The checked content of a sparse file of `size` bytes with `stored` bytes of data at `data_offset`.
+pub(super) fn content(pairs: &[u64], size: u64, data_offset: u64, stored: u64) -> Result<Content, &'static str> {
+    if !pairs.len().is_multiple_of(2) {
+        return Err("the sparse map ends between an offset and its length");
+    }
+    let mut pieces = Vec::with_capacity(pairs.len() / 2);
+    let (mut file_end, mut used) = (0u64, 0u64);
+    for pair in pairs.chunks_exact(2) {
+        let (offset, len) = (pair[0], pair[1]);
+        let end = offset.checked_add(len).filter(|&end| end <= size).ok_or("a sparse piece lies past the end of the file")?;
+        if offset < file_end {
+            return Err("sparse pieces overlap or are not in order");
+        }
+        let tar_offset = data_offset.checked_add(used).ok_or("a sparse piece lies past 64 bits")?;
+        if len > 0 {
+            pieces.push(SparsePiece { file_offset: Bytes(offset), tar_offset: Bytes(tar_offset), len: Bytes(len) });
+        }
+        used = used.checked_add(len).ok_or("the sparse pieces are longer than the data")?;
+        file_end = end;
+    }
+    if used != stored {
+        return Err("the sparse pieces do not add up to the stored data");
+    }
+    Ok(Content::Sparse { size: Bytes(size), pieces })
+}
