@@ -1,9 +1,131 @@
-//! The command line.
+//! The command line: one file a command.
+//!
+//! Data goes to stdout, everything for people to stderr. Exit status: 0 done, 1 the operation failed,
+//! 2 wrong usage. An error is printed as one line: the command, what failed, and every cause.
 
+mod attach;
+mod bars;
+mod check;
+mod convert;
+mod daemon;
+mod detach;
+mod doctor;
+mod export;
+mod inspect;
+mod ls;
+mod opener;
+mod registry;
+mod table;
+
+use std::error::Error;
 use std::process::ExitCode;
 
-/// Runs the command the process was started with.
+use clap::{ArgAction, Parser, Subcommand};
+use thiserror::Error;
+
+/// Start containers from unmodified OCI images before they are downloaded.
+#[derive(Debug, Parser)]
+#[command(name = "turbobd", version, propagate_version = true, max_term_width = 100)]
+struct Cli {
+    /// Say more: once for what is done and how long it takes, twice for everything.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Build the meta image of an OCI image, beside it.
+    Convert(convert::Args),
+    /// Make a block device of an image, and mount it.
+    Attach(attach::Args),
+    /// Unmount and remove a device.
+    Detach(detach::Args),
+    /// List the devices of this host.
+    Ls(ls::Args),
+    /// Read an image's whole virtual disk without any kernel.
+    Export(export::Args),
+    /// Say what an image is: layers, sizes, indexes.
+    Inspect(inspect::Args),
+    /// Verify an image.
+    Check(check::Args),
+    /// Say what this host can do, and the remedy for what it cannot.
+    Doctor(doctor::Args),
+    /// Serve the devices of this host.
+    Daemon(daemon::Args),
+}
+
+/// Why a command ended without success.
+#[derive(Debug, Error)]
+enum Failure {
+    /// Arguments that parse but make no sense together: exit status 2.
+    #[error("{0}")]
+    Usage(String),
+    /// Exit status 1.
+    #[error("{0}")]
+    Failed(String),
+    /// Exit status 1, with its causes.
+    #[error(transparent)]
+    Because(#[from] Box<dyn Error + Send + Sync>),
+}
+
+impl Failure {
+    fn because(error: impl Error + Send + Sync + 'static) -> Self {
+        Self::Because(Box::new(error))
+    }
+}
+
+type Outcome = Result<ExitCode, Failure>;
+
+/// Runs the command that the process was started with.
 #[must_use]
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let cli = Cli::parse();
+    log_to_stderr(cli.verbose);
+    let (name, outcome) = match cli.command {
+        Command::Convert(args) => ("convert", convert::run(&args)),
+        Command::Attach(args) => ("attach", attach::run(&args)),
+        Command::Detach(args) => ("detach", detach::run(&args)),
+        Command::Ls(args) => ("ls", ls::run(&args)),
+        Command::Export(args) => ("export", export::run(&args)),
+        Command::Inspect(args) => ("inspect", inspect::run(&args)),
+        Command::Check(args) => ("check", check::run(&args)),
+        Command::Doctor(args) => ("doctor", doctor::run(&args)),
+        Command::Daemon(args) => ("daemon", daemon::run(&args)),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("turbobd: {name}: {}", sentence(&failure));
+            ExitCode::from(if matches!(failure, Failure::Usage(_)) { 2 } else { 1 })
+        }
+    }
+}
+
+/// `RUST_LOG` wins over `-v`.
+fn log_to_stderr(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "turbobd=info,warn",
+        _ => "turbobd=debug,info",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).try_init();
+}
+
+/// An error and all its causes on one line.
+fn sentence(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let part = error.to_string();
+        // A transparent wrapper would say the same twice.
+        if !text.ends_with(&part) {
+            text.push_str(": ");
+            text.push_str(&part);
+        }
+        cause = error.source();
+    }
+    text
 }

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 
+pub use crate::tar::Timestamp;
 use crate::units::{Bytes, SECTOR};
 
 /// Longest name of a directory entry, bytes (the field is one byte wide).
@@ -29,15 +30,6 @@ impl NodeId {
     pub(super) fn index(self) -> usize {
         self.0 as usize
     }
-}
-
-/// A moment: seconds since 1970 (negative before) and the nanoseconds after that second.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub struct Timestamp {
-    /// Seconds since 1970-01-01 00:00 UTC.
-    pub secs: i64,
-    /// Nanoseconds, 0..=999,999,999.
-    pub nanos: u32,
 }
 
 /// What a file has besides its content.

@@ -57,6 +57,12 @@ impl SegmentHasher {
         self.advance();
     }
 
+    /// Digest and length in bytes of what was pushed so far: of the blob, once all of it was.
+    #[must_use]
+    pub fn whole(&self) -> (Digest, u64) {
+        (Digest::from_hasher(self.whole.clone()), self.received)
+    }
+
     /// Fills in `index`, whose layer was fed to this hasher, with the digest of each segment and of
     /// the layer. Boundaries that became final only at the end are taken from the index.
     ///

@@ -234,6 +234,23 @@ impl Repository {
         }
     }
 
+    /// Length of a blob in bytes, for one whose descriptor is not at hand.
+    ///
+    /// # Errors
+    /// See [`RegistryError`]; [`RegistryError::Protocol`] when the registry does not say.
+    pub fn blob_size(&self, digest: &Digest) -> Result<u64, RegistryError> {
+        let what = self.place.describe(&format!("blob {digest}"));
+        let url = self.place.url(&format!("blobs/{digest}"))?;
+        let call = Call { verified: true, ..Call::new(Method::HEAD, url, what) };
+        let landed = self.ask(&call, &[200])?;
+        let length = landed.reply.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        length.ok_or_else(|| RegistryError::Protocol {
+            what: call.what.clone(),
+            host: self.place.host.clone(),
+            rule: "a HEAD of a blob is answered with its Content-Length".to_owned(),
+        })
+    }
+
     /// Range reads of a blob whose `size` in bytes its descriptor gives. Asks nothing yet.
     ///
     /// # Errors

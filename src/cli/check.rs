@@ -1,0 +1,91 @@
+//! `turbobd check`: verify an image.
+//!
+//! Opening verifies the meta image: digests, checksums, indexes, and that they fit together. What is
+//! checked beyond: no mapping leaves its target; with `--data`, every chunk of every layer decodes
+//! and has its checksum, and every original blob has its digest.
+
+use std::io::Read as _;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Failure, Outcome, export, opener, table};
+use crate::cache::Cache;
+use crate::chunk::ChunkSource;
+use crate::oci::{Descriptor, Digest};
+use crate::store::ImageStore;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    image: opener::Args,
+    /// Also read and verify every byte of data.
+    #[arg(long)]
+    data: bool,
+}
+
+/// Checks; says on stdout what was verified.
+pub(super) fn run(args: &Args) -> Outcome {
+    let opened = args.image.open(Cache::new(opener::CACHE_BUDGET, 1))?;
+    opened.disk.check_mappings().map_err(Failure::because)?;
+    println!("meta image: ok ({} layers)", opened.disk.layer_count());
+    if !args.data {
+        return Ok(ExitCode::SUCCESS);
+    }
+    for (number, source) in opened.disk.chunk_sources().into_iter().enumerate() {
+        let Some(source) = source else { continue };
+        load_every_chunk(&source)?;
+        println!("layer {number}: {} in {} chunks: ok", table::size(source.decoded_len()), source.chunk_count());
+    }
+    if let (Some(image), Some(targets)) = (&opened.image, opened.stores.last()) {
+        for target in image.layers.iter().filter_map(|layer| layer.target.as_ref()) {
+            verify_blob(&**targets, &target.digest, target.size)?;
+            println!("{}: ok", target.digest);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Decodes all chunks, on all cores.
+fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
+    let next = AtomicU32::new(0);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..export::loader_threads())
+            .map(|_| {
+                scope.spawn(|| loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    if index >= source.chunk_count() {
+                        return Ok(());
+                    }
+                    source.load(index)?;
+                })
+            })
+            .collect();
+        for worker in workers {
+            let lost = |_| Failure::Failed("A checking thread ended early".into());
+            worker.join().map_err(lost)?.map_err(|error: crate::chunk::ChunkError| Failure::because(error))?;
+        }
+        Ok(())
+    })
+}
+
+/// Reads a blob from end to end and compares its digest.
+fn verify_blob(store: &dyn ImageStore, digest: &str, size: u64) -> Result<(), Failure> {
+    let digest: Digest = digest.parse().map_err(Failure::because)?;
+    let mut blob = store.open_blob(&Descriptor::blob(digest, size)).map_err(Failure::because)?;
+    let mut hasher = Sha256::new();
+    let mut buf = vec![0; 1 << 20];
+    loop {
+        match blob.read(&mut buf).map_err(Failure::because)? {
+            0 => break,
+            n => hasher.update(&buf[..n]),
+        }
+    }
+    let got = Digest::from_hasher(hasher);
+    if got != digest {
+        return Err(Failure::Failed(format!("The original layer {digest} is damaged: its bytes have digest {got}")));
+    }
+    Ok(())
+}

@@ -1,0 +1,59 @@
+//! `turbobd inspect`: what an image is.
+
+use std::process::ExitCode;
+
+use serde_json::json;
+
+use super::{Failure, Outcome, opener, table};
+use crate::cache::Cache;
+use crate::disk::image::LayerInfo;
+use crate::volume::Volume as _;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    image: opener::Args,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Inspects.
+pub(super) fn run(args: &Args) -> Outcome {
+    let opened = args.image.open(Cache::new(opener::CACHE_BUDGET, 1))?;
+    let Some(image) = &opened.image else {
+        return Err(Failure::Usage("inspect takes an IMAGE; a device config names only local files".into()));
+    };
+    if args.json {
+        table::print_json(&json!({
+            "digest": image.manifest.digest,
+            "vsize": opened.disk.size(),
+            "layers": image.layers,
+        }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("digest  {}", image.manifest.digest);
+    println!("vsize   {}", table::size(opened.disk.size()));
+    let head = ["#", "kind", "meta", "size", "target", "size", "tar", "share", "fs", "index", "sidecar", "span", "segments"];
+    let rows: Vec<_> = image.layers.iter().enumerate().map(|(number, layer)| row(number, layer)).collect();
+    table::print(&head, &rows);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(number: usize, layer: &LayerInfo) -> Vec<String> {
+    let mut row = vec![number.to_string(), layer.kind.into(), table::short(&layer.digest), table::size(layer.size)];
+    if let Some(target) = &layer.target {
+        row.extend([
+            table::short(&target.digest),
+            table::size(target.size),
+            table::size(target.uncompressed),
+            table::percent(layer.size, target.size),
+            table::size(target.fs_meta),
+            table::size(target.gzip_meta),
+            table::size(target.sidecar),
+            table::size(target.span),
+            target.segments.to_string(),
+        ]);
+    }
+    row
+}

@@ -1,0 +1,52 @@
+//! Flags for registries, shared by all commands that name an image.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::Failure;
+use crate::registry::{Client, ClientOptions};
+
+/// How to reach a registry. Names as in upstream's `convertor`.
+#[derive(Clone, Debug, Default, clap::Args, serde::Serialize, serde::Deserialize)]
+#[command(next_help_heading = "Registry")]
+pub(super) struct Args {
+    /// Credentials, `user:password`; without it, Docker's config file is asked.
+    #[arg(short = 'u', long = "username", value_name = "USER[:PASS]")]
+    pub(super) user: Option<String>,
+    /// Speak HTTP without TLS (a loopback registry is always spoken to so, unless it is given a CA).
+    #[arg(long)]
+    pub(super) plain: bool,
+    /// Do not verify the registry's certificate.
+    #[arg(long)]
+    pub(super) insecure: bool,
+    /// Additional CA certificates, PEM.
+    #[arg(long, value_name = "FILE")]
+    pub(super) root_ca: Option<PathBuf>,
+    /// Client certificate and key, PEM.
+    #[arg(long, value_name = "CRT:KEY")]
+    pub(super) client_cert: Option<String>,
+}
+
+impl Args {
+    /// A client with these settings.
+    pub(super) fn client(&self) -> Result<Arc<Client>, Failure> {
+        let client_cert = match &self.client_cert {
+            None => None,
+            Some(pair) => {
+                let (crt, key) = pair
+                    .split_once(':')
+                    .ok_or_else(|| Failure::Usage("--client-cert takes CERTIFICATE:KEY, two PEM files".into()))?;
+                Some((PathBuf::from(crt), PathBuf::from(key)))
+            }
+        };
+        let options = ClientOptions {
+            user: self.user.clone(),
+            plain: self.plain,
+            insecure: self.insecure,
+            root_ca: self.root_ca.clone(),
+            client_cert,
+            ..ClientOptions::default()
+        };
+        Client::new(options).map(Arc::new).map_err(Failure::because)
+    }
+}

@@ -1,0 +1,338 @@
+//! One pass over one layer.
+//!
+//! Three threads: one reads the blob in pieces, one (the caller's) inflates, parses and applies, one
+//! hashes. The hasher gets each piece *after* the scan, together with the segment boundaries that
+//! became final meanwhile, because it needs them to know where a segment ends.
+//!
+//! When parsing fails, reading and hashing go on to the end: if the digest turns out wrong, the
+//! damaged transfer is the error to report, not the nonsense it led to.
+
+use std::io::{Cursor, Read, Write as _};
+use std::thread;
+
+use bytes::{Bytes as Piece, BytesMut};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use super::apply::{ApplyReport, LayerApply};
+use super::{ConvertOptions, LayerError, Progress};
+use crate::ext4::{Image, Run, Tree};
+use crate::gzip::{self, Boundary, GZIP_META_NAME, SIDECAR_NAME, Scanner, SegmentHasher, Sidecar};
+use crate::lsmt::WarpWriter;
+use crate::oci::{Descriptor, Digest};
+use crate::tar::{self, Event};
+use crate::units::Bytes;
+use crate::zfile;
+
+/// Bytes read at a time: large enough that a piece costs nothing to pass on.
+const PIECE: usize = 256 << 10;
+/// Pieces under way between two threads: 8 MiB, enough to cover a burst of the network.
+const PIECES_AHEAD: usize = 32;
+
+/// Name of the ext4 metadata in the layer archive (spec turbooci 3.1).
+pub const FS_META_NAME: &str = "ext4.fs.meta";
+/// Name of the empty member that marks a `TurboOCI` layer.
+pub const MARKER_NAME: &str = ".turbo.ociv1";
+
+/// How the original blob is compressed, by its content and not by its media type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetEncoding {
+    /// gzip, one member or many.
+    Gzip,
+    /// A bare tar.
+    Plain,
+}
+
+/// What one layer became.
+pub struct BuiltLayer {
+    /// The new blob: a gzip-compressed tar archive.
+    pub archive: Vec<u8>,
+    /// SHA-256 of the archive's tar.
+    pub diff_id: Digest,
+    /// How the original is compressed.
+    pub target: TargetEncoding,
+    /// Sizes of everything, in bytes.
+    pub sizes: LayerSizes,
+    /// What was applied.
+    pub applied: ApplyReport,
+}
+
+/// Where the bytes of a meta image go.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct LayerSizes {
+    /// The original blob.
+    pub blob: u64,
+    /// The original, uncompressed.
+    pub tar: u64,
+    /// `ext4.fs.meta`.
+    pub fs_meta: u64,
+    /// `gzip.meta`, 0 when there is none.
+    pub gzip_meta: u64,
+    /// The sidecar, 0 when there is none.
+    pub sidecar: u64,
+    /// The archive: what is stored and downloaded.
+    pub archive: u64,
+}
+
+/// What the stream of one layer yielded, before anything is written.
+struct Streamed {
+    hasher: SegmentHasher,
+    parsed: Result<Parsed, LayerError>,
+}
+
+struct Parsed {
+    index: Option<gzip::Index>,
+    tar_len: Bytes,
+    applied: ApplyReport,
+}
+
+/// Reads `blob`, applies it to `tree` and writes what changed.
+///
+/// # Errors
+/// [`LayerError`]; `tree` and `image` are then half-changed and of no further use.
+pub fn build_layer(
+    blob: Box<dyn Read + Send>,
+    descriptor: &Descriptor,
+    tree: &mut Tree,
+    image: &mut Image,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<BuiltLayer, LayerError> {
+    progress.start(&descriptor.digest, descriptor.size);
+    let streamed = stream(blob, descriptor, tree, options, progress)?;
+    let (got, got_size) = streamed.hasher.whole();
+    if got != descriptor.digest || got_size != descriptor.size {
+        return Err(LayerError::Mismatch { got, got_size, want_size: descriptor.size });
+    }
+    let mut parsed = streamed.parsed?;
+    if let Some(index) = &mut parsed.index {
+        streamed.hasher.finish(index)?;
+    }
+    let fs_meta = write_fs_meta(tree, image, options)?;
+    let built = write_archive(&fs_meta, parsed, descriptor)?;
+    progress.finish(&descriptor.digest);
+    Ok(built)
+}
+
+/// Runs the three threads over the blob.
+fn stream(
+    blob: Box<dyn Read + Send>,
+    descriptor: &Descriptor,
+    tree: &mut Tree,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<Streamed, LayerError> {
+    let (piece_tx, piece_rx) = bounded(PIECES_AHEAD);
+    let (hash_tx, hash_rx) = bounded(PIECES_AHEAD);
+    thread::scope(|scope| {
+        let reader = scope.spawn(move || read_pieces(blob, &piece_tx));
+        let hasher = scope.spawn(move || hash_pieces(&hash_rx));
+        let parsed = parse_pieces(&piece_rx, &hash_tx, descriptor, tree, options, progress);
+        drop((piece_rx, hash_tx)); // ends the other two, also when parsing failed
+        let lost = |_| LayerError::Read(std::io::Error::other("a thread of the conversion ended early"));
+        reader.join().map_err(lost)?.map_err(LayerError::Read)?;
+        let hasher = hasher.join().map_err(lost)?;
+        Ok(Streamed { hasher, parsed })
+    })
+}
+
+/// Thread 1: the blob in pieces.
+fn read_pieces(mut blob: Box<dyn Read + Send>, pieces: &Sender<Piece>) -> std::io::Result<()> {
+    loop {
+        let mut piece = BytesMut::zeroed(PIECE);
+        let mut filled = 0;
+        while filled < piece.len() {
+            match blob.read(&mut piece[filled..]) {
+                Ok(0) => break,
+                Ok(n) => filled += n,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let last = filled < piece.len();
+        piece.truncate(filled);
+        if filled > 0 && pieces.send(piece.freeze()).is_err() {
+            return Ok(()); // the parser is gone and has its own error to tell
+        }
+        if last {
+            return Ok(());
+        }
+    }
+}
+
+/// A piece that the scan has passed, and the segment boundaries it made final.
+struct Scanned {
+    piece: Piece,
+    boundaries: Vec<Boundary>,
+}
+
+/// Thread 3: SHA-256 of the blob and of each segment.
+fn hash_pieces(scanned: &Receiver<Scanned>) -> SegmentHasher {
+    let mut hasher = SegmentHasher::new();
+    for Scanned { piece, boundaries } in scanned {
+        hasher.push(piece);
+        for boundary in boundaries {
+            hasher.boundary(boundary);
+        }
+    }
+    hasher
+}
+
+/// Thread 2, the caller's: scan, parse, apply; then pass the piece on.
+fn parse_pieces(
+    pieces: &Receiver<Piece>,
+    hashed: &Sender<Scanned>,
+    descriptor: &Descriptor,
+    tree: &mut Tree,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<Parsed, LayerError> {
+    let mut parser = LayerParser::new(tree, options);
+    let mut failed = None;
+    for piece in pieces {
+        progress.advance(&descriptor.digest, piece.len() as u64);
+        let mut boundaries = Vec::new();
+        if failed.is_none() {
+            match parser.feed(&piece) {
+                Ok(()) => boundaries = parser.take_boundaries(),
+                Err(error) => failed = Some(error),
+            }
+        }
+        let _ = hashed.send(Scanned { piece, boundaries }); // gone only if it panicked, which join tells
+    }
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    parser.finish()
+}
+
+/// From compressed pieces to entries in the tree.
+struct LayerParser<'t> {
+    encoding: Option<TargetEncoding>,
+    scanner: Scanner,
+    tar: tar::Parser,
+    apply: LayerApply<'t>,
+}
+
+impl<'t> LayerParser<'t> {
+    fn new(tree: &'t mut Tree, options: &ConvertOptions) -> Self {
+        Self {
+            encoding: None,
+            scanner: Scanner::new(gzip::ScanOptions { span: options.span }),
+            tar: tar::Parser::new(),
+            apply: LayerApply::new(tree),
+        }
+    }
+
+    fn feed(&mut self, piece: &[u8]) -> Result<(), LayerError> {
+        let encoding = match self.encoding {
+            Some(encoding) => encoding,
+            None => *self.encoding.insert(detect(piece)?),
+        };
+        let (tar, apply) = (&mut self.tar, &mut self.apply);
+        let mut sink = |bytes: &[u8]| -> Result<(), LayerError> {
+            tar.feed(bytes, &mut |event| match event {
+                Event::Entry(entry) => apply.entry(entry).map_err(LayerError::from),
+                Event::Data(_) => Ok(()),
+            })
+        };
+        match encoding {
+            TargetEncoding::Gzip => self.scanner.feed(piece, &mut sink),
+            TargetEncoding::Plain => sink(piece),
+        }
+    }
+
+    fn take_boundaries(&mut self) -> Vec<Boundary> {
+        self.scanner.take_boundaries()
+    }
+
+    fn finish(self) -> Result<Parsed, LayerError> {
+        let index = match self.encoding {
+            Some(TargetEncoding::Gzip) => Some(self.scanner.finish()?),
+            Some(TargetEncoding::Plain) | None => None,
+        };
+        let tar_len = self.tar.finish()?;
+        Ok(Parsed { index, tar_len, applied: self.apply.finish()? })
+    }
+}
+
+/// The compression of a layer by its first bytes (media types lie: spec turbooci 3.5).
+fn detect(piece: &[u8]) -> Result<TargetEncoding, LayerError> {
+    match piece {
+        [0x1f, 0x8b, ..] => Ok(TargetEncoding::Gzip),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Err(LayerError::Compression("zstd")),
+        [b'B', b'Z', b'h', ..] => Err(LayerError::Compression("bzip2")),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Err(LayerError::Compression("xz")),
+        _ => Ok(TargetEncoding::Plain),
+    }
+}
+
+/// What `tree` changed since the last layer, as a `ZFile` of a warp LSMT layer (spec turbooci 3.4).
+fn write_fs_meta(tree: &Tree, image: &mut Image, options: &ConvertOptions) -> Result<Vec<u8>, LayerError> {
+    let blocks = image.commit_layer(tree)?;
+    let mut writer = WarpWriter::new(options.disk_size)?;
+    for run in blocks.runs() {
+        match run {
+            Run::Metadata { lba, bytes } => writer.metadata(lba, bytes)?,
+            Run::Remote { lba, count, target } => writer.remote(lba, count, target)?,
+            Run::Zeroed { lba, count } => writer.zeroed(lba, count)?,
+        }
+    }
+    let mut lsmt = Vec::new();
+    writer.finish(&mut lsmt)?;
+    let mut writer = zfile::Writer::new(Cursor::new(Vec::new()), FS_META_ZFILE)?;
+    writer.write_all(&lsmt).map_err(zfile::ZFileError::from)?;
+    Ok(writer.finish()?.0.into_inner())
+}
+
+/// The `ZFile` around the metadata: zstd in 32 KiB blocks is little more than half of upstream's LZ4
+/// in 4 KiB blocks, its readers take both, and we decode it whole at attach anyway.
+const FS_META_ZFILE: zfile::Options =
+    zfile::Options { algo: zfile::Algo::Zstd, level: 19, block_size: 32 << 10, verify: true };
+
+/// Packs the members into the blob that a registry stores (spec turbooci 3.1).
+fn write_archive(fs_meta: &[u8], parsed: Parsed, descriptor: &Descriptor) -> Result<BuiltLayer, LayerError> {
+    let (gzip_meta, sidecar) = match &parsed.index {
+        Some(index) => {
+            // Without a gzip.meta upstream refuses the layer at open; with one that cannot say what is
+            // needed it would serve zeros.
+            let gzip_meta = gzip::ddgzidx::write(index).ok();
+            let sidecar = Sidecar::write(index, descriptor.digest, gzip_meta.is_some())?;
+            (gzip_meta, Some(sidecar))
+        }
+        None => (None, None),
+    };
+    let mut members: Vec<(&str, &[u8])> = vec![(FS_META_NAME, fs_meta), (MARKER_NAME, b"")];
+    if let Some(bytes) = &gzip_meta {
+        members.push((GZIP_META_NAME, bytes));
+    }
+    if let Some(bytes) = &sidecar {
+        members.push((SIDECAR_NAME, bytes));
+    }
+    let mut tar = Vec::new();
+    tar::archive::Archive::write(&mut tar, &members).map_err(LayerError::Read)?;
+    let archive = gzip_bytes(&tar);
+    let len = |bytes: &Option<Vec<u8>>| bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
+    Ok(BuiltLayer {
+        diff_id: Digest::of(&tar),
+        target: if parsed.index.is_some() { TargetEncoding::Gzip } else { TargetEncoding::Plain },
+        sizes: LayerSizes {
+            blob: descriptor.size,
+            tar: parsed.tar_len.get(),
+            fs_meta: fs_meta.len() as u64,
+            gzip_meta: len(&gzip_meta),
+            sidecar: len(&sidecar),
+            archive: archive.len() as u64,
+        },
+        archive,
+        applied: parsed.applied,
+    })
+}
+
+/// gzip without name and time, by a pinned encoder: the same input gives the same digest.
+fn gzip_bytes(bytes: &[u8]) -> Vec<u8> {
+    let mut compressor = libdeflater::Compressor::new(libdeflater::CompressionLvl::default());
+    let mut out = vec![0; compressor.gzip_compress_bound(bytes.len())];
+    // The bound is the encoder's own promise; were it broken, an empty archive would fail every reader.
+    let len = compressor.gzip_compress(bytes, &mut out).unwrap_or(0);
+    out.truncate(len);
+    out
+}

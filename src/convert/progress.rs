@@ -1,0 +1,22 @@
+//! Who is told how far a conversion is.
+
+use crate::oci::Digest;
+
+/// Told of every layer's start, advance and end, from several threads.
+pub trait Progress: Sync {
+    /// A layer of `size` compressed bytes is about to be read.
+    fn start(&self, layer: &Digest, size: u64);
+    /// `bytes` more of it have been read.
+    fn advance(&self, layer: &Digest, bytes: u64);
+    /// It is converted.
+    fn finish(&self, layer: &Digest);
+}
+
+/// Tells nobody.
+pub struct Silent;
+
+impl Progress for Silent {
+    fn start(&self, _: &Digest, _: u64) {}
+    fn advance(&self, _: &Digest, _: u64) {}
+    fn finish(&self, _: &Digest) {}
+}

@@ -1,0 +1,75 @@
+//! A repository of a registry as a store.
+
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{ImageStore, Selector, StoreError, StoredManifest, Transferred};
+use crate::oci::{Descriptor, Digest};
+use crate::registry::{BlobReader, Client, RemoteStats, Repository};
+use crate::source::ByteSource;
+
+/// `host/name`, over the distribution protocol.
+pub struct RepositoryStore {
+    name: String,
+    repository: Repository,
+    /// Shared by all blobs read by range.
+    stats: Arc<RemoteStats>,
+}
+
+impl RepositoryStore {
+    /// The repository `name` on `host`; it is not contacted yet.
+    ///
+    /// # Errors
+    /// [`StoreError::Registry`] when the two cannot be part of a URL.
+    pub fn new(client: &Client, host: &str, name: &str) -> Result<Self, StoreError> {
+        let repository = client.repository(host, name)?;
+        Ok(Self { name: format!("{host}/{name}"), repository, stats: Arc::default() })
+    }
+}
+
+impl ImageStore for RepositoryStore {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn manifest(&self, selector: &Selector) -> Result<StoredManifest, StoreError> {
+        let manifest = match selector {
+            Selector::Tag(tag) => self.repository.manifest(tag)?,
+            Selector::Digest(digest) => self.repository.manifest(&digest.to_string())?,
+        };
+        Ok(StoredManifest { media_type: manifest.media_type, digest: manifest.digest, bytes: manifest.bytes })
+    }
+
+    fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
+        let reader: BlobReader = self.repository.blob_stream(&blob.digest, blob.size)?;
+        Ok(Box::new(reader))
+    }
+
+    fn blob_source(&self, digest: &Digest, size: Option<u64>) -> Result<Arc<dyn ByteSource>, StoreError> {
+        let size = match size {
+            Some(size) => size,
+            None => self.repository.blob_size(digest)?,
+        };
+        Ok(Arc::new(self.repository.blob(digest, size)?.with_stats(self.stats.clone())))
+    }
+
+    fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError> {
+        let digest = Digest::of(bytes);
+        self.repository.push_blob(&digest, &bytes::Bytes::copy_from_slice(bytes))?;
+        Ok(())
+    }
+
+    fn put_manifest(&self, tag: Option<&str>, media_type: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        let digest = Digest::of(bytes).to_string();
+        self.repository.put_manifest(tag.unwrap_or(&digest), media_type, bytes)?;
+        Ok(())
+    }
+
+    fn transferred(&self) -> Transferred {
+        Transferred {
+            requests: self.stats.requests.load(Ordering::Relaxed),
+            bytes: self.stats.bytes.load(Ordering::Relaxed),
+        }
+    }
+}
