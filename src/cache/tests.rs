@@ -177,8 +177,8 @@ fn the_budget_is_never_exceeded_and_what_is_read_twice_stays() {
     let stats = cache.stats();
     assert_eq!(stats.chunks, 10);
     assert!(stats.evictions >= 1990);
-    // Shards are small here, so the hot chunk may fall now and then; most of its reads are hits.
-    assert!(stats.hits > 1800, "{stats:?}");
+    // The first time, and hardly ever after: between two evictions it is always used.
+    assert!(stats.hits > 1990, "{stats:?}");
 }
 
 #[test]

@@ -212,7 +212,7 @@ fn threads_that_fight_over_a_tiny_cache_all_end_with_right_bytes() {
     let bytes = tar(8 * 262_144);
     let layer = turbo(Some(plain_chunks("t", bytes.clone())), |writer| {
         writer.metadata(Sectors(0), &[7; 512]).unwrap();
-        writer.remote(Sectors(0 + 8), Sectors(4000), Sectors(0)).unwrap();
+        writer.remote(Sectors(8), Sectors(4000), Sectors(0)).unwrap();
     });
     let disk = Disk::new(vec![layer], Cache::new(300_000, 2)).unwrap();
     std::thread::scope(|scope| {

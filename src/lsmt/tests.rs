@@ -82,13 +82,12 @@ fn upstreams_turbo_layers_are_read_and_written_again_byte_for_byte() {
         let mut writer = WarpWriter::new(layer.virtual_size()).unwrap();
         for (run, len) in joined(layer.mappings()) {
             let from = run.moffset.bytes().0 as usize;
-            match (run.zeroed, run.tag) {
-                (true, _) => writer.zeroed(run.lba, Sectors(len)).unwrap(),
-                (_, 0) => {
-                    writer.metadata(run.lba, &bytes[from..from + len as usize * 512]).unwrap()
-                }
-                _ => writer.remote(run.lba, Sectors(len), run.moffset).unwrap(),
-            }
+            let added = match (run.zeroed, run.tag) {
+                (true, _) => writer.zeroed(run.lba, Sectors(len)),
+                (_, 0) => writer.metadata(run.lba, &bytes[from..from + len as usize * 512]),
+                _ => writer.remote(run.lba, Sectors(len), run.moffset),
+            };
+            added.unwrap();
         }
         let mut again = Vec::new();
         writer.finish(&mut again).unwrap();
