@@ -103,7 +103,7 @@ impl Cache {
             Found::Claimed => {
                 chunks.loads.fetch_add(1, Ordering::Relaxed);
                 if let Err(job) = self.loaders.send(Job { source: source.clone(), key }) {
-                    chunks.deliver(job.key, Err(loader::ended(&*job.source)));
+                    chunks.deliver(job.key, &Err(loader::ended(&*job.source)));
                 }
             }
         }
@@ -182,7 +182,7 @@ impl Chunks {
     }
 
     /// Ends a load: keeps the chunk if there is room, and tells everyone who waits for it.
-    fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
+    fn deliver(&self, key: Key, result: &Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
         if result.is_err() {
             self.errors.fetch_add(1, Ordering::Relaxed);
         }
@@ -210,11 +210,12 @@ impl Chunks {
         }
     }
 
-    /// Gives up one chunk. Never holds two locks.
+    /// Gives up one chunk. Never holds two locks. A second round over the shards finds as unused what
+    /// the first has passed; so a chunk in use does not fall because it is alone in its shard.
     fn evict_one(&self) -> bool {
         let first = self.hand.fetch_add(1, Ordering::Relaxed);
-        for number in 0..SHARDS {
-            let Some(bytes) = self.lock((first.wrapping_add(number)) % SHARDS).evict() else {
+        for number in 0..2 * SHARDS {
+            let Some(bytes) = self.lock(first.wrapping_add(number) % SHARDS).evict() else {
                 continue;
             };
             self.held.fetch_sub(bytes.footprint() as u64, Ordering::Relaxed);

@@ -97,7 +97,7 @@ fn every_disk_of_upstream_reads_as_upstream_reads_it() {
                 ran += 1;
             }
             Err(file) => {
-                println!("{name}: not run: {file} is not stored here; set TURBOBD_INTEROP_EXTRA")
+                println!("{name}: not run: {file} is not stored here; set TURBOBD_INTEROP_EXTRA");
             }
         }
     }

@@ -76,7 +76,7 @@ fn run(chunks: &Chunks, inbox: &Receiver<Job>, ending: &AtomicBool) {
         } else {
             load(&*source, key.chunk)
         };
-        chunks.deliver(key, result.map(Arc::new));
+        chunks.deliver(key, &result.map(Arc::new));
     }
 }
 

@@ -75,10 +75,10 @@ impl Shard {
         }
     }
 
-    /// Takes out the first chunk from the hand on that was not used since the hand last passed it.
+    /// Takes out the first chunk from the hand on that was not used since the hand last passed it;
+    /// none if all were, which are then all taken for unused.
     pub(super) fn evict(&mut self) -> Option<Arc<ChunkBytes>> {
-        // After one round nothing is marked as used any more.
-        for _ in 0..=self.ring.len() {
+        for _ in 0..self.ring.len() {
             let key = self.ring.pop_front()?;
             if let Some(Slot::Held { used, .. }) = self.slots.get_mut(&key)
                 && *used

@@ -129,7 +129,9 @@ impl Record {
             1 => Algo::Lz4,
             2 => Algo::Zstd,
             other => {
-                return Err(invalid(format!("compression {other} is neither 1 (LZ4) nor 2 (ZSTD)")));
+                return Err(invalid(format!(
+                    "compression {other} is neither 1 (LZ4) nor 2 (ZSTD)"
+                )));
             }
         };
         let block_size = le32(bytes, 72);
