@@ -102,16 +102,23 @@ impl RemoteBlob {
     ) -> Result<(), RegistryError> {
         self.stats.requests.fetch_add(1, Ordering::Relaxed);
         let mut stream = self.blob.open(range, Some(deadline))?;
-        let mut rest = buf;
-        while let Some(frame) = stream.next_frame()? {
+        let mut at = 0;
+        loop {
+            let frame = match stream.next_frame() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return Ok(()),
+                Err(error) => {
+                    // An answer that went on past its end is not believed in any part.
+                    *filled += if at < buf.len() { at } else { 0 };
+                    return Err(error);
+                }
+            };
             self.stats.bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
-            // `next_frame` bounds the frame by what is left of the range, which is what is left of `rest`.
-            let (here, after) = rest.split_at_mut(frame.len().min(rest.len()));
-            here.copy_from_slice(&frame[..here.len()]);
-            *filled += here.len();
-            rest = after;
+            // `next_frame` bounds the frame by what is left of the range, which is what is left of `buf`.
+            let here = frame.len().min(buf.len() - at);
+            buf[at..at + here].copy_from_slice(&frame[..here]);
+            at += here;
         }
-        Ok(())
     }
 }
 

@@ -1,0 +1,305 @@
+//! A registry in memory, for tests of everything that talks to one.
+//!
+//! It serves pull, push, tokens and signed URLs on a port of 127.0.0.1 from a thread of its own, and
+//! misbehaves as told: [`Double::fault`] takes a piece of text that a request's `METHOD /path?query`
+//! must contain, what to do, and how often. Everything it was asked is in [`Double::log`]; it goes away
+//! when it is dropped.
+//!
+//! ```ignore
+//! let registry = Double::start();
+//! let digest = registry.add_blob("team/app", b"bytes");
+//! registry.fault("GET /v2/team/app/blobs/", Fault::Status(503), 2);
+//! ```
+
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod answer;
+mod body;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use turbobd::oci::Digest;
+
+/// What to do to a request instead of, or on the way to, answering it.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// Wait before the head.
+    Delay(Duration),
+    /// Answer this status with a small error document.
+    Status(u16),
+    /// Answer this status with `Retry-After`.
+    RetryAfter(u16, String),
+    /// 307 to this `Location`, as it is.
+    Location(String),
+    /// 307 to a signed URL of that object store (its base URL), which says that it holds so many seconds.
+    Redirect(String, u64),
+    /// 200 and the whole blob, whatever range was asked for.
+    IgnoreRange,
+    /// So many bytes less than the range, in an answer that is consistent but for its `Content-Range`.
+    ShortBody(usize),
+    /// So many bytes more than the range, without a `Content-Length`.
+    LongBody(usize),
+    /// Send so many bytes of the body, then break the connection.
+    DropAfter(usize),
+    /// Send so many bytes of the body, then nothing, for ever.
+    StallAfter(usize),
+    /// Another `Content-Range`.
+    ContentRange(String),
+    /// Flip these bits of the byte at this offset of the blob.
+    Flip(u64, u8),
+    /// Another body with the same head.
+    Garbage(Vec<u8>),
+}
+
+/// Who may ask.
+#[derive(Clone, Debug)]
+pub enum Access {
+    /// Anyone.
+    Open,
+    /// `user:password`.
+    Basic(String),
+    /// Holders of a token of our own token service.
+    Bearer {
+        /// Who gets tokens; `None`: anyone.
+        login: Option<String>,
+        /// What `expires_in` says.
+        stated_life: Duration,
+        /// How long tokens really hold.
+        real_life: Duration,
+        /// What a token that ran out is answered with: 401 with a challenge, or 403 without one.
+        refusal: u16,
+    },
+}
+
+/// One request, as it arrived.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// `GET /v2/team/app/manifests/latest`, with the query.
+    pub line: String,
+    /// The `Range` field.
+    pub range: Option<String>,
+    /// The `Authorization` field.
+    pub authorization: Option<String>,
+    /// The `Proxy-Authorization` field.
+    pub proxy_authorization: Option<String>,
+    /// The status it was answered with.
+    pub status: u16,
+    /// Bytes of body that were meant to be sent.
+    pub sent: usize,
+}
+
+struct StoredManifest {
+    media_type: String,
+    bytes: Bytes,
+}
+
+#[derive(Default)]
+struct State {
+    blobs: HashMap<(String, Digest), Bytes>,
+    manifests: HashMap<(String, String), StoredManifest>,
+    uploads: HashMap<String, Vec<u8>>,
+    faults: Vec<(String, Fault, u32)>,
+    access: Option<Access>,
+    tokens: HashMap<String, Instant>,
+    signatures: HashMap<String, Instant>,
+    log: Vec<Seen>,
+    counter: u64,
+}
+
+impl State {
+    fn next_number(&mut self) -> u64 {
+        self.counter += 1;
+        self.counter
+    }
+}
+
+type Shared = Arc<Mutex<State>>;
+
+fn lock(state: &Shared) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A registry, or the object store behind one.
+pub struct Double {
+    address: SocketAddr,
+    state: Shared,
+    /// Blobs and signatures: its own, or those of the registry that it is the store of.
+    origin: Shared,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Double {
+    /// An empty registry, open to anyone.
+    pub fn start() -> Self {
+        let state = Shared::default();
+        Self::serve(state.clone(), state)
+    }
+
+    /// An object store on another port that serves signed URLs for the blobs of `registry`.
+    pub fn start_storage_of(registry: &Self) -> Self {
+        Self::serve(Shared::default(), registry.state.clone())
+    }
+
+    fn serve(state: Shared, origin: Shared) -> Self {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (ready, address) = std::sync::mpsc::channel();
+        let (served, blobs) = (state.clone(), origin.clone());
+        let thread = std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async move {
+                let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                let here = listener.local_addr().unwrap();
+                ready.send(here).unwrap();
+                tokio::select! {
+                    () = accept(listener, here, served, blobs) => {}
+                    _ = stopped => {}
+                }
+            });
+            // Connections still open end with the runtime.
+        });
+        let address = address.recv().unwrap();
+        Self { address, state, origin, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// `127.0.0.1:port`.
+    pub fn host(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// `http://127.0.0.1:port`.
+    pub fn base_url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Puts a blob into a repository.
+    pub fn add_blob(&self, repository: &str, bytes: &[u8]) -> Digest {
+        let digest = Digest::of(bytes);
+        lock(&self.state)
+            .blobs
+            .insert((repository.to_owned(), digest), Bytes::copy_from_slice(bytes));
+        digest
+    }
+
+    /// Takes a blob out again.
+    pub fn remove_blob(&self, repository: &str, digest: &Digest) {
+        lock(&self.state).blobs.remove(&(repository.to_owned(), *digest));
+    }
+
+    /// What was pushed or added.
+    pub fn blob(&self, repository: &str, digest: &Digest) -> Option<Bytes> {
+        lock(&self.state).blobs.get(&(repository.to_owned(), *digest)).cloned()
+    }
+
+    /// Puts a manifest under a tag and its digest.
+    pub fn add_manifest(
+        &self,
+        repository: &str,
+        tag: &str,
+        media_type: &str,
+        bytes: &[u8],
+    ) -> Digest {
+        let digest = Digest::of(bytes);
+        answer::store_manifest(
+            &mut lock(&self.state),
+            repository,
+            tag,
+            media_type,
+            Bytes::copy_from_slice(bytes),
+        );
+        digest
+    }
+
+    /// Media type and bytes under a tag or digest.
+    pub fn manifest(&self, repository: &str, reference: &str) -> Option<(String, Bytes)> {
+        let state = lock(&self.state);
+        let found = state.manifests.get(&(repository.to_owned(), reference.to_owned()))?;
+        Some((found.media_type.clone(), found.bytes.clone()))
+    }
+
+    /// The next `times` requests whose `METHOD /path?query` contains `pattern` meet `fault`. Of several
+    /// faults that fit, all are used; of a kind that replaces the answer, the first.
+    pub fn fault(&self, pattern: &str, fault: Fault, times: u32) {
+        lock(&self.state).faults.push((pattern.to_owned(), fault, times));
+    }
+
+    /// Ends all misbehaviour.
+    pub fn clear_faults(&self) {
+        lock(&self.state).faults.clear();
+    }
+
+    /// Who may ask from now on.
+    pub fn set_access(&self, access: Access) {
+        lock(&self.state).access = Some(access);
+    }
+
+    /// Makes every token given out so far worthless.
+    pub fn revoke_tokens(&self) {
+        lock(&self.state).tokens.clear();
+    }
+
+    /// Makes every signed URL given out so far worthless, whatever it says.
+    pub fn revoke_signatures(&self) {
+        lock(&self.origin).signatures.clear();
+    }
+
+    /// Everything that was asked, in order.
+    pub fn log(&self) -> Vec<Seen> {
+        lock(&self.state).log.clone()
+    }
+
+    /// Forgets what was asked.
+    pub fn clear_log(&self) {
+        lock(&self.state).log.clear();
+    }
+
+    /// How many requests contained `pattern`.
+    pub fn count(&self, pattern: &str) -> usize {
+        lock(&self.state).log.iter().filter(|seen| seen.line.contains(pattern)).count()
+    }
+
+    /// Requests for a blob's bytes that were answered with some, and how many bytes.
+    pub fn traffic(&self, digest: &Digest) -> (usize, usize) {
+        let text = digest.to_string();
+        let state = lock(&self.state);
+        let served = state.log.iter().filter(|seen| {
+            seen.line.starts_with("GET") && seen.line.contains(&text) && seen.status < 300
+        });
+        served.fold((0, 0), |(requests, bytes), seen| (requests + 1, bytes + seen.sent))
+    }
+}
+
+impl Drop for Double {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, here: SocketAddr, state: Shared, origin: Shared) {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else { return };
+        let (state, origin) = (state.clone(), origin.clone());
+        tokio::spawn(async move {
+            let service = service_fn(move |request| {
+                answer::answer(request, here, state.clone(), origin.clone())
+            });
+            // A connection that a fault broke ends with an error: that is the point.
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+    }
+}
