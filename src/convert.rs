@@ -1,1 +1,3 @@
 //! Layer stream to meta image.
+
+pub mod apply;
