@@ -1,0 +1,359 @@
+//! The entries of one layer, applied to the tree of the layers below.
+//!
+//! The promise is that the tree is **what a container sees** after containerd unpacked the image for
+//! overlayfs. There a layer never touches the ones below: it is unpacked into a folder of its own
+//! (the *upper*), and the kernel shows the stack of them as one. The steps below follow from that, and
+//! the code does the same: entries go into an [`upper`] in memory, alone; [`LayerApply::finish`] then
+//! [merges](merge) it into the tree. Until then the tree is unchanged, so an error leaves it whole.
+//!
+//! * A path is cleaned as text. Symbolic links *on the way* are followed if this layer made them,
+//!   within the root; one of a lower layer is not seen, and gives way to a real directory.
+//! * A directory on the way that this layer lacks is made: with the attributes that the lower layers
+//!   give it (through their links), else 0755 root:root and the time of the entry that needed it.
+//! * A directory over a directory keeps what is there and takes the new attributes. Anything else
+//!   replaces what was there. Over a *lower* directory all attributes are new, `xattrs` included.
+//! * `.wh.NAME` hides NAME of the lower layers, `.wh..wh..opq` all of a directory, wherever it stands
+//!   in the tar. A character device 0:0 is how overlayfs spells a whiteout, so it is one.
+//! * A hard link shares the inode, and its header is applied to that inode.
+//! * An entry that resolves to the root is ignored.
+//!
+//! # Where this is kinder than containerd
+//!
+//! containerd fails a whole pull on some layers whose meaning is plain. These are accepted: a hard link
+//! to a file of a lower layer (the inode is shared, as upstream's converter has it); a whiteout of
+//! what this same layer has made (it hides the lower one only, as the image specification says), or
+//! of what is hidden already; a file below a directory that this layer whited out before (the
+//! directory is new); a file where a lower layer has a file on the way.
+//!
+//! # Where this differs from overlayfs
+//!
+//! An opaque marker in the root hides everything below, as the image specification says and as
+//! containerd's other snapshotters do; overlayfs ignores the mark on a root. Times of directories are
+//! what the headers say; unpacking leaves the time of the pull on those without a header.
+
+mod attributes;
+mod merge;
+mod path;
+mod upper;
+
+use std::fmt;
+
+use thiserror::Error;
+
+use crate::ext4::tree::{DataRun, Kind, NodeId, Tree, TreeError};
+use crate::tar::{Content, Entry, EntryKind};
+
+use attributes::{AttributeError, apply_header};
+use path::{Path, PathError};
+use upper::{DirId, FileId, Slot, Upper};
+
+/// Prefix of a name that hides the rest of the name in the lower layers.
+const WHITEOUT: &[u8] = b".wh.";
+
+/// The name that hides everything the lower layers have in its directory.
+const OPAQUE: &[u8] = b".wh..wh..opq";
+
+/// Bytes in a symbolic link, as Linux allows: a path and its end.
+const SYMLINK_LIMIT: usize = 4095;
+
+/// Major and minor numbers of a device that Linux can hold: 12 and 20 bits.
+const MAJOR_LIMIT: u32 = 0xfff;
+const MINOR_LIMIT: u32 = 0xf_ffff;
+
+/// Why a layer cannot be applied.
+#[derive(Debug, PartialEq, Eq, Error)]
+pub enum ApplyError {
+    /// An entry that contradicts the others, or that no Linux filesystem can hold.
+    #[error("Entry {name} at byte {offset} of the tar cannot be applied: {reason}")]
+    Entry {
+        /// Name of the entry, quoted.
+        name: String,
+        /// Offset of its first header block.
+        offset: u64,
+        /// What is wrong with it.
+        reason: Reason,
+    },
+    /// The tree refused what the layer asks for.
+    #[error("The layer cannot be merged at {name}")]
+    Tree {
+        /// The name within its directory, quoted.
+        name: String,
+        /// The tree's reason.
+        #[source]
+        source: TreeError,
+    },
+}
+
+/// What is wrong with an entry.
+#[derive(Debug, PartialEq, Eq, Error)]
+pub enum Reason {
+    /// Names and links.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// Owner, mode, extended attributes.
+    #[error(transparent)]
+    Attribute(#[from] AttributeError),
+    /// A path leads through something that this layer made as a file.
+    #[error("{0} is not a directory in this layer")]
+    NotDirectory(String),
+    /// `.wh.` with nothing, `.` or `..`.
+    #[error("its name is a whiteout of no name")]
+    EmptyWhiteout,
+    /// A hard link to nothing.
+    #[error("the target {0} of the hard link does not exist")]
+    NoTarget(String),
+    /// A hard link to a directory.
+    #[error("the target {0} of the hard link is a directory")]
+    DirectoryTarget(String),
+    /// An empty symbolic link, or one that is too long.
+    #[error("a symbolic link has 1 to {SYMLINK_LIMIT} bytes, not {0}")]
+    SymlinkLength(usize),
+    /// A device that Linux cannot hold.
+    #[error("there is no device {major}:{minor}: the numbers have 12 and 20 bits")]
+    Device {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+}
+
+/// What a layer did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ApplyReport {
+    /// Entries that were applied, whiteouts included.
+    pub entries: u64,
+    /// Whiteouts and opaque markers.
+    pub whiteouts: u64,
+    /// Entries that resolve to the root, which are ignored.
+    pub root_entries: u64,
+    /// Extended attributes that Linux would not keep there: `trusted.*`, unknown prefixes, `user.*` on
+    /// what is neither file nor directory. containerd drops them too.
+    pub dropped_xattrs: u64,
+    /// The nodes that are new in the tree and no directories, in the order of the tar.
+    pub created: Vec<NodeId>,
+}
+
+/// One layer that is being applied to a tree.
+pub struct LayerApply<'t> {
+    tree: &'t mut Tree,
+    upper: Upper,
+    report: ApplyReport,
+}
+
+impl fmt::Debug for LayerApply<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LayerApply").field("report", &self.report).finish_non_exhaustive()
+    }
+}
+
+impl<'t> LayerApply<'t> {
+    /// Starts a layer on top of what `tree` holds.
+    pub fn new(tree: &'t mut Tree) -> Self {
+        let root = tree.attributes(tree.root()).clone();
+        Self { tree, upper: Upper::new(root), report: ApplyReport::default() }
+    }
+
+    /// Takes the next entry of the layer. The tree does not change yet.
+    ///
+    /// # Errors
+    /// [`ApplyError::Entry`]; the layer cannot be continued.
+    pub fn entry(&mut self, entry: Entry) -> Result<(), ApplyError> {
+        let offset = entry.header_offset.get();
+        let name = entry.name.clone();
+        self.apply(entry).map_err(|reason| ApplyError::Entry { name: quoted(&name), offset, reason })
+    }
+
+    /// Merges the layer into the tree.
+    ///
+    /// # Errors
+    /// [`ApplyError::Tree`] when the tree has no room; it is then in an undefined but valid state.
+    pub fn finish(self) -> Result<ApplyReport, ApplyError> {
+        let mut report = self.report;
+        report.created = merge::merge(self.upper, self.tree)?;
+        Ok(report)
+    }
+
+    fn apply(&mut self, entry: Entry) -> Result<(), Reason> {
+        let Some((parents, base)) = Path::cleaned(&entry.name).split_last() else {
+            self.report.root_entries += 1;
+            return Ok(());
+        };
+        self.report.entries += 1;
+        let parents = path::resolve(&self.upper.with_lower(self.tree), parents)?;
+        path::check_length(&parents, &base)?;
+        let dir = self.make_parents(&parents, &entry)?;
+        if base == OPAQUE {
+            self.report.whiteouts += 1;
+            self.upper.dir_mut(dir).opaque = true;
+            return Ok(());
+        }
+        if let Some(hidden) = base.strip_prefix(WHITEOUT) {
+            self.report.whiteouts += 1;
+            return self.whiteout(dir, hidden);
+        }
+        if entry.kind == EntryKind::Directory {
+            return self.directory(dir, base, &entry);
+        }
+        // What the name held in this layer goes, before a link looks for its target.
+        self.upper.remove(dir, &base);
+        let slot = match &entry.kind {
+            EntryKind::Char { major: 0, minor: 0 } => Slot::Whiteout,
+            EntryKind::HardLink(target) => Slot::File(self.hard_link(target, &entry)?),
+            _ => Slot::File(self.file(entry)?),
+        };
+        self.upper.insert(dir, base, slot);
+        Ok(())
+    }
+
+    /// The directory at `path` of this layer, made with all that lead to it.
+    fn make_parents(&mut self, path: &Path, entry: &Entry) -> Result<DirId, Reason> {
+        let mut dir = self.upper.root();
+        for (depth, name) in path.components().enumerate() {
+            let slot = self.upper.slot(dir, name);
+            dir = match slot {
+                Some(Slot::Dir(next)) => next,
+                Some(Slot::File(_)) => return Err(Reason::NotDirectory(quoted(&path.prefix(depth + 1).to_bytes()))),
+                Some(Slot::Whiteout) | None => {
+                    let parent = &self.upper.dir(dir).attributes;
+                    let fresh = attributes::implicit_directory(parent, entry.mtime);
+                    // A whited-out directory is gone: this one is new, and stays closed to the lower one.
+                    let hidden = slot.is_some();
+                    let lower = if hidden { None } else { self.lower_directory(&path.prefix(depth + 1)) };
+                    let copied = lower.map(|node| attributes::copied_up(self.tree.attributes(node)));
+                    self.upper.create_dir(dir, name.to_vec(), copied.unwrap_or(fresh), hidden)
+                }
+            };
+        }
+        Ok(dir)
+    }
+
+    /// The lower directory from which containerd copies the attributes of a missing parent: the path is
+    /// looked up through the links of the lower layers, whether or not this layer hides it.
+    fn lower_directory(&self, path: &Path) -> Option<NodeId> {
+        let lower = path::Lower(self.tree);
+        let resolved = path::resolve(&lower, path.clone()).ok()?;
+        let node = lower.node_at(&resolved)?;
+        matches!(self.tree.kind(node), Kind::Directory).then_some(node)
+    }
+
+    fn whiteout(&mut self, dir: DirId, hidden: &[u8]) -> Result<(), Reason> {
+        if matches!(hidden, b"" | b"." | b"..") {
+            return Err(Reason::EmptyWhiteout);
+        }
+        match self.upper.slot(dir, hidden) {
+            None => self.upper.insert(dir, hidden.to_vec(), Slot::Whiteout),
+            // A whiteout speaks of the lower layers only. A file of this layer hides them as it is.
+            Some(Slot::Dir(own)) => self.upper.dir_mut(own).opaque = true,
+            Some(Slot::File(_) | Slot::Whiteout) => {}
+        }
+        Ok(())
+    }
+
+    fn directory(&mut self, dir: DirId, name: Vec<u8>, entry: &Entry) -> Result<(), Reason> {
+        let known = match self.upper.slot(dir, &name) {
+            Some(Slot::Dir(known)) => Some(known),
+            // As with containerd, a directory *entry* behind a whiteout of its name makes a directory
+            // that is open to the lower one again.
+            _ => None,
+        };
+        // A directory that this layer has already keeps its extended attributes and gets more.
+        let mut attributes = match known {
+            Some(known) => self.upper.dir(known).attributes.clone(),
+            None => attributes::fresh(),
+        };
+        self.report.dropped_xattrs += apply_header(&mut attributes, entry, &Kind::Directory)?;
+        match known {
+            Some(known) => self.upper.dir_mut(known).attributes = attributes,
+            None => {
+                self.upper.create_dir(dir, name, attributes, false);
+            }
+        }
+        Ok(())
+    }
+
+    /// A new file, symbolic link or device.
+    fn file(&mut self, entry: Entry) -> Result<FileId, Reason> {
+        let kind = match &entry.kind {
+            EntryKind::Symlink(text) if text.is_empty() || text.len() > SYMLINK_LIMIT => {
+                return Err(Reason::SymlinkLength(text.len()));
+            }
+            EntryKind::Symlink(text) => Kind::Symlink(text.clone()),
+            EntryKind::Char { major, minor } | EntryKind::Block { major, minor }
+                if *major > MAJOR_LIMIT || *minor > MINOR_LIMIT =>
+            {
+                return Err(Reason::Device { major: *major, minor: *minor });
+            }
+            EntryKind::Char { major, minor } => Kind::Char { major: *major, minor: *minor },
+            EntryKind::Block { major, minor } => Kind::Block { major: *major, minor: *minor },
+            EntryKind::Fifo => Kind::Fifo,
+            // The other two kinds have been dealt with.
+            EntryKind::Regular | EntryKind::Directory | EntryKind::HardLink(_) => regular(&entry),
+        };
+        let mut attributes = attributes::fresh();
+        self.report.dropped_xattrs += apply_header(&mut attributes, &entry, &kind)?;
+        Ok(self.upper.create_file(kind, attributes))
+    }
+
+    /// The file that `target` names: of this layer, else a visible one of the lower layers.
+    fn hard_link(&mut self, target: &[u8], entry: &Entry) -> Result<FileId, Reason> {
+        let no_target = || Reason::NoTarget(quoted(target));
+        let (parents, base) = Path::raw(target).split_last().ok_or_else(no_target)?;
+        let parents = path::resolve(&self.upper.with_lower(self.tree), parents)?;
+        let mut dir = Some(self.upper.root());
+        for name in parents.components() {
+            dir = dir.and_then(|dir| match self.upper.slot(dir, name) {
+                Some(Slot::Dir(next)) => Some(next),
+                _ => None,
+            });
+        }
+        let file = match dir.and_then(|dir| self.upper.slot(dir, &base)) {
+            Some(Slot::File(file)) => file,
+            Some(Slot::Dir(_)) => return Err(Reason::DirectoryTarget(quoted(target))),
+            Some(Slot::Whiteout) => return Err(no_target()),
+            None => {
+                let lower = path::resolve(&path::Lower(self.tree), parents)?;
+                let node = self.upper.visible_lower(self.tree, &lower, &base).ok_or_else(no_target)?;
+                if matches!(self.tree.kind(node), Kind::Directory) {
+                    return Err(Reason::DirectoryTarget(quoted(target)));
+                }
+                self.upper.adopt(node, self.tree.attributes(node))
+            }
+        };
+        let mut attributes = self.upper.file(file).attributes.clone();
+        self.report.dropped_xattrs += apply_header(&mut attributes, entry, self.upper.kind(file, self.tree))?;
+        self.upper.file_mut(file).attributes = attributes;
+        Ok(file)
+    }
+}
+
+fn regular(entry: &Entry) -> Kind {
+    let len = entry.stored_len;
+    match &entry.content {
+        Content::Plain if len.get() == 0 => Kind::Regular { size: len, runs: Vec::new() },
+        Content::Plain => {
+            let file_offset = crate::units::Bytes::ZERO;
+            Kind::Regular { size: len, runs: vec![DataRun { file_offset, tar_offset: entry.data_offset, len }] }
+        }
+        Content::Sparse { size, pieces } => {
+            let runs = pieces.iter().map(|piece| DataRun {
+                file_offset: piece.file_offset,
+                tar_offset: piece.tar_offset,
+                len: piece.len,
+            });
+            Kind::Regular { size: *size, runs: runs.collect() }
+        }
+    }
+}
+
+/// A name for a message: as text, quoted and shortened.
+fn quoted(name: &[u8]) -> String {
+    const SHOWN: usize = 200;
+    let ellipsis = if name.len() > SHOWN { "…" } else { "" };
+    format!("{:?}{ellipsis}", String::from_utf8_lossy(&name[..name.len().min(SHOWN)]))
+}
+
+#[cfg(test)]
+mod differential;
+#[cfg(test)]
+mod tests;

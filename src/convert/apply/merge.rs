@@ -1,0 +1,138 @@
+//! The upper laid over the tree, as overlayfs shows it; but for good.
+
+use crate::convert::apply::upper::{FileId, FileSource, Slot, Upper, UpperDir, UpperFile};
+use crate::convert::apply::{ApplyError, quoted};
+use crate::ext4::tree::{Kind, NodeId, Tree, TreeError};
+
+/// A name of a file that awaits its place: files are made in the order of the tar, so that what lies
+/// together in the layer may lie together on the disk.
+struct Place {
+    order: u64,
+    dir: NodeId,
+    name: Vec<u8>,
+    file: FileId,
+}
+
+/// Lays `upper` over `tree`; returns the new nodes that are no directories, in the order of the tar.
+pub(super) fn merge(upper: Upper, tree: &mut Tree) -> Result<Vec<NodeId>, ApplyError> {
+    let (dirs, files) = upper.into_parts();
+    let pins = Pins::new(&files, tree)?;
+    let mut places = merge_directories(dirs, tree, &pins)?;
+    places.sort_unstable_by_key(|place| place.order);
+    let created = place_files(places, files, tree)?;
+    pins.remove(tree)?;
+    Ok(created)
+}
+
+/// Makes and removes everything but files; returns where files belong.
+fn merge_directories(mut dirs: Vec<UpperDir>, tree: &mut Tree, pins: &Pins) -> Result<Vec<Place>, ApplyError> {
+    let mut places = Vec::new();
+    let root = tree.root();
+    let mut todo = vec![(0, root)];
+    while let Some((upper, node)) = todo.pop() {
+        let children = std::mem::take(&mut dirs[upper].children);
+        if dirs[upper].opaque {
+            let names: Vec<_> = tree.children(node).map(|(name, _)| name.to_vec()).collect();
+            for name in names.iter().filter(|name| node != root || !pins.0.contains(name)) {
+                remove(tree, node, name)?;
+            }
+        }
+        for (name, (order, slot)) in children {
+            let lower = tree.lookup(node, &name);
+            let is_merged = |lower: NodeId| matches!((slot, tree.kind(lower)), (Slot::Dir(_), Kind::Directory));
+            let kept = lower.filter(|&lower| is_merged(lower));
+            if lower.is_some() && kept.is_none() {
+                remove(tree, node, &name)?;
+            }
+            match slot {
+                Slot::Whiteout => {}
+                Slot::File(file) => places.push(Place { order, dir: node, name, file }),
+                Slot::Dir(dir) => todo.push((dir.index(), directory(tree, node, &name, kept, &dirs[dir.index()])?)),
+            }
+        }
+    }
+    Ok(places)
+}
+
+fn directory(
+    tree: &mut Tree,
+    parent: NodeId,
+    name: &[u8],
+    kept: Option<NodeId>,
+    upper: &UpperDir,
+) -> Result<NodeId, ApplyError> {
+    match kept {
+        Some(node) => {
+            if *tree.attributes(node) != upper.attributes {
+                tree.set_attributes(node, upper.attributes.clone());
+            }
+            Ok(node)
+        }
+        None => tree.create(parent, name, Kind::Directory, upper.attributes.clone()).map_err(error(name)),
+    }
+}
+
+fn place_files(places: Vec<Place>, files: Vec<UpperFile>, tree: &mut Tree) -> Result<Vec<NodeId>, ApplyError> {
+    let mut created = Vec::new();
+    // Where each file is in the tree, or the file that is still to be made.
+    let mut files: Vec<Result<NodeId, Option<UpperFile>>> = files.into_iter().map(|file| Err(Some(file))).collect();
+    for Place { dir, name, file, .. } in places {
+        let state = &mut files[file.index()];
+        let node = match state {
+            Ok(node) => Some(*node),
+            Err(file) => match file.take() {
+                Some(UpperFile { source: FileSource::New(kind), attributes }) => {
+                    let node = tree.create(dir, &name, kind, attributes).map_err(error(&name))?;
+                    created.push(node);
+                    *state = Ok(node);
+                    None
+                }
+                Some(UpperFile { source: FileSource::Lower(node), attributes }) => {
+                    tree.set_attributes(node, attributes);
+                    *state = Ok(node);
+                    Some(node)
+                }
+                None => None,
+            },
+        };
+        if let Some(node) = node {
+            tree.link(dir, &name, node).map_err(error(&name))?;
+        }
+    }
+    Ok(created)
+}
+
+/// Spare names in the root for the lower files that this layer has links to: so that they live on when
+/// their lower names go first.
+struct Pins(Vec<Vec<u8>>);
+
+impl Pins {
+    fn new(files: &[UpperFile], tree: &mut Tree) -> Result<Self, ApplyError> {
+        let mut pins = Vec::new();
+        let root = tree.root();
+        for file in files {
+            let FileSource::Lower(node) = file.source else { continue };
+            // No layer can bring a name that begins like a whiteout; a disk made by others might have one.
+            let free = (pins.len()..).map(|number| format!(".wh..wh.pin{number}").into_bytes());
+            let Some(name) = free.into_iter().find(|name| tree.lookup(root, name).is_none()) else { continue };
+            tree.link(root, &name, node).map_err(error(&name))?;
+            pins.push(name);
+        }
+        Ok(Self(pins))
+    }
+
+    fn remove(self, tree: &mut Tree) -> Result<(), ApplyError> {
+        let root = tree.root();
+        self.0.iter().try_for_each(|name| remove(tree, root, name))
+    }
+}
+
+fn remove(tree: &mut Tree, dir: NodeId, name: &[u8]) -> Result<(), ApplyError> {
+    tree.remove(dir, name).map_err(error(name))
+}
+
+fn error(name: &[u8]) -> impl FnOnce(TreeError) -> ApplyError {
+    let name = quoted(name);
+    move |source| ApplyError::Tree { name, source }
+}
+

@@ -1,0 +1,169 @@
+//! Paths of a tar, cleaned, and resolved within a root.
+
+use thiserror::Error;
+
+use crate::convert::apply::quoted;
+use crate::ext4::tree::{Kind, NodeId, Tree};
+
+/// Bytes in one name, as every Linux filesystem has it.
+const NAME_LIMIT: usize = 255;
+
+/// Bytes in a path (Linux: `PATH_MAX`, less the NUL). containerd names files by their whole path and so
+/// cannot unpack a deeper one.
+const PATH_LIMIT: usize = 4095;
+
+/// Links that may be followed for one path; containerd's limit.
+const LINK_LIMIT: u32 = 255;
+
+/// A path that cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum PathError {
+    /// A name that is too long.
+    #[error("the name {name} has {len} bytes; {NAME_LIMIT} are allowed")]
+    NameLength {
+        /// The name, shortened.
+        name: String,
+        /// Its length.
+        len: usize,
+    },
+    /// A path that is too long.
+    #[error("its path has {0} bytes; {PATH_LIMIT} are allowed")]
+    PathLength(usize),
+    /// A circle of symbolic links.
+    #[error("its path leads through more than {LINK_LIMIT} symbolic links")]
+    TooManyLinks,
+}
+
+/// A path from the root, as names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Path(Vec<Vec<u8>>);
+
+impl Path {
+    /// The names of `text` as they stand, `..` included, without empty ones and `.`.
+    pub(super) fn raw(text: &[u8]) -> Self {
+        let names = text.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b"."));
+        Self(names.map(<[u8]>::to_vec).collect())
+    }
+
+    /// The names of `text` with `..` taken back as text, never above the root.
+    pub(super) fn cleaned(text: &[u8]) -> Self {
+        let mut names = Vec::new();
+        for name in Self::raw(text).0 {
+            if name == b".." {
+                names.pop();
+            } else {
+                names.push(name);
+            }
+        }
+        Self(names)
+    }
+
+    /// The directory and the last name; nothing for the root.
+    pub(super) fn split_last(mut self) -> Option<(Self, Vec<u8>)> {
+        let last = self.0.pop()?;
+        Some((self, last))
+    }
+
+    pub(super) fn components(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.iter().map(Vec::as_slice)
+    }
+
+    pub(super) fn prefix(&self, len: usize) -> Self {
+        Self(self.0[..len.min(self.0.len())].to_vec())
+    }
+
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        self.0.join(&b'/')
+    }
+}
+
+/// Refuses a path that Linux could not name.
+pub(super) fn check_length(parents: &Path, base: &[u8]) -> Result<(), PathError> {
+    for name in parents.components().chain([base]) {
+        if name.len() > NAME_LIMIT {
+            return Err(PathError::NameLength { name: quoted(&name[..40]), len: name.len() });
+        }
+    }
+    match parents.components().map(|name| name.len() + 1).sum::<usize>() + base.len() {
+        len if len > PATH_LIMIT => Err(PathError::PathLength(len)),
+        _ => Ok(()),
+    }
+}
+
+/// A tree of names in which a path can be followed.
+pub(super) trait Names {
+    type Dir: Copy;
+    fn root(&self) -> Self::Dir;
+    fn step(&self, dir: Self::Dir, name: &[u8]) -> Step<'_, Self::Dir>;
+}
+
+pub(super) enum Step<'a, D> {
+    Dir(D),
+    Link(&'a [u8]),
+    /// Not there, or a file; either way nothing is below.
+    Leaf,
+}
+
+/// `path` with every symbolic link replaced by what it leads to, the last one included; never above the root.
+/// What does not exist is taken as a plain name.
+///
+/// containerd's `RootPath` does the same in rounds over the text and may read a `..` behind two nested
+/// links differently; this is how Linux itself would resolve the path in a changed root.
+pub(super) fn resolve<N: Names>(names: &N, path: Path) -> Result<Path, PathError> {
+    let mut todo = path.0;
+    todo.reverse();
+    let mut done: Vec<(Vec<u8>, Option<N::Dir>)> = Vec::new();
+    let mut links = 0;
+    while let Some(name) = todo.pop() {
+        if name == b".." {
+            done.pop();
+            continue;
+        }
+        let dir = done.last().map_or_else(|| Some(names.root()), |(_, dir)| *dir);
+        match dir.map(|dir| names.step(dir, &name)) {
+            Some(Step::Dir(dir)) => done.push((name, Some(dir))),
+            Some(Step::Leaf) | None => done.push((name, None)),
+            Some(Step::Link(text)) => {
+                links += 1;
+                if links > LINK_LIMIT {
+                    return Err(PathError::TooManyLinks);
+                }
+                if text.starts_with(b"/") {
+                    done.clear();
+                }
+                todo.extend(Path::raw(text).0.into_iter().rev());
+            }
+        }
+    }
+    Ok(Path(done.into_iter().map(|(name, _)| name).collect()))
+}
+
+/// The lower layers: the tree as it was before this layer.
+pub(super) struct Lower<'a>(pub(super) &'a Tree);
+
+impl Lower<'_> {
+    /// The node at a path without links.
+    pub(super) fn node_at(&self, path: &Path) -> Option<NodeId> {
+        path.components().try_fold(self.0.root(), |dir, name| match self.0.kind(dir) {
+            Kind::Directory => self.0.lookup(dir, name),
+            _ => None,
+        })
+    }
+}
+
+impl Names for Lower<'_> {
+    type Dir = NodeId;
+
+    fn root(&self) -> NodeId {
+        self.0.root()
+    }
+
+    fn step(&self, dir: NodeId, name: &[u8]) -> Step<'_, NodeId> {
+        let Some(node) = self.0.lookup(dir, name) else { return Step::Leaf };
+        match self.0.kind(node) {
+            Kind::Directory => Step::Dir(node),
+            Kind::Symlink(text) => Step::Link(text),
+            _ => Step::Leaf,
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! The files of one layer, alone: overlayfs's upper directory, in memory.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::convert::apply::path::{Names, Path, Step};
+use crate::ext4::tree::{Attributes, Kind, NodeId, Tree};
+
+/// A directory of this layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DirId(usize);
+
+/// An inode of this layer that is no directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FileId(usize);
+
+/// What a name stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Slot {
+    Dir(DirId),
+    File(FileId),
+    /// The name is gone, whatever the lower layers have.
+    Whiteout,
+}
+
+pub(super) struct UpperDir {
+    pub(super) attributes: Attributes,
+    /// Nothing of the lower layers is seen in here.
+    pub(super) opaque: bool,
+    /// What each name stands for, and when it came to: names in the order of the tar.
+    pub(super) children: BTreeMap<Vec<u8>, (u64, Slot)>,
+}
+
+pub(super) struct UpperFile {
+    pub(super) source: FileSource,
+    pub(super) attributes: Attributes,
+}
+
+pub(super) enum FileSource {
+    New(Kind),
+    /// An inode of a lower layer that a hard link of this layer shares.
+    Lower(NodeId),
+}
+
+pub(super) struct Upper {
+    dirs: Vec<UpperDir>,
+    files: Vec<UpperFile>,
+    adopted: HashMap<NodeId, FileId>,
+    /// Counts names, so that what was made first is known.
+    clock: u64,
+}
+
+impl Upper {
+    pub(super) fn new(root: Attributes) -> Self {
+        let root = UpperDir { attributes: root, opaque: false, children: BTreeMap::new() };
+        Self { dirs: vec![root], files: Vec::new(), adopted: HashMap::new(), clock: 0 }
+    }
+
+    pub(super) fn root(&self) -> DirId {
+        DirId(0)
+    }
+
+    pub(super) fn dir(&self, dir: DirId) -> &UpperDir {
+        &self.dirs[dir.0]
+    }
+
+    pub(super) fn dir_mut(&mut self, dir: DirId) -> &mut UpperDir {
+        &mut self.dirs[dir.0]
+    }
+
+    pub(super) fn file(&self, file: FileId) -> &UpperFile {
+        &self.files[file.0]
+    }
+
+    pub(super) fn file_mut(&mut self, file: FileId) -> &mut UpperFile {
+        &mut self.files[file.0]
+    }
+
+    pub(super) fn kind<'a>(&'a self, file: FileId, lower: &'a Tree) -> &'a Kind {
+        match &self.file(file).source {
+            FileSource::New(kind) => kind,
+            FileSource::Lower(node) => lower.kind(*node),
+        }
+    }
+
+    pub(super) fn slot(&self, dir: DirId, name: &[u8]) -> Option<Slot> {
+        self.dir(dir).children.get(name).map(|(_, slot)| *slot)
+    }
+
+    pub(super) fn insert(&mut self, dir: DirId, name: Vec<u8>, slot: Slot) {
+        self.clock += 1;
+        let clock = self.clock;
+        self.dir_mut(dir).children.insert(name, (clock, slot));
+    }
+
+    /// Forgets a name; a directory goes with all that is in it.
+    pub(super) fn remove(&mut self, dir: DirId, name: &[u8]) {
+        self.dir_mut(dir).children.remove(name);
+    }
+
+    pub(super) fn create_dir(&mut self, dir: DirId, name: Vec<u8>, attributes: Attributes, opaque: bool) -> DirId {
+        let new = DirId(self.dirs.len());
+        self.dirs.push(UpperDir { attributes, opaque, children: BTreeMap::new() });
+        self.insert(dir, name, Slot::Dir(new));
+        new
+    }
+
+    pub(super) fn create_file(&mut self, kind: Kind, attributes: Attributes) -> FileId {
+        self.files.push(UpperFile { source: FileSource::New(kind), attributes });
+        FileId(self.files.len() - 1)
+    }
+
+    /// The file of this layer that is the lower inode `node`.
+    pub(super) fn adopt(&mut self, node: NodeId, attributes: &Attributes) -> FileId {
+        let files = &mut self.files;
+        *self.adopted.entry(node).or_insert_with(|| {
+            files.push(UpperFile { source: FileSource::Lower(node), attributes: attributes.clone() });
+            FileId(files.len() - 1)
+        })
+    }
+
+    /// Takes the files apart, by their ids.
+    pub(super) fn into_parts(self) -> (Vec<UpperDir>, Vec<UpperFile>) {
+        (self.dirs, self.files)
+    }
+
+    /// The lower node at `parents/base`, a path without lower links, unless this layer hides it.
+    pub(super) fn visible_lower(&self, tree: &Tree, parents: &Path, base: &[u8]) -> Option<NodeId> {
+        let (mut upper, mut lower) = (Some(self.root()), tree.root());
+        for name in parents.components().chain([base]) {
+            if upper.is_some_and(|dir| self.dir(dir).opaque) || !matches!(tree.kind(lower), Kind::Directory) {
+                return None;
+            }
+            upper = match upper.and_then(|dir| self.slot(dir, name)) {
+                Some(Slot::Dir(dir)) => Some(dir),
+                Some(Slot::File(_) | Slot::Whiteout) => return None,
+                None => None,
+            };
+            lower = tree.lookup(lower, name)?;
+        }
+        Some(lower)
+    }
+
+    /// This layer as names to follow. The tree is needed for the text of links that were adopted.
+    pub(super) fn with_lower<'a>(&'a self, tree: &'a Tree) -> UpperNames<'a> {
+        UpperNames { upper: self, tree }
+    }
+}
+
+impl DirId {
+    pub(super) fn index(self) -> usize {
+        self.0
+    }
+}
+
+impl FileId {
+    pub(super) fn index(self) -> usize {
+        self.0
+    }
+}
+
+pub(super) struct UpperNames<'a> {
+    upper: &'a Upper,
+    tree: &'a Tree,
+}
+
+impl Names for UpperNames<'_> {
+    type Dir = DirId;
+
+    fn root(&self) -> DirId {
+        self.upper.root()
+    }
+
+    fn step(&self, dir: DirId, name: &[u8]) -> Step<'_, DirId> {
+        match self.upper.slot(dir, name) {
+            Some(Slot::Dir(dir)) => Step::Dir(dir),
+            Some(Slot::File(file)) => match self.upper.kind(file, self.tree) {
+                Kind::Symlink(text) => Step::Link(text),
+                _ => Step::Leaf,
+            },
+            Some(Slot::Whiteout) | None => Step::Leaf,
+        }
+    }
+}
