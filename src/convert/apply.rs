@@ -40,7 +40,7 @@ use std::fmt;
 
 use thiserror::Error;
 
-use crate::ext4::tree::{DataRun, Kind, NodeId, Tree, TreeError};
+use crate::ext4::{DataRun, Kind, NodeId, Tree, TreeError};
 use crate::tar::{Content, Entry, EntryKind};
 
 use attributes::{AttributeError, apply_header};
@@ -333,13 +333,11 @@ fn regular(entry: &Entry) -> Kind {
         Content::Plain if len.get() == 0 => Kind::Regular { size: len, runs: Vec::new() },
         Content::Plain => {
             let file_offset = crate::units::Bytes::ZERO;
-            Kind::Regular { size: len, runs: vec![DataRun { file_offset, tar_offset: entry.data_offset, len }] }
+            Kind::Regular { size: len, runs: vec![DataRun::remote(file_offset, entry.data_offset, len)] }
         }
         Content::Sparse { size, pieces } => {
-            let runs = pieces.iter().map(|piece| DataRun {
-                file_offset: piece.file_offset,
-                tar_offset: piece.tar_offset,
-                len: piece.len,
+            let runs = pieces.iter().flat_map(|piece| {
+                DataRun::remote(piece.file_offset, piece.tar_offset, piece.len).split(*size)
             });
             Kind::Regular { size: *size, runs: runs.collect() }
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use crate::ext4::tree::{Attributes, Kind};
+use crate::ext4::{Attributes, Kind};
 use crate::tar::{Entry, Timestamp};
 
 /// Bytes in the name of an extended attribute (Linux: `XATTR_NAME_MAX`).

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::convert::apply::quoted;
-use crate::ext4::tree::{Kind, NodeId, Tree};
+use crate::ext4::{Kind, NodeId, Tree};
 
 /// Bytes in one name, as every Linux filesystem has it.
 const NAME_LIMIT: usize = 255;

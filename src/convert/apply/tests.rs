@@ -245,9 +245,9 @@ fn data_and_times_arrive_as_the_header_says() {
     let report = layer.finish().unwrap();
     assert_eq!((report.entries, report.root_entries, report.created.len()), (4, 1, 4));
     assert_eq!(report.created, ["sparse", "plain", "old", "late"].map(|path| at(&tree, path)));
-    let run = DataRun { file_offset: Bytes(4096), tar_offset: Bytes(1024), len: Bytes(7) };
+    let run = DataRun::remote(Bytes(4096), Bytes(1024), Bytes(7));
     assert_eq!(*tree.kind(at(&tree, "sparse")), Kind::Regular { size: Bytes(9000), runs: vec![run] });
-    let run = DataRun { file_offset: Bytes(0), tar_offset: Bytes(4096), len: Bytes(9) };
+    let run = DataRun::remote(Bytes(0), Bytes(4096), Bytes(9));
     assert_eq!(*tree.kind(at(&tree, "plain")), Kind::Regular { size: Bytes(9), runs: vec![run] });
     assert_eq!(tree.attributes(at(&tree, "old")).mtime, Timestamp::default());
     assert_eq!(tree.attributes(at(&tree, "late")).mtime, Timestamp::default());

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::convert::apply::path::{Names, Path, Step};
-use crate::ext4::tree::{Attributes, Kind, NodeId, Tree};
+use crate::ext4::{Attributes, Kind, NodeId, Tree};
 
 /// A directory of this layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
