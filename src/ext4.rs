@@ -46,7 +46,7 @@
 //! `geometry` knows where they lie and `field` how numbers are stored.
 //!
 //! `lost+found` appears in the root, mode 0700, because `e2fsck` insists on it; an image that
-//! brings its own keeps that one.
+//! brings its own keeps that one, even if it is no directory, which `e2fsck` then objects to.
 
 mod allocation;
 mod data;

@@ -22,7 +22,7 @@ pub enum DataError {
     },
     /// The runs are no map of the file.
     #[error(
-        "The data run at {file_offset} overlaps the one before it or reaches past the end of the file"
+        "The data run at {file_offset} overlaps the one before it, or passes the end of the file or 2^64"
     )]
     BadRun {
         /// Its place in the file.
@@ -54,6 +54,7 @@ pub(super) fn check(size: Bytes, runs: &[DataRun]) -> Result<(), DataError> {
         let file_offset = run.file_offset;
         let end =
             file_offset.checked_add(run.len).filter(|&end| end <= size && last <= file_offset);
+        let end = end.filter(|_| run.tar_offset.checked_add(run.len).is_some());
         last = end.ok_or(DataError::BadRun { file_offset })?;
         let stored = run.bytes.as_ref().is_some_and(|bytes| bytes.len() as u64 == run.len.0);
         if !stored && (run.bytes.is_some() || (run.needs_bytes(size) && run.len > Bytes::ZERO)) {

@@ -67,7 +67,10 @@ impl DataRun {
     #[must_use]
     pub fn split(self, size: Bytes) -> Vec<DataRun> {
         let phase = self.file_offset.0 % SECTOR;
-        if self.bytes.is_some() || !self.needs_bytes(size) || phase != self.tar_offset.0 % SECTOR {
+        let stays = self.bytes.is_some() || !self.needs_bytes(size);
+        let overflows = self.file_offset.checked_add(self.len).is_none()
+            || self.tar_offset.checked_add(self.len).is_none();
+        if stays || overflows || phase != self.tar_offset.0 % SECTOR {
             return vec![self];
         }
         let head = ((SECTOR - phase) % SECTOR).min(self.len.0);

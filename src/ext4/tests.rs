@@ -473,6 +473,8 @@ fn runs_that_are_no_map_of_the_file_are_errors() {
         (8192, vec![run(4096, 512, 4096), run(0, 8192, 4096)]),
         (8192, vec![run(0, 512, 4096), run(4000, 8192, 100)]),
         (8192, vec![run(u64::MAX, 512, 4096)]),
+        (8192, vec![run(0, u64::MAX - 511, 4096)]),
+        (8192, run(1, u64::MAX, 4096).split(Bytes(8192))),
         (8192, vec![run(0, 513, 4096)]),
         (8192, vec![run(0, 512, 100)]),
         (8192, vec![DataRun { bytes: Some(Box::new([0; 3])), ..run(0, 512, 100) }]),
@@ -568,6 +570,37 @@ fn sixty_four_layers_of_small_changes_are_clean_and_small() {
         assert_eq!(again.runs().len(), 0, "nothing changed, nothing written");
     }
     disk.compare(&tree);
+}
+
+#[test]
+fn directories_grow_and_shrink_in_their_own_blocks() {
+    // Two that grow in turns have scattered blocks, so that their extents need a tree.
+    let mut tree = Tree::new();
+    let mut disk = Disk::new(64 * MIB);
+    let dirs = [&b"one"[..], b"two"]
+        .map(|name| tree.create(tree.root(), name, Kind::Directory, attributes(0o755)).unwrap());
+    let name = |number: usize| format!("{number:0>100}").into_bytes();
+    for layer in 0..10 {
+        for dir in dirs {
+            for number in 100 * layer..100 * (layer + 1) {
+                tree.create(dir, &name(number), Kind::Fifo, attributes(0o600)).unwrap();
+            }
+        }
+        disk.commit_clean(&tree);
+    }
+    assert!(disk.debugfs("dump_extents /one").lines().count() > 5);
+    disk.compare(&tree);
+    for (layer, kept) in [900, 200, 30, 0].into_iter().enumerate() {
+        for number in (0..1000).filter(|number| *number >= kept) {
+            if tree.lookup(dirs[0], &name(number)).is_some() {
+                tree.remove(dirs[0], &name(number)).unwrap();
+            }
+        }
+        tree.create(dirs[1], format!("{layer}").as_bytes(), Kind::Fifo, attributes(0o600)).unwrap();
+        disk.commit_clean(&tree);
+        disk.compare(&tree);
+    }
+    assert!(disk.debugfs("stat /one").contains("Size: 4096"));
 }
 
 #[test]
