@@ -74,7 +74,11 @@ impl Disk {
     }
 
     pub(super) fn fsck(&self) {
-        let output = Command::new("e2fsck").arg("-fn").arg(&self.path).output().unwrap();
+        let output = Command::new("e2fsck")
+            .arg("-fn")
+            .arg(&self.path)
+            .output()
+            .expect("e2fsck (e2fsprogs) is needed");
         let text = String::from_utf8_lossy(&output.stdout).into_owned()
             + &String::from_utf8_lossy(&output.stderr);
         let text: String = text.chars().take(4000).collect();
@@ -85,8 +89,12 @@ impl Disk {
 
     /// What `debugfs -R command` prints.
     pub(super) fn debugfs(&self, command: &str) -> String {
-        let output =
-            Command::new("debugfs").arg("-R").arg(command).arg(&self.path).output().unwrap();
+        let output = Command::new("debugfs")
+            .arg("-R")
+            .arg(command)
+            .arg(&self.path)
+            .output()
+            .expect("debugfs (e2fsprogs) is needed");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
