@@ -1,8 +1,8 @@
 //! Which blocks and inodes are in use.
 //!
-//! Blocks are given out by two pointers that only move up, one for metadata and one for file data. A
-//! freed block is marked free and yet never given out again, by no layer: an upper layer that takes a
-//! block over without writing all of it would let the lower layer's bytes shine through.
+//! Blocks are given out by two pointers that only move up, one for metadata and one for file data.
+//! A freed block is marked free and yet never given out again, by no layer: an upper layer that
+//! takes a block over without writing all of it would let the lower layer's bytes shine through.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -50,7 +50,10 @@ impl Bitmaps {
     /// Groups whose bitmap changed since the last call, with their bitmaps.
     pub(super) fn take_dirty(&mut self) -> Vec<(u32, &[u8; BLOCK])> {
         let dirty = std::mem::take(&mut self.dirty);
-        dirty.into_iter().filter_map(|group| self.pages.get(&group).map(|page| (group, &**page))).collect()
+        dirty
+            .into_iter()
+            .filter_map(|group| self.pages.get(&group).map(|page| (group, &**page)))
+            .collect()
     }
 
     /// Makes the bitmap of a group exist. Bits past the group's last object must be ones.
@@ -132,8 +135,11 @@ impl Blocks {
 
     /// Up to `count` (at least 1) consecutive blocks for metadata or for file data.
     pub(super) fn take(&mut self, count: u64, data: bool) -> Result<BlockRun, Ext4Error> {
-        let (first, second) =
-            if data { (&mut self.data, &mut self.metadata) } else { (&mut self.metadata, &mut self.data) };
+        let (first, second) = if data {
+            (&mut self.data, &mut self.metadata)
+        } else {
+            (&mut self.metadata, &mut self.data)
+        };
         let region = if first.count > 0 { first } else { second };
         let taken = BlockRun { start: region.start, count: count.min(region.count) };
         if taken.count == 0 {

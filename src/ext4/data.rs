@@ -3,9 +3,9 @@
 use super::Ext4Error;
 use super::allocation::{BlockRun, Blocks};
 use super::extent::{Extent, append};
+use super::file::DataRun;
 use super::geometry::BLOCK;
 use super::layer::LayerBlocks;
-use super::tree::DataRun;
 use crate::units::{Bytes, SECTOR};
 
 /// The longest file: 2^32 - 1 blocks.
@@ -21,13 +21,17 @@ pub enum DataError {
         size: Bytes,
     },
     /// The runs are no map of the file.
-    #[error("The data run at {file_offset} overlaps the one before it or reaches past the end of the file")]
+    #[error(
+        "The data run at {file_offset} overlaps the one before it, or passes the end of the file or 2^64"
+    )]
     BadRun {
         /// Its place in the file.
         file_offset: Bytes,
     },
     /// A run that must be stored came without its bytes.
-    #[error("The data run at {file_offset} does not lie on whole sectors and came without its bytes")]
+    #[error(
+        "The data run at {file_offset} does not lie on whole sectors and came without its bytes"
+    )]
     NoBytes {
         /// Its place in the file.
         file_offset: Bytes,
@@ -48,7 +52,9 @@ pub(super) fn check(size: Bytes, runs: &[DataRun]) -> Result<(), DataError> {
     let mut last = Bytes::ZERO;
     for run in runs {
         let file_offset = run.file_offset;
-        let end = file_offset.checked_add(run.len).filter(|&end| end <= size && last <= file_offset);
+        let end =
+            file_offset.checked_add(run.len).filter(|&end| end <= size && last <= file_offset);
+        let end = end.filter(|_| run.tar_offset.checked_add(run.len).is_some());
         last = end.ok_or(DataError::BadRun { file_offset })?;
         let stored = run.bytes.as_ref().is_some_and(|bytes| bytes.len() as u64 == run.len.0);
         if !stored && (run.bytes.is_some() || (run.needs_bytes(size) && run.len > Bytes::ZERO)) {
@@ -59,7 +65,11 @@ pub(super) fn check(size: Bytes, runs: &[DataRun]) -> Result<(), DataError> {
 }
 
 /// Allocates the blocks of a file ([`check`]ed) and maps them.
-pub(super) fn place(runs: &[DataRun], blocks: &mut Blocks, layer: &mut LayerBlocks) -> Result<Vec<Extent>, Ext4Error> {
+pub(super) fn place(
+    runs: &[DataRun],
+    blocks: &mut Blocks,
+    layer: &mut LayerBlocks,
+) -> Result<Vec<Extent>, Ext4Error> {
     let ranges = covered(runs);
     blocks.require(ranges.iter().map(|&(first, end)| end - first).sum())?;
     let mut segments = Vec::with_capacity(ranges.len());
@@ -115,7 +125,11 @@ fn map(runs: &[DataRun], segments: &[Segment], layer: &mut LayerBlocks) {
                 stored.write(disk, &bytes[(at - start) as usize..(stop - start) as usize]);
             } else {
                 let target = Bytes(run.tar_offset.0 + (at - start));
-                stored.layer.remote(disk.sector(), Bytes(stop - at).sectors_ceil(), target.sector());
+                stored.layer.remote(
+                    disk.sector(),
+                    Bytes(stop - at).sectors_ceil(),
+                    target.sector(),
+                );
             }
             at = stop;
         }

@@ -1,9 +1,10 @@
 //! Directories: a chain of entries in one block, or an index by hash over many.
 //!
-//! All entries in one block are sorted by name. What does not fit becomes an indexed directory ("htree"):
-//! entries sorted by the hash of their names, cut into full leaf blocks, and the first hash of each leaf
-//! in the root block or, past 508 leaves, in one level of index blocks between. A directory of a million
-//! names is found in three reads. To a kernel without dir_index the index looks like empty blocks.
+//! All entries in one block are sorted by name. What does not fit becomes an indexed directory
+//! ("htree"): entries sorted by the hash of their names, cut into full leaf blocks, and the first
+//! hash of each leaf in the root block or, past 508 leaves, in one level of index blocks between. A
+//! directory of a million names is found in three reads. To a kernel without dir_index the index
+//! looks like empty blocks.
 
 use super::field::{put16, put32};
 use super::geometry::BLOCK;
@@ -49,7 +50,12 @@ pub(super) struct Directory {
 pub(super) struct TooManyEntries;
 
 /// Encodes a directory; `entries` sorted by name, without `.` and `..`.
-pub(super) fn encode(own: u32, parent: u32, entries: &[Entry], seed: [u32; 4]) -> Result<Directory, TooManyEntries> {
+pub(super) fn encode(
+    own: u32,
+    parent: u32,
+    entries: &[Entry],
+    seed: [u32; 4],
+) -> Result<Directory, TooManyEntries> {
     let dots = [
         Entry { name: b".", inode: own, file_type: file_type::DIRECTORY },
         Entry { name: b"..", inode: parent, file_type: file_type::DIRECTORY },
@@ -59,7 +65,8 @@ pub(super) fn encode(own: u32, parent: u32, entries: &[Entry], seed: [u32; 4]) -
         chain(&mut bytes, dots.iter().chain(entries));
         return Ok(Directory { bytes, indexed: false });
     }
-    let mut sorted: Vec<(NameHash, &Entry)> = entries.iter().map(|entry| (hash(entry.name, seed), entry)).collect();
+    let mut sorted: Vec<(NameHash, &Entry)> =
+        entries.iter().map(|entry| (hash(entry.name, seed), entry)).collect();
     sorted.sort_unstable_by_key(|&(hash, entry)| (hash, entry.name));
     let leaves = cut(&sorted);
     let nodes = if leaves.len() > ROOT_ENTRIES { leaves.len().div_ceil(NODE_ENTRIES) } else { 0 };
@@ -84,8 +91,8 @@ struct Leaf<'a> {
     entries: &'a [(NameHash, &'a Entry<'a>)],
 }
 
-/// Cuts the sorted entries into full leaf blocks. Where a cut separates names of one hash, the lowest bit
-/// of the second leaf's hash tells the reader who ends at the first to go on there.
+/// Cuts the sorted entries into full leaf blocks. Where a cut separates names of one hash, the
+/// lowest bit of the second leaf's hash tells the reader who ends at the first to go on there.
 fn cut<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)]) -> Vec<Leaf<'a>> {
     let mut leaves = Vec::new();
     let mut start = 0;
@@ -118,7 +125,9 @@ fn write_index(index: &mut [u8], leaves: &[(u32, u32)], nodes: usize) {
         return write_pointers(&mut root[32..], leaves, ROOT_ENTRIES);
     }
     let mut above = Vec::with_capacity(nodes);
-    for ((number, part), block) in (1..).zip(leaves.chunks(NODE_ENTRIES)).zip(inner.chunks_exact_mut(BLOCK)) {
+    for ((number, part), block) in
+        (1..).zip(leaves.chunks(NODE_ENTRIES)).zip(inner.chunks_exact_mut(BLOCK))
+    {
         put16(block, 4, BLOCK as u16); // one unused entry as long as the block
         write_pointers(&mut block[8..], part, NODE_ENTRIES);
         above.push((part[0].0, number));

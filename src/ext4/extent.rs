@@ -1,7 +1,7 @@
 //! Extents: which blocks of a file lie where.
 //!
-//! Up to four extents fit into the inode. More go into blocks of 340, and if those are more than four,
-//! into further levels of index blocks. All blocks but the last of a level are full.
+//! Up to four extents fit into the inode. More go into blocks of 340, and if those are more than
+//! four, into further levels of index blocks. All blocks but the last of a level are full.
 
 use super::allocation::BlockRun;
 use super::field::{high32, low16, low32, put16, put32};

@@ -10,8 +10,9 @@
 //! ..           data region: file data in the order of the tar
 //! ```
 //!
-//! flex_bg allows all of a group's tables anywhere; putting them all in front makes everything that is
-//! metadata one short range of the disk, and leaves the rest to data that read-ahead may run through.
+//! flex_bg allows all of a group's tables anywhere; putting them all in front makes everything that
+//! is metadata one short range of the disk, and leaves the rest to data that read-ahead may run
+//! through.
 
 use super::Ext4Error;
 use crate::units::{Bytes, Sectors};
@@ -93,7 +94,16 @@ impl Layout {
         let data = (metadata + blocks / 16).next_multiple_of(256);
         // At most 2^32 blocks, so 2^17 groups.
         let groups = groups as u32;
-        Ok(Layout { blocks, groups, descriptors, block_bitmaps, inode_bitmaps, inode_tables, metadata, data })
+        Ok(Layout {
+            blocks,
+            groups,
+            descriptors,
+            block_bitmaps,
+            inode_bitmaps,
+            inode_tables,
+            metadata,
+            data,
+        })
     }
 
     /// Inodes of the filesystem: 2^31 at most.

@@ -19,15 +19,25 @@ pub(super) struct Counts {
 }
 
 /// Encodes the descriptor of `group`, with its checksum.
-pub(super) fn descriptor(layout: &Layout, group: u32, counts: Counts, uuid: &[u8; 16]) -> [u8; DESCRIPTOR] {
+pub(super) fn descriptor(
+    layout: &Layout,
+    group: u32,
+    counts: Counts,
+    uuid: &[u8; 16],
+) -> [u8; DESCRIPTOR] {
     let mut record = [0; DESCRIPTOR];
     let nth = u64::from(group);
-    let positions = [layout.block_bitmaps + nth, layout.inode_bitmaps + nth, layout.inode_tables + nth * TABLE_BLOCKS];
+    let positions = [
+        layout.block_bitmaps + nth,
+        layout.inode_bitmaps + nth,
+        layout.inode_tables + nth * TABLE_BLOCKS,
+    ];
     for (field, position) in positions.into_iter().enumerate() {
         put32(&mut record, field * 4, low32(position));
         put32(&mut record, 32 + field * 4, high32(position));
     }
-    let numbers = [(12, 44, counts.free_blocks), (14, 46, counts.free_inodes), (16, 48, counts.directories)];
+    let numbers =
+        [(12, 44, counts.free_blocks), (14, 46, counts.free_inodes), (16, 48, counts.directories)];
     for (low, high, count) in numbers {
         put16(&mut record, low, low16(count));
         put16(&mut record, high, high16(count));
@@ -72,7 +82,8 @@ mod tests {
 
     #[test]
     fn crc16_is_the_kernels() {
-        // The check value of CRC-16/MODBUS, which is this one: initial value 0xffff, reflected 0x8005.
+        // The check value of CRC-16/MODBUS, which is this one: initial value 0xffff, reflected
+        // 0x8005.
         assert_eq!(crc16(0xffff, b"123456789"), 0x4b37);
     }
 }

@@ -4,14 +4,15 @@
 //! Source: `fs/ext4/hash.c` as documented in the kernel's "Hash Tree Directories"; the oracle is
 //! `debugfs -R dx_hash`.
 
-/// `s_def_hash_version` and `dx_root.hash_version` of this hash. Whether bytes are signed is a flag of
-/// the superblock.
+/// `s_def_hash_version` and `dx_root.hash_version` of this hash. Whether bytes are signed is a flag
+/// of the superblock.
 pub(super) const HALF_MD4: u8 = 1;
 
 /// A name's place in an indexed directory: sorted by `major`, then `minor`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct NameHash {
-    /// Even: the lowest bit of an index entry says that names of this hash continue from the block before.
+    /// Even: the lowest bit of an index entry says that names of this hash continue from the block
+    /// before.
     pub(super) major: u32,
     pub(super) minor: u32,
 }
@@ -61,13 +62,19 @@ fn transform(state: &mut [u32; 4], input: [u32; 8]) {
         let mixed = a.wrapping_add(f(b, c, d)).wrapping_add(word).rotate_left(shift);
         s = [d, mixed, b, c];
     };
-    for (index, shift) in [0, 1, 2, 3, 4, 5, 6, 7].into_iter().zip([3, 7, 11, 19].into_iter().cycle()) {
+    for (index, shift) in
+        [0, 1, 2, 3, 4, 5, 6, 7].into_iter().zip([3, 7, 11, 19].into_iter().cycle())
+    {
         step(&choose, input[index], shift);
     }
-    for (index, shift) in [1, 3, 5, 7, 0, 2, 4, 6].into_iter().zip([3, 5, 9, 13].into_iter().cycle()) {
+    for (index, shift) in
+        [1, 3, 5, 7, 0, 2, 4, 6].into_iter().zip([3, 5, 9, 13].into_iter().cycle())
+    {
         step(&majority, input[index].wrapping_add(ROUND_2), shift);
     }
-    for (index, shift) in [3, 7, 2, 6, 1, 5, 0, 4].into_iter().zip([3, 9, 11, 15].into_iter().cycle()) {
+    for (index, shift) in
+        [3, 7, 2, 6, 1, 5, 0, 4].into_iter().zip([3, 9, 11, 15].into_iter().cycle())
+    {
         step(&parity, input[index].wrapping_add(ROUND_3), shift);
     }
     for (old, new) in state.iter_mut().zip(s) {

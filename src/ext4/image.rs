@@ -1,21 +1,23 @@
 //! The image: what the layers so far have put on the disk, and how the next one changes it.
 //!
-//! A commit goes through the tree once. Files that are gone give up what they had; new files get inode
-//! numbers in the order of their creation; new data gets blocks in the order of the tar. Then every file that
-//! changed is encoded anew into the places it has, and of all blocks only those that differ from what lower
-//! layers hold go into the layer. Last come bitmaps, descriptors and the superblock.
+//! A commit goes through the tree once. Files that are gone give up what they had; new files get
+//! inode numbers in the order of their creation; new data gets blocks in the order of the tar. Then
+//! every file that changed is encoded anew into the places it has, and of all blocks only those
+//! that differ from what lower layers hold go into the layer. Last come bitmaps, descriptors and
+//! the superblock.
 
 use std::collections::BTreeSet;
 
 use super::allocation::{BlockRun, Blocks, Inodes};
 use super::directory::{self, Entry, file_type};
 use super::extent::{self, Extent};
+use super::file::{Attributes, Kind};
 use super::geometry::{BLOCK, DESCRIPTOR, GROUP_INODES, Geometry, INODE, Layout};
 use super::group::{Counts, descriptor};
 use super::inode::{self, Fields, INLINE_SYMLINK};
 use super::layer::{Emitted, LayerBlocks};
 use super::superblock::{self, FIRST_INODE, Identity};
-use super::tree::{Attributes, Kind, NodeId, Tree};
+use super::tree::{NodeId, Tree};
 use super::{Ext4Error, data, xattr};
 
 /// Inode number of the root directory.
@@ -83,12 +85,13 @@ impl Image {
     /// Lays out what changed in `tree`, always the same one, since the last call.
     ///
     /// # Errors
-    /// The disk has too few blocks or inodes, or a file cannot be expressed; the message names it. After an
-    /// error the image is half changed and of no more use.
+    /// The disk has too few blocks or inodes, or a file cannot be expressed; the message names it.
+    /// After an error the image is half changed and of no more use.
     pub fn commit_layer(&mut self, tree: &Tree) -> Result<LayerBlocks, Ext4Error> {
         let mut layer = LayerBlocks::default();
         self.release_removed(tree);
-        let changed: Vec<NodeId> = tree.nodes().filter(|&node| tree.changed(node) > self.seen).collect();
+        let changed: Vec<NodeId> =
+            tree.nodes().filter(|&node| tree.changed(node) > self.seen).collect();
         let new = self.number(tree, &changed)?;
         self.place_data(tree, &new, &mut layer)?;
         self.write_lost_and_found(tree, &mut layer)?;
@@ -111,7 +114,13 @@ impl Image {
                 && let Some(record) = slot.take()
             {
                 for extent in &record.extents {
-                    release(&mut self.blocks, &mut self.emitted, extent.physical, u64::from(extent.count), record.directory);
+                    release(
+                        &mut self.blocks,
+                        &mut self.emitted,
+                        extent.physical,
+                        u64::from(extent.count),
+                        record.directory,
+                    );
                 }
                 for &block in record.tree.iter().chain(&record.xattr_block) {
                     release(&mut self.blocks, &mut self.emitted, block, 1, true);
@@ -146,11 +155,17 @@ impl Image {
     }
 
     /// Gives blocks to the data of new files, in the order in which it lies in the tar.
-    fn place_data(&mut self, tree: &Tree, new: &[NodeId], layer: &mut LayerBlocks) -> Result<(), Ext4Error> {
+    fn place_data(
+        &mut self,
+        tree: &Tree,
+        new: &[NodeId],
+        layer: &mut LayerBlocks,
+    ) -> Result<(), Ext4Error> {
         let mut files = Vec::new();
         for &node in new {
             if let Kind::Regular { size, ref runs } = *tree.kind(node) {
-                data::check(size, runs).map_err(|source| Ext4Error::Data { path: tree.path(node), source })?;
+                data::check(size, runs)
+                    .map_err(|source| Ext4Error::Data { path: tree.path(node), source })?;
                 if let Some(first) = runs.iter().map(|run| run.tar_offset).min() {
                     files.push((first, node, runs));
                 }
@@ -167,7 +182,13 @@ impl Image {
     }
 
     /// Encodes one file into its places.
-    fn write_node(&mut self, tree: &Tree, node: NodeId, record: &mut Record, layer: &mut LayerBlocks) -> Result<(), Ext4Error> {
+    fn write_node(
+        &mut self,
+        tree: &Tree,
+        node: NodeId,
+        record: &mut Record,
+        layer: &mut LayerBlocks,
+    ) -> Result<(), Ext4Error> {
         let kind = tree.kind(node);
         let attributes = tree.attributes(node);
         let mut indexed = false;
@@ -208,24 +229,43 @@ impl Image {
             xattrs: &xattrs,
             xattr_block: record.xattr_block.unwrap_or(0),
         };
-        store(&mut self.table, &mut self.table_dirty, record.inode, &inode::encode(&fields, attributes));
+        store(
+            &mut self.table,
+            &mut self.table_dirty,
+            record.inode,
+            &inode::encode(&fields, attributes),
+        );
         Ok(())
     }
 
-    fn directory(&self, tree: &Tree, node: NodeId, inode: u32) -> Result<directory::Directory, Ext4Error> {
+    fn directory(
+        &self,
+        tree: &Tree,
+        node: NodeId,
+        inode: u32,
+    ) -> Result<directory::Directory, Ext4Error> {
         let is_root = node == tree.root();
         let mut entries = Vec::new();
         for (name, child) in tree.children(node) {
-            entries.push(Entry { name, inode: self.inode(child), file_type: entry_type(tree.kind(child)) });
+            entries.push(Entry {
+                name,
+                inode: self.inode(child),
+                file_type: entry_type(tree.kind(child)),
+            });
         }
         if is_root && self.lost_and_found.is_some() {
-            let entry = Entry { name: LOST_AND_FOUND_NAME, inode: LOST_AND_FOUND, file_type: file_type::DIRECTORY };
+            let entry = Entry {
+                name: LOST_AND_FOUND_NAME,
+                inode: LOST_AND_FOUND,
+                file_type: file_type::DIRECTORY,
+            };
             let place = entries.partition_point(|entry| entry.name < LOST_AND_FOUND_NAME);
             entries.insert(place, entry);
         }
         let parent = if is_root { ROOT_INODE } else { self.inode(tree.parent(node)) };
-        directory::encode(inode, parent, &entries, self.identity.seed_words())
-            .map_err(|_| Ext4Error::DirectoryTooLarge { path: tree.path(node), entries: entries.len() })
+        directory::encode(inode, parent, &entries, self.identity.seed_words()).map_err(|_| {
+            Ext4Error::DirectoryTooLarge { path: tree.path(node), entries: entries.len() }
+        })
     }
 
     /// The inode of a file; every one in the tree has a number by now.
@@ -237,7 +277,12 @@ impl Image {
     }
 
     /// Writes whole blocks into the file's blocks, after adding or freeing some at its end.
-    fn write_content(&mut self, record: &mut Record, bytes: &[u8], layer: &mut LayerBlocks) -> Result<(), Ext4Error> {
+    fn write_content(
+        &mut self,
+        record: &mut Record,
+        bytes: &[u8],
+        layer: &mut LayerBlocks,
+    ) -> Result<(), Ext4Error> {
         let needed = (bytes.len() / BLOCK) as u64;
         let mut present: u64 = record.extents.iter().map(|extent| u64::from(extent.count)).sum();
         while present < needed {
@@ -250,20 +295,33 @@ impl Image {
         {
             let excess = (present - needed).min(u64::from(last.count));
             last.count -= excess as u32;
-            release(&mut self.blocks, &mut self.emitted, last.physical + u64::from(last.count), excess, true);
+            release(
+                &mut self.blocks,
+                &mut self.emitted,
+                last.physical + u64::from(last.count),
+                excess,
+                true,
+            );
             if last.count == 0 {
                 record.extents.pop();
             }
             present -= excess;
         }
-        let places = record.extents.iter().flat_map(|extent| extent.physical..extent.physical + u64::from(extent.count));
+        let places = record
+            .extents
+            .iter()
+            .flat_map(|extent| extent.physical..extent.physical + u64::from(extent.count));
         for (place, block) in places.zip(bytes.chunks_exact(BLOCK)) {
             self.emitted.emit(layer, place, block);
         }
         Ok(())
     }
 
-    fn write_extents(&mut self, record: &mut Record, layer: &mut LayerBlocks) -> Result<[u8; 60], Ext4Error> {
+    fn write_extents(
+        &mut self,
+        record: &mut Record,
+        layer: &mut LayerBlocks,
+    ) -> Result<[u8; 60], Ext4Error> {
         let needed = extent::tree_blocks(record.extents.len());
         while record.tree.len() < needed {
             record.tree.push(self.blocks.metadata_block()?);
@@ -272,7 +330,9 @@ impl Image {
             release(&mut self.blocks, &mut self.emitted, block, 1, true);
         }
         let emitted = &mut self.emitted;
-        Ok(extent::encode(&record.extents, &record.tree, |place, block| emitted.emit(layer, place, &block[..])))
+        Ok(extent::encode(&record.extents, &record.tree, |place, block| {
+            emitted.emit(layer, place, &block[..]);
+        }))
     }
 
     /// Writes the attribute block, if one is needed, and returns what belongs into the inode.
@@ -283,9 +343,10 @@ impl Image {
         record: &mut Record,
         layer: &mut LayerBlocks,
     ) -> Result<[u8; xattr::IN_INODE], Ext4Error> {
-        let xattrs = tree.attributes(node).xattrs.iter().map(|(name, value)| (&name[..], &value[..]));
-        let encoded =
-            xattr::encode(xattrs).map_err(|source| Ext4Error::Xattr { path: tree.path(node), source })?;
+        let xattrs =
+            tree.attributes(node).xattrs.iter().map(|(name, value)| (&name[..], &value[..]));
+        let encoded = xattr::encode(xattrs)
+            .map_err(|source| Ext4Error::Xattr { path: tree.path(node), source })?;
         if let Some(block) = &encoded.block {
             let place = match record.xattr_block {
                 Some(place) => place,
@@ -299,7 +360,11 @@ impl Image {
     }
 
     /// Keeps a `lost+found` in the root unless the tree has its own.
-    fn write_lost_and_found(&mut self, tree: &Tree, layer: &mut LayerBlocks) -> Result<(), Ext4Error> {
+    fn write_lost_and_found(
+        &mut self,
+        tree: &Tree,
+        layer: &mut LayerBlocks,
+    ) -> Result<(), Ext4Error> {
         let wanted = tree.lookup(tree.root(), LOST_AND_FOUND_NAME).is_none();
         match self.lost_and_found {
             None if wanted => {
@@ -319,7 +384,11 @@ impl Image {
         Ok(())
     }
 
-    fn write_own_directory(&mut self, block: u64, layer: &mut LayerBlocks) -> Result<(), Ext4Error> {
+    fn write_own_directory(
+        &mut self,
+        block: u64,
+        layer: &mut LayerBlocks,
+    ) -> Result<(), Ext4Error> {
         let seed = self.identity.seed_words();
         let content = directory::encode(LOST_AND_FOUND, ROOT_INODE, &[], seed)
             .map_err(|_| Ext4Error::DirectoryTooLarge { path: "/lost+found".into(), entries: 0 })?;
@@ -336,7 +405,12 @@ impl Image {
             xattr_block: 0,
         };
         let attributes = Attributes { mode: 0o700, ..Attributes::default() };
-        store(&mut self.table, &mut self.table_dirty, LOST_AND_FOUND, &inode::encode(&fields, &attributes));
+        store(
+            &mut self.table,
+            &mut self.table_dirty,
+            LOST_AND_FOUND,
+            &inode::encode(&fields, &attributes),
+        );
         Ok(())
     }
 
@@ -375,7 +449,12 @@ impl Image {
             self.emitted.emit(layer, self.layout.descriptors + index as u64, bytes);
         }
         let free_inodes = self.inodes.bitmaps.free() as u32;
-        let block = superblock::block(&self.layout, &self.identity, self.blocks.bitmaps.free(), free_inodes);
+        let block = superblock::block(
+            &self.layout,
+            &self.identity,
+            self.blocks.bitmaps.free(),
+            free_inodes,
+        );
         self.emitted.emit(layer, 0, &block);
     }
 

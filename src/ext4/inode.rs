@@ -1,9 +1,9 @@
 //! Inodes: 256 bytes, the last 96 of which hold small extended attributes.
 
 use super::field::{high16, high32, low16, low32, put16, put32};
+use super::file::{Attributes, Kind, Timestamp};
 use super::geometry::INODE;
 use super::superblock::EXTRA_ISIZE;
-use super::tree::{Attributes, Kind, Timestamp};
 use super::xattr::IN_INODE;
 
 /// The file's blocks are found through extents.
@@ -21,7 +21,8 @@ const LINKS_KNOWN: u32 = 65_000;
 #[derive(Debug)]
 pub(super) struct Fields<'a> {
     pub(super) kind: &'a Kind,
-    /// Of directories: their blocks; of regular files: their length; of symbolic links: the target's.
+    /// Of directories: their blocks; of regular files: their length; of symbolic links: the
+    /// target's.
     pub(super) size: u64,
     pub(super) links: u32,
     /// Blocks of every sort that belong to it.
@@ -33,7 +34,8 @@ pub(super) struct Fields<'a> {
     pub(super) xattr_block: u64,
 }
 
-/// Encodes an inode. Access, change and creation time equal the modification time: a layer's tar knows no other.
+/// Encodes an inode. Access, change and creation time equal the modification time: a layer's tar
+/// knows no other.
 pub(super) fn encode(fields: &Fields, attributes: &Attributes) -> [u8; INODE] {
     let mut record = [0; INODE];
     put16(&mut record, 0, format(fields.kind) | attributes.mode & 0o7777);
@@ -66,7 +68,9 @@ pub(super) fn encode(fields: &Fields, attributes: &Attributes) -> [u8; INODE] {
 fn pointers(fields: &Fields) -> [u8; 60] {
     let mut bytes = fields.extents.unwrap_or([0; 60]);
     match *fields.kind {
-        Kind::Symlink(ref target) if fields.extents.is_none() => bytes[..target.len()].copy_from_slice(target),
+        Kind::Symlink(ref target) if fields.extents.is_none() => {
+            bytes[..target.len()].copy_from_slice(target);
+        }
         Kind::Char { major, minor } | Kind::Block { major, minor } => {
             if major < 256 && minor < 256 {
                 put32(&mut bytes, 0, major << 8 | minor);
@@ -91,8 +95,9 @@ fn format(kind: &Kind) -> u16 {
     }
 }
 
-/// Seconds in 32 signed bits, and the extra field: two more bits of seconds below 30 of nanoseconds. The
-/// range is 1901-12-13 to 2446-05-10; what is outside becomes its nearest end, as in the kernel.
+/// Seconds in 32 signed bits, and the extra field: two more bits of seconds below 30 of
+/// nanoseconds. The range is 1901-12-13 to 2446-05-10; what is outside becomes its nearest end, as
+/// in the kernel.
 fn time(time: Timestamp) -> (u32, u32) {
     const FIRST: i64 = i32::MIN as i64;
     const LAST: i64 = (3 << 32) + i32::MAX as i64;

@@ -68,7 +68,8 @@ enum Content {
     Zeros,
 }
 
-/// What one layer changes on the disk; what it does not name stays as the layers below have it, or zero.
+/// What one layer changes on the disk; what it does not name stays as the layers below have it, or
+/// zero.
 #[derive(Debug, Default)]
 pub struct LayerBlocks {
     pieces: Vec<Piece>,
@@ -81,9 +82,10 @@ impl LayerBlocks {
         self.pieces.iter().map(|piece| {
             let (lba, count) = (Sectors(piece.lba), Sectors(piece.count));
             match piece.content {
-                Content::Bytes(at) => {
-                    Run::Metadata { lba, bytes: &self.bytes[at..at + (piece.count * SECTOR) as usize] }
-                }
+                Content::Bytes(at) => Run::Metadata {
+                    lba,
+                    bytes: &self.bytes[at..at + (piece.count * SECTOR) as usize],
+                },
                 Content::Tar(target) => Run::Remote { lba, count, target: Sectors(target) },
                 Content::Zeros => Run::Zeroed { lba, count },
             }
@@ -112,7 +114,9 @@ impl LayerBlocks {
         if let Some(last) = self.pieces.last_mut()
             && last.lba + last.count == lba.0
             && match (last.content, content) {
-                (Content::Bytes(before), Content::Bytes(at)) => before + (last.count * SECTOR) as usize == at,
+                (Content::Bytes(before), Content::Bytes(at)) => {
+                    before + (last.count * SECTOR) as usize == at
+                }
                 (Content::Tar(before), Content::Tar(target)) => before + last.count == target,
                 (Content::Zeros, Content::Zeros) => true,
                 _ => false,
@@ -130,9 +134,9 @@ impl LayerBlocks {
     }
 }
 
-/// What metadata blocks hold after all layers so far, as keyed hashes: enough to tell whether a block
-/// changed. A false "unchanged" has a chance of 2^-64 for each block rewritten, and the key is random, so no
-/// input can aim at it.
+/// What metadata blocks hold after all layers so far, as keyed hashes: enough to tell whether a
+/// block changed. A false "unchanged" has a chance of 2^-64 for each block rewritten, and the key
+/// is random, so no input can aim at it.
 #[derive(Debug, Default)]
 pub(super) struct Emitted {
     key: RandomState,

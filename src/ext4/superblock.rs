@@ -14,7 +14,8 @@ pub(super) const FIRST_INODE: u32 = 11;
 const COMPATIBLE: u32 = 0x8 | 0x20 | 0x200;
 /// filetype, extents, 64bit, flex_bg.
 const INCOMPATIBLE: u32 = 0x2 | 0x40 | 0x80 | 0x200;
-/// sparse_super, large_file, huge_file, uninit_bg (checksummed descriptors), dir_nlink, extra_isize.
+/// sparse_super, large_file, huge_file, uninit_bg (checksummed descriptors), dir_nlink,
+/// extra_isize.
 const READ_ONLY_COMPATIBLE: u32 = 0x1 | 0x2 | 0x8 | 0x10 | 0x20 | 0x40;
 
 /// Bytes of an inode's fixed part that lie beyond the first 128.
@@ -32,11 +33,13 @@ pub struct Identity {
 }
 
 impl Default for Identity {
-    /// Fixed, so that the same layers give the same bytes and layers deduplicate between images. ext4
-    /// mounts any number of filesystems with one UUID.
+    /// Fixed, so that the same layers give the same bytes and layers deduplicate between images.
+    /// ext4 mounts any number of filesystems with one UUID.
     fn default() -> Self {
-        const UUID: [u8; 16] =
-            [0x74, 0x75, 0x72, 0x62, 0x6f, 0x62, 0x44, 0x00, 0x80, 0x00, 0x65, 0x78, 0x74, 0x34, 0x00, 0x01];
+        const UUID: [u8; 16] = [
+            0x74, 0x75, 0x72, 0x62, 0x6f, 0x62, 0x44, 0x00, 0x80, 0x00, 0x65, 0x78, 0x74, 0x34,
+            0x00, 0x01,
+        ];
         Identity { uuid: UUID, label: *b"turbobd\0\0\0\0\0\0\0\0\0", hash_seed: UUID }
     }
 }
@@ -53,7 +56,12 @@ impl Identity {
 }
 
 /// Encodes block 0. All times are zero: nothing here may depend on when it was made.
-pub(super) fn block(layout: &Layout, identity: &Identity, free_blocks: u64, free_inodes: u32) -> [u8; BLOCK] {
+pub(super) fn block(
+    layout: &Layout,
+    identity: &Identity,
+    free_blocks: u64,
+    free_inodes: u32,
+) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     let record = &mut block[OFFSET..2 * OFFSET];
     put32(record, 0, layout.inodes());

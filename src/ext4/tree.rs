@@ -10,8 +10,7 @@
 
 use std::collections::BTreeMap;
 
-pub use crate::tar::Timestamp;
-use crate::units::{Bytes, SECTOR};
+use super::file::{Attributes, Kind};
 
 /// Longest name of a directory entry, bytes (the field is one byte wide).
 pub const NAME_MAX: usize = 255;
@@ -32,116 +31,13 @@ impl NodeId {
     }
 }
 
-/// What a file has besides its content.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Attributes {
-    /// Permission bits with set-uid, set-gid and sticky: `0o7777`. Higher bits are ignored.
-    pub mode: u16,
-    /// Owner.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
-    /// Time of the last change of the content. ext4 holds 1901 to 2446; others are clamped.
-    pub mtime: Timestamp,
-    /// Extended attributes: full names (`security.capability`), values in the form of the system
-    /// call (POSIX ACLs in the `posix_acl_xattr` form).
-    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-}
-
-/// A piece of a file's content, and where it lies in the layer's uncompressed tar.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct DataRun {
-    /// First byte in the file.
-    pub file_offset: Bytes,
-    /// First byte in the uncompressed tar.
-    pub tar_offset: Bytes,
-    /// Length in bytes.
-    pub len: Bytes,
-    /// The content itself, `len` bytes, for a piece that no mapping of whole sectors can express
-    /// ([`DataRun::needs_bytes`]). `None` for all others.
-    pub bytes: Option<Box<[u8]>>,
-}
-
-impl DataRun {
-    /// A run that stays in the tar.
-    #[must_use]
-    pub fn remote(file_offset: Bytes, tar_offset: Bytes, len: Bytes) -> DataRun {
-        DataRun { file_offset, tar_offset, len, bytes: None }
-    }
-
-    /// Whether this run cannot be a mapping of whole sectors, so that [`DataRun::bytes`] must be
-    /// filled as the tar passes. `size` is the file's. Never true for a file without holes, whose
-    /// data starts on a sector in the tar and ends with the file.
-    #[must_use]
-    pub fn needs_bytes(&self, size: Bytes) -> bool {
-        let end = self.file_offset.0.saturating_add(self.len.0);
-        !self.file_offset.0.is_multiple_of(SECTOR)
-            || !self.tar_offset.0.is_multiple_of(SECTOR)
-            || (!end.is_multiple_of(SECTOR) && end != size.0)
-    }
-
-    /// This run cut so that as much as possible stays remote: at most a head, whole sectors and a
-    /// tail. Ask each piece [`DataRun::needs_bytes`]. A run whose two offsets differ modulo 512
-    /// cannot be mapped at all and comes back whole; GNU tar never writes one.
-    #[must_use]
-    pub fn split(self, size: Bytes) -> Vec<DataRun> {
-        let phase = self.file_offset.0 % SECTOR;
-        if !self.needs_bytes(size) || phase != self.tar_offset.0 % SECTOR {
-            return vec![self];
-        }
-        let head = ((SECTOR - phase) % SECTOR).min(self.len.0);
-        let rest = self.len.0 - head;
-        let tail = if self.file_offset.0.saturating_add(self.len.0) == size.0 { 0 } else { rest % SECTOR };
-        let mut pieces = Vec::with_capacity(3);
-        let mut at = 0;
-        for len in [head, rest - tail, tail] {
-            if len > 0 {
-                let (file, tar) = (self.file_offset + Bytes(at), self.tar_offset + Bytes(at));
-                pieces.push(DataRun::remote(file, tar, Bytes(len)));
-            }
-            at += len;
-        }
-        pieces
-    }
-}
-
-/// What a node is.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Kind {
-    /// A directory; its entries are reached by [`Tree::children`].
-    Directory,
-    /// A plain file.
-    Regular {
-        /// Length in bytes.
-        size: Bytes,
-        /// Its data, ascending and without overlap; what lies between is a hole.
-        runs: Vec<DataRun>,
-    },
-    /// A symbolic link and its exact target.
-    Symlink(Vec<u8>),
-    /// A character device.
-    Char {
-        /// Major number, 12 bits.
-        major: u32,
-        /// Minor number, 20 bits.
-        minor: u32,
-    },
-    /// A block device.
-    Block {
-        /// Major number, 12 bits.
-        major: u32,
-        /// Minor number, 20 bits.
-        minor: u32,
-    },
-    /// A named pipe.
-    Fifo,
-}
-
 /// Why a change of the tree was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TreeError {
     /// A name that no directory can hold.
-    #[error("The name \"{name}\" is not one of a directory entry: 1 to 255 bytes without \"/\" and NUL, not \".\" and not \"..\"")]
+    #[error(
+        "The name \"{name}\" is not one of a directory entry: 1 to 255 bytes without \"/\" and NUL, not \".\" and not \"..\""
+    )]
     BadName {
         /// The name, printable.
         name: String,
@@ -177,7 +73,9 @@ pub enum TreeError {
         name: String,
     },
     /// A symbolic link's target does not fit.
-    #[error("The target of the symbolic link \"{name}\" is {len} bytes long or holds a NUL; ext4 takes 1 to {SYMLINK_MAX} bytes without NUL")]
+    #[error(
+        "The target of the symbolic link \"{name}\" is {len} bytes long or holds a NUL; ext4 takes 1 to {SYMLINK_MAX} bytes without NUL"
+    )]
     BadSymlink {
         /// The name, printable.
         name: String,
@@ -185,7 +83,9 @@ pub enum TreeError {
         len: usize,
     },
     /// A device number does not fit.
-    #[error("The device {major}:{minor} of \"{name}\" does not fit into 12 bits for the major and 20 for the minor number")]
+    #[error(
+        "The device {major}:{minor} of \"{name}\" does not fit into 12 bits for the major and 20 for the minor number"
+    )]
     BadDevice {
         /// The name, printable.
         name: String,
@@ -223,7 +123,8 @@ struct Node {
     changed: u64,
 }
 
-/// A tree of files.
+/// A tree of files. Node numbers of another tree must not be passed in: they panic or mean another
+/// file.
 #[derive(Debug)]
 pub struct Tree {
     nodes: Vec<Node>,
@@ -284,14 +185,29 @@ impl Tree {
     /// # Errors
     /// The name is taken or not a name; `dir` is not a directory; the target or the device number
     /// of `kind` does not fit.
-    pub fn create(&mut self, dir: NodeId, name: &[u8], kind: Kind, attributes: Attributes) -> Result<NodeId, TreeError> {
+    pub fn create(
+        &mut self,
+        dir: NodeId,
+        name: &[u8],
+        kind: Kind,
+        attributes: Attributes,
+    ) -> Result<NodeId, TreeError> {
         self.check_free(dir, name)?;
         check_kind(name, &kind)?;
-        let number = u32::try_from(self.nodes.len()).map_err(|_| TreeError::Full { name: printable(name) })?;
+        let number = u32::try_from(self.nodes.len())
+            .map_err(|_| TreeError::Full { name: printable(name) })?;
         let node = NodeId(number);
         let is_directory = kind == Kind::Directory;
         let children = BTreeMap::new();
-        self.nodes.push(Node { kind, attributes, children, parent: dir, names: 1, subdirectories: 0, changed: 0 });
+        self.nodes.push(Node {
+            kind,
+            attributes,
+            children,
+            parent: dir,
+            names: 1,
+            subdirectories: 0,
+            changed: 0,
+        });
         self.touch(node);
         self.insert(dir, name, node);
         if is_directory {
@@ -320,7 +236,8 @@ impl Tree {
         Ok(())
     }
 
-    /// Removes a name, and everything below it if it is a directory. A file goes with its last name.
+    /// Removes a name, and everything below it if it is a directory. A file goes with its last
+    /// name.
     ///
     /// # Errors
     /// There is no such name.
@@ -464,10 +381,14 @@ impl Tree {
 
 fn check_kind(name: &[u8], kind: &Kind) -> Result<(), TreeError> {
     match *kind {
-        Kind::Symlink(ref target) if !(1..=SYMLINK_MAX).contains(&target.len()) || target.contains(&0) => {
+        Kind::Symlink(ref target)
+            if !(1..=SYMLINK_MAX).contains(&target.len()) || target.contains(&0) =>
+        {
             Err(TreeError::BadSymlink { name: printable(name), len: target.len() })
         }
-        Kind::Char { major, minor } | Kind::Block { major, minor } if major >= 1 << 12 || minor >= 1 << 20 => {
+        Kind::Char { major, minor } | Kind::Block { major, minor }
+            if major >= 1 << 12 || minor >= 1 << 20 =>
+        {
             Err(TreeError::BadDevice { name: printable(name), major, minor })
         }
         _ => Ok(()),

@@ -1,8 +1,8 @@
 //! Extended attributes: what fits behind the inode's fields, the rest in one block.
 //!
 //! Both places hold entries from the front and values from the back. In the inode, value positions
-//! count from the first entry and entry hashes are zero; in the block they count from the block's start, and
-//! each entry and the block carry a hash (kernel `fs/ext4/xattr.c`).
+//! count from the first entry and entry hashes are zero; in the block they count from the block's
+//! start, and each entry and the block carry a hash (kernel `fs/ext4/xattr.c`).
 
 use super::field::{put16, put32};
 use super::geometry::{BLOCK, INODE};
@@ -18,14 +18,10 @@ const BLOCK_HEADER: usize = 32;
 const ENTRY: usize = 16;
 const END: usize = 4;
 
-/// The prefixes that ext4 knows by number. A full name that is listed with nothing behind it is one attribute.
-const PREFIXES: [(&[u8], u8); 5] = [
-    (b"user.", 1),
-    (ACL_ACCESS, 2),
-    (ACL_DEFAULT, 3),
-    (b"trusted.", 4),
-    (b"security.", 6),
-];
+/// The prefixes that ext4 knows by number. A full name that is listed with nothing behind it is one
+/// attribute.
+const PREFIXES: [(&[u8], u8); 5] =
+    [(b"user.", 1), (ACL_ACCESS, 2), (ACL_DEFAULT, 3), (b"trusted.", 4), (b"security.", 6)];
 const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
 const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 
@@ -33,19 +29,25 @@ const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum XattrError {
     /// ext4 has no number for the name's prefix.
-    #[error("The attribute \"{name}\" has no prefix that ext4 stores (user., trusted., security., system.posix_acl_access, system.posix_acl_default), no name behind it, or one over 255 bytes")]
+    #[error(
+        "The attribute \"{name}\" has no prefix that ext4 stores (user., trusted., security., system.posix_acl_access, system.posix_acl_default), no name behind it, or one over 255 bytes"
+    )]
     BadName {
         /// The full name, printable.
         name: String,
     },
     /// The value is not an access control list.
-    #[error("The attribute \"{name}\" is not a list of version 2 with entries of 8 bytes and known tags")]
+    #[error(
+        "The attribute \"{name}\" is not a list of version 2 with entries of 8 bytes and known tags"
+    )]
     BadAcl {
         /// The full name, printable.
         name: String,
     },
     /// Inode and block together are too small.
-    #[error("The attributes need more than the 4096 bytes of ext4's attribute block; \"{name}\" of {len} bytes does not fit")]
+    #[error(
+        "The attributes need more than the 4096 bytes of ext4's attribute block; \"{name}\" of {len} bytes does not fit"
+    )]
     TooLarge {
         /// The full name of the first that does not fit, printable.
         name: String,
@@ -77,7 +79,9 @@ impl Attribute<'_> {
 }
 
 /// Encodes the attributes of one file.
-pub(super) fn encode<'a>(xattrs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Result<Encoded, XattrError> {
+pub(super) fn encode<'a>(
+    xattrs: impl Iterator<Item = (&'a [u8], &'a [u8])>,
+) -> Result<Encoded, XattrError> {
     let mut attributes = Vec::new();
     for (name, value) in xattrs {
         attributes.push(attribute(name, value)?);
@@ -87,7 +91,10 @@ pub(super) fn encode<'a>(xattrs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> 
     let mut block = Area::new(BLOCK, BLOCK_HEADER, 0);
     for attribute in &attributes {
         if !inode.add(attribute, false) && !block.add(attribute, true) {
-            return Err(XattrError::TooLarge { name: full_name(attribute), len: attribute.value.len() });
+            return Err(XattrError::TooLarge {
+                name: full_name(attribute),
+                len: attribute.value.len(),
+            });
         }
     }
     let mut encoded = Encoded { in_inode: [0; IN_INODE], block: None };
@@ -124,12 +131,15 @@ fn attribute<'a>(name: &'a [u8], value: &'a [u8]) -> Result<Attribute<'a>, Xattr
 }
 
 fn full_name(attribute: &Attribute) -> String {
-    let prefix = PREFIXES.iter().find(|&&(_, index)| index == attribute.index).map_or(&b""[..], |&(prefix, _)| prefix);
+    let prefix = PREFIXES
+        .iter()
+        .find(|&&(_, index)| index == attribute.index)
+        .map_or(&b""[..], |&(prefix, _)| prefix);
     String::from_utf8_lossy(&[prefix, attribute.name].concat()).into_owned()
 }
 
-/// From the form of the system call (version 2, 8 bytes an entry) to ext4's (version 1; only named users and
-/// groups have an id).
+/// From the form of the system call (version 2, 8 bytes an entry) to ext4's (version 1; only named
+/// users and groups have an id).
 fn acl(value: &[u8]) -> Option<Vec<u8>> {
     let entries = value.strip_prefix(&2u32.to_le_bytes())?;
     let (entries, []) = entries.as_chunks::<8>() else { return None };
@@ -159,7 +169,14 @@ struct Area {
 
 impl Area {
     fn new(size: usize, header: usize, origin: usize) -> Area {
-        Area { bytes: vec![0; size], header, origin, entries_end: header, values_start: size, hash: 0 }
+        Area {
+            bytes: vec![0; size],
+            header,
+            origin,
+            entries_end: header,
+            values_start: size,
+            hash: 0,
+        }
     }
 
     fn is_empty(&self) -> bool {

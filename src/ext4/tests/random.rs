@@ -51,7 +51,9 @@ fn walk(tree: &Tree) -> Vec<(NodeId, Vec<u8>, NodeId)> {
 fn apply(tree: &mut Tree, tar: &mut TarOffsets, serial: usize, step: &Step, choice: usize) {
     let all = walk(tree);
     let mut dirs = vec![tree.root()];
-    dirs.extend(all.iter().map(|found| found.2).filter(|&node| *tree.kind(node) == Kind::Directory));
+    dirs.extend(
+        all.iter().map(|found| found.2).filter(|&node| *tree.kind(node) == Kind::Directory),
+    );
     let dir = dirs[choice % dirs.len()];
     let name = format!("{serial}").into_bytes();
     let kind = match step {
@@ -92,7 +94,8 @@ fn apply(tree: &mut Tree, tar: &mut TarOffsets, serial: usize, step: &Step, choi
             if let Some((_, _, node)) = all.get(choice % all.len().max(1)) {
                 let mut changed = attributes(*mode);
                 if matches!(tree.kind(*node), Kind::Regular { .. } | Kind::Directory) {
-                    changed = with_xattrs(&[("user.value", &vec![1; *len]), ("trusted.short", b"t")]);
+                    changed =
+                        with_xattrs(&[("user.value", &vec![1; *len]), ("trusted.short", b"t")]);
                 }
                 tree.set_attributes(*node, changed);
             }
