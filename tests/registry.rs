@@ -30,15 +30,17 @@ const REPOSITORY: &str = "team/app";
 
 /// No files of this machine, no proxies, short pauses.
 fn options() -> ClientOptions {
+    let retry = RetryPolicy {
+        max_tries: 4,
+        deadline: Duration::from_secs(10),
+        first_pause: Duration::from_millis(2),
+        max_pause: Duration::from_millis(20),
+    };
     ClientOptions {
         credential_files: Vec::new(),
         proxies: Proxies::Direct,
-        retry: RetryPolicy {
-            max_tries: 4,
-            deadline: Duration::from_secs(10),
-            first_pause: Duration::from_millis(2),
-            max_pause: Duration::from_millis(20),
-        },
+        retry,
+        read_retry: retry,
         timeouts: Timeouts {
             connect: Duration::from_secs(2),
             head: Duration::from_secs(2),
@@ -235,8 +237,8 @@ fn a_read_ends_by_its_deadline_whatever_the_server_does() {
     let registry = Double::start();
     let digest = registry.add_blob(REPOSITORY, &noise(1000));
     let mut options = options();
-    options.retry.deadline = Duration::from_millis(600);
-    options.retry.max_tries = 1000;
+    options.read_retry.deadline = Duration::from_millis(600);
+    options.read_retry.max_tries = 1000;
     let blob = repository_with(&registry, options).blob(&digest, 1000).unwrap();
     registry.fault("GET", Fault::Delay(Duration::from_secs(30)), 1000);
     let started = Instant::now();

@@ -215,7 +215,7 @@ impl Double {
             repository,
             tag,
             media_type,
-            Bytes::copy_from_slice(bytes),
+            &Bytes::copy_from_slice(bytes),
         );
         digest
     }
