@@ -100,8 +100,10 @@ pub async fn answer(
     };
     let faults = take_faults(&mut lock(&state), &asked.line());
     for fault in &faults {
-        if let Fault::Delay(time) = fault {
-            tokio::time::sleep(*time).await;
+        match fault {
+            Fault::Delay(time) => tokio::time::sleep(*time).await,
+            Fault::RevokeTokens => lock(&state).tokens.clear(),
+            _ => {}
         }
     }
     let plain = if parts.headers.get(RANGE).is_some()
@@ -307,7 +309,7 @@ pub fn store_manifest(
     media_type: &str,
     bytes: &Bytes,
 ) {
-    let digest = Digest::of(&bytes).to_string();
+    let digest = Digest::of(bytes).to_string();
     for name in [reference, &digest] {
         let stored = StoredManifest { media_type: media_type.to_owned(), bytes: bytes.clone() };
         state.manifests.insert((repository.to_owned(), name.to_owned()), stored);

@@ -56,6 +56,8 @@ pub enum Fault {
     ContentRange(String),
     /// Flip these bits of the byte at this offset of the blob.
     Flip(u64, u8),
+    /// Forget all tokens first, this request's among them.
+    RevokeTokens,
     /// Another body with the same head.
     Garbage(Vec<u8>),
 }
