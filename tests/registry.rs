@@ -818,25 +818,21 @@ fn tls_goes_through_a_proxy_in_a_tunnel() {
 fn an_early_answer_ends_an_upload_that_nobody_reads() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let host = listener.local_addr().unwrap().to_string();
-    thread::spawn(move || {
-        let mut held = Vec::new();
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            while let Ok(head) = read_head(&mut stream) {
-                let answer: &[u8] = match head.split(' ').next().unwrap() {
-                    "HEAD" => b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n",
-                    "POST" => {
-                        b"HTTP/1.1 202 Accepted\r\nlocation: /up\r\ncontent-length: 0\r\n\r\n"
-                    }
-                    _ => b"HTTP/1.1 413 Too Large\r\ncontent-length: 4\r\n\r\nfull",
-                };
-                stream.write_all(answer).unwrap();
-                if head.starts_with("PUT") {
-                    break; // and never read a byte of the body
-                }
+    let refuse = |mut stream: TcpStream| {
+        while let Ok(head) = read_head(&mut stream) {
+            let answer: &[u8] = match head.split(' ').next().unwrap() {
+                "HEAD" => b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n",
+                "POST" => b"HTTP/1.1 202 Accepted\r\nlocation: /up\r\ncontent-length: 0\r\n\r\n",
+                _ => b"HTTP/1.1 413 Too Large\r\ncontent-length: 4\r\n\r\nfull",
+            };
+            stream.write_all(answer).unwrap();
+            if head.starts_with("PUT") {
+                thread::sleep(Duration::from_secs(10)); // and never read a byte of the body
             }
-            held.push(stream);
         }
+    };
+    thread::spawn(move || {
+        listener.incoming().for_each(|stream| drop(thread::spawn(move || refuse(stream.unwrap()))))
     });
     let repository = Client::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
     let started = Instant::now();
