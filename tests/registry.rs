@@ -535,21 +535,13 @@ fn referrers_are_found_by_api_and_by_fallback_tag() {
     assert!(String::from_utf8(index.bytes).unwrap().contains(&referrer.to_string()));
 
     let index_type = "application/vnd.oci.image.index.v1+json";
-    for useless in [Fault::Status(404), Fault::Garbage(b"<html>log in</html>".to_vec())] {
+    for useless in [Fault::Status(404), Fault::LoginPage] {
         let registry = Double::start();
         let repository = repository_with(&registry, options());
-        registry.fault("/referrers/", useless.clone(), 2);
-        let page = matches!(useless, Fault::Garbage(_));
-        if !page {
-            assert!(repository.referrers(&subject).unwrap().is_none());
-            registry.add_manifest(
-                REPOSITORY,
-                &format!("sha256-{}", subject.hex()),
-                index_type,
-                b"{\"manifests\":[]}",
-            );
-            assert!(repository.referrers(&subject).unwrap().is_some());
-        }
+        registry.fault("/referrers/", useless, 2);
+        assert!(repository.referrers(&subject).unwrap().is_none());
+        registry.add_manifest(REPOSITORY, &format!("sha256-{}", subject.hex()), index_type, b"{}");
+        assert!(repository.referrers(&subject).unwrap().is_some());
     }
 }
 
@@ -832,7 +824,9 @@ fn an_early_answer_ends_an_upload_that_nobody_reads() {
         }
     };
     thread::spawn(move || {
-        listener.incoming().for_each(|stream| drop(thread::spawn(move || refuse(stream.unwrap()))))
+        for stream in listener.incoming() {
+            thread::spawn(move || refuse(stream.unwrap()));
+        }
     });
     let repository = Client::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
     let started = Instant::now();

@@ -136,6 +136,9 @@ fn take_faults(state: &mut State, line: &str) -> Vec<Fault> {
 fn instead(fault: &Fault, asked: &Asked, origin: &Shared) -> Option<Answer> {
     match fault {
         Fault::Status(status) => Some(Answer::error(*status, "FAULT")),
+        Fault::LoginPage => {
+            Some(Answer::new(200).with(CONTENT_TYPE, "text/html").body("<html>log in</html>"))
+        }
         Fault::RetryAfter(status, text) => {
             Some(Answer::error(*status, "TOOMANYREQUESTS").with(RETRY_AFTER, text))
         }

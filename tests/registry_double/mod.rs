@@ -36,6 +36,8 @@ pub enum Fault {
     Delay(Duration),
     /// Answer this status with a small error document.
     Status(u16),
+    /// 200 and a page for people, as some registries answer what they do not know.
+    LoginPage,
     /// Answer this status with `Retry-After`.
     RetryAfter(u16, String),
     /// 307 to this `Location`, as it is.
