@@ -35,7 +35,7 @@
 //! * [`credentials`] who we are to which registry
 //! * [`redirect`]    where a `Location` leads and how long it holds
 //! * [`retry`]       when to try again, and when to stop
-//! * [`transport`]   the I/O threads; [`tls`] trust; [`proxy`] the way through one
+//! * [`transport`]   the I/O threads (`payload`: what is sent); [`tls`] trust; [`proxy`] the way out
 //! * [`error`]       [`RegistryError`]
 
 pub mod auth;
@@ -43,6 +43,7 @@ pub mod blob;
 pub mod client;
 pub mod credentials;
 pub mod error;
+mod payload;
 pub mod proxy;
 pub mod redirect;
 pub mod repository;

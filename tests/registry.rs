@@ -10,7 +10,8 @@ mod real;
 mod tls_front;
 
 use std::error::Error as _;
-use std::io::{self, Cursor, Read};
+use std::io::{self, Cursor, Read, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,15 +31,17 @@ const REPOSITORY: &str = "team/app";
 
 /// No files of this machine, no proxies, short pauses.
 fn options() -> ClientOptions {
+    let retry = RetryPolicy {
+        max_tries: 4,
+        deadline: Duration::from_secs(10),
+        first_pause: Duration::from_millis(2),
+        max_pause: Duration::from_millis(20),
+    };
     ClientOptions {
         credential_files: Vec::new(),
         proxies: Proxies::Direct,
-        retry: RetryPolicy {
-            max_tries: 4,
-            deadline: Duration::from_secs(10),
-            first_pause: Duration::from_millis(2),
-            max_pause: Duration::from_millis(20),
-        },
+        retry,
+        read_retry: retry,
         timeouts: Timeouts {
             connect: Duration::from_secs(2),
             head: Duration::from_secs(2),
@@ -235,8 +238,8 @@ fn a_read_ends_by_its_deadline_whatever_the_server_does() {
     let registry = Double::start();
     let digest = registry.add_blob(REPOSITORY, &noise(1000));
     let mut options = options();
-    options.retry.deadline = Duration::from_millis(600);
-    options.retry.max_tries = 1000;
+    options.read_retry.deadline = Duration::from_millis(600);
+    options.read_retry.max_tries = 1000;
     let blob = repository_with(&registry, options).blob(&digest, 1000).unwrap();
     registry.fault("GET", Fault::Delay(Duration::from_secs(30)), 1000);
     let started = Instant::now();
@@ -532,21 +535,13 @@ fn referrers_are_found_by_api_and_by_fallback_tag() {
     assert!(String::from_utf8(index.bytes).unwrap().contains(&referrer.to_string()));
 
     let index_type = "application/vnd.oci.image.index.v1+json";
-    for useless in [Fault::Status(404), Fault::Garbage(b"<html>log in</html>".to_vec())] {
+    for useless in [Fault::Status(404), Fault::LoginPage] {
         let registry = Double::start();
         let repository = repository_with(&registry, options());
-        registry.fault("/referrers/", useless.clone(), 2);
-        let page = matches!(useless, Fault::Garbage(_));
-        if !page {
-            assert!(repository.referrers(&subject).unwrap().is_none());
-            registry.add_manifest(
-                REPOSITORY,
-                &format!("sha256-{}", subject.hex()),
-                index_type,
-                b"{\"manifests\":[]}",
-            );
-            assert!(repository.referrers(&subject).unwrap().is_some());
-        }
+        registry.fault("/referrers/", useless, 2);
+        assert!(repository.referrers(&subject).unwrap().is_none());
+        registry.add_manifest(REPOSITORY, &format!("sha256-{}", subject.hex()), index_type, b"{}");
+        assert!(repository.referrers(&subject).unwrap().is_some());
     }
 }
 
@@ -762,6 +757,100 @@ fn a_client_certificate_is_shown_to_who_asks() {
     };
     assert!(read(&blob(without), 5, 5).is_err());
     assert_reads(&blob(with), &bytes, 5, 5);
+}
+
+/// A proxy that opens one tunnel, to `target` whatever it is asked for; returns its address, and later what
+/// it was asked.
+fn tunnel_to(target: String) -> (String, thread::JoinHandle<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let thread = thread::spawn(move || {
+        let (mut near, _) = listener.accept().unwrap();
+        let head = read_head(&mut near).unwrap();
+        near.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+        let far = TcpStream::connect(target).unwrap();
+        let (mut up, mut down) =
+            ((near.try_clone().unwrap(), far.try_clone().unwrap()), (far, near));
+        thread::spawn(move || io::copy(&mut up.0, &mut up.1));
+        let _ = io::copy(&mut down.0, &mut down.1);
+        head
+    });
+    (address, thread)
+}
+
+fn read_head(stream: &mut TcpStream) -> io::Result<String> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        head.push(byte[0]);
+    }
+    Ok(String::from_utf8(head).unwrap())
+}
+
+#[test]
+fn tls_goes_through_a_proxy_in_a_tunnel() {
+    let Some(authority) = tls_front::Authority::make() else { return };
+    let (registry, bytes, _) = one_blob(1000);
+    let front = tls_front::TlsFront::start(&authority, &registry.host(), false);
+    let (proxy, asked) = tunnel_to(front.host());
+    let https = format!("http://me:secret@{proxy}");
+    let proxies = Proxies::Explicit { http: String::new(), https, no: String::new() };
+    let options =
+        ClientOptions { proxies, authorities: vec![authority.certificate()], ..options() };
+    let repository =
+        Client::new(options).unwrap().repository("registry.invalid", REPOSITORY).unwrap();
+    assert_reads(&repository.blob(&Digest::of(&bytes), 1000).unwrap(), &bytes, 5, 5);
+    let head = asked.join().unwrap();
+    assert!(head.starts_with("CONNECT registry.invalid:443 HTTP/1.1\r\n"), "{head}");
+    assert!(head.contains("Proxy-Authorization: Basic bWU6c2VjcmV0"), "{head}");
+}
+
+#[test]
+fn an_early_answer_ends_an_upload_that_nobody_reads() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = listener.local_addr().unwrap().to_string();
+    let refuse = |mut stream: TcpStream| {
+        while let Ok(head) = read_head(&mut stream) {
+            let answer: &[u8] = match head.split(' ').next().unwrap() {
+                "HEAD" => b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n",
+                "POST" => b"HTTP/1.1 202 Accepted\r\nlocation: /up\r\ncontent-length: 0\r\n\r\n",
+                _ => b"HTTP/1.1 413 Too Large\r\ncontent-length: 4\r\n\r\nfull",
+            };
+            stream.write_all(answer).unwrap();
+            if head.starts_with("PUT") {
+                thread::sleep(Duration::from_secs(10)); // and never read a byte of the body
+            }
+        }
+    };
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            thread::spawn(move || refuse(stream.unwrap()));
+        }
+    });
+    let repository = Client::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
+    let started = Instant::now();
+    let bytes = Bytes::from(vec![0; 64 << 20]);
+    let error = repository.push_blob(&Digest::of(b"any"), &bytes).unwrap_err();
+    assert!(matches!(error, RegistryError::Server { status: 413, .. }), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+}
+
+#[test]
+fn an_upload_is_sent_again_with_a_new_token() {
+    let registry = Double::start();
+    registry.set_access(bearer(None, LONG, 401));
+    let repository = repository(&registry);
+    // The token of the session is refused for the bytes.
+    registry.fault("PUT /v2", Fault::RevokeTokens, 1);
+    let bytes = Bytes::from(noise(500_000));
+    let digest = Digest::of(&bytes);
+    repository.push_blob(&digest, &bytes).unwrap();
+    assert_eq!(registry.blob(REPOSITORY, &digest), Some(bytes));
+    assert_eq!(
+        (registry.count("PUT"), registry.count("POST /v2"), registry.count("/token")),
+        (2, 2, 3)
+    );
 }
 
 // A registry that we did not write.

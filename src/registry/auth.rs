@@ -35,6 +35,9 @@ const QUERY_VALUE: &AsciiSet =
 /// The life of a token whose answer states none (distribution specification, token authentication).
 const DEFAULT_TOKEN_LIFE: Duration = Duration::from_secs(60);
 
+/// Pause between two attempts to replace a token that has not been refused yet.
+const REPLACE_AGAIN_AFTER: Duration = Duration::from_secs(5);
+
 /// Tokens are a few KiB; some carry a list of groups.
 const TOKEN_ANSWER_LIMIT: usize = 256 << 10;
 
@@ -163,7 +166,11 @@ impl TokenCache {
         let mut slot = lock(&slot);
         if slot.replace_at.is_some_and(|at| at <= Instant::now()) {
             let challenges = slot.challenges.clone();
-            answer(services, scope, &challenges, deadline, &mut slot)?;
+            if let Err(error) = answer(services, scope, &challenges, deadline, &mut slot) {
+                // The token may still be good, and if not, the registry will say so.
+                tracing::warn!(%error, "registry: keeping a token that could not be replaced ahead of time");
+                slot.replace_at = Some(Instant::now() + REPLACE_AGAIN_AFTER);
+            }
         }
         Ok(slot.header.clone())
     }

@@ -76,7 +76,7 @@ impl RemoteBlob {
     fn fetch(&self, buf: &mut [u8], offset: u64) -> Result<(), RegistryError> {
         let end = offset + buf.len() as u64;
         let mut filled = 0;
-        let mut budget = Budget::new(self.blob.place.services.retry);
+        let mut budget = Budget::new(self.blob.place.services.read_retry);
         loop {
             let range = offset + filled as u64..end;
             let error =

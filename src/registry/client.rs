@@ -42,8 +42,10 @@ pub struct ClientOptions {
     pub proxies: Proxies,
     /// How long each stage may be silent.
     pub timeouts: Timeouts,
-    /// How often and how long a request or read is tried.
+    /// How often and how long a command's request is tried: manifests, uploads.
     pub retry: RetryPolicy,
+    /// The same for reads of blobs, behind which processes wait.
+    pub read_retry: RetryPolicy,
     /// What to call ourselves.
     pub user_agent: String,
 }
@@ -59,7 +61,8 @@ impl Default for ClientOptions {
             credential_files: CredentialStore::default_files(),
             proxies: Proxies::Environment,
             timeouts: Timeouts::default(),
-            retry: RetryPolicy::default(),
+            retry: RetryPolicy::COMMAND,
+            read_retry: RetryPolicy::READ,
             user_agent: concat!("turbobd/", env!("CARGO_PKG_VERSION")).to_owned(),
         }
     }
@@ -78,6 +81,7 @@ pub(super) struct Services {
     pub(super) tokens: TokenCache,
     pub(super) user_agent: HeaderValue,
     pub(super) retry: RetryPolicy,
+    pub(super) read_retry: RetryPolicy,
     plain: bool,
     /// Speak plainly to this machine without being asked.
     plain_loopback: bool,
@@ -103,6 +107,7 @@ impl Client {
             tokens: TokenCache::default(),
             user_agent,
             retry: options.retry,
+            read_retry: options.read_retry,
             plain: options.plain,
             plain_loopback: options.authorities.is_empty() && options.certificate.is_none(),
         };

@@ -277,14 +277,21 @@ fn ask_helper(path: &Path, name: &str, host: &str) -> Result<Option<Credential>,
         return Err(failed("its name may hold letters, digits, '.', '_' and '-' only"));
     }
     let server = if HUB_KEYS.contains(&host) { "https://index.docker.io/v1/" } else { host };
-    let (success, output) = run_helper(name, server).map_err(|reason| failed(&reason))?;
+    let program = Command::new(format!("docker-credential-{name}"));
+    run_helper(program, server)
+        .and_then(|(success, output)| read_answer(success, &output))
+        .map_err(|reason| failed(&reason))
+}
+
+/// What a credential program's output means.
+fn read_answer(success: bool, output: &[u8]) -> Result<Option<Credential>, String> {
     if !success {
         // "credentials not found in native keychain" is the protocol's word for "none".
-        let none = String::from_utf8_lossy(&output).contains("credentials not found");
-        return if none { Ok(None) } else { Err(failed("it ended with an error")) };
+        let none = String::from_utf8_lossy(output).contains("credentials not found");
+        return if none { Ok(None) } else { Err("it ended with an error".to_owned()) };
     }
-    let answer: HelperAnswer = serde_json::from_slice(&output)
-        .map_err(|_| failed("its answer is not what the protocol wants"))?;
+    let answer: HelperAnswer = serde_json::from_slice(output)
+        .map_err(|_| "its answer is not what the protocol wants".to_owned())?;
     Ok(Some(if answer.username == "<token>" {
         Credential::IdentityToken(answer.secret)
     } else {
@@ -292,8 +299,8 @@ fn ask_helper(path: &Path, name: &str, host: &str) -> Result<Option<Credential>,
     }))
 }
 
-fn run_helper(name: &str, server: &str) -> Result<(bool, Vec<u8>), String> {
-    let mut child = Command::new(format!("docker-credential-{name}"))
+fn run_helper(mut program: Command, server: &str) -> Result<(bool, Vec<u8>), String> {
+    let mut child = program
         .arg("get")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -309,7 +316,7 @@ fn run_helper(name: &str, server: &str) -> Result<(bool, Vec<u8>), String> {
         match child.try_wait() {
             Ok(Some(status)) => break status,
             Ok(None) if started.elapsed() < HELPER_TIMEOUT => {
-                thread::sleep(Duration::from_millis(5))
+                thread::sleep(Duration::from_millis(5));
             }
             Ok(None) => {
                 let _ = child.kill();
@@ -401,5 +408,24 @@ mod tests {
         assert!(
             store.find("r", "x").unwrap_err().to_string().contains("its name may hold letters")
         );
+    }
+
+    #[test]
+    fn a_helper_is_asked_by_dockers_protocol() {
+        let ask = |script: &str| {
+            let mut program = Command::new("sh");
+            program.args(["-c", script]);
+            run_helper(program, "r.example:5000")
+                .and_then(|(success, output)| read_answer(success, &output))
+        };
+        let found = ask(
+            r#"read host; echo "{\"ServerURL\":\"$host\",\"Username\":\"me\",\"Secret\":\"for $host\"}""#,
+        );
+        assert_eq!(found, Ok(password("me", "for r.example:5000")));
+        let token = ask(r#"echo '{"Username":"<token>","Secret":"t"}'"#);
+        assert_eq!(token, Ok(Some(Credential::IdentityToken("t".into()))));
+        assert_eq!(ask("echo credentials not found in native keychain; exit 1"), Ok(None));
+        assert_eq!(ask("echo secret; exit 1"), Err("it ended with an error".into()));
+        assert_eq!(ask("echo secret"), Err("its answer is not what the protocol wants".into()));
     }
 }

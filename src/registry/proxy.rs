@@ -6,6 +6,7 @@
 //! this machine are always reached straight, as in Go's client, which the field is used to.
 
 use std::error::Error as StdError;
+use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use tokio::net::TcpStream;
 use tower_service::Service;
 
 /// Where proxies are named.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub enum Proxies {
     /// In the environment, at the time the client is made.
     #[default]
@@ -39,6 +40,17 @@ pub enum Proxies {
         /// Hosts to reach straight, in the form of `NO_PROXY`.
         no: String,
     },
+}
+
+impl fmt::Debug for Proxies {
+    /// Without the addresses: they may hold a password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Environment => "Proxies::Environment",
+            Self::Direct => "Proxies::Direct",
+            Self::Explicit { .. } => "Proxies::Explicit(hidden)",
+        })
+    }
 }
 
 impl Proxies {
@@ -184,6 +196,16 @@ impl Write for Link {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_proxys_password_is_in_no_text() {
+        let http = "http://me:hunter2@proxy:3128".to_owned();
+        let proxies = Proxies::Explicit { https: http.clone(), http, no: String::new() };
+        assert!(!format!("{proxies:?} {:?}", proxies.matcher()).contains("hunter2"));
+        let target = Uri::from_static("https://registry.invalid/");
+        let proxy = proxies.matcher().intercept(&target).unwrap();
+        assert!(!proxy.uri().to_string().contains("hunter2"), "messages name the proxy by this");
+    }
 
     #[test]
     fn hosts_of_this_machine_are_known_by_name_and_number() {

@@ -10,12 +10,14 @@ use hyper::header::{
 };
 use hyper::{Method, Uri};
 
+use super::auth::parse_challenges;
 use super::blob::RemoteBlob;
 use super::client::{Call, Landed, Place, authority, refusal};
 use super::error::RegistryError;
 use super::redirect::{resolve, same_origin};
 use super::retry::{Budget, RetryPolicy};
 use super::stream::BlobReader;
+use super::transport::Reply;
 use crate::oci::Digest;
 
 /// Registries must accept manifests of 4 MiB and need not accept larger ones (distribution
@@ -399,29 +401,48 @@ impl Upload<'_> {
         text.parse().map_err(|_| RegistryError::BadName { text, expected: "a URL" })
     }
 
-    /// Sends the blob's bytes as the body of `call`. The token is at most seconds old, from the session.
+    /// Sends the blob's bytes as the body of `call`; with a new token once more when it is refused.
     fn send(
         &self,
         call: &Call,
         open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>,
     ) -> Result<Landed, RegistryError> {
         let place = &self.repository.place;
-        let header = if same_origin(&call.url, &place.origin) {
-            let deadline = Instant::now() + place.services.retry.deadline;
-            place.services.tokens.current(&place.services, &place.scope(call.actions), deadline)?
-        } else {
-            None
-        };
-        let mut request = place.request(call, &call.url, header.as_ref())?.map(|_| ());
+        let (services, scope) = (&place.services, place.scope(call.actions));
+        let deadline = Instant::now() + services.retry.deadline;
+        let at_home = same_origin(&call.url, &place.origin);
+        let header =
+            if at_home { services.tokens.current(services, &scope, deadline)? } else { None };
+        let reply = self.send_once(call, open, header.as_ref())?;
+        if at_home && matches!(reply.status.as_u16(), 401 | 403) {
+            let challenges = parse_challenges(&reply.headers);
+            let deadline = Instant::now() + services.retry.deadline;
+            let fresh =
+                services.tokens.renew(services, &scope, header.as_ref(), challenges, deadline)?;
+            if fresh.is_some() {
+                let reply = self.send_once(call, open, fresh.as_ref())?;
+                return Ok(Landed { reply, url: call.url.clone(), away: false });
+            }
+        }
+        Ok(Landed { reply, url: call.url.clone(), away: !at_home })
+    }
+
+    fn send_once(
+        &self,
+        call: &Call,
+        open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>,
+        authorization: Option<&HeaderValue>,
+    ) -> Result<Reply, RegistryError> {
+        let place = &self.repository.place;
+        let mut request = place.request(call, &call.url, authorization)?.map(|_| ());
         request.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(self.length));
-        let mut reader = open().map_err(|source| RegistryError::Upload {
+        let unreadable = |source: io::Error| RegistryError::Upload {
             what: self.what.clone(),
             source: source.into(),
-        })?;
+        };
+        let mut reader = open().map_err(unreadable)?;
         let sent = place.services.transport.upload(request, &mut *reader, self.length);
-        let reply =
-            sent.map_err(|error| place.services.broken(&self.what, authority(&call.url), &error))?;
-        Ok(Landed { reply, url: call.url.clone(), away: false })
+        sent.map_err(|error| place.services.broken(&self.what, authority(&call.url), &error))
     }
 
     fn finish(&self, call: &Call, landed: Landed) -> Result<(), RegistryError> {

@@ -24,16 +24,22 @@ pub struct RetryPolicy {
     pub max_pause: Duration,
 }
 
-impl Default for RetryPolicy {
-    fn default() -> Self {
-        Self {
-            max_tries: 8,
-            deadline: Duration::from_secs(60),
-            first_pause: Duration::from_millis(100),
-            max_pause: Duration::from_secs(10),
-        }
-    }
+impl RetryPolicy {
+    /// For a person who waits for a command: a slip is passed over, a wrong host is told in seconds.
+    pub const COMMAND: Self = Self {
+        max_tries: 5,
+        deadline: Duration::from_secs(60),
+        first_pause: Duration::from_millis(100),
+        max_pause: Duration::from_secs(5),
+    };
+
+    /// For a read behind which processes wait: a registry that restarts is waited for, a minute long.
+    pub const READ: Self = Self { max_tries: 30, ..Self::COMMAND };
 }
+
+/// Tries of a request whose answers break the rules. Such a server may be one bad node of many, but
+/// is more likely to stay as it is: a minute of it would only hide the reason.
+const MAX_TRIES_OF_NONSENSE: u32 = 5;
 
 /// The budget of one operation.
 pub(super) struct Budget {
@@ -69,7 +75,10 @@ impl Budget {
         let doubled = self.policy.first_pause.saturating_mul(1 << (self.tries - 1).min(20));
         let wait = doubled.min(self.policy.max_pause).max(error.retry_after().unwrap_or_default());
         let elapsed = self.started.elapsed();
-        if self.tries >= self.policy.max_tries || elapsed + wait >= self.policy.deadline {
+        let nonsense = matches!(error, RegistryError::Protocol { .. });
+        let most =
+            if nonsense { MAX_TRIES_OF_NONSENSE } else { u32::MAX }.min(self.policy.max_tries);
+        if self.tries >= most || elapsed + wait >= self.policy.deadline {
             return Err(self.give_up(error));
         }
         tracing::debug!(tries = self.tries, ?wait, %error, "registry: trying again");

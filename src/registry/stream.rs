@@ -41,7 +41,7 @@ impl BlobReader {
         size: u64,
     ) -> Result<Self, RegistryError> {
         let what = place.describe(&format!("blob {digest}"));
-        let budget = Budget::new(place.services.retry);
+        let budget = Budget::new(place.services.read_retry);
         let blob = BlobAddress::new(place, digest, size, what)?;
         Ok(Self {
             blob,
@@ -68,7 +68,7 @@ impl BlobReader {
                 Ok(()) if self.frame.is_empty() => {}
                 Ok(()) => return Ok(true),
                 Err(RegistryError::RangeIgnored { .. }) if !self.ranges_ignored => {
-                    self.ranges_ignored = true
+                    self.ranges_ignored = true;
                 }
                 Err(error) => {
                     self.body = None;

@@ -11,16 +11,14 @@
 
 use std::error::Error as StdError;
 use std::io::{self, Read};
-use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
-use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::body::Incoming;
 use hyper::header::PROXY_AUTHORIZATION;
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -32,6 +30,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::mpsc;
 use tokio::time::{Instant as IoInstant, sleep_until, timeout, timeout_at};
 
+use super::payload::{Gauge, Payload};
 use super::proxy::{Proxies, Route};
 
 /// Frames of a body between the I/O thread and its reader. hyper's frames are at most some 400 KiB, so
@@ -237,6 +236,7 @@ impl Transport {
         let gauge = Arc::new(Gauge::default());
         let stream = Payload::Stream { pieces: receiver, left: length, gauge: gauge.clone() };
         let mut answer = self.start(request.map(|()| stream), Some(gauge), None)?;
+        let handle = io_threads()?.pick();
         let mut left = length;
         while left > 0 {
             let mut piece = vec![0; UPLOAD_PIECE.min(usize::try_from(left).unwrap_or(usize::MAX))];
@@ -247,8 +247,15 @@ impl Transport {
                 return Err(TransportError::Reader(error));
             }
             left -= piece.len() as u64;
-            if pieces.blocking_send(Ok(piece.into())).is_err() {
-                break; // The server answered early, or the connection broke: the answer says which.
+            // A server that answers early need not read on, so sending alone might wait for ever.
+            let early = handle.block_on(async {
+                tokio::select! {
+                    sent = pieces.send(Ok(piece.into())) => if sent.is_ok() { None } else { Some(answer.0.recv().await) },
+                    early = answer.0.recv() => Some(early),
+                }
+            });
+            if let Some(early) = early {
+                return early.unwrap_or_else(|| Err(gave_up()));
             }
         }
         drop(pieces);
@@ -275,14 +282,17 @@ impl Transport {
     }
 }
 
+/// A task that ended without a word: it panicked, or its runtime is gone.
+fn gave_up() -> TransportError {
+    TransportError::Broken("the I/O thread gave up".to_owned())
+}
+
 /// The answer to come.
 struct Answer(mpsc::Receiver<Result<Reply, TransportError>>);
 
 impl Answer {
     fn wait(&mut self) -> Result<Reply, TransportError> {
-        self.0
-            .blocking_recv()
-            .unwrap_or_else(|| Err(TransportError::Broken("the I/O thread gave up".into())))
+        self.0.blocking_recv().unwrap_or_else(|| Err(gave_up()))
     }
 }
 
@@ -376,11 +386,12 @@ impl Exchange {
         frames: &mpsc::Sender<Result<Bytes, TransportError>>,
     ) {
         loop {
+            let asked = IoInstant::now();
             let limit = self.until(self.timeouts.idle);
             let next = tokio::select! {
                 frame = incoming.frame() => frame,
                 () = sleep_until(limit) => {
-                    let after = self.timeouts.idle;
+                    let after = asked.elapsed();
                     let _ = frames.send(Err(TransportError::Silent { waiting_for: "the rest of the body", after })).await;
                     return;
                 }
@@ -398,61 +409,6 @@ impl Exchange {
             if frames.send(item).await.is_err() || broken {
                 return;
             }
-        }
-    }
-}
-
-/// How far an upload is, seen from the I/O thread.
-#[derive(Debug, Default)]
-struct Gauge {
-    sent: AtomicU64,
-    /// The reader has not produced the next piece yet: not the server's fault.
-    starved: AtomicBool,
-    done: AtomicBool,
-}
-
-/// The body of a request.
-#[derive(Debug)]
-enum Payload {
-    Memory(Bytes),
-    Stream { pieces: mpsc::Receiver<io::Result<Bytes>>, left: u64, gauge: Arc<Gauge> },
-}
-
-impl HttpBody for Payload {
-    type Data = Bytes;
-    type Error = io::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        match &mut *self {
-            Self::Memory(bytes) if bytes.is_empty() => Poll::Ready(None),
-            Self::Memory(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
-            Self::Stream { pieces, left, gauge } => {
-                let next = pieces.poll_recv(cx);
-                gauge.starved.store(next.is_pending() && *left > 0, Ordering::Relaxed);
-                let Poll::Ready(piece) = next else { return Poll::Pending };
-                let Some(piece) = piece.transpose()? else { return Poll::Ready(None) };
-                *left -= (piece.len() as u64).min(*left);
-                gauge.sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
-                gauge.done.store(*left == 0, Ordering::Relaxed);
-                Poll::Ready(Some(Ok(Frame::data(piece))))
-            }
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Memory(bytes) => bytes.is_empty(),
-            Self::Stream { left, .. } => *left == 0,
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Memory(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Self::Stream { left, .. } => SizeHint::with_exact(*left),
         }
     }
 }

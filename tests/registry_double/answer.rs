@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use http_body_util::BodyExt as _;
+use http_body_util::{BodyExt as _, Collected};
 use hyper::body::Incoming;
 use hyper::header::{
     AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderName, LOCATION,
@@ -85,7 +85,7 @@ pub async fn answer(
     let (parts, incoming) = request.into_parts();
     let field =
         |name: HeaderName| parts.headers.get(name).map(|value| value.to_str().unwrap().to_owned());
-    let body = incoming.collect().await.map(|all| all.to_bytes());
+    let body = incoming.collect().await.map(Collected::to_bytes);
     let asked = Asked {
         path: parts.uri.path().to_owned(),
         query: parts.uri.query().unwrap_or_default().to_owned(),
@@ -100,8 +100,10 @@ pub async fn answer(
     };
     let faults = take_faults(&mut lock(&state), &asked.line());
     for fault in &faults {
-        if let Fault::Delay(time) = fault {
-            tokio::time::sleep(*time).await;
+        match fault {
+            Fault::Delay(time) => tokio::time::sleep(*time).await,
+            Fault::RevokeTokens => lock(&state).tokens.clear(),
+            _ => {}
         }
     }
     let plain = if parts.headers.get(RANGE).is_some()
@@ -134,6 +136,9 @@ fn take_faults(state: &mut State, line: &str) -> Vec<Fault> {
 fn instead(fault: &Fault, asked: &Asked, origin: &Shared) -> Option<Answer> {
     match fault {
         Fault::Status(status) => Some(Answer::error(*status, "FAULT")),
+        Fault::LoginPage => {
+            Some(Answer::new(200).with(CONTENT_TYPE, "text/html").body("<html>log in</html>"))
+        }
         Fault::RetryAfter(status, text) => {
             Some(Answer::error(*status, "TOOMANYREQUESTS").with(RETRY_AFTER, text))
         }
@@ -162,7 +167,7 @@ fn instead(fault: &Fault, asked: &Asked, origin: &Shared) -> Option<Answer> {
 fn from_storage(asked: &Asked, origin: &Shared) -> Answer {
     let state = lock(origin);
     let signature = asked.parameter("signature").unwrap_or_default();
-    if !state.signatures.get(&signature).is_some_and(|until| *until > Instant::now()) {
+    if state.signatures.get(&signature).is_none_or(|until| *until <= Instant::now()) {
         return Answer::error(403, "AccessDenied");
     }
     if asked.authorization.is_some() {
@@ -294,7 +299,7 @@ fn manifest(state: &State, repository: &str, reference: &str) -> Answer {
 
 fn put_manifest(asked: &Asked, state: &mut State, repository: &str, reference: &str) -> Answer {
     let digest = Digest::of(&asked.body);
-    store_manifest(state, repository, reference, &asked.content_type, asked.body.clone());
+    store_manifest(state, repository, reference, &asked.content_type, &asked.body);
     Answer::new(201)
         .with(LOCATION, format!("/v2/{repository}/manifests/{digest}"))
         .with(HeaderName::from_static("docker-content-digest"), digest.to_string())
@@ -305,9 +310,9 @@ pub fn store_manifest(
     repository: &str,
     reference: &str,
     media_type: &str,
-    bytes: Bytes,
+    bytes: &Bytes,
 ) {
-    let digest = Digest::of(&bytes).to_string();
+    let digest = Digest::of(bytes).to_string();
     for name in [reference, &digest] {
         let stored = StoredManifest { media_type: media_type.to_owned(), bytes: bytes.clone() };
         state.manifests.insert((repository.to_owned(), name.to_owned()), stored);
@@ -426,5 +431,5 @@ fn send(mut answer: Answer, asked: &Asked, faults: &[Fault], state: &Shared) -> 
     if let Some(stated) = stated {
         response = response.header(CONTENT_LENGTH, stated);
     }
-    response.body(Scripted::new(body, end)).unwrap()
+    response.body(Scripted::new(&body, end)).unwrap()
 }

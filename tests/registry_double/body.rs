@@ -3,10 +3,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame};
+use tokio::time::{Sleep, sleep};
 
 pub enum Step {
     Data(Bytes),
@@ -16,13 +18,17 @@ pub enum Step {
     Break,
 }
 
-pub struct Scripted(VecDeque<Step>);
+pub struct Scripted {
+    steps: VecDeque<Step>,
+    /// Time for what came before a break to reach the other side.
+    flush: Option<Pin<Box<Sleep>>>,
+}
 
 impl Scripted {
     /// `bytes` in frames of 16 KiB, so that a break has a middle.
-    pub fn new(bytes: Bytes, end: Option<Step>) -> Self {
+    pub fn new(bytes: &Bytes, end: Option<Step>) -> Self {
         let pieces = bytes.chunks(16 << 10).map(|piece| Step::Data(bytes.slice_ref(piece)));
-        Self(pieces.chain(end).collect())
+        Self { steps: pieces.chain(end).collect(), flush: None }
     }
 }
 
@@ -32,18 +38,24 @@ impl Body for Scripted {
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
+        cx: &mut Context<'_>,
     ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        if let Some(Step::Stall) = self.0.front() {
-            return Poll::Pending;
+        match self.steps.front() {
+            Some(Step::Stall) => return Poll::Pending,
+            Some(Step::Break) => {
+                let flush =
+                    self.flush.get_or_insert_with(|| Box::pin(sleep(Duration::from_millis(20))));
+                ready!(flush.as_mut().poll(cx));
+            }
+            _ => {}
         }
-        Poll::Ready(self.0.pop_front().map(|step| match step {
+        Poll::Ready(self.steps.pop_front().map(|step| match step {
             Step::Data(bytes) => Ok(Frame::data(bytes)),
             Step::Stall | Step::Break => Err(io::Error::other("a fault was asked for")),
         }))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.is_empty()
+        self.steps.is_empty()
     }
 }

@@ -36,6 +36,8 @@ pub enum Fault {
     Delay(Duration),
     /// Answer this status with a small error document.
     Status(u16),
+    /// 200 and a page for people, as some registries answer what they do not know.
+    LoginPage,
     /// Answer this status with `Retry-After`.
     RetryAfter(u16, String),
     /// 307 to this `Location`, as it is.
@@ -56,6 +58,8 @@ pub enum Fault {
     ContentRange(String),
     /// Flip these bits of the byte at this offset of the blob.
     Flip(u64, u8),
+    /// Forget all tokens first, this request's among them.
+    RevokeTokens,
     /// Another body with the same head.
     Garbage(Vec<u8>),
 }
@@ -215,7 +219,7 @@ impl Double {
             repository,
             tag,
             media_type,
-            Bytes::copy_from_slice(bytes),
+            &Bytes::copy_from_slice(bytes),
         );
         digest
     }

@@ -19,7 +19,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 
-/// A certificate authority, a server certificate for 127.0.0.1, and a client's.
+/// A certificate authority, a server certificate for 127.0.0.1 and `registry.invalid`, and a client's.
 pub struct Authority(tempfile::TempDir);
 
 impl Authority {
@@ -53,7 +53,11 @@ impl Authority {
             "-addext",
             "basicConstraints=critical,CA:FALSE",
         ];
-        make("server", &[&signed[..], &["-addext", "subjectAltName=IP:127.0.0.1"]].concat());
+        make(
+            "server",
+            &[&signed[..], &["-addext", "subjectAltName=IP:127.0.0.1,DNS:registry.invalid"]]
+                .concat(),
+        );
         make("client", &[&signed[..], &["-addext", "extendedKeyUsage=clientAuth"]].concat());
         Some(Self(folder))
     }
