@@ -23,7 +23,8 @@ pub const TARGET_MEDIA_TYPE: &str = "containerd.io/snapshot/overlaybd/turbo-oci/
 /// [`TARGET_DIGEST`] under the format's old name.
 pub const LEGACY_TARGET_DIGEST: &str = "containerd.io/snapshot/overlaybd/fastoci/target-digest";
 /// [`TARGET_MEDIA_TYPE`] under the format's old name.
-pub const LEGACY_TARGET_MEDIA_TYPE: &str = "containerd.io/snapshot/overlaybd/fastoci/target-media-type";
+pub const LEGACY_TARGET_MEDIA_TYPE: &str =
+    "containerd.io/snapshot/overlaybd/fastoci/target-media-type";
 
 /// Reference name of a manifest in an image layout (OCI image specification).
 pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
@@ -80,7 +81,9 @@ pub enum AnnotationError {
         source: DigestError,
     },
     /// A target of a kind that the format does not know.
-    #[error("Layer {layer} has a target of the media type {media_type:?}, which is neither a tar nor a gzip layer")]
+    #[error(
+        "Layer {layer} has a target of the media type {media_type:?}, which is neither a tar nor a gzip layer"
+    )]
     TargetMediaType {
         /// The layer.
         layer: Digest,
@@ -111,7 +114,10 @@ impl LayerKind {
         if let Some(found) = get(BLOB_DIGEST)
             && found != this.to_string()
         {
-            return Err(AnnotationError::BlobDigest { layer: this, found: found.chars().take(100).collect() });
+            return Err(AnnotationError::BlobDigest {
+                layer: this,
+                found: found.chars().take(100).collect(),
+            });
         }
         let is_turbo = matches!(get(VERSION), Some(VERSION_TURBO | LEGACY_VERSION_TURBO));
         let target = get(TARGET_DIGEST).or_else(|| get(LEGACY_TARGET_DIGEST));
@@ -122,9 +128,11 @@ impl LayerKind {
                 (false, None) => Ok(Self::Plain),
             };
         };
-        let target = target.parse().map_err(|source| AnnotationError::Target { layer: this, source })?;
+        let target =
+            target.parse().map_err(|source| AnnotationError::Target { layer: this, source })?;
         let media_type = get(TARGET_MEDIA_TYPE).or_else(|| get(LEGACY_TARGET_MEDIA_TYPE));
-        let media_type = media_type.ok_or(AnnotationError::Missing { layer: this, key: TARGET_MEDIA_TYPE })?;
+        let media_type =
+            media_type.ok_or(AnnotationError::Missing { layer: this, key: TARGET_MEDIA_TYPE })?;
         let is_gzip = match media_type {
             media::DOCKER_LAYER_GZIP | media::OCI_LAYER_GZIP => true,
             media::DOCKER_LAYER | media::OCI_LAYER => false,
@@ -139,7 +147,12 @@ impl LayerKind {
 
 /// The annotations of a new TurboOCI layer blob of this digest and size.
 #[must_use]
-pub fn turbo(blob: &Digest, size: u64, target: &Digest, target_media_type: &str) -> Vec<(String, String)> {
+pub fn turbo(
+    blob: &Digest,
+    size: u64,
+    target: &Digest,
+    target_media_type: &str,
+) -> Vec<(String, String)> {
     let mut annotations = of_blob(VERSION_TURBO, blob, size);
     annotations.push((TARGET_DIGEST.to_owned(), target.to_string()));
     annotations.push((TARGET_MEDIA_TYPE.to_owned(), target_media_type.to_owned()));
@@ -153,7 +166,11 @@ pub fn native(blob: &Digest, size: u64) -> Vec<(String, String)> {
 }
 
 fn of_blob(version: &str, blob: &Digest, size: u64) -> Vec<(String, String)> {
-    let pairs = [(VERSION, version.to_owned()), (BLOB_DIGEST, blob.to_string()), (BLOB_SIZE, size.to_string())];
+    let pairs = [
+        (VERSION, version.to_owned()),
+        (BLOB_DIGEST, blob.to_string()),
+        (BLOB_SIZE, size.to_string()),
+    ];
     pairs.map(|(key, value)| (key.to_owned(), value)).to_vec()
 }
 
@@ -162,7 +179,10 @@ mod tests {
     use super::*;
 
     fn layer(annotations: Vec<(String, String)>) -> Descriptor {
-        Descriptor { annotations: annotations.into_iter().collect(), ..Descriptor::new(media::OCI_LAYER_GZIP, Digest::of(b"l"), 1) }
+        Descriptor {
+            annotations: annotations.into_iter().collect(),
+            ..Descriptor::new(media::OCI_LAYER_GZIP, Digest::of(b"l"), 1)
+        }
     }
 
     #[test]
@@ -170,23 +190,45 @@ mod tests {
         let (blob, target) = (Digest::of(b"l"), Digest::of(b"t"));
         assert_eq!(LayerKind::of(&layer(vec![])), Ok(LayerKind::Plain));
         assert_eq!(LayerKind::of(&layer(native(&blob, 1))), Ok(LayerKind::Native));
-        let turbo_kind = LayerKind::Turbo { target, target_media_type: media::DOCKER_LAYER_GZIP.to_owned(), is_gzip: true };
-        assert_eq!(LayerKind::of(&layer(turbo(&blob, 1, &target, media::DOCKER_LAYER_GZIP))), Ok(turbo_kind.clone()));
+        let turbo_kind = LayerKind::Turbo {
+            target,
+            target_media_type: media::DOCKER_LAYER_GZIP.to_owned(),
+            is_gzip: true,
+        };
+        assert_eq!(
+            LayerKind::of(&layer(turbo(&blob, 1, &target, media::DOCKER_LAYER_GZIP))),
+            Ok(turbo_kind.clone())
+        );
         let legacy = [
             (VERSION, LEGACY_VERSION_TURBO.to_owned()),
             (LEGACY_TARGET_DIGEST, target.to_string()),
             (LEGACY_TARGET_MEDIA_TYPE, media::DOCKER_LAYER_GZIP.to_owned()),
         ];
-        assert_eq!(LayerKind::of(&layer(legacy.map(|(key, value)| (key.to_owned(), value)).to_vec())), Ok(turbo_kind));
+        assert_eq!(
+            LayerKind::of(&layer(legacy.map(|(key, value)| (key.to_owned(), value)).to_vec())),
+            Ok(turbo_kind)
+        );
     }
 
     #[test]
     fn annotations_that_contradict_themselves_are_refused() {
         let (blob, target) = (Digest::of(b"l"), Digest::of(b"t"));
         let turbo = || turbo(&blob, 1, &target, media::OCI_LAYER_ZSTD);
-        assert!(matches!(LayerKind::of(&layer(turbo())), Err(AnnotationError::TargetMediaType { .. })));
-        assert!(matches!(LayerKind::of(&layer(turbo()[..4].to_vec())), Err(AnnotationError::Missing { .. })));
-        assert!(matches!(LayerKind::of(&layer(turbo()[..3].to_vec())), Err(AnnotationError::Missing { .. })));
-        assert!(matches!(LayerKind::of(&layer(native(&target, 1))), Err(AnnotationError::BlobDigest { .. })));
+        assert!(matches!(
+            LayerKind::of(&layer(turbo())),
+            Err(AnnotationError::TargetMediaType { .. })
+        ));
+        assert!(matches!(
+            LayerKind::of(&layer(turbo()[..4].to_vec())),
+            Err(AnnotationError::Missing { .. })
+        ));
+        assert!(matches!(
+            LayerKind::of(&layer(turbo()[..3].to_vec())),
+            Err(AnnotationError::Missing { .. })
+        ));
+        assert!(matches!(
+            LayerKind::of(&layer(native(&target, 1))),
+            Err(AnnotationError::BlobDigest { .. })
+        ));
     }
 }

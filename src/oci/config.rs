@@ -60,7 +60,10 @@ impl ImageConfig {
         let whole = 0..text.len();
         let rootfs = member(&text, whole, "rootfs").map_err(field)?;
         let place = member(&text, rootfs, "diff_ids").map_err(field)?;
-        let listed = value.pointer("/rootfs/diff_ids").and_then(Value::as_array).ok_or(field("it is not an array"))?;
+        let listed = value
+            .pointer("/rootfs/diff_ids")
+            .and_then(Value::as_array)
+            .ok_or(field("it is not an array"))?;
         let mut diff_ids = Vec::with_capacity(listed.len());
         for id in listed {
             let id = id.as_str().ok_or(field("it holds something that is not text"))?;
@@ -90,7 +93,8 @@ impl ImageConfig {
     /// The platform, when the config names one.
     #[must_use]
     pub fn platform(&self) -> Option<Platform> {
-        let text = |key: &str| self.value.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
+        let text =
+            |key: &str| self.value.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
         Some(Platform::new(text("os")?, text("architecture")?, text("variant")))
     }
 
@@ -122,7 +126,8 @@ fn member(text: &str, object: Range<usize>, key: &str) -> Result<Range<usize>, &
         scanner.at += 1;
         let value = scanner.value();
         // A key may be written with escapes.
-        let name: String = serde_json::from_str(text.get(name).unwrap_or_default()).unwrap_or_default();
+        let name: String =
+            serde_json::from_str(text.get(name).unwrap_or_default()).unwrap_or_default();
         if name == key && found.replace(value).is_some() {
             return Err("it occurs twice");
         }
@@ -207,7 +212,10 @@ mod tests {
     fn only_the_array_changes_and_every_other_byte_stays() {
         let (old, new) = (Digest::of(b"old"), [Digest::of(b"1"), Digest::of(b"2")]);
         let array = format!("[ \"{old}\" ]");
-        let text = config(&format!("\"rootfs\" : {{\"type\":\"layers\",\"diff_ids\":{array}, \"x\":{{}}}}")).replace("1e400", "1e40");
+        let text = config(&format!(
+            "\"rootfs\" : {{\"type\":\"layers\",\"diff_ids\":{array}, \"x\":{{}}}}"
+        ))
+        .replace("1e400", "1e40");
         let parsed = ImageConfig::parse(text.as_bytes()).unwrap();
         assert_eq!(parsed.diff_ids(), [old]);
         assert_eq!(parsed.platform().unwrap().to_string(), "linux/amd64");
@@ -232,7 +240,10 @@ mod tests {
             "\"rootfs\":{\"diff_ids\":[],\"diff_ids\":[]}",
             "\"rootfs\":{\"diff_ids\":[]},\"rootfs\":{\"diff_ids\":[]}",
         ] {
-            assert!(ImageConfig::parse(config(rootfs).replace("1e400", "1").as_bytes()).is_err(), "{rootfs}");
+            assert!(
+                ImageConfig::parse(config(rootfs).replace("1e400", "1").as_bytes()).is_err(),
+                "{rootfs}"
+            );
         }
         for text in ["", "[]", "null", "{}", "{", "\"rootfs\""] {
             assert!(ImageConfig::parse(text.as_bytes()).is_err(), "{text}");

@@ -23,7 +23,9 @@ use thiserror::Error;
 
 use crate::oci::annotations::{CONTAINERD_IMAGE_NAME, REF_NAME};
 use crate::oci::digest::Digest;
-use crate::oci::manifest::{DOCUMENT_LIMIT, Descriptor, Document, Index, ManifestError, Platform, media};
+use crate::oci::manifest::{
+    DOCUMENT_LIMIT, Descriptor, Document, Index, ManifestError, Platform, media,
+};
 
 /// The only version of the layout there is.
 const LAYOUT_VERSION: &str = "1.0.0";
@@ -69,7 +71,9 @@ pub enum LayoutError {
         source: ManifestError,
     },
     /// A blob whose bytes are not those of its name.
-    #[error("{path} is damaged: it should have {size} bytes with the digest in its name, and has {found}")]
+    #[error(
+        "{path} is damaged: it should have {size} bytes with the digest in its name, and has {found}"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -127,7 +131,8 @@ impl Layout {
             }
             marker => marker?,
         };
-        let version: Value = serde_json::from_slice(&marker).map_err(|_| not("its file oci-layout is not JSON text"))?;
+        let version: Value = serde_json::from_slice(&marker)
+            .map_err(|_| not("its file oci-layout is not JSON text"))?;
         if version.get("imageLayoutVersion").and_then(Value::as_str) != Some(LAYOUT_VERSION) {
             return Err(not("its version is not 1.0.0"));
         }
@@ -149,9 +154,15 @@ impl Layout {
         // A maker that was interrupted, or that runs at this moment, leaves these and no more.
         if others.any(|entry| {
             let name = entry.file_name();
-            name != "blobs" && name != "index.json" && name != "oci-layout" && !name.as_encoded_bytes().starts_with(TEMPORARY.as_bytes())
+            name != "blobs"
+                && name != "index.json"
+                && name != "oci-layout"
+                && !name.as_encoded_bytes().starts_with(TEMPORARY.as_bytes())
         }) {
-            return Err(LayoutError::NotLayout { dir: dir.to_owned(), reason: "it has other files and no file oci-layout" });
+            return Err(LayoutError::NotLayout {
+                dir: dir.to_owned(),
+                reason: "it has other files and no file oci-layout",
+            });
         }
         layout.make_folders()?;
         let index = json!({ "schemaVersion": 2, "mediaType": media::OCI_INDEX, "manifests": [] });
@@ -159,11 +170,15 @@ impl Layout {
         let mut file = temporary(dir)?;
         file.write_all(index.to_string().as_bytes()).map_err(io_error("write", &place))?;
         match persist(file, &place, Overwrite::Never) {
-            Err(LayoutError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(LayoutError::Io { source, .. })
+                if source.kind() == io::ErrorKind::AlreadyExists => {}
             done => done?,
         }
         // Last: with it, the directory is a layout.
-        write_atomically(&dir.join("oci-layout"), json!({ "imageLayoutVersion": LAYOUT_VERSION }).to_string().as_bytes())?;
+        write_atomically(
+            &dir.join("oci-layout"),
+            json!({ "imageLayoutVersion": LAYOUT_VERSION }).to_string().as_bytes(),
+        )?;
         Ok(layout)
     }
 
@@ -233,11 +248,18 @@ impl Layout {
         self.check(&path, blob, size, Digest::from_hasher(hasher))
     }
 
-    fn check(&self, path: &Path, blob: &Descriptor, size: u64, digest: Digest) -> Result<(), LayoutError> {
+    fn check(
+        &self,
+        path: &Path,
+        blob: &Descriptor,
+        size: u64,
+        digest: Digest,
+    ) -> Result<(), LayoutError> {
         if size == blob.size && digest == blob.digest {
             return Ok(());
         }
-        let found = if size == blob.size { digest.to_string() } else { format!("{size} bytes or more") };
+        let found =
+            if size == blob.size { digest.to_string() } else { format!("{size} bytes or more") };
         Err(LayoutError::Damaged { path: path.to_owned(), size: blob.size, found })
     }
 
@@ -247,7 +269,12 @@ impl Layout {
     /// [`LayoutError::Io`].
     pub fn blob_writer(&self) -> Result<BlobWriter, LayoutError> {
         self.make_folders()?;
-        Ok(BlobWriter { file: temporary(&self.blobs())?, blobs: self.blobs(), hasher: Sha256::new(), size: 0 })
+        Ok(BlobWriter {
+            file: temporary(&self.blobs())?,
+            blobs: self.blobs(),
+            hasher: Sha256::new(),
+            size: 0,
+        })
     }
 
     /// Writes a blob.
@@ -266,7 +293,11 @@ impl Layout {
     /// [`LayoutError::Document`] when `index.json` is not an index.
     pub fn list(&self) -> Result<Vec<(Option<String>, Descriptor)>, LayoutError> {
         let index = self.index()?;
-        Ok(index.manifests.into_iter().map(|image| (tag_of(&image).map(str::to_owned), image)).collect())
+        Ok(index
+            .manifests
+            .into_iter()
+            .map(|image| (tag_of(&image).map(str::to_owned), image))
+            .collect())
     }
 
     fn index(&self) -> Result<Index, LayoutError> {
@@ -274,7 +305,9 @@ impl Layout {
         let document = |source| LayoutError::Document { path: path.clone(), source };
         match Document::parse(&read_small(&path)?, Some(media::OCI_INDEX)).map_err(document)? {
             Document::Index(index) => Ok(index),
-            Document::Manifest(_) => Err(document(ManifestError::Kind("a manifest, not an index".to_owned()))),
+            Document::Manifest(_) => {
+                Err(document(ManifestError::Kind("a manifest, not an index".to_owned())))
+            }
         }
     }
 
@@ -286,21 +319,37 @@ impl Layout {
     pub fn resolve(&self, tag: Option<&str>) -> Result<Descriptor, LayoutError> {
         let images: Vec<Descriptor> = self.index()?.images().cloned().collect();
         let by = |key: &str, value: &str| -> Vec<&Descriptor> {
-            images.iter().filter(|image| image.annotations.get(key).is_some_and(|text| text == value)).collect()
+            images
+                .iter()
+                .filter(|image| image.annotations.get(key).is_some_and(|text| text == value))
+                .collect()
         };
         let fitting = match tag {
-            Some(tag) => Some(by(REF_NAME, tag)).filter(|found| !found.is_empty()).unwrap_or_else(|| by(CONTAINERD_IMAGE_NAME, tag)),
+            Some(tag) => Some(by(REF_NAME, tag))
+                .filter(|found| !found.is_empty())
+                .unwrap_or_else(|| by(CONTAINERD_IMAGE_NAME, tag)),
             None if images.len() == 1 => images.iter().collect(),
-            None => Some(by(REF_NAME, "latest")).filter(|found| !found.is_empty()).unwrap_or_else(|| images.iter().collect()),
+            None => Some(by(REF_NAME, "latest"))
+                .filter(|found| !found.is_empty())
+                .unwrap_or_else(|| images.iter().collect()),
         };
         let dir = self.dir.clone();
         let found = || {
-            let tags: Vec<&str> = images.iter().map(|image| tag_of(image).unwrap_or("an image without a tag")).collect();
+            let tags: Vec<&str> = images
+                .iter()
+                .map(|image| tag_of(image).unwrap_or("an image without a tag"))
+                .collect();
             if tags.is_empty() { "no image".to_owned() } else { tags.join(", ") }
         };
         match fitting[..] {
-            [] => Err(LayoutError::NoTag { dir, tag: tag.unwrap_or("latest").to_owned(), found: found() }),
-            [first, ref rest @ ..] if rest.iter().all(|other| other.digest == first.digest) => Ok(first.clone()),
+            [] => Err(LayoutError::NoTag {
+                dir,
+                tag: tag.unwrap_or("latest").to_owned(),
+                found: found(),
+            }),
+            [first, ref rest @ ..] if rest.iter().all(|other| other.digest == first.digest) => {
+                Ok(first.clone())
+            }
             _ => {
                 let wanted = tag.map_or("no tag".to_owned(), |tag| format!("{tag:?}"));
                 Err(LayoutError::Ambiguous { dir, wanted, found: found() })
@@ -315,14 +364,19 @@ impl Layout {
     pub fn document(&self, blob: &Descriptor) -> Result<Document, LayoutError> {
         let bytes = self.read_blob(blob)?;
         let path = self.blob_path(&blob.digest);
-        Document::parse(&bytes, Some(&blob.media_type)).map_err(|source| LayoutError::Document { path, source })
+        Document::parse(&bytes, Some(&blob.media_type))
+            .map_err(|source| LayoutError::Document { path, source })
     }
 
     /// The descriptor of the image manifest for a platform, through the indexes on the way.
     ///
     /// # Errors
     /// [`LayoutError::Document`] with [`ManifestError::NoPlatform`] when there is none.
-    pub fn select(&self, image: &Descriptor, platform: &Platform) -> Result<Descriptor, LayoutError> {
+    pub fn select(
+        &self,
+        image: &Descriptor,
+        platform: &Platform,
+    ) -> Result<Descriptor, LayoutError> {
         let mut image = image.clone();
         for _ in 0..INDEX_DEPTH {
             let path = self.blob_path(&image.digest);
@@ -345,20 +399,29 @@ impl Layout {
     pub fn put(&self, tag: &str, image: &Descriptor) -> Result<(), LayoutError> {
         let lock_path = self.dir.join("oci-layout");
         let lock = File::open(&lock_path).map_err(io_error("open", &lock_path))?;
-        flock(&lock, FlockOperation::LockExclusive).map_err(|error| io_error("lock", &lock_path)(error.into()))?;
+        flock(&lock, FlockOperation::LockExclusive)
+            .map_err(|error| io_error("lock", &lock_path)(error.into()))?;
         self.index()?; // what is replaced must be an index
         let path = self.dir.join("index.json");
-        let json = |source| LayoutError::Document { path: path.clone(), source: ManifestError::Json { what: "index", source } };
+        let json = |source| LayoutError::Document {
+            path: path.clone(),
+            source: ManifestError::Json { what: "index", source },
+        };
         let mut index: Value = serde_json::from_slice(&read_small(&path)?).map_err(json)?;
         let mut named = image.clone();
         named.annotations.insert(REF_NAME.to_owned(), tag.to_owned());
         let mut entry = Some(serde_json::to_value(&named).map_err(json)?);
         let not_list = || ManifestError::Kind("an index without a list of manifests".to_owned());
         let manifests = index.get_mut("manifests").and_then(Value::as_array_mut);
-        let manifests = manifests.ok_or_else(|| LayoutError::Document { path: path.clone(), source: not_list() })?;
+        let manifests = manifests
+            .ok_or_else(|| LayoutError::Document { path: path.clone(), source: not_list() })?;
         // The first entry of the tag is replaced where it stands; further ones would be a lie.
         manifests.retain_mut(|present| {
-            let is_same = present.pointer("/annotations").and_then(|all| all.get(REF_NAME)).and_then(Value::as_str) == Some(tag);
+            let is_same = present
+                .pointer("/annotations")
+                .and_then(|all| all.get(REF_NAME))
+                .and_then(Value::as_str)
+                == Some(tag);
             match (is_same, entry.is_some()) {
                 (true, true) => entry.take().map(|entry| *present = entry).is_some(),
                 (is_same, _) => !is_same,
@@ -413,7 +476,11 @@ impl Write for BlobWriter {
 
 /// The name to show for an image.
 fn tag_of(image: &Descriptor) -> Option<&str> {
-    image.annotations.get(REF_NAME).or_else(|| image.annotations.get(CONTAINERD_IMAGE_NAME)).map(String::as_str)
+    image
+        .annotations
+        .get(REF_NAME)
+        .or_else(|| image.annotations.get(CONTAINERD_IMAGE_NAME))
+        .map(String::as_str)
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LayoutError {
@@ -441,6 +508,7 @@ fn temporary(folder: &Path) -> Result<NamedTempFile, LayoutError> {
     builder.tempfile_in(folder).map_err(io_error("make a file in", folder))
 }
 
+#[derive(Clone, Copy)]
 enum Overwrite {
     Allowed,
     Never,
@@ -511,10 +579,17 @@ mod tests {
         let entry = |tag: &str| {
             format!(
                 r#"{{"mediaType":"{}","digest":"{}","size":{},"annotations":{{"io.containerd.image.name":"docker.io/x:{tag}","org.opencontainers.image.ref.name":"{tag}"}},"strange":1.5}}"#,
-                media::OCI_MANIFEST, a.digest, a.size
+                media::OCI_MANIFEST,
+                a.digest,
+                a.size
             )
         };
-        let index = |second: &str| format!(r#"{{"schemaVersion":2,"manifests":[{}{second}],"annotations":{{"k":"v"}},"zzz":[18446744073709551615]}}"#, entry("1"));
+        let index = |second: &str| {
+            format!(
+                r#"{{"schemaVersion":2,"manifests":[{}{second}],"annotations":{{"k":"v"}},"zzz":[18446744073709551615]}}"#,
+                entry("1")
+            )
+        };
         fs::write(&path, index("")).unwrap();
         assert_eq!(layout.resolve(Some("docker.io/x:1")).unwrap().digest, a.digest);
         layout.put("2", &b).unwrap();
@@ -559,7 +634,9 @@ mod tests {
         std::thread::scope(|scope| {
             for writer in 0..4 {
                 let (layout, image) = (&layout, &image);
-                scope.spawn(move || (0..5).for_each(|tag| layout.put(&format!("{writer}-{tag}"), image).unwrap()));
+                scope.spawn(move || {
+                    (0..5).for_each(|tag| layout.put(&format!("{writer}-{tag}"), image).unwrap())
+                });
             }
         });
         assert_eq!(layout.list().unwrap().len(), 20);
@@ -573,7 +650,10 @@ mod tests {
         assert!(matches!(Layout::open_or_create(dir.path()), Err(LayoutError::NotLayout { .. })));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         assert!(matches!(Layout::open(dir.path()), Err(LayoutError::NotLayout { .. })));
-        assert!(matches!(Layout::open(Path::new("/nonexistent")), Err(LayoutError::NotLayout { .. })));
+        assert!(matches!(
+            Layout::open(Path::new("/nonexistent")),
+            Err(LayoutError::NotLayout { .. })
+        ));
         fs::write(dir.path().join("oci-layout"), r#"{"imageLayoutVersion":"9"}"#).unwrap();
         assert!(matches!(Layout::open(dir.path()), Err(LayoutError::NotLayout { .. })));
     }
@@ -583,7 +663,10 @@ mod tests {
         let (_dir, layout) = layout();
         let wanted = Platform::new("linux", "amd64", None);
         let image = Descriptor { platform: Some(wanted.clone()), ..image(&layout, "a") };
-        let index = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, serde_json::to_string(&image).unwrap());
+        let index = format!(
+            r#"{{"schemaVersion":2,"manifests":[{}]}}"#,
+            serde_json::to_string(&image).unwrap()
+        );
         let index = layout.write_blob(media::OCI_INDEX, index.as_bytes()).unwrap();
         assert_eq!(layout.select(&index, &wanted).unwrap().digest, image.digest);
         assert!(layout.select(&index, &Platform::new("linux", "s390x", None)).is_err());

@@ -31,7 +31,8 @@ pub mod media {
     pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
     pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
     pub const DOCKER_SCHEMA1: &str = "application/vnd.docker.distribution.manifest.v1+json";
-    pub const DOCKER_SCHEMA1_SIGNED: &str = "application/vnd.docker.distribution.manifest.v1+prettyjws";
+    pub const DOCKER_SCHEMA1_SIGNED: &str =
+        "application/vnd.docker.distribution.manifest.v1+prettyjws";
     pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
     pub const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
     pub const DOCKER_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
@@ -63,7 +64,9 @@ pub enum ManifestError {
         source: serde_json::Error,
     },
     /// Docker's first format, which has no digests of layers.
-    #[error("The image has a manifest of Docker's schema 1, which no registry should serve any more; push it again with a current tool")]
+    #[error(
+        "The image has a manifest of Docker's schema 1, which no registry should serve any more; push it again with a current tool"
+    )]
     Schema1,
     /// Neither manifest nor index, or both.
     #[error("The document is {0}")]
@@ -72,7 +75,7 @@ pub enum ManifestError {
     #[error("The image has nothing for {wanted}; it has {found}")]
     NoPlatform {
         /// The platform asked for.
-        wanted: Platform,
+        wanted: String,
         /// The platforms of the index.
         found: String,
     },
@@ -93,7 +96,11 @@ pub struct Descriptor {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub urls: Vec<String>,
     /// Annotations.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "BTreeMap::is_empty",
+        deserialize_with = "null_is_empty"
+    )]
     pub annotations: BTreeMap<String, String>,
     /// The platform of an image in an index.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -162,7 +169,11 @@ pub struct Manifest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subject: Option<Descriptor>,
     /// Annotations.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "BTreeMap::is_empty",
+        deserialize_with = "null_is_empty"
+    )]
     pub annotations: BTreeMap<String, String>,
     /// Fields that this program does not know.
     #[serde(flatten)]
@@ -187,7 +198,11 @@ pub struct Index {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subject: Option<Descriptor>,
     /// Annotations.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "BTreeMap::is_empty",
+        deserialize_with = "null_is_empty"
+    )]
     pub annotations: BTreeMap<String, String>,
     /// Fields that this program does not know.
     #[serde(flatten)]
@@ -196,6 +211,7 @@ pub struct Index {
 
 /// What a name may lead to.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant)] // one exists at a time
 pub enum Document {
     /// One image.
     Manifest(Manifest),
@@ -212,17 +228,25 @@ impl Document {
         if bytes.len() as u64 > DOCUMENT_LIMIT {
             return Err(ManifestError::Large(bytes.len() as u64));
         }
-        let value: Value =
-            serde_json::from_slice(bytes).map_err(|source| ManifestError::Json { what: "JSON text", source })?;
+        let value: Value = serde_json::from_slice(bytes)
+            .map_err(|source| ManifestError::Json { what: "JSON text", source })?;
         let own = value.get("mediaType").and_then(Value::as_str);
         // A registry may add parameters: `…+json; charset=utf-8`.
         let given = media_type.and_then(|text| text.split(';').next()).map(str::trim);
         let is_index = match own.or(given.filter(|given| is_known(given))) {
             Some(media::OCI_INDEX | media::DOCKER_INDEX) => true,
             Some(media::OCI_MANIFEST | media::DOCKER_MANIFEST) => false,
-            Some(media::DOCKER_SCHEMA1 | media::DOCKER_SCHEMA1_SIGNED) => return Err(ManifestError::Schema1),
-            Some(other) => return Err(ManifestError::Kind(format!("of the media type {other:?}, which is not an image"))),
-            None if value.get("schemaVersion") == Some(&Value::from(1)) => return Err(ManifestError::Schema1),
+            Some(media::DOCKER_SCHEMA1 | media::DOCKER_SCHEMA1_SIGNED) => {
+                return Err(ManifestError::Schema1);
+            }
+            Some(other) => {
+                return Err(ManifestError::Kind(format!(
+                    "of the media type {other:?}, which is not an image"
+                )));
+            }
+            None if value.get("schemaVersion") == Some(&Value::from(1)) => {
+                return Err(ManifestError::Schema1);
+            }
             None => value.get("manifests").is_some(),
         };
         let has = |field: &str| value.get(field).is_some();
@@ -261,7 +285,13 @@ impl Manifest {
     /// The media type, from the config's family when the manifest does not tell.
     #[must_use]
     pub fn media_type(&self) -> &str {
-        let guess = || if self.config.media_type == media::DOCKER_CONFIG { media::DOCKER_MANIFEST } else { media::OCI_MANIFEST };
+        let guess = || {
+            if self.config.media_type == media::DOCKER_CONFIG {
+                media::DOCKER_MANIFEST
+            } else {
+                media::OCI_MANIFEST
+            }
+        };
         self.media_type.as_deref().unwrap_or_else(guess)
     }
 }
@@ -291,7 +321,8 @@ impl Index {
     /// # Errors
     /// [`ManifestError::NoPlatform`], which lists what there is.
     pub fn select(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
-        let rank = |image: &&Descriptor| image.platform.as_ref().and_then(|offer| wanted.distance(offer));
+        let rank =
+            |image: &&Descriptor| image.platform.as_ref().and_then(|offer| wanted.distance(offer));
         let ranked = self.images().filter_map(|image| Some((rank(&image)?, image)));
         if let Some((_, image)) = ranked.min_by_key(|(rank, _)| *rank) {
             return Ok(image);
@@ -302,10 +333,12 @@ impl Index {
         {
             return Ok(only);
         }
-        let names: Vec<String> =
-            images.iter().map(|image| image.platform.as_ref().map_or("unnamed".to_owned(), Platform::to_string)).collect();
+        let names: Vec<String> = images
+            .iter()
+            .map(|image| image.platform.as_ref().map_or("unnamed".to_owned(), Platform::to_string))
+            .collect();
         let found = if names.is_empty() { "no image".to_owned() } else { names.join(", ") };
-        Err(ManifestError::NoPlatform { wanted: wanted.clone(), found })
+        Err(ManifestError::NoPlatform { wanted: wanted.to_string(), found })
     }
 }
 
@@ -386,17 +419,24 @@ mod digest_text {
 
     use crate::oci::digest::Digest;
 
-    pub(super) fn serialize<S: Serializer>(digest: &Digest, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(
+        digest: &Digest,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.collect_str(digest)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Digest, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Digest, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
     }
 }
 
 /// Go writes `null` for a map that was never made.
-fn null_is_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
+fn null_is_empty<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, String>, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
@@ -410,8 +450,13 @@ mod tests {
     }
 
     fn manifest(media_type: &str) -> String {
-        let (config, layer) = (descriptor(media::DOCKER_CONFIG, ""), descriptor(media::DOCKER_LAYER_GZIP, r#","x":[1]"#));
-        format!(r#"{{"schemaVersion":2{media_type},"config":{config},"layers":[{layer}],"unknown":{{"big":12345678901234567890}}}}"#)
+        let (config, layer) = (
+            descriptor(media::DOCKER_CONFIG, ""),
+            descriptor(media::DOCKER_LAYER_GZIP, r#","x":[1]"#),
+        );
+        format!(
+            r#"{{"schemaVersion":2{media_type},"config":{config},"layers":[{layer}],"unknown":{{"big":12345678901234567890}}}}"#
+        )
     }
 
     fn index(platforms: &[&str]) -> Index {
@@ -424,8 +469,15 @@ mod tests {
             text => {
                 let mut parts = text.split('/');
                 let (os, architecture) = (parts.next().unwrap(), parts.next().unwrap());
-                let variant = parts.next().map_or(String::new(), |variant| format!(r#","variant":"{variant}""#));
-                descriptor(media::OCI_MANIFEST, &format!(r#","platform":{{"architecture":"{architecture}","os":"{os}"{variant}}}"#))
+                let variant = parts
+                    .next()
+                    .map_or(String::new(), |variant| format!(r#","variant":"{variant}""#));
+                descriptor(
+                    media::OCI_MANIFEST,
+                    &format!(
+                        r#","platform":{{"architecture":"{architecture}","os":"{os}"{variant}}}"#
+                    ),
+                )
             }
         };
         let manifests: Vec<String> = platforms.iter().map(entry).collect();
@@ -440,7 +492,11 @@ mod tests {
     fn a_document_is_known_by_its_type_or_its_shape_and_keeps_unknown_fields() {
         let typed = format!(r#","mediaType":"{}""#, media::DOCKER_MANIFEST);
         for text in [manifest(""), manifest(&typed)] {
-            let Document::Manifest(parsed) = Document::parse(text.as_bytes(), Some("application/json")).unwrap() else { panic!() };
+            let Document::Manifest(parsed) =
+                Document::parse(text.as_bytes(), Some("application/json")).unwrap()
+            else {
+                panic!()
+            };
             assert_eq!(parsed.media_type(), media::DOCKER_MANIFEST);
             assert_eq!(parsed.layers[0].other["x"], serde_json::json!([1]));
             assert_eq!(String::from_utf8(parsed.to_bytes()).unwrap(), text);
@@ -450,29 +506,58 @@ mod tests {
     #[test]
     fn documents_of_no_known_kind_are_refused() {
         let both = manifest("").replacen('{', r#"{"manifests":[],"#, 1);
-        let error = |text: &str, media_type| Document::parse(text.as_bytes(), media_type).unwrap_err();
+        let error =
+            |text: &str, media_type| Document::parse(text.as_bytes(), media_type).unwrap_err();
         assert!(matches!(error(&both, None), ManifestError::Kind(_)));
-        assert!(matches!(error(r#"{"schemaVersion":1,"fsLayers":[]}"#, None), ManifestError::Schema1));
+        assert!(matches!(
+            error(r#"{"schemaVersion":1,"fsLayers":[]}"#, None),
+            ManifestError::Schema1
+        ));
         assert!(matches!(error("{}", Some(media::DOCKER_SCHEMA1_SIGNED)), ManifestError::Schema1));
         assert!(matches!(error("{", None), ManifestError::Json { .. }));
-        assert!(matches!(error(&manifest(r#","mediaType":"text/html""#), None), ManifestError::Kind(_)));
-        assert!(matches!(error(&manifest("").replace("sha256:", "sha255:"), None), ManifestError::Json { .. }));
-        assert!(matches!(error(&manifest("").replace(":7", ":-7"), None), ManifestError::Json { .. }));
-        assert!(matches!(error(&" ".repeat(DOCUMENT_LIMIT as usize + 1), None), ManifestError::Large(_)));
+        assert!(matches!(
+            error(&manifest(r#","mediaType":"text/html""#), None),
+            ManifestError::Kind(_)
+        ));
+        assert!(matches!(
+            error(&manifest("").replace("sha256:", "sha255:"), None),
+            ManifestError::Json { .. }
+        ));
+        assert!(matches!(
+            error(&manifest("").replace(":7", ":-7"), None),
+            ManifestError::Json { .. }
+        ));
+        assert!(matches!(
+            error(&" ".repeat(DOCUMENT_LIMIT as usize + 1), None),
+            ManifestError::Large(_)
+        ));
     }
 
     #[test]
     fn the_closest_platform_that_runs_is_chosen() {
         let amd64 = Platform::new("linux", "amd64", None);
-        let all = index(&["attestation", "linux/arm64/v8", "linux/amd64/v3", "linux/amd64", "linux/arm/v6", "linux/arm/v7", "windows/amd64"]);
-        let chosen = |wanted: &Platform| all.select(wanted).unwrap().platform.as_ref().unwrap().to_string();
+        let all = index(&[
+            "attestation",
+            "linux/arm64/v8",
+            "linux/amd64/v3",
+            "linux/amd64",
+            "linux/arm/v6",
+            "linux/arm/v7",
+            "windows/amd64",
+        ]);
+        let chosen =
+            |wanted: &Platform| all.select(wanted).unwrap().platform.as_ref().unwrap().to_string();
         assert_eq!(chosen(&amd64), "linux/amd64");
         assert_eq!(chosen(&Platform::new("linux", "amd64", Some("v4"))), "linux/amd64/v3");
         assert_eq!(chosen(&Platform::new("linux", "arm64", None)), "linux/arm64/v8");
         assert_eq!(chosen(&Platform::new("linux", "arm", Some("v7"))), "linux/arm/v7");
         assert_eq!(chosen(&Platform::new("linux", "arm", Some("v6"))), "linux/arm/v6");
-        let error = index(&["linux/s390x", "attestation", "linux/amd64/v3"]).select(&amd64).unwrap_err();
-        assert_eq!(error.to_string(), "The image has nothing for linux/amd64; it has linux/s390x, linux/amd64/v3");
+        let error =
+            index(&["linux/s390x", "attestation", "linux/amd64/v3"]).select(&amd64).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "The image has nothing for linux/amd64; it has linux/s390x, linux/amd64/v3"
+        );
         assert!(index(&["", "attestation"]).select(&amd64).is_ok());
         assert!(index(&["", ""]).select(&amd64).is_err());
         assert_eq!(Platform::host().os, "linux");

@@ -49,7 +49,9 @@ pub enum ReferenceRule {
     Scheme,
     #[error("the host {0:?} is not a host name or address with an optional port")]
     Host(String),
-    #[error("the repository {0:?} is not lower-case letters and digits, joined by single . or _, __, - or /")]
+    #[error(
+        "the repository {0:?} is not lower-case letters and digits, joined by single . or _, __, - or /"
+    )]
     Repository(String),
     #[error("host and repository have {0} bytes; {NAME_LIMIT} are allowed")]
     Long(usize),
@@ -125,9 +127,10 @@ impl ImageName {
     #[must_use]
     pub fn repository(&self) -> RepositoryName {
         match self {
-            Self::Registry(name) => {
-                RepositoryName::Registry { host: name.host.clone(), repository: name.repository.clone() }
-            }
+            Self::Registry(name) => RepositoryName::Registry {
+                host: name.host.clone(),
+                repository: name.repository.clone(),
+            },
             Self::Layout(name) => RepositoryName::Layout(name.dir.clone()),
         }
     }
@@ -140,8 +143,12 @@ impl RepositoryName {
     /// [`ReferenceError`] when `tag` is not one.
     pub fn with_tag(&self, tag: &str) -> Result<ImageName, ReferenceError> {
         let checked = match self {
-            Self::Registry { .. } => is_tag(tag).then_some(()).ok_or(ReferenceRule::Tag(tag.to_owned())),
-            Self::Layout(_) => is_layout_tag(tag).then_some(()).ok_or(ReferenceRule::LayoutTag(tag.to_owned())),
+            Self::Registry { .. } => {
+                is_tag(tag).then_some(()).ok_or(ReferenceRule::Tag(tag.to_owned()))
+            }
+            Self::Layout(_) => {
+                is_layout_tag(tag).then_some(()).ok_or(ReferenceRule::LayoutTag(tag.to_owned()))
+            }
         };
         checked.map_err(|reason| ReferenceError { text: format!("{self}:{tag}"), reason })?;
         let tag = Some(tag.to_owned());
@@ -172,11 +179,16 @@ impl FromStr for RepositoryName {
 
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
         let is_bare = match text.parse::<ImageName>()? {
-            ImageName::Registry(RegistryName { tag, digest, .. }) => tag.is_none() && digest.is_none(),
+            ImageName::Registry(RegistryName { tag, digest, .. }) => {
+                tag.is_none() && digest.is_none()
+            }
             ImageName::Layout(LayoutName { tag, .. }) => tag.is_none(),
         };
         if !is_bare {
-            return Err(ReferenceError { text: shortened(text), reason: ReferenceRule::NotRepository });
+            return Err(ReferenceError {
+                text: shortened(text),
+                reason: ReferenceRule::NotRepository,
+            });
         }
         text.parse::<ImageName>().map(|name| name.repository())
     }
@@ -274,13 +286,20 @@ fn registry_name(text: &str) -> Result<RegistryName, ReferenceRule> {
     }
     match tag {
         Some(tag) if !is_tag(tag) => Err(ReferenceRule::Tag(shortened(tag))),
-        tag => Ok(RegistryName { host: host.to_owned(), repository, tag: tag.map(str::to_owned), digest }),
+        tag => Ok(RegistryName {
+            host: host.to_owned(),
+            repository,
+            tag: tag.map(str::to_owned),
+            digest,
+        }),
     }
 }
 
 /// Docker's rule: the first part is a host when a Docker Hub name could not look like it.
 fn is_like_host(part: &str) -> bool {
-    part == "localhost" || part.contains(['.', ':', '[']) || part.bytes().any(|byte| byte.is_ascii_uppercase())
+    part == "localhost"
+        || part.contains(['.', ':', '['])
+        || part.bytes().any(|byte| byte.is_ascii_uppercase())
 }
 
 fn is_host(host: &str) -> bool {
@@ -290,29 +309,40 @@ fn is_host(host: &str) -> bool {
         (_, Some(colon)) => (&host[..colon], Some(&host[colon + 1..])),
         (_, None) => (host, None),
     };
-    let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|port| port > 0);
+    let is_port = |port: &str| {
+        port.bytes().all(|byte| byte.is_ascii_digit())
+            && port.parse::<u16>().is_ok_and(|port| port > 0)
+    };
     let is_address = |name: &str| {
         let inner = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
         inner.is_some_and(|inner| inner.parse::<std::net::Ipv6Addr>().is_ok())
     };
     let is_label = |label: &str| {
         let inner = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-        !label.is_empty() && label.bytes().all(inner) && !label.starts_with('-') && !label.ends_with('-')
+        !label.is_empty()
+            && label.bytes().all(inner)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
     };
     port.is_none_or(is_port) && (is_address(name) || name.split('.').all(is_label))
 }
 
 fn is_repository(repository: &str) -> bool {
-    repository.split('/').all(|part| is_joined(part.as_bytes(), |byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()))
+    repository.split('/').all(|part| {
+        is_joined(part.as_bytes(), |byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+    })
 }
 
 /// Whether `part` is runs of `is_plain` bytes joined by one `.`, one or two `_`, or any number of `-`.
 fn is_joined(part: &[u8], is_plain: impl Fn(u8) -> bool + Copy) -> bool {
-    let is_separator = |run: &[u8]| matches!(run, b"." | b"_" | b"__") || run.iter().all(|&byte| byte == b'-');
+    let is_separator =
+        |run: &[u8]| matches!(run, b"." | b"_" | b"__") || run.iter().all(|&byte| byte == b'-');
     let ends_plain = |byte: Option<&u8>| byte.is_some_and(|&byte| is_plain(byte));
     ends_plain(part.first())
         && ends_plain(part.last())
-        && part.chunk_by(|&a, &b| is_plain(a) == is_plain(b)).all(|run| is_plain(run[0]) || is_separator(run))
+        && part
+            .chunk_by(|&a, &b| is_plain(a) == is_plain(b))
+            .all(|run| is_plain(run[0]) || is_separator(run))
 }
 
 /// `[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}`
@@ -325,7 +355,8 @@ fn is_tag(tag: &str) -> bool {
 
 /// The grammar of `org.opencontainers.image.ref.name`, a little wider: separators may repeat.
 fn is_layout_tag(tag: &str) -> bool {
-    let ends_plain = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    let ends_plain =
+        |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
     tag.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:@+/".contains(&byte))
         && ends_plain(tag.bytes().next())
         && ends_plain(tag.bytes().last())
@@ -378,14 +409,48 @@ mod tests {
     #[test]
     fn a_text_outside_the_grammar_is_refused() {
         for text in [
-            "", ":", "a:", "a:-b", ":tag", "a b", "A", "a/B", "a//b", "a/", "/a", "a._b", "a..b", "a___b", "-a", "a-", "a@sha256:00",
-            "a@", "https://a.b/c", "h:x/a", "h:0/a", "h:99999/a", "h:+1/a", "-h.x/a", "a.b.", "a.b/", "oci:", "oci::tag", "oci:d:", "oci:d:-x", "ä", "[x]/a", "é.com/a",
+            "",
+            ":",
+            "a:",
+            "a:-b",
+            ":tag",
+            "a b",
+            "A",
+            "a/B",
+            "a//b",
+            "a/",
+            "/a",
+            "a._b",
+            "a..b",
+            "a___b",
+            "-a",
+            "a-",
+            "a@sha256:00",
+            "a@",
+            "https://a.b/c",
+            "h:x/a",
+            "h:0/a",
+            "h:99999/a",
+            "h:+1/a",
+            "-h.x/a",
+            "a.b.",
+            "a.b/",
+            "oci:",
+            "oci::tag",
+            "oci:d:",
+            "oci:d:-x",
+            "ä",
+            "[x]/a",
+            "é.com/a",
         ] {
             assert!(text.parse::<ImageName>().is_err(), "{text:?}");
         }
         assert!(format!("a:{}", "t".repeat(129)).parse::<ImageName>().is_err());
         assert!(format!("h.x/{}", "r".repeat(252)).parse::<ImageName>().is_err());
-        assert_eq!(shown("a/B"), "the repository \"a/B\" is not lower-case letters and digits, joined by single . or _, __, - or /");
+        assert_eq!(
+            shown("a/B"),
+            "the repository \"a/B\" is not lower-case letters and digits, joined by single . or _, __, - or /"
+        );
     }
 
     #[test]
@@ -397,7 +462,10 @@ mod tests {
         assert_eq!(layout.with_tag("b").unwrap().to_string(), "oci:dir:b");
         assert_eq!(layout.to_string(), "oci:dir");
         for text in ["a:b", "oci:d:b"] {
-            assert_eq!(text.parse::<RepositoryName>().unwrap_err().reason, ReferenceRule::NotRepository);
+            assert_eq!(
+                text.parse::<RepositoryName>().unwrap_err().reason,
+                ReferenceRule::NotRepository
+            );
         }
     }
 }
