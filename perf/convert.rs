@@ -10,13 +10,13 @@ use layer::{gzip_dc, median};
 use turbobd::convert::layer::{BuiltLayer, build_layer};
 use turbobd::convert::{ConvertOptions, Silent};
 use turbobd::ext4::{Geometry, Identity, Image, Tree};
-use turbobd::oci::{Descriptor, Digest};
+use turbobd::oci::Descriptor;
 use turbobd::units::Bytes;
 
 fn main() {
     let path = layer::layer();
     let bytes = std::fs::read(&path).unwrap(); // in the page cache from here on
-    let descriptor = Descriptor::blob(Digest::of(&bytes), bytes.len() as u64);
+    let descriptor = Descriptor::of("", &bytes);
     drop(bytes);
     let build = |span: u64| -> (f64, BuiltLayer) {
         let options = ConvertOptions { span: Bytes(span), ..ConvertOptions::default() };

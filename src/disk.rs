@@ -15,11 +15,12 @@
 //! target mounts and reads as silence. Here a mapping may exceed the target only by the padding of
 //! its last block, and anything else is refused when the disk is opened.
 //!
-//! Contents: [`config`] upstream's device configuration, [`digest`] what a disk contains,
-//! independent of how it is stored.
+//! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration,
+//! [`digest`] what a disk contains, independent of how it is stored.
 
 pub mod config;
 pub mod digest;
+pub mod image;
 mod gather;
 mod leases;
 

@@ -23,6 +23,7 @@
 //! * [`chunk`]    a blob that decodes in pieces: the unit of fetching, verifying and caching
 //! * [`cache`]    decoded chunks, bounded, each loaded by one thread however many wait
 //! * [`registry`] the distribution client: names, credentials, ranges, uploads
+//! * [`store`]    where an image lives: a repository, a layout directory, memory
 //! * [`volume`]   the one trait between a virtual disk and a front end
 //! * [`disk`]     an opened image: a stack of layers resolved to where each byte lives
 //!
@@ -49,6 +50,7 @@ pub mod lsmt;
 pub mod oci;
 pub mod registry;
 pub mod source;
+pub mod store;
 pub mod tar;
 pub mod ublk;
 pub mod units;

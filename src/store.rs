@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::oci::{Descriptor, Digest, Reference};
+use crate::oci::{Descriptor, Digest, ImageName, ManifestError, RepositoryName};
 use crate::registry::{Client, RegistryError};
 use crate::source::{ByteSource, SourceError};
 
@@ -74,6 +74,17 @@ pub enum StoreError {
         /// The limit in bytes.
         limit: u64,
     },
+    /// A manifest that is none.
+    #[error("Document {digest} of {store} is no manifest")]
+    Document {
+        /// The store's name.
+        store: String,
+        /// The document.
+        digest: Digest,
+        /// Why not.
+        #[source]
+        source: ManifestError,
+    },
     /// Nothing of that name.
     #[error("{store} has no {what}")]
     NotFound {
@@ -91,6 +102,8 @@ pub enum Selector {
     Tag(String),
     /// By digest.
     Digest(Digest),
+    /// The one that is meant when nobody says: the only one, or `latest`.
+    Default,
 }
 
 /// A manifest or index as stored.
@@ -176,28 +189,40 @@ pub trait ImageStore: Send + Sync {
     }
 }
 
-/// Opens the place that `reference` names, and says which manifest of it is meant.
+/// Opens the place of an image, and says which manifest of it is meant.
 ///
 /// # Errors
 /// [`StoreError`] when a layout directory is none; a registry is not contacted yet.
-pub fn open(reference: &Reference, client: &Client) -> Result<(Arc<dyn ImageStore>, Selector), StoreError> {
-    match reference {
-        Reference::Layout { dir, tag } => {
-            let store = LayoutStore::open(dir)?;
-            let selector = match tag {
-                Some(tag) => Selector::Tag(tag.clone()),
-                None => Selector::Tag(store.only_tag()?),
-            };
-            Ok((Arc::new(store), selector))
-        }
-        Reference::Registry { host, name, tag, digest } => {
-            let store = RepositoryStore::new(client, host, name);
-            let selector = match (digest, tag) {
-                (Some(digest), _) => Selector::Digest(*digest),
-                (None, Some(tag)) => Selector::Tag(tag.clone()),
-                (None, None) => Selector::Tag("latest".to_owned()),
-            };
-            Ok((Arc::new(store), selector))
-        }
+pub fn open(image: &ImageName, client: &Client) -> Result<(Arc<dyn ImageStore>, Selector), StoreError> {
+    let selector = match image {
+        ImageName::Layout(name) => name.tag.clone().map_or(Selector::Default, Selector::Tag),
+        ImageName::Registry(name) => match (&name.digest, &name.tag) {
+            (Some(digest), _) => Selector::Digest(*digest),
+            (None, Some(tag)) => Selector::Tag(tag.clone()),
+            (None, None) => Selector::Default,
+        },
+    };
+    Ok((open_repository(&image.repository(), client)?, selector))
+}
+
+/// Opens a place that exists.
+///
+/// # Errors
+/// [`StoreError`] when a layout directory is none; a registry is not contacted yet.
+pub fn open_repository(place: &RepositoryName, client: &Client) -> Result<Arc<dyn ImageStore>, StoreError> {
+    Ok(match place {
+        RepositoryName::Layout(dir) => Arc::new(LayoutStore::open(dir)?),
+        RepositoryName::Registry { host, repository } => Arc::new(RepositoryStore::new(client, host, repository)?),
+    })
+}
+
+/// Opens a place to write to; a layout directory is made when there is none.
+///
+/// # Errors
+/// [`StoreError`] when a directory holds something else.
+pub fn create_repository(place: &RepositoryName, client: &Client) -> Result<Arc<dyn ImageStore>, StoreError> {
+    match place {
+        RepositoryName::Layout(dir) => Ok(Arc::new(LayoutStore::open_or_create(dir)?)),
+        RepositoryName::Registry { .. } => open_repository(place, client),
     }
 }

@@ -28,6 +28,7 @@
 pub mod archive;
 mod entry;
 mod header;
+mod join;
 mod parser;
 mod pax;
 mod sparse;
@@ -45,7 +46,9 @@ pub const BLOCK: usize = 512;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum TarError {
     /// The stream ends within an entry.
-    #[error("The tar is cut short at byte {total}, within {what} of the entry at byte {offset} ({name})")]
+    #[error(
+        "The tar is cut short at byte {total}, within {what} of the entry at byte {offset} ({name})"
+    )]
     Truncated {
         /// Offset of the entry.
         offset: u64,
@@ -85,7 +88,9 @@ pub enum TarError {
         flag: char,
     },
     /// Pax records, a long name or a sparse map beyond [`METADATA_LIMIT`].
-    #[error("Entry {name} at byte {offset} has {what} of {len} bytes; at most {METADATA_LIMIT} are accepted")]
+    #[error(
+        "Entry {name} at byte {offset} has {what} of {len} bytes; at most {METADATA_LIMIT} are accepted"
+    )]
     TooLong {
         /// Offset of the entry.
         offset: u64,
@@ -109,7 +114,9 @@ pub enum TarError {
         offset: u64,
     },
     /// Pax records or a long name without the entry that they describe.
-    #[error("The tar ends after the extended header at byte {offset}, without the entry it describes")]
+    #[error(
+        "The tar ends after the extended header at byte {offset}, without the entry it describes"
+    )]
     Dangling {
         /// Offset of the extended header.
         offset: u64,
@@ -121,7 +128,7 @@ fn shown(name: &[u8]) -> String {
     const SHOWN: usize = 200;
     let text = String::from_utf8_lossy(&name[..name.len().min(SHOWN)]);
     let ellipsis = if name.len() > SHOWN { "…" } else { "" };
-    format!("{:?}{ellipsis}", text)
+    format!("{text:?}{ellipsis}")
 }
 
 #[cfg(test)]

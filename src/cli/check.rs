@@ -74,7 +74,7 @@ fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
 /// Reads a blob from end to end and compares its digest.
 fn verify_blob(store: &dyn ImageStore, digest: &str, size: u64) -> Result<(), Failure> {
     let digest: Digest = digest.parse().map_err(Failure::because)?;
-    let mut blob = store.open_blob(&Descriptor::blob(digest, size)).map_err(Failure::because)?;
+    let mut blob = store.open_blob(&Descriptor::new("", digest, size)).map_err(Failure::because)?;
     let mut hasher = Sha256::new();
     let mut buf = vec![0; 1 << 20];
     loop {

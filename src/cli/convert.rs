@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::bars::Bars;
 use super::{Failure, Outcome, registry, table};
 use crate::convert::{ConvertOptions, convert};
-use crate::oci::{Digest, Reference};
+use crate::oci::{Digest, RepositoryName};
 use crate::store::{self, Selector};
 use crate::units::Bytes;
 
@@ -66,12 +66,12 @@ pub(super) fn run(args: &Args) -> Outcome {
         (None, false) => return Err(Failure::Usage("name the result with --turboOCI TAG, or pass --no-upload".into())),
     };
     let client = args.registry.client()?;
-    let source = Reference::parse_repository(&args.repository).map_err(Failure::because)?;
-    let (store, _) = store::open_repository(&source, &client).map_err(Failure::because)?;
+    let source: RepositoryName = args.repository.parse().map_err(Failure::because)?;
+    let store = store::open_repository(&source, &client).map_err(Failure::because)?;
     let into = match &args.to {
         None => store.clone(),
         Some(to) => {
-            let to = Reference::parse_repository(to).map_err(Failure::because)?;
+            let to: RepositoryName = to.parse().map_err(Failure::because)?;
             store::create_repository(&to, &client).map_err(Failure::because)?
         }
     };
@@ -86,7 +86,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         oci_types: args.oci,
         referrer: args.referrer,
         concurrency: if args.concurrency_limit == 0 { usize::MAX } else { args.concurrency_limit },
-        origin: args.to.as_ref().map(|_| args.repository.clone()),
+        origin: args.to.as_ref().map(|_| source.absolute().map(|place| place.to_string())).transpose().map_err(Failure::because)?,
     };
     let start = Instant::now();
     let done = convert(&*store, &selector, &*into, tag, &options, &Bars::new()).map_err(Failure::because)?;

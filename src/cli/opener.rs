@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::{Failure, registry};
 use crate::cache::Cache;
-use crate::disk::image::{OpenedImage, open_image, platform_manifest};
+use crate::disk::image::{GzipTargets, LayerInfo, OpenedImage, host_manifest, open_image};
 use crate::disk::{Disk, config};
-use crate::oci::{Manifest, Reference, annotations};
+use crate::oci::{Digest, ImageName, RepositoryName, annotations};
 use crate::store::{self, ImageStore};
 
 /// An image, by name or by upstream's device config.
@@ -31,23 +31,35 @@ pub(super) const CACHE_BUDGET: u64 = 256 << 20;
 pub(super) struct Opened {
     /// The virtual disk.
     pub(super) disk: Disk,
-    /// The image behind it; none for a device config.
-    pub(super) image: Option<OpenedImage<()>>,
-    /// Where the meta image and the original blobs come from.
-    pub(super) stores: Vec<Arc<dyn ImageStore>>,
+    /// What the layers are; empty for a device config.
+    pub(super) layers: Vec<LayerInfo>,
+    /// Digest of the manifest; none for a device config.
+    pub(super) digest: Option<Digest>,
+    /// Where the original blobs come from; none for a device config.
+    pub(super) targets: Option<Arc<dyn ImageStore>>,
 }
 
 impl Args {
-    /// What to call it: the name with the directory made absolute, since a daemon has another one.
+    /// What to call it.
+    pub(super) fn name(&self) -> String {
+        match (&self.image, &self.config) {
+            (Some(image), _) => image.clone(),
+            (None, Some(config)) => config.display().to_string(),
+            (None, None) => String::new(),
+        }
+    }
+
+    /// The same with absolute paths, for a daemon whose working directory is another.
     pub(super) fn absolute(&self) -> Result<Self, Failure> {
         let mut args = self.clone();
         if let Some(config) = &self.config {
             args.config = Some(std::path::absolute(config).map_err(Failure::because)?);
         }
         if let Some(image) = &self.image {
-            let reference = Reference::parse(image).map_err(Failure::because)?;
-            args.image = Some(reference.absolute().map_err(Failure::because)?.to_string());
+            let image: ImageName = image.parse().map_err(Failure::because)?;
+            args.image = Some(image.absolute().map_err(Failure::because)?.to_string());
         }
+        args.registry = args.registry.absolute()?;
         Ok(args)
     }
 
@@ -56,8 +68,8 @@ impl Args {
         match (&self.image, &self.config) {
             (Some(image), _) => self.open_image(image, cache),
             (None, Some(path)) => {
-                let disk = config::open(path, cache).map_err(Failure::because)?;
-                Ok(Opened { disk, image: None, stores: Vec::new() })
+                let disk = config::open(path, cache, &GzipTargets).map_err(Failure::because)?;
+                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None })
             }
             (None, None) => Err(Failure::Usage("name an IMAGE, or a device config with --config FILE".into())),
         }
@@ -65,25 +77,18 @@ impl Args {
 
     fn open_image(&self, image: &str, cache: Arc<Cache>) -> Result<Opened, Failure> {
         let client = self.registry.client()?;
-        let reference = Reference::parse(image).map_err(Failure::because)?;
-        let (store, selector) = store::open(&reference, &client).map_err(Failure::because)?;
-        let targets = self.origin(&*store, &selector, &client)?.unwrap_or_else(|| store.clone());
-        let image = open_image(&*store, &*targets, &selector, cache).map_err(Failure::because)?;
-        let (disk, image) = image.into_parts();
-        Ok(Opened { disk, image: Some(image), stores: vec![store, targets] })
-    }
-
-    /// Where the original blobs are, when the manifest says that it is not here.
-    fn origin(
-        &self,
-        store: &dyn ImageStore,
-        selector: &store::Selector,
-        client: &crate::registry::Client,
-    ) -> Result<Option<Arc<dyn ImageStore>>, Failure> {
-        let stored = platform_manifest(store, selector).map_err(Failure::because)?;
-        let manifest = Manifest::parse(&stored.bytes).map_err(Failure::because)?;
-        let Some(origin) = manifest.annotations.get(annotations::ORIGIN) else { return Ok(None) };
-        let origin = Reference::parse_repository(origin).map_err(Failure::because)?;
-        Ok(Some(store::open_repository(&origin, client).map_err(Failure::because)?.0))
+        let image: ImageName = image.parse().map_err(Failure::because)?;
+        let (store, selector) = store::open(&image, &client).map_err(Failure::because)?;
+        let (stored, manifest) = host_manifest(&*store, &selector).map_err(Failure::because)?;
+        let targets = match manifest.annotations.get(annotations::ORIGIN) {
+            None => store.clone(),
+            Some(origin) => {
+                let origin: RepositoryName = origin.parse().map_err(Failure::because)?;
+                store::open_repository(&origin, &client).map_err(Failure::because)?
+            }
+        };
+        let OpenedImage { layers, disk } =
+            open_image(&*store, &*targets, &manifest, cache).map_err(Failure::because)?;
+        Ok(Opened { disk, layers, digest: Some(stored.digest), targets: Some(targets) })
     }
 }

@@ -1,10 +1,9 @@
 //! Flags for registries, shared by all commands that name an image.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use super::Failure;
-use crate::registry::{Client, ClientOptions};
+use crate::registry::{Client, ClientCertificate, ClientOptions, Credential};
 
 /// How to reach a registry. Names as in upstream's `convertor`.
 #[derive(Clone, Debug, Default, clap::Args, serde::Serialize, serde::Deserialize)]
@@ -22,6 +21,9 @@ pub(super) struct Args {
     /// Additional CA certificates, PEM.
     #[arg(long, value_name = "FILE")]
     pub(super) root_ca: Option<PathBuf>,
+    /// Directory of additional CA certificates, PEM.
+    #[arg(long, value_name = "DIR")]
+    pub(super) cert_dir: Option<PathBuf>,
     /// Client certificate and key, PEM.
     #[arg(long, value_name = "CRT:KEY")]
     pub(super) client_cert: Option<String>,
@@ -29,24 +31,24 @@ pub(super) struct Args {
 
 impl Args {
     /// A client with these settings.
-    pub(super) fn client(&self) -> Result<Arc<Client>, Failure> {
-        let client_cert = match &self.client_cert {
+    pub(super) fn client(&self) -> Result<Client, Failure> {
+        let certificate = match &self.client_cert {
             None => None,
             Some(pair) => {
                 let (crt, key) = pair
                     .split_once(':')
                     .ok_or_else(|| Failure::Usage("--client-cert takes CERTIFICATE:KEY, two PEM files".into()))?;
-                Some((PathBuf::from(crt), PathBuf::from(key)))
+                Some(ClientCertificate { certificate: crt.into(), key: key.into() })
             }
         };
         let options = ClientOptions {
-            user: self.user.clone(),
+            credential: self.user.as_deref().map(Credential::from_user_password),
             plain: self.plain,
             insecure: self.insecure,
-            root_ca: self.root_ca.clone(),
-            client_cert,
+            authorities: self.root_ca.iter().chain(&self.cert_dir).cloned().collect(),
+            certificate,
             ..ClientOptions::default()
         };
-        Client::new(options).map(Arc::new).map_err(Failure::because)
+        Client::new(options).map_err(Failure::because)
     }
 }

@@ -159,9 +159,11 @@ impl<'t> LayerApply<'t> {
     /// # Errors
     /// [`ApplyError::Entry`]; the layer cannot be continued.
     pub fn entry(&mut self, entry: Entry) -> Result<(), ApplyError> {
-        let offset = entry.header_offset.get();
-        let name = entry.name.clone();
-        self.apply(entry).map_err(|reason| ApplyError::Entry { name: quoted(&name), offset, reason })
+        self.apply(&entry).map_err(|reason| ApplyError::Entry {
+            name: quoted(&entry.name),
+            offset: entry.header_offset.get(),
+            reason,
+        })
     }
 
     /// Merges the layer into the tree.
@@ -174,7 +176,7 @@ impl<'t> LayerApply<'t> {
         Ok(report)
     }
 
-    fn apply(&mut self, entry: Entry) -> Result<(), Reason> {
+    fn apply(&mut self, entry: &Entry) -> Result<(), Reason> {
         let Some((parents, base)) = Path::cleaned(&entry.name).split_last() else {
             self.report.root_entries += 1;
             return Ok(());
@@ -182,7 +184,7 @@ impl<'t> LayerApply<'t> {
         self.report.entries += 1;
         let parents = path::resolve(&self.upper.with_lower(self.tree), parents)?;
         path::check_length(&parents, &base)?;
-        let dir = self.make_parents(&parents, &entry)?;
+        let dir = self.make_parents(&parents, entry)?;
         if base == OPAQUE {
             self.report.whiteouts += 1;
             self.upper.dir_mut(dir).opaque = true;
@@ -193,13 +195,13 @@ impl<'t> LayerApply<'t> {
             return self.whiteout(dir, hidden);
         }
         if entry.kind == EntryKind::Directory {
-            return self.directory(dir, base, &entry);
+            return self.directory(dir, base, entry);
         }
         // What the name held in this layer goes, before a link looks for its target.
         self.upper.remove(dir, &base);
         let slot = match &entry.kind {
             EntryKind::Char { major: 0, minor: 0 } => Slot::Whiteout,
-            EntryKind::HardLink(target) => Slot::File(self.hard_link(target, &entry)?),
+            EntryKind::HardLink(target) => self.hard_link(target, entry)?,
             _ => Slot::File(self.file(entry)?),
         };
         self.upper.insert(dir, base, slot);
@@ -213,14 +215,18 @@ impl<'t> LayerApply<'t> {
             let slot = self.upper.slot(dir, name);
             dir = match slot {
                 Some(Slot::Dir(next)) => next,
-                Some(Slot::File(_)) => return Err(Reason::NotDirectory(quoted(&path.prefix(depth + 1).to_bytes()))),
+                Some(Slot::File(_)) => {
+                    return Err(Reason::NotDirectory(quoted(&path.prefix(depth + 1).to_bytes())));
+                }
                 Some(Slot::Whiteout) | None => {
                     let parent = &self.upper.dir(dir).attributes;
                     let fresh = attributes::implicit_directory(parent, entry.mtime);
                     // A whited-out directory is gone: this one is new, and stays closed to the lower one.
                     let hidden = slot.is_some();
-                    let lower = if hidden { None } else { self.lower_directory(&path.prefix(depth + 1)) };
-                    let copied = lower.map(|node| attributes::copied_up(self.tree.attributes(node)));
+                    let lower =
+                        if hidden { None } else { self.lower_directory(&path.prefix(depth + 1)) };
+                    let copied =
+                        lower.map(|node| attributes::copied_up(self.tree.attributes(node)));
                     self.upper.create_dir(dir, name.to_vec(), copied.unwrap_or(fresh), hidden)
                 }
             };
@@ -273,7 +279,7 @@ impl<'t> LayerApply<'t> {
     }
 
     /// A new file, symbolic link or device.
-    fn file(&mut self, entry: Entry) -> Result<FileId, Reason> {
+    fn file(&mut self, entry: &Entry) -> Result<FileId, Reason> {
         let kind = match &entry.kind {
             EntryKind::Symlink(text) if text.is_empty() || text.len() > SYMLINK_LIMIT => {
                 return Err(Reason::SymlinkLength(text.len()));
@@ -288,15 +294,15 @@ impl<'t> LayerApply<'t> {
             EntryKind::Block { major, minor } => Kind::Block { major: *major, minor: *minor },
             EntryKind::Fifo => Kind::Fifo,
             // The other two kinds have been dealt with.
-            EntryKind::Regular | EntryKind::Directory | EntryKind::HardLink(_) => regular(&entry),
+            EntryKind::Regular | EntryKind::Directory | EntryKind::HardLink(_) => regular(entry),
         };
         let mut attributes = attributes::fresh();
-        self.report.dropped_xattrs += apply_header(&mut attributes, &entry, &kind)?;
+        self.report.dropped_xattrs += apply_header(&mut attributes, entry, &kind)?;
         Ok(self.upper.create_file(kind, attributes))
     }
 
-    /// The file that `target` names: of this layer, else a visible one of the lower layers.
-    fn hard_link(&mut self, target: &[u8], entry: &Entry) -> Result<FileId, Reason> {
+    /// What `target` names: a file of this layer, else a visible one of the lower layers.
+    fn hard_link(&mut self, target: &[u8], entry: &Entry) -> Result<Slot, Reason> {
         let no_target = || Reason::NoTarget(quoted(target));
         let (parents, base) = Path::raw(target).split_last().ok_or_else(no_target)?;
         let parents = path::resolve(&self.upper.with_lower(self.tree), parents)?;
@@ -310,10 +316,12 @@ impl<'t> LayerApply<'t> {
         let file = match dir.and_then(|dir| self.upper.slot(dir, &base)) {
             Some(Slot::File(file)) => file,
             Some(Slot::Dir(_)) => return Err(Reason::DirectoryTarget(quoted(target))),
-            Some(Slot::Whiteout) => return Err(no_target()),
+            // A whiteout is a device to containerd, and so is its other name.
+            Some(Slot::Whiteout) => return Ok(Slot::Whiteout),
             None => {
                 let lower = path::resolve(&path::Lower(self.tree), parents)?;
-                let node = self.upper.visible_lower(self.tree, &lower, &base).ok_or_else(no_target)?;
+                let node =
+                    self.upper.visible_lower(self.tree, &lower, &base).ok_or_else(no_target)?;
                 if matches!(self.tree.kind(node), Kind::Directory) {
                     return Err(Reason::DirectoryTarget(quoted(target)));
                 }
@@ -321,9 +329,10 @@ impl<'t> LayerApply<'t> {
             }
         };
         let mut attributes = self.upper.file(file).attributes.clone();
-        self.report.dropped_xattrs += apply_header(&mut attributes, entry, self.upper.kind(file, self.tree))?;
+        self.report.dropped_xattrs +=
+            apply_header(&mut attributes, entry, self.upper.kind(file, self.tree))?;
         self.upper.file_mut(file).attributes = attributes;
-        Ok(file)
+        Ok(Slot::File(file))
     }
 }
 
@@ -333,7 +342,10 @@ fn regular(entry: &Entry) -> Kind {
         Content::Plain if len.get() == 0 => Kind::Regular { size: len, runs: Vec::new() },
         Content::Plain => {
             let file_offset = crate::units::Bytes::ZERO;
-            Kind::Regular { size: len, runs: vec![DataRun::remote(file_offset, entry.data_offset, len)] }
+            Kind::Regular {
+                size: len,
+                runs: vec![DataRun::remote(file_offset, entry.data_offset, len)],
+            }
         }
         Content::Sparse { size, pieces } => {
             let runs = pieces.iter().flat_map(|piece| {

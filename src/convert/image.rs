@@ -1,11 +1,12 @@
 //! One manifest and its layers → a converted manifest.
 
-use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 
 use super::layer::{LayerSizes, TargetEncoding, build_layer};
 use super::{ConvertError, ConvertOptions, Progress};
 use crate::ext4::{Geometry, Identity, Image, Tree};
-use crate::oci::{self, Descriptor, Digest, Manifest, annotations, media_type};
+use crate::oci::manifest::media;
+use crate::oci::{Descriptor, Digest, Document, ImageConfig, Manifest, annotations};
 use crate::store::{ImageStore, StoredManifest};
 
 /// A converted image, complete in memory and not yet published.
@@ -46,8 +47,11 @@ pub fn convert_image(
     progress: &dyn Progress,
 ) -> Result<ConvertedImage, ConvertError> {
     let broken = |what, digest, reason: String| ConvertError::Manifest { what, digest, reason };
-    let manifest =
-        Manifest::parse(&source.bytes).map_err(|error| broken("Manifest", source.digest, error.to_string()))?;
+    let manifest = match Document::parse(&source.bytes, Some(&source.media_type)) {
+        Ok(Document::Manifest(manifest)) => manifest,
+        Ok(Document::Index(_)) => return Err(broken("Manifest", source.digest, "it is an index".into())),
+        Err(error) => return Err(broken("Manifest", source.digest, error.to_string())),
+    };
     let config = store.read_blob(&manifest.config)?;
 
     let mut tree = Tree::new();
@@ -70,16 +74,17 @@ pub fn convert_image(
     }
 
     let diff_ids: Vec<Digest> = built.iter().map(|layer| layer.diff_id).collect();
-    let config = oci::config::with_diff_ids(&config, &diff_ids)
-        .map_err(|error| broken("Config", manifest.config.digest, error.to_string()))?;
-    let descriptors: Vec<Value> = manifest
+    let config = ImageConfig::parse(&config)
+        .map_err(|error| broken("Config", manifest.config.digest, error.to_string()))?
+        .with_diff_ids(&diff_ids);
+    let types = Types::of(options);
+    let descriptors = manifest
         .layers
         .iter()
         .zip(&built)
-        .map(|(source, layer)| layer_descriptor(source, &layer.archive, layer.target, options))
+        .map(|(source, layer)| layer_descriptor(source, &layer.archive, layer.target, types))
         .collect();
-    let types = Types::of(options);
-    let manifest = write_manifest(source, &manifest, types, &config, descriptors, options);
+    let manifest = write_manifest(source, manifest.annotations, types, &config, descriptors, options);
     Ok(ConvertedImage {
         media_type: types.manifest,
         manifest,
@@ -101,78 +106,59 @@ impl Types {
     fn of(options: &ConvertOptions) -> Self {
         if options.oci_types || options.referrer {
             Self {
-                manifest: media_type::OCI_MANIFEST,
-                config: media_type::OCI_CONFIG,
-                layer: media_type::OCI_LAYER_GZIP,
+                manifest: media::OCI_MANIFEST,
+                config: media::OCI_CONFIG,
+                layer: media::OCI_LAYER_GZIP,
             }
         } else {
             Self {
-                manifest: media_type::DOCKER_MANIFEST,
-                config: media_type::DOCKER_CONFIG,
-                layer: media_type::DOCKER_LAYER_GZIP,
+                manifest: media::DOCKER_MANIFEST,
+                config: media::DOCKER_CONFIG,
+                layer: media::DOCKER_LAYER_GZIP,
             }
         }
     }
 }
 
 /// The new layer's descriptor (spec turbooci 3.5).
-fn layer_descriptor(source: &Descriptor, archive: &[u8], target: TargetEncoding, options: &ConvertOptions) -> Value {
-    let digest = Digest::of(archive).to_string();
-    let docker_source = media_type::is_docker(&source.media_type);
-    let target_type = match (docker_source, target) {
-        (true, TargetEncoding::Gzip) => media_type::DOCKER_LAYER_GZIP,
-        (true, TargetEncoding::Plain) => media_type::DOCKER_LAYER_TAR,
-        (false, TargetEncoding::Gzip) => media_type::OCI_LAYER_GZIP,
-        (false, TargetEncoding::Plain) => media_type::OCI_LAYER_TAR,
+fn layer_descriptor(source: &Descriptor, archive: &[u8], target: TargetEncoding, types: Types) -> Descriptor {
+    let target_type = match (media::is_docker(&source.media_type), target) {
+        (true, TargetEncoding::Gzip) => media::DOCKER_LAYER_GZIP,
+        (true, TargetEncoding::Plain) => media::DOCKER_LAYER,
+        (false, TargetEncoding::Gzip) => media::OCI_LAYER_GZIP,
+        (false, TargetEncoding::Plain) => media::OCI_LAYER,
     };
-    json!({
-        "mediaType": Types::of(options).layer,
-        "digest": digest,
-        "size": archive.len(),
-        "annotations": {
-            annotations::VERSION: annotations::VERSION_TURBO,
-            annotations::BLOB_DIGEST: digest,
-            annotations::BLOB_SIZE: archive.len().to_string(),
-            annotations::TARGET_DIGEST: source.digest.to_string(),
-            annotations::TARGET_MEDIA_TYPE: target_type,
-        },
-    })
+    let mut layer = Descriptor::of(types.layer, archive);
+    layer.annotations = annotations::turbo(&layer.digest, layer.size, &source.digest, target_type).into_iter().collect();
+    layer
 }
 
-/// The new manifest: field order as upstream's converter writes it (spec turbooci 2).
+/// The new manifest.
 fn write_manifest(
     source: &StoredManifest,
-    manifest: &Manifest,
+    mut notes: BTreeMap<String, String>,
     types: Types,
     config: &[u8],
-    layers: Vec<Value>,
+    layers: Vec<Descriptor>,
     options: &ConvertOptions,
 ) -> Vec<u8> {
-    let mut out = Map::new();
-    out.insert("schemaVersion".into(), json!(2));
-    out.insert("mediaType".into(), json!(types.manifest));
-    if options.referrer {
-        out.insert("artifactType".into(), json!(annotations::ARTIFACT_TYPE_TURBO));
-    }
-    out.insert(
-        "config".into(),
-        json!({"mediaType": types.config, "digest": Digest::of(config).to_string(), "size": config.len()}),
-    );
-    out.insert("layers".into(), Value::Array(layers));
-    if options.referrer {
-        out.insert("subject".into(), subject(source));
-    }
-    let mut notes = manifest.annotations.clone();
     if let Some(origin) = &options.origin {
-        notes.insert(annotations::ORIGIN.into(), origin.clone());
+        notes.insert(annotations::ORIGIN.to_owned(), origin.clone());
     }
-    if !notes.is_empty() {
-        out.insert("annotations".into(), json!(notes));
-    }
-    Value::Object(out).to_string().into_bytes()
+    let manifest = Manifest {
+        schema_version: 2,
+        media_type: Some(types.manifest.to_owned()),
+        artifact_type: options.referrer.then(|| annotations::ARTIFACT_TYPE_TURBO.to_owned()),
+        config: Descriptor::of(types.config, config),
+        layers,
+        subject: options.referrer.then(|| subject(source)),
+        annotations: notes,
+        other: serde_json::Map::new(),
+    };
+    manifest.to_bytes()
 }
 
 /// The descriptor of what was converted.
-pub(super) fn subject(source: &StoredManifest) -> Value {
-    json!({"mediaType": source.media_type, "digest": source.digest.to_string(), "size": source.bytes.len()})
+pub(super) fn subject(source: &StoredManifest) -> Descriptor {
+    Descriptor::new(&source.media_type, source.digest, source.bytes.len() as u64)
 }

@@ -11,11 +11,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use serde_json::{Value, json};
-
 use super::image::{ConvertedImage, LayerReport, convert_image, subject};
 use super::{ConvertError, ConvertOptions, Progress};
-use crate::oci::{Descriptor, Digest, annotations, media_type};
+use crate::oci::manifest::media;
+use crate::oci::{Descriptor, Digest, Document, Index, annotations};
 use crate::store::{ImageStore, Selector, StoredManifest};
 
 /// What was converted and published.
@@ -66,7 +65,7 @@ pub fn convert(
 /// The images below a manifest or index, in order.
 enum Node {
     Image { source: StoredManifest, platform: String, number: usize },
-    Index { source: StoredManifest, entries: Vec<(Value, Node)> },
+    Index { source: StoredManifest, index: Index, children: Vec<(Descriptor, Node)> },
 }
 
 /// Reads the whole hierarchy.
@@ -85,30 +84,27 @@ fn plan_node(
     depth: usize,
 ) -> Result<Node, ConvertError> {
     let broken = |reason: String| ConvertError::Manifest { what: "Index", digest: source.digest, reason };
-    if !media_type::is_index(&source.media_type) {
-        *count += 1;
-        return Ok(Node::Image { source, platform: platform.to_owned(), number: *count - 1 });
-    }
+    let index = match Document::parse(&source.bytes, Some(&source.media_type)) {
+        Ok(Document::Index(index)) => index,
+        Ok(Document::Manifest(_)) => {
+            *count += 1;
+            return Ok(Node::Image { source, platform: platform.to_owned(), number: *count - 1 });
+        }
+        Err(error) => return Err(broken(error.to_string())),
+    };
     if depth == MAX_DEPTH {
         return Err(broken(format!("indexes are nested more than {MAX_DEPTH} deep")));
     }
-    let index: Value = serde_json::from_slice(&source.bytes).map_err(|error| broken(error.to_string()))?;
-    let listed = index.get("manifests").and_then(Value::as_array).ok_or_else(|| broken("it lists no manifests".into()))?;
-    let mut entries = Vec::new();
-    for entry in listed {
-        let descriptor: Descriptor =
-            serde_json::from_value(entry.clone()).map_err(|error| broken(error.to_string()))?;
-        if annotations::is_attestation(&descriptor) {
-            continue;
-        }
-        let child = store.manifest(&Selector::Digest(descriptor.digest))?;
-        let platform = descriptor.platform.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string);
-        entries.push((entry.clone(), plan_node(store, child, &platform, count, depth + 1)?));
+    let mut children = Vec::new();
+    for entry in index.images() {
+        let child = store.manifest(&Selector::Digest(entry.digest))?;
+        let platform = entry.platform.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string);
+        children.push((entry.clone(), plan_node(store, child, &platform, count, depth + 1)?));
     }
-    if entries.is_empty() {
+    if children.is_empty() {
         return Err(broken("it lists no image".into()));
     }
-    Ok(Node::Index { source, entries })
+    Ok(Node::Index { source, index, children })
 }
 
 /// Converts all images of the plan, several at a time.
@@ -149,7 +145,7 @@ fn build(
 fn collect_images<'n>(node: &'n Node, sources: &mut Vec<&'n StoredManifest>) {
     match node {
         Node::Image { source, .. } => sources.push(source),
-        Node::Index { entries, .. } => entries.iter().for_each(|(_, child)| collect_images(child, sources)),
+        Node::Index { children, .. } => children.iter().for_each(|(_, child)| collect_images(child, sources)),
     }
 }
 
@@ -193,40 +189,29 @@ fn assemble_node(
             images.push(ConvertedPlatform { platform: platform.clone(), layers: image.report });
             Ok((image.media_type.to_owned(), image.manifest))
         }
-        Node::Index { source, entries } => {
-            let mut list = Vec::new();
-            for (entry, child) in entries {
+        Node::Index { source, index, children } => {
+            let mut manifests = Vec::new();
+            for (entry, child) in children {
                 let (media_type, bytes) = assemble_node(child, built, options, images, store)?;
                 store(Item::Manifest(&media_type, &bytes))?;
-                let mut entry = entry.clone();
-                entry["mediaType"] = json!(media_type);
-                entry["digest"] = json!(Digest::of(&bytes).to_string());
-                entry["size"] = json!(bytes.len());
-                list.push(entry);
+                let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
+                manifests.push(Descriptor { media_type, digest, size, ..entry.clone() });
             }
-            write_index(source, list, options)
+            let index = Index { manifests, ..converted_index(source, index, options) };
+            Ok((index.media_type().to_owned(), index.to_bytes()))
         }
     }
 }
 
-/// The index with its entries replaced: other fields stay, the media type too unless OCI types are asked for.
-fn write_index(
-    source: &StoredManifest,
-    entries: Vec<Value>,
-    options: &ConvertOptions,
-) -> Result<(String, Vec<u8>), ConvertError> {
-    let mut index: Value = serde_json::from_slice(&source.bytes).map_err(|error| ConvertError::Manifest {
-        what: "Index",
-        digest: source.digest,
-        reason: error.to_string(),
-    })?;
-    let oci = options.oci_types || options.referrer;
-    let media_type = if oci { media_type::OCI_INDEX } else { source.media_type.as_str() };
-    index["mediaType"] = json!(media_type);
-    index["manifests"] = Value::Array(entries);
-    if options.referrer {
-        index["artifactType"] = json!(annotations::ARTIFACT_TYPE_TURBO);
-        index["subject"] = subject(source);
+/// The index but for its entries: other fields stay, the media type too unless OCI types are asked for.
+fn converted_index(source: &StoredManifest, index: &Index, options: &ConvertOptions) -> Index {
+    let mut index = index.clone();
+    if options.oci_types || options.referrer {
+        index.media_type = Some(media::OCI_INDEX.to_owned());
     }
-    Ok((media_type.to_owned(), index.to_string().into_bytes()))
+    if options.referrer {
+        index.artifact_type = Some(annotations::ARTIFACT_TYPE_TURBO.to_owned());
+        index.subject = Some(subject(source));
+    }
+    index
 }

@@ -9,29 +9,105 @@ use std::io::Read as _;
 use std::ops::Range;
 use std::sync::Arc;
 
+use thiserror::Error;
+
 use super::{Disk, DiskError, DiskLayer, LayerData};
 use crate::cache::Cache;
 use crate::chunk::{ChunkSource, PlainChunks};
 use crate::convert::layer::FS_META_NAME;
-use crate::gzip::{self, GZIP_META_NAME, IndexedLayer, SIDECAR_NAME};
+use crate::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
 use crate::lsmt::{self, LayerKind};
-use crate::oci::{Descriptor, Digest, Manifest, Platform, annotations, media_type};
-use crate::source::{ByteSource, MemorySource};
-use crate::store::{ImageStore, Selector, StoredManifest};
+use crate::oci::{Descriptor, Digest, Document, Manifest, ManifestError, Platform};
+use crate::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind};
+use crate::source::MemorySource;
+use crate::store::{ImageStore, Selector, StoreError, StoredManifest};
 use crate::tar;
 use crate::zfile;
 
 /// Most bytes that a layer archive may unpack to, 4 GiB: the metadata of a layer of some 400 GB.
 const MAX_ARCHIVE: u64 = 4 << 30;
 
+/// Why an image in a store cannot be opened.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// The store did not deliver.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A manifest or index is none, or has nothing for this host.
+    #[error("Cannot use manifest {digest}")]
+    Document {
+        /// Which.
+        digest: Digest,
+        /// Why not.
+        #[source]
+        source: ManifestError,
+    },
+    /// The layers do not make a disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// One layer cannot be opened.
+    #[error("Layer {number} ({digest})")]
+    Layer {
+        /// Position, 0 lowest.
+        number: usize,
+        /// The layer blob.
+        digest: Digest,
+        /// What is wrong with it.
+        #[source]
+        source: LayerError,
+    },
+}
+
+/// Why a layer cannot be opened.
+#[derive(Debug, Error)]
+pub enum LayerError {
+    /// The store did not deliver.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The annotations contradict themselves.
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
+    /// An ordinary layer.
+    #[error("This is a plain OCI layer without a meta image: build one with `turbobd convert`, then attach that")]
+    NotConverted,
+    /// The layer archive is not gzip.
+    #[error("The layer archive cannot be unpacked")]
+    Archive(#[source] std::io::Error),
+    /// The layer archive is a bomb.
+    #[error("The layer archive unpacks to more than {MAX_ARCHIVE} bytes")]
+    ArchiveTooLarge,
+    /// The layer archive is not a tar.
+    #[error(transparent)]
+    Members(#[from] tar::archive::ArchiveError),
+    /// The layer archive lacks what it is for.
+    #[error("The layer archive has no {FS_META_NAME}, only {found}")]
+    NoFsMeta {
+        /// Names of its members.
+        found: String,
+    },
+    /// The sidecar describes another blob.
+    #[error("The index belongs to another layer: it describes {layer}, but the target is {target}")]
+    OtherTarget {
+        /// What the sidecar names.
+        layer: Digest,
+        /// What the annotation names.
+        target: Digest,
+    },
+    /// The gzip index is broken or belongs to another blob.
+    #[error(transparent)]
+    Gzip(#[from] GzipError),
+    /// The `ZFile` is broken.
+    #[error(transparent)]
+    ZFile(#[from] zfile::ZFileError),
+    /// The LSMT layer is broken.
+    #[error(transparent)]
+    Lsmt(#[from] lsmt::LsmtError),
+}
+
 /// An image opened for reading.
 pub struct OpenedImage {
-    /// The manifest that was opened, of this host's platform.
-    pub manifest: StoredManifest,
     /// What each layer is, bottom first.
     pub layers: Vec<LayerInfo>,
-    /// The targets of the `TurboOCI` layers, by layer.
-    pub targets: Vec<Option<Arc<dyn ChunkSource>>>,
     /// The virtual disk.
     pub disk: Disk,
 }
@@ -75,76 +151,62 @@ pub struct TargetInfo {
     pub verified: bool,
 }
 
-/// Opens the image that `selector` names; `targets` is where the original blobs are, the same store
-/// unless the meta image was written elsewhere.
+/// The manifest of an image for this host, out of an index if need be.
 ///
 /// # Errors
-/// [`DiskError`], naming the layer and what about it is wrong.
+/// [`ImageError`] when the index has no such platform: the message lists what it has.
+pub fn host_manifest(store: &dyn ImageStore, selector: &Selector) -> Result<(StoredManifest, Manifest), ImageError> {
+    let mut stored = store.manifest(selector)?;
+    loop {
+        let document = |source| ImageError::Document { digest: stored.digest, source };
+        match Document::parse(&stored.bytes, Some(&stored.media_type)).map_err(document)? {
+            Document::Manifest(manifest) => return Ok((stored, manifest)),
+            Document::Index(index) => {
+                let digest = index.select(&Platform::host()).map_err(document)?.digest;
+                stored = store.manifest(&Selector::Digest(digest))?;
+            }
+        }
+    }
+}
+
+/// Opens the image of `manifest`, whose layers are in `store`; `targets` is where the original blobs
+/// are, the same store unless the meta image was written elsewhere.
+///
+/// # Errors
+/// [`ImageError`], naming the layer and what about it is wrong.
 pub fn open_image(
     store: &dyn ImageStore,
     targets: &dyn ImageStore,
-    selector: &Selector,
+    manifest: &Manifest,
     cache: Arc<Cache>,
-) -> Result<OpenedImage, DiskError> {
-    let stored = platform_manifest(store, selector)?;
-    let manifest = Manifest::parse(&stored.bytes)
-        .map_err(|error| DiskError::Image { what: format!("Manifest {}", stored.digest), reason: error.to_string() })?;
+) -> Result<OpenedImage, ImageError> {
     let mut layers = Vec::new();
     let mut infos = Vec::new();
     for (number, descriptor) in manifest.layers.iter().enumerate() {
-        let in_layer = |error: DiskError| error.in_layer(number, descriptor.digest);
+        let in_layer = |source| ImageError::Layer { number, digest: descriptor.digest, source };
         let (layer, info) = open_layer(store, targets, descriptor).map_err(in_layer)?;
         layers.push(layer);
         infos.push(info);
     }
-    let targets = layers
-        .iter()
-        .map(|layer| match &layer.data {
-            LayerData::Turbo { target, .. } => target.clone(),
-            LayerData::Native { .. } => None,
-        })
-        .collect();
-    Ok(OpenedImage { manifest: stored, layers: infos, targets, disk: Disk::new(layers, cache)? })
-}
-
-/// The manifest itself, or the one for this host out of an index.
-///
-/// # Errors
-/// [`DiskError`] when the index has no such platform: the message lists what it has.
-pub fn platform_manifest(store: &dyn ImageStore, selector: &Selector) -> Result<StoredManifest, DiskError> {
-    let mut stored = store.manifest(selector)?;
-    while media_type::is_index(&stored.media_type) {
-        let image = |error: &dyn std::fmt::Display| DiskError::Image {
-            what: format!("Index {}", stored.digest),
-            reason: error.to_string(),
-        };
-        let index = crate::oci::Index::parse(&stored.bytes).map_err(|error| image(&error))?;
-        let chosen = index.for_platform(&Platform::host()).map_err(|error| image(&error))?;
-        stored = store.manifest(&Selector::Digest(chosen.digest))?;
-    }
-    Ok(stored)
+    Ok(OpenedImage { layers: infos, disk: Disk::new(layers, cache)? })
 }
 
 fn open_layer(
     store: &dyn ImageStore,
     targets: &dyn ImageStore,
     descriptor: &Descriptor,
-) -> Result<(DiskLayer, LayerInfo), DiskError> {
-    if let Some(target) = annotations::target_digest(descriptor) {
-        return open_turbo(store, targets, descriptor, &target.map_err(|error| DiskError::bad(&error))?);
+) -> Result<(DiskLayer, LayerInfo), LayerError> {
+    match AnnotatedKind::of(descriptor)? {
+        AnnotatedKind::Turbo { target, is_gzip, .. } => open_turbo(store, targets, descriptor, &target, is_gzip),
+        AnnotatedKind::Native => open_native(store, descriptor),
+        AnnotatedKind::Plain => Err(LayerError::NotConverted),
     }
-    if annotations::is_overlaybd(descriptor) {
-        return open_native(store, descriptor);
-    }
-    Err(DiskError::Image {
-        what: "The image".into(),
-        reason: "it is a plain OCI image without a meta image: build one with `turbobd convert`".into(),
-    })
 }
 
-fn open_native(store: &dyn ImageStore, descriptor: &Descriptor) -> Result<(DiskLayer, LayerInfo), DiskError> {
-    let blob = store.blob_source(&descriptor.digest, Some(descriptor.size))?;
-    let (index, data) = super::open_native_layer(blob, &descriptor.digest.to_string())?;
+fn open_native(store: &dyn ImageStore, descriptor: &Descriptor) -> Result<(DiskLayer, LayerInfo), LayerError> {
+    let payload = zfile::open(store.blob_source(&descriptor.digest, Some(descriptor.size))?)?;
+    let index = lsmt::Layer::open(&*payload.source(), LayerKind::Plain)?;
+    let chunks = payload.chunks(&descriptor.digest.to_string());
     let info = LayerInfo {
         kind: "native",
         digest: descriptor.digest.to_string(),
@@ -152,7 +214,7 @@ fn open_native(store: &dyn ImageStore, descriptor: &Descriptor) -> Result<(DiskL
         target: None,
         mappings: index.mappings().len(),
     };
-    Ok((DiskLayer { index, data }, info))
+    Ok((DiskLayer { index, data: LayerData::Native { chunks } }, info))
 }
 
 fn open_turbo(
@@ -160,30 +222,31 @@ fn open_turbo(
     targets: &dyn ImageStore,
     descriptor: &Descriptor,
     target: &Digest,
-) -> Result<(DiskLayer, LayerInfo), DiskError> {
+    is_gzip: bool,
+) -> Result<(DiskLayer, LayerInfo), LayerError> {
     let members = Members::unpack(&store.read_blob(descriptor)?)?;
     let fs_meta = members.fs_meta()?;
-    let gzip_meta = members.get(GZIP_META_NAME);
-    let sidecar = members.get(SIDECAR_NAME);
-    let plain = annotations::target_is_plain(descriptor);
-    let (source, mut info) = if plain {
+    let (source, mut info) = if is_gzip {
+        let index = gzip::merge(members.get(GZIP_META_NAME), members.get(SIDECAR_NAME))?;
+        if let Some(layer) = index.layer.filter(|layer| layer != target) {
+            return Err(LayerError::OtherTarget { layer, target: *target });
+        }
+        let blob = targets.blob_source(target, Some(index.compressed_len.get()))?;
+        let info = TargetInfo::indexed(target, &index);
+        (Arc::new(IndexedLayer::new(&target.to_string(), index, blob)?) as Arc<dyn ChunkSource>, info)
+    } else {
         let blob = targets.blob_source(target, None)?;
         let info = TargetInfo::plain(target, blob.len());
         (Arc::new(PlainChunks::new(target.to_string(), blob)) as Arc<dyn ChunkSource>, info)
-    } else {
-        let index = gzip::merge(gzip_meta, sidecar, Some(target))?;
-        let blob = targets.blob_source(target, Some(index.compressed_len.get()))?;
-        let info = TargetInfo::indexed(target, &index);
-        (Arc::new(IndexedLayer::new(index, blob, format!("{target}#gzip"))?) as Arc<dyn ChunkSource>, info)
     };
+    let len = |name| members.get(name).map_or(0, |bytes| bytes.len() as u64);
     info.fs_meta = fs_meta.len() as u64;
-    info.gzip_meta = gzip_meta.map_or(0, |bytes| bytes.len() as u64);
-    info.sidecar = sidecar.map_or(0, |bytes| bytes.len() as u64);
+    info.gzip_meta = len(GZIP_META_NAME);
+    info.sidecar = len(SIDECAR_NAME);
 
     let name = format!("{FS_META_NAME} of {}", descriptor.digest);
-    let lsmt = zfile::decompress(Arc::new(MemorySource::new(name.clone(), fs_meta)))?;
-    let lsmt: Arc<dyn ByteSource> = Arc::new(MemorySource::new(name, lsmt));
-    let index = lsmt::Layer::open(lsmt.clone(), LayerKind::Warp)?;
+    let lsmt = zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?.read_all()?;
+    let index = lsmt::Layer::open(&MemorySource::new(name, lsmt.as_slice()), LayerKind::Warp)?;
     let info = LayerInfo {
         kind: "turbo",
         digest: descriptor.digest.to_string(),
@@ -191,7 +254,7 @@ fn open_turbo(
         target: Some(info),
         mappings: index.mappings().len(),
     };
-    Ok((DiskLayer { index, data: LayerData::Turbo { meta: lsmt, target: Some(source) } }, info))
+    Ok((DiskLayer { index, data: LayerData::Turbo { meta: Arc::new(lsmt), target: Some(source) } }, info))
 }
 
 impl TargetInfo {
@@ -214,8 +277,8 @@ impl TargetInfo {
             size: index.compressed_len.get(),
             uncompressed: index.uncompressed_len.get(),
             span: index.span.get(),
-            segments: index.checkpoints.len() as u32,
-            verified: index.is_verified(),
+            segments: index.segments() as u32,
+            verified: index.sha256.is_some() && index.crc32.is_some(),
             ..Self::plain(digest, 0)
         }
     }
@@ -228,21 +291,18 @@ struct Members {
 }
 
 impl Members {
-    fn unpack(archive: &[u8]) -> Result<Self, DiskError> {
-        let broken = |reason: String| DiskError::Image { what: "The layer archive".into(), reason };
+    fn unpack(archive: &[u8]) -> Result<Self, LayerError> {
         let mut bytes = Vec::new();
         if archive.starts_with(&[0x1f, 0x8b]) {
-            flate2::read::MultiGzDecoder::new(archive)
-                .take(MAX_ARCHIVE + 1)
-                .read_to_end(&mut bytes)
-                .map_err(|error| broken(format!("it is not whole gzip: {error}")))?;
+            let unpacked = flate2::read::MultiGzDecoder::new(archive).take(MAX_ARCHIVE + 1).read_to_end(&mut bytes);
+            unpacked.map_err(LayerError::Archive)?;
             if bytes.len() as u64 > MAX_ARCHIVE {
-                return Err(broken(format!("it unpacks to more than {MAX_ARCHIVE} bytes")));
+                return Err(LayerError::ArchiveTooLarge);
             }
         } else {
             bytes.extend_from_slice(archive);
         }
-        let ranges = tar::archive::read_members(&bytes).map_err(|error| broken(error.to_string()))?;
+        let ranges = tar::archive::read_members(&bytes)?;
         Ok(Self { bytes, ranges })
     }
 
@@ -252,13 +312,10 @@ impl Members {
     }
 
     /// The ext4 metadata. An archive with only erofs metadata is refused by name.
-    fn fs_meta(&self) -> Result<&[u8], DiskError> {
+    fn fs_meta(&self) -> Result<&[u8], LayerError> {
         self.get(FS_META_NAME).ok_or_else(|| {
             let names: Vec<&str> = self.ranges.iter().map(|(name, _)| name.as_str()).collect();
-            DiskError::Image {
-                what: "The layer archive".into(),
-                reason: format!("it has no {FS_META_NAME}, only {}", names.join(", ")),
-            }
+            LayerError::NoFsMeta { found: names.join(", ") }
         })
     }
 }

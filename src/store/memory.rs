@@ -49,6 +49,7 @@ impl ImageStore for MemoryStore {
     fn manifest(&self, selector: &Selector) -> Result<StoredManifest, StoreError> {
         let digest = match selector {
             Selector::Digest(digest) => *digest,
+            Selector::Default => return self.manifest(&Selector::Tag(crate::oci::reference::DEFAULT_TAG.to_owned())),
             Selector::Tag(tag) => {
                 *self.contents().tags.get(tag).ok_or_else(|| self.missing(format!("tag {tag}")))?
             }

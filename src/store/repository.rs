@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{ImageStore, Selector, StoreError, StoredManifest, Transferred};
+use crate::oci::reference::DEFAULT_TAG;
 use crate::oci::{Descriptor, Digest};
 use crate::registry::{BlobReader, Client, RemoteStats, Repository};
 use crate::source::ByteSource;
@@ -36,6 +37,7 @@ impl ImageStore for RepositoryStore {
     fn manifest(&self, selector: &Selector) -> Result<StoredManifest, StoreError> {
         let manifest = match selector {
             Selector::Tag(tag) => self.repository.manifest(tag)?,
+            Selector::Default => self.repository.manifest(DEFAULT_TAG)?,
             Selector::Digest(digest) => self.repository.manifest(&digest.to_string())?,
         };
         Ok(StoredManifest { media_type: manifest.media_type, digest: manifest.digest, bytes: manifest.bytes })

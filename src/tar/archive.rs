@@ -59,7 +59,10 @@ impl Archive {
     #[must_use]
     pub fn len_of(sizes: &[Bytes]) -> Bytes {
         let block = BLOCK as u64;
-        Bytes(sizes.iter().map(|size| block + size.get().div_ceil(block) * block).sum::<u64>() + 2 * block)
+        Bytes(
+            sizes.iter().map(|size| block + size.get().div_ceil(block) * block).sum::<u64>()
+                + 2 * block,
+        )
     }
 }
 
@@ -73,7 +76,10 @@ fn padding(len: usize) -> usize {
 /// `InvalidInput` as [`Archive::write`].
 pub fn header(name: &str, size: u64) -> io::Result<[u8; BLOCK]> {
     let invalid = |reason: &str| {
-        io::Error::new(io::ErrorKind::InvalidInput, format!("Member {name:?} of a layer archive {reason}"))
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("Member {name:?} of a layer archive {reason}"),
+        )
     };
     if name.is_empty() || name.len() > 100 || name.contains('\0') {
         return Err(invalid("needs a name of 1 to 100 bytes without NUL"));
@@ -109,11 +115,16 @@ pub fn read_members(archive: &[u8]) -> Result<Vec<(String, Range<usize>)>, Archi
     let mut parser = Parser::new();
     parser.feed(archive, &mut |event| {
         let Event::Entry(entry) = event else { return Ok(()) };
-        let bad = |reason| ArchiveError::Member { name: shown(&entry.name), offset: entry.header_offset.get(), reason };
+        let bad = |reason| ArchiveError::Member {
+            name: shown(&entry.name),
+            offset: entry.header_offset.get(),
+            reason,
+        };
         if entry.kind != EntryKind::Regular || entry.content != Content::Plain {
             return Err(bad("is not a plain file"));
         }
-        let name = std::str::from_utf8(&entry.name).map_err(|_| bad("has a name that is not UTF-8"))?;
+        let name =
+            std::str::from_utf8(&entry.name).map_err(|_| bad("has a name that is not UTF-8"))?;
         // GNU tar writes `./name` when told to pack `.`.
         let name = name.strip_prefix("./").unwrap_or(name);
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
@@ -122,7 +133,9 @@ pub fn read_members(archive: &[u8]) -> Result<Vec<(String, Range<usize>)>, Archi
         if members.iter().any(|(known, _)| known == name) {
             return Err(bad("occurs twice"));
         }
-        let place = usize::try_from(entry.data_offset.get()).ok().zip(usize::try_from(entry.stored_len.get()).ok());
+        let place = usize::try_from(entry.data_offset.get())
+            .ok()
+            .zip(usize::try_from(entry.stored_len.get()).ok());
         let range = place.and_then(|(start, len)| Some(start..start.checked_add(len)?));
         let range = range.ok_or_else(|| bad("lies past the addresses of this machine"))?;
         members.push((name.to_owned(), range));
@@ -138,7 +151,8 @@ mod tests {
 
     fn sample() -> Vec<u8> {
         let mut out = Vec::new();
-        let members: [(&str, &[u8]); 3] = [("ext4.fs.meta", &[7; 700]), (".turbo.ociv1", b""), ("gzip.meta", &[9; 512])];
+        let members: [(&str, &[u8]); 3] =
+            [("ext4.fs.meta", &[7; 700]), (".turbo.ociv1", b""), ("gzip.meta", &[9; 512])];
         Archive::write(&mut out, &members).unwrap();
         out
     }
@@ -146,7 +160,10 @@ mod tests {
     #[test]
     fn members_read_back_where_they_were_written() {
         let archive = sample();
-        assert_eq!(archive.len() as u64, Archive::len_of(&[Bytes(700), Bytes(0), Bytes(512)]).get());
+        assert_eq!(
+            archive.len() as u64,
+            Archive::len_of(&[Bytes(700), Bytes(0), Bytes(512)]).get()
+        );
         let members = read_members(&archive).unwrap();
         let names: Vec<_> = members.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["ext4.fs.meta", ".turbo.ociv1", "gzip.meta"]);
@@ -160,17 +177,28 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.tar");
         std::fs::write(&path, sample()).unwrap();
-        let output = std::process::Command::new("tar").args(["-tvf"]).arg(&path).env("TZ", "UTC").output().unwrap();
+        let output = std::process::Command::new("tar")
+            .args(["-tvf"])
+            .arg(&path)
+            .env("TZ", "UTC")
+            .output()
+            .unwrap();
         assert!(output.status.success() && output.stderr.is_empty());
         let text = String::from_utf8(output.stdout).unwrap();
-        assert!(text.starts_with("-rw-r--r-- 0/0             700 1970-01-01 00:00 ext4.fs.meta\n"), "{text}");
+        assert!(
+            text.starts_with("-rw-r--r-- 0/0             700 1970-01-01 00:00 ext4.fs.meta\n"),
+            "{text}"
+        );
     }
 
     #[test]
     fn a_header_is_byte_for_byte_what_go_writes() {
         let block = header("ext4.fs.meta", 4096).unwrap();
         assert_eq!(&block[..12], b"ext4.fs.meta");
-        assert_eq!(&block[100..156], b"0000644\x000000000\x000000000\x0000000010000\x0000000000000\x00011337\x00 ");
+        assert_eq!(
+            &block[100..156],
+            b"0000644\x000000000\x000000000\x0000000010000\x0000000000000\x00011337\x00 "
+        );
         assert_eq!(&block[156..158], b"0\0");
         assert_eq!(&block[257..265], b"ustar\x0000");
         assert_eq!(&block[329..345], b"0000000\x000000000\x00");
@@ -180,7 +208,10 @@ mod tests {
     #[test]
     fn a_member_that_is_missing_bytes_or_repeated_is_refused() {
         let archive = sample();
-        assert!(matches!(read_members(&archive[..600]), Err(ArchiveError::Tar(TarError::Truncated { .. }))));
+        assert!(matches!(
+            read_members(&archive[..600]),
+            Err(ArchiveError::Tar(TarError::Truncated { .. }))
+        ));
         let mut twice = Vec::new();
         Archive::write(&mut twice, &[("a", b"1"), ("a", b"2")]).unwrap();
         let error = read_members(&twice).unwrap_err().to_string();

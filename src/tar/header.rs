@@ -122,7 +122,8 @@ pub(super) fn until_nul(field: &[u8]) -> &[u8] {
 pub(super) fn number(field: &[u8]) -> Result<i64, NumberError> {
     match field.first() {
         Some(&first) if first & 0x80 != 0 => base256(field),
-        _ => octal(field).and_then(|value| i64::try_from(value).map_err(|_| "the number exceeds 63 bits")),
+        _ => octal(field)
+            .and_then(|value| i64::try_from(value).map_err(|_| "the number exceeds 63 bits")),
     }
 }
 
@@ -147,7 +148,7 @@ fn octal(field: &[u8]) -> Result<u64, NumberError> {
     let start = field.iter().position(|byte| !blank(byte)).unwrap_or(field.len());
     let digits = &field[start..];
     let end = digits.iter().position(blank).unwrap_or(digits.len());
-    if !digits[end..].iter().all(|byte| blank(byte)) && !digits[end..].starts_with(&[0]) {
+    if !digits[end..].iter().all(blank) && !digits[end..].starts_with(&[0]) {
         return Err("it is not one octal number");
     }
     digits[..end].iter().try_fold(0u64, |value, &digit| match digit {
@@ -171,7 +172,14 @@ mod tests {
         assert_eq!(number(b"\x80\0\0\0\0\0\0\0\0\0\x01\x02"), Ok(258));
         assert_eq!(number(b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xfe"), Ok(-2));
         assert_eq!(number(b"\xff\0\0\0\0\0\0\0"), Ok(-1 << 56));
-        for bad in [&b"12 34\0"[..], b"8", b"-1", b"0x1", b"\x80\x01\0\0\0\0\0\0\0\0\0\0", b"777777777777777777777777"] {
+        for bad in [
+            &b"12 34\0"[..],
+            b"8",
+            b"-1",
+            b"0x1",
+            b"\x80\x01\0\0\0\0\0\0\0\0\0\0",
+            b"777777777777777777777777",
+        ] {
             assert!(number(bad).is_err(), "{bad:?}");
         }
     }

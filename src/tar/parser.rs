@@ -1,9 +1,11 @@
 //! The push parser: a small machine that is always within one of a few things ([`State`]).
 
-use crate::tar::entry::{Content, Entry, EntryKind, Timestamp};
-use crate::tar::header::{Header, NumberError, until_nul};
-use crate::tar::pax::{PaxError, Records};
-use crate::tar::{BLOCK, TarError, shown, sparse};
+use crate::tar::entry::{Entry, EntryKind};
+use crate::tar::header::{Header, number, until_nul};
+use crate::tar::join::{Current, Draft, Pending};
+use crate::tar::pax::Records;
+use crate::tar::sparse::{self, SparseKind};
+use crate::tar::{BLOCK, TarError, shown};
 use crate::units::Bytes;
 
 /// Most bytes that pax records, a long name or a sparse map of one entry may have: 1 MiB. They are
@@ -90,53 +92,6 @@ impl Extra {
     }
 }
 
-/// What extra entries said about the one that comes next.
-#[derive(Default)]
-struct Pending {
-    /// Offset of the first of them.
-    offset: Option<u64>,
-    /// Of several pax headers in a row the last counts, as for Go.
-    records: Option<Vec<u8>>,
-    name: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-}
-
-/// A sparse entry whose map is not complete.
-struct Draft {
-    entry: Entry,
-    /// Length of the file.
-    size: u64,
-    /// Bytes in the tar, a map in the data included.
-    stored: u64,
-}
-
-#[derive(Default)]
-struct Current {
-    offset: u64,
-    name: Vec<u8>,
-}
-
-impl Current {
-    fn field(&self, field: impl Into<String>, reason: impl Into<String>) -> TarError {
-        TarError::Field { offset: self.offset, name: shown(&self.name), field: field.into(), reason: reason.into() }
-    }
-
-    fn pax(&self, error: PaxError) -> TarError {
-        self.field(error.key, error.reason)
-    }
-
-    /// A number field that must not be negative and not exceed `max`.
-    fn unsigned(&self, field: &'static str, value: Result<i64, NumberError>, max: u64) -> Result<u64, TarError> {
-        let value = value.map_err(|reason| self.field(field, reason))?;
-        let unsigned = u64::try_from(value).ok().filter(|&unsigned| unsigned <= max);
-        unsigned.ok_or_else(|| self.field(field, format!("{value} is not in 0..={max}")))
-    }
-
-    fn too_long(&self, what: &'static str, len: u64) -> TarError {
-        TarError::TooLong { offset: self.offset, name: shown(&self.name), what, len }
-    }
-}
-
 type Callback<'c, E> = &'c mut dyn FnMut(Event<'_>) -> Result<(), E>;
 
 impl Default for Parser {
@@ -177,7 +132,11 @@ impl Parser {
     ///
     /// # Errors
     /// [`TarError`] when the stream breaks a rule; whatever `on` returns. Nothing is reported after that.
-    pub fn feed<E: From<TarError>>(&mut self, mut bytes: &[u8], on: Callback<'_, E>) -> Result<(), E> {
+    pub fn feed<E: From<TarError>>(
+        &mut self,
+        mut bytes: &[u8],
+        on: Callback<'_, E>,
+    ) -> Result<(), E> {
         while !bytes.is_empty() {
             let taken = match &mut self.state {
                 State::Data(left) | State::Padding(left) => {
@@ -201,7 +160,9 @@ impl Parser {
                     taken
                 }
                 State::End => match bytes.iter().position(|&byte| byte != 0) {
-                    Some(at) => return Err(TarError::Trailing { offset: self.position + at as u64 }.into()),
+                    Some(at) => {
+                        return Err(TarError::Trailing { offset: self.position + at as u64 }.into());
+                    }
                     None => bytes.len(),
                 },
                 _ => {
@@ -216,7 +177,8 @@ impl Parser {
             if self.filled == BLOCK {
                 self.filled = 0;
                 self.take_block(on)?;
-            } else if matches!(&self.state, State::Payload(_, len, payload) if payload.len() == *len) {
+            } else if matches!(&self.state, State::Payload(_, len, payload) if payload.len() == *len)
+            {
                 self.take_payload()?;
             }
         }
@@ -232,10 +194,11 @@ impl Parser {
     /// [`TarError::Truncated`] or [`TarError::Dangling`].
     pub fn finish(self) -> Result<Bytes, TarError> {
         let what = match self.state {
-            State::End => None,
             State::Header if self.filled > 0 => Some("a header"),
-            State::SecondZeroBlock | State::LinkData(_) if self.filled > 0 => Some("the block behind"),
-            State::Header | State::SecondZeroBlock | State::LinkData(_) => None,
+            State::SecondZeroBlock | State::LinkData(_) if self.filled > 0 => {
+                Some("the block behind")
+            }
+            State::Header | State::SecondZeroBlock | State::LinkData(_) | State::End => None,
             State::OldSparse(..) | State::LineMap(..) => Some("the sparse map"),
             State::Payload(extra, ..) => Some(extra.what()),
             State::Data(_) => Some("the data"),
@@ -243,7 +206,12 @@ impl Parser {
         };
         if let Some(what) = what {
             let Current { offset, name } = self.current;
-            return Err(TarError::Truncated { offset, name: shown(&name), what, total: self.position });
+            return Err(TarError::Truncated {
+                offset,
+                name: shown(&name),
+                what,
+                total: self.position,
+            });
         }
         match self.pending.offset {
             Some(offset) => Err(TarError::Dangling { offset }),
@@ -262,7 +230,8 @@ impl Parser {
                 return Err(TarError::LoneZeroBlock { offset: start - BLOCK as u64 }.into());
             }
             State::LinkData(len) if !is_zero && Header::new(&block).is_none() => {
-                let rest = len.div_ceil(BLOCK as u64).saturating_sub(1).saturating_mul(BLOCK as u64);
+                let rest =
+                    len.div_ceil(BLOCK as u64).saturating_sub(1).saturating_mul(BLOCK as u64);
                 self.state = if rest > 0 { State::Padding(rest) } else { State::Header };
             }
             State::OldSparse(draft, pairs) => self.old_sparse_block(&block, draft, pairs, on)?,
@@ -279,8 +248,14 @@ impl Parser {
         Ok(())
     }
 
-    fn take_header<E: From<TarError>>(&mut self, header: Header<'_>, start: u64, on: Callback<'_, E>) -> Result<(), E> {
-        self.current = Current { offset: self.pending.offset.unwrap_or(start), name: header.name() };
+    fn take_header<E: From<TarError>>(
+        &mut self,
+        header: Header<'_>,
+        start: u64,
+        on: Callback<'_, E>,
+    ) -> Result<(), E> {
+        self.current =
+            Current { offset: self.pending.offset.unwrap_or(start), name: header.name() };
         if let Some(extra) = Extra::from_flag(header.flag()) {
             return Ok(self.start_payload(extra, header, start)?);
         }
@@ -288,13 +263,22 @@ impl Parser {
             // GNU's name for the whole archive. It is no file and nothing that precedes it describes a file.
             self.pending = Pending::default();
             let len = self.current.unsigned("size", header.size(), i64::MAX as u64)?;
-            self.state = if len > 0 { State::Padding(len.next_multiple_of(BLOCK as u64)) } else { State::Header };
+            self.state = if len > 0 {
+                State::Padding(len.next_multiple_of(BLOCK as u64))
+            } else {
+                State::Header
+            };
             return Ok(());
         }
         self.take_entry(header, on)
     }
 
-    fn start_payload(&mut self, extra: Extra, header: Header<'_>, start: u64) -> Result<(), TarError> {
+    fn start_payload(
+        &mut self,
+        extra: Extra,
+        header: Header<'_>,
+        start: u64,
+    ) -> Result<(), TarError> {
         let len = self.current.unsigned("size", header.size(), i64::MAX as u64)?;
         if len > METADATA_LIMIT {
             return Err(self.current.too_long(extra.what(), len));
@@ -319,33 +303,24 @@ impl Parser {
         };
         match extra {
             Extra::Local => self.pending.records = Some(payload),
-            Extra::Global => self.global.merge(&payload).map_err(|error| self.current.pax(error))?,
+            Extra::Global => {
+                self.global.merge_global(&payload).map_err(|error| self.current.pax(error))?;
+            }
             Extra::LongName => self.pending.name = long_name(&payload)?,
             Extra::LongLink => self.pending.link = long_name(&payload)?,
         }
         Ok(())
     }
 
-    /// The header of an entry proper: joins it with what the extra entries said.
-    fn take_entry<E: From<TarError>>(&mut self, header: Header<'_>, on: Callback<'_, E>) -> Result<(), E> {
+    /// The header of an entry proper.
+    fn take_entry<E: From<TarError>>(
+        &mut self,
+        header: Header<'_>,
+        on: Callback<'_, E>,
+    ) -> Result<(), E> {
         let pending = std::mem::take(&mut self.pending);
-        let mut records = self.global.clone();
-        if let Some(payload) = &pending.records {
-            records.merge(payload).map_err(|error| self.current.pax(error))?;
-        }
-        let pax = |current: &Current, error| current.pax(error);
-        let path = records.path("path").map_err(|error| pax(&self.current, error))?;
-        let link_path = records.path("linkpath").map_err(|error| pax(&self.current, error))?;
-        let sparse_kind = SparseKind::of(header, &records).map_err(|error| pax(&self.current, error))?;
-        let sparse_name = match sparse_kind {
-            SparseKind::No | SparseKind::Old => None,
-            _ => records.path("GNU.sparse.name").map_err(|error| pax(&self.current, error))?,
-        };
-        self.current.name = sparse_name.or(pending.name).or(path).unwrap_or_else(|| header.name());
-        let link = pending.link.or(link_path).unwrap_or_else(|| header.link_name());
-
-        let draft = self.draft(header, &records, link)?;
-        match sparse_kind {
+        let (draft, sparse) = self.current.join(header, pending, &self.global, self.position)?;
+        match sparse {
             SparseKind::No => self.emit(draft.entry, draft.stored, on),
             SparseKind::Old => self.start_old_sparse(header, draft, on),
             SparseKind::Pairs(pairs) => self.emit_sparse(draft, &pairs, on),
@@ -356,68 +331,13 @@ impl Parser {
         }
     }
 
-    /// Everything about an entry but its sparse map.
-    fn draft(&self, header: Header<'_>, records: &Records, link: Vec<u8>) -> Result<Draft, TarError> {
-        let current = &self.current;
-        let pax = |error| current.pax(error);
-        let either = |key: &'static str, field: Result<i64, NumberError>, max: u64| match records.number(key) {
-            Ok(Some(value)) => Ok(value),
-            Ok(None) => current.unsigned(key, field, max),
-            Err(error) => Err(current.pax(error)),
-        };
-        let stored = either("size", header.size(), i64::MAX as u64)?;
-        let mtime = match records.time("mtime").map_err(pax)? {
-            Some(mtime) => mtime,
-            None => Timestamp { secs: header.mtime().map_err(|reason| current.field("mtime", reason))?, nanos: 0 },
-        };
-        let real_size = match records.number("GNU.sparse.realsize").map_err(pax)? {
-            Some(size) => Some(size),
-            None => records.number("GNU.sparse.size").map_err(pax)?,
-        };
-        let entry = Entry {
-            header_offset: Bytes(current.offset),
-            name: current.name.clone(),
-            kind: self.kind(header, link)?,
-            mode: (current.unsigned("mode", header.mode(), u64::from(u32::MAX))? & 0o7777) as u32,
-            uid: either("uid", header.uid(), i64::MAX as u64)?,
-            gid: either("gid", header.gid(), i64::MAX as u64)?,
-            mtime,
-            xattrs: records.xattrs().map_err(pax)?,
-            data_offset: Bytes(self.position),
-            stored_len: Bytes(stored),
-            content: Content::Plain,
-        };
-        Ok(Draft { entry, size: real_size.unwrap_or(stored), stored })
-    }
-
-    fn kind(&self, header: Header<'_>, link: Vec<u8>) -> Result<EntryKind, TarError> {
-        let device = || -> Result<(u32, u32), TarError> {
-            let max = u64::from(u32::MAX);
-            let major = self.current.unsigned("major device number", header.major(), max)?;
-            let minor = self.current.unsigned("minor device number", header.minor(), max)?;
-            Ok((major as u32, minor as u32))
-        };
-        Ok(match header.flag() {
-            // V7 had no type for directories but a slash at the end.
-            0 if self.current.name.ends_with(b"/") => EntryKind::Directory,
-            // '7' asked for contiguous storage on systems that had it.
-            0 | b'0' | b'7' | b'S' => EntryKind::Regular,
-            b'1' => EntryKind::HardLink(link),
-            b'2' => EntryKind::Symlink(link),
-            b'3' => device().map(|(major, minor)| EntryKind::Char { major, minor })?,
-            b'4' => device().map(|(major, minor)| EntryKind::Block { major, minor })?,
-            // 'D' is GNU's directory of an incremental dump; its data is a list of names.
-            b'5' | b'D' => EntryKind::Directory,
-            b'6' => EntryKind::Fifo,
-            flag => {
-                let Current { offset, name } = &self.current;
-                return Err(TarError::Type { offset: *offset, name: shown(name), flag: char::from(flag) });
-            }
-        })
-    }
-
     /// Reports an entry and moves on to its data, `stored` bytes if the header is right.
-    fn emit<E: From<TarError>>(&mut self, mut entry: Entry, stored: u64, on: Callback<'_, E>) -> Result<(), E> {
+    fn emit<E: From<TarError>>(
+        &mut self,
+        mut entry: Entry,
+        stored: u64,
+        on: Callback<'_, E>,
+    ) -> Result<(), E> {
         // A size of an entry that has no data is noise, as for Go and GNU tar, with two exceptions: a
         // directory of a GNU dump, and a hard link: pax may store the data once more with each link,
         // while older tars give the size of the file and no data. Only the next block tells.
@@ -447,10 +367,11 @@ impl Parser {
         on: Callback<'_, E>,
     ) -> Result<(), E> {
         let (field, is_extended, real_size) = header.old_sparse();
-        let real_size = crate::tar::header::number(real_size);
+        let real_size = number(real_size);
         draft.size = self.current.unsigned("sparse file size", real_size, i64::MAX as u64)?;
         let mut pairs = Vec::new();
-        sparse::old_pairs(field, &mut pairs).map_err(|reason| self.current.field("sparse map", reason))?;
+        sparse::old_pairs(field, &mut pairs)
+            .map_err(|reason| self.current.field("sparse map", reason))?;
         if is_extended {
             self.state = State::OldSparse(Box::new(draft), pairs);
             return Ok(());
@@ -467,7 +388,8 @@ impl Parser {
     ) -> Result<(), E> {
         /// 21 pairs of 24 bytes, then the flag.
         const FLAG: usize = 504;
-        sparse::old_pairs(&block[..FLAG], &mut pairs).map_err(|reason| self.current.field("sparse map", reason))?;
+        sparse::old_pairs(&block[..FLAG], &mut pairs)
+            .map_err(|reason| self.current.field("sparse map", reason))?;
         let len = self.position - draft.entry.data_offset.get();
         if len > METADATA_LIMIT {
             return Err(self.current.too_long("a sparse map", len).into());
@@ -496,13 +418,21 @@ impl Parser {
             self.state = State::LineMap(draft, map, len);
             return Ok(());
         };
-        let too_short = || self.current.field("size", "the sparse map at the start of the data is longer than the data");
+        let too_short = || {
+            self.current
+                .field("size", "the sparse map at the start of the data is longer than the data")
+        };
         draft.stored = draft.stored.checked_sub(len).ok_or_else(too_short)?;
         self.emit_sparse(*draft, &pairs, on)
     }
 
     /// Reports a sparse file whose map is complete: the data starts here.
-    fn emit_sparse<E: From<TarError>>(&mut self, draft: Draft, pairs: &[u64], on: Callback<'_, E>) -> Result<(), E> {
+    fn emit_sparse<E: From<TarError>>(
+        &mut self,
+        draft: Draft,
+        pairs: &[u64],
+        on: Callback<'_, E>,
+    ) -> Result<(), E> {
         let Draft { mut entry, size, stored } = draft;
         entry.data_offset = Bytes(self.position);
         entry.stored_len = Bytes(stored);
@@ -522,44 +452,5 @@ fn padding(position: u64) -> State {
     match position % BLOCK as u64 {
         0 => State::Header,
         past => State::Padding(BLOCK as u64 - past),
-    }
-}
-
-/// How an entry's sparse map is stored.
-enum SparseKind {
-    No,
-    Old,
-    Pairs(sparse::Pairs),
-    Lines,
-}
-
-impl SparseKind {
-    fn of(header: Header<'_>, records: &Records) -> Result<Self, PaxError> {
-        match header.flag() {
-            b'S' => return Ok(Self::Old),
-            0 | b'0' | b'7' => {}
-            _ => return Ok(Self::No),
-        }
-        let map = records.get("GNU.sparse.map");
-        let kind = match (records.get("GNU.sparse.major"), records.get("GNU.sparse.minor")) {
-            (Some(b"1"), Some(b"0")) => Self::Lines,
-            (None, None) if map.is_none() && records.sparse_pairs.is_empty() => return Ok(Self::No),
-            (None, None) | (Some(b"0"), Some(b"0" | b"1")) => match map {
-                Some(map) => Self::Pairs(
-                    sparse::comma_pairs(map).map_err(|reason| PaxError::new(b"GNU.sparse.map", reason))?,
-                ),
-                None => Self::Pairs(records.sparse_pairs.clone()),
-            },
-            _ => return Err(PaxError::new(b"GNU.sparse.major", "this version of sparse files is not known")),
-        };
-        if records.get("GNU.sparse.realsize").or(records.get("GNU.sparse.size")).is_none() {
-            return Err(PaxError::new(b"GNU.sparse.realsize", "it is missing for a sparse file"));
-        }
-        if let (Self::Pairs(pairs), Some(count)) = (&kind, records.number("GNU.sparse.numblocks")?) {
-            if count.checked_mul(2) != Some(pairs.len() as u64) {
-                return Err(PaxError::new(b"GNU.sparse.numblocks", "it is not the number of pieces in the map"));
-            }
-        }
-        Ok(kind)
     }
 }

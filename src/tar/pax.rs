@@ -7,6 +7,7 @@
 //! `GNU.sparse.*` a sparse map.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::alphabet;
@@ -16,6 +17,13 @@ use crate::tar::Timestamp;
 
 const SCHILY_XATTR: &[u8] = b"SCHILY.xattr.";
 const LIBARCHIVE_XATTR: &[u8] = b"LIBARCHIVE.xattr.";
+
+/// What a global header may say: attributes and sparse maps are those of one file, and other keys have no
+/// meaning here.
+const GLOBAL_KEYS: [&[u8]; 6] = [b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime"];
+
+/// Extended attributes: name and value.
+type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// libarchive writes no padding; others may.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -38,7 +46,8 @@ impl PaxError {
 /// The records that hold for an entry.
 #[derive(Clone, Default)]
 pub(super) struct Records {
-    values: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Shared, so that the records of a global header cost little with each entry.
+    values: BTreeMap<Vec<u8>, Arc<[u8]>>,
     /// Keys of extended attributes in the order of their records.
     xattr_keys: Vec<Vec<u8>>,
     /// `GNU.sparse.offset` and `.numbytes`, which repeat (sparse format 0.0), in order.
@@ -46,11 +55,26 @@ pub(super) struct Records {
 }
 
 impl Records {
-    /// Adds the records of one extended header, which override those that are here.
-    pub(super) fn merge(&mut self, mut payload: &[u8]) -> Result<(), PaxError> {
+    /// Adds the records of an extended header, which override those that are here.
+    pub(super) fn merge(&mut self, payload: &[u8]) -> Result<(), PaxError> {
+        self.merge_if(payload, |_| true)
+    }
+
+    /// Adds the records of a global header, which hold for all entries that follow.
+    pub(super) fn merge_global(&mut self, payload: &[u8]) -> Result<(), PaxError> {
+        self.merge_if(payload, |key| GLOBAL_KEYS.contains(&key))
+    }
+
+    fn merge_if(
+        &mut self,
+        mut payload: &[u8],
+        is_wanted: impl Fn(&[u8]) -> bool,
+    ) -> Result<(), PaxError> {
         while !payload.is_empty() {
-            let (key, value, rest) = split_record(payload)?;
-            self.insert(key, value)?;
+            let Record { key, value, rest } = Record::split(payload)?;
+            if is_wanted(key) {
+                self.insert(key, value)?;
+            }
             payload = rest;
         }
         Ok(())
@@ -74,14 +98,14 @@ impl Records {
                 if is_xattr && !self.values.contains_key(key) {
                     self.xattr_keys.push(key.to_vec());
                 }
-                self.values.insert(key.to_vec(), value.to_vec());
+                self.values.insert(key.to_vec(), value.into());
             }
         }
         Ok(())
     }
 
     pub(super) fn get(&self, key: &str) -> Option<&[u8]> {
-        self.values.get(key.as_bytes()).map(Vec::as_slice)
+        self.values.get(key.as_bytes()).map(AsRef::as_ref)
     }
 
     /// A number of at most 63 bits.
@@ -90,66 +114,85 @@ impl Records {
     }
 
     pub(super) fn time(&self, key: &str) -> Result<Option<Timestamp>, PaxError> {
-        let parse = |value| time(value).ok_or_else(|| PaxError::new(key.as_bytes(), "it is not a decimal time"));
+        let parse = |value| {
+            time(value).ok_or_else(|| PaxError::new(key.as_bytes(), "it is not a decimal time"))
+        };
         self.get(key).map(parse).transpose()
     }
 
     /// A name or link target: no NUL.
     pub(super) fn path(&self, key: &str) -> Result<Option<Vec<u8>>, PaxError> {
         match self.get(key) {
-            Some(value) if value.contains(&0) => Err(PaxError::new(key.as_bytes(), "it contains a NUL byte")),
+            Some(value) if value.contains(&0) => {
+                Err(PaxError::new(key.as_bytes(), "it contains a NUL byte"))
+            }
             value => Ok(value.map(<[u8]>::to_vec)),
         }
     }
 
     /// The extended attributes. Both spellings of one attribute are usual (bsdtar writes both); the
     /// raw one wins, as it is the only one that containerd reads.
-    pub(super) fn xattrs(&self) -> Result<Vec<(Vec<u8>, Vec<u8>)>, PaxError> {
-        let mut xattrs: Vec<(Vec<u8>, Vec<u8>)> = Vec::with_capacity(self.xattr_keys.len());
+    pub(super) fn xattrs(&self) -> Result<Xattrs, PaxError> {
+        let mut xattrs = Xattrs::with_capacity(self.xattr_keys.len());
+        let mut places: BTreeMap<Vec<u8>, usize> = BTreeMap::new();
         for key in &self.xattr_keys {
             let Some(value) = self.values.get(key) else { continue };
             let (name, value) = if let Some(name) = key.strip_prefix(SCHILY_XATTR) {
-                (name.to_vec(), value.clone())
+                (name.to_vec(), value.to_vec())
             } else {
                 let name = url_decoded(key.strip_prefix(LIBARCHIVE_XATTR).unwrap_or_default());
                 if self.values.contains_key(&[SCHILY_XATTR, &name].concat()) {
                     continue;
                 }
-                let value = BASE64.decode(value).map_err(|_| PaxError::new(key, "its value is not base64"))?;
+                let value = BASE64
+                    .decode(value)
+                    .map_err(|_| PaxError::new(key, "its value is not base64"))?;
                 (name, value)
             };
             if name.is_empty() || name.contains(&0) {
                 return Err(PaxError::new(key, "it names no attribute"));
             }
-            match xattrs.iter_mut().find(|(known, _)| *known == name) {
+            match places.get(&name).and_then(|&place| xattrs.get_mut(place)) {
                 Some(known) => known.1 = value,
-                None => xattrs.push((name, value)),
+                None => {
+                    places.insert(name.clone(), xattrs.len());
+                    xattrs.push((name, value));
+                }
             }
         }
         Ok(xattrs)
     }
 }
 
-/// The first record: key, value and what follows.
-fn split_record(payload: &[u8]) -> Result<(&[u8], &[u8], &[u8]), PaxError> {
-    let bad = |reason: &str| PaxError::new(b"", reason);
-    let blank = payload.iter().take(20).position(|&byte| byte == b' ');
-    let blank = blank.ok_or_else(|| bad("a record does not start with its length and a blank"))?;
-    let len = decimal(b"", &payload[..blank])?;
-    let len = usize::try_from(len).ok().filter(|&len| len > blank + 1 && len <= payload.len());
-    let len = len.ok_or_else(|| bad("the length of a record leaves the header"))?;
-    let (record, rest) = payload.split_at(len);
-    let (body, end) = record[blank + 1..].split_at(len - blank - 2);
-    if end != b"\n" {
-        return Err(bad("a record does not end with a newline where its length says"));
+/// A record, and what follows it.
+struct Record<'a> {
+    key: &'a [u8],
+    value: &'a [u8],
+    rest: &'a [u8],
+}
+
+impl<'a> Record<'a> {
+    fn split(payload: &'a [u8]) -> Result<Self, PaxError> {
+        let bad = |reason: &str| PaxError::new(b"", reason);
+        let blank = payload.iter().take(20).position(|&byte| byte == b' ');
+        let blank =
+            blank.ok_or_else(|| bad("a record does not start with its length and a blank"))?;
+        let len = decimal(b"", &payload[..blank])?;
+        let len = usize::try_from(len).ok().filter(|&len| len > blank + 1 && len <= payload.len());
+        let len = len.ok_or_else(|| bad("the length of a record leaves the header"))?;
+        let (record, rest) = payload.split_at(len);
+        let (body, end) = record[blank + 1..].split_at(len - blank - 2);
+        if end != b"\n" {
+            return Err(bad("a record does not end with a newline where its length says"));
+        }
+        let equals = body.iter().position(|&byte| byte == b'=');
+        let equals = equals.filter(|&at| at > 0).ok_or_else(|| bad("a record has no key"))?;
+        let (key, value) = (&body[..equals], &body[equals + 1..]);
+        if key.contains(&0) {
+            return Err(bad("a key contains a NUL byte"));
+        }
+        Ok(Self { key, value, rest })
     }
-    let equals = body.iter().position(|&byte| byte == b'=');
-    let equals = equals.filter(|&at| at > 0).ok_or_else(|| bad("a record has no key"))?;
-    let (key, value) = (&body[..equals], &body[equals + 1..]);
-    if key.contains(&0) {
-        return Err(bad("a key contains a NUL byte"));
-    }
-    Ok((key, value, rest))
 }
 
 /// An unsigned decimal number of at most 63 bits, digits only.
@@ -174,7 +217,9 @@ fn time(text: &[u8]) -> Option<Timestamp> {
     if !fraction.iter().all(u8::is_ascii_digit) {
         return None;
     }
-    let nanos = (0..9).fold(0u32, |nanos, at| nanos * 10 + fraction.get(at).map_or(0, |digit| u32::from(digit - b'0')));
+    let nanos = (0..9).fold(0u32, |nanos, at| {
+        nanos * 10 + fraction.get(at).map_or(0, |digit| u32::from(digit - b'0'))
+    });
     Some(match (negative, nanos) {
         (false, nanos) => Timestamp { secs, nanos },
         (true, 0) => Timestamp { secs: -secs, nanos: 0 },
@@ -194,7 +239,8 @@ mod tests {
 
     fn record(key: &str, value: &[u8]) -> Vec<u8> {
         let body = [b" ", key.as_bytes(), b"=", value, b"\n"].concat();
-        let len = (1..).find(|digits| (body.len() + digits).to_string().len() == *digits).unwrap() + body.len();
+        let len = (1..).find(|digits| (body.len() + digits).to_string().len() == *digits).unwrap()
+            + body.len();
         [len.to_string().as_bytes(), &body].concat()
     }
 
@@ -214,7 +260,9 @@ mod tests {
     #[test]
     fn an_empty_value_withdraws_a_record_but_an_attribute_may_be_empty() {
         let mut records = Records::default();
-        let payload = [record("path", b"a"), record("path", b""), record("SCHILY.xattr.user.e", b"")].concat();
+        let payload =
+            [record("path", b"a"), record("path", b""), record("SCHILY.xattr.user.e", b"")]
+                .concat();
         assert!(records.merge(&payload).is_ok());
         assert_eq!(records.get("path"), None);
         assert_eq!(records.xattrs().ok().unwrap(), [(b"user.e".to_vec(), vec![])]);
@@ -229,13 +277,24 @@ mod tests {
             record("SCHILY.xattr.user.c", b"raw\0"),
         ];
         assert!(records.merge(&payload.concat()).is_ok());
-        let expected = [(b"user.a b".to_vec(), b"xx".to_vec()), (b"user.c".to_vec(), b"raw\0".to_vec())];
+        let expected =
+            [(b"user.a b".to_vec(), b"xx".to_vec()), (b"user.c".to_vec(), b"raw\0".to_vec())];
         assert_eq!(records.xattrs().ok().unwrap(), expected);
     }
 
     #[test]
     fn a_malformed_record_is_refused() {
-        for bad in ["x", "6 a=b", "5 a=b\n", "7 a=b\n", "6a=b\n", "4 =\n", "3 \n", "999999999999999999999 a=b\n", "0 "] {
+        for bad in [
+            "x",
+            "6 a=b",
+            "5 a=b\n",
+            "7 a=b\n",
+            "6a=b\n",
+            "4 =\n",
+            "3 \n",
+            "999999999999999999999 a=b\n",
+            "0 ",
+        ] {
             assert!(Records::default().merge(bad.as_bytes()).is_err(), "{bad:?}");
         }
         assert!(Records::default().merge(b"6 a=b\n").is_ok());

@@ -11,7 +11,8 @@
 //! as the stored data.
 
 use crate::tar::entry::{Content, SparsePiece};
-use crate::tar::header::number;
+use crate::tar::header::{Header, number};
+use crate::tar::pax::{PaxError, Records};
 use crate::units::Bytes;
 
 /// Bytes of one pair of number fields in the old format.
@@ -27,7 +28,10 @@ pub(super) fn old_pairs(field: &[u8], pairs: &mut Pairs) -> Result<(), &'static 
             break;
         }
         for half in pair.chunks_exact(12) {
-            pairs.push(u64::try_from(number(half)?).map_err(|_| "a number in the sparse map is negative")?);
+            pairs.push(
+                u64::try_from(number(half)?)
+                    .map_err(|_| "a number in the sparse map is negative")?,
+            );
         }
     }
     Ok(())
@@ -56,7 +60,11 @@ impl LineMap {
                     let value = std::mem::take(&mut self.digits);
                     self.digit_count = 0;
                     match &mut self.awaited {
-                        None => self.awaited = Some(value.checked_mul(2).ok_or("the sparse map has too many pieces")?),
+                        None => {
+                            let awaited = value.checked_mul(2);
+                            self.awaited =
+                                Some(awaited.ok_or("the sparse map has too many pieces")?);
+                        }
                         Some(awaited) => {
                             *awaited -= 1;
                             self.pairs.push(value);
@@ -66,7 +74,11 @@ impl LineMap {
                         return Ok(Some(std::mem::take(&mut self.pairs)));
                     }
                 }
-                _ => return Err("the sparse map at the start of the data is not lines of decimal numbers"),
+                _ => {
+                    return Err(
+                        "the sparse map at the start of the data is not lines of decimal numbers",
+                    );
+                }
             }
         }
         Ok(None)
@@ -85,7 +97,12 @@ pub(super) fn comma_pairs(text: &[u8]) -> Result<Pairs, &'static str> {
 }
 
 /// The checked content of a sparse file of `size` bytes with `stored` bytes of data at `data_offset`.
-pub(super) fn content(pairs: &[u64], size: u64, data_offset: u64, stored: u64) -> Result<Content, &'static str> {
+pub(super) fn content(
+    pairs: &[u64],
+    size: u64,
+    data_offset: u64,
+    stored: u64,
+) -> Result<Content, &'static str> {
     if !pairs.len().is_multiple_of(2) {
         return Err("the sparse map ends between an offset and its length");
     }
@@ -93,13 +110,20 @@ pub(super) fn content(pairs: &[u64], size: u64, data_offset: u64, stored: u64) -
     let (mut file_end, mut used) = (0u64, 0u64);
     for pair in pairs.chunks_exact(2) {
         let (offset, len) = (pair[0], pair[1]);
-        let end = offset.checked_add(len).filter(|&end| end <= size).ok_or("a sparse piece lies past the end of the file")?;
+        let end = offset
+            .checked_add(len)
+            .filter(|&end| end <= size)
+            .ok_or("a sparse piece lies past the end of the file")?;
         if offset < file_end {
             return Err("sparse pieces overlap or are not in order");
         }
         let tar_offset = data_offset.checked_add(used).ok_or("a sparse piece lies past 64 bits")?;
         if len > 0 {
-            pieces.push(SparsePiece { file_offset: Bytes(offset), tar_offset: Bytes(tar_offset), len: Bytes(len) });
+            pieces.push(SparsePiece {
+                file_offset: Bytes(offset),
+                tar_offset: Bytes(tar_offset),
+                len: Bytes(len),
+            });
         }
         used = used.checked_add(len).ok_or("the sparse pieces are longer than the data")?;
         file_end = end;
@@ -108,4 +132,52 @@ pub(super) fn content(pairs: &[u64], size: u64, data_offset: u64, stored: u64) -
         return Err("the sparse pieces do not add up to the stored data");
     }
     Ok(Content::Sparse { size: Bytes(size), pieces })
+}
+
+/// How an entry's sparse map is stored.
+pub(super) enum SparseKind {
+    No,
+    Old,
+    Pairs(Pairs),
+    Lines,
+}
+
+impl SparseKind {
+    pub(super) fn of(header: Header<'_>, records: &Records) -> Result<Self, PaxError> {
+        match header.flag() {
+            b'S' => return Ok(Self::Old),
+            0 | b'0' | b'7' => {}
+            _ => return Ok(Self::No),
+        }
+        let map = records.get("GNU.sparse.map");
+        let kind = match (records.get("GNU.sparse.major"), records.get("GNU.sparse.minor")) {
+            (Some(b"1"), Some(b"0")) => Self::Lines,
+            (None, None) if map.is_none() && records.sparse_pairs.is_empty() => {
+                return Ok(Self::No);
+            }
+            (None, None) | (Some(b"0"), Some(b"0" | b"1")) => match map {
+                Some(map) => Self::Pairs(
+                    comma_pairs(map).map_err(|reason| PaxError::new(b"GNU.sparse.map", reason))?,
+                ),
+                None => Self::Pairs(records.sparse_pairs.clone()),
+            },
+            _ => {
+                return Err(PaxError::new(
+                    b"GNU.sparse.major",
+                    "this version of sparse files is not known",
+                ));
+            }
+        };
+        if records.get("GNU.sparse.realsize").or(records.get("GNU.sparse.size")).is_none() {
+            return Err(PaxError::new(b"GNU.sparse.realsize", "it is missing for a sparse file"));
+        }
+        let count = records.number("GNU.sparse.numblocks")?;
+        if let (Self::Pairs(pairs), Some(count)) = (&kind, count)
+            && count.checked_mul(2) != Some(pairs.len() as u64)
+        {
+            let reason = "it is not the number of pieces in the map";
+            return Err(PaxError::new(b"GNU.sparse.numblocks", reason));
+        }
+        Ok(kind)
+    }
 }

@@ -31,7 +31,12 @@ fn parse(tar: &[u8]) -> Result<Vec<Entry>, TarError> {
 }
 
 fn run(dir: &Path, command: &str) {
-    let output = Command::new("sh").args(["-ec", command]).current_dir(dir).env("LC_ALL", "C").output().unwrap();
+    let output = Command::new("sh")
+        .args(["-ec", command])
+        .current_dir(dir)
+        .env("LC_ALL", "C")
+        .output()
+        .unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -68,7 +73,11 @@ for m in tarfile.open(sys.argv[1], errors='surrogateescape'):
 "#;
     let output = Command::new("python3").arg("-c").arg(SCRIPT).arg(path).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 fn time_text(time: Timestamp) -> f64 {
@@ -86,7 +95,11 @@ fn agrees_with_python(path: &Path) -> Vec<Entry> {
         let trimmed = name.trim_end_matches('/');
         assert_eq!(trimmed, their["name"].as_str().unwrap());
         let number = |key: &str| their[key].as_u64().unwrap();
-        assert_eq!((u64::from(entry.mode), entry.uid, entry.gid), (number("mode") & 0o7777, number("uid"), number("gid")), "{name}");
+        assert_eq!(
+            (u64::from(entry.mode), entry.uid, entry.gid),
+            (number("mode") & 0o7777, number("uid"), number("gid")),
+            "{name}"
+        );
         let their_time: f64 = their["mtime"].as_str().unwrap().parse().unwrap();
         assert!((time_text(entry.mtime) - their_time).abs() < 1e-5, "{name}");
         assert_eq!(entry.header_offset.get(), number("offset"), "{name}");
@@ -97,8 +110,10 @@ fn agrees_with_python(path: &Path) -> Vec<Entry> {
                 let size = match &entry.content {
                     Content::Plain => entry.stored_len.get(),
                     Content::Sparse { size, pieces } => {
-                        let ours: Vec<_> = pieces.iter().map(|p| (p.file_offset.get(), p.len.get())).collect();
-                        let pairs: Vec<(u64, u64)> = serde_json::from_value(their["sparse"].clone()).unwrap();
+                        let ours: Vec<_> =
+                            pieces.iter().map(|p| (p.file_offset.get(), p.len.get())).collect();
+                        let pairs: Vec<(u64, u64)> =
+                            serde_json::from_value(their["sparse"].clone()).unwrap();
                         let theirs: Vec<_> = pairs.into_iter().filter(|pair| pair.1 > 0).collect();
                         assert_eq!(ours, theirs, "{name}");
                         size.get()
@@ -108,10 +123,16 @@ fn agrees_with_python(path: &Path) -> Vec<Entry> {
             }
             EntryKind::HardLink(link) | EntryKind::Symlink(link) => {
                 assert_eq!(std::str::from_utf8(link).unwrap(), their["link"].as_str().unwrap());
-                assert_eq!(their["type"].as_str().unwrap(), if matches!(entry.kind, EntryKind::Symlink(_)) { "2" } else { "1" });
+                assert_eq!(
+                    their["type"].as_str().unwrap(),
+                    if matches!(entry.kind, EntryKind::Symlink(_)) { "2" } else { "1" }
+                );
             }
             EntryKind::Char { major, minor } | EntryKind::Block { major, minor } => {
-                assert_eq!((u64::from(*major), u64::from(*minor)), (number("major"), number("minor")));
+                assert_eq!(
+                    (u64::from(*major), u64::from(*minor)),
+                    (number("major"), number("minor"))
+                );
             }
             EntryKind::Directory => assert!(their["isdir"].as_bool().unwrap(), "{name}"),
             EntryKind::Fifo => assert_eq!(their["type"], "6"),
@@ -128,9 +149,15 @@ fn every_format_of_gnu_tar_reads_as_python_reads_it() {
             long_names(dir.path()); // v7 has no room for these, ustar gets what fits
         }
         let skipped = if format == "v7" { "--exclude=fifo" } else { "--no-wildcards" };
-        let skipped_long = if format == "ustar" { "--exclude=longlink --exclude=hard --exclude=nnn*" } else { "" };
+        let skipped_long =
+            if format == "ustar" { "--exclude=longlink --exclude=hard --exclude=nnn*" } else { "" };
         let order = "--sort=name";
-        run(dir.path(), &format!("tar --format={format} {order} {skipped} --wildcards {skipped_long} -cf {format}.tar t 2>err || grep -q 'long' err"));
+        run(
+            dir.path(),
+            &format!(
+                "tar --format={format} {order} {skipped} --wildcards {skipped_long} -cf {format}.tar t 2>err || grep -q 'long' err"
+            ),
+        );
         let entries = agrees_with_python(&dir.path().join(format!("{format}.tar")));
         assert!(entries.len() > 8, "{format}: {} entries", entries.len());
         let zero = entries.iter().find(|entry| entry.name == b"t/d/zero").unwrap();
@@ -155,10 +182,12 @@ fn data_lies_where_gnu_tar_says_and_is_reported_whole() {
     }
     assert_eq!(data, expected);
     // `tar -R` counts 512-byte blocks up to the header proper: the last block before the data.
-    let listing = Command::new("tar").args(["-tRf", "a.tar"]).current_dir(dir.path()).output().unwrap();
+    let listing =
+        Command::new("tar").args(["-tRf", "a.tar"]).current_dir(dir.path()).output().unwrap();
     let listing = String::from_utf8(listing.stdout).unwrap();
     for (line, entry) in listing.lines().zip(&entries) {
-        let block: u64 = line.strip_prefix("block ").unwrap().split(':').next().unwrap().parse().unwrap();
+        let block: u64 =
+            line.strip_prefix("block ").unwrap().split(':').next().unwrap().parse().unwrap();
         assert_eq!(block * 512, entry.data_offset.get() - 512, "{line}");
     }
 }
@@ -184,16 +213,24 @@ fn sparse_files_of_every_version_give_the_same_pieces() {
         let entries = agrees_with_python(&dir.path().join("s.tar"));
         let mut all = Vec::new();
         for entry in &entries {
-            let Content::Sparse { size, pieces } = &entry.content else { panic!("{options}: not sparse") };
+            let Content::Sparse { size, pieces } = &entry.content else {
+                panic!("{options}: not sparse")
+            };
             // The pieces over zeros are the file.
             let mut file = vec![0; size.get() as usize];
             for piece in pieces {
-                let (at, from, len) = (piece.file_offset.get() as usize, piece.tar_offset.get() as usize, piece.len.get() as usize);
+                let (at, from, len) = (
+                    piece.file_offset.get() as usize,
+                    piece.tar_offset.get() as usize,
+                    piece.len.get() as usize,
+                );
                 file[at..at + len].copy_from_slice(&tar[from..from + len]);
             }
             let name = std::str::from_utf8(&entry.name).unwrap();
             assert_eq!(file, fs::read(dir.path().join(name)).unwrap(), "{options} {name}");
-            all.push(pieces.iter().map(|piece| (piece.file_offset.get(), piece.len.get())).collect());
+            all.push(
+                pieces.iter().map(|piece| (piece.file_offset.get(), piece.len.get())).collect(),
+            );
         }
         assert_eq!(&all, reference.get_or_insert(all.clone()), "{options}");
     }
@@ -219,7 +256,10 @@ fn large_and_negative_numbers_of_gnu_and_pax_are_read() {
     let script = "add('a', uid=3000000000, gid=4294967294, mtime=-5, data=b'1')\nadd('b', uid=2**40, mtime=2**33+1)\nadd('c', type=tarfile.CHRTYPE, devmajor=300, devminor=70000)";
     for format in ["GNU_FORMAT", "PAX_FORMAT"] {
         let (_dir, entries) = python_tar(format, script);
-        assert_eq!((entries[0].uid, entries[0].gid, entries[0].mtime.secs), (3_000_000_000, 4_294_967_294, -5));
+        assert_eq!(
+            (entries[0].uid, entries[0].gid, entries[0].mtime.secs),
+            (3_000_000_000, 4_294_967_294, -5)
+        );
         assert_eq!((entries[1].uid, entries[1].mtime.secs), (1 << 40, (1 << 33) + 1));
         assert_eq!(entries[2].kind, EntryKind::Char { major: 300, minor: 70000 });
     }
@@ -239,15 +279,28 @@ fn attributes_and_global_records_reach_their_entries() {
     let entries = parse(&fs::read(&path).unwrap()).unwrap();
     let expected = [(b"user.x".to_vec(), b"v".to_vec()), (b"user.empty".to_vec(), vec![])];
     assert_eq!(entries[0].xattrs, expected);
-    assert_eq!((entries[0].uid, entries[0].mtime), (77, Timestamp { secs: -2, nanos: 750_000_000 }));
-    assert_eq!((entries[1].uid, entries[1].mtime), (77, Timestamp { secs: 12, nanos: 500_000_000 }));
+    assert_eq!(
+        (entries[0].uid, entries[0].mtime),
+        (77, Timestamp { secs: -2, nanos: 750_000_000 })
+    );
+    assert_eq!(
+        (entries[1].uid, entries[1].mtime),
+        (77, Timestamp { secs: 12, nanos: 500_000_000 })
+    );
 }
 
 #[test]
 fn attributes_written_by_gnu_tar_are_read() {
     let dir = sample_folder();
     let script = "setfattr -n user.turbo -v 'with = and \n newline' t/d/one && tar --format=posix --xattrs -cf x.tar t/d/one";
-    if !Command::new("sh").args(["-ec", script]).current_dir(dir.path()).output().unwrap().status.success() {
+    if !Command::new("sh")
+        .args(["-ec", script])
+        .current_dir(dir.path())
+        .output()
+        .unwrap()
+        .status
+        .success()
+    {
         return; // a filesystem without user attributes
     }
     let entries = parse(&fs::read(dir.path().join("x.tar")).unwrap()).unwrap();
@@ -279,7 +332,8 @@ fn pax(records: &[(&str, &str)]) -> Vec<u8> {
     let mut payload = Vec::new();
     for (key, value) in records {
         let body = format!(" {key}={value}\n");
-        let len = (1..).find(|digits| (body.len() + digits).to_string().len() == *digits).unwrap() + body.len();
+        let len = (1..).find(|digits| (body.len() + digits).to_string().len() == *digits).unwrap()
+            + body.len();
         payload.extend(format!("{len}{body}").into_bytes());
     }
     plain("PaxHeaders/x", b'x', &payload)
@@ -289,11 +343,27 @@ const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 
 #[test]
 fn a_v7_name_with_a_slash_is_a_directory_and_other_old_types_have_their_meaning() {
-    let tar = [plain("d/", 0, b""), plain("f", 0, b"x"), plain("c", b'7', b"yy"), plain("V", b'V', b""), plain("dump", b'D', b"Yx\0\0"), plain("e", b'0', b"")];
+    let tar = [
+        plain("d/", 0, b""),
+        plain("f", 0, b"x"),
+        plain("c", b'7', b"yy"),
+        plain("V", b'V', b""),
+        plain("dump", b'D', b"Yx\0\0"),
+        plain("e", b'0', b""),
+    ];
     let entries = parse(&[&tar.concat()[..], &END].concat()).unwrap();
     let kinds: Vec<_> = entries.iter().map(|entry| (entry.name.as_slice(), &entry.kind)).collect();
     use EntryKind::{Directory, Regular};
-    assert_eq!(kinds, [(&b"d/"[..], &Directory), (b"f", &Regular), (b"c", &Regular), (b"dump", &Directory), (b"e", &Regular)]);
+    assert_eq!(
+        kinds,
+        [
+            (&b"d/"[..], &Directory),
+            (b"f", &Regular),
+            (b"c", &Regular),
+            (b"dump", &Directory),
+            (b"e", &Regular)
+        ]
+    );
 }
 
 #[test]
@@ -304,7 +374,9 @@ fn a_hard_link_has_data_only_when_no_header_follows() {
         out
     };
     let end = plain("e", b'0', b"z");
-    for (tar, offset) in [([link(b""), end.clone()].concat(), 512), ([link(&[7; 1024]), end.clone()].concat(), 1536)] {
+    for (tar, offset) in
+        [([link(b""), end.clone()].concat(), 512), ([link(&[7; 1024]), end.clone()].concat(), 1536)]
+    {
         let entries = parse(&tar).unwrap();
         assert_eq!(entries[0].kind, EntryKind::HardLink(b"f".to_vec()));
         assert_eq!(entries[0].stored_len, Bytes::ZERO);
@@ -335,20 +407,70 @@ fn what_breaks_a_rule_is_refused_with_name_and_offset() {
     let cases = [
         (plain("a", b'M', b""), "Entry \"a\" at byte 0 has the unsupported type 'M'"),
         (plain("a", b'X', b""), "Entry \"a\" at byte 0 has the unsupported type 'X'"),
-        ([plain("a", b'0', b""), vec![1; 512]].concat(), "The block at byte 512 is not a tar header: its checksum is wrong"),
-        ([plain("a", b'0', b""), vec![0; 512], plain("b", b'0', b"")].concat(), "A single zero block at byte 512 is followed by other data"),
-        ([END.to_vec(), vec![0; 700], vec![1]].concat(), "The tar ends before byte 1724, but data that is not zero follows there"),
-        (pax(&[("path", "b")]), "The tar ends after the extended header at byte 0, without the entry it describes"),
-        ([pax(&[("path", "a\0b")]), plain("a", b'0', b"")].concat(), "Entry \"a\" at byte 0 has a bad pax record path: it contains a NUL byte"),
-        ([plain("L", b'L', b"a\0b\0"), plain("a", b'0', b"")].concat(), "Entry \"L\" at byte 0 has a bad long name: it contains a NUL byte"),
-        (block("a", b'x', METADATA_LIMIT + 1, |_| {}), "Entry \"a\" at byte 0 has pax records of 1048577 bytes; at most 1048576 are accepted"),
-        (block("a", b'0', 0, |b| b[100..108].fill(b'9')), "Entry \"a\" at byte 0 has a bad mode: it is not an octal number"),
-        (block("a", b'0', 0, |b| b[124..136].fill(0xff)), "Entry \"a\" at byte 0 has a bad size: -1 is not in 0..=9223372036854775807"),
-        (plain("a", b'0', b"x")[..600].to_vec(), "The tar is cut short at byte 600, within the padding of the entry at byte 0 (\"a\")"),
-        (plain("a", b'0', &[1; 100])[..600].to_vec(), "The tar is cut short at byte 600, within the data of the entry at byte 0 (\"a\")"),
-        ([pax(&[("GNU.sparse.map", "0,5,3,5"), ("GNU.sparse.size", "100")]), plain("a", b'0', &[1; 10])].concat(), "Entry \"a\" at byte 0 has a bad sparse map: sparse pieces overlap or are not in order"),
-        ([pax(&[("GNU.sparse.map", "0,5"), ("GNU.sparse.size", "100")]), plain("a", b'0', &[1; 10])].concat(), "Entry \"a\" at byte 0 has a bad sparse map: the sparse pieces do not add up to the stored data"),
-        ([pax(&[("size", "9223372036854775807")]), plain("a", b'0', &[])].concat(), "Entry \"a\" at byte 0 has a bad size: the data would end past 63 bits"),
+        (
+            [plain("a", b'0', b""), vec![1; 512]].concat(),
+            "The block at byte 512 is not a tar header: its checksum is wrong",
+        ),
+        (
+            [plain("a", b'0', b""), vec![0; 512], plain("b", b'0', b"")].concat(),
+            "A single zero block at byte 512 is followed by other data",
+        ),
+        (
+            [END.to_vec(), vec![0; 700], vec![1]].concat(),
+            "The tar ends before byte 1724, but data that is not zero follows there",
+        ),
+        (
+            pax(&[("path", "b")]),
+            "The tar ends after the extended header at byte 0, without the entry it describes",
+        ),
+        (
+            [pax(&[("path", "a\0b")]), plain("a", b'0', b"")].concat(),
+            "Entry \"a\" at byte 0 has a bad pax record path: it contains a NUL byte",
+        ),
+        (
+            [plain("L", b'L', b"a\0b\0"), plain("a", b'0', b"")].concat(),
+            "Entry \"L\" at byte 0 has a bad long name: it contains a NUL byte",
+        ),
+        (
+            block("a", b'x', METADATA_LIMIT + 1, |_| {}),
+            "Entry \"a\" at byte 0 has pax records of 1048577 bytes; at most 1048576 are accepted",
+        ),
+        (
+            block("a", b'0', 0, |b| b[100..108].fill(b'9')),
+            "Entry \"a\" at byte 0 has a bad mode: it is not an octal number",
+        ),
+        (
+            block("a", b'0', 0, |b| b[124..136].fill(0xff)),
+            "Entry \"a\" at byte 0 has a bad size: -1 is not in 0..=9223372036854775807",
+        ),
+        (
+            plain("a", b'0', b"x")[..600].to_vec(),
+            "The tar is cut short at byte 600, within the padding of the entry at byte 0 (\"a\")",
+        ),
+        (
+            plain("a", b'0', &[1; 100])[..600].to_vec(),
+            "The tar is cut short at byte 600, within the data of the entry at byte 0 (\"a\")",
+        ),
+        (
+            [
+                pax(&[("GNU.sparse.map", "0,5,3,5"), ("GNU.sparse.size", "100")]),
+                plain("a", b'0', &[1; 10]),
+            ]
+            .concat(),
+            "Entry \"a\" at byte 0 has a bad sparse map: sparse pieces overlap or are not in order",
+        ),
+        (
+            [
+                pax(&[("GNU.sparse.map", "0,5"), ("GNU.sparse.size", "100")]),
+                plain("a", b'0', &[1; 10]),
+            ]
+            .concat(),
+            "Entry \"a\" at byte 0 has a bad sparse map: the sparse pieces do not add up to the stored data",
+        ),
+        (
+            [pax(&[("size", "9223372036854775807")]), plain("a", b'0', &[])].concat(),
+            "Entry \"a\" at byte 0 has a bad size: the data would end past 63 bits",
+        ),
     ];
     for (tar, expected) in cases {
         assert_eq!(message(tar), expected);
@@ -359,7 +481,13 @@ fn what_breaks_a_rule_is_refused_with_name_and_offset() {
 
 /// A small tar with every kind of extra.
 fn varied() -> Vec<u8> {
-    let mut sparse = [pax(&[("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0"), ("GNU.sparse.realsize", "9000"), ("GNU.sparse.name", "sp")])].concat();
+    let mut sparse = [pax(&[
+        ("GNU.sparse.major", "1"),
+        ("GNU.sparse.minor", "0"),
+        ("GNU.sparse.realsize", "9000"),
+        ("GNU.sparse.name", "sp"),
+    ])]
+    .concat();
     let mut map = b"2\n0\n3\n4096\n4\n".to_vec();
     map.resize(BLOCK, 0);
     sparse.extend(plain("GNUSparseFile/sp", b'0', &[map, b"abcdefg".to_vec()].concat()));

@@ -33,7 +33,9 @@ pub enum AttributeError {
         id: u64,
     },
     /// An extended attribute whose name or value is longer than Linux allows.
-    #[error("the extended attribute {name} has a name of {name_len} bytes and a value of {value_len}; Linux allows 255 and 65536")]
+    #[error(
+        "the extended attribute {name} has a name of {name_len} bytes and a value of {value_len}; Linux allows 255 and 65536"
+    )]
     XattrLength {
         /// Its name.
         name: String,
@@ -64,7 +66,11 @@ pub(super) fn copied_up(lower: &Attributes) -> Attributes {
 }
 
 /// Applies a header to an inode of this kind; returns how many extended attributes it cannot have.
-pub(super) fn apply_header(attributes: &mut Attributes, entry: &Entry, kind: &Kind) -> Result<u64, AttributeError> {
+pub(super) fn apply_header(
+    attributes: &mut Attributes,
+    entry: &Entry,
+    kind: &Kind,
+) -> Result<u64, AttributeError> {
     attributes.uid = id("owner", entry.uid, attributes.uid)?;
     attributes.gid = id("group", entry.gid, attributes.gid)?;
     if !matches!(kind, Kind::Directory) {
@@ -75,8 +81,13 @@ pub(super) fn apply_header(attributes: &mut Attributes, entry: &Entry, kind: &Ki
     let mut dropped = 0;
     for (name, value) in &entry.xattrs {
         if name.len() > XATTR_NAME_LIMIT || value.len() > XATTR_VALUE_LIMIT {
-            let text = String::from_utf8_lossy(&name[..name.len().min(XATTR_NAME_LIMIT)]).into_owned();
-            return Err(AttributeError::XattrLength { name: text, name_len: name.len(), value_len: value.len() });
+            let text =
+                String::from_utf8_lossy(&name[..name.len().min(XATTR_NAME_LIMIT)]).into_owned();
+            return Err(AttributeError::XattrLength {
+                name: text,
+                name_len: name.len(),
+                value_len: value.len(),
+            });
         }
         if is_kept(name, kind) {
             attributes.xattrs.insert(name.clone(), value.clone());
@@ -84,7 +95,8 @@ pub(super) fn apply_header(attributes: &mut Attributes, entry: &Entry, kind: &Ki
             dropped += 1;
         }
     }
-    attributes.mode = if matches!(kind, Kind::Symlink(_)) { SYMLINK_MODE } else { (entry.mode & 0o7777) as u16 };
+    attributes.mode =
+        if matches!(kind, Kind::Symlink(_)) { SYMLINK_MODE } else { (entry.mode & 0o7777) as u16 };
     attributes.mtime = bounded(entry.mtime);
     Ok(dropped)
 }

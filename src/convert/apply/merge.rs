@@ -25,7 +25,11 @@ pub(super) fn merge(upper: Upper, tree: &mut Tree) -> Result<Vec<NodeId>, ApplyE
 }
 
 /// Makes and removes everything but files; returns where files belong.
-fn merge_directories(mut dirs: Vec<UpperDir>, tree: &mut Tree, pins: &Pins) -> Result<Vec<Place>, ApplyError> {
+fn merge_directories(
+    mut dirs: Vec<UpperDir>,
+    tree: &mut Tree,
+    pins: &Pins,
+) -> Result<Vec<Place>, ApplyError> {
     let mut places = Vec::new();
     let root = tree.root();
     let mut todo = vec![(0, root)];
@@ -39,7 +43,8 @@ fn merge_directories(mut dirs: Vec<UpperDir>, tree: &mut Tree, pins: &Pins) -> R
         }
         for (name, (order, slot)) in children {
             let lower = tree.lookup(node, &name);
-            let is_merged = |lower: NodeId| matches!((slot, tree.kind(lower)), (Slot::Dir(_), Kind::Directory));
+            let is_merged =
+                |lower: NodeId| matches!((slot, tree.kind(lower)), (Slot::Dir(_), Kind::Directory));
             let kept = lower.filter(|&lower| is_merged(lower));
             if lower.is_some() && kept.is_none() {
                 remove(tree, node, &name)?;
@@ -47,7 +52,8 @@ fn merge_directories(mut dirs: Vec<UpperDir>, tree: &mut Tree, pins: &Pins) -> R
             match slot {
                 Slot::Whiteout => {}
                 Slot::File(file) => places.push(Place { order, dir: node, name, file }),
-                Slot::Dir(dir) => todo.push((dir.index(), directory(tree, node, &name, kept, &dirs[dir.index()])?)),
+                Slot::Dir(dir) => todo
+                    .push((dir.index(), directory(tree, node, &name, kept, &dirs[dir.index()])?)),
             }
         }
     }
@@ -68,14 +74,21 @@ fn directory(
             }
             Ok(node)
         }
-        None => tree.create(parent, name, Kind::Directory, upper.attributes.clone()).map_err(error(name)),
+        None => tree
+            .create(parent, name, Kind::Directory, upper.attributes.clone())
+            .map_err(error(name)),
     }
 }
 
-fn place_files(places: Vec<Place>, files: Vec<UpperFile>, tree: &mut Tree) -> Result<Vec<NodeId>, ApplyError> {
+fn place_files(
+    places: Vec<Place>,
+    files: Vec<UpperFile>,
+    tree: &mut Tree,
+) -> Result<Vec<NodeId>, ApplyError> {
     let mut created = Vec::new();
     // Where each file is in the tree, or the file that is still to be made.
-    let mut files: Vec<Result<NodeId, Option<UpperFile>>> = files.into_iter().map(|file| Err(Some(file))).collect();
+    let mut files: Vec<Result<NodeId, Option<UpperFile>>> =
+        files.into_iter().map(|file| Err(Some(file))).collect();
     for Place { dir, name, file, .. } in places {
         let state = &mut files[file.index()];
         let node = match state {
@@ -114,7 +127,9 @@ impl Pins {
             let FileSource::Lower(node) = file.source else { continue };
             // No layer can bring a name that begins like a whiteout; a disk made by others might have one.
             let free = (pins.len()..).map(|number| format!(".wh..wh.pin{number}").into_bytes());
-            let Some(name) = free.into_iter().find(|name| tree.lookup(root, name).is_none()) else { continue };
+            let Some(name) = free.into_iter().find(|name| tree.lookup(root, name).is_none()) else {
+                continue;
+            };
             tree.link(root, &name, node).map_err(error(&name))?;
             pins.push(name);
         }
@@ -135,4 +150,3 @@ fn error(name: &[u8]) -> impl FnOnce(TreeError) -> ApplyError {
     let name = quoted(name);
     move |source| ApplyError::Tree { name, source }
 }
-

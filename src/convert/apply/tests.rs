@@ -35,7 +35,9 @@ pub(super) fn entry(line: &str, number: u64) -> Entry {
                 let (major, minor) = value.split_once(':').unwrap();
                 device = (major.parse().unwrap(), minor.parse().unwrap());
             }
-            Some((name, value)) => entry.xattrs.push((name.as_bytes().to_vec(), value.as_bytes().to_vec())),
+            Some((name, value)) => {
+                entry.xattrs.push((name.as_bytes().to_vec(), value.as_bytes().to_vec()))
+            }
         }
     }
     let (major, minor) = device;
@@ -76,7 +78,11 @@ fn list(tree: &Tree, show: impl Fn(NodeId) -> String) -> Vec<String> {
             lines.push(format!("{path}{}", show(node)));
         }
         if matches!(tree.kind(node), Kind::Directory) {
-            todo.extend(tree.children(node).map(|(name, child)| (format!("{path}/{}", String::from_utf8_lossy(name)), child)));
+            todo.extend(
+                tree.children(node).map(|(name, child)| {
+                    (format!("{path}/{}", String::from_utf8_lossy(name)), child)
+                }),
+            );
         }
     }
     lines.sort();
@@ -85,7 +91,9 @@ fn list(tree: &Tree, show: impl Fn(NodeId) -> String) -> Vec<String> {
 
 fn paths(layers: &[&[&str]]) -> String {
     let tree = stack(layers);
-    let slash = |node| if matches!(tree.kind(node), Kind::Directory) { "/".to_owned() } else { String::new() };
+    let slash = |node| {
+        if matches!(tree.kind(node), Kind::Directory) { "/".to_owned() } else { String::new() }
+    };
     list(&tree, slash).join(" ")
 }
 
@@ -99,7 +107,19 @@ fn error(layers: &[&[&str]], last: &[&str]) -> String {
 
 #[test]
 fn names_are_cleaned_and_stay_in_the_root() {
-    assert_eq!(paths(&[&["f ./a", "f //b", "f ../../c", "f d/../e", "d ./f//g/./h/", "d ./", "d /", "f .."]]), "/a /b /c /e /f/ /f/g/ /f/g/h/");
+    assert_eq!(
+        paths(&[&[
+            "f ./a",
+            "f //b",
+            "f ../../c",
+            "f d/../e",
+            "d ./f//g/./h/",
+            "d ./",
+            "d /",
+            "f .."
+        ]]),
+        "/a /b /c /e /f/ /f/g/ /f/g/h/"
+    );
 }
 
 #[test]
@@ -149,19 +169,33 @@ fn a_name_of_another_kind_replaces_and_directories_merge() {
 
 #[test]
 fn links_of_this_layer_are_followed_within_the_root_and_lower_ones_are_not_seen() {
-    assert_eq!(paths(&[&["d usr/lib/", "l lib -> usr/lib", "f lib/x"]]), "/lib /usr/ /usr/lib/ /usr/lib/x");
+    assert_eq!(
+        paths(&[&["d usr/lib/", "l lib -> usr/lib", "f lib/x"]]),
+        "/lib /usr/ /usr/lib/ /usr/lib/x"
+    );
     assert_eq!(paths(&[&["l a -> /../../b", "f a/x"]]), "/a /b/ /b/x");
-    assert_eq!(paths(&[&["d d/e/", "l d/e/up -> ../..", "f d/e/up/x", "l s -> d/e/up", "f s/y"]]), "/d/ /d/e/ /d/e/up /s /x /y");
-    assert_eq!(paths(&[&["d usr/lib/", "l lib -> usr/lib"], &["f lib/x"]]), "/lib/ /lib/x /usr/ /usr/lib/");
-    assert_eq!(paths(&[&["d usr/lib/", "l lib -> usr/lib"], &["l lib -> usr/lib", "f lib/x"]]), "/lib /usr/ /usr/lib/ /usr/lib/x");
+    assert_eq!(
+        paths(&[&["d d/e/", "l d/e/up -> ../..", "f d/e/up/x", "l s -> d/e/up", "f s/y"]]),
+        "/d/ /d/e/ /d/e/up /s /x /y"
+    );
+    assert_eq!(
+        paths(&[&["d usr/lib/", "l lib -> usr/lib"], &["f lib/x"]]),
+        "/lib/ /lib/x /usr/ /usr/lib/"
+    );
+    assert_eq!(
+        paths(&[&["d usr/lib/", "l lib -> usr/lib"], &["l lib -> usr/lib", "f lib/x"]]),
+        "/lib /usr/ /usr/lib/ /usr/lib/x"
+    );
     // The last name is never followed.
     assert_eq!(paths(&[&["d d/", "l l -> d", "f l"]]), "/d/ /l");
 }
 
 #[test]
 fn missing_directories_are_copied_up_or_made_plain() {
-    let base: &[&str] = &["d d mode=2750 uid=7 gid=8 time=50 user.a=1", "d d/e mode=700 time=60", "l l -> d/e"];
-    let tree = stack(&[base, &["f d/e/new time=99", "f x/y/z time=77", "f l/q", "f d/sub/q time=5"]]);
+    let base: &[&str] =
+        &["d d mode=2750 uid=7 gid=8 time=50 user.a=1", "d d/e mode=700 time=60", "l l -> d/e"];
+    let tree =
+        stack(&[base, &["f d/e/new time=99", "f x/y/z time=77", "f l/q", "f d/sub/q time=5"]]);
     let shown = |path: &str| {
         let a = tree.attributes(at(&tree, path));
         (a.mode, a.uid, a.gid, a.mtime.secs, a.xattrs.len())
@@ -170,8 +204,16 @@ fn missing_directories_are_copied_up_or_made_plain() {
     assert_eq!(shown("d/e"), (0o700, 0, 0, 60, 0));
     assert_eq!(shown("x"), (0o755, 0, 0, 77, 0));
     assert_eq!(shown("x/y"), (0o755, 0, 0, 77, 0));
-    assert_eq!(shown("l"), (0o700, 0, 0, 60, 0), "a lower link: the attributes of what it leads to");
-    assert_eq!(shown("d/sub"), (0o755, 0, 8, 5, 0), "a directory with the set-group-id bit passes its group on");
+    assert_eq!(
+        shown("l"),
+        (0o700, 0, 0, 60, 0),
+        "a lower link: the attributes of what it leads to"
+    );
+    assert_eq!(
+        shown("d/sub"),
+        (0o755, 0, 8, 5, 0),
+        "a directory with the set-group-id bit passes its group on"
+    );
 }
 
 #[test]
@@ -184,7 +226,10 @@ fn a_repeated_directory_has_the_attributes_of_its_last_header() {
     // Over a lower layer all attributes are new.
     let tree = stack(&[base, &["d d mode=711 uid=3 user.c=3"]]);
     assert_eq!(names(&tree), ["user.c"]);
-    assert_eq!((tree.attributes(at(&tree, "d")).mode, tree.attributes(at(&tree, "d")).uid), (0o711, 3));
+    assert_eq!(
+        (tree.attributes(at(&tree, "d")).mode, tree.attributes(at(&tree, "d")).uid),
+        (0o711, 3)
+    );
     // Within a layer they add up, copied ones too.
     assert_eq!(names(&stack(&[base, &["f d/y", "d d user.c=3"]])), ["user.a", "user.b", "user.c"]);
     assert_eq!(names(&stack(&[base, &["d d user.c=3", "d d user.d=4"]])), ["user.c", "user.d"]);
@@ -192,11 +237,18 @@ fn a_repeated_directory_has_the_attributes_of_its_last_header() {
 
 #[test]
 fn a_hard_link_shares_the_inode_and_its_header_counts() {
-    let tree = stack(&[&["f a len=10 mode=600", "h b -> a mode=640 uid=5", "l s -> a", "h t -> s uid=4"]]);
+    let tree =
+        stack(&[&["f a len=10 mode=600", "h b -> a mode=640 uid=5", "l s -> a", "h t -> s uid=4"]]);
     assert_eq!(at(&tree, "a"), at(&tree, "b"));
-    assert_eq!((tree.attributes(at(&tree, "a")).mode, tree.attributes(at(&tree, "a")).uid), (0o640, 5));
+    assert_eq!(
+        (tree.attributes(at(&tree, "a")).mode, tree.attributes(at(&tree, "a")).uid),
+        (0o640, 5)
+    );
     assert_eq!(at(&tree, "s"), at(&tree, "t"));
-    assert_eq!((tree.attributes(at(&tree, "s")).mode, tree.attributes(at(&tree, "s")).uid), (0o777, 4));
+    assert_eq!(
+        (tree.attributes(at(&tree, "s")).mode, tree.attributes(at(&tree, "s")).uid),
+        (0o777, 4)
+    );
     assert_eq!(tree.links(at(&tree, "a")), 2);
 
     // To a lower file, even one whose names go in this layer.
@@ -217,7 +269,8 @@ fn a_hard_link_shares_the_inode_and_its_header_counts() {
     ] {
         assert_eq!(error(&[base], &[upper]).split_once("applied: ").unwrap().1, reason);
     }
-    assert!(error(&[base], &["f .wh.a", "h b -> a"]).ends_with("does not exist"));
+    assert!(error(&[base], &["f .wh.d", "h b -> d/f"]).ends_with("does not exist"));
+    assert_eq!(paths(&[&["f a"], &["f .wh.a", "h b -> a"]]), "");
     assert!(error(&[], &["f a", "h a -> a"]).ends_with("does not exist"));
 }
 
@@ -246,7 +299,10 @@ fn data_and_times_arrive_as_the_header_says() {
     assert_eq!((report.entries, report.root_entries, report.created.len()), (4, 1, 4));
     assert_eq!(report.created, ["sparse", "plain", "old", "late"].map(|path| at(&tree, path)));
     let run = DataRun::remote(Bytes(4096), Bytes(1024), Bytes(7));
-    assert_eq!(*tree.kind(at(&tree, "sparse")), Kind::Regular { size: Bytes(9000), runs: vec![run] });
+    assert_eq!(
+        *tree.kind(at(&tree, "sparse")),
+        Kind::Regular { size: Bytes(9000), runs: vec![run] }
+    );
     let run = DataRun::remote(Bytes(0), Bytes(4096), Bytes(9));
     assert_eq!(*tree.kind(at(&tree, "plain")), Kind::Regular { size: Bytes(9), runs: vec![run] });
     assert_eq!(tree.attributes(at(&tree, "old")).mtime, Timestamp::default());
@@ -266,14 +322,20 @@ fn what_cannot_be_is_refused_and_the_tree_is_unchanged() {
         (&["l a -> b", "l b -> a", "f a/x"], "its path leads through more than 255 symbolic links"),
         (&["f a uid=4294967296"], "the owner 4294967296 does not fit in 32 bits"),
         (&["c a dev=5000:1"], "there is no device 5000:1: the numbers have 12 and 20 bits"),
-        (&[&long], "the name \"nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn\" has 256 bytes; 255 are allowed"),
+        (
+            &[&long],
+            "the name \"nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn\" has 256 bytes; 255 are allowed",
+        ),
         (&[&deep], "its path has 4097 bytes; 4095 are allowed"),
         (&[&link], "a symbolic link has 1 to 4095 bytes, not 4096"),
         (&["l l"], "a symbolic link has 1 to 4095 bytes, not 0"),
     ] {
         let message = error(&[], lines);
         let offset = (lines.len() - 1) * 512;
-        assert!(message.contains(&format!(" at byte {offset} of the tar cannot be applied: ")), "{message}");
+        assert!(
+            message.contains(&format!(" at byte {offset} of the tar cannot be applied: ")),
+            "{message}"
+        );
         assert_eq!(message.split_once("applied: ").unwrap().1, reason);
     }
     let mut tree = stack(&[&["f a"]]);

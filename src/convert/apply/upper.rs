@@ -97,7 +97,13 @@ impl Upper {
         self.dir_mut(dir).children.remove(name);
     }
 
-    pub(super) fn create_dir(&mut self, dir: DirId, name: Vec<u8>, attributes: Attributes, opaque: bool) -> DirId {
+    pub(super) fn create_dir(
+        &mut self,
+        dir: DirId,
+        name: Vec<u8>,
+        attributes: Attributes,
+        opaque: bool,
+    ) -> DirId {
         let new = DirId(self.dirs.len());
         self.dirs.push(UpperDir { attributes, opaque, children: BTreeMap::new() });
         self.insert(dir, name, Slot::Dir(new));
@@ -113,7 +119,10 @@ impl Upper {
     pub(super) fn adopt(&mut self, node: NodeId, attributes: &Attributes) -> FileId {
         let files = &mut self.files;
         *self.adopted.entry(node).or_insert_with(|| {
-            files.push(UpperFile { source: FileSource::Lower(node), attributes: attributes.clone() });
+            files.push(UpperFile {
+                source: FileSource::Lower(node),
+                attributes: attributes.clone(),
+            });
             FileId(files.len() - 1)
         })
     }
@@ -127,7 +136,9 @@ impl Upper {
     pub(super) fn visible_lower(&self, tree: &Tree, parents: &Path, base: &[u8]) -> Option<NodeId> {
         let (mut upper, mut lower) = (Some(self.root()), tree.root());
         for name in parents.components().chain([base]) {
-            if upper.is_some_and(|dir| self.dir(dir).opaque) || !matches!(tree.kind(lower), Kind::Directory) {
+            if upper.is_some_and(|dir| self.dir(dir).opaque)
+                || !matches!(tree.kind(lower), Kind::Directory)
+            {
                 return None;
             }
             upper = match upper.and_then(|dir| self.slot(dir, name)) {
