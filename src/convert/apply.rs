@@ -158,6 +158,7 @@ impl<'t> LayerApply<'t> {
     ///
     /// # Errors
     /// [`ApplyError::Entry`]; the layer cannot be continued.
+    #[allow(clippy::needless_pass_by_value)] // an entry has one taker
     pub fn entry(&mut self, entry: Entry) -> Result<(), ApplyError> {
         self.apply(&entry).map_err(|reason| ApplyError::Entry {
             name: quoted(&entry.name),

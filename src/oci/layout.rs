@@ -635,7 +635,7 @@ mod tests {
             for writer in 0..4 {
                 let (layout, image) = (&layout, &image);
                 scope.spawn(move || {
-                    (0..5).for_each(|tag| layout.put(&format!("{writer}-{tag}"), image).unwrap())
+                    (0..5).for_each(|tag| layout.put(&format!("{writer}-{tag}"), image).unwrap());
                 });
             }
         });

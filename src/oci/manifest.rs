@@ -230,7 +230,7 @@ impl Document {
         }
         let value: Value = serde_json::from_slice(bytes)
             .map_err(|source| ManifestError::Json { what: "JSON text", source })?;
-        let own = value.get("mediaType").and_then(Value::as_str);
+        let own = value.get("mediaType").and_then(Value::as_str).filter(|text| !text.is_empty());
         // A registry may add parameters: `…+json; charset=utf-8`.
         let given = media_type.and_then(|text| text.split(';').next()).map(str::trim);
         let is_index = match own.or(given.filter(|given| is_known(given))) {

@@ -561,3 +561,63 @@ proptest! {
         let _ = parse(&block("a", b'3', 5, |block| block[100..124].copy_from_slice(&field)));
     }
 }
+
+/// A layer of the interop vectors, unpacked.
+fn interop_layer(name: &str) -> Vec<u8> {
+    use std::io::Read as _;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/blobs").join(name);
+    let mut tar = Vec::new();
+    flate2::read::MultiGzDecoder::new(fs::File::open(path).unwrap()).read_to_end(&mut tar).unwrap();
+    tar
+}
+
+#[test]
+fn the_interop_layers_read_as_python_reads_them() {
+    let dir = tempfile::tempdir().unwrap();
+    for layer in ["base.tar.gz", "upper.tar.gz"] {
+        let path = dir.path().join(layer);
+        fs::write(&path, interop_layer(layer)).unwrap();
+        assert!(agrees_with_python(&path).len() > 300);
+    }
+}
+
+/// `cargo test --release --lib tar::tests::speed -- --ignored --nocapture`
+#[test]
+#[ignore = "measures"]
+fn speed_of_headers_and_of_data() {
+    let headers: Vec<u8> = (0..200_000)
+        .flat_map(|at| block(&format!("usr/share/doc/file-{at}"), b'0', 0, |_| {}))
+        .collect();
+    let with_pax: Vec<u8> = (0..50_000)
+        .flat_map(|at| {
+            [
+                pax(&[("mtime", "1700000000.123"), ("path", &format!("usr/{at}"))]),
+                plain("x", b'0', b"y"),
+            ]
+            .concat()
+        })
+        .collect();
+    let data = plain("x", b'0', &vec![1; 1 << 30]);
+    for (what, tar, entries) in
+        [("headers", headers, 200_000), ("pax", with_pax, 50_000), ("data", data, 1)]
+    {
+        let start = std::time::Instant::now();
+        let (mut parser, mut seen) = (Parser::new(), 0);
+        for piece in tar.chunks(1 << 17) {
+            parser
+                .feed::<TarError>(piece, &mut |_| {
+                    seen += 1;
+                    Ok(())
+                })
+                .unwrap();
+        }
+        parser.finish().unwrap();
+        assert_eq!(seen, entries);
+        let time = start.elapsed();
+        println!(
+            "{what}: {time:?}, {:?} an entry, {:.1} GB/s",
+            time / entries,
+            tar.len() as f64 / time.as_secs_f64() / 1e9
+        );
+    }
+}

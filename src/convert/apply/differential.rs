@@ -389,6 +389,9 @@ fn line(with_attributes: bool) -> impl Strategy<Value = String> {
 }
 
 proptest! {
+    // Each case is a mount or two: a quarter of the usual number (which PROPTEST_CASES sets).
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases / 4))]
+
     /// With one layer below, containerd's search for the attributes of parents sees just that layer.
     #[test]
     fn two_layers_are_what_overlayfs_shows(layers in prop::collection::vec(prop::collection::vec(line(true), 0..7), 2..3)) {

@@ -36,7 +36,7 @@ pub(super) fn entry(line: &str, number: u64) -> Entry {
                 device = (major.parse().unwrap(), minor.parse().unwrap());
             }
             Some((name, value)) => {
-                entry.xattrs.push((name.as_bytes().to_vec(), value.as_bytes().to_vec()))
+                entry.xattrs.push((name.as_bytes().to_vec(), value.as_bytes().to_vec()));
             }
         }
     }
@@ -341,4 +341,79 @@ fn what_cannot_be_is_refused_and_the_tree_is_unchanged() {
     let mut tree = stack(&[&["f a"]]);
     assert!(apply_lines(&mut tree, &["f .wh.a", "f b", "f .wh."]).is_err());
     assert_eq!(list(&tree, |_| String::new()), ["/a"]);
+}
+
+#[test]
+fn the_interop_layers_make_the_tree_that_their_script_describes() {
+    use std::io::Read as _;
+    let mut tree = Tree::new();
+    for layer in ["base.tar.gz", "upper.tar.gz"] {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/interop/blobs")
+            .join(layer);
+        let mut tar = Vec::new();
+        flate2::read::MultiGzDecoder::new(std::fs::File::open(path).unwrap())
+            .read_to_end(&mut tar)
+            .unwrap();
+        let mut apply = LayerApply::new(&mut tree);
+        let mut parser = crate::tar::Parser::new();
+        #[derive(Debug)]
+        #[allow(dead_code)]
+        enum Error {
+            Tar(crate::tar::TarError),
+            Apply(ApplyError),
+        }
+        impl From<crate::tar::TarError> for Error {
+            fn from(error: crate::tar::TarError) -> Self {
+                Self::Tar(error)
+            }
+        }
+        let mut on = |event: crate::tar::Event<'_>| match event {
+            crate::tar::Event::Entry(entry) => apply.entry(entry).map_err(Error::Apply),
+            crate::tar::Event::Data(_) => Ok(()),
+        };
+        tar.chunks(1000).try_for_each(|piece| parser.feed::<Error>(piece, &mut on)).unwrap();
+        parser.finish().unwrap();
+        apply.finish().unwrap();
+    }
+    let exists = |path: &str| path::Lower(&tree).node_at(&Path::raw(path.as_bytes())).is_some();
+    for gone in [
+        "wh/gone",
+        "wh/sub",
+        "wh/opq/o1",
+        "tmp",
+        "swap/dir2file/inner",
+        "many/file-with-some-name-00010",
+        "wh/.wh.gone",
+    ] {
+        assert!(!exists(gone), "{gone}");
+    }
+    for there in [
+        "wh/stays",
+        "wh/opq/new",
+        "wh/keep/k",
+        "swap/file2dir/now",
+        "many/file-with-some-name-00999",
+        "implicit/a/b/c",
+        "dotslash/file",
+    ] {
+        assert!(exists(there), "{there}");
+    }
+    let attributes = |path: &str| {
+        let found = tree.attributes(at(&tree, path));
+        (found.mode, found.uid, found.gid)
+    };
+    assert_eq!(at(&tree, "links/hard-lower"), at(&tree, "files/t100000"));
+    assert_eq!(at(&tree, "links/hard-to-r4097"), at(&tree, "files/r4097"));
+    assert_eq!(
+        (attributes("etc"), attributes("wh/keep"), attributes("bin/suid")),
+        ((0o750, 0, 7), (0o700, 5, 0), (0o4755, 0, 0))
+    );
+    assert_eq!(*tree.kind(at(&tree, "dev/big")), Kind::Char { major: 300, minor: 70000 });
+    assert_eq!(*tree.kind(at(&tree, "swap/file2sym")), Kind::Symlink(b"sym2file".to_vec()));
+    assert_eq!(
+        tree.attributes(at(&tree, "etc/pax-mtime")).mtime,
+        Timestamp { secs: 1_700_000_000, nanos: 250_000_000 }
+    );
+    assert_eq!(tree.attributes(at(&tree, "etc/xattr-user")).xattrs.len(), 3);
 }
