@@ -13,7 +13,7 @@
 //! was not. A new chunk begins as unused, so a scan of cold data passes through without displacing
 //! what is read twice. What no room can be made for is served and not kept.
 //!
-//! Contents: [`shard`] one lock's worth of chunks, [`loader`] the threads.
+//! Contents: `shard` one lock's worth of chunks, `loader` the threads.
 
 mod loader;
 mod shard;

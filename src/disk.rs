@@ -8,7 +8,7 @@
 //! come: one round trip to the registry, not one a chunk.
 //!
 //! The caller then asks again, and by then a small cache may have given the chunks up for somebody
-//! else's. So the chunks of a woken request are kept aside for it ([`leases`]): every request ends,
+//! else's. So the chunks of a woken request are kept aside for it (`leases`): every request ends,
 //! however small the budget.
 //!
 //! Upstream answers what lies past the end of a layer's target with zeros, so a truncated or wrong
@@ -237,11 +237,28 @@ impl Disk {
         offset: u64,
     ) -> Option<Arc<ChunkBytes>> {
         let key = (part.layer, index);
-        if let Some(chunk) = request.leased.iter().find(|(leased, _)| *leased == key) {
-            return Some(chunk.1.clone());
+        // Extents of one file often share a chunk, and come one after the other.
+        if let Some((_, chunk)) = request.last.as_ref().filter(|(last, _)| *last == key) {
+            return chunk.clone();
         }
+        let leased = request.leased.iter().find(|(leased, _)| *leased == key);
+        let chunk = match leased {
+            Some((_, chunk)) => Some(chunk.clone()),
+            None => self.cached_chunk(request, part, key, offset),
+        };
+        request.last = Some((key, chunk.clone()));
+        chunk
+    }
+
+    fn cached_chunk(
+        &self,
+        request: &mut Request<'_, '_>,
+        part: &ChunkPart<'_>,
+        key: leases::ChunkKey,
+        offset: u64,
+    ) -> Option<Arc<ChunkBytes>> {
         let Request { gather, waiter, leases, range, .. } = request;
-        let lookup = self.cache.get(part.source, index, &mut || {
+        let lookup = self.cache.get(part.source, key.1, &mut || {
             let gather =
                 gather.get_or_insert_with(|| Gather::new(waiter(), (*leases).clone(), *range));
             gather.expect(key, offset)
@@ -318,6 +335,8 @@ struct Request<'a, 'w> {
     leased: Vec<(leases::ChunkKey, Arc<ChunkBytes>)>,
     /// Chunks found in the cache: kept too if the request has to wait for others.
     present: Vec<(leases::ChunkKey, Arc<ChunkBytes>)>,
+    /// The chunk asked for last; none if it is missing.
+    last: Option<(leases::ChunkKey, Option<Arc<ChunkBytes>>)>,
     gather: Option<Arc<Gather>>,
     waiter: &'a mut (dyn FnMut() -> Waiter + 'w),
     leases: &'a Arc<Leases>,
@@ -373,6 +392,9 @@ impl Volume for Disk {
         if end > self.size() {
             return Err(VolumeError::PastEnd { offset, end, size: self.size() });
         }
+        if len == 0 {
+            return Ok(Located::Ready(Vec::new()));
+        }
         let range = (offset, len);
         let leased = self.leases.take(range);
         let mut request = Request {
@@ -380,6 +402,7 @@ impl Volume for Disk {
             pieces: Vec::new(),
             leased,
             present: Vec::new(),
+            last: None,
             gather: None,
             waiter,
             leases: &self.leases,

@@ -425,4 +425,93 @@ mod tests {
         }
         assert!(parse("{").is_err());
     }
+
+    struct NoGzip;
+
+    impl TargetOpener for NoGzip {
+        fn open_gzip(
+            &self,
+            blob: Arc<dyn ByteSource>,
+            index: Vec<u8>,
+            sidecar: Option<Vec<u8>>,
+            digest: Option<&str>,
+        ) -> Result<Arc<dyn ChunkSource>, DiskError> {
+            let name = format!("{} bytes, {index:?}, {sidecar:?}, {digest:?}", blob.len());
+            Err(DiskError::Target { name, source: Arc::new(std::io::Error::other("no gzip here")) })
+        }
+    }
+
+    #[test]
+    fn layers_are_found_where_upstream_finds_them_and_what_is_missing_is_named() {
+        use crate::lsmt::{Identity, NativeWriter, WarpWriter};
+        use crate::units::{Bytes, Sectors};
+        use crate::volume::Volume as _;
+
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        };
+        let native = |byte: u8| {
+            let mut writer =
+                NativeWriter::new(Vec::new(), Bytes(1 << 20), Identity::default()).unwrap();
+            writer.data(Sectors(u64::from(byte)), &[byte; 512]).unwrap();
+            writer.finish().unwrap()
+        };
+        let mut warp = WarpWriter::new(Bytes(1 << 20)).unwrap();
+        warp.metadata(Sectors(4), &[4; 512]).unwrap();
+        warp.remote(Sectors(5), Sectors(1), Sectors(1)).unwrap();
+        let mut meta = Vec::new();
+        warp.finish(&mut meta).unwrap();
+        write("one/overlaybd.sealed", &native(1));
+        write("one/.commit", &native(2));
+        write("three", &native(3));
+        write("meta", &meta);
+        write("layer.tar", &[[9; 512], [5; 512]].concat());
+        write("index", &[1, 2]);
+        write("sidecar", &[3]);
+        let open = |text: &str| {
+            write("config.v1.json", text.as_bytes());
+            open(&folder.path().join("config.v1.json"), Cache::new(1 << 20, 1), &NoGzip)
+        };
+        let disk = open(r#"{"lowers": [{"dir": "one", "file": "absent"}, {"file": "three", "dir": "one"},
+            {"file": "meta", "targetFile": "layer.tar", "targetDigest": "sha256:5"}], "upper": {}}"#)
+        .unwrap();
+        let mut bytes = [0xff; 6 * 512];
+        disk.read_at(&mut bytes, 0).unwrap();
+        let sectors: Vec<_> = bytes.chunks(512).map(|sector| sector[0]).collect();
+        assert_eq!(sectors, [0, 0, 2, 3, 4, 5]);
+
+        let refused = |text| open(text).map(|_| ()).unwrap_err().to_string();
+        let cases = [
+            (r#"{"lowers": []}"#, "Key lowers of"),
+            (
+                r#"{"lowers": [{"file": "three"}], "upper": {"index": "i", "data": "d"}}"#,
+                "Key upper of",
+            ),
+            (r#"{"lowers": [{"file": "three"}], "accelerationLayer": true}"#, "Key lowers of"),
+            (
+                r#"{"lowers": [{"digest": "sha256:7"}]}"#,
+                "Layer 0 (sha256:7) is incomplete: it names neither",
+            ),
+            (
+                r#"{"lowers": [{"file": "x", "dir": "y"}]}"#,
+                "Layer 0 (x) is incomplete: none of its local files",
+            ),
+            (
+                r#"{"lowers": [{"file": "meta", "targetDigest": "sha256:5"}]}"#,
+                "Layer 0 (sha256:5) is incomplete",
+            ),
+            (
+                r#"{"lowers": [{"file": "meta", "targetFile": "layer.tar", "gzipIndex": "index", "gzipSidecar": "sidecar"}]}"#,
+                "Cannot open the gzip layer 1024 bytes, [1, 2], Some([3]), None",
+            ),
+        ];
+        for (text, message) in cases {
+            let refused = refused(text);
+            assert!(refused.starts_with(message), "{refused}");
+        }
+        assert!(open(r#"{"lowers": [{"file": "layer.tar"}]}"#).is_err());
+    }
 }

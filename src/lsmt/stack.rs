@@ -1,17 +1,19 @@
 //! Many layers as one disk: merged once, then looked up by sector (spec lsmt 6).
 //!
 //! The merge makes one flat array of extents, ascending and without overlap, in which the topmost
-//! layer that says anything about a sector has won. A look-up is a binary search over the first
-//! sectors alone (eight bytes each, so the upper levels of the search stay in the cache), then a
-//! walk. Runs that continue each other in the same file are joined: upstream's index cuts them at
-//! 16383 sectors.
+//! layer that says anything about a sector has won. Runs that continue each other in the same file
+//! are joined: upstream's index cuts them at 16383 sectors.
+//!
+//! A look-up is a binary search over the first sectors alone (eight bytes each, so the upper levels
+//! of the search stay in the cache), then a walk.
 
 use super::layer::LayerKind;
 use super::{Layer, LsmtError, MAX_LAYERS};
 use crate::units::{Bytes, SECTOR, Sectors};
 
-/// Most extents of a merged index (upstream's limit for its own). 24 bytes each.
-const MAX_EXTENTS: usize = 128_000_000;
+/// Most entries of all layers together (upstream's limit for its merged index), so that a hostile
+/// image cannot take all memory.
+const MAX_ENTRIES: usize = 128_000_000;
 
 /// Where a run of disk sectors is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,10 +124,10 @@ impl Stack {
         else {
             return refuse("none of them says how large the disk is");
         };
-        let extents = merge_from(layers, 0);
-        if extents.len() > MAX_EXTENTS {
-            return refuse("their merged index has more than 128000000 extents");
+        if layers.iter().map(|layer| layer.mappings().len()).sum::<usize>() > MAX_ENTRIES {
+            return refuse("together they have more than 128000000 index entries");
         }
+        let extents = merge_from(layers, 0);
         let mut stack = Self {
             starts: Vec::with_capacity(extents.len()),
             bodies: Vec::with_capacity(extents.len()),

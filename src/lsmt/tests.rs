@@ -184,6 +184,41 @@ fn every_cut_and_every_flipped_bit_is_an_error_or_a_valid_layer() {
 }
 
 #[test]
+fn a_layer_sealed_in_place_opens_and_so_do_the_tags_of_other_writers() {
+    let sealed = |header: u8, trailer: u8, tags: [u8; 2]| {
+        let mut bytes = small();
+        let at = bytes.len() - 4096;
+        (bytes[28], bytes[at + 28]) = (header, trailer);
+        let first = at - 4 * 16;
+        for entry in bytes[first..at].as_chunks_mut::<16>().0 {
+            entry[15] = tags[usize::from(entry[15])];
+        }
+        memory(bytes)
+    };
+    let expected = Layer::open(&memory(small()), LayerKind::Warp).unwrap();
+    let tags: Vec<_> =
+        expected.mappings().iter().map(|mapping| (mapping.tag, mapping.zeroed)).collect();
+    assert_eq!(tags, [(0, false), (1, false), (0, true), (0, false)]);
+    for (header, trailer) in [(3, 6), (0x13, 0x16), (7, 6)] {
+        let layer = Layer::open(&sealed(header, trailer, [4, 5]), LayerKind::Warp).unwrap();
+        assert_eq!(layer.mappings(), expected.mappings());
+    }
+    for (header, trailer) in [(6, 6), (5, 6), (7, 7), (7, 2), (7, 4)] {
+        assert!(
+            Layer::open(&sealed(header, trailer, [0, 1]), LayerKind::Warp).is_err(),
+            "{header} {trailer}"
+        );
+    }
+    assert!(Layer::open(&sealed(7, 6, [0, 2]), LayerKind::Warp).is_err());
+    // A plain layer's tags are left over from a merge.
+    let mut writer = NativeWriter::new(Vec::new(), Bytes(1 << 20), Identity::default()).unwrap();
+    writer.data(Sectors(1), &[1; 512]).unwrap();
+    let mut bytes = writer.finish().unwrap();
+    bytes[4096 + 512 + 15] = 9;
+    assert_eq!(Layer::open(&memory(bytes), LayerKind::Plain).unwrap().mappings()[0].tag, 0);
+}
+
+#[test]
 fn hostile_index_places_and_sizes_are_refused() {
     let whole = small();
     let trailer = whole.len() - 4096;

@@ -199,10 +199,11 @@ fn read_record(source: &dyn ByteSource) -> Result<(Record, u64), ZFileError> {
     if !header.has(FLAG_HEADER) {
         return Err(ZFileError::NotZFile { name: name.to_owned() });
     }
-    if header.has(FLAG_OVERWRITTEN) {
-        return Ok((header, len));
-    }
     let at = len - SPACE as u64;
+    if header.has(FLAG_OVERWRITTEN) {
+        // The trailer is not needed, but a file that was cut off has no room for it.
+        return Ok((header, at));
+    }
     source.read_exact_at(&mut bytes, at)?;
     let trailer = Record::parse(&bytes, name, at)?;
     if trailer.has(FLAG_HEADER) || !trailer.has(FLAG_DATA | FLAG_SEALED) {
@@ -331,7 +332,7 @@ impl ByteSource for ZFile {
     }
 }
 
-/// A `ZFile` in chunks of [`CHUNK`] plain bytes.
+/// A `ZFile` in chunks of 128 KiB of plain bytes.
 pub struct ZFileChunks {
     id: String,
     file: Arc<ZFile>,
