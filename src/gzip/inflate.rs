@@ -463,7 +463,6 @@ impl Inflater {
             return Err(self.fault("a match reaches back before the start"));
         }
         if self.logging {
-            self.log.reserve(1);
             self.log.push((self.out_at as u32).wrapping_add(self.pos as u32), distance as u32, len as u32);
         }
         for at in self.pos..self.pos + len {
