@@ -10,8 +10,10 @@
 
 #![allow(unsafe_code)]
 
-use super::huffman::{END_OF_BLOCK, EXCEPTION, LITERAL, LITLEN_BITS, LITLEN_SIZE, SUBTABLE, Tables};
 use super::huffman::{DISTANCE_BITS, DISTANCE_SIZE};
+use super::huffman::{
+    END_OF_BLOCK, EXCEPTION, LITERAL, LITLEN_BITS, LITLEN_SIZE, SUBTABLE, Tables,
+};
 use super::marks::MatchLog;
 
 /// Input bytes a round may look at: three refills, each of which reads 8 bytes and advances by 7 or less.
@@ -46,70 +48,62 @@ pub(super) struct Run<'a> {
     pub(super) limit: usize,
 }
 
-/// Eight bytes of `input` from `at` on.
+/// Eight bytes.
 ///
 /// # Safety
-/// `at + 8 <= input.len()`.
+/// Eight bytes can be read at `at`.
 #[inline(always)]
-unsafe fn load(input: &[u8], at: usize) -> u64 {
-    debug_assert!(at + 8 <= input.len());
-    // SAFETY: the caller keeps `at + 8` inside `input`; the read needs no alignment.
-    u64::from_le_bytes(unsafe { input.as_ptr().add(at).cast::<[u8; 8]>().read() })
-}
-
-/// Writes a byte.
-///
-/// # Safety
-/// `at < out.len()`.
-#[inline(always)]
-unsafe fn put(out: &mut [u8], at: usize, byte: u8) {
-    debug_assert!(at < out.len());
-    // SAFETY: the caller keeps `at` inside `out`.
-    unsafe { *out.as_mut_ptr().add(at) = byte };
+unsafe fn load(at: *const u8) -> u64 {
+    // SAFETY: by the caller; an array of bytes needs no alignment.
+    u64::from_le_bytes(unsafe { at.cast::<[u8; 8]>().read() })
 }
 
 /// Copies `N` bytes that may overlap, by way of a register.
 ///
 /// # Safety
-/// `from + N <= out.len()` and `to + N <= out.len()`.
+/// `N` bytes can be read at `from` and written at `to`.
 #[inline(always)]
-unsafe fn copy<const N: usize>(out: &mut [u8], from: usize, to: usize) {
-    debug_assert!(from + N <= out.len() && to + N <= out.len());
-    let start = out.as_mut_ptr();
-    // SAFETY: the caller keeps both ranges inside `out`; arrays of bytes need no alignment, and the
-    // value is read whole before it is written.
-    unsafe { start.add(to).cast::<[u8; N]>().write(start.add(from).cast::<[u8; N]>().read()) };
+unsafe fn copy<const N: usize>(from: *const u8, to: *mut u8) {
+    // SAFETY: by the caller; arrays of bytes need no alignment, and the value is read whole before
+    // it is written.
+    unsafe { to.cast::<[u8; N]>().write(from.cast::<[u8; N]>().read()) };
 }
 
-/// Writes a match of `len` bytes at `pos`; may write 31 bytes more.
+/// Writes a match of `len` bytes at `to`; may write 31 bytes more.
 ///
 /// # Safety
-/// `1 <= distance <= pos` and `pos + len + 32 <= out.len()`.
+/// `distance >= 1` bytes before `to` are initialised and `len + 32` bytes can be written there.
 #[inline(always)]
-unsafe fn copy_match(out: &mut [u8], pos: usize, distance: usize, len: usize) {
-    let (mut from, mut to, end) = (pos - distance, pos, pos + len);
-    // SAFETY: `from < to < end` before each copy, and no copy is longer than 32 bytes.
+unsafe fn copy_match(mut to: *mut u8, distance: usize, len: usize) {
+    // SAFETY: `from` stays `distance` or more behind `to`, which stays before `end` whenever
+    // something is copied, and no copy is longer than 32 bytes.
     unsafe {
+        let mut from = to.sub(distance).cast_const();
+        let end = to.add(len);
         if distance >= 16 {
             // Two at once: most matches end here.
-            copy::<16>(out, from, to);
-            copy::<16>(out, from + 16, to + 16);
-            while to + 32 < end {
-                to += 32;
-                from += 32;
-                copy::<16>(out, from, to);
-                copy::<16>(out, from + 16, to + 16);
+            copy::<16>(from, to);
+            copy::<16>(from.add(16), to.add(16));
+            if len > 32 {
+                loop {
+                    to = to.add(32);
+                    from = from.add(32);
+                    copy::<16>(from, to);
+                    copy::<16>(from.add(16), to.add(16));
+                    if to.add(32) >= end {
+                        break;
+                    }
+                }
             }
         } else if distance == 1 {
-            let start = out.as_mut_ptr().add(pos);
-            start.write_bytes(*start.sub(1), len);
+            to.write_bytes(*from, len);
         } else {
             // A copy yields at least `step` right bytes; those behind them are overwritten.
             let step = distance.min(8);
             while to < end {
-                copy::<8>(out, from, to);
-                from += step;
-                to += step;
+                copy::<8>(from, to);
+                from = from.add(step);
+                to = to.add(step);
             }
         }
     }
@@ -134,7 +128,7 @@ impl Run<'_> {
 
     /// The same with shifts that leave the flags alone and take any register: a tenth faster.
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "bmi2,bmi1,lzcnt")]
+    #[target_feature(enable = "bmi1,bmi2")]
     fn with_bmi2<const LOG: bool>(&mut self, log: &mut MatchLog, base: u32) -> Left {
         self.rounds::<LOG>(log, base)
     }
@@ -143,8 +137,8 @@ impl Run<'_> {
     fn rounds<const LOG: bool>(&mut self, log: &mut MatchLog, base: u32) -> Left {
         let input = self.input;
         let out = &mut *self.out;
-        let (litlen, distances) = (&*self.tables.litlen, &*self.tables.distance);
-        let (floor, mut pos) = (self.floor, self.pos);
+        let tables = self.tables;
+        let (floor, pos) = (self.floor, self.pos);
         let limit = self.limit.min(out.len().saturating_sub(OUTPUT_ROOM));
         let Some(input_limit) = input.len().checked_sub(INPUT_ROOM) else { return Left::Edge };
         let start = self.bit / 8;
@@ -156,39 +150,53 @@ impl Run<'_> {
         }
         // A match yields three bytes at least, so the room suffices; the last may pass the limit.
         let room = log.room(if LOG { (limit - pos) / 3 + 2 } else { 0 });
-        let mut logged = 0;
-
+        let room_start = room.as_mut_ptr();
+        let mut room = room_start;
         let phase = (self.bit % 8) as u32;
-        // SAFETY: `start <= input_limit`.
-        let mut bits = unsafe { load(input, start) } >> phase;
         let mut count = 56 - phase;
-        let mut next = start + 7;
+        let (input_start, out_start) = (input.as_ptr(), out.as_mut_ptr());
+        // SAFETY: `start <= input_limit`, which lies 32 bytes before the end of `input`; `floor <=
+        // pos < limit`, which lies OUTPUT_ROOM before the end of `out`.
+        let (mut next, input_limit, mut to, limit, floor, mut bits) = unsafe {
+            (
+                input_start.add(start + 7),
+                input_start.add(input_limit),
+                out_start.add(pos),
+                out_start.add(limit),
+                out_start.add(floor),
+                load(input_start.add(start)) >> phase,
+            )
+        };
 
-        // Bits above `count` are those that follow, or zero: a refill sets them to the same again.
+        // Only the low six bits of `count` are meant: entries are subtracted whole.
+        // Bits of `bits` above `count` are those that follow, or zero: a refill sets them to the same again.
         macro_rules! refill {
             () => {
-                // SAFETY: a round starts with `next <= input_limit`, and refills three times.
-                bits |= unsafe { load(input, next) } << count;
-                next += ((63 - count) >> 3) as usize;
+                // SAFETY: a round starts with `next <= input_limit`, 32 bytes before the end, and
+                // refills at most three times, advancing by 7 or less.
+                bits |= unsafe { load(next) } << (count & 63);
+                next = unsafe { next.add(7 - (count >> 3 & 7) as usize) };
                 count |= 56;
             };
         }
         macro_rules! drop_bits {
             ($entry:expr) => {
                 bits >>= $entry & 63;
-                count -= $entry & 63;
+                count = count.wrapping_sub($entry);
             };
         }
         macro_rules! literal {
             ($entry:expr) => {
-                // SAFETY: a round starts with `pos < limit`, which leaves OUTPUT_ROOM.
-                unsafe { put(out, pos, ($entry >> 16) as u8) };
-                pos += 1;
+                // SAFETY: a round starts with `to < limit`, which leaves OUTPUT_ROOM.
+                unsafe {
+                    *to = ($entry >> 16) as u8;
+                    to = to.add(1);
+                }
             };
         }
         macro_rules! look_up {
             () => {
-                litlen[low(bits, LITLEN_BITS) as usize % LITLEN_SIZE]
+                tables.litlen[low(bits, LITLEN_BITS) as usize % LITLEN_SIZE]
             };
         }
 
@@ -199,7 +207,7 @@ impl Run<'_> {
         let mut entry = look_up!();
         let left = loop {
             // Here at least 56 bits are at hand, and `entry` is what they begin with.
-            if next > input_limit || pos >= limit {
+            if next > input_limit || to >= limit {
                 break Left::Edge;
             }
             if entry & LITERAL != 0 {
@@ -226,7 +234,7 @@ impl Run<'_> {
                 if entry & SUBTABLE != 0 {
                     drop_bits!(entry);
                     let slot = (entry >> 16) as usize + low(bits, entry >> 8 & 15) as usize;
-                    entry = litlen[slot % LITLEN_SIZE];
+                    entry = tables.litlen[slot % LITLEN_SIZE];
                     if entry & LITERAL != 0 {
                         drop_bits!(entry);
                         literal!(entry);
@@ -236,7 +244,7 @@ impl Run<'_> {
                     }
                 }
                 if entry & END_OF_BLOCK != 0 {
-                    count -= entry & 63;
+                    count = count.wrapping_sub(entry);
                     break Left::EndOfBlock;
                 }
                 if entry & EXCEPTION != 0 {
@@ -247,39 +255,47 @@ impl Run<'_> {
             let len = (entry >> 16) as usize + (low(bits, entry) >> (entry >> 8 & 15)) as usize;
             drop_bits!(entry);
             refill!();
-            entry = distances[low(bits, DISTANCE_BITS) as usize % DISTANCE_SIZE];
+            entry = tables.distance[low(bits, DISTANCE_BITS) as usize % DISTANCE_SIZE];
             if entry & EXCEPTION != 0 {
                 if entry & SUBTABLE == 0 {
                     break Left::Fault("there is no such distance code");
                 }
                 drop_bits!(entry);
                 let slot = (entry >> 16) as usize + low(bits, entry >> 8 & 15) as usize;
-                entry = distances[slot % DISTANCE_SIZE];
+                entry = tables.distance[slot % DISTANCE_SIZE];
                 if entry & EXCEPTION != 0 {
                     break Left::Fault("there is no such distance code");
                 }
             }
-            let distance = (entry >> 16) as usize + (low(bits, entry) >> (entry >> 8 & 15)) as usize;
+            let distance =
+                (entry >> 16) as usize + (low(bits, entry) >> (entry >> 8 & 15)) as usize;
             drop_bits!(entry);
-            if distance > pos - floor {
+            // `floor <= to` always.
+            if distance > to.addr() - floor.addr() {
                 break Left::Fault("a match reaches back before the start");
             }
             // The next look-up runs while the match is copied.
             refill!();
             entry = look_up!();
             if LOG {
-                if let Some(slot) = room.get_mut(logged) {
-                    *slot = MatchLog::entry(base.wrapping_add(pos as u32), distance as u32, len as u32);
+                let at = base.wrapping_add((to.addr() - out_start.addr()) as u32);
+                // SAFETY: each entry stands for three bytes or more of output before `limit`, and
+                // so much room was taken.
+                unsafe {
+                    room.write(MatchLog::entry(at, distance as u32, len as u32));
+                    room = room.add(1);
                 }
-                logged += 1;
             }
             // SAFETY: `distance` is at least 1 and within the history; the round began with
             // OUTPUT_ROOM bytes of room, of which at most two literals were used.
-            unsafe { copy_match(out, pos, distance, len) };
-            pos += len;
+            unsafe {
+                copy_match(to, distance, len);
+                to = to.add(len);
+            }
         };
-        log.note(logged);
-        self.bit = next * 8 - count as usize;
+        let (next, pos) = (next.addr() - input_start.addr(), to.addr() - out_start.addr());
+        log.note((room.addr() - room_start.addr()) / size_of::<u64>());
+        self.bit = next * 8 - (count & 63) as usize;
         self.pos = pos;
         left
     }

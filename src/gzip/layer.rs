@@ -40,7 +40,8 @@ impl IndexedLayer {
         }
         let long = |i| {
             let (output, input) = (index.output(i), index.input(i));
-            output.end - output.start > MAX_SEGMENT || input.end.saturating_sub(input.start) > MAX_SEGMENT
+            output.end - output.start > MAX_SEGMENT
+                || input.end.saturating_sub(input.start) > MAX_SEGMENT
         };
         if u32::try_from(index.segments()).is_err() || (0..index.segments()).any(long) {
             return Err(GzipError::TooLarge { what: "a segment of more than 1 GiB" });
@@ -80,7 +81,11 @@ impl ChunkSource for IndexedLayer {
     fn chunk_at(&self, offset: u64) -> Option<ChunkSpan> {
         let i = self.index.segment_at(offset)?;
         let output = self.index.output(i);
-        Some(ChunkSpan { index: i as u32, start: output.start, len: (output.end - output.start) as u32 })
+        Some(ChunkSpan {
+            index: i as u32,
+            start: output.start,
+            len: (output.end - output.start) as u32,
+        })
     }
 
     fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {

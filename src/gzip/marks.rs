@@ -59,7 +59,8 @@ impl MatchLog {
         if wanted > u32::MAX / 2 {
             return 0;
         }
-        self.entries[..self.len].partition_point(|&entry| ((entry >> 32) as u32).wrapping_sub(origin) < wanted)
+        self.entries[..self.len]
+            .partition_point(|&entry| ((entry >> 32) as u32).wrapping_sub(origin) < wanted)
     }
 
     /// Forgets matches before output position `at`.
@@ -147,8 +148,12 @@ mod tests {
         log.push((at + 32768) as u32, 32768, 258); // nothing of it
         let (marks, used) = log.used(at, u32::MAX).unwrap();
         assert_eq!(used, 4 + 2 + 0);
-        let marked: Vec<usize> = (0..WINDOW).filter(|&i| marks[i / 64] >> (i % 64) & 1 == 1).collect();
-        assert_eq!(marked, [WINDOW - 10, WINDOW - 9, WINDOW - 8, WINDOW - 7, WINDOW - 2, WINDOW - 1]);
+        let marked: Vec<usize> =
+            (0..WINDOW).filter(|&i| marks[i / 64] >> (i % 64) & 1 == 1).collect();
+        assert_eq!(
+            marked,
+            [WINDOW - 10, WINDOW - 9, WINDOW - 8, WINDOW - 7, WINDOW - 2, WINDOW - 1]
+        );
         assert!(log.used(at, 6).is_none());
     }
 }
