@@ -80,30 +80,34 @@ unsafe fn copy_match(mut to: *mut u8, distance: usize, len: usize) {
     unsafe {
         let mut from = to.sub(distance).cast_const();
         let end = to.add(len);
-        if distance >= 16 {
-            // Two at once: most matches end here.
-            copy::<16>(from, to);
-            copy::<16>(from.add(16), to.add(16));
-            if len > 32 {
-                loop {
-                    to = to.add(32);
-                    from = from.add(32);
-                    copy::<16>(from, to);
-                    copy::<16>(from.add(16), to.add(16));
-                    if to.add(32) >= end {
-                        break;
-                    }
+        if distance >= 8 {
+            // Four at once: most matches end here, and eight is the commonest distance of tables.
+            loop {
+                copy::<8>(from, to);
+                copy::<8>(from.add(8), to.add(8));
+                copy::<8>(from.add(16), to.add(16));
+                copy::<8>(from.add(24), to.add(24));
+                to = to.add(32);
+                from = from.add(32);
+                if to >= end {
+                    break;
                 }
             }
         } else if distance == 1 {
-            to.write_bytes(*from, len);
+            let run = [*from; 32];
+            loop {
+                to.cast::<[u8; 32]>().write(run);
+                to = to.add(32);
+                if to >= end {
+                    break;
+                }
+            }
         } else {
-            // A copy yields at least `step` right bytes; those behind them are overwritten.
-            let step = distance.min(8);
+            // A copy yields `distance` right bytes; those behind them are overwritten.
             while to < end {
                 copy::<8>(from, to);
-                from = from.add(step);
-                to = to.add(step);
+                from = from.add(distance);
+                to = to.add(distance);
             }
         }
     }
@@ -251,10 +255,12 @@ impl Run<'_> {
                     break Left::Fault("there is no such literal or length code");
                 }
             }
-            // At most 22 bits of literals and 20 of the length were taken; a distance takes 28.
             let len = (entry >> 16) as usize + (low(bits, entry) >> (entry >> 8 & 15)) as usize;
             drop_bits!(entry);
-            refill!();
+            // At most 28 bits: rarely not at hand.
+            if count & 63 < 28 {
+                refill!();
+            }
             entry = tables.distance[low(bits, DISTANCE_BITS) as usize % DISTANCE_SIZE];
             if entry & EXCEPTION != 0 {
                 if entry & SUBTABLE == 0 {
