@@ -16,7 +16,7 @@ use super::huffman::{
 };
 use super::marks::MatchLog;
 
-/// Input bytes a round may look at: three refills, each of which reads 8 bytes and advances by 7 or less.
+/// Input bytes a round may look at: a few refills, each of which reads 8 bytes and advances by 7 or less.
 const INPUT_ROOM: usize = 32;
 /// Output bytes a round may write: three literals, the longest match, and what its copy overshoots.
 pub(super) const OUTPUT_ROOM: usize = 3 + 258 + 32;
@@ -177,9 +177,11 @@ impl Run<'_> {
         macro_rules! refill {
             () => {
                 // SAFETY: a round starts with `next <= input_limit`, 32 bytes before the end, and
-                // refills at most three times, advancing by 7 or less.
-                bits |= unsafe { load(next) } << (count & 63);
-                next = unsafe { next.add(7 - (count >> 3 & 7) as usize) };
+                // refills at most twice, advancing by 7 or less.
+                unsafe {
+                    bits |= load(next) << (count & 63);
+                    next = next.add(7 - (count >> 3 & 7) as usize);
+                }
                 count |= 56;
             };
         }

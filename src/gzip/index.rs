@@ -61,8 +61,8 @@ impl BlockHeader {
                 ((low | high << 8) >> phase) as u8
             })
             .collect();
-        if let (Some(last), true) = (copy.last_mut(), bits % 8 != 0) {
-            *last &= (1 << (bits % 8)) - 1;
+        if let (Some(last), rest @ 1..) = (copy.last_mut(), bits % 8) {
+            *last &= (1 << rest) - 1;
         }
         Self { bytes: copy.into(), bits }
     }

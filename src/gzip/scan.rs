@@ -238,9 +238,8 @@ impl Scanner {
         let stop = self.inflater.run(limit)?;
         match stop {
             Stop::Input => return Ok(stop),
-            Stop::Limit => {}
             Stop::MemberEnd { crc32, len } => self.check_trailer(crc32, len)?,
-            Stop::MemberStart | Stop::Block => {}
+            Stop::Limit | Stop::MemberStart | Stop::Block => {}
         }
         self.settle();
         match stop {
@@ -302,17 +301,16 @@ impl Scanner {
 
     /// Marks the windows of candidates that lie 32 KiB or more before `out`.
     fn mark(&mut self, out: u64) {
-        if self.unmarked {
-            if let Some(last) = self.checkpoints.last_mut() {
-                let at = last.out.0;
-                if out.saturating_sub(at) >= WINDOW as u64 {
-                    if let Some((marks, _)) = self.inflater.log.used(at, u32::MAX) {
-                        let window = self.inflater.output(at.saturating_sub(WINDOW as u64), at);
-                        last.window = self.packer.pack(&masked(window, &marks));
-                    }
-                    self.unmarked = false;
-                }
+        if self.unmarked
+            && let Some(last) = self.checkpoints.last_mut()
+            && out.saturating_sub(last.out.0) >= WINDOW as u64
+        {
+            let at = last.out.0;
+            if let Some((marks, _)) = self.inflater.log.used(at, u32::MAX) {
+                let window = self.inflater.output(at.saturating_sub(WINDOW as u64), at);
+                last.window = self.packer.pack(&masked(window, &marks));
             }
+            self.unmarked = false;
         }
         // With short spans a candidate that loses here may be needed next, so all are kept.
         let mut best = u32::MAX;

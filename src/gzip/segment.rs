@@ -108,10 +108,10 @@ impl SegmentDecoder {
     ) -> Result<ChunkBytes, Reason> {
         let input = HEADROOM..buffer.len().saturating_sub(TAILROOM);
         let compressed = buffer.get(input.clone()).ok_or("the buffer is too short")?;
-        if let Some(digests) = &index.sha256 {
-            if digests.get(i).is_none_or(|digest| Sha256::digest(compressed)[..] != digest[..]) {
-                return Err("its compressed bytes do not match their SHA-256".to_owned());
-            }
+        if let Some(digests) = &index.sha256
+            && digests.get(i).is_none_or(|digest| Sha256::digest(compressed)[..] != digest[..])
+        {
+            return Err("its compressed bytes do not match their SHA-256".to_owned());
         }
         let output = index.output(i);
         let len = (output.end - output.start) as usize;
@@ -119,10 +119,10 @@ impl SegmentDecoder {
             Some(chunk) => chunk,
             None => self.with_own_decoder(index, i, &buffer[input], len)?,
         };
-        if let Some(crcs) = &index.crc32 {
-            if crcs.get(i).is_none_or(|&crc| crc32fast::hash(&chunk) != crc) {
-                return Err("its output does not match its CRC-32".to_owned());
-            }
+        if let Some(crcs) = &index.crc32
+            && crcs.get(i).is_none_or(|&crc| crc32fast::hash(&chunk) != crc)
+        {
+            return Err("its output does not match its CRC-32".to_owned());
         }
         Ok(chunk)
     }

@@ -203,7 +203,7 @@ fn assert_layer(name: &str, gzip: &[u8], data: &[u8]) -> Index {
                 assert_segments(gzip, merge(Some(&meta), None).unwrap(), data);
             }
             Err(NoGzipMeta::ManyMembers { members }) => {
-                assert!(members == index.members && members > 1)
+                assert!(members == index.members && members > 1);
             }
             Err(other) => panic!("{name}: {other}"),
         }
@@ -313,6 +313,29 @@ fn the_size_of_the_pieces_changes_nothing() {
     assert!(whole.1 == data);
     for size in [1, 2, 7, 100, 4096, 70_000] {
         assert!(scan_in(&gzip, 64 << 10, &mut || size).unwrap() == whole, "{size}");
+    }
+}
+
+#[test]
+fn the_hashes_do_not_depend_on_when_a_boundary_is_told() {
+    let gzip = flate2_gzip(&sample(900_000, 12), 6);
+    let (index, _) = scan(&gzip, 64 << 10).unwrap();
+    for early in [0, 1, index.segments()] {
+        let mut hasher = SegmentHasher::new();
+        for checkpoint in &index.checkpoints[..early] {
+            hasher.boundary(Boundary { bit: checkpoint.bit, out: checkpoint.out });
+        }
+        for piece in gzip.chunks(1000) {
+            hasher.push(bytes::Bytes::copy_from_slice(piece));
+        }
+        let mut again = Index { sha256: None, layer: None, ..index.clone() };
+        hasher.finish(&mut again).unwrap();
+        assert!(again == index, "{early}");
+    }
+    let digests = index.sha256.as_ref().unwrap();
+    for i in 0..index.segments() {
+        let input = index.input(i);
+        assert_eq!(digests[i], Digest::of(&gzip[input.start as usize..input.end as usize]).0);
     }
 }
 
