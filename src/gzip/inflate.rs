@@ -17,7 +17,7 @@ use super::{GzipError, member};
 /// History that stays in the buffer: the window of a candidate checkpoint that lies up to 32 KiB back.
 const HISTORY: usize = 2 * WINDOW;
 /// Output decoded between two slides of the buffer: with its history it stays in a second-level cache.
-const FRESH: usize = 192 << 10;
+const FRESH: usize = 448 << 10;
 /// Room behind the last position at which decoding goes on.
 const SLACK: usize = 2 * OUTPUT_ROOM;
 /// Symbol-by-symbol zone before a limit: past it, a round of the fast loop could overshoot the limit.
