@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use turbobd::chunk::ChunkSource as _;
-use turbobd::gzip::{GzipError, IndexedLayer, ScanOptions, Scanner, SegmentHasher, Sidecar, ddgzidx};
+use turbobd::gzip::{
+    GzipError, IndexedLayer, ScanOptions, Scanner, SegmentHasher, Sidecar, ddgzidx,
+};
 use turbobd::source::MemorySource;
 use turbobd::units::Bytes;
 
@@ -24,7 +26,11 @@ fn timed<T>(name: &str, bytes: u64, work: impl FnOnce() -> T) -> T {
     let result = work();
     let (cpu, wall) = ((cpu() - start).as_secs_f64(), wall.elapsed().as_secs_f64());
     let mb = bytes as f64 / 1e6;
-    println!("{name:24} {:7.0} MB/s of CPU time, {:7.0} MB/s of wall time, {wall:.3} s", mb / cpu.max(1e-9), mb / wall);
+    println!(
+        "{name:24} {:7.0} MB/s of CPU time, {:7.0} MB/s of wall time, {wall:.3} s",
+        mb / cpu.max(1e-9),
+        mb / wall
+    );
     result
 }
 
@@ -49,7 +55,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let size = index.uncompressed_len.0;
     for _ in 0..3 {
         timed("scan", size, scan)?;
-        timed("gzip -dc", size, || Command::new("gzip").args(["-dc", &path]).stdout(Stdio::null()).status())?;
+        timed("gzip -dc", size, || {
+            Command::new("gzip").args(["-dc", &path]).stdout(Stdio::null()).status()
+        })?;
     }
     let mut hasher = SegmentHasher::new();
     timed("hash segments and whole", size, || {
@@ -82,7 +90,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let mut out = vec![0; size as usize];
     for name in ["libdeflate, whole, cold", "libdeflate, whole"] {
-        timed(name, size, || libdeflater::Decompressor::new().gzip_decompress(&gzip, &mut out)).map_err(|e| format!("{e:?}"))?;
+        timed(name, size, || libdeflater::Decompressor::new().gzip_decompress(&gzip, &mut out))
+            .map_err(|e| format!("{e:?}"))?;
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use thiserror::Error;
 use super::GzipError;
 use super::index::{Checkpoint, CheckpointKind, Index};
 use super::marks::WINDOW;
-use super::window::{SparseWindow, WindowPacker};
+use super::window::{LEVEL, SparseWindow, WindowPacker};
 use crate::units::{Bits, Bytes};
 
 /// Name of the file in a layer archive.
@@ -77,7 +77,7 @@ pub fn write(index: &Index) -> Result<Vec<u8>, NoGzipMeta> {
     let span = i32::try_from(index.span.0).map_err(|_| NoGzipMeta::TooLarge)?;
     let mut header = Vec::with_capacity(HEADER);
     header.extend_from_slice(MAGIC);
-    header.extend([1, 0, 1, 9, 0]); // version 1.0, zlib, level 9, no flags
+    header.extend([1, 0, 1, LEVEL, 0]); // version 1.0, zlib, its level, no flags
     for word in [span, WINDOW as i32, ENTRY as i32] {
         header.extend(word.to_le_bytes());
     }
@@ -114,11 +114,16 @@ pub fn read(file: &[u8]) -> Result<Index, GzipError> {
     }
     let number = |at| number(file, at).ok_or(broken(at, "the number is negative"));
     let span = word(file, 13).unwrap_or(0);
-    let (count, compressed_len, file_len, uncompressed_len) = (number(25)?, number(33)?, number(41)?, number(49)?);
+    let (count, compressed_len, file_len, uncompressed_len) =
+        (number(25)?, number(33)?, number(41)?, number(49)?);
     let (table_at, table_len) = (number(313)?, number(321)?);
     let rules = [
         (file.starts_with(MAGIC), 0, "the magic is not ddgzidx"),
-        (word(file, 329) == Some(raw_crc32c(&file[..329])), 329, "the header does not match its CRC-32C"),
+        (
+            word(file, 329) == Some(raw_crc32c(&file[..329])),
+            329,
+            "the header does not match its CRC-32C",
+        ),
         (file[8] == 1, 8, "the major version is not 1"),
         (file[10] <= 1, 10, "the compression of windows is neither none nor zlib"),
         (i32::try_from(span).is_ok_and(|span| span >= 65536), 13, "the span is less than 65536"),
@@ -126,12 +131,20 @@ pub fn read(file: &[u8]) -> Result<Index, GzipError> {
         (word(file, 21) == Some(ENTRY as u32), 21, "an entry is not 29 bytes"),
         (file_len == file.len() as u64, 41, "the length is not that of the file"),
         (table_at >= HEADER as u64, 313, "the entry table lies in the header"),
-        (table_at.checked_add(table_len) == Some(file_len), 313, "the entry table does not end with the file"),
+        (
+            table_at.checked_add(table_len) == Some(file_len),
+            313,
+            "the entry table does not end with the file",
+        ),
         (count >= 1, 25, "there is no entry"),
         (count <= MAX_TABLE / ENTRY as u64, 25, "there are too many entries"),
         // A bit position must fit 64 bits; deflate cannot expand by more than 1032.
         (compressed_len < u64::MAX / 2048, 33, "the gzip file is impossibly long"),
-        (uncompressed_len <= compressed_len.saturating_mul(1032), 49, "the output is impossibly long"),
+        (
+            uncompressed_len <= compressed_len.saturating_mul(1032),
+            49,
+            "the output is impossibly long",
+        ),
     ];
     for (holds, at, rule) in rules {
         if !holds {
@@ -180,7 +193,10 @@ pub fn read(file: &[u8]) -> Result<Index, GzipError> {
         if window_at < HEADER as u64 || window_end > table_at as u64 {
             return Err(broken("a window lies outside the area of windows"));
         }
-        if window_len == 0 || window_len > MAX_WINDOW || (file[10] == 0 && window_len != WINDOW as u64) {
+        if window_len == 0
+            || window_len > MAX_WINDOW
+            || (file[10] == 0 && window_len != WINDOW as u64)
+        {
             return Err(broken("a window has an impossible length"));
         }
         let window = &file[window_at as usize..window_end as usize];

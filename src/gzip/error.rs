@@ -56,7 +56,9 @@ pub enum GzipError {
         rule: &'static str,
     },
     /// Two parts that must describe the same layer do not.
-    #[error("The index belongs to another layer: {what} is {ours} in the one and {theirs} in the other")]
+    #[error(
+        "The index belongs to another layer: {what} is {ours} in the one and {theirs} in the other"
+    )]
     OtherLayer {
         /// What they disagree on.
         what: &'static str,

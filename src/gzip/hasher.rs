@@ -80,7 +80,11 @@ impl SegmentHasher {
             return other("the compressed length", index.compressed_len.0, self.received);
         }
         if self.done.len() != index.checkpoints.len() {
-            return other("the number of segments", index.checkpoints.len() as u64, self.done.len() as u64);
+            return other(
+                "the number of segments",
+                index.checkpoints.len() as u64,
+                self.done.len() as u64,
+            );
         }
         let digest = Digest::from_hasher(self.whole);
         index.sha256 = Some(self.done);

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
+use super::huffman;
 use super::inflate::read_lengths;
 use super::window::SparseWindow;
-use super::huffman;
 use crate::oci::Digest;
 use crate::units::{Bits, Bytes};
 
@@ -61,8 +61,8 @@ impl BlockHeader {
                 ((low | high << 8) >> phase) as u8
             })
             .collect();
-        if let (Some(last), true) = (copy.last_mut(), bits % 8 != 0) {
-            *last &= (1 << (bits % 8)) - 1;
+        if let (Some(last), rest @ 1..) = (copy.last_mut(), bits % 8) {
+            *last &= (1 << rest) - 1;
         }
         Self { bytes: copy.into(), bits }
     }
@@ -157,20 +157,25 @@ impl Index {
     /// When there is no such segment.
     #[must_use]
     pub fn input(&self, i: usize) -> Range<u64> {
-        let end = self.checkpoints.get(i + 1).map_or(self.compressed_len, |next| next.bit.bytes_ceil());
+        let end =
+            self.checkpoints.get(i + 1).map_or(self.compressed_len, |next| next.bit.bytes_ceil());
         self.checkpoints[i].bit.byte().0..end.0
     }
 
     /// The segment that holds output position `out`, or `None` past the end.
     #[must_use]
     pub fn segment_at(&self, out: u64) -> Option<usize> {
-        (out < self.uncompressed_len.0)
-            .then(|| self.checkpoints.partition_point(|checkpoint| checkpoint.out.0 <= out).saturating_sub(1))
+        (out < self.uncompressed_len.0).then(|| {
+            self.checkpoints.partition_point(|checkpoint| checkpoint.out.0 <= out).saturating_sub(1)
+        })
     }
 
     /// Memory that the windows take, in bytes.
     #[must_use]
     pub fn footprint(&self) -> usize {
-        self.checkpoints.iter().map(|checkpoint| size_of::<Checkpoint>() + checkpoint.window.packed_len()).sum()
+        self.checkpoints
+            .iter()
+            .map(|checkpoint| size_of::<Checkpoint>() + checkpoint.window.packed_len())
+            .sum()
     }
 }

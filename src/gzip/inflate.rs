@@ -6,7 +6,9 @@
 //! arrives cannot influence what comes out or where the boundaries are.
 
 use super::fast::{Left, OUTPUT_ROOM, Run};
-use super::huffman::{self, DISTANCE_BITS, DISTANCE_SIZE, END_OF_BLOCK, EXCEPTION, LITERAL, LITLEN_BITS, LITLEN_SIZE};
+use super::huffman::{
+    self, DISTANCE_BITS, DISTANCE_SIZE, END_OF_BLOCK, EXCEPTION, LITERAL, LITLEN_BITS, LITLEN_SIZE,
+};
 use super::huffman::{SUBTABLE, Tables};
 use super::index::BlockHeader;
 use super::marks::{MatchLog, WINDOW};
@@ -15,7 +17,7 @@ use super::{GzipError, member};
 /// History that stays in the buffer: the window of a candidate checkpoint that lies up to 32 KiB back.
 const HISTORY: usize = 2 * WINDOW;
 /// Output decoded between two slides of the buffer: with its history it stays in a second-level cache.
-const FRESH: usize = 192 << 10;
+const FRESH: usize = 448 << 10;
 /// Room behind the last position at which decoding goes on.
 const SLACK: usize = 2 * OUTPUT_ROOM;
 /// Symbol-by-symbol zone before a limit: past it, a round of the fast loop could overshoot the limit.
@@ -66,7 +68,7 @@ pub(super) struct Inflater {
     members: u64,
     next: Next,
     last_block: bool,
-    tables: Tables,
+    tables: Box<Tables>,
     /// Header of the current block: input bytes from its first bit on.
     header: Vec<u8>,
     header_phase: usize,
@@ -101,7 +103,11 @@ impl Inflater {
 
     /// Inside a member, at bit `bit` of the blob (the first byte fed is the one that holds it), with
     /// the output before it, and the header of the block it lies in unless it is a block's first bit.
-    pub(super) fn resume(bit: u64, window: &[u8], header: Option<&BlockHeader>) -> Result<Self, GzipError> {
+    pub(super) fn resume(
+        bit: u64,
+        window: &[u8],
+        header: Option<&BlockHeader>,
+    ) -> Result<Self, GzipError> {
         let mut inflater = Self::new();
         inflater.input_at = bit / 8;
         inflater.bit = (bit % 8) as usize;
@@ -119,7 +125,10 @@ impl Inflater {
             std::mem::swap(&mut bytes, &mut inflater.input);
             inflater.bit = at;
             if !complete || inflater.next != Next::Symbol {
-                return Err(GzipError::damaged(bit / 8, "the block header of a checkpoint is not one"));
+                return Err(GzipError::damaged(
+                    bit / 8,
+                    "the block header of a checkpoint is not one",
+                ));
             }
         }
         Ok(inflater)
@@ -274,7 +283,9 @@ impl Inflater {
                 _ => return Err(self.garbage(from)),
             }
         }
-        let Some(len) = member::header_len(bytes, self.input_at + from as u64)? else { return Ok(Stop::Input) };
+        let Some(len) = member::header_len(bytes, self.input_at + from as u64)? else {
+            return Ok(Stop::Input);
+        };
         self.bit += len * 8;
         self.members += 1;
         self.member_at = self.out();
@@ -284,7 +295,9 @@ impl Inflater {
 
     fn trailer(&mut self) -> Stop {
         let from = self.bit / 8;
-        let Some(bytes) = self.input.get(from..).and_then(<[u8]>::first_chunk::<8>) else { return Stop::Input };
+        let Some(bytes) = self.input.get(from..).and_then(<[u8]>::first_chunk::<8>) else {
+            return Stop::Input;
+        };
         let word = u64::from_le_bytes(*bytes);
         self.bit += 64;
         self.next = Next::Member;
@@ -335,7 +348,9 @@ impl Inflater {
                 let lengths = self.peek(at) as u32;
                 let len = lengths & 0xffff;
                 if len ^ lengths >> 16 != 0xffff {
-                    return Err(self.fault("the length of a stored block does not match its complement"));
+                    return Err(
+                        self.fault("the length of a stored block does not match its complement")
+                    );
                 }
                 at += 32;
                 self.next = Next::Stored { left: len as usize };
@@ -383,7 +398,11 @@ impl Inflater {
                     limit: limit - CAREFUL,
                 };
                 let base = self.out_at as u32;
-                let left = if self.logging { run.go::<true>(&mut self.log, base) } else { run.go::<false>(&mut self.log, base) };
+                let left = if self.logging {
+                    run.go::<true>(&mut self.log, base)
+                } else {
+                    run.go::<false>(&mut self.log, base)
+                };
                 (self.bit, self.pos) = (run.bit, run.pos);
                 match left {
                     Left::Edge => {}
@@ -414,7 +433,8 @@ impl Inflater {
         let mut entry = self.tables.litlen[low(0, LITLEN_BITS) % LITLEN_SIZE];
         if entry & SUBTABLE != 0 && entry & (LITERAL | EXCEPTION) == EXCEPTION {
             used = entry & 0xff;
-            entry = self.tables.litlen[((entry >> 16) as usize + low(used, entry >> 8 & 15)) % LITLEN_SIZE];
+            entry = self.tables.litlen
+                [((entry >> 16) as usize + low(used, entry >> 8 & 15)) % LITLEN_SIZE];
         }
         let drop = entry & 0xff;
         if (used + drop) as usize > available {
@@ -442,7 +462,8 @@ impl Inflater {
         let mut entry = self.tables.distance[low(used, DISTANCE_BITS) % DISTANCE_SIZE];
         if entry & SUBTABLE != 0 && entry & EXCEPTION != 0 {
             let drop = entry & 0xff;
-            entry = self.tables.distance[((entry >> 16) as usize + low(used + drop, entry >> 8 & 15)) % DISTANCE_SIZE];
+            entry = self.tables.distance
+                [((entry >> 16) as usize + low(used + drop, entry >> 8 & 15)) % DISTANCE_SIZE];
             used += drop;
         }
         let drop = entry & 0xff;
@@ -463,8 +484,11 @@ impl Inflater {
             return Err(self.fault("a match reaches back before the start"));
         }
         if self.logging {
-            self.log.reserve(1);
-            self.log.push((self.out_at as u32).wrapping_add(self.pos as u32), distance as u32, len as u32);
+            self.log.push(
+                (self.out_at as u32).wrapping_add(self.pos as u32),
+                distance as u32,
+                len as u32,
+            );
         }
         for at in self.pos..self.pos + len {
             self.out[at] = self.out[at - distance];

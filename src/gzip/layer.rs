@@ -29,6 +29,7 @@ impl IndexedLayer {
     ///
     /// # Errors
     /// [`GzipError::OtherLayer`] when the blob's length is not the one in the index,
+    /// [`GzipError::Damaged`] when a segment is too short for its output,
     /// [`GzipError::TooLarge`] when a segment is longer than memory should allow.
     pub fn new(id: &str, index: Index, blob: Arc<dyn ByteSource>) -> Result<Self, GzipError> {
         if blob.len() != index.compressed_len.0 {
@@ -40,10 +41,23 @@ impl IndexedLayer {
         }
         let long = |i| {
             let (output, input) = (index.output(i), index.input(i));
-            output.end - output.start > MAX_SEGMENT || input.end.saturating_sub(input.start) > MAX_SEGMENT
+            output.end - output.start > MAX_SEGMENT
+                || input.end.saturating_sub(input.start) > MAX_SEGMENT
         };
         if u32::try_from(index.segments()).is_err() || (0..index.segments()).any(long) {
             return Err(GzipError::TooLarge { what: "a segment of more than 1 GiB" });
+        }
+        // A match takes two bits at least and yields 258 bytes at most.
+        let inflated = |i| {
+            let (output, input) = (index.output(i), index.input(i));
+            output.end - output.start > (input.end.saturating_sub(input.start)).saturating_mul(1032)
+        };
+        if let Some(i) = (0..index.segments()).find(|&i| inflated(i)) {
+            let at = index.input(i).start;
+            return Err(GzipError::damaged(
+                at,
+                "the index says that more comes out of a segment than can",
+            ));
         }
         Ok(Self { id: format!("{id}#gzip"), index, blob, idle: Mutex::new(Vec::new()) })
     }
@@ -80,7 +94,11 @@ impl ChunkSource for IndexedLayer {
     fn chunk_at(&self, offset: u64) -> Option<ChunkSpan> {
         let i = self.index.segment_at(offset)?;
         let output = self.index.output(i);
-        Some(ChunkSpan { index: i as u32, start: output.start, len: (output.end - output.start) as u32 })
+        Some(ChunkSpan {
+            index: i as u32,
+            start: output.start,
+            len: (output.end - output.start) as u32,
+        })
     }
 
     fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {

@@ -20,21 +20,30 @@ pub(super) struct MatchLog {
 }
 
 impl MatchLog {
-    /// Makes room for `more` entries.
-    pub(super) fn reserve(&mut self, more: usize) {
+    /// A match, as the log keeps it.
+    #[inline(always)]
+    pub(super) fn entry(at: u32, distance: u32, len: u32) -> u64 {
+        u64::from(at) << 32 | u64::from(distance << 16 | len)
+    }
+
+    /// Room for `more` entries, of which [`note`](Self::note) says how many were written.
+    pub(super) fn room(&mut self, more: usize) -> &mut [u64] {
         let need = self.len + more;
         if self.entries.len() < need {
             self.entries.resize(need.next_power_of_two(), 0);
         }
+        &mut self.entries[self.len..need]
     }
 
-    /// Notes a match; without effect when there is no room.
-    #[inline(always)]
+    /// Counts the first `written` entries of the room as written.
+    pub(super) fn note(&mut self, written: usize) {
+        self.len = (self.len + written).min(self.entries.len());
+    }
+
+    /// Logs a match.
     pub(super) fn push(&mut self, at: u32, distance: u32, len: u32) {
-        if let Some(slot) = self.entries.get_mut(self.len) {
-            *slot = u64::from(at) << 32 | u64::from(distance) << 16 | u64::from(len);
-            self.len += 1;
-        }
+        self.room(1)[0] = Self::entry(at, distance, len);
+        self.note(1);
     }
 
     pub(super) fn clear(&mut self) {
@@ -50,7 +59,8 @@ impl MatchLog {
         if wanted > u32::MAX / 2 {
             return 0;
         }
-        self.entries[..self.len].partition_point(|&entry| ((entry >> 32) as u32).wrapping_sub(origin) < wanted)
+        self.entries[..self.len]
+            .partition_point(|&entry| ((entry >> 32) as u32).wrapping_sub(origin) < wanted)
     }
 
     /// Forgets matches before output position `at`.
@@ -129,18 +139,21 @@ mod tests {
     #[test]
     fn only_bytes_before_the_point_that_are_copied_from_after_it_count() {
         let mut log = MatchLog::default();
-        log.reserve(10);
         let at = u64::from(u32::MAX) - 5; // positions wrap in the log
         log.push((at - 10) as u32, 100, 50); // before the point
         log.push(at as u32, 10, 4); // window[-10..-6]
         log.push((at + 4) as u32, 6, 100); // window[-2..], then its own copy
         log.push((at + 104) as u32, 104, 20); // own bytes
-        log.push((at + 32767) as u32, 32768, 258); // last byte of the window
-        log.push((at + 32768) as u32, 32768, 258); // nothing of it
+        log.push((at + 32767) as u32, 32768, 258); // the last byte, then its own
+        log.push((at + 32768) as u32, 32768, 258); // its own bytes only
         let (marks, used) = log.used(at, u32::MAX).unwrap();
-        assert_eq!(used, 4 + 2 + 0);
-        let marked: Vec<usize> = (0..WINDOW).filter(|&i| marks[i / 64] >> (i % 64) & 1 == 1).collect();
-        assert_eq!(marked, [WINDOW - 10, WINDOW - 9, WINDOW - 8, WINDOW - 7, WINDOW - 2, WINDOW - 1]);
+        assert_eq!(used, 4 + 2);
+        let marked: Vec<usize> =
+            (0..WINDOW).filter(|&i| marks[i / 64] >> (i % 64) & 1 == 1).collect();
+        assert_eq!(
+            marked,
+            [WINDOW - 10, WINDOW - 9, WINDOW - 8, WINDOW - 7, WINDOW - 2, WINDOW - 1]
+        );
         assert!(log.used(at, 6).is_none());
     }
 }

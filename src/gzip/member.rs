@@ -18,7 +18,10 @@ pub(super) fn header_len(bytes: &[u8], offset: u64) -> Result<Option<usize>, Gzi
     let damaged = |at: usize, reason| Err(GzipError::damaged(offset + at as u64, reason));
     for (at, (&byte, expected)) in bytes.iter().zip([0x1f, 0x8b, 8]).enumerate() {
         if byte != expected {
-            return damaged(at, if at < 2 { "this is not a gzip member" } else { "the method is not deflate" });
+            return damaged(
+                at,
+                if at < 2 { "this is not a gzip member" } else { "the method is not deflate" },
+            );
         }
     }
     let Some(&flags) = bytes.get(3) else { return Ok(None) };
@@ -27,7 +30,9 @@ pub(super) fn header_len(bytes: &[u8], offset: u64) -> Result<Option<usize>, Gzi
     }
     let mut at = 10;
     if flags & FEXTRA != 0 {
-        let Some(&[low, high]) = bytes.get(at..at + 2).and_then(<[u8]>::first_chunk) else { return Ok(None) };
+        let Some(&[low, high]) = bytes.get(at..at + 2).and_then(<[u8]>::first_chunk) else {
+            return Ok(None);
+        };
         at += 2 + usize::from(u16::from_le_bytes([low, high]));
     }
     for flag in [FNAME, FCOMMENT] {
@@ -35,13 +40,17 @@ pub(super) fn header_len(bytes: &[u8], offset: u64) -> Result<Option<usize>, Gzi
             let Some(rest) = bytes.get(at..) else { return Ok(None) };
             match rest.iter().take(MAX_HEADER).position(|&byte| byte == 0) {
                 Some(end) => at += end + 1,
-                None if rest.len() >= MAX_HEADER => return damaged(at, "a name or comment has no end"),
+                None if rest.len() >= MAX_HEADER => {
+                    return damaged(at, "a name or comment has no end");
+                }
                 None => return Ok(None),
             }
         }
     }
     if flags & FHCRC != 0 {
-        let Some(&[low, high]) = bytes.get(at..at + 2).and_then(<[u8]>::first_chunk) else { return Ok(None) };
+        let Some(&[low, high]) = bytes.get(at..at + 2).and_then(<[u8]>::first_chunk) else {
+            return Ok(None);
+        };
         if crc32fast::hash(&bytes[..at]) as u16 != u16::from_le_bytes([low, high]) {
             return damaged(at, "the header does not match its checksum");
         }

@@ -143,9 +143,15 @@ impl Scanner {
         // One that nothing follows may still turn out to be the end.
         let now = self.inflater.out();
         let fresh = &self.checkpoints[self.taken..];
-        let count = fresh.iter().take_while(|checkpoint| checkpoint.out.0 < now || checkpoint.out.0 == 0).count();
+        let count = fresh
+            .iter()
+            .take_while(|checkpoint| checkpoint.out.0 < now || checkpoint.out.0 == 0)
+            .count();
         self.taken += count;
-        fresh[..count].iter().map(|checkpoint| Boundary { bit: checkpoint.bit, out: checkpoint.out }).collect()
+        fresh[..count]
+            .iter()
+            .map(|checkpoint| Boundary { bit: checkpoint.bit, out: checkpoint.out })
+            .collect()
     }
 
     /// Uncompressed bytes so far.
@@ -169,7 +175,9 @@ impl Scanner {
         self.crc_to(end);
         self.mark(u64::MAX);
         while end > self.zone_end() && self.choose(end) {}
-        while self.checkpoints.len() > 1 && self.checkpoints.last().is_some_and(|last| last.out.0 >= end) {
+        while self.checkpoints.len() > 1
+            && self.checkpoints.last().is_some_and(|last| last.out.0 >= end)
+        {
             self.checkpoints.pop();
             self.crc_before.pop();
         }
@@ -230,9 +238,8 @@ impl Scanner {
         let stop = self.inflater.run(limit)?;
         match stop {
             Stop::Input => return Ok(stop),
-            Stop::Limit => {}
             Stop::MemberEnd { crc32, len } => self.check_trailer(crc32, len)?,
-            Stop::MemberStart | Stop::Block => {}
+            Stop::Limit | Stop::MemberStart | Stop::Block => {}
         }
         self.settle();
         match stop {
@@ -240,8 +247,9 @@ impl Scanner {
             Stop::Block => self.boundary(false),
             _ => {}
         }
-        self.inflater.logging =
-            self.unmarked || !self.candidates.is_empty() || self.inflater.out() >= self.zone_start();
+        self.inflater.logging = self.unmarked
+            || !self.candidates.is_empty()
+            || self.inflater.out() >= self.zone_start();
         if !self.inflater.logging {
             self.inflater.log.clear();
         }
@@ -268,7 +276,11 @@ impl Scanner {
     fn settle(&mut self) {
         let out = self.inflater.out();
         self.mark(out);
-        if out >= self.zone_end() && !self.has_candidate() && !self.checkpoints.is_empty() && !self.overdue {
+        if out >= self.zone_end()
+            && !self.has_candidate()
+            && !self.checkpoints.is_empty()
+            && !self.overdue
+        {
             if self.inflater.inside_symbols() {
                 self.crc_to(out);
                 self.checkpoints.push(Checkpoint {
@@ -289,17 +301,16 @@ impl Scanner {
 
     /// Marks the windows of candidates that lie 32 KiB or more before `out`.
     fn mark(&mut self, out: u64) {
-        if self.unmarked {
-            if let Some(last) = self.checkpoints.last_mut() {
-                let at = last.out.0;
-                if out.saturating_sub(at) >= WINDOW as u64 {
-                    if let Some((marks, _)) = self.inflater.log.used(at, u32::MAX) {
-                        let window = self.inflater.output(at.saturating_sub(WINDOW as u64), at);
-                        last.window = self.packer.pack(&masked(window, &marks));
-                    }
-                    self.unmarked = false;
-                }
+        if self.unmarked
+            && let Some(last) = self.checkpoints.last_mut()
+            && out.saturating_sub(last.out.0) >= WINDOW as u64
+        {
+            let at = last.out.0;
+            if let Some((marks, _)) = self.inflater.log.used(at, u32::MAX) {
+                let window = self.inflater.output(at.saturating_sub(WINDOW as u64), at);
+                last.window = self.packer.pack(&masked(window, &marks));
             }
+            self.unmarked = false;
         }
         // With short spans a candidate that loses here may be needed next, so all are kept.
         let mut best = u32::MAX;
@@ -335,12 +346,18 @@ impl Scanner {
             .filter(|(_, candidate)| candidate.out <= zone_end && candidate.out < end)
             .min_by_key(|(_, candidate)| key(candidate))
             .map(|(i, _)| i);
-        let Some(chosen) = best.and_then(|i| self.candidates.drain(..=i).next_back()) else { return false };
+        let Some(chosen) = best.and_then(|i| self.candidates.drain(..=i).next_back()) else {
+            return false;
+        };
         let window = chosen.marked.and_then(|(_, window)| window);
         self.checkpoints.push(Checkpoint {
             bit: Bits(chosen.bit),
             out: Bytes(chosen.out),
-            kind: if chosen.member_start { CheckpointKind::MemberStart } else { CheckpointKind::Block },
+            kind: if chosen.member_start {
+                CheckpointKind::MemberStart
+            } else {
+                CheckpointKind::Block
+            },
             window: window.map_or_else(SparseWindow::none, |window| self.packer.pack(&window)),
         });
         self.crc_before.push(chosen.crc);
@@ -365,7 +382,8 @@ impl Scanner {
         }
         // Blocks may be as short as a byte; so many candidates would only cost time.
         let spacing = self.span / 128;
-        let crowded = !self.candidates.is_empty() && out < self.last_candidate + spacing && !member_start;
+        let crowded =
+            !self.candidates.is_empty() && out < self.last_candidate + spacing && !member_start;
         if out <= self.last() || out < self.zone_start() || crowded {
             return;
         }
@@ -399,7 +417,12 @@ impl Scanner {
             return Err(GzipError::Trailer { at, what: "CRC-32", found, expected: crc32 });
         }
         if member_len as u32 != len {
-            return Err(GzipError::Trailer { at, what: "length", found: member_len as u32, expected: len });
+            return Err(GzipError::Trailer {
+                at,
+                what: "length",
+                found: member_len as u32,
+                expected: len,
+            });
         }
         Ok(())
     }

@@ -74,7 +74,8 @@ impl BitWriter<'_> {
 
     /// Advances to a bit position that is `phase` modulo 8, from one that is 0.
     fn align(&mut self, phase: usize) {
-        let (dynamic, fixed) = [(0, 0), (1, 3), (0, 1), (1, 0), (0, 2), (1, 1), (0, 3), (1, 2)][phase % 8];
+        let (dynamic, fixed) =
+            [(0, 0), (1, 3), (0, 1), (1, 0), (0, 2), (1, 1), (0, 3), (1, 2)][phase % 8];
         for _ in 0..dynamic {
             self.dynamic_block();
         }
@@ -99,13 +100,18 @@ impl SegmentDecoder {
     ///
     /// `buffer` holds the segment's compressed bytes ([`Index::input`]) between [`HEADROOM`] and
     /// [`TAILROOM`] bytes of any content.
-    pub(super) fn decode(&mut self, index: &Index, i: usize, buffer: &mut [u8]) -> Result<ChunkBytes, Reason> {
+    pub(super) fn decode(
+        &mut self,
+        index: &Index,
+        i: usize,
+        buffer: &mut [u8],
+    ) -> Result<ChunkBytes, Reason> {
         let input = HEADROOM..buffer.len().saturating_sub(TAILROOM);
         let compressed = buffer.get(input.clone()).ok_or("the buffer is too short")?;
-        if let Some(digests) = &index.sha256 {
-            if digests.get(i).is_none_or(|digest| Sha256::digest(compressed)[..] != digest[..]) {
-                return Err("its compressed bytes do not match their SHA-256".to_owned());
-            }
+        if let Some(digests) = &index.sha256
+            && digests.get(i).is_none_or(|digest| Sha256::digest(compressed)[..] != digest[..])
+        {
+            return Err("its compressed bytes do not match their SHA-256".to_owned());
         }
         let output = index.output(i);
         let len = (output.end - output.start) as usize;
@@ -113,10 +119,10 @@ impl SegmentDecoder {
             Some(chunk) => chunk,
             None => self.with_own_decoder(index, i, &buffer[input], len)?,
         };
-        if let Some(crcs) = &index.crc32 {
-            if crcs.get(i).is_none_or(|&crc| crc32fast::hash(&chunk) != crc) {
-                return Err("its output does not match its CRC-32".to_owned());
-            }
+        if let Some(crcs) = &index.crc32
+            && crcs.get(i).is_none_or(|&crc| crc32fast::hash(&chunk) != crc)
+        {
+            return Err("its output does not match its CRC-32".to_owned());
         }
         Ok(chunk)
     }
@@ -164,10 +170,13 @@ impl SegmentDecoder {
             buffer[start..start + 5].copy_from_slice(&[0, 0x00, 0x80, 0xff, 0x7f]);
         }
         if let Some(next) = index.checkpoints.get(i + 1) {
-            let into = (end - 1) * 8 + if next.bit.phase() == 0 { 8 } else { next.bit.phase() as usize };
+            let into =
+                (end - 1) * 8 + if next.bit.phase() == 0 { 8 } else { next.bit.phase() as usize };
             let mut tail = BitWriter { room: buffer, bit: into };
             if let CheckpointKind::MidBlock(header) = &next.kind {
-                let (code, bits) = header.end_of_block().ok_or("the block header of the next checkpoint is damaged")?;
+                let (code, bits) = header
+                    .end_of_block()
+                    .ok_or("the block header of the next checkpoint is damaged")?;
                 tail.put(u64::from(code), bits as usize);
             }
             tail.fixed_block(true);
@@ -178,7 +187,9 @@ impl SegmentDecoder {
         buffer[end - 1] = last_byte;
         buffer[HEADROOM] = first_byte;
         match result {
-            Ok(got) if got == out.len() => Ok(Some(ChunkBytes::new(out, window_len..window_len + len))),
+            Ok(got) if got == out.len() => {
+                Ok(Some(ChunkBytes::new(out, window_len..window_len + len)))
+            }
             Ok(_) => Ok(None),
             Err(_) => Err("it does not inflate to its length".to_owned()),
         }
@@ -189,7 +200,13 @@ impl SegmentDecoder {
     }
 
     /// By the decoder of the scan, which reads on behind a member's end.
-    fn with_own_decoder(&mut self, index: &Index, i: usize, input: &[u8], len: usize) -> Result<ChunkBytes, Reason> {
+    fn with_own_decoder(
+        &mut self,
+        index: &Index,
+        i: usize,
+        input: &[u8],
+        len: usize,
+    ) -> Result<ChunkBytes, Reason> {
         let checkpoint = &index.checkpoints[i];
         let mut window = vec![0; if checkpoint.window.is_none() { 0 } else { WINDOW }];
         if !window.is_empty() {

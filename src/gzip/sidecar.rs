@@ -118,8 +118,13 @@ impl Sidecar {
     ///
     /// # Errors
     /// [`GzipError::TooLarge`] for more than 2³² checkpoints.
-    pub fn write(index: &Index, layer: Digest, beside_gzip_meta: bool) -> Result<Vec<u8>, GzipError> {
-        let count = u32::try_from(index.checkpoints.len()).map_err(|_| GzipError::TooLarge { what: "checkpoints" })?;
+    pub fn write(
+        index: &Index,
+        layer: Digest,
+        beside_gzip_meta: bool,
+    ) -> Result<Vec<u8>, GzipError> {
+        let count = u32::try_from(index.checkpoints.len())
+            .map_err(|_| GzipError::TooLarge { what: "checkpoints" })?;
         let mut flags = 0;
         for (set, flag) in [
             (beside_gzip_meta, WINDOWS_IN_META),
@@ -133,10 +138,12 @@ impl Sidecar {
         file.extend(flags.to_le_bytes());
         file.extend(count.to_le_bytes());
         file.extend(layer.0);
-        for word in [index.compressed_len.0, index.uncompressed_len.0, index.span.0, index.members] {
+        for word in [index.compressed_len.0, index.uncompressed_len.0, index.span.0, index.members]
+        {
             file.extend(word.to_le_bytes());
         }
-        let columns: [fn(&Checkpoint) -> u64; 2] = [|checkpoint| checkpoint.bit.0, |checkpoint| checkpoint.out.0];
+        let columns: [fn(&Checkpoint) -> u64; 2] =
+            [|checkpoint| checkpoint.bit.0, |checkpoint| checkpoint.out.0];
         for column in columns {
             let mut before = 0;
             for checkpoint in &index.checkpoints {
@@ -181,7 +188,9 @@ impl Sidecar {
     /// [`GzipError::Sidecar`] naming the first rule that is broken.
     pub fn read(file: &[u8]) -> Result<Self, GzipError> {
         let at_end = |rule| GzipError::Sidecar { offset: file.len() as u64, rule };
-        let Some((body, &crc)) = file.split_last_chunk::<4>() else { return Err(at_end("the file is empty")) };
+        let Some((body, &crc)) = file.split_last_chunk::<4>() else {
+            return Err(at_end("the file is empty"));
+        };
         let mut cursor = Cursor { file: body, at: 0 };
         if cursor.array::<8>()? != *MAGIC {
             return Err(GzipError::Sidecar { offset: 0, rule: "the magic is not TBDSEGS" });
@@ -204,14 +213,21 @@ impl Sidecar {
         if count == 0 || count > (body.len() - HEADER) / 3 {
             return Err(cursor.broken("the number of checkpoints does not fit the file"));
         }
-        if members == 0 || compressed_len >= u64::MAX / 2048 || uncompressed_len > compressed_len * 1032 {
+        if members == 0
+            || compressed_len >= u64::MAX / 2048
+            || uncompressed_len > compressed_len * 1032
+        {
             return Err(cursor.broken("the lengths are impossible"));
         }
         let bits = column(&mut cursor, count, compressed_len * 8)?;
         let outs = column(&mut cursor, count, uncompressed_len)?;
         let ordered = |column: &[u64]| column.windows(2).all(|pair| pair[0] < pair[1]);
         let last = outs[count - 1];
-        if !ordered(&bits) || !ordered(&outs) || outs[0] != 0 || (last >= uncompressed_len && last > 0) {
+        if !ordered(&bits)
+            || !ordered(&outs)
+            || outs[0] != 0
+            || (last >= uncompressed_len && last > 0)
+        {
             return Err(cursor.broken("the checkpoints are not in order"));
         }
         let kinds = cursor.take(count)?;

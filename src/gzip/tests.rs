@@ -21,8 +21,9 @@ fn sample(len: usize, seed: u64) -> Vec<u8> {
         state ^= state << 17;
         state
     };
-    let words: Vec<Vec<u8>> =
-        (0..400).map(|_| (0..3 + random() % 9).map(|_| b'a' + (random() % 26) as u8).collect()).collect();
+    let words: Vec<Vec<u8>> = (0..400)
+        .map(|_| (0..3 + random() % 9).map(|_| b'a' + (random() % 26) as u8).collect())
+        .collect();
     let mut data = Vec::with_capacity(len + 4096);
     while data.len() < len {
         match random() % 12 {
@@ -52,8 +53,12 @@ fn sample(len: usize, seed: u64) -> Vec<u8> {
 
 /// `data` through a program.
 fn pipe(program: &str, args: &[&str], data: &[u8]) -> Vec<u8> {
-    let mut child =
-        Command::new(program).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = Command::new(program)
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let data = data.to_vec();
     let writer = std::thread::spawn(move || stdin.write_all(&data).unwrap());
@@ -70,7 +75,8 @@ fn flate2_gzip(data: &[u8], level: u32) -> Vec<u8> {
 }
 
 fn libdeflate_gzip(data: &[u8], level: i32) -> Vec<u8> {
-    let mut compressor = libdeflater::Compressor::new(libdeflater::CompressionLvl::new(level).unwrap());
+    let mut compressor =
+        libdeflater::Compressor::new(libdeflater::CompressionLvl::new(level).unwrap());
     let mut out = vec![0; compressor.gzip_compress_bound(data.len())];
     let len = compressor.gzip_compress(data, &mut out).unwrap();
     out.truncate(len);
@@ -125,7 +131,11 @@ fn fixed_gzip(data: &[u8]) -> Vec<u8> {
     member(&deflate, data)
 }
 
-fn scan_in(gzip: &[u8], span: u64, pieces: &mut dyn FnMut() -> usize) -> Result<(Index, Vec<u8>), GzipError> {
+fn scan_in(
+    gzip: &[u8],
+    span: u64,
+    pieces: &mut dyn FnMut() -> usize,
+) -> Result<(Index, Vec<u8>), GzipError> {
     let mut scanner = Scanner::new(ScanOptions { span: Bytes(span) });
     let mut hasher = SegmentHasher::new();
     let mut out = Vec::new();
@@ -192,7 +202,9 @@ fn assert_layer(name: &str, gzip: &[u8], data: &[u8]) -> Index {
                 assert!(both == index, "{name}");
                 assert_segments(gzip, merge(Some(&meta), None).unwrap(), data);
             }
-            Err(NoGzipMeta::ManyMembers { members }) => assert!(members == index.members && members > 1),
+            Err(NoGzipMeta::ManyMembers { members }) => {
+                assert!(members == index.members && members > 1);
+            }
             Err(other) => panic!("{name}: {other}"),
         }
         last = Some(index);
@@ -215,7 +227,11 @@ fn every_segment_of_every_compressor_decodes_alone() {
     assert_layer("stored", &stored_gzip(&data, 65535), &data);
     assert_layer("stored, small", &stored_gzip(&data, 777), &data);
     let index = assert_layer("fixed", &fixed_gzip(&data), &data);
-    assert!(index.checkpoints[1..].iter().all(|checkpoint| matches!(checkpoint.kind, CheckpointKind::MidBlock(_))));
+    assert!(
+        index.checkpoints[1..]
+            .iter()
+            .all(|checkpoint| matches!(checkpoint.kind, CheckpointKind::MidBlock(_)))
+    );
 }
 
 #[test]
@@ -278,7 +294,9 @@ fn members_are_walked_and_have_no_gzip_meta() {
     let index = assert_layer("large members", &large, &data);
     assert_eq!(index.members, 4);
     let index = assert_layer("tiny members", &tiny, &data);
-    assert!(index.checkpoints.iter().all(|checkpoint| checkpoint.kind == CheckpointKind::MemberStart));
+    assert!(
+        index.checkpoints.iter().all(|checkpoint| checkpoint.kind == CheckpointKind::MemberStart)
+    );
     tiny.extend([0; 1000]);
     assert_layer("padded", &tiny, &data);
     tiny.extend([7, 0]);
@@ -299,13 +317,39 @@ fn the_size_of_the_pieces_changes_nothing() {
 }
 
 #[test]
+fn the_hashes_do_not_depend_on_when_a_boundary_is_told() {
+    let gzip = flate2_gzip(&sample(900_000, 12), 6);
+    let (index, _) = scan(&gzip, 64 << 10).unwrap();
+    for early in [0, 1, index.segments()] {
+        let mut hasher = SegmentHasher::new();
+        for checkpoint in &index.checkpoints[..early] {
+            hasher.boundary(Boundary { bit: checkpoint.bit, out: checkpoint.out });
+        }
+        for piece in gzip.chunks(1000) {
+            hasher.push(bytes::Bytes::copy_from_slice(piece));
+        }
+        let mut again = Index { sha256: None, layer: None, ..index.clone() };
+        hasher.finish(&mut again).unwrap();
+        assert!(again == index, "{early}");
+    }
+    let digests = index.sha256.as_ref().unwrap();
+    for (i, digest) in digests.iter().enumerate() {
+        let input = index.input(i);
+        assert_eq!(*digest, Digest::of(&gzip[input.start as usize..input.end as usize]).0);
+    }
+}
+
+#[test]
 fn a_stream_cut_anywhere_is_an_error() {
     let data = sample(3000, 7);
     let mut gzip = flate2_gzip(&data[..1500], 6);
     let first = gzip.len();
     gzip.extend(fixed_gzip(&data[1500..]));
     for cut in (0..gzip.len()).filter(|&cut| cut != first) {
-        assert_eq!(scan(&gzip[..cut], 1 << 20).unwrap_err(), GzipError::Truncated { at: Bytes(cut as u64) });
+        assert_eq!(
+            scan(&gzip[..cut], 1 << 20).unwrap_err(),
+            GzipError::Truncated { at: Bytes(cut as u64) }
+        );
     }
     assert!(scan(&gzip, 1 << 20).unwrap().1 == data);
 }

