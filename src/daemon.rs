@@ -1,1 +1,206 @@
-//! The devices of this host.
+//! The devices of this host: one process that serves them all, and a socket to ask it.
+//!
+//! `turbobd attach` asks the daemon for a device and mounts it itself; `turbobd detach` unmounts and
+//! asks for the removal. The daemon never mounts: it lives in a mount namespace of its own, entered
+//! before it opens anything. A server that shares a namespace with the users of its devices cannot
+//! end cleanly, as the unmount at its end needs reads that nobody serves any more.
+//!
+//! A daemon that a client started ([`Client::connect_or_spawn`]) ends [`IDLE`] after its last device
+//! and connection are gone; one that was started by hand or by an init system stays. SIGTERM,
+//! SIGINT and `turbobd daemon --stop` end it too, but never under a device that is mounted or
+//! otherwise claimed: such devices are named, and it serves on.
+//!
+//! How an image becomes a volume is the business of an [`ImageOpener`].
+//!
+//! * `protocol`  what goes over the socket: one JSON object a line
+//! * `table`     the devices
+//! * `server`    accepts, answers, ends
+//! * `client`    finds or starts a daemon and asks it
+//! * `mounts`    ext4 mounts of a device, in the caller's namespace
+//! * `signals`   waits for SIGTERM and SIGINT
+//!
+//! [`IDLE`]: server::IDLE
+
+mod client;
+pub mod mounts;
+pub mod protocol;
+pub mod server;
+pub mod signals;
+mod table;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::volume::Volume;
+pub use client::Client;
+pub use protocol::{AttachRequest, DeviceRecord, Frontend, find};
+pub use server::{DaemonOptions, run};
+pub use table::Table;
+
+/// What only the opener of an image knows of its traffic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IoCounters {
+    /// Bytes that came from a registry.
+    pub fetched: u64,
+    /// Bytes of this device in the cache.
+    pub cached: u64,
+    /// Failed fetches, retried or not.
+    pub errors: u64,
+}
+
+/// An image that can be served.
+pub struct Opened {
+    /// The disk.
+    pub volume: Arc<dyn Volume>,
+    /// How the image is listed.
+    pub name: String,
+    /// Its counters, asked for at each listing.
+    pub counters: Arc<dyn Fn() -> IoCounters + Send + Sync>,
+}
+
+/// Makes a volume of what a client asked for.
+pub trait ImageOpener: Send + Sync {
+    /// Opens an image. May take as long as a network takes; runs on the connection's thread.
+    ///
+    /// # Errors
+    /// Whatever the client should read.
+    fn open(
+        &self,
+        request: &AttachRequest,
+    ) -> Result<Opened, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+impl<F> ImageOpener for F
+where
+    F: Fn(&AttachRequest) -> Result<Opened, Box<dyn std::error::Error + Send + Sync>> + Send + Sync,
+{
+    fn open(
+        &self,
+        request: &AttachRequest,
+    ) -> Result<Opened, Box<dyn std::error::Error + Send + Sync>> {
+        self(request)
+    }
+}
+
+/// Why the daemon or a request to it failed.
+#[derive(Debug, Error)]
+pub enum DaemonError {
+    /// Something with a file, a socket or a mount.
+    #[error("Cannot {what} {path}", path = path.display())]
+    Step {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Two daemons cannot share a run directory.
+    #[error("Another daemon serves {dir}: ask it, or stop it (turbobd daemon --stop)", dir = .0.display())]
+    Running(PathBuf),
+    /// A started daemon ended before it was ready.
+    #[error("The daemon ended at its start; its log {log} says: {tail}", log = log.display())]
+    NotStarted {
+        /// The daemon's log.
+        log: PathBuf,
+        /// The last lines of it.
+        tail: String,
+    },
+    /// Client and daemon are of different releases.
+    #[error(
+        "The daemon speaks version {theirs} of the protocol, this program {ours}: restart it (turbobd daemon --stop)"
+    )]
+    Version {
+        /// Of the daemon.
+        theirs: u32,
+        /// Of this program.
+        ours: u32,
+    },
+    /// A line on the socket was no message.
+    #[error("The other side of {path} sent what is no message: {what}", path = path.display())]
+    Protocol {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// The connection ended before the answer.
+    #[error("The daemon closed the connection without an answer: its log is beside {socket}", socket = .0.display())]
+    NoAnswer(PathBuf),
+    /// The daemon's own error.
+    #[error("{message}")]
+    Remote {
+        /// Its message, with its causes.
+        message: String,
+    },
+    /// No device answers to this name.
+    #[error("No device, mount point or image is called {0}: see turbobd ls")]
+    NotFound(String),
+    /// Several devices answer to this name.
+    #[error("{what} is attached as {devices}: name one of them")]
+    Ambiguous {
+        /// The name.
+        what: String,
+        /// The devices.
+        devices: String,
+    },
+    /// Somebody uses the device.
+    #[error("{device} is in use: unmount it first{mounted}", device = device.display())]
+    Busy {
+        /// The device.
+        device: PathBuf,
+        /// Where, if known.
+        mounted: String,
+    },
+    /// The opener's error.
+    #[error("Cannot open {image}")]
+    Open {
+        /// The image.
+        image: String,
+        /// The opener's error.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The ublk front end failed.
+    #[error("Cannot serve {image} through ublk")]
+    Ublk {
+        /// The image.
+        image: String,
+        /// Why.
+        #[source]
+        source: crate::ublk::UblkError,
+    },
+    /// The loop front end failed.
+    #[error("Cannot serve {image} through FUSE and loop")]
+    Looped {
+        /// The image.
+        image: String,
+        /// Why.
+        #[source]
+        source: crate::looped::LoopedError,
+    },
+    /// The daemon is about to end.
+    #[error("The daemon is ending")]
+    Ending,
+}
+
+/// An error with its causes in one line.
+#[must_use]
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn step(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> DaemonError {
+    let path = path.into();
+    move |source| DaemonError::Step { what, path, source }
+}

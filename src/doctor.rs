@@ -1,1 +1,103 @@
-//! What this host can do.
+//! What this host can do, and the remedy for what it cannot.
+//!
+//! Each row of the report is one fact that a front end depends on, looked up without changing
+//! anything: no module is loaded, no device made. A row *fails* when it alone rules both front ends
+//! out, or one of them without the other to fall back on; it *warns* when something works less well.
+//! `turbobd doctor` fails when neither front end can work.
+
+mod kernel;
+mod rows;
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// How a fact is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// As it should be.
+    Ok,
+    /// Works, with a loss.
+    Warn,
+    /// Does not work.
+    Fail,
+}
+
+/// One fact.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Row {
+    /// What was looked at.
+    pub what: &'static str,
+    /// How it is.
+    pub state: State,
+    /// What was found.
+    pub detail: String,
+    /// What to do about it; empty if nothing.
+    pub remedy: String,
+}
+
+impl Row {
+    fn new(
+        what: &'static str,
+        state: State,
+        detail: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        let remedy = if state == State::Ok { String::new() } else { remedy.into() };
+        Self { what, state, detail: detail.into(), remedy }
+    }
+}
+
+/// All facts.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// In the order in which they are worth reading.
+    pub rows: Vec<Row>,
+    /// Whether a ublk device can be made.
+    pub ublk: bool,
+    /// Whether a loop device over FUSE can be made.
+    pub looped: bool,
+}
+
+impl Report {
+    /// Exit status of `turbobd doctor`: 0 if a front end can work, 1 if none can.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        u8::from(!self.ublk && !self.looped)
+    }
+}
+
+impl fmt::Display for Report {
+    /// A table; remedies stand below their row.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.rows.iter().map(|row| row.what.len()).max().unwrap_or(0);
+        for row in &self.rows {
+            let state = match row.state {
+                State::Ok => "ok  ",
+                State::Warn => "warn",
+                State::Fail => "FAIL",
+            };
+            writeln!(f, "{state}  {:width$}  {}", row.what, row.detail)?;
+            if !row.remedy.is_empty() {
+                writeln!(f, "      {:width$}  -> {}", "", row.remedy)?;
+            }
+        }
+        let can = match (self.ublk, self.looped) {
+            (true, _) => "Devices are served through ublk.",
+            (false, true) => {
+                "Devices are served through FUSE and loop: slower, and they end with their server."
+            }
+            (false, false) => {
+                "No device can be served here; turbobd export, convert and check still work."
+            }
+        };
+        writeln!(f, "\n{can}")
+    }
+}
+
+/// Looks at everything.
+#[must_use]
+pub fn examine() -> Report {
+    rows::report(&kernel::Facts::of_this_host())
+}

@@ -14,8 +14,9 @@
 //! once, above the loop device, not twice.
 //!
 //! Slower than ublk (each request crosses two more layers), and it cannot survive its server: when this
-//! process dies, reads fail. The loop device is made with `LO_FLAGS_AUTOCLEAR` and kept open, so that
-//! it goes away by itself then.
+//! process dies, reads fail. Nothing is left then: the FUSE mount is detached from the tree as soon as
+//! its file is open (the open file keeps it alive), and the loop device is made with
+//! `LO_FLAGS_AUTOCLEAR` and kept open, so that it goes with the last file that has it open.
 //!
 //! [`Volume::locate`]: crate::volume::Volume::locate
 
@@ -70,15 +71,15 @@ fn step(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LoopedErro
 pub struct LoopedDevice {
     path: PathBuf,
     direct: bool,
-    // In the order in which they end: the device holds the file, the file holds the mount.
+    // In the order in which they end: the device holds the file, the file holds the session.
     device: Option<device::LoopDevice>,
-    session: Option<fuse::FuseMount>,
+    session: Option<fuse::FuseSession>,
 }
 
 impl LoopedDevice {
-    /// Mounts the file system at `dir`, which is created if it does not exist (and then removed at the
-    /// stop), and sets up a loop device on its file. Needs `CAP_SYS_ADMIN`. Nothing is left behind
-    /// on an error.
+    /// Mounts the file system at `dir` for the moment it takes to open its file, and sets up a loop
+    /// device on that file. `dir` is created if it does not exist, and then removed again. Needs
+    /// `CAP_SYS_ADMIN`. Nothing is left behind on an error.
     ///
     /// # Errors
     /// [`LoopedError`], naming the step.
@@ -87,8 +88,15 @@ impl LoopedDevice {
         if size == 0 || !size.is_multiple_of(SECTOR) {
             return Err(LoopedError::Size(size));
         }
-        let session = fuse::FuseMount::new(volume, dir)?;
-        let device = device::LoopDevice::attach(&session.file())?;
+        let (session, file) = fuse::FuseSession::new(volume, dir)?;
+        let device = match device::LoopDevice::attach(&file, &dir.join(fuse::NAME)) {
+            Ok(device) => device,
+            Err(error) => {
+                drop(file); // before the session, which waits for it
+                return Err(error);
+            }
+        };
+        drop(file);
         let path = device.path().to_owned();
         let direct = device.reads_direct();
         Ok(Self { path, direct, device: Some(device), session: Some(session) })
@@ -109,15 +117,14 @@ impl LoopedDevice {
     /// What the file system did so far.
     #[must_use]
     pub fn counters(&self) -> FuseTotals {
-        self.session.as_ref().map(fuse::FuseMount::counters).unwrap_or_default()
+        self.session.as_ref().map(fuse::FuseSession::counters).unwrap_or_default()
     }
 
-    /// Detaches the loop device, unmounts the file system, and joins the threads.
+    /// Detaches the loop device, waits for the file system to end, and joins the threads.
     ///
     /// # Errors
     /// [`LoopedError::Busy`] if the device is mounted or open: it then serves on, and goes away by
-    /// itself when the last user has closed it, but for the FUSE mount, which stays until the
-    /// process ends.
+    /// itself when the last user has closed it.
     pub fn stop(mut self) -> Result<(), LoopedError> {
         self.end()
     }
@@ -126,11 +133,12 @@ impl LoopedDevice {
         if let Some(device) = self.device.take()
             && let Err(error) = device.detach()
         {
-            // Unmounting now would fail, and ending the session would fail the user's reads.
-            std::mem::forget(self.session.take());
+            if let Some(session) = self.session.take() {
+                session.abandon();
+            }
             return Err(error);
         }
-        self.session.take().map_or(Ok(()), fuse::FuseMount::end)
+        self.session.take().map_or(Ok(()), fuse::FuseSession::end)
     }
 }
 

@@ -83,9 +83,8 @@ fn control(file: &File, request: u64, argument: &Argument<'_>) -> io::Result<u32
 }
 
 impl LoopDevice {
-    /// A free loop device over `file`.
-    pub(super) fn attach(file: &Path) -> Result<Self, LoopedError> {
-        let backing = File::open(file).map_err(step("open", file))?;
+    /// A free loop device over `backing`, shown in sysfs and by `losetup` as `name`.
+    pub(super) fn attach(backing: &File, name: &Path) -> Result<Self, LoopedError> {
         let control_path = Path::new("/dev/loop-control");
         let controller = OpenOptions::new().read(true).write(true).open(control_path);
         let controller = controller.map_err(step("open", control_path))?;
@@ -99,7 +98,7 @@ impl LoopDevice {
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => continue,
                 Err(error) => return Err(step("open", &path)(error)),
             };
-            match control(&node, LOOP_CONFIGURE, &Argument::Config(&config(&backing, file))) {
+            match control(&node, LOOP_CONFIGURE, &Argument::Config(&config(backing, name))) {
                 Ok(_) => {
                     // Twice the largest FUSE read, as on a ublk device; cosmetic if it fails.
                     let _ = std::fs::write(

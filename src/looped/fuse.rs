@@ -1,10 +1,9 @@
 //! The FUSE file system with the one file `disk`.
 
 use std::ffi::{CString, OsStr};
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,7 +23,7 @@ use crate::units::SECTOR;
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
 
 /// Name of the file.
-const NAME: &str = "disk";
+pub(super) const NAME: &str = "disk";
 /// Inode of the file; the directory is 1 by FUSE's rule.
 const FILE: INodeNo = INodeNo(2);
 /// Nothing here ever changes, so the kernel may keep what it was told.
@@ -314,33 +313,39 @@ impl Filesystem for DiskFile {
     }
 }
 
-/// The mounted file system and its threads.
-pub(super) struct FuseMount {
+/// The file system's threads. It ends when the last file of it is closed.
+pub(super) struct FuseSession {
     dir: PathBuf,
-    made_dir: bool,
     session: Option<BackgroundSession>,
     shared: Arc<Shared>,
     answers: Sender<Option<Answer>>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl FuseMount {
-    /// Mounts at `dir`. Nothing is left behind on an error.
-    pub(super) fn new(volume: Arc<dyn Volume>, dir: &Path) -> Result<Self, LoopedError> {
-        let made_dir = match std::fs::create_dir(dir) {
+impl FuseSession {
+    /// Mounts at `dir`, opens the file, detaches the mount. Nothing is left behind on an error.
+    pub(super) fn new(volume: Arc<dyn Volume>, dir: &Path) -> Result<(Self, File), LoopedError> {
+        let made = match std::fs::create_dir(dir) {
             Ok(()) => true,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
             Err(error) => return Err(step("create the directory", dir)(error)),
         };
+        let result = Self::serve(volume, dir);
+        if made {
+            let _ = std::fs::remove_dir(dir);
+        }
+        result
+    }
+
+    fn serve(volume: Arc<dyn Volume>, dir: &Path) -> Result<(Self, File), LoopedError> {
         let (answers, queue) = unbounded();
         let shared = Arc::new(Shared {
             volume,
             counters: Counters::default(),
             zeros: vec![0; MAX_READ as usize],
         });
-        let mut mounted = Self {
+        let mut this = Self {
             dir: dir.to_owned(),
-            made_dir,
             session: None,
             shared: shared.clone(),
             answers: answers.clone(),
@@ -352,28 +357,23 @@ impl FuseMount {
                 .name(format!("disk-answer-{number}"))
                 .spawn(move || answer(&shared, &queue, &answers))
                 .map_err(step("start a thread for", dir))?;
-            mounted.threads.push(thread);
+            this.threads.push(thread);
         }
-        let device = mount_fuse(dir)?;
+        let mounted = Mounted::new(dir)?;
         let mut config = Config::default();
         config.n_threads = Some(SESSION_THREADS);
         config.clone_fd = true;
+        let device =
+            mounted.device.try_clone().map_err(step("open a second time", Path::new(DEVICE)))?;
         let session =
             Session::from_fd(DiskFile { shared, answers }, device, SessionACL::All, config)
-                .and_then(Session::spawn);
-        match session {
-            Ok(session) => mounted.session = Some(session),
-            Err(error) => {
-                let _ = unmount(dir, UnmountFlags::DETACH);
-                return Err(step("serve the file system at", dir)(error));
-            }
-        }
-        Ok(mounted)
-    }
-
-    /// The file.
-    pub(super) fn file(&self) -> PathBuf {
-        self.dir.join(NAME)
+                .and_then(Session::spawn)
+                .map_err(step("serve the file system at", dir))?;
+        this.session = Some(session);
+        let file = dir.join(NAME);
+        let file = File::open(&file).map_err(step("open", &file))?;
+        drop(mounted);
+        Ok((this, file))
     }
 
     /// Counters now.
@@ -389,19 +389,32 @@ impl FuseMount {
         }
     }
 
-    /// Unmounts and joins the threads.
+    /// Joins the threads; the file must be closed everywhere.
     pub(super) fn end(mut self) -> Result<(), LoopedError> {
-        self.unmount()
+        self.join()
     }
 
-    fn unmount(&mut self) -> Result<(), LoopedError> {
+    /// Lets the threads serve whoever still has the file, until they close it.
+    pub(super) fn abandon(mut self) {
+        self.session = None;
+        self.threads.clear();
+    }
+
+    fn join(&mut self) -> Result<(), LoopedError> {
         let mut result = Ok(());
         if let Some(session) = self.session.take() {
-            result = release(&self.dir).map_err(step("unmount", &self.dir));
-            if result.is_ok() {
-                // The connection is gone, so each session thread's read fails with ENODEV.
-                result = session.join().map_err(step("end the session of", &self.dir));
+            // Without a file and a mount the kernel ends the connection, a moment later; each session
+            // thread's read then fails with ENODEV.
+            let until = Instant::now() + RELEASE;
+            while !session.guard.is_finished() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
             }
+            result = if session.guard.is_finished() {
+                session.join()
+            } else {
+                Err(io::ErrorKind::TimedOut.into())
+            }
+            .map_err(step("end the file system of", &self.dir));
         }
         for _ in &self.threads {
             let _ = self.answers.send(None);
@@ -409,47 +422,55 @@ impl FuseMount {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        if std::mem::take(&mut self.made_dir) {
-            let _ = std::fs::remove_dir(&self.dir);
-        }
         result
     }
 }
 
-impl Drop for FuseMount {
+impl Drop for FuseSession {
     fn drop(&mut self) {
-        if let Err(error) = self.unmount() {
-            tracing::error!(error = &error as &dyn std::error::Error, "A FUSE mount stays behind");
+        if let Err(error) = self.join() {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "A FUSE session stays behind"
+            );
         }
     }
 }
 
-/// `mount(2)` by hand rather than by the library, for the options and for exact errors.
-fn mount_fuse(dir: &Path) -> Result<OwnedFd, LoopedError> {
-    let path = Path::new("/dev/fuse");
-    let device = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path);
-    let device: OwnedFd = device.map_err(step("open", path))?.into();
-    let options = format!(
-        "fd={},rootmode=40000,user_id=0,group_id=0,max_read={MAX_READ}",
-        device.as_raw_fd()
-    );
-    let options = CString::new(options).map_err(io::Error::other).map_err(step("mount", dir))?;
-    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount("turbobd", dir, "fuse.turbobd", flags, options.as_c_str())
-        .map_err(io::Error::from)
-        .map_err(step("mount a FUSE file system at", dir))?;
-    Ok(device)
+/// The FUSE device node.
+const DEVICE: &str = "/dev/fuse";
+
+/// A FUSE mount, detached from the tree when dropped: it then lives as long as its open files.
+struct Mounted<'a> {
+    dir: &'a Path,
+    device: OwnedFd,
 }
 
-/// Unmounts; the kernel lets go of the file a moment after the loop device is gone.
-fn release(dir: &Path) -> io::Result<()> {
-    let until = Instant::now() + RELEASE;
-    loop {
-        match unmount(dir, UnmountFlags::empty()) {
-            Err(rustix::io::Errno::BUSY) if Instant::now() < until => {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            result => return result.map_err(io::Error::from),
+impl<'a> Mounted<'a> {
+    /// `mount(2)` by hand rather than by the library, for the options and for exact errors.
+    fn new(dir: &'a Path) -> Result<Self, LoopedError> {
+        let path = Path::new(DEVICE);
+        let device = OpenOptions::new().read(true).write(true).open(path);
+        let device: OwnedFd = device.map_err(step("open", path))?.into();
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,max_read={MAX_READ}",
+            device.as_raw_fd()
+        );
+        let options =
+            CString::new(options).map_err(io::Error::other).map_err(step("mount", dir))?;
+        let flags =
+            MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        mount("turbobd", dir, "fuse.turbobd", flags, options.as_c_str())
+            .map_err(io::Error::from)
+            .map_err(step("mount a FUSE file system at", dir))?;
+        Ok(Self { dir, device })
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = unmount(self.dir, UnmountFlags::DETACH) {
+            tracing::error!(dir = %self.dir.display(), %error, "Cannot detach a FUSE mount");
         }
     }
 }

@@ -38,8 +38,6 @@ pub struct UblkOptions {
     /// of it. Default 256 KiB: a quarter or half of the usual decode unit, so that most requests lie
     /// in one decoded chunk, while a sequential reader still gets big requests.
     pub chunk: u32,
-    /// Number N of `/dev/ublkbN`; `None`: the first free one.
-    pub id: Option<u32>,
     /// Whether the kernel may refuse writes before they reach us. Always `true`, but in the test that
     /// writes which do reach us do no harm.
     pub read_only: bool,
@@ -48,7 +46,7 @@ pub struct UblkOptions {
 impl Default for UblkOptions {
     fn default() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { queues: cpus.clamp(1, 2) as u16, depth: 64, chunk: 256 * 1024, id: None, read_only: true }
+        Self { queues: cpus.clamp(1, 2) as u16, depth: 64, chunk: 256 * 1024, read_only: true }
     }
 }
 
@@ -67,12 +65,6 @@ impl UblkOptions {
             "size",
             size,
             "a multiple of 512 bytes, not 0",
-        )?;
-        rule(
-            self.id.is_none_or(|id| id < 1 << 20),
-            "number",
-            self.id.unwrap_or(0).into(),
-            "below 1048576",
         )
     }
 
@@ -125,7 +117,9 @@ impl UblkDevice {
         let (started, start) = mpsc::channel();
         let control = {
             let (options, counters) = (options.clone(), counters.clone());
-            spawn("ublk-control", move || control(&volume, &options, &counters, &started, &stopped))?
+            spawn("ublk-control", move || {
+                control(&volume, &options, &counters, &started, &stopped)
+            })?
         };
         match start.recv() {
             Ok(id) => {
@@ -224,7 +218,9 @@ fn control(
 fn add(options: &UblkOptions) -> Result<UblkCtrl, UblkError> {
     UblkCtrlBuilder::default()
         .name("turbobd")
-        .id(options.id.map_or(-1, |id| id as i32))
+        // The kernel chooses the number. Never ask for one: when ADD_DEV fails because the number is taken,
+        // libublk 0.4.8 deletes the device that has it (the control object's Drop).
+        .id(-1)
         .nr_queues(options.queues)
         .depth(options.depth)
         .io_buf_bytes(options.chunk)
@@ -346,7 +342,6 @@ mod tests {
             UblkOptions { depth: 4097, ..good.clone() },
             UblkOptions { chunk: 3 << 12, ..good.clone() },
             UblkOptions { chunk: 2048, ..good.clone() },
-            UblkOptions { id: Some(u32::MAX), ..good.clone() },
         ] {
             assert!(matches!(bad.check(&volume), Err(UblkError::Option { .. })), "{bad:?}");
         }

@@ -1,0 +1,106 @@
+//! ext4 mounts of a device, made and found in the caller's mount namespace.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{major, minor};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use super::{DaemonError, step};
+
+/// Mounts the ext4 of a read-only device.
+///
+/// `noload`: a journal, if the image has one, must not be replayed on a read-only disk; `errors=continue`:
+/// a failed read of metadata must never panic the host, whatever the superblock says. The options
+/// that ext4 takes from the image are thereby ours.
+///
+/// # Errors
+/// [`DaemonError::Step`].
+pub fn mount_ext4(device: &Path, dir: &Path) -> Result<(), DaemonError> {
+    mount(device, dir, "ext4", MountFlags::RDONLY, c"noload,errors=continue")
+        .map_err(io::Error::from)
+        .map_err(step("mount an ext4 at", dir))
+}
+
+/// Unmounts what is mounted last at `dir`.
+///
+/// # Errors
+/// [`DaemonError::Busy`] if files there are open, [`DaemonError::Step`].
+pub fn unmount_dir(dir: &Path) -> Result<(), DaemonError> {
+    match unmount(dir, UnmountFlags::NOFOLLOW) {
+        Err(rustix::io::Errno::BUSY) => Err(DaemonError::Busy {
+            device: dir.to_owned(),
+            mounted: String::from(" (files there are open)"),
+        }),
+        result => result.map_err(io::Error::from).map_err(step("unmount", dir)),
+    }
+}
+
+/// Where the file system on `device` is mounted, in the order in which it was.
+///
+/// # Errors
+/// [`DaemonError::Step`] if the device or the list of mounts cannot be read.
+pub fn mounted_from(device: &Path) -> Result<Vec<PathBuf>, DaemonError> {
+    let number = std::fs::metadata(device).map_err(step("examine", device))?.rdev();
+    let list = Path::new("/proc/self/mountinfo");
+    let text = std::fs::read(list).map_err(step("read", list))?;
+    Ok(parse(&text, major(number), minor(number)))
+}
+
+/// proc(5): fields by spaces; the third is `major:minor`, the fifth the mount point, with blanks, tabs,
+/// line ends and backslashes as octal `\ooo`.
+fn parse(mountinfo: &[u8], major: u32, minor: u32) -> Vec<PathBuf> {
+    let number = format!("{major}:{minor}");
+    mountinfo
+        .split(|&byte| byte == b'\n')
+        .filter_map(|line| {
+            let mut fields = line.split(|&byte| byte == b' ');
+            let (number_field, place) = (fields.nth(2)?, fields.nth(1)?);
+            (number_field == number.as_bytes()).then(|| PathBuf::from(unescape(place)))
+        })
+        .collect()
+}
+
+fn unescape(field: &[u8]) -> OsString {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [first, tail @ ..] = rest {
+        let octal = match rest {
+            [b'\\', digits @ ..] => digits.get(..3).and_then(|digits| {
+                let digits = std::str::from_utf8(digits).ok()?;
+                u8::from_str_radix(digits, 8).ok()
+            }),
+            _ => None,
+        };
+        match octal {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &rest[4..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    OsString::from_vec(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_found_by_device_number_and_unescaped() {
+        let text = b"36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw\n\
+                     40 35 7:3 / /a\\040b\\134c ro - ext4 /dev/loop3 ro\n\
+                     41 35 7:30 / /other ro - ext4 /dev/loop30 ro\n\
+                     42 35 7:3 / /twice ro - ext4 /dev/loop3 ro\nshort line\n";
+        assert_eq!(parse(text, 7, 3), [PathBuf::from("/a b\\c"), PathBuf::from("/twice")]);
+        assert_eq!(parse(text, 9, 9), Vec::<PathBuf>::new());
+        assert_eq!(unescape(b"\\9\\"), OsString::from("\\9\\"));
+    }
+}

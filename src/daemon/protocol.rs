@@ -1,0 +1,289 @@
+//! What goes over the socket: one JSON object a line, in both directions.
+//!
+//! A client first asks for the version; a daemon that is about to end closes the connection instead of
+//! answering, and the client looks for another. After that, each request has one reply.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::{DaemonError, step};
+
+/// Version of the messages below. Changed when one side could misunderstand the other.
+pub const VERSION: u32 = 1;
+
+/// Longest line that is read, in bytes: a list of 10,000 devices has about 4 MiB.
+const MAX_LINE: u64 = 16 << 20;
+
+/// Environment variable that names the run directory.
+pub const RUN_DIR_VARIABLE: &str = "TURBOBD_RUN_DIR";
+
+/// Where socket, lock, log and FUSE mount points are: `$TURBOBD_RUN_DIR`, else `/run/turbobd`.
+#[must_use]
+pub fn run_dir() -> PathBuf {
+    std::env::var_os(RUN_DIR_VARIABLE)
+        .filter(|dir| !dir.is_empty())
+        .map_or_else(|| "/run/turbobd".into(), PathBuf::from)
+}
+
+/// The socket in a run directory.
+#[must_use]
+pub fn socket(run_dir: &Path) -> PathBuf {
+    run_dir.join("turbobd.sock")
+}
+
+/// Which front end makes the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Frontend {
+    /// ublk, or loop where ublk cannot be had.
+    #[default]
+    Auto,
+    /// ublk or an error.
+    Ublk,
+    /// FUSE and a loop device.
+    Loop,
+}
+
+/// What `attach` asks for.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AttachRequest {
+    /// Image reference or path of a config file, as the user gave it.
+    pub image: String,
+    /// The front end wished for.
+    #[serde(default)]
+    pub frontend: Frontend,
+    /// For the opener alone, untouched on the way.
+    #[serde(default)]
+    pub options: serde_json::Value,
+}
+
+/// A request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Who are you?
+    Version,
+    /// Make a device.
+    Attach(AttachRequest),
+    /// The client has mounted a device, or (`None`) unmounted it.
+    Mounted {
+        /// The device.
+        id: u64,
+        /// Where.
+        mountpoint: Option<PathBuf>,
+    },
+    /// Which devices are there?
+    List,
+    /// Remove a device.
+    Detach {
+        /// The device.
+        id: u64,
+    },
+    /// Remove all devices that nobody uses, and end if none is left.
+    Stop,
+}
+
+/// A reply.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// To [`Request::Version`].
+    Version {
+        /// [`VERSION`] of the daemon.
+        protocol: u32,
+        /// Release of the daemon.
+        program: String,
+        /// Its process.
+        pid: u32,
+    },
+    /// To [`Request::Attach`].
+    Attached {
+        /// The new device.
+        device: DeviceRecord,
+        /// What the user should know, such as a slower front end and why.
+        note: Option<String>,
+    },
+    /// To [`Request::List`].
+    Devices(Vec<DeviceRecord>),
+    /// To [`Request::Mounted`] and [`Request::Detach`].
+    Done,
+    /// To [`Request::Stop`]: the devices in use, for which the daemon stays. None: it ends.
+    Stopping(Vec<DeviceRecord>),
+    /// To any request.
+    Error {
+        /// What failed, with its causes.
+        message: String,
+    },
+}
+
+/// How a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Served, used by nobody.
+    Ready,
+    /// Served, and mounted or claimed by somebody.
+    InUse,
+    /// A part of its server has ended: its reads fail.
+    Failed,
+}
+
+/// A device, as `turbobd ls` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceRecord {
+    /// Number within this daemon.
+    pub id: u64,
+    /// Name of the image.
+    pub image: String,
+    /// What the user asked for, if that was another string.
+    pub requested: String,
+    /// How it is served.
+    pub frontend: Frontend,
+    /// `/dev/ublkbN` or `/dev/loopN`.
+    pub device: PathBuf,
+    /// Where the client that attached it mounted it.
+    pub mountpoint: Option<PathBuf>,
+    /// How it is.
+    pub state: State,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes read by the kernel.
+    pub bytes_read: u64,
+    /// Bytes fetched from registries for it.
+    pub bytes_fetched: u64,
+    /// Bytes of it in the cache.
+    pub bytes_cached: u64,
+    /// Failed reads and fetches.
+    pub errors: u64,
+    /// When it was attached, seconds since 1970.
+    pub since: u64,
+}
+
+/// The one device among `records` that `what` names: a device path, a mount point or an image. For an
+/// image attached several times the name is not enough.
+///
+/// # Errors
+/// [`DaemonError::NotFound`] or [`DaemonError::Ambiguous`].
+pub fn find<'a>(records: &'a [DeviceRecord], what: &str) -> Result<&'a DeviceRecord, DaemonError> {
+    let path = std::fs::canonicalize(what).unwrap_or_else(|_| PathBuf::from(what));
+    let by_path = |record: &&DeviceRecord| {
+        record.device == path || record.mountpoint.as_deref() == Some(&path)
+    };
+    // The newest mount on a mount point is the one that is seen there.
+    if let Some(record) = records.iter().rev().find(by_path) {
+        return Ok(record);
+    }
+    let named: Vec<_> =
+        records.iter().filter(|record| record.image == what || record.requested == what).collect();
+    match named.as_slice() {
+        [] => Err(DaemonError::NotFound(what.into())),
+        [record] => Ok(record),
+        several => {
+            let devices: Vec<_> =
+                several.iter().map(|record| record.device.display().to_string()).collect();
+            Err(DaemonError::Ambiguous { what: what.into(), devices: devices.join(", ") })
+        }
+    }
+}
+
+/// One end of a connection.
+pub(super) struct Connection {
+    reader: BufReader<UnixStream>,
+    path: PathBuf,
+}
+
+impl Connection {
+    pub(super) fn new(stream: UnixStream, path: PathBuf) -> Self {
+        Self { reader: BufReader::new(stream), path }
+    }
+
+    /// Sends one message.
+    pub(super) fn send(&mut self, message: &impl Serialize) -> Result<(), DaemonError> {
+        let send = |stream: &mut UnixStream| {
+            let mut line = serde_json::to_vec(message)?;
+            line.push(b'\n');
+            stream.write_all(&line)
+        };
+        send(self.reader.get_mut()).map_err(step("write to", &self.path))
+    }
+
+    /// The next message; `None` at the end of the connection.
+    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<T>, DaemonError> {
+        let mut line = Vec::new();
+        let read = (&mut self.reader).take(MAX_LINE).read_until(b'\n', &mut line);
+        if read.map_err(step("read from", &self.path))? == 0 {
+            return Ok(None);
+        }
+        let wrong = |what: String| DaemonError::Protocol { path: self.path.clone(), what };
+        if line.last() != Some(&b'\n') {
+            return Err(wrong(format!("a line without an end after {} bytes", line.len())));
+        }
+        serde_json::from_slice(&line).map(Some).map_err(|error| wrong(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(id: u64, image: &str, device: &str, mountpoint: Option<&str>) -> DeviceRecord {
+        DeviceRecord {
+            id,
+            image: image.into(),
+            requested: image.into(),
+            frontend: Frontend::Loop,
+            device: device.into(),
+            mountpoint: mountpoint.map(PathBuf::from),
+            state: State::Ready,
+            size: 512,
+            bytes_read: 0,
+            bytes_fetched: 0,
+            bytes_cached: 0,
+            errors: 0,
+            since: 0,
+        }
+    }
+
+    #[test]
+    fn a_device_is_found_by_path_mount_point_or_image() {
+        let records = [
+            record(1, "reg/a:1", "/dev/nosuch0", Some("/nosuch/x")),
+            record(2, "reg/b:1", "/dev/nosuch1", None),
+            record(3, "reg/b:1", "/dev/nosuch2", None),
+        ];
+        assert_eq!(find(&records, "/dev/nosuch1").unwrap().id, 2);
+        assert_eq!(find(&records, "/nosuch/x").unwrap().id, 1);
+        assert_eq!(find(&records, "reg/a:1").unwrap().id, 1);
+        assert!(matches!(find(&records, "reg/b:1"), Err(DaemonError::Ambiguous { .. })));
+        assert!(matches!(find(&records, "reg/c:1"), Err(DaemonError::NotFound(_))));
+    }
+
+    #[test]
+    fn options_reach_the_other_side_untouched() {
+        let (one, two) = UnixStream::pair().unwrap();
+        let (mut one, mut two) =
+            (Connection::new(one, "one".into()), Connection::new(two, "two".into()));
+        let options = serde_json::json!({"z": [1, null, "\n"], "a": {"deep": 1.5}});
+        let request =
+            Request::Attach(AttachRequest { image: "i".into(), frontend: Frontend::Ublk, options });
+        one.send(&request).unwrap();
+        assert_eq!(two.receive::<Request>().unwrap(), Some(request));
+        drop(one);
+        assert_eq!(two.receive::<Request>().unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_no_message_is_an_error_and_not_a_panic() {
+        for junk in ["{}\n", "nonsense\n", "\"version\"", "[[[[\n", "\n"] {
+            let (mut one, two) = UnixStream::pair().unwrap();
+            one.write_all(junk.as_bytes()).unwrap();
+            drop(one);
+            let received = Connection::new(two, "two".into()).receive::<Request>();
+            assert!(matches!(received, Err(DaemonError::Protocol { .. })), "{junk:?}");
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! Accepts connections, answers, and ends when nothing is left to do.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{FlockOperation, flock};
+use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::thread::UnshareFlags;
+
+use super::protocol::{Connection, Reply, Request, VERSION, socket};
+use super::signals::Signals;
+use super::table::Table;
+use super::{DaemonError, ImageOpener, step, with_causes};
+
+/// How long a daemon that a client started outlives its last device and connection: long enough for a
+/// script that detaches one image and attaches the next, short enough not to be noticed as a leftover.
+pub const IDLE: Duration = Duration::from_secs(3);
+
+/// End of the line that a daemon started by a client writes on its standard output once it accepts
+/// connections.
+pub(super) const READY: &str = "turbobd is ready";
+
+/// How a daemon runs.
+#[derive(Clone, Debug)]
+pub struct DaemonOptions {
+    /// Where its socket is; see [`run_dir`](super::protocol::run_dir).
+    pub run_dir: PathBuf,
+    /// Started by a client (`turbobd daemon --auto`): leaves the session, reports readiness on standard
+    /// output, ends when idle.
+    pub auto: bool,
+}
+
+/// Runs the daemon until it is asked to end. Call it on the main thread before any other thread exists:
+/// the mount namespace that it enters is the calling thread's and its later children's.
+///
+/// # Errors
+/// [`DaemonError::Running`]; [`DaemonError::Step`] when it cannot set up.
+pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), DaemonError> {
+    let run_dir = &options.run_dir;
+    enter_namespace()?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(run_dir)
+        .map_err(step("create", run_dir))?;
+    if options.auto {
+        // Not a child of the client's terminal any more.
+        let _ = rustix::process::setsid();
+    }
+    let _lock = lock(run_dir)?;
+    let path = socket(run_dir);
+    // Ours alone by the lock, so an existing one is a dead daemon's.
+    let _ = std::fs::remove_file(&path);
+    let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let listener = UnixListener::bind(&path);
+    rustix::process::umask(mask);
+    let listener = listener.map_err(step("listen on", &path))?;
+    let server = Arc::new(Server {
+        table: Table::new(run_dir.clone(), opener),
+        path,
+        connections: AtomicUsize::new(0),
+        ending: AtomicBool::new(false),
+        wake: eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(io::Error::from)
+            .map_err(step("serve", run_dir))?,
+    });
+    watch_signals(&server)?;
+    if options.auto {
+        announce().map_err(step("report readiness for", run_dir))?;
+    }
+    let result = server.accept(&listener, options.auto);
+    let _ = std::fs::remove_file(&server.path);
+    result
+}
+
+/// A private copy of the mounts: what is mounted from our devices elsewhere is not seen, and not held,
+/// here.
+fn enter_namespace() -> Result<(), DaemonError> {
+    // Deprecated in favour of an unsafe form for the sake of UnshareFlags::FILES, which is not given.
+    #[allow(deprecated)]
+    let unshared = rustix::thread::unshare(UnshareFlags::NEWNS);
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    unshared
+        .and_then(|()| mount_change("/", private))
+        .map_err(io::Error::from)
+        .map_err(step("enter a mount namespace of its own, away from", "/"))
+}
+
+fn lock(run_dir: &Path) -> Result<File, DaemonError> {
+    let path = run_dir.join("turbobd.lock");
+    let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = open.map_err(step("open", &path))?;
+    // A daemon that just decided to end still has it for a moment.
+    let until = Instant::now() + Duration::from_secs(2);
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(DaemonError::Running(run_dir.to_owned()));
+            }
+            Err(error) => return Err(step("lock", &path)(error.into())),
+        }
+    }
+}
+
+/// Tells the waiting client, then lets go of its pipe.
+fn announce() -> io::Result<()> {
+    rustix::io::write(std::io::stdout().as_fd(), format!("{READY}\n").as_bytes())?;
+    let null = OpenOptions::new().write(true).open("/dev/null")?;
+    Ok(rustix::stdio::dup2_stdout(&null)?)
+}
+
+fn watch_signals(server: &Arc<Server>) -> Result<(), DaemonError> {
+    let failed = step("watch signals for", &server.path);
+    let server = server.clone();
+    let spawn = |mut signals: Signals| {
+        std::thread::Builder::new().name("signals".into()).spawn(move || {
+            loop {
+                signals.wait();
+                let left = server.stop();
+                if left.is_empty() {
+                    return;
+                }
+                for record in left {
+                    tracing::warn!(device = %record.device.display(), image = record.image,
+                        "Still in use: the daemon stays; unmount it and try again");
+                }
+            }
+        })
+    };
+    Signals::new().and_then(spawn).map(drop).map_err(failed)
+}
+
+struct Server {
+    table: Table,
+    path: PathBuf,
+    connections: AtomicUsize,
+    ending: AtomicBool,
+    wake: rustix::fd::OwnedFd,
+}
+
+/// Counts a connection as long as it is served.
+struct Served<'a>(&'a Server);
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::SeqCst);
+        self.0.wake();
+    }
+}
+
+impl Server {
+    /// Accepts until the end. The idle clock restarts with every connection and device.
+    fn accept(self: &Arc<Self>, listener: &UnixListener, auto: bool) -> Result<(), DaemonError> {
+        let mut idle_since = None;
+        while !self.ending.load(Ordering::SeqCst) {
+            let busy = self.connections.load(Ordering::SeqCst) > 0 || !self.table.list().is_empty();
+            let since = *idle_since.get_or_insert_with(Instant::now);
+            if busy || !auto {
+                idle_since = None;
+            } else if since.elapsed() >= IDLE && self.table.close_if_empty() {
+                return Ok(());
+            }
+            let wait = (auto && !busy)
+                .then(|| IDLE.saturating_sub(since.elapsed()) + Duration::from_millis(1));
+            let timeout = wait.map(|wait| Timespec {
+                tv_sec: wait.as_secs() as i64,
+                tv_nsec: wait.subsec_nanos().into(),
+            });
+            let mut events =
+                [PollFd::new(listener, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
+            match poll(&mut events, timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(step("wait on", &self.path)(error.into())),
+            }
+            if events[1].revents().contains(PollFlags::IN) {
+                let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
+            }
+            if events[0].revents().contains(PollFlags::IN) {
+                idle_since = None;
+                match listener.accept() {
+                    Ok((stream, _)) => self.serve(stream),
+                    Err(error) => tracing::warn!(%error, "A connection was lost"),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    fn serve(self: &Arc<Self>, stream: UnixStream) {
+        self.connections.fetch_add(1, Ordering::SeqCst);
+        let server = self.clone();
+        let thread = std::thread::Builder::new().name("connection".into()).spawn(move || {
+            let _served = Served(&server);
+            let mut connection = Connection::new(stream, server.path.clone());
+            if let Err(error) = server.converse(&mut connection) {
+                tracing::warn!(error = with_causes(&error), "A connection has ended with an error");
+            }
+        });
+        if let Err(error) = thread {
+            self.connections.fetch_sub(1, Ordering::SeqCst);
+            tracing::error!(%error, "Cannot start a thread for a connection");
+        }
+    }
+
+    fn converse(&self, connection: &mut Connection) -> Result<(), DaemonError> {
+        while let Some(request) = connection.receive()? {
+            let (reply, end) = self.answer(request);
+            // An attach whose client is gone leaves a device that nobody asked for.
+            let orphan = match &reply {
+                Reply::Attached { device, .. } => Some(device.id),
+                _ => None,
+            };
+            let sent = connection.send(&reply);
+            if let (Err(_), Some(id)) = (&sent, orphan) {
+                self.table.detach(id)?;
+            }
+            if end {
+                self.ending.store(true, Ordering::SeqCst);
+                self.wake();
+            }
+            sent?;
+        }
+        Ok(())
+    }
+
+    /// The reply, and whether the daemon ends after it.
+    fn answer(&self, request: Request) -> (Reply, bool) {
+        let table = &self.table;
+        let reply = match request {
+            Request::Version => Ok(Reply::Version {
+                protocol: VERSION,
+                program: env!("CARGO_PKG_VERSION").into(),
+                pid: std::process::id(),
+            }),
+            Request::Attach(request) => {
+                table.attach(&request).map(|(device, note)| Reply::Attached { device, note })
+            }
+            Request::Mounted { id, mountpoint } => {
+                table.mounted(id, mountpoint).map(|()| Reply::Done)
+            }
+            Request::List => Ok(Reply::Devices(table.list())),
+            Request::Detach { id } => table.detach(id).map(|()| Reply::Done),
+            Request::Stop => {
+                let left = table.close();
+                let end = left.is_empty();
+                return (Reply::Stopping(left), end);
+            }
+        };
+        (reply.unwrap_or_else(|error| Reply::Error { message: with_causes(&error) }), false)
+    }
+
+    /// As [`Request::Stop`], for signals.
+    fn stop(&self) -> Vec<super::DeviceRecord> {
+        let left = self.table.close();
+        if left.is_empty() {
+            self.ending.store(true, Ordering::SeqCst);
+            self.wake();
+        }
+        left
+    }
+}
