@@ -169,6 +169,22 @@ impl Disk {
         &self.stack
     }
 
+    /// Number of layers.
+    #[must_use]
+    pub fn layer_count(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// What each layer's data comes from, the lowest first; none where a layer has no data.
+    #[must_use]
+    pub fn chunk_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
+        let source = |layer: &LayerData| match layer {
+            LayerData::Turbo { target, .. } => target.clone(),
+            LayerData::Native { chunks } => Some(chunks.clone()),
+        };
+        self.layers.iter().map(source).collect()
+    }
+
     /// First sector and length of each run of sectors that some layer has data for, ascending and
     /// joined. All other sectors of the disk are zero.
     pub fn mapped(&self) -> impl Iterator<Item = (Sectors, Sectors)> + '_ {

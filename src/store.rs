@@ -4,13 +4,14 @@
 //! digest, a blob as a stream or by range, and a way to add blobs and manifests. [`ImageStore`] is
 //! that; an OCI image layout directory ([`LayoutStore`]) and a repository of a registry
 //! ([`RepositoryStore`]) are the two real ones, [`MemoryStore`] serves tests and images that are
-//! built and attached in one go.
+//! built and attached in one go, and [`Metered`] counts what one device reads of any of them.
 //!
 //! Nothing is believed: a blob or manifest asked for by digest is checked against it here, and
 //! streams are checked by whoever reads them to the end.
 
 mod layout;
 mod memory;
+mod metered;
 mod repository;
 
 use std::io::Read;
@@ -24,6 +25,7 @@ use crate::source::{ByteSource, SourceError};
 
 pub use layout::LayoutStore;
 pub use memory::MemoryStore;
+pub use metered::{Meter, Metered};
 pub use repository::RepositoryStore;
 
 /// Largest config or meta blob read into memory at once, 1 GiB: the meta image of a 100 GB layer.
@@ -117,15 +119,6 @@ pub struct StoredManifest {
     pub bytes: Vec<u8>,
 }
 
-/// What was transferred on behalf of a store since it was opened.
-#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
-pub struct Transferred {
-    /// Requests sent.
-    pub requests: u64,
-    /// Body bytes received.
-    pub bytes: u64,
-}
-
 /// A place that holds images.
 pub trait ImageStore: Send + Sync {
     /// What to call it in messages: `oci:DIR` or `host/repository`.
@@ -160,11 +153,6 @@ pub trait ImageStore: Send + Sync {
     /// # Errors
     /// [`StoreError`].
     fn put_manifest(&self, tag: Option<&str>, media_type: &str, bytes: &[u8]) -> Result<(), StoreError>;
-
-    /// What was transferred so far; zeros for a local store.
-    fn transferred(&self) -> Transferred {
-        Transferred::default()
-    }
 
     /// A small blob, whole and verified.
     ///

@@ -1,7 +1,7 @@
 //! `turbobd check`: verify an image.
 //!
-//! Opening verifies the meta image: digests, checksums, indexes, and that they fit together. What is
-//! checked beyond: no mapping leaves its target; with `--data`, every chunk of every layer decodes
+//! Opening verifies the meta image: digests, checksums, indexes, that they fit together, and that no
+//! mapping leaves its target. With `--data`, every chunk of every layer decodes
 //! and has its checksum, and every original blob has its digest.
 
 use std::io::Read as _;
@@ -29,7 +29,6 @@ pub(super) struct Args {
 /// Checks; says on stdout what was verified.
 pub(super) fn run(args: &Args) -> Outcome {
     let opened = args.image.open(Cache::new(opener::CACHE_BUDGET, 1))?;
-    opened.disk.check_mappings().map_err(Failure::because)?;
     println!("meta image: ok ({} layers)", opened.disk.layer_count());
     if !args.data {
         return Ok(ExitCode::SUCCESS);
@@ -39,8 +38,8 @@ pub(super) fn run(args: &Args) -> Outcome {
         load_every_chunk(&source)?;
         println!("layer {number}: {} in {} chunks: ok", table::size(source.decoded_len()), source.chunk_count());
     }
-    if let (Some(image), Some(targets)) = (&opened.image, opened.stores.last()) {
-        for target in image.layers.iter().filter_map(|layer| layer.target.as_ref()) {
+    if let Some(targets) = &opened.targets {
+        for target in opened.layers.iter().filter_map(|layer| layer.target.as_ref()) {
             verify_blob(&**targets, &target.digest, target.size)?;
             println!("{}: ok", target.digest);
         }

@@ -20,5 +20,5 @@ pub(super) fn run(args: &Args) -> Outcome {
     } else {
         print!("{report}");
     }
-    Ok(if report.can_attach() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(ExitCode::from(report.exit_status()))
 }

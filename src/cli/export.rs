@@ -1,13 +1,12 @@
 //! `turbobd export`: the whole virtual disk without any kernel.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use super::{Failure, Outcome, opener};
 use crate::cache::Cache;
-use crate::disk::digest;
-use crate::volume::Volume as _;
+use crate::disk::{Disk, digest};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -28,14 +27,24 @@ pub(super) fn run(args: &Args) -> Outcome {
     let opened = args.image.open(cache)?;
     tracing::info!("opened in {:.2?}", start.elapsed());
     if let Some(path) = &args.output {
-        digest::export_raw(&opened.disk, path).map_err(Failure::because)?;
+        export(&opened.disk, path)?;
     }
     if args.digest {
-        let digest = digest::content_digest(&opened.disk).map_err(Failure::because)?;
-        println!("content_sha256={} vsize={}", digest.hex(), opened.disk.size());
+        let (digest, size) = digest::content_digest(&opened.disk, opened.disk.mapped()).map_err(Failure::because)?;
+        println!("content_sha256={} vsize={size}", digest.hex());
     }
     tracing::info!("read in {:.2?}", start.elapsed());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the disk beside `path` and moves it there when it is whole.
+fn export(disk: &Disk, path: &Path) -> Result<(), Failure> {
+    let cannot = |error: std::io::Error| Failure::Failed(format!("Cannot write {}: {error}", path.display()));
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let file = tempfile::Builder::new().prefix(".turbobd-export").tempfile_in(dir).map_err(cannot)?;
+    digest::export_raw(disk, file.as_file()).map_err(Failure::because)?;
+    file.persist(path).map_err(|error| cannot(error.error))?;
+    Ok(())
 }
 
 /// One loader a core: inflating is all they do here.

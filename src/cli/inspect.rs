@@ -21,21 +21,21 @@ pub(super) struct Args {
 /// Inspects.
 pub(super) fn run(args: &Args) -> Outcome {
     let opened = args.image.open(Cache::new(opener::CACHE_BUDGET, 1))?;
-    let Some(image) = &opened.image else {
+    let Some(digest) = &opened.digest else {
         return Err(Failure::Usage("inspect takes an IMAGE; a device config names only local files".into()));
     };
     if args.json {
         table::print_json(&json!({
-            "digest": image.manifest.digest,
+            "digest": digest,
             "vsize": opened.disk.size(),
-            "layers": image.layers,
+            "layers": opened.layers,
         }))?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("digest  {}", image.manifest.digest);
+    println!("digest  {digest}");
     println!("vsize   {}", table::size(opened.disk.size()));
     let head = ["#", "kind", "meta", "size", "target", "size", "tar", "share", "fs", "index", "sidecar", "span", "segments"];
-    let rows: Vec<_> = image.layers.iter().enumerate().map(|(number, layer)| row(number, layer)).collect();
+    let rows: Vec<_> = opened.layers.iter().enumerate().map(|(number, layer)| row(number, layer)).collect();
     table::print(&head, &rows);
     Ok(ExitCode::SUCCESS)
 }

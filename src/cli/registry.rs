@@ -30,6 +30,20 @@ pub(super) struct Args {
 }
 
 impl Args {
+    /// The same with absolute paths.
+    pub(super) fn absolute(&self) -> Result<Self, Failure> {
+        let absolute = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
+        let mut args = self.clone();
+        args.root_ca = absolute(&self.root_ca).map_err(Failure::because)?;
+        args.cert_dir = absolute(&self.cert_dir).map_err(Failure::because)?;
+        if let Some((crt, key)) = self.client_cert.as_deref().and_then(|pair| pair.split_once(':')) {
+            let path = |path: &str| std::path::absolute(path).map_err(Failure::because);
+            args.client_cert = Some(format!("{}:{}", path(crt)?.display(), path(key)?.display()));
+        }
+        Ok(args)
+    }
+
+
     /// A client with these settings.
     pub(super) fn client(&self) -> Result<Client, Failure> {
         let certificate = match &self.client_cert {

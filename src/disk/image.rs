@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use super::config::TargetOpener;
 use super::{Disk, DiskError, DiskLayer, LayerData};
 use crate::cache::Cache;
 use crate::chunk::{ChunkSource, PlainChunks};
@@ -19,7 +20,7 @@ use crate::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
 use crate::lsmt::{self, LayerKind};
 use crate::oci::{Descriptor, Digest, Document, Manifest, ManifestError, Platform};
 use crate::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind};
-use crate::source::MemorySource;
+use crate::source::{ByteSource, MemorySource};
 use crate::store::{ImageStore, Selector, StoreError, StoredManifest};
 use crate::tar;
 use crate::zfile;
@@ -317,5 +318,26 @@ impl Members {
             let names: Vec<&str> = self.ranges.iter().map(|(name, _)| name.as_str()).collect();
             LayerError::NoFsMeta { found: names.join(", ") }
         })
+    }
+}
+
+/// Opens the gzip targets that upstream's device configuration names.
+pub struct GzipTargets;
+
+impl TargetOpener for GzipTargets {
+    fn open_gzip(
+        &self,
+        blob: Arc<dyn ByteSource>,
+        index: Vec<u8>,
+        sidecar: Option<Vec<u8>>,
+        digest: Option<&str>,
+    ) -> Result<Arc<dyn ChunkSource>, DiskError> {
+        let name = digest.unwrap_or_else(|| blob.name()).to_owned();
+        let open = || {
+            let index = gzip::merge(Some(&index), sidecar.as_deref())?;
+            IndexedLayer::new(&name, index, blob.clone())
+        };
+        let layer = open().map_err(|error| DiskError::Target { name: name.clone(), source: Arc::new(error) })?;
+        Ok(Arc::new(layer))
     }
 }

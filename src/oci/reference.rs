@@ -5,6 +5,7 @@
 //! that of the distribution specification, and nothing outside it is guessed at.
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -158,6 +159,34 @@ impl RepositoryName {
                 ImageName::Registry(RegistryName { host, repository, tag, digest: None })
             }
             Self::Layout(dir) => ImageName::Layout(LayoutName { dir: dir.clone(), tag }),
+        })
+    }
+}
+
+impl ImageName {
+    /// The same image for a process with another working directory.
+    ///
+    /// # Errors
+    /// When this process has no working directory.
+    pub fn absolute(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Layout(name) => {
+                Self::Layout(LayoutName { dir: std::path::absolute(&name.dir)?, tag: name.tag.clone() })
+            }
+            Self::Registry(_) => self.clone(),
+        })
+    }
+}
+
+impl RepositoryName {
+    /// The same place for a process with another working directory.
+    ///
+    /// # Errors
+    /// When this process has no working directory.
+    pub fn absolute(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Layout(dir) => Self::Layout(std::path::absolute(dir)?),
+            Self::Registry { .. } => self.clone(),
         })
     }
 }

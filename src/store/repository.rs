@@ -2,20 +2,17 @@
 
 use std::io::Read;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use super::{ImageStore, Selector, StoreError, StoredManifest, Transferred};
+use super::{ImageStore, Selector, StoreError, StoredManifest};
 use crate::oci::reference::DEFAULT_TAG;
 use crate::oci::{Descriptor, Digest};
-use crate::registry::{BlobReader, Client, RemoteStats, Repository};
+use crate::registry::{BlobReader, Client, Repository};
 use crate::source::ByteSource;
 
 /// `host/name`, over the distribution protocol.
 pub struct RepositoryStore {
     name: String,
     repository: Repository,
-    /// Shared by all blobs read by range.
-    stats: Arc<RemoteStats>,
 }
 
 impl RepositoryStore {
@@ -25,7 +22,7 @@ impl RepositoryStore {
     /// [`StoreError::Registry`] when the two cannot be part of a URL.
     pub fn new(client: &Client, host: &str, name: &str) -> Result<Self, StoreError> {
         let repository = client.repository(host, name)?;
-        Ok(Self { name: format!("{host}/{name}"), repository, stats: Arc::default() })
+        Ok(Self { name: format!("{host}/{name}"), repository })
     }
 }
 
@@ -53,7 +50,7 @@ impl ImageStore for RepositoryStore {
             Some(size) => size,
             None => self.repository.blob_size(digest)?,
         };
-        Ok(Arc::new(self.repository.blob(digest, size)?.with_stats(self.stats.clone())))
+        Ok(Arc::new(self.repository.blob(digest, size)?))
     }
 
     fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError> {
@@ -66,12 +63,5 @@ impl ImageStore for RepositoryStore {
         let digest = Digest::of(bytes).to_string();
         self.repository.put_manifest(tag.unwrap_or(&digest), media_type, bytes)?;
         Ok(())
-    }
-
-    fn transferred(&self) -> Transferred {
-        Transferred {
-            requests: self.stats.requests.load(Ordering::Relaxed),
-            bytes: self.stats.bytes.load(Ordering::Relaxed),
-        }
     }
 }

@@ -1,0 +1,109 @@
+//! `turbobd attach`: make a block device of an image, and mount it.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::ValueEnum;
+
+use super::daemon::HostImages;
+use super::{Failure, Outcome, opener};
+use crate::daemon::{AttachRequest, Client, Frontend, Table, mounts, protocol, signals::Signals};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    image: opener::Args,
+    /// Mount the device read-only at this directory.
+    #[arg(long, value_name = "DIR")]
+    mount: Option<PathBuf>,
+    /// How the device is made: ublk, or a loop device over FUSE where the kernel has no ublk.
+    #[arg(long, value_enum, default_value_t = FrontendName::Auto)]
+    frontend: FrontendName,
+    /// Serve from this process until it is interrupted, without a daemon.
+    #[arg(long)]
+    foreground: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum FrontendName {
+    Auto,
+    Ublk,
+    Loop,
+}
+
+impl Args {
+    fn request(&self) -> Result<AttachRequest, Failure> {
+        let image = self.image.absolute()?;
+        Ok(AttachRequest {
+            image: image.name(),
+            frontend: match self.frontend {
+                FrontendName::Auto => Frontend::Auto,
+                FrontendName::Ublk => Frontend::Ublk,
+                FrontendName::Loop => Frontend::Loop,
+            },
+            options: serde_json::to_value(&image).map_err(Failure::because)?,
+        })
+    }
+}
+
+/// Attaches; prints the device, and the mount point if there is one, on stdout.
+pub(super) fn run(args: &Args) -> Outcome {
+    let start = Instant::now();
+    let request = args.request()?;
+    if args.foreground {
+        return serve_here(args, &request, start);
+    }
+    let mut client = Client::connect_or_spawn(&protocol::run_dir(), daemon_command).map_err(Failure::because)?;
+    tracing::info!("the daemon answers after {:.1?}", start.elapsed());
+    let (device, note) = match &args.mount {
+        Some(dir) => client.attach_and_mount(request, dir),
+        None => client.attach(request),
+    }
+    .map_err(Failure::because)?;
+    if let Some(note) = note {
+        eprintln!("turbobd: attach: {note}");
+    }
+    tracing::info!("attached after {:.1?}", start.elapsed());
+    match &device.mountpoint {
+        Some(dir) => println!("{} {}", device.device.display(), dir.display()),
+        None => println!("{}", device.device.display()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the client starts when no daemon runs.
+fn daemon_command() -> Command {
+    let program = std::env::current_exe().unwrap_or_else(|_| "turbobd".into());
+    let mut command = Command::new(program);
+    command.args(["daemon", "--auto"]);
+    command
+}
+
+/// Serves from this process: mounts, waits for a signal, unmounts, removes.
+fn serve_here(args: &Args, request: &AttachRequest, start: Instant) -> Outcome {
+    let mut signals = Signals::new().map_err(Failure::because)?;
+    let run_dir = protocol::run_dir();
+    std::fs::create_dir_all(&run_dir).map_err(Failure::because)?;
+    let table = Table::new(run_dir, Arc::new(HostImages::new()));
+    let (device, note) = table.attach(request).map_err(Failure::because)?;
+    if let Some(note) = note {
+        eprintln!("turbobd: attach: {note}");
+    }
+    match &args.mount {
+        Some(dir) => {
+            // On failure the table goes, and the device with it.
+            mounts::mount_ext4(&device.device, dir).map_err(Failure::because)?;
+            println!("{} {}", device.device.display(), dir.display());
+        }
+        None => println!("{}", device.device.display()),
+    }
+    tracing::info!("attached after {:.1?}", start.elapsed());
+    signals.wait();
+    for place in mounts::mounted_from(&device.device).map_err(Failure::because)?.iter().rev() {
+        mounts::unmount_dir(place).map_err(Failure::because)?;
+    }
+    table.detach(device.id).map_err(Failure::because)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,73 @@
+//! `turbobd daemon`: serve the devices of this host.
+
+use std::error::Error;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+
+use super::{Failure, Outcome, opener};
+use crate::cache::Cache;
+use crate::daemon::{self, AttachRequest, Client, DaemonOptions, ImageOpener, IoCounters, protocol};
+use crate::store::Meter;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Ask the running daemon to remove its unused devices and to end.
+    #[arg(long)]
+    stop: bool,
+    /// As `attach` starts it: in the background, until nothing is attached any more.
+    #[arg(long, hide = true, conflicts_with = "stop")]
+    auto: bool,
+}
+
+/// Serves until it is told to end, or tells the one that does.
+pub(super) fn run(args: &Args) -> Outcome {
+    let run_dir = protocol::run_dir();
+    if args.stop {
+        let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
+            return Ok(ExitCode::SUCCESS);
+        };
+        let busy = client.stop().map_err(Failure::because)?;
+        if busy.is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        let names: Vec<String> = busy.iter().map(|record| record.device.display().to_string()).collect();
+        return Err(Failure::Failed(format!("It serves on, because {} is in use: detach it first", names.join(", "))));
+    }
+    let options = DaemonOptions { run_dir, auto: args.auto };
+    daemon::run(&options, Arc::new(HostImages::new())).map_err(Failure::because)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Opens images for this host: one cache for all of them.
+pub(super) struct HostImages {
+    /// Made at the first attach: the daemon must be alone in its process until it has entered its
+    /// mount namespace.
+    cache: OnceLock<Arc<Cache>>,
+}
+
+impl HostImages {
+    pub(super) fn new() -> Self {
+        Self { cache: OnceLock::new() }
+    }
+}
+
+/// Loader threads: more than cores, because most of them wait for the network.
+const LOADERS: usize = 16;
+
+impl ImageOpener for HostImages {
+    fn open(&self, request: &AttachRequest) -> Result<daemon::Opened, Box<dyn Error + Send + Sync>> {
+        let cache = self.cache.get_or_init(|| Cache::new(opener::CACHE_BUDGET, LOADERS)).clone();
+        let args: opener::Args = serde_json::from_value(request.options.clone())?;
+        let start = std::time::Instant::now();
+        let meter = Arc::new(Meter::default());
+        let opened = args.open_metered(cache.clone(), meter.clone()).map_err(Box::new)?;
+        tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
+        let counters = move || IoCounters {
+            fetched: meter.bytes.load(Ordering::Relaxed),
+            cached: cache.stats().bytes,
+            errors: meter.errors.load(Ordering::Relaxed),
+        };
+        Ok(daemon::Opened { volume: Arc::new(opened.disk), name: request.image.clone(), counters: Arc::new(counters) })
+    }
+}

@@ -1,0 +1,89 @@
+//! What is read of a store on behalf of one device.
+
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{ImageStore, Selector, StoreError, StoredManifest};
+use crate::oci::{Descriptor, Digest};
+use crate::source::{ByteSource, SourceError};
+
+/// Counters of a [`Metered`] store.
+#[derive(Debug, Default)]
+pub struct Meter {
+    /// Bytes of blobs read by range: from a registry, these came over the network.
+    pub bytes: AtomicU64,
+    /// Ranges read.
+    pub reads: AtomicU64,
+    /// Reads that failed for good.
+    pub errors: AtomicU64,
+}
+
+/// A store that counts what is read of its blobs by range.
+pub struct Metered {
+    inner: Arc<dyn ImageStore>,
+    meter: Arc<Meter>,
+}
+
+impl Metered {
+    /// `inner`, counted by `meter`.
+    pub fn new(inner: Arc<dyn ImageStore>, meter: Arc<Meter>) -> Self {
+        Self { inner, meter }
+    }
+}
+
+impl ImageStore for Metered {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn manifest(&self, selector: &Selector) -> Result<StoredManifest, StoreError> {
+        self.inner.manifest(selector)
+    }
+
+    fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
+        self.inner.open_blob(blob)
+    }
+
+    fn blob_source(&self, digest: &Digest, size: Option<u64>) -> Result<Arc<dyn ByteSource>, StoreError> {
+        let inner = self.inner.blob_source(digest, size)?;
+        Ok(Arc::new(MeteredSource { inner, meter: self.meter.clone() }))
+    }
+
+    fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.inner.put_blob(bytes)
+    }
+
+    fn put_manifest(&self, tag: Option<&str>, media_type: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        self.inner.put_manifest(tag, media_type, bytes)
+    }
+}
+
+struct MeteredSource {
+    inner: Arc<dyn ByteSource>,
+    meter: Arc<Meter>,
+}
+
+impl ByteSource for MeteredSource {
+    fn len(&self) -> u64 {
+        self.inner.len()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        let result = self.inner.read_exact_at(buf, offset);
+        match &result {
+            Ok(()) => {
+                self.meter.reads.fetch_add(1, Ordering::Relaxed);
+                self.meter.bytes.fetch_add(buf.len() as u64, Ordering::Relaxed);
+            }
+            Err(_) => {
+                self.meter.errors.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        result
+    }
+
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+}
