@@ -15,7 +15,7 @@ const MAX_SEGMENT: u64 = 1 << 30;
 /// A gzip layer and its index.
 ///
 /// Windows stay packed and are unpacked when a segment is decoded: the index of a 10 GB layer takes
-/// about 30 MB.
+/// about 40 MB.
 pub struct IndexedLayer {
     id: String,
     index: Index,

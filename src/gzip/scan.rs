@@ -19,8 +19,8 @@ use super::window::{SparseWindow, WindowPacker};
 use crate::units::{Bits, Bytes};
 
 /// Distance between checkpoints unless told otherwise. A first read of a cold layer fetches one
-/// segment, about a third of this, and inflates it in about a millisecond; the index is about 0.4 %
-/// of the layer, and halves or doubles against the span.
+/// segment, about a third of this, and inflates it in a millisecond and a half; the index is 0.37 %
+/// of the layer (a Debian `/usr`, gzip -6), and 0.91 % at half the span.
 pub const DEFAULT_SPAN: Bytes = Bytes(1 << 20);
 
 /// Shortest span, as for upstream (spec gzip-index 2).
@@ -107,7 +107,8 @@ impl Scanner {
     /// in order.
     ///
     /// # Errors
-    /// [`GzipError`] when the stream is damaged (again on every later call), or what `sink` says.
+    /// [`GzipError`] when the stream is damaged (again on every later call), or what `sink` says;
+    /// the scan cannot go on after that, as the bytes that `sink` refused are not offered again.
     pub fn feed<E: From<GzipError>>(
         &mut self,
         compressed: &[u8],
@@ -160,7 +161,9 @@ impl Scanner {
         Bytes(self.inflater.out())
     }
 
-    /// The index, once the whole layer was fed.
+    /// The index, once the whole layer was fed. It may hold boundaries that
+    /// [`take_boundaries`](Self::take_boundaries) never gave; [`SegmentHasher::finish`](super::SegmentHasher::finish)
+    /// takes them from it.
     ///
     /// # Errors
     /// [`GzipError`] when the stream was damaged or is not complete.
