@@ -284,9 +284,10 @@ fn write_fs_meta(tree: &Tree, image: &mut Image, options: &ConvertOptions) -> Re
 }
 
 /// The `ZFile` around the metadata: zstd in 32 KiB blocks is little more than half of upstream's LZ4
-/// in 4 KiB blocks, its readers take both, and we decode it whole at attach anyway.
+/// in 4 KiB blocks, its readers take both, and we decode it whole at attach anyway. Level 6 is where
+/// size stops to fall: level 19 saves another 4 % and takes longer than all the rest of a layer.
 const FS_META_ZFILE: zfile::Options =
-    zfile::Options { algo: zfile::Algo::Zstd, level: 19, block_size: 32 << 10, verify: true };
+    zfile::Options { algo: zfile::Algo::Zstd, level: 6, block_size: 32 << 10, verify: true };
 
 /// Packs the members into the blob that a registry stores (spec turbooci 3.1).
 fn write_archive(fs_meta: &[u8], parsed: Parsed, descriptor: &Descriptor) -> Result<BuiltLayer, LayerError> {
