@@ -32,7 +32,7 @@ use thiserror::Error;
 use crate::cache::{Cache, Lookup};
 use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
 use crate::lsmt::{self, LayerKind, LsmtError, Mapping, Place, Stack};
-use crate::source::SourceError;
+use crate::source::{SharedBytes, SourceError};
 use crate::units::{SECTOR, Sectors};
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
 use crate::zfile::ZFileError;
@@ -106,9 +106,6 @@ pub enum DiskError {
         source: Arc<io::Error>,
     },
 }
-
-/// Bytes in memory for as long as the disk lives.
-pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// A layer of an image.
 pub struct DiskLayer {

@@ -102,30 +102,43 @@ fn check_range(name: &str, size: u64, offset: u64, len: usize) -> Result<(), Sou
 #[derive(Clone)]
 pub struct MemorySource {
     name: String,
-    bytes: Arc<[u8]>,
+    bytes: SharedBytes,
 }
+
+/// Bytes in memory, whatever keeps them there.
+pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 impl MemorySource {
     /// Takes `bytes` under a name for messages.
     pub fn new(name: impl Into<String>, bytes: impl Into<Arc<[u8]>>) -> Self {
-        Self { name: name.into(), bytes: bytes.into() }
+        let bytes: Arc<[u8]> = bytes.into();
+        Self::shared(name, Arc::new(bytes))
+    }
+
+    /// Takes bytes that others hold too, without a copy.
+    pub fn shared(name: impl Into<String>, bytes: SharedBytes) -> Self {
+        Self { name: name.into(), bytes }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        (*self.bytes).as_ref()
     }
 }
 
 impl ByteSource for MemorySource {
     fn len(&self) -> u64 {
-        self.bytes.len() as u64
+        self.bytes().len() as u64
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
         check_range(&self.name, self.len(), offset, buf.len())?;
         let start = offset as usize;
-        buf.copy_from_slice(&self.bytes[start..start + buf.len()]);
+        buf.copy_from_slice(&self.bytes()[start..start + buf.len()]);
         Ok(())
     }
 
     fn as_slice(&self) -> Option<&[u8]> {
-        Some(&self.bytes)
+        Some(self.bytes())
     }
 
     fn name(&self) -> &str {

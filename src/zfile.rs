@@ -24,6 +24,8 @@ pub mod writer;
 use std::io;
 use std::sync::Arc;
 
+use memmap2::{MmapMut, MmapOptions};
+
 use thiserror::Error;
 
 pub use header::{Algo, Record};
@@ -147,7 +149,7 @@ impl Payload {
         }
     }
 
-    /// All plain bytes: for metadata, which stays in memory.
+    /// All plain bytes.
     ///
     /// # Errors
     /// [`ZFileError`] when a block is damaged or there is no room for the bytes.
@@ -162,7 +164,24 @@ impl Payload {
             }
         }
     }
-}
 
-#[cfg(test)]
-mod tests;
+    /// All plain bytes in pages of their own, present at once: for metadata, which stays in memory and
+    /// must not make a queue thread wait for a page fault.
+    ///
+    /// # Errors
+    /// [`ZFileError`] when a block is damaged or there is no room for the bytes.
+    pub fn read_resident(&self) -> Result<MmapMut, ZFileError> {
+        let len = match self {
+            Payload::ZFile(file) => file.len(),
+            Payload::Plain(source) => source.len(),
+        };
+        // No mapping is empty, and an LSMT stream is never empty either.
+        let len = usize::try_from(len).unwrap_or(usize::MAX).max(1);
+        let mut plain = MmapOptions::new().len(len).populate().map_anon()?;
+        match self {
+            Payload::ZFile(file) => file.read_into(&mut plain)?,
+            Payload::Plain(source) => source.read_exact_at(&mut plain, 0)?,
+        }
+        Ok(plain)
+    }
+}

@@ -16,7 +16,7 @@ use super::{Disk, DiskError, DiskLayer, LayerData};
 use crate::cache::Cache;
 use crate::chunk::{ChunkSource, PlainChunks};
 use crate::lsmt::{Layer, LayerKind};
-use crate::source::{ByteSource, FileSource, MemorySource};
+use crate::source::{ByteSource, FileSource, MemorySource, SharedBytes};
 use crate::zfile;
 
 /// Largest `gzip.meta` or sidecar that is read into memory, in bytes. Upstream's take 4 % of a
@@ -343,20 +343,11 @@ fn open_lower(
             data: LayerData::Native { chunks: payload.chunks(&identity(&path)?) },
         });
     }
-    let meta =
-        Arc::new(MemoryMeta(MemorySource::new(path.display().to_string(), payload.read_all()?)));
-    let index = Layer::open(&meta.0, LayerKind::Warp)?;
+    let meta: SharedBytes = Arc::new(payload.read_resident()?);
+    let name = path.display().to_string();
+    let index = Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
     let target = open_target(number, lower, folder, targets)?;
     Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })
-}
-
-/// Metadata that is both a source to parse and bytes to point into.
-struct MemoryMeta(MemorySource);
-
-impl AsRef<[u8]> for MemoryMeta {
-    fn as_ref(&self) -> &[u8] {
-        self.0.as_slice().unwrap_or_default()
-    }
 }
 
 fn open_target(

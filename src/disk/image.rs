@@ -20,7 +20,7 @@ use crate::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
 use crate::lsmt::{self, LayerKind};
 use crate::oci::{Descriptor, Digest, Document, Manifest, ManifestError, Platform};
 use crate::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind};
-use crate::source::{ByteSource, MemorySource};
+use crate::source::{ByteSource, MemorySource, SharedBytes};
 use crate::store::{ImageStore, Selector, StoreError, StoredManifest};
 use crate::tar;
 use crate::zfile;
@@ -246,8 +246,8 @@ fn open_turbo(
     info.sidecar = len(SIDECAR_NAME);
 
     let name = format!("{FS_META_NAME} of {}", descriptor.digest);
-    let lsmt = zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?.read_all()?;
-    let index = lsmt::Layer::open(&MemorySource::new(name, lsmt.as_slice()), LayerKind::Warp)?;
+    let meta: SharedBytes = Arc::new(zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?.read_resident()?);
+    let index = lsmt::Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
     let info = LayerInfo {
         kind: "turbo",
         digest: descriptor.digest.to_string(),
@@ -255,7 +255,7 @@ fn open_turbo(
         target: Some(info),
         mappings: index.mappings().len(),
     };
-    Ok((DiskLayer { index, data: LayerData::Turbo { meta: Arc::new(lsmt), target: Some(source) } }, info))
+    Ok((DiskLayer { index, data: LayerData::Turbo { meta, target: Some(source) } }, info))
 }
 
 impl TargetInfo {

@@ -1,7 +1,9 @@
 //! Random access into a `ZFile` (spec zfile 4 to 6).
 
 use std::io;
+use std::num::NonZero;
 use std::sync::Arc;
+use std::thread;
 
 use super::ZFileError;
 use super::header::{
@@ -47,6 +49,9 @@ pub(super) fn room(name: &str, len: u64) -> Result<Vec<u8>, ZFileError> {
     let source = Arc::new(io::Error::from(io::ErrorKind::OutOfMemory));
     Err(SourceError::Io { name: name.to_owned(), offset: 0, len: usize::MAX, source }.into())
 }
+
+/// Fewest plain bytes for which another thread is worth starting.
+const SHARE: u64 = 2 << 20;
 
 impl ZFile {
     /// Opens a `ZFile` that begins at byte 0 of `source` and reads its jump table.
@@ -99,10 +104,32 @@ impl ZFile {
     /// [`ZFileError`] when a block is damaged or there is no room for the bytes.
     pub fn read_all(&self) -> Result<Vec<u8>, ZFileError> {
         let mut plain = room(self.source.name(), self.record.original_size)?;
-        for first in (0..self.lengths.len() as u64).step_by(self.grain as usize) {
-            plain.extend_from_slice(&self.decode(first, self.grain)?);
-        }
+        plain.resize(self.record.original_size as usize, 0);
+        self.read_into(&mut plain)?;
         Ok(plain)
+    }
+
+    /// All plain bytes into `plain`, which is as long as they are; on all cores when it is worth it.
+    ///
+    /// # Errors
+    /// [`ZFileError`] when a block is damaged.
+    pub fn read_into(&self, plain: &mut [u8]) -> Result<(), ZFileError> {
+        let cores = thread::available_parallelism().map_or(1, NonZero::get) as u64;
+        let groups = (self.lengths.len() as u64).div_ceil(self.grain);
+        let share = groups.div_ceil(cores).max(SHARE / (self.grain * u64::from(self.record.block_size))) * self.grain;
+        let parts = plain.chunks_mut((share * u64::from(self.record.block_size)) as usize);
+        thread::scope(|scope| {
+            let mut parts = (0..).step_by(share as usize).zip(parts);
+            let mine = parts.next();
+            let others: Vec<_> =
+                parts.map(|(first, part)| scope.spawn(move || self.decode_into(first, share, part))).collect();
+            let mine = mine.map_or(Ok(()), |(first, part)| self.decode_into(first, share, part));
+            // The lowest damaged block is the one that is told.
+            others.into_iter().fold(mine, |result, other| {
+                let other = other.join().unwrap_or_else(|_| Err(io::Error::other("a decoding thread ended early").into()));
+                result.and(other)
+            })
+        })
     }
 
     /// Where block `number` begins. `number` may be one past the last.
@@ -121,6 +148,14 @@ impl ZFile {
 
     /// Decodes `count` blocks from `first` on, fewer where the file ends.
     fn decode(&self, first: u64, count: u64) -> Result<Vec<u8>, ZFileError> {
+        let last = first.saturating_add(count).min(self.lengths.len() as u64);
+        let mut plain = vec![0; (first..last).map(|number| self.plain_len(number)).sum()];
+        self.decode_into(first, count, &mut plain)?;
+        Ok(plain)
+    }
+
+    /// The same into `plain`, which is as long as they are.
+    fn decode_into(&self, first: u64, count: u64, plain: &mut [u8]) -> Result<(), ZFileError> {
         let blocks = self.lengths.len() as u64;
         let last = first.saturating_add(count).min(blocks);
         let (start, end) = (self.start_of(first), self.start_of(last));
@@ -134,8 +169,6 @@ impl ZFile {
             &held[..]
         };
         let mut decoder = Decoder::new(self.record.algo)?;
-        let plain_len = (first..last).map(|number| self.plain_len(number)).sum();
-        let mut plain = vec![0; plain_len];
         let (mut at, mut filled) = (0, 0);
         for number in first..last {
             let length = self.lengths[number as usize] as usize;
@@ -155,7 +188,7 @@ impl ZFile {
             at += length;
             filled += len;
         }
-        Ok(plain)
+        Ok(())
     }
 
     /// Verifies and decodes one block, or says what is wrong with it.
