@@ -781,6 +781,7 @@ mod daemon {
 /// Runs the ublk tests of this binary in a guest that has ublk.
 #[test]
 fn ublk_in_a_guest() {
+    let _alone = alone();
     if ublk_here() {
         return; // they run directly
     }

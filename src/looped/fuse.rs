@@ -359,17 +359,17 @@ impl FuseSession {
                 .map_err(step("start a thread for", dir))?;
             this.threads.push(thread);
         }
-        let mounted = Mounted::new(dir)?;
+        let (mounted, device) = Mounted::new(dir)?;
         let mut config = Config::default();
         config.n_threads = Some(SESSION_THREADS);
         config.clone_fd = true;
-        let device =
-            mounted.device.try_clone().map_err(step("open a second time", Path::new(DEVICE)))?;
         let session =
             Session::from_fd(DiskFile { shared, answers }, device, SessionACL::All, config)
                 .and_then(Session::spawn)
                 .map_err(step("serve the file system at", dir))?;
         this.session = Some(session);
+        // The session has the only descriptors of the connection: should it end at its start, for want of
+        // descriptors or threads, the kernel ends the connection, and this fails rather than waits for ever.
         let file = dir.join(NAME);
         let file = File::open(&file).map_err(step("open", &file))?;
         drop(mounted);
@@ -443,12 +443,11 @@ const DEVICE: &str = "/dev/fuse";
 /// A FUSE mount, detached from the tree when dropped: it then lives as long as its open files.
 struct Mounted<'a> {
     dir: &'a Path,
-    device: OwnedFd,
 }
 
 impl<'a> Mounted<'a> {
     /// `mount(2)` by hand rather than by the library, for the options and for exact errors.
-    fn new(dir: &'a Path) -> Result<Self, LoopedError> {
+    fn new(dir: &'a Path) -> Result<(Self, OwnedFd), LoopedError> {
         let path = Path::new(DEVICE);
         let device = OpenOptions::new().read(true).write(true).open(path);
         let device: OwnedFd = device.map_err(step("open", path))?.into();
@@ -463,7 +462,7 @@ impl<'a> Mounted<'a> {
         mount("turbobd", dir, "fuse.turbobd", flags, options.as_c_str())
             .map_err(io::Error::from)
             .map_err(step("mount a FUSE file system at", dir))?;
-        Ok(Self { dir, device })
+        Ok((Self { dir }, device))
     }
 }
 
