@@ -781,6 +781,7 @@ mod daemon {
 /// Runs the ublk tests of this binary in a guest that has ublk.
 #[test]
 fn ublk_in_a_guest() {
+    let _alone = alone();
     if ublk_here() {
         return; // they run directly
     }
@@ -788,7 +789,7 @@ fn ublk_in_a_guest() {
     let run = Command::new(&vm)
         .args(["--timeout", "300", "--"])
         .arg(std::env::current_exe().unwrap())
-        .args(["ublk", "--skip", "ublk_in_a_guest", "--test-threads=1"])
+        .args(["ublk", "--skip", "ublk_in_a_guest", "--test-threads=1", "--nocapture"])
         .output();
     let required = std::env::var_os("TURBOBD_GUEST").is_some_and(|value| value == "1");
     let (status, text) = match &run {
@@ -808,7 +809,7 @@ fn ublk_in_a_guest() {
     }
     assert_eq!(status, Some(0), "the ublk tests fail in the guest");
     assert!(
-        text.contains("12 passed") && !text.contains("SKIPPED"),
+        text.contains("16 passed") && !text.contains("SKIPPED"),
         "the ublk tests did not run in the guest"
     );
 }

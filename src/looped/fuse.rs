@@ -12,9 +12,9 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData,
-    ReplyDirectory, ReplyEntry, ReplyOpen, Request, Session, SessionACL,
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
+    ReplyEntry, ReplyOpen, Request, Session, SessionACL,
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
@@ -316,7 +316,7 @@ impl Filesystem for DiskFile {
 /// The file system's threads. It ends when the last file of it is closed.
 pub(super) struct FuseSession {
     dir: PathBuf,
-    session: Option<BackgroundSession>,
+    session: Option<JoinHandle<io::Result<()>>>,
     shared: Arc<Shared>,
     answers: Sender<Option<Answer>>,
     threads: Vec<JoinHandle<()>>,
@@ -359,17 +359,18 @@ impl FuseSession {
                 .map_err(step("start a thread for", dir))?;
             this.threads.push(thread);
         }
-        let mounted = Mounted::new(dir)?;
+        let (mounted, device) = Mounted::new(dir)?;
         let mut config = Config::default();
         config.n_threads = Some(SESSION_THREADS);
         config.clone_fd = true;
-        let device =
-            mounted.device.try_clone().map_err(step("open a second time", Path::new(DEVICE)))?;
+        // Only the thread is kept: the rest of the handle has a descriptor of the connection. The session's
+        // threads shall have the only ones: should they end at their start, for want of descriptors, the
+        // kernel ends the connection, and the open below fails rather than waits for ever.
         let session =
             Session::from_fd(DiskFile { shared, answers }, device, SessionACL::All, config)
                 .and_then(Session::spawn)
-                .map_err(step("serve the file system at", dir))?;
-        this.session = Some(session);
+                .map(|session| session.guard);
+        this.session = Some(session.map_err(step("serve the file system at", dir))?);
         let file = dir.join(NAME);
         let file = File::open(&file).map_err(step("open", &file))?;
         drop(mounted);
@@ -406,11 +407,11 @@ impl FuseSession {
             // Without a file and a mount the kernel ends the connection, a moment later; each session
             // thread's read then fails with ENODEV.
             let until = Instant::now() + RELEASE;
-            while !session.guard.is_finished() && Instant::now() < until {
+            while !session.is_finished() && Instant::now() < until {
                 std::thread::sleep(Duration::from_millis(1));
             }
-            result = if session.guard.is_finished() {
-                session.join()
+            result = if session.is_finished() {
+                end_of(session)
             } else {
                 Err(io::ErrorKind::TimedOut.into())
             }
@@ -424,6 +425,11 @@ impl FuseSession {
         }
         result
     }
+}
+
+/// What the session's first thread ended with.
+fn end_of(session: JoinHandle<io::Result<()>>) -> io::Result<()> {
+    session.join().unwrap_or_else(|_| Err(io::Error::other("a session thread panicked")))
 }
 
 impl Drop for FuseSession {
@@ -443,12 +449,11 @@ const DEVICE: &str = "/dev/fuse";
 /// A FUSE mount, detached from the tree when dropped: it then lives as long as its open files.
 struct Mounted<'a> {
     dir: &'a Path,
-    device: OwnedFd,
 }
 
 impl<'a> Mounted<'a> {
     /// `mount(2)` by hand rather than by the library, for the options and for exact errors.
-    fn new(dir: &'a Path) -> Result<Self, LoopedError> {
+    fn new(dir: &'a Path) -> Result<(Self, OwnedFd), LoopedError> {
         let path = Path::new(DEVICE);
         let device = OpenOptions::new().read(true).write(true).open(path);
         let device: OwnedFd = device.map_err(step("open", path))?.into();
@@ -463,7 +468,7 @@ impl<'a> Mounted<'a> {
         mount("turbobd", dir, "fuse.turbobd", flags, options.as_c_str())
             .map_err(io::Error::from)
             .map_err(step("mount a FUSE file system at", dir))?;
-        Ok(Self { dir, device })
+        Ok((Self { dir }, device))
     }
 }
 
