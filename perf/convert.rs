@@ -20,10 +20,14 @@ fn main() {
     drop(bytes);
     let build = |span: u64| -> (f64, BuiltLayer) {
         let options = ConvertOptions { span: Bytes(span), ..ConvertOptions::default() };
-        let (mut tree, mut image) = (Tree::new(), Image::new(Geometry { size: options.disk_size }, Identity::default()).unwrap());
+        let (mut tree, mut image) = (
+            Tree::new(),
+            Image::new(Geometry { size: options.disk_size }, Identity::default()).unwrap(),
+        );
         let start = Instant::now();
         let blob = Box::new(File::open(&path).unwrap());
-        let built = build_layer(blob, &descriptor, &mut tree, &mut image, &options, &Silent).unwrap();
+        let built =
+            build_layer(blob, &descriptor, &mut tree, &mut image, &options, &Silent).unwrap();
         (start.elapsed().as_secs_f64(), built)
     };
 
@@ -33,7 +37,10 @@ fn main() {
         let gzip = gzip_dc(&path).as_secs_f64();
         let (convert, built) = build(1 << 20);
         let rate = built.sizes.tar as f64 / convert / 1e6;
-        println!("gzip -dc {gzip:.2} s, convert {convert:.2} s: ratio {:.3}, {rate:.0} MB/s of tar", convert / gzip);
+        println!(
+            "gzip -dc {gzip:.2} s, convert {convert:.2} s: ratio {:.3}, {rate:.0} MB/s of tar",
+            convert / gzip
+        );
         ratios.push(convert / gzip);
         rates.push(rate);
     }

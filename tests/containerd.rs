@@ -58,10 +58,17 @@ impl Containerd {
     fn mount(&self, layout: &Path, name: &str) -> ContainerdMount<'_> {
         let tar = self.dir.path().join(format!("{name}.tar"));
         run(Command::new("tar").arg("-C").arg(layout).arg("-cf").arg(&tar).arg("."));
-        run(self.ctr().args(["images", "import", "--base-name", name, "--snapshotter", "overlayfs"]).arg(&tar));
+        run(self
+            .ctr()
+            .args(["images", "import", "--base-name", name, "--snapshotter", "overlayfs"])
+            .arg(&tar));
         let dir = self.dir.path().join(format!("{name}.mnt"));
         fs::create_dir(&dir).unwrap();
-        run(self.ctr().args(["images", "mount", "--snapshotter", "overlayfs"]).arg(format!("{name}:latest")).arg(&dir));
+        run(self
+            .ctr()
+            .args(["images", "mount", "--snapshotter", "overlayfs"])
+            .arg(format!("{name}:latest"))
+            .arg(&dir));
         ContainerdMount { containerd: self, dir }
     }
 }
@@ -100,7 +107,8 @@ fn assert_same_tree(containerd: &Containerd, work: &Path, name: &str, layers: &[
     let ours = list(mounted.path());
 
     // Directories that no layer describes get the time of the unpack in containerd.
-    let unpacked_now = |_: &str, their: &listing::Listed| their.directory && their.mtime.0 >= started - 60;
+    let unpacked_now =
+        |_: &str, their: &listing::Listed| their.directory && their.mtime.0 >= started - 60;
     let skip = |path: &str| path == "." || path == "lost+found";
     let found = differences(&ours, &theirs, &skip, &unpacked_now);
     assert!(found.is_empty(), "{name}: {} differences\n{}", found.len(), found.join("\n"));
@@ -142,14 +150,24 @@ fn a_hard_link_into_a_lower_layer_shares_its_inode_and_sets_its_attributes() {
     host::need_root();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let layers = generated_layers(work.path());
-    let repository =
-        layout(&work.path().join("oci"), "latest", &[layers.join("base.tar.gz"), layers.join("upper.tar.gz")]);
+    let repository = layout(
+        &work.path().join("oci"),
+        "latest",
+        &[layers.join("base.tar.gz"), layers.join("upper.tar.gz")],
+    );
     run(turbobd().args(["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo"]));
     let raw = work.path().join("raw");
     run(turbobd().args(["export", &format!("{repository}:turbo"), "-o"]).arg(&raw));
     run(Command::new("e2fsck").arg("-fn").arg(&raw));
     let mounted = Mounted::ext4(&raw);
     let tree = list(mounted.path());
-    assert_eq!(tree["files/t100000"].what, tree["links/hard-lower"].what.replace(" same-as=files/t100000", ""));
-    assert!(tree["links/hard-lower"].what.contains("links=2 same-as=files/t100000"), "{}", tree["links/hard-lower"].what);
+    assert_eq!(
+        tree["files/t100000"].what,
+        tree["links/hard-lower"].what.replace(" same-as=files/t100000", "")
+    );
+    assert!(
+        tree["links/hard-lower"].what.contains("links=2 same-as=files/t100000"),
+        "{}",
+        tree["links/hard-lower"].what
+    );
 }

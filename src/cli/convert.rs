@@ -63,7 +63,11 @@ pub(super) fn run(args: &Args) -> Outcome {
     let tag = match (&args.turbo_oci, args.no_upload) {
         (Some(tag), false) => Some(tag.as_str()),
         (_, true) => None,
-        (None, false) => return Err(Failure::Usage("name the result with --turboOCI TAG, or pass --no-upload".into())),
+        (None, false) => {
+            return Err(Failure::Usage(
+                "name the result with --turboOCI TAG, or pass --no-upload".into(),
+            ));
+        }
     };
     let client = args.registry.client()?;
     let source: RepositoryName = args.repository.parse().map_err(Failure::because)?;
@@ -78,7 +82,9 @@ pub(super) fn run(args: &Args) -> Outcome {
     let selector = match (&args.input_digest, &args.input_tag) {
         (Some(digest), _) => Selector::Digest(*digest),
         (None, Some(tag)) => Selector::Tag(tag.clone()),
-        (None, None) => return Err(Failure::Usage("name the image with -i TAG or -g DIGEST".into())),
+        (None, None) => {
+            return Err(Failure::Usage("name the image with -i TAG or -g DIGEST".into()));
+        }
     };
     let options = ConvertOptions {
         disk_size: Bytes(args.vsize << 30),
@@ -86,10 +92,16 @@ pub(super) fn run(args: &Args) -> Outcome {
         oci_types: args.oci,
         referrer: args.referrer,
         concurrency: if args.concurrency_limit == 0 { usize::MAX } else { args.concurrency_limit },
-        origin: args.to.as_ref().map(|_| source.absolute().map(|place| place.to_string())).transpose().map_err(Failure::because)?,
+        origin: args
+            .to
+            .as_ref()
+            .map(|_| source.absolute().map(|place| place.to_string()))
+            .transpose()
+            .map_err(Failure::because)?,
     };
     let start = Instant::now();
-    let done = convert(&*store, &selector, &*into, tag, &options, &Bars::new()).map_err(Failure::because)?;
+    let done = convert(&*store, &selector, &*into, tag, &options, &Bars::new())
+        .map_err(Failure::because)?;
     tracing::info!("converted in {:.2?}", start.elapsed());
     if args.json {
         table::print_json(&done)?;
