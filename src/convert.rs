@@ -100,7 +100,7 @@ pub enum ConvertError {
         digest: Digest,
         /// What is wrong with it.
         #[source]
-        source: LayerError,
+        source: Box<LayerError>,
     },
 }
 

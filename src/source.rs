@@ -279,7 +279,7 @@ impl ByteSource for FaultySource {
                     });
                 }
                 Fault::FlipAt(at, bits) if range.contains(&at) => {
-                    buf[(at - offset) as usize] ^= bits
+                    buf[(at - offset) as usize] ^= bits;
                 }
                 _ => {}
             }

@@ -65,7 +65,11 @@ pub fn convert_image(
         let blob = store.open_blob(layer)?;
         let start = std::time::Instant::now();
         let layer_built = build_layer(blob, layer, &mut tree, &mut image, options, progress)
-            .map_err(|source| ConvertError::Layer { number, digest: layer.digest, source })?;
+            .map_err(|error| ConvertError::Layer {
+                number,
+                digest: layer.digest,
+                source: Box::new(error),
+            })?;
         report.push(LayerReport {
             source: layer.digest.to_string(),
             digest: Digest::of(&layer_built.archive).to_string(),

@@ -68,7 +68,7 @@ pub fn convert(
 /// The images below a manifest or index, in order.
 enum Node {
     Image { source: StoredManifest, platform: String, number: usize },
-    Index { source: StoredManifest, index: Index, children: Vec<(Descriptor, Node)> },
+    Index { source: StoredManifest, index: Box<Index>, children: Vec<(Descriptor, Node)> },
 }
 
 /// Reads the whole hierarchy.
@@ -108,7 +108,7 @@ fn plan_node(
     if children.is_empty() {
         return Err(broken("it lists no image".into()));
     }
-    Ok(Node::Index { source, index, children })
+    Ok(Node::Index { source, index: Box::new(index), children })
 }
 
 /// Converts all images of the plan, several at a time.
@@ -150,7 +150,7 @@ fn collect_images<'n>(node: &'n Node, sources: &mut Vec<&'n StoredManifest>) {
     match node {
         Node::Image { source, .. } => sources.push(source),
         Node::Index { children, .. } => {
-            children.iter().for_each(|(_, child)| collect_images(child, sources))
+            children.iter().for_each(|(_, child)| collect_images(child, sources));
         }
     }
 }

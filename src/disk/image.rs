@@ -55,7 +55,7 @@ pub enum ImageError {
         digest: Digest,
         /// What is wrong with it.
         #[source]
-        source: LayerError,
+        source: Box<LayerError>,
     },
 }
 
@@ -189,7 +189,11 @@ pub fn open_image(
     let mut layers = Vec::new();
     let mut infos = Vec::new();
     for (number, descriptor) in manifest.layers.iter().enumerate() {
-        let in_layer = |source| ImageError::Layer { number, digest: descriptor.digest, source };
+        let in_layer = |error| ImageError::Layer {
+            number,
+            digest: descriptor.digest,
+            source: Box::new(error),
+        };
         let (layer, info) = open_layer(store, targets, descriptor).map_err(in_layer)?;
         layers.push(layer);
         infos.push(info);

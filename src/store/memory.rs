@@ -54,7 +54,8 @@ impl ImageStore for MemoryStore {
         let digest = match selector {
             Selector::Digest(digest) => *digest,
             Selector::Default => {
-                return self.manifest(&Selector::Tag(crate::oci::reference::DEFAULT_TAG.to_owned()));
+                return self
+                    .manifest(&Selector::Tag(crate::oci::reference::DEFAULT_TAG.to_owned()));
             }
             Selector::Tag(tag) => {
                 *self.contents().tags.get(tag).ok_or_else(|| self.missing(format!("tag {tag}")))?

@@ -95,7 +95,9 @@ fn xattrs(path: &Path) -> BTreeMap<String, String> {
         let name = std::str::from_utf8(name).unwrap();
         let mut value = vec![0u8; 64 << 10];
         let len = rustix::fs::lgetxattr(path, name, &mut value).unwrap();
-        found.insert(name.to_owned(), value[..len].escape_ascii().to_string());
+        // Without blanks, so that a line splits into its words.
+        let value = value[..len].escape_ascii().to_string().replace(' ', "\\x20");
+        found.insert(name.to_owned(), value);
     }
     found
 }
