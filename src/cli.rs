@@ -38,7 +38,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Build the meta image of an OCI image, beside it.
-    Convert(convert::Args),
+    Convert(Box<convert::Args>),
     /// Make a block device of an image, and mount it.
     Attach(attach::Args),
     /// Unmount and remove a device.

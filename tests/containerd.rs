@@ -147,6 +147,23 @@ fn a_mounted_image_shows_what_containerd_shows() {
     }
 }
 
+/// The image that `scripts/demo` makes: a real Debian root and a layer of whiteouts.
+#[test]
+fn a_debian_root_shows_what_containerd_shows() {
+    host::need_root();
+    let demo =
+        std::env::var_os("TURBOBD_DEMO_DIR").map_or("/var/tmp/turbobd-demo".into(), PathBuf::from);
+    let layers = [demo.join("lower.tar.gz"), demo.join("upper.tar.gz")];
+    if !layers.iter().all(|layer| layer.exists()) {
+        let required = std::env::var_os("TURBOBD_REQUIRE_ALL").is_some_and(|value| value == "1");
+        assert!(!required, "run scripts/demo first: it makes the image in {}", demo.display());
+        println!("SKIPPED: scripts/demo has not made its image in {}", demo.display());
+        return;
+    }
+    let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    assert_same_tree(&Containerd::start(), work.path(), "debian", &layers);
+}
+
 #[test]
 fn a_hard_link_into_a_lower_layer_shares_its_inode_and_sets_its_attributes() {
     host::need_root();
