@@ -34,6 +34,7 @@
 mod attributes;
 mod merge;
 mod path;
+mod unaligned;
 mod upper;
 
 use std::fmt;
@@ -42,9 +43,12 @@ use thiserror::Error;
 
 use crate::ext4::{DataRun, Kind, NodeId, Tree, TreeError};
 use crate::tar::{Content, Entry, EntryKind};
+use crate::units::SECTOR;
 
 use attributes::{AttributeError, apply_header};
 use path::{Path, PathError};
+use unaligned::Unaligned;
+pub use unaligned::UNALIGNED_LIMIT;
 use upper::{DirId, FileId, Slot, Upper};
 
 /// Prefix of a name that hides the rest of the name in the lower layers.
@@ -116,6 +120,15 @@ pub enum Reason {
         /// Minor number.
         minor: u32,
     },
+    /// A sparse file whose pieces lie outside whole sectors, in too many bytes.
+    #[error(
+        "with it {kept} bytes of sparse files in this layer lie outside whole sectors of {SECTOR} B; \
+         {UNALIGNED_LIMIT} are allowed"
+    )]
+    Unaligned {
+        /// Bytes of the layer that would have to be kept, this file's included.
+        kept: u64,
+    },
 }
 
 /// What a layer did.
@@ -138,6 +151,7 @@ pub struct ApplyReport {
 pub struct LayerApply<'t> {
     tree: &'t mut Tree,
     upper: Upper,
+    unaligned: Unaligned,
     report: ApplyReport,
 }
 
@@ -151,7 +165,12 @@ impl<'t> LayerApply<'t> {
     /// Starts a layer on top of what `tree` holds.
     pub fn new(tree: &'t mut Tree) -> Self {
         let root = tree.attributes(tree.root()).clone();
-        Self { tree, upper: Upper::new(root), report: ApplyReport::default() }
+        Self {
+            tree,
+            upper: Upper::new(root),
+            unaligned: Unaligned::default(),
+            report: ApplyReport::default(),
+        }
     }
 
     /// Takes the next entry of the layer. The tree does not change yet.
@@ -160,11 +179,18 @@ impl<'t> LayerApply<'t> {
     /// [`ApplyError::Entry`]; the layer cannot be continued.
     #[allow(clippy::needless_pass_by_value)] // an entry has one taker
     pub fn entry(&mut self, entry: Entry) -> Result<(), ApplyError> {
+        self.unaligned.start(None, entry.data_offset);
         self.apply(&entry).map_err(|reason| ApplyError::Entry {
             name: quoted(&entry.name),
             offset: entry.header_offset.get(),
             reason,
         })
+    }
+
+    /// Takes the data of the last entry as it is stored in the tar, all of it, in pieces of any size. Only
+    /// what lies outside whole sectors is kept; for nearly all files that is nothing, and costs nothing.
+    pub fn data(&mut self, bytes: &[u8]) {
+        self.unaligned.data(bytes, &mut self.upper);
     }
 
     /// Merges the layer into the tree.
@@ -299,7 +325,12 @@ impl<'t> LayerApply<'t> {
         };
         let mut attributes = attributes::fresh();
         self.report.dropped_xattrs += apply_header(&mut attributes, entry, &kind)?;
-        Ok(self.upper.create_file(kind, attributes))
+        let kept = self.unaligned.admit(&kind).map_err(|kept| Reason::Unaligned { kept })?;
+        let file = self.upper.create_file(kind, attributes);
+        if kept > 0 {
+            self.unaligned.start(Some(file), entry.data_offset);
+        }
+        Ok(file)
     }
 
     /// What `target` names: a file of this layer, else a visible one of the lower layers.

@@ -218,7 +218,7 @@ impl<'t> LayerParser<'t> {
         Self {
             encoding: None,
             scanner: Scanner::new(gzip::ScanOptions { span: options.span }),
-            tar: tar::Parser::new(),
+            tar: tar::Parser::with_data(),
             apply: LayerApply::new(tree),
         }
     }
@@ -232,7 +232,10 @@ impl<'t> LayerParser<'t> {
         let mut sink = |bytes: &[u8]| -> Result<(), LayerError> {
             tar.feed(bytes, &mut |event| match event {
                 Event::Entry(entry) => apply.entry(entry).map_err(LayerError::from),
-                Event::Data(_) => Ok(()),
+                Event::Data(bytes) => {
+                    apply.data(bytes);
+                    Ok(())
+                }
             })
         };
         match encoding {

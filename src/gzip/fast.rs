@@ -6,7 +6,8 @@
 //! `unsafe` lives here because of that: with every access checked, the scan did 445 MB/s where
 //! libdeflate did 830; now it does 640 (`perf/gzip_scan.rs`). The rules are few: input and output
 //! room are checked at the start of a round for all it may do, tables are indexed by masked values
-//! (safe code), and a distance is checked against the history before it is used.
+//! (safe code), and a distance is checked against the history before it is used. With debug
+//! assertions, as in tests and under the fuzzer, every access through a pointer is checked again.
 
 #![allow(unsafe_code)]
 
@@ -154,11 +155,13 @@ impl Run<'_> {
         }
         // A match yields three bytes at least, so the room suffices; the last may pass the limit.
         let room = log.room(if LOG { (limit - pos) / 3 + 2 } else { 0 });
-        let room_start = room.as_mut_ptr();
+        let (room_start, room_len) = (room.as_mut_ptr(), size_of_val(room));
         let mut room = room_start;
         let phase = (self.bit % 8) as u32;
         let mut count = 56 - phase;
         let (input_start, out_start) = (input.as_ptr(), out.as_mut_ptr());
+        // For the debug assertions alone.
+        let (out_end, room_end) = (out_start.addr() + out.len(), room_start.addr() + room_len);
         // SAFETY: `start <= input_limit`, which lies 32 bytes before the end of `input`; `floor <=
         // pos < limit`, which lies OUTPUT_ROOM before the end of `out`.
         let (mut next, input_limit, mut to, limit, floor, mut bits) = unsafe {
@@ -176,6 +179,7 @@ impl Run<'_> {
         // Bits of `bits` above `count` are those that follow, or zero: a refill sets them to the same again.
         macro_rules! refill {
             () => {
+                debug_assert!(next.addr() + 8 <= input.as_ptr_range().end.addr());
                 // SAFETY: a round starts with `next <= input_limit`, 32 bytes before the end, and
                 // refills at most twice, advancing by 7 or less.
                 unsafe {
@@ -193,6 +197,7 @@ impl Run<'_> {
         }
         macro_rules! literal {
             ($entry:expr) => {
+                debug_assert!(to.addr() < out_end);
                 // SAFETY: a round starts with `to < limit`, which leaves OUTPUT_ROOM.
                 unsafe {
                     *to = ($entry >> 16) as u8;
@@ -287,6 +292,7 @@ impl Run<'_> {
             entry = look_up!();
             if LOG {
                 let at = base.wrapping_add((to.addr() - out_start.addr()) as u32);
+                debug_assert!(room.addr() < room_end);
                 // SAFETY: each entry stands for three bytes or more of output before `limit`, and
                 // so much room was taken.
                 unsafe {
@@ -294,6 +300,7 @@ impl Run<'_> {
                     room = room.add(1);
                 }
             }
+            debug_assert!(distance > 0 && to.addr() + len + 32 <= out_end);
             // SAFETY: `distance` is at least 1 and within the history; the round began with
             // OUTPUT_ROOM bytes of room, of which at most two literals were used.
             unsafe {

@@ -1,12 +1,34 @@
-//! Any bytes as an unpacked layer archive.
+//! Any bytes as an unpacked layer archive, whose members are opened as a reader of the image does.
 #![no_main]
 
+#[path = "checksums.rs"]
+mod checksums;
+
 use libfuzzer_sys::fuzz_target;
+use std::sync::Arc;
+
+use turbobd::gzip::{GZIP_META_NAME, SIDECAR_NAME, merge};
+use turbobd::lsmt::{Layer, LayerKind};
+use turbobd::source::MemorySource;
+use turbobd::zfile;
 
 fuzz_target!(|data: &[u8]| {
-    if let Ok(members) = turbobd::tar::archive::read_members(data) {
-        for (_, range) in members {
-            assert!(data.get(range).is_some());
-        }
+    let mut data = data.to_vec();
+    checksums::tar(&mut data);
+    let Ok(members) = turbobd::tar::archive::read_members(&data) else { return };
+    let member = |wanted: &str| {
+        let range = members.iter().find(|(name, _)| name == wanted).map(|(_, range)| range.clone());
+        range.map(|range| &data[range])
+    };
+    for (_, range) in &members {
+        assert!(data.get(range.clone()).is_some());
+    }
+    let _ = merge(member(GZIP_META_NAME), member(SIDECAR_NAME));
+    let Some(fs_meta) = member("ext4.fs.meta") else { return };
+    let Ok(payload) = zfile::open(Arc::new(MemorySource::new("fuzz", fs_meta))) else { return };
+    if payload.source().len() < 1 << 20
+        && let Ok(plain) = payload.read_all()
+    {
+        let _ = Layer::open(&MemorySource::new("fuzz", plain), LayerKind::Warp);
     }
 });

@@ -4,27 +4,40 @@
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
+use flate2::Crc;
 use turbobd::chunk::ChunkSource as _;
-use turbobd::gzip::{IndexedLayer, merge};
+use turbobd::gzip::{Index, IndexedLayer, merge};
 use turbobd::source::MemorySource;
 
+/// Bytes of a segment worth decoding here.
+const SEGMENT: u64 = 1 << 20;
+
 fuzz_target!(|data: &[u8]| {
-    let _ = merge(None, Some(data));
-    let split = data.len() / 2;
-    let _ = merge(Some(&data[..split]), Some(&data[split..]));
-    if let Ok(index) = merge(Some(data), None) {
-        let len = index.compressed_len.get();
-        if len <= 1 << 16 {
-            let blob = vec![0x55; len as usize];
-            if let Ok(layer) =
-                IndexedLayer::new("fuzz", index, Arc::new(MemorySource::new("fuzz", blob)))
-            {
-                for segment in 0..layer.chunk_count().min(8) {
-                    if layer.index().output(segment as usize).count() < 1 << 20 {
-                        let _ = layer.load(segment);
-                    }
-                }
-            }
+    // The first two bytes say where the sidecar begins.
+    let [low, high, data @ ..] = data else { return };
+    let (meta, sidecar) = data.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(data.len()));
+    let mut crc = Crc::new();
+    crc.update(sidecar);
+    let sidecar = [sidecar, &crc.sum().to_le_bytes()].concat();
+    for (meta, sidecar) in [(Some(meta), None), (None, Some(&sidecar[..])), (Some(meta), Some(&sidecar))] {
+        if let Ok(index) = merge(meta, sidecar) {
+            decode(index, data);
         }
     }
 });
+
+/// Decodes whatever `index` says of a blob of the right length.
+fn decode(index: Index, filling: &[u8]) {
+    let len = index.compressed_len.get();
+    if len > 1 << 20 {
+        return;
+    }
+    let blob: Vec<u8> = filling.iter().copied().cycle().take(len as usize).collect();
+    let Ok(layer) = IndexedLayer::new("fuzz", index, Arc::new(MemorySource::new("fuzz", blob))) else { return };
+    for segment in 0..layer.chunk_count().min(8) {
+        let output = layer.index().output(segment as usize);
+        if output.end - output.start < SEGMENT {
+            let _ = layer.load(segment);
+        }
+    }
+}

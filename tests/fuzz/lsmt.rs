@@ -1,25 +1,87 @@
-//! Any bytes as one LSMT layer, and as two stacked.
+//! Any bytes as one LSMT layer, and any index entries as two layers stacked: the merge must say of every
+//! sector what a walk from the top says.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use turbobd::lsmt::{Layer, LayerKind, Stack};
+use turbobd::lsmt::layer::Record;
+use turbobd::lsmt::mapping::ENTRY;
+use turbobd::lsmt::{Layer, LayerKind, Place, Stack, Uuid};
 use turbobd::source::MemorySource;
-use turbobd::units::Sectors;
+use turbobd::units::{Bytes, Sectors};
+
+/// The sectors that are looked at.
+const SECTORS: u64 = 1 << 12;
+const RECORD: u64 = 4096;
 
 fuzz_target!(|data: &[u8]| {
-    let split = data.len() / 2 / 512 * 512;
-    for kind in [LayerKind::Plain, LayerKind::Warp] {
-        let open = |bytes: &[u8]| Layer::open(&MemorySource::new("fuzz", bytes), kind);
-        let whole = open(data);
-        let halves = [open(&data[..split]), open(&data[split..])];
-        let layers: Vec<&Layer> =
-            halves.iter().chain([&whole]).filter_map(|layer| layer.as_ref().ok()).collect();
-        if let Ok(stack) = Stack::merge(&layers) {
-            let mut covered = 0;
-            for extent in stack.look_up(Sectors(0), Sectors(1 << 12)) {
-                covered += extent.len.get();
+    let [mode, split, data @ ..] = data else { return };
+    let kind = if mode & 2 == 0 { LayerKind::Plain } else { LayerKind::Warp };
+    if mode & 1 == 0 {
+        if let Ok(layer) = open(data, kind) {
+            let _ = Stack::merge(&[&layer]);
+        }
+        return;
+    }
+    let (lower, upper) = data.split_at((usize::from(*split) * ENTRY as usize).min(data.len()));
+    let (Ok(lower), Ok(upper)) = (open(&stream(lower), kind), open(&stream(upper), kind)) else { return };
+    let layers = [lower, upper];
+    let Ok(stack) = Stack::merge(&[&layers[0], &layers[1]]) else { return };
+    let mut at = 0;
+    for run in stack.look_up(Sectors(0), Sectors(SECTORS)) {
+        assert!(run.lba.0 == at && run.len.0 > 0);
+        for i in 0..run.len.0 {
+            let place = match run.place {
+                Place::Zero => Place::Zero,
+                Place::Own(from) => Place::Own(Sectors(from.0 + i)),
+                Place::Remote(from) => Place::Remote(Sectors(from.0 + i)),
+            };
+            let (layer, expected) = walk(&layers, at + i);
+            assert_eq!((place, at + i), (expected, at + i));
+            assert!(place == Place::Zero || run.layer == layer);
+        }
+        at += run.len.0;
+    }
+    assert_eq!(at, SECTORS);
+});
+
+fn open(bytes: &[u8], kind: LayerKind) -> Result<Layer, turbobd::lsmt::LsmtError> {
+    Layer::open(&MemorySource::new("fuzz", bytes), kind)
+}
+
+/// A layer with `entries` for an index and room to point to.
+fn stream(entries: &[u8]) -> Vec<u8> {
+    let entries = &entries[..entries.len() / ENTRY as usize * ENTRY as usize];
+    let payload = 64 * 512;
+    let record = |flags| Record {
+        flags,
+        index_offset: RECORD + payload,
+        index_size: entries.len() as u64 / ENTRY,
+        virtual_size: Bytes(SECTORS * 512).get(),
+        uuid: Uuid::NULL,
+        parent: Uuid::NULL,
+        user_tag: Vec::new(),
+    };
+    let mut bytes = record(0b011).encode();
+    bytes.resize((RECORD + payload) as usize, 0);
+    bytes.extend_from_slice(entries);
+    bytes.extend(record(0b110).encode());
+    bytes
+}
+
+/// What the topmost layer that knows `sector` says of it.
+fn walk(layers: &[Layer], sector: u64) -> (u8, Place) {
+    for (number, layer) in layers.iter().enumerate().rev() {
+        for mapping in layer.mappings() {
+            if (mapping.lba.0..mapping.end().0).contains(&sector) {
+                let at = Sectors(mapping.moffset.0 + (sector - mapping.lba.0));
+                let place = match mapping.tag {
+                    _ if mapping.zeroed => Place::Zero,
+                    0 => Place::Own(at),
+                    _ => Place::Remote(at),
+                };
+                return (number as u8, place);
             }
-            assert_eq!(covered, 1 << 12);
         }
     }
-});
+    (0, Place::Zero)
+}

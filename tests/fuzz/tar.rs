@@ -1,16 +1,21 @@
 //! Any bytes as a tar stream, in pieces of any size: the pieces must not matter.
 #![no_main]
 
+#[path = "checksums.rs"]
+mod checksums;
+
 use libfuzzer_sys::fuzz_target;
 use turbobd::tar::{Event, Parser, TarError};
 
-fn entries(data: &[u8], piece: usize) -> (Vec<String>, Result<(), TarError>) {
-    let mut found = Vec::new();
-    let mut parser = Parser::new();
+/// The entries, each with its data, and how it ended.
+fn entries(data: &[u8], piece: usize) -> (Vec<(String, Vec<u8>)>, Result<(), TarError>) {
+    let mut found: Vec<(String, Vec<u8>)> = Vec::new();
+    let mut parser = Parser::with_data();
     for piece in data.chunks(piece) {
         let fed = parser.feed(piece, &mut |event| {
-            if let Event::Entry(entry) = event {
-                found.push(format!("{entry:?}"));
+            match event {
+                Event::Entry(entry) => found.push((format!("{entry:?}"), Vec::new())),
+                Event::Data(bytes) => found.last_mut().unwrap().1.extend_from_slice(bytes),
             }
             Ok(())
         });
@@ -22,7 +27,8 @@ fn entries(data: &[u8], piece: usize) -> (Vec<String>, Result<(), TarError>) {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let (whole, end) = entries(data, usize::MAX);
-    let piece = data.first().map_or(1, |&byte| usize::from(byte) + 1);
-    assert_eq!((whole, end), entries(data, piece));
+    let Some((&piece, data)) = data.split_first() else { return };
+    let mut data = data.to_vec();
+    checksums::tar(&mut data);
+    assert_eq!(entries(&data, usize::MAX), entries(&data, usize::from(piece) + 1));
 });

@@ -82,6 +82,14 @@ impl Upper {
         }
     }
 
+    /// What a new file of this layer is, to be changed.
+    pub(super) fn new_kind_mut(&mut self, file: FileId) -> Option<&mut Kind> {
+        match &mut self.file_mut(file).source {
+            FileSource::New(kind) => Some(kind),
+            FileSource::Lower(_) => None,
+        }
+    }
+
     pub(super) fn slot(&self, dir: DirId, name: &[u8]) -> Option<Slot> {
         self.dir(dir).children.get(name).map(|(_, slot)| *slot)
     }

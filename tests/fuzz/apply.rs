@@ -1,0 +1,72 @@
+//! Any bytes as the tars of two layers: parsed, applied, written as ext4 and as LSMT.
+#![no_main]
+
+#[path = "checksums.rs"]
+mod checksums;
+
+use libfuzzer_sys::fuzz_target;
+use turbobd::convert::apply::{ApplyError, LayerApply};
+use turbobd::ext4::{Geometry, Identity, Image, Run, Tree};
+use turbobd::lsmt::{Layer, LayerKind, WarpWriter};
+use turbobd::source::MemorySource;
+use turbobd::tar::{Event, Parser, TarError};
+
+/// As small as disks get.
+const DISK: Geometry = Geometry { size: Geometry::MIN };
+
+#[derive(Debug)]
+#[allow(dead_code)] // for the message of a crash
+enum Refused {
+    Tar(TarError),
+    Apply(ApplyError),
+}
+
+impl From<TarError> for Refused {
+    fn from(error: TarError) -> Self {
+        Self::Tar(error)
+    }
+}
+
+fn apply(tree: &mut Tree, tar: &[u8]) -> Result<(), Refused> {
+    let mut layer = LayerApply::new(tree);
+    let mut parser = Parser::with_data();
+    for piece in tar.chunks(1000) {
+        parser.feed(piece, &mut |event| match event {
+            Event::Entry(entry) => layer.entry(entry).map_err(Refused::Apply),
+            Event::Data(bytes) => {
+                layer.data(bytes);
+                Ok(())
+            }
+        })?;
+    }
+    parser.finish()?;
+    layer.finish().map_err(Refused::Apply)?;
+    Ok(())
+}
+
+fuzz_target!(|data: &[u8]| {
+    // The first byte says where the second layer begins.
+    let Some((&split, tars)) = data.split_first() else { return };
+    let mut tars = tars.to_vec();
+    checksums::tar(&mut tars);
+    let (lower, upper) = tars.split_at((usize::from(split) * 512).min(tars.len()));
+    let mut tree = Tree::new();
+    let mut image = Image::new(DISK, Identity::default()).unwrap();
+    for tar in [lower, upper] {
+        if apply(&mut tree, tar).is_err() {
+            return;
+        }
+        let Ok(blocks) = image.commit_layer(&tree) else { return };
+        let mut writer = WarpWriter::new(DISK.size).unwrap();
+        for run in blocks.runs() {
+            match run {
+                Run::Metadata { lba, bytes } => writer.metadata(lba, bytes).unwrap(),
+                Run::Remote { lba, count, target } => writer.remote(lba, count, target).unwrap(),
+                Run::Zeroed { lba, count } => writer.zeroed(lba, count).unwrap(),
+            }
+        }
+        let mut lsmt = Vec::new();
+        writer.finish(&mut lsmt).unwrap();
+        Layer::open(&MemorySource::new("fuzz", lsmt), LayerKind::Warp).unwrap();
+    }
+});

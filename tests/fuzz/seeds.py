@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Small beginnings for the fuzzer. Usage: seeds.py DIR, which gets a folder for each target.
+
+seeds/layer.tar.gz is what `turbobd convert --vsize 1 --span 64` made of a layer of eight files of text.
+"""
+import gzip, io, os, struct, sys, tarfile, zlib
+
+REG, DIR, SYM, LNK, CHR = tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE
+
+
+def seed(target, name, data):
+    folder = os.path.join(sys.argv[1], target)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, name), 'wb') as file:
+        file.write(data)
+
+
+def tar(*entries, format=tarfile.PAX_FORMAT):
+    """A tar without its end."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w', format=format) as archive:
+        for name, type, data, more in entries:
+            info = tarfile.TarInfo(name)
+            info.type, info.size, info.mtime = type, len(data), 1600000000
+            for key, value in more.items():
+                setattr(info, key, value)
+            archive.addfile(info, io.BytesIO(data))
+        return out.getvalue()[:archive.offset]
+
+
+def pax(**records):
+    return {'pax_headers': {key.replace('__', '.'): value for key, value in records.items()}}
+
+
+def deflate(data, level, strategy=0):
+    stream = zlib.compressobj(level, zlib.DEFLATED, -15, 8, strategy)
+    return stream.compress(data) + stream.flush()
+
+
+# The first byte of `tar` is the size of the pieces, that of `apply` the blocks of the lower layer.
+lower = tar(('d/', DIR, b'', {}), ('d/f', REG, b'hello' * 100, pax(SCHILY__xattr__user__a='1', mtime='1.5')),
+            ('s', SYM, b'', {'linkname': 'd'}), ('h', LNK, b'', {'linkname': 'd/f'}))
+sparse = tar(('sparse', REG, b'A' * 600 + b'B' * 7,
+              pax(GNU__sparse__size='5000', GNU__sparse__numblocks='2', GNU__sparse__map='100,600,3000,7')))
+upper = tar(('d/.wh.f', REG, b'', {}), ('s/x', REG, b'y', {}), ('s', REG, b'z', {}), ('h', LNK, b'', {'linkname': 'd/f'}))
+lines = tar(('GNUSparseFile.0/q', REG, b'1\n5\n10\n'.ljust(512, b'\0') + b'0123456789',
+             pax(GNU__sparse__major='1', GNU__sparse__minor='0', GNU__sparse__name='q', GNU__sparse__realsize='99')))
+gnu = tar(('n' * 120, REG, b'x', {}), ('c', CHR, b'', {'devmajor': 1, 'devminor': 3}), format=tarfile.GNU_FORMAT)
+old = bytearray(tar(('old', b'S', b'abc', {}), format=tarfile.GNU_FORMAT))
+old[386:410], old[483:495] = b'%011o\0%011o\0' % (700, 3), b'%011o\0' % 2000
+for name, blocks in [('lower', lower), ('upper', upper), ('sparse', sparse), ('lines', lines), ('gnu', gnu), ('old', bytes(old))]:
+    seed('tar', name, b'\x40' + blocks)
+    seed('apply', name, b'\0' + blocks)
+seed('apply', 'two-layers', bytes([len(lower) // 512]) + lower + upper + sparse)
+
+# Two bytes in front of `gzip_scan`: as gzip or as bare deflate, and the size of the pieces.
+text = b' '.join(b'%x %s' % (i * i * 7919, [b'alpha', b'beta', b'gamma'][i % 3]) for i in range(120))
+seed('gzip_scan', 'gzip', b'\0\x10' + gzip.compress(text, mtime=0))
+for name, data in [('dynamic', deflate(text, 9)), ('fixed', deflate(text[:100], 9, zlib.Z_FIXED)),
+                   ('huffman', deflate(text[:300], 9, zlib.Z_HUFFMAN_ONLY)), ('stored', deflate(text[:40], 0)),
+                   ('runs', deflate(b'a' * 200000 + b'abc' * 70000, 6))]:
+    seed('gzip_scan', name, b'\1\x10' + data)
+stream, far = zlib.compressobj(6, zlib.DEFLATED, -15), b''
+for i in range(6):
+    far += stream.compress(text[:400] + bytes(60000)) + stream.flush([zlib.Z_FULL_FLUSH, zlib.Z_BLOCK][i % 2])
+seed('gzip_scan', 'far', b'\3\x10' + far + stream.flush())
+
+# Our own writers. Two bytes in front of `gzip_index`: the length of the gzip.meta.
+with gzip.open(os.path.join(os.path.dirname(__file__), 'seeds/layer.tar.gz')) as file:
+    archive = file.read()
+with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+    fs_meta, meta, sidecar = (members.extractfile(name).read() for name in ['ext4.fs.meta', 'gzip.meta', 'turbobd.segments'])
+seed('archive', 'layer', archive)
+seed('zfile', 'fs_meta', fs_meta)
+seed('gzip_index', 'both', struct.pack('<H', len(meta)) + meta + sidecar[:-4])
+alone = bytearray(sidecar[:-4])
+alone[10] &= 0xfe
+seed('gzip_index', 'sidecar', b'\0\0' + alone)
+
+
+def entry(lba, count, place, zeroed=0, file=0):
+    """One of an LSMT index: disk sector (50 bits) and length (14), place in the file (55), zeroed (1), file (8)."""
+    return struct.pack('<QQ', lba | count << 50, place | zeroed << 55 | file << 56)
+
+
+# Two bytes in front of `lsmt`: as entries or as a file, of which kind; and the entries of the lower layer.
+entries = entry(0, 8, 8) + entry(100, 50, 16) + entry(4, 100, 10) + entry(110, 4, 0, 1) + entry(120, 9, 7, 0, 1)
+seed('lsmt', 'plain', b'\1\2' + entries)
+seed('lsmt', 'warp', b'\3\2' + entries)
+
+digest = 'sha256:' + 'ab' * 32
+seed('reference', 'names', b'registry.example:5000/some/name:v1.0@' + digest.encode())
+seed('reference', 'layout', b'oci:some/dir:tag')
+descriptor = '{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip","digest":"%s","size":5,"annotations":' \
+    '{"containerd.io/snapshot/overlaybd/turbo-oci/target-digest":"%s"}}' % (digest, digest)
+image = descriptor.replace('"size"', '"platform":{"os":"linux","architecture":"amd64"},"size"')
+seed('manifest', 'manifest', ('{"schemaVersion":2,"config":%s,"layers":[%s]}' % (descriptor, descriptor)).encode())
+seed('manifest', 'index', ('{"schemaVersion":2,"manifests":[%s]}' % image).encode())
+seed('manifest', 'config', ('{"os":"linux", "rootfs": {"type":"layers","diff_ids":["%s"]}}' % digest).encode())
+seed('config', 'upstream', b'{"repoBlobUrl":"u","lowers":[{"dir":"d","digest":"sha256:1","size":5,"targetFile":"t",'
+     b'"gzipIndex":"g"}],"upper":{"index":"i"},"resultFile":"r"}')
