@@ -16,7 +16,9 @@ fuzz_target!(|data: &[u8]| {
         let len = index.compressed_len.get();
         if len <= 1 << 16 {
             let blob = vec![0x55; len as usize];
-            if let Ok(layer) = IndexedLayer::new("fuzz", index, Arc::new(MemorySource::new("fuzz", blob))) {
+            if let Ok(layer) =
+                IndexedLayer::new("fuzz", index, Arc::new(MemorySource::new("fuzz", blob)))
+            {
                 for segment in 0..layer.chunk_count().min(8) {
                     if layer.index().output(segment as usize).count() < 1 << 20 {
                         let _ = layer.load(segment);

@@ -29,7 +29,8 @@ fuzz_target!(|data: &[u8]| {
         assert_eq!(len.ok(), Some(output.len()));
         assert!(theirs == output);
     }
-    let layer = IndexedLayer::new("fuzz", index, Arc::new(MemorySource::new("fuzz", data))).unwrap();
+    let layer =
+        IndexedLayer::new("fuzz", index, Arc::new(MemorySource::new("fuzz", data))).unwrap();
     let mut again = Vec::new();
     for segment in 0..layer.chunk_count() {
         again.extend_from_slice(&layer.load(segment).unwrap());

@@ -12,7 +12,8 @@ fuzz_target!(|data: &[u8]| {
         let open = |bytes: &[u8]| Layer::open(&MemorySource::new("fuzz", bytes), kind);
         let whole = open(data);
         let halves = [open(&data[..split]), open(&data[split..])];
-        let layers: Vec<&Layer> = halves.iter().chain([&whole]).filter_map(|layer| layer.as_ref().ok()).collect();
+        let layers: Vec<&Layer> =
+            halves.iter().chain([&whole]).filter_map(|layer| layer.as_ref().ok()).collect();
         if let Ok(stack) = Stack::merge(&layers) {
             let mut covered = 0;
             for extent in stack.look_up(Sectors(0), Sectors(1 << 12)) {
