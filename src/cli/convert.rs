@@ -137,6 +137,8 @@ pub(super) fn run(args: &Args) -> Outcome {
     let source: RepositoryName = args.repository.parse().map_err(Failure::because)?;
     let store = store::open_repository(&source, &client).map_err(Failure::because)?;
     let into = match &args.to {
+        // A place that nothing is written to is not made either.
+        _ if tag.is_none() => store.clone(),
         None => store.clone(),
         Some(to) => {
             let to: RepositoryName = to.parse().map_err(Failure::because)?;
