@@ -73,7 +73,8 @@ impl Wanted {
                 if start >= end {
                     break;
                 }
-                let part = start.saturating_sub(self.at) as usize..(stop.min(end) - self.at) as usize;
+                let part =
+                    start.saturating_sub(self.at) as usize..(stop.min(end) - self.at) as usize;
                 self.filled.extend_from_slice(bytes.get(part).unwrap_or_default());
                 if stop > end {
                     break;
