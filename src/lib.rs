@@ -36,6 +36,10 @@
 //! * [`doctor`]   what this host can do, and the remedy for what it cannot
 //! * [`cli`]      one file a command
 
+// Tests may unwrap and panic; what input can reach may not.
+#![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+#![warn(unreachable_pub)]
+
 pub mod cache;
 pub mod chunk;
 pub mod cli;
