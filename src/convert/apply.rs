@@ -47,8 +47,8 @@ use crate::units::SECTOR;
 
 use attributes::{AttributeError, apply_header};
 use path::{Path, PathError};
-use unaligned::Unaligned;
 pub use unaligned::UNALIGNED_LIMIT;
+use unaligned::Unaligned;
 use upper::{DirId, FileId, Slot, Upper};
 
 /// Prefix of a name that hides the rest of the name in the lower layers.
