@@ -1,5 +1,7 @@
 //! `cargo bench --bench convert`: a layer's whole pass against `gzip -dc`, and the meta image's split.
 
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
 #[path = "layer.rs"]
 mod layer;
 
@@ -20,10 +22,14 @@ fn main() {
     drop(bytes);
     let build = |span: u64| -> (f64, BuiltLayer) {
         let options = ConvertOptions { span: Bytes(span), ..ConvertOptions::default() };
-        let (mut tree, mut image) = (Tree::new(), Image::new(Geometry { size: options.disk_size }, Identity::default()).unwrap());
+        let (mut tree, mut image) = (
+            Tree::new(),
+            Image::new(Geometry { size: options.disk_size }, Identity::default()).unwrap(),
+        );
         let start = Instant::now();
         let blob = Box::new(File::open(&path).unwrap());
-        let built = build_layer(blob, &descriptor, &mut tree, &mut image, &options, &Silent).unwrap();
+        let built =
+            build_layer(blob, &descriptor, &mut tree, &mut image, &options, &Silent).unwrap();
         (start.elapsed().as_secs_f64(), built)
     };
 
@@ -33,7 +39,10 @@ fn main() {
         let gzip = gzip_dc(&path).as_secs_f64();
         let (convert, built) = build(1 << 20);
         let rate = built.sizes.tar as f64 / convert / 1e6;
-        println!("gzip -dc {gzip:.2} s, convert {convert:.2} s: ratio {:.3}, {rate:.0} MB/s of tar", convert / gzip);
+        println!(
+            "gzip -dc {gzip:.2} s, convert {convert:.2} s: ratio {:.3}, {rate:.0} MB/s of tar",
+            convert / gzip
+        );
         ratios.push(convert / gzip);
         rates.push(rate);
     }

@@ -74,8 +74,8 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// A cache that holds at most `budget_bytes` of decoded chunks, loaded by `loader_threads`
-    /// threads (at least one).
+    /// A cache that holds at most `budget_bytes` of decoded chunks, loaded by up to `loader_threads`
+    /// threads (at least one), which are started as they are needed.
     #[must_use]
     pub fn new(budget_bytes: u64, loader_threads: usize) -> Arc<Self> {
         let chunks = Arc::new(Chunks::new(budget_bytes));

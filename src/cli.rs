@@ -38,7 +38,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Build the meta image of an OCI image, beside it.
-    Convert(convert::Args),
+    Convert(Box<convert::Args>),
     /// Make a block device of an image, and mount it.
     Attach(attach::Args),
     /// Unmount and remove a device.
@@ -111,7 +111,8 @@ fn log_to_stderr(verbose: u8) {
         1 => "turbobd=info,warn",
         _ => "turbobd=debug,info",
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -100,7 +100,7 @@ pub enum ConvertError {
         digest: Digest,
         /// What is wrong with it.
         #[source]
-        source: LayerError,
+        source: Box<LayerError>,
     },
 }
 
@@ -111,7 +111,9 @@ pub enum LayerError {
     #[error("Cannot read the blob")]
     Read(#[source] std::io::Error),
     /// The stream delivered other bytes than the manifest promises.
-    #[error("The blob arrived with {got_size} bytes and digest {got}, but the manifest says {want_size} bytes")]
+    #[error(
+        "The blob arrived with {got_size} bytes and digest {got}, but the manifest says {want_size} bytes"
+    )]
     Mismatch {
         /// Digest of what arrived.
         got: Digest,
@@ -121,7 +123,9 @@ pub enum LayerError {
         want_size: u64,
     },
     /// Neither gzip nor a plain tar.
-    #[error("The layer is compressed with {0}, which TurboOCI cannot index: rebuild the image with gzip layers")]
+    #[error(
+        "The layer is compressed with {0}, which TurboOCI cannot index: rebuild the image with gzip layers"
+    )]
     Compression(&'static str),
     /// The gzip stream is broken.
     #[error(transparent)]

@@ -20,8 +20,8 @@
 
 pub mod config;
 pub mod digest;
-pub mod image;
 mod gather;
+pub mod image;
 mod leases;
 
 use std::io;

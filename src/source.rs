@@ -160,7 +160,12 @@ impl FileSource {
     /// [`SourceError::Io`] when the file cannot be opened.
     pub fn open(path: &Path) -> Result<Self, SourceError> {
         let name = path.display().to_string();
-        let io = |source| SourceError::Io { name: name.clone(), offset: 0, len: 0, source: Arc::new(source) };
+        let io = |source| SourceError::Io {
+            name: name.clone(),
+            offset: 0,
+            len: 0,
+            source: Arc::new(source),
+        };
         let file = File::open(path).map_err(io)?;
         let len = file.metadata().map_err(io)?.len();
         Ok(Self { name, file, len })
@@ -202,7 +207,12 @@ impl SubSource {
     pub fn new(inner: Arc<dyn ByteSource>, start: u64, len: u64) -> Result<Self, SourceError> {
         let end = start.saturating_add(len);
         if end > inner.len() {
-            return Err(SourceError::PastEnd { name: inner.name().to_owned(), offset: start, end, size: inner.len() });
+            return Err(SourceError::PastEnd {
+                name: inner.name().to_owned(),
+                offset: start,
+                end,
+                size: inner.len(),
+            });
         }
         Ok(Self { inner, start, len })
     }
@@ -268,7 +278,9 @@ impl ByteSource for FaultySource {
                         source: Arc::new(io::Error::from_raw_os_error(libc::EIO)),
                     });
                 }
-                Fault::FlipAt(at, bits) if range.contains(&at) => buf[(at - offset) as usize] ^= bits,
+                Fault::FlipAt(at, bits) if range.contains(&at) => {
+                    buf[(at - offset) as usize] ^= bits;
+                }
                 _ => {}
             }
         }

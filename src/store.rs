@@ -65,7 +65,9 @@ pub enum StoreError {
         source: std::io::Error,
     },
     /// A descriptor promises more than is reasonable to hold in memory.
-    #[error("Blob {digest} of {store} claims {size} bytes, more than the {limit} that are read at once")]
+    #[error(
+        "Blob {digest} of {store} claims {size} bytes, more than the {limit} that are read at once"
+    )]
     TooLarge {
         /// The store's name.
         store: String,
@@ -140,7 +142,11 @@ pub trait ImageStore: Send + Sync {
     ///
     /// # Errors
     /// [`StoreError`] when there is no such blob, or a store that must be asked for the size fails.
-    fn blob_source(&self, digest: &Digest, size: Option<u64>) -> Result<Arc<dyn ByteSource>, StoreError>;
+    fn blob_source(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Arc<dyn ByteSource>, StoreError>;
 
     /// Adds a blob unless it is there already. Seen whole or not at all.
     ///
@@ -152,7 +158,12 @@ pub trait ImageStore: Send + Sync {
     ///
     /// # Errors
     /// [`StoreError`].
-    fn put_manifest(&self, tag: Option<&str>, media_type: &str, bytes: &[u8]) -> Result<(), StoreError>;
+    fn put_manifest(
+        &self,
+        tag: Option<&str>,
+        media_type: &str,
+        bytes: &[u8],
+    ) -> Result<(), StoreError>;
 
     /// A small blob, whole and verified.
     ///
@@ -162,7 +173,12 @@ pub trait ImageStore: Send + Sync {
         let store = || self.name().to_owned();
         let digest = blob.digest;
         if blob.size > MAX_BLOB_IN_MEMORY {
-            return Err(StoreError::TooLarge { store: store(), digest, size: blob.size, limit: MAX_BLOB_IN_MEMORY });
+            return Err(StoreError::TooLarge {
+                store: store(),
+                digest,
+                size: blob.size,
+                limit: MAX_BLOB_IN_MEMORY,
+            });
         }
         let mut bytes = Vec::new();
         self.open_blob(blob)?
@@ -181,7 +197,10 @@ pub trait ImageStore: Send + Sync {
 ///
 /// # Errors
 /// [`StoreError`] when a layout directory is none; a registry is not contacted yet.
-pub fn open(image: &ImageName, client: &Client) -> Result<(Arc<dyn ImageStore>, Selector), StoreError> {
+pub fn open(
+    image: &ImageName,
+    client: &Client,
+) -> Result<(Arc<dyn ImageStore>, Selector), StoreError> {
     let selector = match image {
         ImageName::Layout(name) => name.tag.clone().map_or(Selector::Default, Selector::Tag),
         ImageName::Registry(name) => match (&name.digest, &name.tag) {
@@ -197,10 +216,15 @@ pub fn open(image: &ImageName, client: &Client) -> Result<(Arc<dyn ImageStore>, 
 ///
 /// # Errors
 /// [`StoreError`] when a layout directory is none; a registry is not contacted yet.
-pub fn open_repository(place: &RepositoryName, client: &Client) -> Result<Arc<dyn ImageStore>, StoreError> {
+pub fn open_repository(
+    place: &RepositoryName,
+    client: &Client,
+) -> Result<Arc<dyn ImageStore>, StoreError> {
     Ok(match place {
         RepositoryName::Layout(dir) => Arc::new(LayoutStore::open(dir)?),
-        RepositoryName::Registry { host, repository } => Arc::new(RepositoryStore::new(client, host, repository)?),
+        RepositoryName::Registry { host, repository } => {
+            Arc::new(RepositoryStore::new(client, host, repository)?)
+        }
     })
 }
 
@@ -208,7 +232,10 @@ pub fn open_repository(place: &RepositoryName, client: &Client) -> Result<Arc<dy
 ///
 /// # Errors
 /// [`StoreError`] when a directory holds something else.
-pub fn create_repository(place: &RepositoryName, client: &Client) -> Result<Arc<dyn ImageStore>, StoreError> {
+pub fn create_repository(
+    place: &RepositoryName,
+    client: &Client,
+) -> Result<Arc<dyn ImageStore>, StoreError> {
     match place {
         RepositoryName::Layout(dir) => Ok(Arc::new(LayoutStore::open_or_create(dir)?)),
         RepositoryName::Registry { .. } => open_repository(place, client),

@@ -181,7 +181,12 @@ impl Volume for MemoryVolume {
         self.bytes.len() as u64
     }
 
-    fn locate(&self, offset: u64, len: usize, _: &mut dyn FnMut() -> Waiter) -> Result<Located, VolumeError> {
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        _: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError> {
         let end = offset.saturating_add(len as u64);
         if end > self.size() {
             return Err(VolumeError::PastEnd { offset, end, size: self.size() });
@@ -211,7 +216,12 @@ impl<V: Volume> Volume for FaultyVolume<V> {
         self.inner.size()
     }
 
-    fn locate(&self, offset: u64, len: usize, waiter: &mut dyn FnMut() -> Waiter) -> Result<Located, VolumeError> {
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        waiter: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError> {
         let fails = self.fail_at.filter(|at| (offset..offset + len as u64).contains(at));
         let first = self.asked.lock().is_ok_and(|mut asked| asked.insert(offset));
         if first || fails.is_some() {

@@ -194,6 +194,25 @@ fn a_chunk_larger_than_the_budget_is_served_and_not_kept() {
 }
 
 #[test]
+fn threads_come_as_loads_overlap_and_are_never_too_many() {
+    let (cache, numbers) = (Cache::new(1 << 20, 3), Numbers::new("a"));
+    assert_eq!(cache.loaders.threads(), 1);
+    let source: Arc<dyn ChunkSource> = numbers.clone();
+    let (answers, take) = channel();
+    numbers.hold(true);
+    for index in 0..5 {
+        ask(&cache, &source, index, &answers);
+    }
+    while numbers.loads.load(Ordering::SeqCst) < 3 {
+        std::thread::yield_now();
+    }
+    assert_eq!(cache.loaders.threads(), 3);
+    numbers.hold(false);
+    (0..5).for_each(|_| drop(next(&take).unwrap()));
+    assert_eq!(cache.loaders.threads(), 3);
+}
+
+#[test]
 fn the_end_of_the_cache_answers_everyone() {
     let (cache, numbers) = (Cache::new(1 << 20, 2), Numbers::new("a"));
     let source: Arc<dyn ChunkSource> = numbers.clone();

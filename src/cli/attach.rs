@@ -55,7 +55,8 @@ pub(super) fn run(args: &Args) -> Outcome {
     if args.foreground {
         return serve_here(args, &request, start);
     }
-    let mut client = Client::connect_or_spawn(&protocol::run_dir(), daemon_command).map_err(Failure::because)?;
+    let mut client =
+        Client::connect_or_spawn(&protocol::run_dir(), daemon_command).map_err(Failure::because)?;
     tracing::info!("the daemon answers after {:.1?}", start.elapsed());
     let (device, note) = match &args.mount {
         Some(dir) => client.attach_and_mount(request, dir),

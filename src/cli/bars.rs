@@ -19,8 +19,10 @@ pub(super) struct Bars {
 impl Bars {
     /// Draws on stderr, and only if that is a terminal.
     pub(super) fn new() -> Self {
-        let style = ProgressStyle::with_template("{prefix} {bar:32} {binary_bytes:>11}/{binary_total_bytes} {binary_bytes_per_sec}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let style = ProgressStyle::with_template(
+            "{prefix} {bar:32} {binary_bytes:>11}/{binary_total_bytes} {binary_bytes_per_sec}",
+        )
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
         Self { group: MultiProgress::new(), style, bars: Mutex::default() }
     }
 

@@ -36,7 +36,11 @@ pub(super) fn run(args: &Args) -> Outcome {
     for (number, source) in opened.disk.chunk_sources().into_iter().enumerate() {
         let Some(source) = source else { continue };
         load_every_chunk(&source)?;
-        println!("layer {number}: {} in {} chunks: ok", table::size(source.decoded_len()), source.chunk_count());
+        println!(
+            "layer {number}: {} in {} chunks: ok",
+            table::size(source.decoded_len()),
+            source.chunk_count()
+        );
     }
     if let Some(targets) = &opened.targets {
         for target in opened.layers.iter().filter_map(|layer| layer.target.as_ref()) {
@@ -53,18 +57,23 @@ fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..export::loader_threads())
             .map(|_| {
-                scope.spawn(|| loop {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    if index >= source.chunk_count() {
-                        return Ok(());
+                scope.spawn(|| {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        if index >= source.chunk_count() {
+                            return Ok(());
+                        }
+                        source.load(index)?;
                     }
-                    source.load(index)?;
                 })
             })
             .collect();
         for worker in workers {
             let lost = |_| Failure::Failed("A checking thread ended early".into());
-            worker.join().map_err(lost)?.map_err(|error: crate::chunk::ChunkError| Failure::because(error))?;
+            worker
+                .join()
+                .map_err(lost)?
+                .map_err(|error: crate::chunk::ChunkError| Failure::because(error))?;
         }
         Ok(())
     })
@@ -84,7 +93,9 @@ fn verify_blob(store: &dyn ImageStore, digest: &str, size: u64) -> Result<(), Fa
     }
     let got = Digest::from_hasher(hasher);
     if got != digest {
-        return Err(Failure::Failed(format!("The original layer {digest} is damaged: its bytes have digest {got}")));
+        return Err(Failure::Failed(format!(
+            "The original layer {digest} is damaged: its bytes have digest {got}"
+        )));
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `turbobd convert`: build the meta image of an OCI image, beside it.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -56,19 +57,88 @@ pub(super) struct Args {
     json: bool,
     #[command(flatten)]
     registry: registry::Args,
+    #[command(flatten)]
+    upstream: UpstreamOnly,
+}
+
+/// Flags of upstream's `convertor` that mean nothing here, or nothing yet: a script that passes them
+/// is told so instead of being misunderstood.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Of upstream's convertor")]
+struct UpstreamOnly {
+    /// Native overlaybd images are read but not written yet.
+    #[arg(short = 'o', long = "overlaybd", value_name = "TAG")]
+    native: Option<String>,
+    /// Only `true`: the filesystem is always made in the first layer.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    mkfs: bool,
+    /// Not needed: nothing of a layer is written to disk.
+    #[arg(short, long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Not needed: there are no work files.
+    #[arg(long)]
+    reserve: bool,
+    /// Not needed: there is no writable layer.
+    #[arg(long)]
+    disable_sparse: bool,
+    /// Deduplication through a database is for native images, which are not written yet.
+    #[arg(long, value_name = "TYPE")]
+    db_type: Option<String>,
+    /// See --db-type.
+    #[arg(long, value_name = "DSN")]
+    db_str: Option<String>,
+}
+
+impl UpstreamOnly {
+    fn check(&self) -> Result<(), Failure> {
+        let refused = [
+            (
+                self.native.is_some(),
+                "--overlaybd: native images are read but not written yet; --turboOCI makes a meta image",
+            ),
+            (
+                !self.mkfs,
+                "--mkfs=false: there is no shared base layer; the filesystem is made in the first layer",
+            ),
+            (
+                self.db_type.is_some() || self.db_str.is_some(),
+                "--db-type: there is no deduplication through a database",
+            ),
+        ];
+        if let Some((_, why)) = refused.iter().find(|(given, _)| *given) {
+            return Err(Failure::Usage((*why).to_owned()));
+        }
+        for (given, flag) in [
+            (self.dir.is_some(), "--dir"),
+            (self.reserve, "--reserve"),
+            (self.disable_sparse, "--disable-sparse"),
+        ] {
+            if given {
+                tracing::warn!("{flag} is ignored: a conversion here has no work files");
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Converts.
 pub(super) fn run(args: &Args) -> Outcome {
+    args.upstream.check()?;
     let tag = match (&args.turbo_oci, args.no_upload) {
         (Some(tag), false) => Some(tag.as_str()),
         (_, true) => None,
-        (None, false) => return Err(Failure::Usage("name the result with --turboOCI TAG, or pass --no-upload".into())),
+        (None, false) => {
+            return Err(Failure::Usage(
+                "name the result with --turboOCI TAG, or pass --no-upload".into(),
+            ));
+        }
     };
     let client = args.registry.client()?;
     let source: RepositoryName = args.repository.parse().map_err(Failure::because)?;
     let store = store::open_repository(&source, &client).map_err(Failure::because)?;
     let into = match &args.to {
+        // A place that nothing is written to is not made either.
+        _ if tag.is_none() => store.clone(),
         None => store.clone(),
         Some(to) => {
             let to: RepositoryName = to.parse().map_err(Failure::because)?;
@@ -78,7 +148,9 @@ pub(super) fn run(args: &Args) -> Outcome {
     let selector = match (&args.input_digest, &args.input_tag) {
         (Some(digest), _) => Selector::Digest(*digest),
         (None, Some(tag)) => Selector::Tag(tag.clone()),
-        (None, None) => return Err(Failure::Usage("name the image with -i TAG or -g DIGEST".into())),
+        (None, None) => {
+            return Err(Failure::Usage("name the image with -i TAG or -g DIGEST".into()));
+        }
     };
     let options = ConvertOptions {
         disk_size: Bytes(args.vsize << 30),
@@ -86,10 +158,16 @@ pub(super) fn run(args: &Args) -> Outcome {
         oci_types: args.oci,
         referrer: args.referrer,
         concurrency: if args.concurrency_limit == 0 { usize::MAX } else { args.concurrency_limit },
-        origin: args.to.as_ref().map(|_| source.absolute().map(|place| place.to_string())).transpose().map_err(Failure::because)?,
+        origin: args
+            .to
+            .as_ref()
+            .map(|_| source.absolute().map(|place| place.to_string()))
+            .transpose()
+            .map_err(Failure::because)?,
     };
     let start = Instant::now();
-    let done = convert(&*store, &selector, &*into, tag, &options, &Bars::new()).map_err(Failure::because)?;
+    let done = convert(&*store, &selector, &*into, tag, &options, &Bars::new())
+        .map_err(Failure::because)?;
     tracing::info!("converted in {:.2?}", start.elapsed());
     if args.json {
         table::print_json(&done)?;

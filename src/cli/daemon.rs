@@ -7,7 +7,9 @@ use std::sync::{Arc, OnceLock};
 
 use super::{Failure, Outcome, opener};
 use crate::cache::Cache;
-use crate::daemon::{self, AttachRequest, Client, DaemonOptions, ImageOpener, IoCounters, protocol};
+use crate::daemon::{
+    self, AttachRequest, Client, DaemonOptions, ImageOpener, IoCounters, protocol,
+};
 use crate::store::Meter;
 
 #[derive(Debug, clap::Args)]
@@ -31,8 +33,12 @@ pub(super) fn run(args: &Args) -> Outcome {
         if busy.is_empty() {
             return Ok(ExitCode::SUCCESS);
         }
-        let names: Vec<String> = busy.iter().map(|record| record.device.display().to_string()).collect();
-        return Err(Failure::Failed(format!("It serves on, because {} is in use: detach it first", names.join(", "))));
+        let names: Vec<String> =
+            busy.iter().map(|record| record.device.display().to_string()).collect();
+        return Err(Failure::Failed(format!(
+            "It serves on, because {} is in use: detach it first",
+            names.join(", ")
+        )));
     }
     let options = DaemonOptions { run_dir, auto: args.auto };
     daemon::run(&options, Arc::new(HostImages::new())).map_err(Failure::because)?;
@@ -56,7 +62,10 @@ impl HostImages {
 const LOADERS: usize = 16;
 
 impl ImageOpener for HostImages {
-    fn open(&self, request: &AttachRequest) -> Result<daemon::Opened, Box<dyn Error + Send + Sync>> {
+    fn open(
+        &self,
+        request: &AttachRequest,
+    ) -> Result<daemon::Opened, Box<dyn Error + Send + Sync>> {
         let cache = self.cache.get_or_init(|| Cache::new(opener::CACHE_BUDGET, LOADERS)).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
@@ -68,6 +77,10 @@ impl ImageOpener for HostImages {
             cached: cache.stats().bytes,
             errors: meter.errors.load(Ordering::Relaxed),
         };
-        Ok(daemon::Opened { volume: Arc::new(opened.disk), name: request.image.clone(), counters: Arc::new(counters) })
+        Ok(daemon::Opened {
+            volume: Arc::new(opened.disk),
+            name: request.image.clone(),
+            counters: Arc::new(counters),
+        })
     }
 }

@@ -15,8 +15,10 @@ pub(super) struct Args {
 
 /// Detaches.
 pub(super) fn run(args: &Args) -> Outcome {
-    let none = || Failure::Failed(format!("{} is not attached: no daemon runs on this host", args.what));
-    let mut client = Client::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(none)?;
+    let none =
+        || Failure::Failed(format!("{} is not attached: no daemon runs on this host", args.what));
+    let mut client =
+        Client::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(none)?;
     // An image is known to the daemon by its absolute name.
     let absolute = args.what.parse::<ImageName>().ok().and_then(|image| image.absolute().ok());
     let what = match absolute {

@@ -30,7 +30,8 @@ pub(super) fn run(args: &Args) -> Outcome {
         export(&opened.disk, path)?;
     }
     if args.digest {
-        let (digest, size) = digest::content_digest(&opened.disk, opened.disk.mapped()).map_err(Failure::because)?;
+        let (digest, size) =
+            digest::content_digest(&opened.disk, opened.disk.mapped()).map_err(Failure::because)?;
         println!("content_sha256={} vsize={size}", digest.hex());
     }
     tracing::info!("read in {:.2?}", start.elapsed());
@@ -39,9 +40,12 @@ pub(super) fn run(args: &Args) -> Outcome {
 
 /// Writes the disk beside `path` and moves it there when it is whole.
 fn export(disk: &Disk, path: &Path) -> Result<(), Failure> {
-    let cannot = |error: std::io::Error| Failure::Failed(format!("Cannot write {}: {error}", path.display()));
+    let cannot = |error: std::io::Error| {
+        Failure::Failed(format!("Cannot write {}: {error}", path.display()))
+    };
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let file = tempfile::Builder::new().prefix(".turbobd-export").tempfile_in(dir).map_err(cannot)?;
+    let file =
+        tempfile::Builder::new().prefix(".turbobd-export").tempfile_in(dir).map_err(cannot)?;
     digest::export_raw(disk, file.as_file()).map_err(Failure::because)?;
     file.persist(path).map_err(|error| cannot(error.error))?;
     Ok(())

@@ -22,7 +22,9 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Outcome {
     let opened = args.image.open(Cache::new(opener::CACHE_BUDGET, 1))?;
     let Some(digest) = &opened.digest else {
-        return Err(Failure::Usage("inspect takes an IMAGE; a device config names only local files".into()));
+        return Err(Failure::Usage(
+            "inspect takes an IMAGE; a device config names only local files".into(),
+        ));
     };
     if args.json {
         table::print_json(&json!({
@@ -34,14 +36,23 @@ pub(super) fn run(args: &Args) -> Outcome {
     }
     println!("digest  {digest}");
     println!("vsize   {}", table::size(opened.disk.size()));
-    let head = ["#", "kind", "meta", "size", "target", "size", "tar", "share", "fs", "index", "sidecar", "span", "segments"];
-    let rows: Vec<_> = opened.layers.iter().enumerate().map(|(number, layer)| row(number, layer)).collect();
+    let head = [
+        "#", "kind", "meta", "size", "target", "size", "tar", "share", "fs", "index", "sidecar",
+        "span", "segments",
+    ];
+    let rows: Vec<_> =
+        opened.layers.iter().enumerate().map(|(number, layer)| row(number, layer)).collect();
     table::print(&head, &rows);
     Ok(ExitCode::SUCCESS)
 }
 
 fn row(number: usize, layer: &LayerInfo) -> Vec<String> {
-    let mut row = vec![number.to_string(), layer.kind.into(), table::short(&layer.digest), table::size(layer.size)];
+    let mut row = vec![
+        number.to_string(),
+        layer.kind.into(),
+        table::short(&layer.digest),
+        table::size(layer.size),
+    ];
     if let Some(target) = &layer.target {
         row.extend([
             table::short(&target.digest),

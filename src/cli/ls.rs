@@ -22,7 +22,8 @@ pub(super) fn run(args: &Args) -> Outcome {
     if args.json {
         table::print_json(&devices)?;
     } else {
-        let head = ["IMAGE", "DEVICE", "MOUNTPOINT", "STATE", "READ", "FETCHED", "CACHED", "ERRORS"];
+        let head =
+            ["IMAGE", "DEVICE", "MOUNTPOINT", "STATE", "READ", "FETCHED", "CACHED", "ERRORS"];
         table::print(&head, &devices.iter().map(row).collect::<Vec<_>>());
     }
     Ok(ExitCode::SUCCESS)

@@ -69,18 +69,29 @@ impl Args {
     }
 
     /// Opens it over `cache`, counting what is read of the original blobs.
-    pub(super) fn open_metered(&self, cache: Arc<Cache>, meter: Arc<Meter>) -> Result<Opened, Failure> {
+    pub(super) fn open_metered(
+        &self,
+        cache: Arc<Cache>,
+        meter: Arc<Meter>,
+    ) -> Result<Opened, Failure> {
         match (&self.image, &self.config) {
             (Some(image), _) => self.open_image(image, cache, meter),
             (None, Some(path)) => {
                 let disk = config::open(path, cache, &GzipTargets).map_err(Failure::because)?;
                 Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None })
             }
-            (None, None) => Err(Failure::Usage("name an IMAGE, or a device config with --config FILE".into())),
+            (None, None) => {
+                Err(Failure::Usage("name an IMAGE, or a device config with --config FILE".into()))
+            }
         }
     }
 
-    fn open_image(&self, image: &str, cache: Arc<Cache>, meter: Arc<Meter>) -> Result<Opened, Failure> {
+    fn open_image(
+        &self,
+        image: &str,
+        cache: Arc<Cache>,
+        meter: Arc<Meter>,
+    ) -> Result<Opened, Failure> {
         let client = self.registry.client()?;
         let image: ImageName = image.parse().map_err(Failure::because)?;
         let (store, selector) = store::open(&image, &client).map_err(Failure::because)?;

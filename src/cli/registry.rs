@@ -36,22 +36,22 @@ impl Args {
         let mut args = self.clone();
         args.root_ca = absolute(&self.root_ca).map_err(Failure::because)?;
         args.cert_dir = absolute(&self.cert_dir).map_err(Failure::because)?;
-        if let Some((crt, key)) = self.client_cert.as_deref().and_then(|pair| pair.split_once(':')) {
+        if let Some((crt, key)) = self.client_cert.as_deref().and_then(|pair| pair.split_once(':'))
+        {
             let path = |path: &str| std::path::absolute(path).map_err(Failure::because);
             args.client_cert = Some(format!("{}:{}", path(crt)?.display(), path(key)?.display()));
         }
         Ok(args)
     }
 
-
     /// A client with these settings.
     pub(super) fn client(&self) -> Result<Client, Failure> {
         let certificate = match &self.client_cert {
             None => None,
             Some(pair) => {
-                let (crt, key) = pair
-                    .split_once(':')
-                    .ok_or_else(|| Failure::Usage("--client-cert takes CERTIFICATE:KEY, two PEM files".into()))?;
+                let (crt, key) = pair.split_once(':').ok_or_else(|| {
+                    Failure::Usage("--client-cert takes CERTIFICATE:KEY, two PEM files".into())
+                })?;
                 Some(ClientCertificate { certificate: crt.into(), key: key.into() })
             }
         };

@@ -49,7 +49,9 @@ pub fn convert_image(
     let broken = |what, digest, reason: String| ConvertError::Manifest { what, digest, reason };
     let manifest = match Document::parse(&source.bytes, Some(&source.media_type)) {
         Ok(Document::Manifest(manifest)) => manifest,
-        Ok(Document::Index(_)) => return Err(broken("Manifest", source.digest, "it is an index".into())),
+        Ok(Document::Index(_)) => {
+            return Err(broken("Manifest", source.digest, "it is an index".into()));
+        }
         Err(error) => return Err(broken("Manifest", source.digest, error.to_string())),
     };
     let config = store.read_blob(&manifest.config)?;
@@ -63,7 +65,11 @@ pub fn convert_image(
         let blob = store.open_blob(layer)?;
         let start = std::time::Instant::now();
         let layer_built = build_layer(blob, layer, &mut tree, &mut image, options, progress)
-            .map_err(|source| ConvertError::Layer { number, digest: layer.digest, source })?;
+            .map_err(|error| ConvertError::Layer {
+                number,
+                digest: layer.digest,
+                source: Box::new(error),
+            })?;
         report.push(LayerReport {
             source: layer.digest.to_string(),
             digest: Digest::of(&layer_built.archive).to_string(),
@@ -84,7 +90,8 @@ pub fn convert_image(
         .zip(&built)
         .map(|(source, layer)| layer_descriptor(source, &layer.archive, layer.target, types))
         .collect();
-    let manifest = write_manifest(source, manifest.annotations, types, &config, descriptors, options);
+    let manifest =
+        write_manifest(source, manifest.annotations, types, &config, descriptors, options);
     Ok(ConvertedImage {
         media_type: types.manifest,
         manifest,
@@ -121,7 +128,12 @@ impl Types {
 }
 
 /// The new layer's descriptor (spec turbooci 3.5).
-fn layer_descriptor(source: &Descriptor, archive: &[u8], target: TargetEncoding, types: Types) -> Descriptor {
+fn layer_descriptor(
+    source: &Descriptor,
+    archive: &[u8],
+    target: TargetEncoding,
+    types: Types,
+) -> Descriptor {
     let target_type = match (media::is_docker(&source.media_type), target) {
         (true, TargetEncoding::Gzip) => media::DOCKER_LAYER_GZIP,
         (true, TargetEncoding::Plain) => media::DOCKER_LAYER,
@@ -129,7 +141,9 @@ fn layer_descriptor(source: &Descriptor, archive: &[u8], target: TargetEncoding,
         (false, TargetEncoding::Plain) => media::OCI_LAYER,
     };
     let mut layer = Descriptor::of(types.layer, archive);
-    layer.annotations = annotations::turbo(&layer.digest, layer.size, &source.digest, target_type).into_iter().collect();
+    layer.annotations = annotations::turbo(&layer.digest, layer.size, &source.digest, target_type)
+        .into_iter()
+        .collect();
     layer
 }
 

@@ -51,11 +51,14 @@ pub fn convert(
     let root = plan(store, store.manifest(selector)?)?;
     let built = build(store, &root, options, progress)?;
     let mut images = Vec::new();
-    let (media_type, bytes) = assemble(&root, built, options, &mut images, &mut |item| match (tag, item) {
-        (None, _) => Ok(()),
-        (Some(_), Item::Blob(bytes)) => Ok(into.put_blob(bytes)?),
-        (Some(_), Item::Manifest(media_type, bytes)) => Ok(into.put_manifest(None, media_type, bytes)?),
-    })?;
+    let (media_type, bytes) =
+        assemble(&root, built, options, &mut images, &mut |item| match (tag, item) {
+            (None, _) => Ok(()),
+            (Some(_), Item::Blob(bytes)) => Ok(into.put_blob(bytes)?),
+            (Some(_), Item::Manifest(media_type, bytes)) => {
+                Ok(into.put_manifest(None, media_type, bytes)?)
+            }
+        })?;
     if let Some(tag) = tag {
         into.put_manifest(Some(tag), &media_type, &bytes)?;
     }
@@ -65,7 +68,7 @@ pub fn convert(
 /// The images below a manifest or index, in order.
 enum Node {
     Image { source: StoredManifest, platform: String, number: usize },
-    Index { source: StoredManifest, index: Index, children: Vec<(Descriptor, Node)> },
+    Index { source: StoredManifest, index: Box<Index>, children: Vec<(Descriptor, Node)> },
 }
 
 /// Reads the whole hierarchy.
@@ -83,7 +86,8 @@ fn plan_node(
     count: &mut usize,
     depth: usize,
 ) -> Result<Node, ConvertError> {
-    let broken = |reason: String| ConvertError::Manifest { what: "Index", digest: source.digest, reason };
+    let broken =
+        |reason: String| ConvertError::Manifest { what: "Index", digest: source.digest, reason };
     let index = match Document::parse(&source.bytes, Some(&source.media_type)) {
         Ok(Document::Index(index)) => index,
         Ok(Document::Manifest(_)) => {
@@ -104,7 +108,7 @@ fn plan_node(
     if children.is_empty() {
         return Err(broken("it lists no image".into()));
     }
-    Ok(Node::Index { source, index, children })
+    Ok(Node::Index { source, index: Box::new(index), children })
 }
 
 /// Converts all images of the plan, several at a time.
@@ -145,7 +149,9 @@ fn build(
 fn collect_images<'n>(node: &'n Node, sources: &mut Vec<&'n StoredManifest>) {
     match node {
         Node::Image { source, .. } => sources.push(source),
-        Node::Index { children, .. } => children.iter().for_each(|(_, child)| collect_images(child, sources)),
+        Node::Index { children, .. } => {
+            children.iter().for_each(|(_, child)| collect_images(child, sources));
+        }
     }
 }
 

@@ -10,8 +10,6 @@
 use std::io::{Cursor, Read, Write as _};
 use std::thread;
 
-use bytes::{Bytes as Piece, BytesMut};
-use crossbeam_channel::{Receiver, Sender, bounded};
 use super::apply::{ApplyReport, LayerApply};
 use super::{ConvertOptions, LayerError, Progress};
 use crate::ext4::{Image, Run, Tree};
@@ -21,6 +19,8 @@ use crate::oci::{Descriptor, Digest};
 use crate::tar::{self, Event};
 use crate::units::Bytes;
 use crate::zfile;
+use bytes::{Bytes as Piece, BytesMut};
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 /// Bytes read at a time: large enough that a piece costs nothing to pass on.
 const PIECE: usize = 256 << 10;
@@ -127,7 +127,8 @@ fn stream(
         let hasher = scope.spawn(move || hash_pieces(&hash_rx));
         let parsed = parse_pieces(&piece_rx, &hash_tx, descriptor, tree, options, progress);
         drop((piece_rx, hash_tx)); // ends the other two, also when parsing failed
-        let lost = |_| LayerError::Read(std::io::Error::other("a thread of the conversion ended early"));
+        let lost =
+            |_| LayerError::Read(std::io::Error::other("a thread of the conversion ended early"));
         reader.join().map_err(lost)?.map_err(LayerError::Read)?;
         let hasher = hasher.join().map_err(lost)?;
         Ok(Streamed { hasher, parsed })
@@ -269,7 +270,11 @@ fn detect(piece: &[u8]) -> Result<TargetEncoding, LayerError> {
 }
 
 /// What `tree` changed since the last layer, as a `ZFile` of a warp LSMT layer (spec turbooci 3.4).
-fn write_fs_meta(tree: &Tree, image: &mut Image, options: &ConvertOptions) -> Result<Vec<u8>, LayerError> {
+fn write_fs_meta(
+    tree: &Tree,
+    image: &mut Image,
+    options: &ConvertOptions,
+) -> Result<Vec<u8>, LayerError> {
     let blocks = image.commit_layer(tree)?;
     let mut writer = WarpWriter::new(options.disk_size)?;
     for run in blocks.runs() {
@@ -293,7 +298,11 @@ const FS_META_ZFILE: zfile::Options =
     zfile::Options { algo: zfile::Algo::Zstd, level: 6, block_size: 32 << 10, verify: true };
 
 /// Packs the members into the blob that a registry stores (spec turbooci 3.1).
-fn write_archive(fs_meta: &[u8], parsed: Parsed, descriptor: &Descriptor) -> Result<BuiltLayer, LayerError> {
+fn write_archive(
+    fs_meta: &[u8],
+    parsed: Parsed,
+    descriptor: &Descriptor,
+) -> Result<BuiltLayer, LayerError> {
     let (gzip_meta, sidecar) = match &parsed.index {
         Some(index) => {
             // Without a gzip.meta upstream refuses the layer at open; with one that cannot say what is

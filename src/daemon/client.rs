@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -125,7 +125,15 @@ impl Client {
         request: AttachRequest,
     ) -> Result<(DeviceRecord, Option<String>), DaemonError> {
         match self.ask(&Request::Attach(request))? {
-            Reply::Attached { device, note } => Ok((device, note)),
+            Reply::Attached { device, note } => {
+                let milliseconds = |micros: u64| micros as f64 / 1e3;
+                tracing::info!(
+                    "opened in {:.1} ms, device made in {:.1} ms",
+                    milliseconds(device.opening),
+                    milliseconds(device.making)
+                );
+                Ok((device, note))
+            }
             other => Err(self.unexpected(&other)),
         }
     }
@@ -143,10 +151,12 @@ impl Client {
         // First what needs no device.
         let dir = std::fs::canonicalize(dir).map_err(step("find the mount point", dir))?;
         let (mut device, note) = self.attach(request)?;
+        let start = Instant::now();
         if let Err(error) = mounts::mount_ext4(&device.device, &dir) {
             self.done(&Request::Detach { id: device.id })?;
             return Err(error);
         }
+        tracing::info!("mounted in {:.1} ms", start.elapsed().as_secs_f64() * 1e3);
         device.mountpoint = Some(dir.clone());
         if let Err(error) =
             self.done(&Request::Mounted { id: device.id, mountpoint: device.mountpoint.clone() })

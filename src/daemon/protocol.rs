@@ -161,6 +161,12 @@ pub struct DeviceRecord {
     pub errors: u64,
     /// When it was attached, seconds since 1970.
     pub since: u64,
+    /// How long the image took to open, microseconds.
+    #[serde(default)]
+    pub opening: u64,
+    /// How long the device then took to make, microseconds.
+    #[serde(default)]
+    pub making: u64,
 }
 
 /// The one device among `records` that `what` names: a device path, a mount point or an image. For an
@@ -245,6 +251,8 @@ mod tests {
             bytes_cached: 0,
             errors: 0,
             since: 0,
+            opening: 0,
+            making: 0,
         }
     }
 

@@ -5,7 +5,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::protocol::State;
 use super::{
@@ -86,13 +86,16 @@ impl Table {
         request: &AttachRequest,
         id: u64,
     ) -> Result<(Entry, Option<String>), DaemonError> {
+        let start = Instant::now();
         let Opened { volume, name, counters } = self
             .opener
             .open(request)
             .map_err(|source| DaemonError::Open { image: request.image.clone(), source })?;
         let size = volume.size();
         let dir = self.run_dir.join(format!("fuse-{}-{id}", std::process::id()));
+        let opened = start.elapsed();
         let (served, note) = serve(volume, request, &dir)?;
+        let made = start.elapsed() - opened;
         let (frontend, device) = match &served {
             Served::Ublk(device) => (Frontend::Ublk, device.path().to_owned()),
             Served::Looped(device) => (Frontend::Loop, device.path().to_owned()),
@@ -112,7 +115,10 @@ impl Table {
             bytes_cached: 0,
             errors: 0,
             since,
+            opening: opened.as_micros() as u64,
+            making: made.as_micros() as u64,
         };
+        tracing::info!(device = %record.device.display(), "{}: opened in {opened:.1?}, device made in {made:.1?}", record.image);
         Ok((Entry { served, record, counters }, note))
     }
 

@@ -18,8 +18,8 @@ use crate::chunk::{ChunkSource, PlainChunks};
 use crate::convert::layer::FS_META_NAME;
 use crate::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
 use crate::lsmt::{self, LayerKind};
-use crate::oci::{Descriptor, Digest, Document, Manifest, ManifestError, Platform};
 use crate::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind};
+use crate::oci::{Descriptor, Digest, Document, Manifest, ManifestError, Platform};
 use crate::source::{ByteSource, MemorySource, SharedBytes};
 use crate::store::{ImageStore, Selector, StoreError, StoredManifest};
 use crate::tar;
@@ -55,7 +55,7 @@ pub enum ImageError {
         digest: Digest,
         /// What is wrong with it.
         #[source]
-        source: LayerError,
+        source: Box<LayerError>,
     },
 }
 
@@ -69,7 +69,9 @@ pub enum LayerError {
     #[error(transparent)]
     Annotation(#[from] AnnotationError),
     /// An ordinary layer.
-    #[error("This is a plain OCI layer without a meta image: build one with `turbobd convert`, then attach that")]
+    #[error(
+        "This is a plain OCI layer without a meta image: build one with `turbobd convert`, then attach that"
+    )]
     NotConverted,
     /// The layer archive is not gzip.
     #[error("The layer archive cannot be unpacked")]
@@ -156,7 +158,10 @@ pub struct TargetInfo {
 ///
 /// # Errors
 /// [`ImageError`] when the index has no such platform: the message lists what it has.
-pub fn host_manifest(store: &dyn ImageStore, selector: &Selector) -> Result<(StoredManifest, Manifest), ImageError> {
+pub fn host_manifest(
+    store: &dyn ImageStore,
+    selector: &Selector,
+) -> Result<(StoredManifest, Manifest), ImageError> {
     let mut stored = store.manifest(selector)?;
     loop {
         let document = |source| ImageError::Document { digest: stored.digest, source };
@@ -184,7 +189,11 @@ pub fn open_image(
     let mut layers = Vec::new();
     let mut infos = Vec::new();
     for (number, descriptor) in manifest.layers.iter().enumerate() {
-        let in_layer = |source| ImageError::Layer { number, digest: descriptor.digest, source };
+        let in_layer = |error| ImageError::Layer {
+            number,
+            digest: descriptor.digest,
+            source: Box::new(error),
+        };
         let (layer, info) = open_layer(store, targets, descriptor).map_err(in_layer)?;
         layers.push(layer);
         infos.push(info);
@@ -198,13 +207,18 @@ fn open_layer(
     descriptor: &Descriptor,
 ) -> Result<(DiskLayer, LayerInfo), LayerError> {
     match AnnotatedKind::of(descriptor)? {
-        AnnotatedKind::Turbo { target, is_gzip, .. } => open_turbo(store, targets, descriptor, &target, is_gzip),
+        AnnotatedKind::Turbo { target, is_gzip, .. } => {
+            open_turbo(store, targets, descriptor, &target, is_gzip)
+        }
         AnnotatedKind::Native => open_native(store, descriptor),
         AnnotatedKind::Plain => Err(LayerError::NotConverted),
     }
 }
 
-fn open_native(store: &dyn ImageStore, descriptor: &Descriptor) -> Result<(DiskLayer, LayerInfo), LayerError> {
+fn open_native(
+    store: &dyn ImageStore,
+    descriptor: &Descriptor,
+) -> Result<(DiskLayer, LayerInfo), LayerError> {
     let payload = zfile::open(store.blob_source(&descriptor.digest, Some(descriptor.size))?)?;
     let index = lsmt::Layer::open(&*payload.source(), LayerKind::Plain)?;
     let chunks = payload.chunks(&descriptor.digest.to_string());
@@ -234,7 +248,10 @@ fn open_turbo(
         }
         let blob = targets.blob_source(target, Some(index.compressed_len.get()))?;
         let info = TargetInfo::indexed(target, &index);
-        (Arc::new(IndexedLayer::new(&target.to_string(), index, blob)?) as Arc<dyn ChunkSource>, info)
+        (
+            Arc::new(IndexedLayer::new(&target.to_string(), index, blob)?) as Arc<dyn ChunkSource>,
+            info,
+        )
     } else {
         let blob = targets.blob_source(target, None)?;
         let info = TargetInfo::plain(target, blob.len());
@@ -246,7 +263,8 @@ fn open_turbo(
     info.sidecar = len(SIDECAR_NAME);
 
     let name = format!("{FS_META_NAME} of {}", descriptor.digest);
-    let meta: SharedBytes = Arc::new(zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?.read_resident()?);
+    let meta: SharedBytes =
+        Arc::new(zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?.read_resident()?);
     let index = lsmt::Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
     let info = LayerInfo {
         kind: "turbo",
@@ -295,7 +313,9 @@ impl Members {
     fn unpack(archive: &[u8]) -> Result<Self, LayerError> {
         let mut bytes = Vec::new();
         if archive.starts_with(&[0x1f, 0x8b]) {
-            let unpacked = flate2::read::MultiGzDecoder::new(archive).take(MAX_ARCHIVE + 1).read_to_end(&mut bytes);
+            let unpacked = flate2::read::MultiGzDecoder::new(archive)
+                .take(MAX_ARCHIVE + 1)
+                .read_to_end(&mut bytes);
             unpacked.map_err(LayerError::Archive)?;
             if bytes.len() as u64 > MAX_ARCHIVE {
                 return Err(LayerError::ArchiveTooLarge);
@@ -337,7 +357,8 @@ impl TargetOpener for GzipTargets {
             let index = gzip::merge(Some(&index), sidecar.as_deref())?;
             IndexedLayer::new(&name, index, blob.clone())
         };
-        let layer = open().map_err(|error| DiskError::Target { name: name.clone(), source: Arc::new(error) })?;
+        let layer = open()
+            .map_err(|error| DiskError::Target { name: name.clone(), source: Arc::new(error) })?;
         Ok(Arc::new(layer))
     }
 }

@@ -118,11 +118,21 @@ impl ChunkSource for IndexedLayer {
         if len == 0 {
             return Err(damaged(input.start, input.end, "it has no compressed bytes".to_owned()));
         }
-        let mut buffer = vec![0; HEADROOM + len + TAILROOM];
-        self.blob.read_exact_at(&mut buffer[HEADROOM..HEADROOM + len], input.start)?;
-        let mut decoder = self.decoder();
-        let result = decoder.decode(&self.index, i, &mut buffer);
-        self.give_back(decoder);
-        result.map_err(|reason| damaged(input.start, input.end, reason))
+        let load = || {
+            let mut buffer = vec![0; HEADROOM + len + TAILROOM];
+            self.blob.read_exact_at(&mut buffer[HEADROOM..HEADROOM + len], input.start)?;
+            let mut decoder = self.decoder();
+            let result = decoder.decode(&self.index, i, &mut buffer);
+            self.give_back(decoder);
+            result.map_err(|reason| damaged(input.start, input.end, reason))
+        };
+        match load() {
+            // Damage on the way, or one bad node of many, is another time not there.
+            Err(error @ ChunkError::Damaged { .. }) => {
+                tracing::debug!(%error, "loading it again");
+                load()
+            }
+            result => result,
+        }
     }
 }

@@ -170,9 +170,10 @@ impl ImageName {
     /// When this process has no working directory.
     pub fn absolute(&self) -> io::Result<Self> {
         Ok(match self {
-            Self::Layout(name) => {
-                Self::Layout(LayoutName { dir: std::path::absolute(&name.dir)?, tag: name.tag.clone() })
-            }
+            Self::Layout(name) => Self::Layout(LayoutName {
+                dir: std::path::absolute(&name.dir)?,
+                tag: name.tag.clone(),
+            }),
             Self::Registry(_) => self.clone(),
         })
     }

@@ -1,7 +1,7 @@
 //! A client, its options, and one authorised exchange.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -71,7 +71,8 @@ impl Default for ClientOptions {
 /// A pool of connections and tokens. Clones share both.
 #[derive(Clone)]
 pub struct Client {
-    services: Arc<Services>,
+    options: Arc<ClientOptions>,
+    services: Arc<OnceLock<Arc<Services>>>,
 }
 
 /// What all repositories of a client share.
@@ -93,16 +94,46 @@ impl Client {
     /// # Errors
     /// [`RegistryError::Setup`] naming the certificate, key or authority that cannot be used.
     pub fn new(options: ClientOptions) -> Result<Self, RegistryError> {
+        let checked = !options.authorities.is_empty() || options.certificate.is_some();
+        let client = Self { options: Arc::new(options), services: Arc::default() };
+        // What the user gave is read at once. The platform's authorities, half of the time that an image
+        // in a local directory takes to open, are read when a registry is named.
+        if checked {
+            client.services()?;
+        }
+        Ok(client)
+    }
+
+    fn services(&self) -> Result<&Arc<Services>, RegistryError> {
+        if let Some(services) = self.services.get() {
+            return Ok(services);
+        }
+        let made = Arc::new(Services::new(&self.options)?);
+        Ok(self.services.get_or_init(|| made))
+    }
+
+    /// The repository `name` on `host`: `registry.example`, `127.0.0.1:5000`, `docker.io`. A host may be
+    /// given as `http://…` or `https://…` to settle whether TLS is spoken.
+    ///
+    /// # Errors
+    /// [`RegistryError::BadName`] when the two cannot be part of a URL; [`RegistryError::Setup`].
+    pub fn repository(&self, host: &str, name: &str) -> Result<Repository, RegistryError> {
+        Ok(Repository::new(Arc::new(Place::new(self.services()?.clone(), host, name)?)))
+    }
+}
+
+impl Services {
+    fn new(options: &ClientOptions) -> Result<Self, RegistryError> {
         let tls =
             tls::configure(&options.authorities, options.certificate.as_ref(), options.insecure)?;
-        let user_agent = HeaderValue::try_from(options.user_agent).map_err(|_| {
+        let user_agent = HeaderValue::try_from(&options.user_agent).map_err(|_| {
             RegistryError::Setup { reason: "the user agent cannot be sent in a header".to_owned() }
         })?;
-        let services = Services {
+        Ok(Self {
             transport: Transport::new(tls, &options.proxies, options.timeouts),
             credentials: CredentialStore {
-                explicit: options.credential,
-                files: options.credential_files,
+                explicit: options.credential.clone(),
+                files: options.credential_files.clone(),
             },
             tokens: TokenCache::default(),
             user_agent,
@@ -110,21 +141,9 @@ impl Client {
             read_retry: options.read_retry,
             plain: options.plain,
             plain_loopback: options.authorities.is_empty() && options.certificate.is_none(),
-        };
-        Ok(Self { services: Arc::new(services) })
+        })
     }
 
-    /// The repository `name` on `host`: `registry.example`, `127.0.0.1:5000`, `docker.io`. A host may be
-    /// given as `http://…` or `https://…` to settle whether TLS is spoken.
-    ///
-    /// # Errors
-    /// [`RegistryError::BadName`] when the two cannot be part of a URL.
-    pub fn repository(&self, host: &str, name: &str) -> Result<Repository, RegistryError> {
-        Ok(Repository::new(Arc::new(Place::new(self.services.clone(), host, name)?)))
-    }
-}
-
-impl Services {
     /// What a failed exchange with `host` means.
     pub(super) fn broken(&self, what: &str, host: &str, error: &TransportError) -> RegistryError {
         let (what, host) = (what.to_owned(), host.to_owned());

@@ -245,7 +245,11 @@ impl Repository {
         let url = self.place.url(&format!("blobs/{digest}"))?;
         let call = Call { verified: true, ..Call::new(Method::HEAD, url, what) };
         let landed = self.ask(&call, &[200])?;
-        let length = landed.reply.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let length = landed
+            .reply
+            .headers
+            .get(CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
         length.ok_or_else(|| RegistryError::Protocol {
             what: call.what.clone(),
             host: self.place.host.clone(),

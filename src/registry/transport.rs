@@ -97,7 +97,7 @@ struct IoThreads {
     next: AtomicUsize,
 }
 
-/// Two threads keep a 10 Gbit/s link busy with TLS; a machine of one core gets one.
+/// Two, so that one connection's TLS does not hold up the others; a machine of one core gets one.
 fn io_threads() -> Result<&'static IoThreads, TransportError> {
     static THREADS: OnceLock<Result<IoThreads, String>> = OnceLock::new();
     let threads = THREADS.get_or_init(|| {

@@ -41,7 +41,8 @@ impl LayoutStore {
     }
 
     fn size(&self, digest: &Digest) -> Result<u64, StoreError> {
-        let meta = std::fs::metadata(self.layout.blob_path(digest)).map_err(|_| self.missing(digest))?;
+        let meta =
+            std::fs::metadata(self.layout.blob_path(digest)).map_err(|_| self.missing(digest))?;
         Ok(meta.len())
     }
 }
@@ -59,8 +60,11 @@ impl ImageStore for LayoutStore {
         };
         let bytes = self.layout.read_blob(&descriptor)?;
         let given = Some(descriptor.media_type.as_str()).filter(|text| !text.is_empty());
-        let document = Document::parse(&bytes, given)
-            .map_err(|source| StoreError::Document { store: self.name.clone(), digest: descriptor.digest, source })?;
+        let document = Document::parse(&bytes, given).map_err(|source| StoreError::Document {
+            store: self.name.clone(),
+            digest: descriptor.digest,
+            source,
+        })?;
         let media_type = match &document {
             Document::Manifest(manifest) => manifest.media_type(),
             Document::Index(index) => index.media_type(),
@@ -69,11 +73,16 @@ impl ImageStore for LayoutStore {
     }
 
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
-        let file = File::open(self.layout.blob_path(&blob.digest)).map_err(|_| self.missing(&blob.digest))?;
+        let file = File::open(self.layout.blob_path(&blob.digest))
+            .map_err(|_| self.missing(&blob.digest))?;
         Ok(Box::new(file))
     }
 
-    fn blob_source(&self, digest: &Digest, _: Option<u64>) -> Result<Arc<dyn ByteSource>, StoreError> {
+    fn blob_source(
+        &self,
+        digest: &Digest,
+        _: Option<u64>,
+    ) -> Result<Arc<dyn ByteSource>, StoreError> {
         self.size(digest)?; // a missing blob is told by its digest
         Ok(Arc::new(FileSource::open(&self.layout.blob_path(digest))?))
     }
@@ -85,7 +94,12 @@ impl ImageStore for LayoutStore {
         Ok(())
     }
 
-    fn put_manifest(&self, tag: Option<&str>, media_type: &str, bytes: &[u8]) -> Result<(), StoreError> {
+    fn put_manifest(
+        &self,
+        tag: Option<&str>,
+        media_type: &str,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
         self.put_blob(bytes)?;
         if let Some(tag) = tag {
             self.layout.put(tag, &Descriptor::of(media_type, bytes))?;

@@ -33,7 +33,11 @@ impl MemoryStore {
     }
 
     fn blob(&self, digest: &Digest) -> Result<Arc<[u8]>, StoreError> {
-        self.contents().blobs.get(digest).cloned().ok_or_else(|| self.missing(format!("blob {digest}")))
+        self.contents()
+            .blobs
+            .get(digest)
+            .cloned()
+            .ok_or_else(|| self.missing(format!("blob {digest}")))
     }
 
     fn missing(&self, what: String) -> StoreError {
@@ -49,7 +53,10 @@ impl ImageStore for MemoryStore {
     fn manifest(&self, selector: &Selector) -> Result<StoredManifest, StoreError> {
         let digest = match selector {
             Selector::Digest(digest) => *digest,
-            Selector::Default => return self.manifest(&Selector::Tag(crate::oci::reference::DEFAULT_TAG.to_owned())),
+            Selector::Default => {
+                return self
+                    .manifest(&Selector::Tag(crate::oci::reference::DEFAULT_TAG.to_owned()));
+            }
             Selector::Tag(tag) => {
                 *self.contents().tags.get(tag).ok_or_else(|| self.missing(format!("tag {tag}")))?
             }
@@ -63,7 +70,11 @@ impl ImageStore for MemoryStore {
         Ok(Box::new(Cursor::new(self.blob(&blob.digest)?)))
     }
 
-    fn blob_source(&self, digest: &Digest, _: Option<u64>) -> Result<Arc<dyn ByteSource>, StoreError> {
+    fn blob_source(
+        &self,
+        digest: &Digest,
+        _: Option<u64>,
+    ) -> Result<Arc<dyn ByteSource>, StoreError> {
         Ok(Arc::new(MemorySource::new(digest.to_string(), self.blob(digest)?)))
     }
 
@@ -72,7 +83,12 @@ impl ImageStore for MemoryStore {
         Ok(())
     }
 
-    fn put_manifest(&self, tag: Option<&str>, media_type: &str, bytes: &[u8]) -> Result<(), StoreError> {
+    fn put_manifest(
+        &self,
+        tag: Option<&str>,
+        media_type: &str,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
         let digest = Digest::of(bytes);
         let mut contents = self.contents();
         contents.blobs.insert(digest, bytes.into());

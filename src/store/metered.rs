@@ -45,7 +45,11 @@ impl ImageStore for Metered {
         self.inner.open_blob(blob)
     }
 
-    fn blob_source(&self, digest: &Digest, size: Option<u64>) -> Result<Arc<dyn ByteSource>, StoreError> {
+    fn blob_source(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Arc<dyn ByteSource>, StoreError> {
         let inner = self.inner.blob_source(digest, size)?;
         Ok(Arc::new(MeteredSource { inner, meter: self.meter.clone() }))
     }
@@ -54,7 +58,12 @@ impl ImageStore for Metered {
         self.inner.put_blob(bytes)
     }
 
-    fn put_manifest(&self, tag: Option<&str>, media_type: &str, bytes: &[u8]) -> Result<(), StoreError> {
+    fn put_manifest(
+        &self,
+        tag: Option<&str>,
+        media_type: &str,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
         self.inner.put_manifest(tag, media_type, bytes)
     }
 }

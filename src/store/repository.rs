@@ -37,7 +37,11 @@ impl ImageStore for RepositoryStore {
             Selector::Default => self.repository.manifest(DEFAULT_TAG)?,
             Selector::Digest(digest) => self.repository.manifest(&digest.to_string())?,
         };
-        Ok(StoredManifest { media_type: manifest.media_type, digest: manifest.digest, bytes: manifest.bytes })
+        Ok(StoredManifest {
+            media_type: manifest.media_type,
+            digest: manifest.digest,
+            bytes: manifest.bytes,
+        })
     }
 
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
@@ -45,7 +49,11 @@ impl ImageStore for RepositoryStore {
         Ok(Box::new(reader))
     }
 
-    fn blob_source(&self, digest: &Digest, size: Option<u64>) -> Result<Arc<dyn ByteSource>, StoreError> {
+    fn blob_source(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Arc<dyn ByteSource>, StoreError> {
         let size = match size {
             Some(size) => size,
             None => self.repository.blob_size(digest)?,
@@ -59,7 +67,12 @@ impl ImageStore for RepositoryStore {
         Ok(())
     }
 
-    fn put_manifest(&self, tag: Option<&str>, media_type: &str, bytes: &[u8]) -> Result<(), StoreError> {
+    fn put_manifest(
+        &self,
+        tag: Option<&str>,
+        media_type: &str,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
         let digest = Digest::of(bytes).to_string();
         self.repository.put_manifest(tag.unwrap_or(&digest), media_type, bytes)?;
         Ok(())

@@ -116,17 +116,22 @@ impl ZFile {
     pub fn read_into(&self, plain: &mut [u8]) -> Result<(), ZFileError> {
         let cores = thread::available_parallelism().map_or(1, NonZero::get) as u64;
         let groups = (self.lengths.len() as u64).div_ceil(self.grain);
-        let share = groups.div_ceil(cores).max(SHARE / (self.grain * u64::from(self.record.block_size))) * self.grain;
+        let share =
+            groups.div_ceil(cores).max(SHARE / (self.grain * u64::from(self.record.block_size)))
+                * self.grain;
         let parts = plain.chunks_mut((share * u64::from(self.record.block_size)) as usize);
         thread::scope(|scope| {
             let mut parts = (0..).step_by(share as usize).zip(parts);
             let mine = parts.next();
-            let others: Vec<_> =
-                parts.map(|(first, part)| scope.spawn(move || self.decode_into(first, share, part))).collect();
+            let others: Vec<_> = parts
+                .map(|(first, part)| scope.spawn(move || self.decode_into(first, share, part)))
+                .collect();
             let mine = mine.map_or(Ok(()), |(first, part)| self.decode_into(first, share, part));
             // The lowest damaged block is the one that is told.
             others.into_iter().fold(mine, |result, other| {
-                let other = other.join().unwrap_or_else(|_| Err(io::Error::other("a decoding thread ended early").into()));
+                let other = other.join().unwrap_or_else(|_| {
+                    Err(io::Error::other("a decoding thread ended early").into())
+                });
                 result.and(other)
             })
         })

@@ -15,11 +15,14 @@ const SEGMENT: u64 = 1 << 20;
 fuzz_target!(|data: &[u8]| {
     // The first two bytes say where the sidecar begins.
     let [low, high, data @ ..] = data else { return };
-    let (meta, sidecar) = data.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(data.len()));
+    let (meta, sidecar) =
+        data.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(data.len()));
     let mut crc = Crc::new();
     crc.update(sidecar);
     let sidecar = [sidecar, &crc.sum().to_le_bytes()].concat();
-    for (meta, sidecar) in [(Some(meta), None), (None, Some(&sidecar[..])), (Some(meta), Some(&sidecar))] {
+    for (meta, sidecar) in
+        [(Some(meta), None), (None, Some(&sidecar[..])), (Some(meta), Some(&sidecar))]
+    {
         if let Ok(index) = merge(meta, sidecar) {
             decode(index, data);
         }
@@ -33,7 +36,10 @@ fn decode(index: Index, filling: &[u8]) {
         return;
     }
     let blob: Vec<u8> = filling.iter().copied().cycle().take(len as usize).collect();
-    let Ok(layer) = IndexedLayer::new("fuzz", index, Arc::new(MemorySource::new("fuzz", blob))) else { return };
+    let Ok(layer) = IndexedLayer::new("fuzz", index, Arc::new(MemorySource::new("fuzz", blob)))
+    else {
+        return;
+    };
     for segment in 0..layer.chunk_count().min(8) {
         let output = layer.index().output(segment as usize);
         if output.end - output.start < SEGMENT {

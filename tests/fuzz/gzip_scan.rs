@@ -54,7 +54,9 @@ fn inflate(data: &[u8]) -> Option<(usize, Vec<u8>)> {
         let rest = &data[miniz.total_in() as usize..];
         match miniz.decompress_vec(rest, &mut plain, FlushDecompress::Finish) {
             Ok(Status::StreamEnd) => return Some((miniz.total_in() as usize, plain)),
-            Ok(_) if plain.len() == plain.capacity() && plain.len() < MOST => plain.reserve(plain.len()),
+            Ok(_) if plain.len() == plain.capacity() && plain.len() < MOST => {
+                plain.reserve(plain.len())
+            }
             _ => return None,
         }
     }
@@ -66,7 +68,11 @@ fn scan(blob: &[u8], piece: usize) -> Result<(Index, Vec<u8>), GzipError> {
     for piece in blob.chunks(piece) {
         scanner.feed(piece, &mut |bytes| -> Result<(), GzipError> {
             output.extend_from_slice(bytes);
-            if output.len() <= 2 * MOST { Ok(()) } else { Err(GzipError::TooLarge { what: "the output" }) }
+            if output.len() <= 2 * MOST {
+                Ok(())
+            } else {
+                Err(GzipError::TooLarge { what: "the output" })
+            }
         })?;
         scanner.take_boundaries();
     }

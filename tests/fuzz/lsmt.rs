@@ -23,7 +23,9 @@ fuzz_target!(|data: &[u8]| {
         return;
     }
     let (lower, upper) = data.split_at((usize::from(*split) * ENTRY as usize).min(data.len()));
-    let (Ok(lower), Ok(upper)) = (open(&stream(lower), kind), open(&stream(upper), kind)) else { return };
+    let (Ok(lower), Ok(upper)) = (open(&stream(lower), kind), open(&stream(upper), kind)) else {
+        return;
+    };
     let layers = [lower, upper];
     let Ok(stack) = Stack::merge(&[&layers[0], &layers[1]]) else { return };
     let mut at = 0;

@@ -12,7 +12,9 @@ fuzz_target!(|data: &[u8]| {
                 let _ = LayerKind::of(layer);
             }
             let bytes = manifest.to_bytes();
-            let Ok(Document::Manifest(again)) = Document::parse(&bytes, Some(manifest.media_type())) else {
+            let Ok(Document::Manifest(again)) =
+                Document::parse(&bytes, Some(manifest.media_type()))
+            else {
                 panic!("a manifest that was read cannot be read again");
             };
             assert_eq!(again.to_bytes(), bytes);
@@ -20,7 +22,8 @@ fuzz_target!(|data: &[u8]| {
         Ok(Document::Index(index)) => {
             let _ = index.select(&Platform::new("linux", "arm64", Some("v8")));
             let bytes = index.to_bytes();
-            let Ok(Document::Index(again)) = Document::parse(&bytes, Some(index.media_type())) else {
+            let Ok(Document::Index(again)) = Document::parse(&bytes, Some(index.media_type()))
+            else {
                 panic!("an index that was read cannot be read again");
             };
             assert_eq!(again.to_bytes(), bytes);

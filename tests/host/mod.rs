@@ -1,5 +1,7 @@
 //! This machine's part in the tests: its commands, mounts and the `turbobd` under test.
 
+#![allow(dead_code)] // each test uses its part
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -46,7 +48,10 @@ impl Mounted {
     /// Mounts the ext4 in `file`.
     pub fn ext4(file: &Path) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        run(Command::new("mount").args(["-t", "ext4", "-o", "loop,ro,noload"]).arg(file).arg(dir.path()));
+        run(Command::new("mount")
+            .args(["-t", "ext4", "-o", "loop,ro,noload"])
+            .arg(file)
+            .arg(dir.path()));
         Self { dir }
     }
 

@@ -1,6 +1,8 @@
 //! What a mounted tree shows, as text that can be compared: one line a file, with everything a
 //! container could see of it.
 
+#![allow(dead_code)] // each test uses its part
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::fs;
@@ -28,7 +30,8 @@ pub fn list(root: &Path) -> BTreeMap<String, Listed> {
     let mut pending = vec![root.to_path_buf()];
     let mut paths = vec![root.to_path_buf()];
     while let Some(dir) = pending.pop() {
-        for entry in fs::read_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display())) {
+        for entry in fs::read_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()))
+        {
             let entry = entry.unwrap();
             if entry.file_type().unwrap().is_dir() {
                 pending.push(entry.path());
@@ -38,7 +41,8 @@ pub fn list(root: &Path) -> BTreeMap<String, Listed> {
     }
     paths.sort();
     for path in paths {
-        let name = path.strip_prefix(root).unwrap().as_os_str().as_bytes().escape_ascii().to_string();
+        let name =
+            path.strip_prefix(root).unwrap().as_os_str().as_bytes().escape_ascii().to_string();
         let name = if name.is_empty() { ".".to_owned() } else { name };
         listing.insert(name.clone(), describe(&path, &name, &mut first_names));
     }
@@ -52,11 +56,24 @@ fn describe(path: &Path, name: &str, first_names: &mut HashMap<(u64, u64), Strin
     if kind.is_file() {
         let data = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let digest = Sha256::digest(&data);
-        write!(what, " size={} sha256={}", meta.len(), digest[..8].iter().map(|b| format!("{b:02x}")).collect::<String>()).unwrap();
+        write!(
+            what,
+            " size={} sha256={}",
+            meta.len(),
+            digest[..8].iter().map(|b| format!("{b:02x}")).collect::<String>()
+        )
+        .unwrap();
     } else if kind.is_symlink() {
-        write!(what, " -> {}", fs::read_link(path).unwrap().as_os_str().as_bytes().escape_ascii()).unwrap();
+        write!(what, " -> {}", fs::read_link(path).unwrap().as_os_str().as_bytes().escape_ascii())
+            .unwrap();
     } else if kind.is_char_device() || kind.is_block_device() {
-        write!(what, " device={},{}", rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev())).unwrap();
+        write!(
+            what,
+            " device={},{}",
+            rustix::fs::major(meta.rdev()),
+            rustix::fs::minor(meta.rdev())
+        )
+        .unwrap();
     }
     if !kind.is_dir() {
         // Overlayfs shows link count 1 for merged directories, so directories are not compared.
@@ -80,7 +97,9 @@ fn xattrs(path: &Path) -> BTreeMap<String, String> {
         let name = std::str::from_utf8(name).unwrap();
         let mut value = vec![0u8; 64 << 10];
         let len = rustix::fs::lgetxattr(path, name, &mut value).unwrap();
-        found.insert(name.to_owned(), value[..len].escape_ascii().to_string());
+        // Without blanks, so that a line splits into its words.
+        let value = value[..len].escape_ascii().to_string().replace(' ', "\\x20");
+        found.insert(name.to_owned(), value);
     }
     found
 }
@@ -106,7 +125,8 @@ pub fn differences(
             Some(_) => {}
         }
     }
-    for (name, their) in theirs.iter().filter(|(name, _)| !skip(name) && !ours.contains_key(*name)) {
+    for (name, their) in theirs.iter().filter(|(name, _)| !skip(name) && !ours.contains_key(*name))
+    {
         out.push(format!("only theirs: {name}: {}", their.what));
     }
     out
