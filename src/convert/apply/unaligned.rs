@@ -87,3 +87,92 @@ impl Wanted {
         self.run < runs.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::convert::apply::tests::entry;
+    use crate::convert::apply::{ApplyError, LayerApply, Reason};
+    use crate::ext4::Tree;
+    use crate::tar::{Content, Entry, SparsePiece};
+
+    /// A sparse file of `size` whose pieces (offset, length) follow each other in the tar from byte 1024 on.
+    fn sparse(name: &str, size: u64, pieces: &[(u64, u64)]) -> Entry {
+        let mut tar_offset = 1024;
+        let pieces = pieces.iter().map(|&(offset, len)| {
+            let (file_offset, len) = (Bytes(offset), Bytes(len));
+            tar_offset += len.get();
+            SparsePiece { file_offset, tar_offset: Bytes(tar_offset - len.get()), len }
+        });
+        let pieces = pieces.collect();
+        let mut entry = entry(&format!("f {name}"), 1);
+        entry.content = Content::Sparse { size: Bytes(size), pieces };
+        (entry.data_offset, entry.stored_len) = (Bytes(1024), Bytes(tar_offset - 1024));
+        entry
+    }
+
+    #[test]
+    fn all_bytes_outside_whole_sectors_are_kept_in_whatever_pieces_the_data_comes() {
+        let shapes: [(u64, &[(u64, u64)]); 5] = [
+            (10_001, &[(100, 5), (1000, 700), (5000, 3000)]),
+            (9000, &[(0, 100), (1124, 2000), (8000, 1000)]),
+            (4096, &[(0, 1), (2, 1), (4, 1), (700, 512), (2000, 2096)]),
+            (5000, &[(0, 512), (600, 10), (1024, 502), (2048, 2952)]),
+            (70_000, &[(512, 1024), (1, 0), (65_536, 4464)]),
+        ];
+        for (size, pieces) in shapes {
+            let pieces: Vec<_> = pieces.iter().copied().filter(|&(_, len)| len > 0).collect();
+            let len: u64 = pieces.iter().map(|&(_, len)| len).sum();
+            let stored: Vec<u8> = (0..len).map(|at| (at % 251) as u8 + 1).collect();
+            for chunk in [1, 7, 512, usize::MAX] {
+                let mut tree = Tree::new();
+                let mut layer = LayerApply::new(&mut tree);
+                layer.entry(sparse("a", size, &pieces)).unwrap();
+                stored.chunks(chunk).for_each(|bytes| layer.data(bytes));
+                layer.entry(entry("f plain len=3", 99)).unwrap();
+                layer.data(b"abc");
+                layer.finish().unwrap();
+
+                let node = tree.lookup(tree.root(), b"a").unwrap();
+                let Kind::Regular { runs, .. } = tree.kind(node) else { panic!("not a file") };
+                let mut found = vec![0; size as usize];
+                for run in runs {
+                    assert_eq!(run.bytes.is_some(), run.needs_bytes(Bytes(size)), "{run:?}");
+                    let (at, len) = (run.file_offset.get() as usize, run.len.get() as usize);
+                    let from = run.tar_offset.get() as usize - 1024;
+                    let bytes = run.bytes.as_deref().unwrap_or(&stored[from..from + len]);
+                    found[at..at + len].copy_from_slice(bytes);
+                }
+                let mut expected = vec![0; size as usize];
+                let mut rest = &stored[..];
+                for &(at, len) in &pieces {
+                    let (piece, more) = rest.split_at(len as usize);
+                    expected[at as usize..][..piece.len()].copy_from_slice(piece);
+                    rest = more;
+                }
+                assert!(found == expected, "size {size}, chunks of {chunk}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_layer_with_too_many_such_bytes_is_refused_by_name_and_limit() {
+        let mut tree = Tree::new();
+        let mut layer = LayerApply::new(&mut tree);
+        let half = UNALIGNED_LIMIT.get() / 2;
+        layer.entry(sparse("first", 1 << 40, &[(1, half)])).unwrap();
+        layer.entry(sparse("second", 1 << 40, &[(1, half)])).unwrap();
+        let error = layer.entry(sparse("third", 1 << 40, &[(1, 1)])).unwrap_err();
+        let kept = UNALIGNED_LIMIT.get() + 1;
+        assert!(
+            matches!(&error, ApplyError::Entry { reason: Reason::Unaligned { kept: found }, .. } if *found == kept)
+        );
+        assert_eq!(
+            error.to_string(),
+            "Entry \"third\" at byte 512 of the tar cannot be applied: with it 67108865 bytes of sparse \
+             files in this layer lie outside whole sectors of 512 B; 67108864 B are allowed"
+        );
+        // What a mapping can express counts nothing, however large.
+        layer.entry(sparse("mapped", 1 << 40, &[(512, 1 << 30), (1 << 39, 1 << 39)])).unwrap();
+    }
+}
