@@ -1,7 +1,6 @@
 //! `cargo bench --bench lookup`: a sector's way through a stack of ten layers with 100,000 mappings.
 
 #[path = "layer.rs"]
-#[allow(dead_code)]
 mod layer;
 
 use std::hint::black_box;
@@ -28,19 +27,29 @@ fn main() {
     let mut one_layer = || {
         let mut writer = WarpWriter::new(Bytes(DISK)).unwrap();
         let step = (4 << 30) / 512 / MAPPINGS;
-        for number in 0..MAPPINGS {
+        writer.metadata(Sectors(0), &[1; 512]).unwrap(); // no layer is without
+        for number in 1..=MAPPINGS {
             let len = 8 + 8 * random(step / 8 - 2);
-            writer.remote(Sectors(number * step), Sectors(len), Sectors(1 + number * step)).unwrap();
+            writer
+                .remote(Sectors(number * step), Sectors(len), Sectors(1 + number * step))
+                .unwrap();
         }
-        Layer::open(&MemorySource::new("layer", writer.finish().unwrap()), LayerKind::Warp).unwrap()
+        let mut stream = Vec::new();
+        writer.finish(&mut stream).unwrap();
+        Layer::open(&MemorySource::new("layer", stream), LayerKind::Warp).unwrap()
     };
     let layers: Vec<Layer> = (0..LAYERS).map(|_| one_layer()).collect();
     let mappings: usize = layers.iter().map(|layer| layer.mappings().len()).sum();
     let start = Instant::now();
     let stack = Stack::merge(&layers.iter().collect::<Vec<_>>()).unwrap();
-    println!("{LAYERS} layers, {mappings} mappings, merged to {} extents in {:.1?}", stack.len(), start.elapsed());
+    println!(
+        "{LAYERS} layers, {mappings} mappings, merged to {} extents in {:.1?}",
+        stack.len(),
+        start.elapsed()
+    );
 
-    let places: Vec<Sectors> = (0..LOOK_UPS).map(|_| Sectors(random((4 << 30) / 512 / 8) * 8)).collect();
+    let places: Vec<Sectors> =
+        (0..LOOK_UPS).map(|_| Sectors(random((4 << 30) / 512 / 8) * 8)).collect();
     let mut means = Vec::new();
     for _ in 0..5 {
         let start = Instant::now();
@@ -49,5 +58,8 @@ fn main() {
         }
         means.push(start.elapsed().as_nanos() as f64 / LOOK_UPS as f64);
     }
-    println!("a random look-up of 4 KiB takes {:.0} ns on average (median of 5 runs)", layer::median(means));
+    println!(
+        "a random look-up of 4 KiB takes {:.0} ns on average (median of 5 runs)",
+        layer::median(means)
+    );
 }
