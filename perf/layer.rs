@@ -1,5 +1,11 @@
 //! The layer that the benchmarks share.
 
+#![allow(
+    unreachable_pub,
+    dead_code,
+    reason = "each benchmark is a program of its own and uses a part"
+)]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
