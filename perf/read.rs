@@ -111,13 +111,9 @@ fn whole_disk(converted: &Converted, path: &std::path::Path) {
     for _ in 0..3 {
         let gzip = gzip_dc(path).as_secs_f64();
         let disk = converted.disk(Cache::new(256 << 20, cores));
-<<<<<<< HEAD
-        let read = seconds(|| drop(digest::content_digest(&disk, disk.mapped()).unwrap()));
-=======
         let read = seconds(|| {
             digest::content_digest(&disk, disk.mapped()).unwrap();
         });
->>>>>>> refs/heads/perf
         println!(
             "gzip -dc {gzip:.2} s, whole disk cold with its SHA-256 {read:.2} s: ratio {:.3}",
             read / gzip
@@ -138,12 +134,6 @@ fn decoding(converted: &Converted, path: &std::path::Path) {
     let part = |first: u32, step: u32| {
         (first..count).step_by(step as usize).for_each(|i| drop(target.load(i).unwrap()))
     };
-<<<<<<< HEAD
-    for _ in 0..3 {
-        let whole = seconds(|| {
-            drop(libdeflater::Decompressor::new().gzip_decompress(&gzip, &mut out).unwrap())
-        });
-=======
     let libdeflate = |out: &mut [u8]| {
         libdeflater::Decompressor::new().gzip_decompress(&gzip, out).unwrap();
     };
@@ -157,7 +147,6 @@ fn decoding(converted: &Converted, path: &std::path::Path) {
             })
         });
         machine.push(2.0 * whole / both);
->>>>>>> refs/heads/perf
         let one = seconds(|| part(0, 1));
         let two = seconds(|| {
             thread::scope(|scope| {
@@ -172,16 +161,10 @@ fn decoding(converted: &Converted, path: &std::path::Path) {
         two_cores.push(one / two);
     }
     println!(
-<<<<<<< HEAD
-        "segments against libdeflate: median {:.2}; two cores against one: {:.2} times",
-        median(one_core),
-        median(two_cores)
-=======
         "segments against libdeflate: median {:.2}; two cores against one: {:.2} times, where libdeflate gains {:.2}",
         median(one_core),
         median(two_cores),
         median(machine)
->>>>>>> refs/heads/perf
     );
 }
 

@@ -8,7 +8,10 @@ use libfuzzer_sys::fuzz_target;
 use turbobd::tar::{Event, Parser, TarError};
 
 /// The entries, each with its data, and how it ended.
-fn entries(data: &[u8], piece: usize) -> (Vec<(String, Vec<u8>)>, Result<(), TarError>) {
+/// What the parser saw of each entry, and how it ended.
+type Seen = (Vec<(String, Vec<u8>)>, Result<(), TarError>);
+
+fn entries(data: &[u8], piece: usize) -> Seen {
     let mut found: Vec<(String, Vec<u8>)> = Vec::new();
     let mut parser = Parser::with_data();
     for piece in data.chunks(piece) {
