@@ -6,6 +6,8 @@
 //! this program take pieces as lying one behind the other. GNU tar itself only makes pieces of whole blocks, for
 //! which both are the same; for all others Python is the oracle.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+
 mod host;
 mod listing;
 
@@ -20,7 +22,8 @@ use listing::{differences, list};
 /// Converts one layer, and mounts the result.
 fn converted(work: &Path, tar: &[u8]) -> Mounted {
     let layer = work.join("layer.tar.gz");
-    let mut gzip = flate2::write::GzEncoder::new(File::create(&layer).unwrap(), flate2::Compression::fast());
+    let mut gzip =
+        flate2::write::GzEncoder::new(File::create(&layer).unwrap(), flate2::Compression::fast());
     gzip.write_all(tar).unwrap();
     gzip.finish().unwrap();
     let repository = layout(&work.join("oci"), "latest", &[layer]);
@@ -42,12 +45,21 @@ fn compare(mounted: &Mounted, unpacked: &Path, compare_times: bool) -> usize {
 
 /// Makes files with holes; gives the folder.
 fn files_with_holes(work: &Path) -> PathBuf {
-    let holes: Vec<(u64, Vec<u8>)> = (0..100).map(|i| (i * 65_536, vec![i as u8 + 1; 4096])).collect();
+    let holes: Vec<(u64, Vec<u8>)> =
+        (0..100).map(|i| (i * 65_536, vec![i as u8 + 1; 4096])).collect();
     let shapes: [(&str, u64, Vec<(u64, Vec<u8>)>); 6] = [
         ("hole-first", 0, vec![(1 << 20, b"end".to_vec())]),
         ("hole-last", 3 << 20, vec![(0, b"start".to_vec())]),
         ("holes", 0, holes),
-        ("uneven", 0, vec![(5000, vec![b'x'; 5000]), (1 << 20, vec![b'y'; 12_345]), ((2 << 20) + 777, vec![b'z'; 100])]),
+        (
+            "uneven",
+            0,
+            vec![
+                (5000, vec![b'x'; 5000]),
+                (1 << 20, vec![b'y'; 12_345]),
+                ((2 << 20) + 777, vec![b'z'; 100]),
+            ],
+        ),
         ("all-hole", 1 << 20, vec![]),
         ("large", 0, vec![(300 << 20, b"far away".to_vec())]),
     ];
@@ -79,7 +91,14 @@ fn files_with_holes_are_what_gnu_tar_unpacks() {
         let unpacked = work.join("unpacked");
         fs::create_dir_all(&unpacked).unwrap();
         let tar = work.join("tar");
-        run(Command::new("tar").arg("--sparse").args(options).arg("-C").arg(&folder).arg("-cf").arg(&tar).arg("."));
+        run(Command::new("tar")
+            .arg("--sparse")
+            .args(options)
+            .arg("-C")
+            .arg(&folder)
+            .arg("-cf")
+            .arg(&tar)
+            .arg("."));
         run(Command::new("tar").args(["--sparse", "-p", "-C"]).arg(&unpacked).arg("-xf").arg(&tar));
         let tar = fs::read(&tar).unwrap();
         assert!(tar.len() < 2 << 20, "{name}: the holes are in the archive");
@@ -99,7 +118,11 @@ const UNEVEN: [Uneven; 7] = [
     Uneven { name: "odd-everywhere", size: 10_001, pieces: &[(100, 5), (1000, 700), (5000, 3000)] },
     Uneven { name: "same-phase", size: 9000, pieces: &[(0, 100), (1124, 2000), (8000, 1000)] },
     Uneven { name: "single-bytes", size: 4096, pieces: &[(0, 1), (2, 1), (4, 1), (700, 512)] },
-    Uneven { name: "one-block", size: 5000, pieces: &[(0, 512), (600, 10), (1024, 502), (2048, 2952)] },
+    Uneven {
+        name: "one-block",
+        size: 5000,
+        pieces: &[(0, 512), (600, 10), (1024, 502), (2048, 2952)],
+    },
     Uneven { name: "long", size: 400_000, pieces: &[(1, 300_000), (399_999, 1)] },
     Uneven { name: "block-ends", size: 20_000, pieces: &[(4090, 12), (8191, 2), (12_288, 4097)] },
     Uneven { name: "tail", size: 70_077, pieces: &[(4096, 4096), (65_536, 4541)] },
