@@ -8,6 +8,7 @@ use crate::registry::{Client, ClientCertificate, ClientOptions, Credential};
 /// How to reach a registry. Names as in upstream's `convertor`.
 #[derive(Clone, Debug, Default, clap::Args, serde::Serialize, serde::Deserialize)]
 #[command(next_help_heading = "Registry")]
+#[group(skip)] // it is part of commands whose own struct has the same name
 pub(super) struct Args {
     /// Credentials, `user:password`; without it, Docker's config file is asked.
     #[arg(short = 'u', long = "username", value_name = "USER[:PASS]")]
