@@ -22,6 +22,7 @@
 
 mod device;
 mod fuse;
+mod memory;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -88,6 +89,7 @@ impl LoopedDevice {
         if size == 0 || !size.is_multiple_of(SECTOR) {
             return Err(LoopedError::Size(size));
         }
+        memory::map_large_buffers();
         let (session, file) = fuse::FuseSession::new(volume, dir)?;
         let device = match device::LoopDevice::attach(&file, &dir.join(fuse::NAME)) {
             Ok(device) => device,

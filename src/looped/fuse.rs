@@ -429,7 +429,12 @@ impl FuseSession {
 
 /// What the session's first thread ended with.
 fn end_of(session: JoinHandle<io::Result<()>>) -> io::Result<()> {
-    session.join().unwrap_or_else(|_| Err(io::Error::other("a session thread panicked")))
+    match session.join() {
+        // A read that the end of the connection meets inside the kernel says so in this way.
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
+        Ok(result) => result,
+        Err(_) => Err(io::Error::other("a session thread panicked")),
+    }
 }
 
 impl Drop for FuseSession {
