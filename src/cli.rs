@@ -72,6 +72,11 @@ enum Failure {
 }
 
 impl Failure {
+    /// An argument that cannot be what it is given as: exit status 2.
+    fn usage(error: impl Error) -> Self {
+        Self::Usage(sentence(&error))
+    }
+
     fn because(error: impl Error + Send + Sync + 'static) -> Self {
         Self::Because(Box::new(error))
     }

@@ -184,7 +184,10 @@ pub trait ImageStore: Send + Sync {
         self.open_blob(blob)?
             .take(blob.size + 1)
             .read_to_end(&mut bytes)
-            .map_err(|source| StoreError::Broken { store: store(), digest, source })?;
+            .map_err(|error| match error.downcast::<RegistryError>() {
+                Ok(error) => error.into(), // names the blob and its place itself
+                Err(source) => StoreError::Broken { store: store(), digest, source },
+            })?;
         let got = Digest::of(&bytes);
         if got != digest {
             return Err(StoreError::Damaged { store: store(), digest, got });

@@ -134,14 +134,14 @@ pub(super) fn run(args: &Args) -> Outcome {
         }
     };
     let client = args.registry.client()?;
-    let source: RepositoryName = args.repository.parse().map_err(Failure::because)?;
+    let source: RepositoryName = args.repository.parse().map_err(Failure::usage)?;
     let store = store::open_repository(&source, &client).map_err(Failure::because)?;
     let into = match &args.to {
         // A place that nothing is written to is not made either.
         _ if tag.is_none() => store.clone(),
         None => store.clone(),
         Some(to) => {
-            let to: RepositoryName = to.parse().map_err(Failure::because)?;
+            let to: RepositoryName = to.parse().map_err(Failure::usage)?;
             store::create_repository(&to, &client).map_err(Failure::because)?
         }
     };

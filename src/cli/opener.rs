@@ -56,7 +56,7 @@ impl Args {
             args.config = Some(std::path::absolute(config).map_err(Failure::because)?);
         }
         if let Some(image) = &self.image {
-            let image: ImageName = image.parse().map_err(Failure::because)?;
+            let image: ImageName = image.parse().map_err(Failure::usage)?;
             args.image = Some(image.absolute().map_err(Failure::because)?.to_string());
         }
         args.registry = args.registry.absolute()?;
@@ -93,7 +93,7 @@ impl Args {
         meter: Arc<Meter>,
     ) -> Result<Opened, Failure> {
         let client = self.registry.client()?;
-        let image: ImageName = image.parse().map_err(Failure::because)?;
+        let image: ImageName = image.parse().map_err(Failure::usage)?;
         let (store, selector) = store::open(&image, &client).map_err(Failure::because)?;
         let (stored, manifest) = host_manifest(&*store, &selector).map_err(Failure::because)?;
         let targets = match manifest.annotations.get(annotations::ORIGIN) {

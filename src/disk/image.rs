@@ -35,8 +35,10 @@ pub enum ImageError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// A manifest or index is none, or has nothing for this host.
-    #[error("Cannot use manifest {digest}")]
+    #[error("Cannot use manifest {digest} of {store}")]
     Document {
+        /// The store's name.
+        store: String,
         /// Which.
         digest: Digest,
         /// Why not.
@@ -164,7 +166,7 @@ pub fn host_manifest(
 ) -> Result<(StoredManifest, Manifest), ImageError> {
     let mut stored = store.manifest(selector)?;
     loop {
-        let document = |source| ImageError::Document { digest: stored.digest, source };
+        let document = |source| ImageError::Document { store: store.name().to_owned(), digest: stored.digest, source };
         match Document::parse(&stored.bytes, Some(&stored.media_type)).map_err(document)? {
             Document::Manifest(manifest) => return Ok((stored, manifest)),
             Document::Index(index) => {

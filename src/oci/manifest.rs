@@ -250,6 +250,9 @@ impl Document {
             None => value.get("manifests").is_some(),
         };
         let has = |field: &str| value.get(field).is_some();
+        if has("fsLayers") && value.get("schemaVersion") == Some(&Value::from(1)) {
+            return Err(ManifestError::Schema1);
+        }
         if has("manifests") && (has("layers") || has("config")) || has("fsLayers") {
             return Err(ManifestError::Kind("a manifest and an index at once".to_owned()));
         }

@@ -1,0 +1,444 @@
+//! Devices from begin to end, by the real program: what they show, and that nothing stays behind.
+//!
+//! Through the loop front end, which every machine has; `frontends.rs` holds ublk against the same.
+
+mod host;
+mod image;
+mod listing;
+mod registry_double;
+mod serve;
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use host::Mounted;
+use image::{Ended, Images, OCI_GZIP, done, end, gzip, noise, prose, tar_of};
+use registry_double::{Double, Fault};
+use serde_json::Value;
+use serve::serve;
+use turbobd::oci::Digest;
+
+/// A run directory of our own, and everything that serves out of it: ended when dropped.
+struct Host {
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        host::need_root();
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        fs::create_dir(dir.path().join("mnt")).unwrap();
+        Self { dir }
+    }
+
+    fn mnt(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    /// Another mount point.
+    fn place(&self, name: &str) -> PathBuf {
+        let place = self.dir.path().join(name);
+        fs::create_dir(&place).unwrap();
+        place
+    }
+
+    fn turbobd(&self, args: &[&str]) -> Command {
+        let mut command = image::turbobd();
+        command.args(args).env("TURBOBD_RUN_DIR", self.dir.path().join("run"));
+        command
+    }
+
+    #[track_caller]
+    fn done(&self, args: &[&str]) -> String {
+        let ended = end(&mut self.turbobd(args));
+        assert_eq!(ended.code, Some(0), "turbobd {args:?}: {}", ended.stderr);
+        ended.stdout.trim_end().to_owned()
+    }
+
+    #[track_caller]
+    fn refused(&self, args: &[&str], needles: &[&str]) -> String {
+        image::is_refusal(&end(&mut self.turbobd(args)), args, needles)
+    }
+
+    /// Attaches through loop; gives the device.
+    #[track_caller]
+    fn attach(&self, name: &str) -> String {
+        let device = self.done(&["attach", name, "--frontend", "loop"]);
+        assert!(device.starts_with("/dev/loop") && !device.contains([' ', '\n']), "{device:?}");
+        device
+    }
+
+    /// Attaches through loop and mounts at `mnt`; gives the device.
+    #[track_caller]
+    fn mount(&self, name: &str) -> String {
+        let mnt = self.mnt();
+        let line = self.done(&["attach", name, "--frontend", "loop", "--mount", mnt.to_str().unwrap()]);
+        let (device, place) = line.split_once(' ').unwrap();
+        assert_eq!(Path::new(place), fs::canonicalize(mnt).unwrap());
+        device.to_owned()
+    }
+
+    fn list(&self) -> Vec<Value> {
+        serde_json::from_str(&self.done(&["ls", "--json"])).unwrap()
+    }
+
+    /// Processes with our run directory.
+    fn processes(&self) -> Vec<u32> {
+        let ours = format!("TURBOBD_RUN_DIR={}", self.dir.path().join("run").display());
+        let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let is_ours = |pid: &u32| {
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environment.split(|&byte| byte == 0).any(|entry| entry == ours.as_bytes())
+        };
+        processes.filter(is_ours).collect()
+    }
+
+    /// Loop devices over files in our run directory.
+    fn loops(&self) -> Vec<String> {
+        let ours = self.dir.path().display().to_string();
+        let devices = fs::read_dir("/sys/block").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let is_ours = |name: &String| {
+            let file = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).unwrap_or_default();
+            file.contains(&ours)
+        };
+        devices.filter(is_ours).collect()
+    }
+
+    /// What is mounted in our directory.
+    fn mounts(&self) -> Vec<String> {
+        let ours = self.dir.path().display().to_string();
+        let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        text.lines().filter(|line| line.contains(&ours)).map(str::to_owned).collect()
+    }
+
+    /// Asserts that no mount and no device is left, and no process but `processes`.
+    #[track_caller]
+    fn assert_clean(&self, processes: usize) {
+        let start = Instant::now();
+        while !self.loops().is_empty() && start.elapsed() < Duration::from_secs(3) {
+            std::thread::sleep(Duration::from_millis(20)); // the kernel frees it after the last close
+        }
+        assert_eq!(self.mounts(), Vec::<String>::new());
+        assert_eq!(self.loops(), Vec::<String>::new());
+        assert!(self.processes().len() <= processes, "{:?}", self.processes());
+    }
+
+    /// Waits until the daemon has ended by itself.
+    fn wait_for_end(&self) {
+        let start = Instant::now();
+        while !self.processes().is_empty() {
+            assert!(start.elapsed() < Duration::from_secs(15), "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for line in self.mounts().iter().rev() {
+            if let Some(place) = line.split(' ').nth(4) {
+                let _ = Command::new("umount").arg("-l").arg(place).status();
+            }
+        }
+        let _ = self.turbobd(&["daemon", "--stop"]).stderr(Stdio::null()).status();
+        for pid in self.processes() {
+            let _ = Command::new("kill").arg("-9").arg(pid.to_string()).status();
+        }
+    }
+}
+
+#[test]
+fn a_device_is_detached_by_device_by_mount_point_and_by_image() {
+    let (host, images) = (Host::new(), Images::converted());
+    let name = images.name("turbo");
+    let device = host.attach(&name);
+    host.done(&["detach", &device]);
+    host.assert_clean(1);
+    host.mount(&name);
+    host.done(&["detach", host.mnt().to_str().unwrap()]);
+    host.assert_clean(1);
+    host.mount(&name);
+    host.done(&["detach", &name]);
+    host.assert_clean(1);
+    host.refused(&["detach", &name], &["No device", &name, "turbobd ls"]);
+    host.wait_for_end();
+    host.refused(&["detach", &name], &["not attached", "no daemon"]);
+    host.assert_clean(0);
+}
+
+#[test]
+fn a_mounted_image_is_the_exported_one() {
+    let (host, images) = (Host::new(), Images::converted());
+    host.mount(&images.name("turbo"));
+    let raw = images.path().join("raw");
+    done(&["export", &images.name("turbo"), "-o", raw.to_str().unwrap()]);
+    let exported = Mounted::ext4(&raw);
+    let (ours, theirs) = (listing::list(&host.mnt()), listing::list(exported.path()));
+    let found = listing::differences(&ours, &theirs, &|_| false, &|_, _| false);
+    assert!(found.is_empty(), "{}", found.join("\n"));
+    assert_eq!(fs::read(host.mnt().join("big")).unwrap(), prose(1, 5 << 20));
+    assert_eq!(fs::read(host.mnt().join("etc/first")).unwrap(), b"second\n");
+    assert!(!host.mnt().join("gone").exists());
+    assert!(File::create(host.mnt().join("new")).is_err(), "it is writable");
+}
+
+#[test]
+fn ls_tells_image_device_mount_point_state_and_traffic() {
+    let (host, images) = (Host::new(), Images::converted());
+    assert_eq!(host.list(), Vec::<Value>::new());
+    assert_eq!(host.processes(), Vec::<u32>::new(), "ls has started a daemon");
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    let name = format!("{}/team/app:turbo", registry.host());
+    let device = host.mount(&name);
+    let other = host.attach(&images.name("turbo"));
+    fs::read(host.mnt().join("big")).unwrap();
+    let [first, second] = &host.list()[..] else { panic!("{:?}", host.list()) };
+    assert_eq!((&first["image"], &first["device"], &first["state"]), (&name.as_str().into(), &device.into(), &"in_use".into()));
+    assert_eq!(first["mountpoint"], fs::canonicalize(host.mnt()).unwrap().to_str().unwrap());
+    assert_eq!(first["size"], 1u64 << 30);
+    assert_eq!(first["frontend"], "loop");
+    assert_eq!(first["errors"], 0);
+    assert!(first["bytes_read"].as_u64().unwrap() >= 5 << 20, "{first}");
+    let fetched = first["bytes_fetched"].as_u64().unwrap();
+    let target: Digest = images.layer("latest", 0).parse().unwrap();
+    assert_eq!(fetched, registry.traffic(&target).1 as u64, "{first}");
+    assert!(first["bytes_cached"].as_u64().unwrap() >= 5 << 20, "{first}");
+    assert_eq!((&second["device"], &second["state"]), (&other.into(), &"ready".into()));
+    assert_eq!(second["mountpoint"], Value::Null);
+    let table = host.done(&["ls"]);
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["IMAGE", "DEVICE", "MOUNTPOINT", "STATE", "READ", "FETCHED", "CACHED", "ERRORS"]);
+    assert_eq!(lines.len(), 3);
+    assert_eq!(lines[1][0], name);
+}
+
+#[test]
+fn an_image_can_be_attached_twice_and_is_then_detached_by_device() {
+    let (host, images) = (Host::new(), Images::converted());
+    let name = images.name("turbo");
+    let (one, two) = (host.attach(&name), host.attach(&name));
+    assert_ne!(one, two);
+    host.refused(&["detach", &name], &[&one, &two, "name one of them"]);
+    host.done(&["detach", &one]);
+    host.done(&["detach", &name]);
+    host.assert_clean(1);
+}
+
+#[test]
+fn a_cold_small_read_fetches_one_segment() {
+    let host = Host::new();
+    let images = Images::new();
+    let page = noise(8, 4096);
+    let layer = gzip(&tar_of(&[("before", &prose(3, 6 << 20)), ("page", &page), ("after", &prose(4, 6 << 20))]));
+    images.add("latest", &[(OCI_GZIP, layer)]);
+    images.convert(&["--span", "256"]);
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    host.mount(&format!("{}/team/app:turbo", registry.host()));
+    let target: Digest = images.layer("latest", 0).parse().unwrap();
+    assert_eq!(registry.traffic(&target), (0, 0), "attaching and mounting read data");
+    assert_eq!(fs::read(host.mnt().join("page")).unwrap(), page);
+    let (requests, bytes) = registry.traffic(&target);
+    // The page may lie across a boundary of segments; one of 256 KiB of this text has about 150 KB.
+    assert!(requests <= 2 && bytes < 320_000, "{requests} requests, {bytes} bytes");
+    if requests == 2 {
+        println!("the page lies in two segments");
+    }
+}
+
+#[test]
+fn what_cannot_be_attached_leaves_no_device_no_mount_and_no_process() {
+    let (host, images) = (Host::new(), Images::converted());
+    let absent = host.dir.path().join("absent");
+    let absent = absent.to_str().unwrap();
+    let turbo = images.name("turbo");
+    let mount = |name: &str, place: &str, needles: &[&str]| {
+        host.refused(&["attach", name, "--frontend", "loop", "--mount", place], needles);
+        host.refused(&["attach", name, "--frontend", "loop", "--mount", place, "--foreground"], needles);
+        host.assert_clean(1);
+    };
+    mount(&turbo, absent, &[absent, "No such file"]);
+    fs::write(host.dir.path().join("file"), "").unwrap();
+    let file = host.dir.path().join("file");
+    mount(&turbo, file.to_str().unwrap(), &[file.to_str().unwrap(), "Not a directory"]);
+    let mnt = host.mnt();
+    let mnt = mnt.to_str().unwrap();
+    mount(&images.name("latest"), mnt, &["Layer 0", "turbobd convert"]);
+    mount(&images.name("none"), mnt, &["no image \"none\""]);
+    mount("127.0.0.1:1/no/registry:here", mnt, &["127.0.0.1:1"]);
+    images.forge("forged", 0, |members| drop(members.remove(0)));
+    mount(&images.name("forged"), mnt, &["Layer 0", "no ext4.fs.meta"]);
+    host.wait_for_end();
+    host.assert_clean(0);
+}
+
+#[test]
+fn a_disk_that_is_no_ext4_is_not_left_attached() {
+    let (host, images) = (Host::new(), Images::converted());
+    // The upper layer alone is no filesystem.
+    let mut manifest = images.manifest("turbo");
+    manifest["layers"].as_array_mut().unwrap().remove(0);
+    images.set_manifest("half", &manifest);
+    let (name, mnt) = (images.name("half"), host.mnt());
+    host.refused(&["attach", &name, "--frontend", "loop", "--mount", mnt.to_str().unwrap()], &["mount an ext4 at", mnt.to_str().unwrap()]);
+    host.assert_clean(1);
+    assert_eq!(host.list(), Vec::<Value>::new());
+}
+
+#[test]
+fn a_detach_of_a_busy_mount_fails_and_the_device_stays() {
+    let (host, images) = (Host::new(), Images::converted());
+    let device = host.mount(&images.name("turbo"));
+    let mnt = host.mnt();
+    let file = File::open(mnt.join("big")).unwrap();
+    host.refused(&["detach", &device], &[mnt.to_str().unwrap(), "in use", "files there are open"]);
+    let mut bytes = [0; 4096];
+    file.read_exact_at(&mut bytes, 1 << 20).unwrap();
+    assert_eq!(bytes[..], prose(1, 5 << 20)[1 << 20..][..4096]);
+    assert_eq!(host.list()[0]["state"], "in_use");
+    let text = host.refused(&["daemon", "--stop"], &[&device, "in use"]);
+    assert!(text.contains("detach it first"), "{text}");
+    drop(file);
+    // Held by somebody else than a mount.
+    host.done(&["detach", &device]);
+    let device = host.attach(&images.name("turbo"));
+    let other = host.place("other");
+    assert!(Command::new("mount").args(["-o", "ro,noload", &device]).arg(&other).status().unwrap().success());
+    // What this process sees mounted is unmounted, whoever mounted it.
+    host.done(&["detach", &device]);
+    host.assert_clean(1);
+}
+
+#[test]
+fn stop_removes_what_nobody_uses() {
+    let (host, images) = (Host::new(), Images::converted());
+    host.done(&["daemon", "--stop"]);
+    host.attach(&images.name("turbo"));
+    host.attach(&images.name("turbo"));
+    assert_eq!(host.loops().len(), 2);
+    host.done(&["daemon", "--stop"]);
+    host.wait_for_end();
+    host.assert_clean(0);
+}
+
+/// A process that is ended when dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_foreground_server_leaves_nothing_when_it_is_told_to_end() {
+    let (host, images) = (Host::new(), Images::converted());
+    let (name, mnt) = (images.name("turbo"), host.mnt());
+    for signal in ["-TERM", "-INT"] {
+        let args = ["attach", &name, "--frontend", "loop", "--foreground", "--mount", mnt.to_str().unwrap()];
+        let mut server = Running(host.turbobd(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+        let mut line = Vec::new();
+        let mut stdout = server.0.stdout.take().unwrap();
+        let mut byte = [0];
+        while byte != *b"\n" && stdout.read(&mut byte).unwrap() == 1 {
+            line.push(byte[0]);
+        }
+        assert!(String::from_utf8_lossy(&line).starts_with("/dev/loop"), "{line:?}");
+        assert_eq!(fs::read(mnt.join("etc/first")).unwrap(), b"second\n");
+        assert_eq!(host.processes(), [server.0.id()], "a daemon was started");
+        let _ = Command::new("kill").arg(signal).arg(server.0.id().to_string()).status().unwrap();
+        let start = Instant::now();
+        while server.0.try_wait().unwrap().is_none() {
+            assert!(start.elapsed() < Duration::from_secs(10), "it does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(server.0.wait().unwrap().code(), Some(0));
+        host.assert_clean(0);
+    }
+}
+
+#[test]
+fn a_device_config_is_attached_too() {
+    let (host, images) = (Host::new(), Images::converted());
+    let lowers: Vec<Value> = (0..2)
+        .map(|number| {
+            for (name, bytes) in image::members_of(&image::gunzip(&images.blob(&images.layer("turbo", number)))) {
+                fs::write(images.path().join(format!("{number}-{name}")), bytes).unwrap();
+            }
+            serde_json::json!({"file": format!("{number}-ext4.fs.meta"), "gzipIndex": format!("{number}-gzip.meta"),
+                "targetFile": images.blob_path(&images.layer("latest", number))})
+        })
+        .collect();
+    let config = images.path().join("config.v1.json");
+    fs::write(&config, serde_json::json!({"lowers": lowers}).to_string()).unwrap();
+    let mnt = host.mnt();
+    host.done(&["attach", "--config", config.to_str().unwrap(), "--frontend", "loop", "--mount", mnt.to_str().unwrap()]);
+    assert_eq!(fs::read(mnt.join("big")).unwrap(), prose(1, 5 << 20));
+    host.done(&["detach", mnt.to_str().unwrap()]);
+    host.assert_clean(1);
+}
+
+#[test]
+fn verbose_says_how_long_its_parts_took() {
+    let (host, images) = (Host::new(), Images::converted());
+    let Ended { code, stdout, stderr } = end(&mut host.turbobd(&["attach", &images.name("turbo"), "--frontend", "loop", "-v"]));
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.starts_with("/dev/loop") && stdout.lines().count() == 1, "{stdout}");
+    assert!(stderr.contains("the daemon answers after") && stderr.contains("attached after"), "{stderr}");
+    let quiet = end(&mut host.turbobd(&["attach", &images.name("turbo"), "--frontend", "loop"]));
+    assert_eq!(quiet.stderr, "");
+}
+
+#[test]
+fn a_read_error_reaches_its_reader_alone_and_is_counted() {
+    let (host, images) = (Host::new(), Images::new());
+    let (a, b) = (prose(11, 3 << 20), prose(12, 3 << 20));
+    images.add("latest", &[(OCI_GZIP, gzip(&tar_of(&[("a", &a), ("b", &b)])))]);
+    images.convert(&["--span", "256"]);
+    host.mount(&images.name("turbo"));
+    // After it was attached; early in the layer, so in the file a.
+    let target = images.blob_path(&images.layer("latest", 0));
+    let file = File::options().read(true).write(true).open(&target).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 500_000).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x20], 500_000).unwrap();
+    let error = fs::read(host.mnt().join("a")).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(5), "{error}");
+    assert_eq!(fs::read(host.mnt().join("b")).unwrap(), b);
+    let record = host.list().remove(0);
+    assert!(record["errors"].as_u64().unwrap() > 0, "{record}");
+    // The daemon says what it was.
+    let log = fs::read_to_string(host.dir.path().join("run/turbobd.log")).unwrap();
+    assert!(log.contains("SHA-256"), "{log}");
+    // And it heals: nothing bad was kept.
+    file.write_all_at(&byte, 500_000).unwrap();
+    assert_eq!(fs::read(host.mnt().join("a")).unwrap(), a);
+    host.done(&["detach", host.mnt().to_str().unwrap()]);
+    host.assert_clean(1);
+}
+
+#[test]
+fn a_registry_that_lies_gives_eio_and_a_slip_does_not() {
+    let (host, images) = (Host::new(), Images::converted());
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    host.mount(&format!("{}/team/app:turbo", registry.host()));
+    let target = images.layer("latest", 0);
+    let big = host.mnt().join("big");
+    for fault in [Fault::Flip(200_000, 1), Fault::IgnoreRange, Fault::Status(404), Fault::Status(403)] {
+        registry.fault(&target, fault.clone(), 1000);
+        let error = fs::read(&big).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(5), "{fault:?}: {error}");
+        registry.clear_faults();
+    }
+    assert!(host.list()[0]["errors"].as_u64().unwrap() > 0);
+    registry.fault(&target, Fault::Flip(200_000, 1), 1);
+    registry.fault(&target, Fault::Status(503), 1);
+    assert_eq!(fs::read(&big).unwrap(), prose(1, 5 << 20));
+}
