@@ -181,13 +181,12 @@ pub trait ImageStore: Send + Sync {
             });
         }
         let mut bytes = Vec::new();
-        self.open_blob(blob)?
-            .take(blob.size + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|error| match error.downcast::<RegistryError>() {
+        self.open_blob(blob)?.take(blob.size + 1).read_to_end(&mut bytes).map_err(|error| {
+            match error.downcast::<RegistryError>() {
                 Ok(error) => error.into(), // names the blob and its place itself
                 Err(source) => StoreError::Broken { store: store(), digest, source },
-            })?;
+            }
+        })?;
         let got = Digest::of(&bytes);
         if got != digest {
             return Err(StoreError::Damaged { store: store(), digest, got });

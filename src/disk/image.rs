@@ -166,7 +166,11 @@ pub fn host_manifest(
 ) -> Result<(StoredManifest, Manifest), ImageError> {
     let mut stored = store.manifest(selector)?;
     loop {
-        let document = |source| ImageError::Document { store: store.name().to_owned(), digest: stored.digest, source };
+        let document = |source| ImageError::Document {
+            store: store.name().to_owned(),
+            digest: stored.digest,
+            source,
+        };
         match Document::parse(&stored.bytes, Some(&stored.media_type)).map_err(document)? {
             Document::Manifest(manifest) => return Ok((stored, manifest)),
             Document::Index(index) => {
