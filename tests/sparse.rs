@@ -43,11 +43,13 @@ fn compare(mounted: &Mounted, unpacked: &Path, compare_times: bool) -> usize {
     theirs.len()
 }
 
+/// Data of a file and where it begins.
+type Pieces = Vec<(u64, Vec<u8>)>;
+
 /// Makes files with holes; gives the folder.
 fn files_with_holes(work: &Path) -> PathBuf {
-    let holes: Vec<(u64, Vec<u8>)> =
-        (0..100).map(|i| (i * 65_536, vec![i as u8 + 1; 4096])).collect();
-    let shapes: [(&str, u64, Vec<(u64, Vec<u8>)>); 6] = [
+    let holes: Pieces = (0..100).map(|i| (i * 65_536, vec![i as u8 + 1; 4096])).collect();
+    let shapes: [(&str, u64, Pieces); 6] = [
         ("hole-first", 0, vec![(1 << 20, b"end".to_vec())]),
         ("hole-last", 3 << 20, vec![(0, b"start".to_vec())]),
         ("holes", 0, holes),
