@@ -1,5 +1,7 @@
 //! `cargo bench --bench read`: reading a whole disk, decoding segments, and the first read of a cold file.
 
+#![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
+
 #[path = "layer.rs"]
 mod layer;
 
