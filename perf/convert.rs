@@ -1,7 +1,6 @@
 //! `cargo bench --bench convert`: a layer's whole pass against `gzip -dc`, and the meta image's split.
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
-#![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 
 #[path = "layer.rs"]
 mod layer;
