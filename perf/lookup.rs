@@ -1,5 +1,7 @@
 //! `cargo bench --bench lookup`: a sector's way through a stack of ten layers with 100,000 mappings.
 
+#![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
+
 #[path = "layer.rs"]
 mod layer;
 

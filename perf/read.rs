@@ -1,5 +1,7 @@
 //! `cargo bench --bench read`: reading a whole disk, decoding segments, and the first read of a cold file.
 
+#![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
+
 #[path = "layer.rs"]
 mod layer;
 
@@ -132,7 +134,7 @@ fn decoding(converted: &Converted, path: &std::path::Path) {
     let mut other = out.clone();
     let count = target.chunk_count();
     let part = |first: u32, step: u32| {
-        (first..count).step_by(step as usize).for_each(|i| drop(target.load(i).unwrap()))
+        (first..count).step_by(step as usize).for_each(|i| drop(target.load(i).unwrap()));
     };
     let libdeflate = |out: &mut [u8]| {
         libdeflater::Decompressor::new().gzip_decompress(&gzip, out).unwrap();
@@ -144,7 +146,7 @@ fn decoding(converted: &Converted, path: &std::path::Path) {
             thread::scope(|scope| {
                 scope.spawn(|| libdeflate(&mut other));
                 libdeflate(&mut out);
-            })
+            });
         });
         machine.push(2.0 * whole / both);
         let one = seconds(|| part(0, 1));
@@ -152,7 +154,7 @@ fn decoding(converted: &Converted, path: &std::path::Path) {
             thread::scope(|scope| {
                 scope.spawn(|| part(0, 2));
                 part(1, 2);
-            })
+            });
         });
         println!(
             "libdeflate over the whole {whole:.2} s; all segments, verified, on one core {one:.2} s, on two {two:.2} s"
