@@ -1,6 +1,8 @@
 //! What a mounted tree shows, as text that can be compared: one line a file, with everything a
 //! container could see of it.
 
+#![allow(unreachable_pub)]
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::fs;
