@@ -144,7 +144,11 @@ impl Client {
         let dir = std::fs::canonicalize(dir).map_err(step("find the mount point", dir))?;
         let (mut device, note) = self.attach(request)?;
         if let Err(error) = mounts::mount_ext4(&device.device, &dir) {
-            self.done(&Request::Detach { id: device.id })?;
+            // Why it could not be mounted is what the user asked about.
+            if let Err(left) = self.done(&Request::Detach { id: device.id }) {
+                let left = super::with_causes(&left);
+                tracing::warn!("{} could not be removed again: {left}", device.device.display());
+            }
             return Err(error);
         }
         device.mountpoint = Some(dir.clone());
