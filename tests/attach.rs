@@ -38,7 +38,8 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// Which use of the loop device this is.
 fn diskseq(device: &str) -> String {
-    fs::read_to_string(format!("/sys/block/{}/diskseq", device.trim_start_matches("/dev/"))).unwrap_or_default()
+    fs::read_to_string(format!("/sys/block/{}/diskseq", device.trim_start_matches("/dev/")))
+        .unwrap_or_default()
 }
 
 impl Host {
@@ -92,7 +93,8 @@ impl Host {
     #[track_caller]
     fn mount(&self, name: &str) -> String {
         let mnt = self.mnt();
-        let line = self.done(&["attach", name, "--frontend", "loop", "--mount", mnt.to_str().unwrap()]);
+        let line =
+            self.done(&["attach", name, "--frontend", "loop", "--mount", mnt.to_str().unwrap()]);
         let (device, place) = line.split_once(' ').unwrap();
         assert_eq!(Path::new(place), fs::canonicalize(mnt).unwrap());
         self.note(device);
@@ -110,7 +112,9 @@ impl Host {
     /// Processes with our run directory.
     fn processes(&self) -> Vec<u32> {
         let ours = format!("TURBOBD_RUN_DIR={}", self.dir.path().join("run").display());
-        let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let processes = fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
         let is_ours = |pid: &u32| {
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             environment.split(|&byte| byte == 0).any(|entry| entry == ours.as_bytes())
@@ -123,7 +127,8 @@ impl Host {
         let devices = self.devices.lock().unwrap();
         let lives = |(device, seq): &&(String, String)| {
             let name = device.trim_start_matches("/dev/");
-            Path::new(&format!("/sys/block/{name}/loop/backing_file")).exists() && diskseq(device) == *seq
+            Path::new(&format!("/sys/block/{name}/loop/backing_file")).exists()
+                && diskseq(device) == *seq
         };
         devices.iter().filter(lives).map(|(device, _)| device.clone()).collect()
     }
@@ -218,7 +223,10 @@ fn ls_tells_image_device_mount_point_state_and_traffic() {
     let other = host.attach(&images.name("turbo"));
     fs::read(host.mnt().join("big")).unwrap();
     let [first, second] = &host.list()[..] else { panic!("{:?}", host.list()) };
-    assert_eq!((&first["image"], &first["device"], &first["state"]), (&name.as_str().into(), &device.into(), &"in_use".into()));
+    assert_eq!(
+        (&first["image"], &first["device"], &first["state"]),
+        (&name.as_str().into(), &device.into(), &"in_use".into())
+    );
     assert_eq!(first["mountpoint"], fs::canonicalize(host.mnt()).unwrap().to_str().unwrap());
     assert_eq!(first["size"], 1u64 << 30);
     assert_eq!(first["frontend"], "loop");
@@ -231,8 +239,12 @@ fn ls_tells_image_device_mount_point_state_and_traffic() {
     assert_eq!((&second["device"], &second["state"]), (&other.into(), &"ready".into()));
     assert_eq!(second["mountpoint"], Value::Null);
     let table = host.done(&["ls"]);
-    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
-    assert_eq!(lines[0], ["IMAGE", "DEVICE", "MOUNTPOINT", "STATE", "READ", "FETCHED", "CACHED", "ERRORS"]);
+    let lines: Vec<Vec<&str>> =
+        table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(
+        lines[0],
+        ["IMAGE", "DEVICE", "MOUNTPOINT", "STATE", "READ", "FETCHED", "CACHED", "ERRORS"]
+    );
     assert_eq!(lines.len(), 3);
     assert_eq!(lines[1][0], name);
 }
@@ -254,7 +266,11 @@ fn a_cold_small_read_fetches_one_segment() {
     let host = Host::new();
     let images = Images::new();
     let page = noise(8, 4096);
-    let layer = gzip(&tar_of(&[("before", &prose(3, 6 << 20)), ("page", &page), ("after", &prose(4, 6 << 20))]));
+    let layer = gzip(&tar_of(&[
+        ("before", &prose(3, 6 << 20)),
+        ("page", &page),
+        ("after", &prose(4, 6 << 20)),
+    ]));
     images.add("latest", &[(OCI_GZIP, layer)]);
     images.convert(&["--span", "256"]);
     let registry = Double::start();
@@ -279,7 +295,10 @@ fn what_cannot_be_attached_leaves_no_device_no_mount_and_no_process() {
     let turbo = images.name("turbo");
     let mount = |name: &str, place: &str, needles: &[&str]| {
         host.refused(&["attach", name, "--frontend", "loop", "--mount", place], needles);
-        host.refused(&["attach", name, "--frontend", "loop", "--mount", place, "--foreground"], needles);
+        host.refused(
+            &["attach", name, "--frontend", "loop", "--mount", place, "--foreground"],
+            needles,
+        );
         host.assert_clean(1);
     };
     mount(&turbo, absent, &[absent, "No such file"]);
@@ -305,7 +324,10 @@ fn a_disk_that_is_no_ext4_is_not_left_attached() {
     manifest["layers"].as_array_mut().unwrap().remove(0);
     images.set_manifest("half", &manifest);
     let (name, mnt) = (images.name("half"), host.mnt());
-    host.refused(&["attach", &name, "--frontend", "loop", "--mount", mnt.to_str().unwrap()], &["mount an ext4 at", mnt.to_str().unwrap()]);
+    host.refused(
+        &["attach", &name, "--frontend", "loop", "--mount", mnt.to_str().unwrap()],
+        &["mount an ext4 at", mnt.to_str().unwrap()],
+    );
     host.assert_clean(1);
     assert_eq!(host.list(), Vec::<Value>::new());
 }
@@ -328,7 +350,14 @@ fn a_detach_of_a_busy_mount_fails_and_the_device_stays() {
     host.done(&["detach", &device]);
     let device = host.attach(&images.name("turbo"));
     let other = host.place("other");
-    assert!(Command::new("mount").args(["-o", "ro,noload", &device]).arg(&other).status().unwrap().success());
+    assert!(
+        Command::new("mount")
+            .args(["-o", "ro,noload", &device])
+            .arg(&other)
+            .status()
+            .unwrap()
+            .success()
+    );
     // What this process sees mounted is unmounted, whoever mounted it.
     host.done(&["detach", &device]);
     host.assert_clean(1);
@@ -361,8 +390,18 @@ fn a_foreground_server_leaves_nothing_when_it_is_told_to_end() {
     let (host, images) = (Host::new(), Images::converted());
     let (name, mnt) = (images.name("turbo"), host.mnt());
     for signal in ["-TERM", "-INT"] {
-        let args = ["attach", &name, "--frontend", "loop", "--foreground", "--mount", mnt.to_str().unwrap()];
-        let mut server = Running(host.turbobd(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+        let args = [
+            "attach",
+            &name,
+            "--frontend",
+            "loop",
+            "--foreground",
+            "--mount",
+            mnt.to_str().unwrap(),
+        ];
+        let mut server = Running(
+            host.turbobd(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap(),
+        );
         let mut line = Vec::new();
         let mut stdout = server.0.stdout.take().unwrap();
         let mut byte = [0];
@@ -397,7 +436,8 @@ fn the_daemon_does_not_hold_what_the_host_unmounts() {
     // while it runs; then the loop device must be free.
     let script = format!(
         "set -e; mount -o loop {disk} {mnt}; loop=$(findmnt -no SOURCE {mnt}); {turbobd} attach {image} --frontend loop >&2; \
-         umount {mnt}; sleep 0.2; ! losetup -nO BACK-FILE $loop 2>/dev/null | grep -q disk.ext4; {turbobd} daemon --stop",
+         umount {mnt}; sleep 0.2; held=$(losetup -nO BACK-FILE $loop 2>/dev/null || true); {turbobd} daemon --stop; \
+         case $held in *disk.ext4*) echo \"held: $held\" >&2; exit 9;; esac",
         disk = disk.display(),
         mnt = host.mnt().display(),
         turbobd = env!("CARGO_BIN_EXE_turbobd"),
@@ -424,7 +464,15 @@ fn a_device_config_is_attached_too() {
     let config = images.path().join("config.v1.json");
     fs::write(&config, serde_json::json!({"lowers": lowers}).to_string()).unwrap();
     let mnt = host.mnt();
-    host.done(&["attach", "--config", config.to_str().unwrap(), "--frontend", "loop", "--mount", mnt.to_str().unwrap()]);
+    host.done(&[
+        "attach",
+        "--config",
+        config.to_str().unwrap(),
+        "--frontend",
+        "loop",
+        "--mount",
+        mnt.to_str().unwrap(),
+    ]);
     assert_eq!(fs::read(mnt.join("big")).unwrap(), prose(1, 5 << 20));
     host.done(&["detach", mnt.to_str().unwrap()]);
     host.assert_clean(1);
@@ -433,10 +481,14 @@ fn a_device_config_is_attached_too() {
 #[test]
 fn verbose_says_how_long_its_parts_took() {
     let (host, images) = (Host::new(), Images::converted());
-    let Ended { code, stdout, stderr } = end(&mut host.turbobd(&["attach", &images.name("turbo"), "--frontend", "loop", "-v"]));
+    let Ended { code, stdout, stderr } =
+        end(&mut host.turbobd(&["attach", &images.name("turbo"), "--frontend", "loop", "-v"]));
     assert_eq!(code, Some(0), "{stderr}");
     assert!(stdout.starts_with("/dev/loop") && stdout.lines().count() == 1, "{stdout}");
-    assert!(stderr.contains("the daemon answers after") && stderr.contains("attached after"), "{stderr}");
+    assert!(
+        stderr.contains("the daemon answers after") && stderr.contains("attached after"),
+        "{stderr}"
+    );
     let quiet = end(&mut host.turbobd(&["attach", &images.name("turbo"), "--frontend", "loop"]));
     assert_eq!(quiet.stderr, "");
 }
@@ -477,7 +529,9 @@ fn a_registry_that_lies_gives_eio_and_a_slip_does_not() {
     host.mount(&format!("{}/team/app:turbo", registry.host()));
     let target = images.layer("latest", 0);
     let big = host.mnt().join("big");
-    for fault in [Fault::Flip(200_000, 1), Fault::IgnoreRange, Fault::Status(404), Fault::Status(403)] {
+    for fault in
+        [Fault::Flip(200_000, 1), Fault::IgnoreRange, Fault::Status(404), Fault::Status(403)]
+    {
         registry.fault(&target, fault.clone(), 1000);
         let error = fs::read(&big).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(5), "{fault:?}: {error}");

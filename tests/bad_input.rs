@@ -9,8 +9,8 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use image::{
-    Images, OCI_CONFIG, OCI_GZIP, OCI_INDEX, OCI_MANIFEST, config_of, done, end, gunzip, gzip, is_refusal, lower,
-    members_of, noise, refused, tar_of, turbobd, upper,
+    Images, OCI_CONFIG, OCI_GZIP, OCI_INDEX, OCI_MANIFEST, config_of, done, end, gunzip, gzip,
+    is_refusal, lower, members_of, noise, refused, tar_of, turbobd, upper,
 };
 use registry_double::{Access, Double, Fault};
 use serde_json::{Value, json};
@@ -21,7 +21,10 @@ use turbobd::oci::Digest;
 #[track_caller]
 fn no_conversion(images: &Images, needles: &[&str]) -> String {
     let before = images.snapshot();
-    let text = refused(&["convert", "-r", &images.place(), "-i", "latest", "--turboOCI", "turbo"], needles);
+    let text = refused(
+        &["convert", "-r", &images.place(), "-i", "latest", "--turboOCI", "turbo"],
+        needles,
+    );
     assert_eq!(images.snapshot(), before, "the failed conversion left something");
     text
 }
@@ -46,7 +49,15 @@ fn a_damaged_layer_blob_is_told_as_damage_and_not_as_what_it_led_to() {
     }
     for len in [0, 1, 17, whole.len() / 2, whole.len() - 1] {
         fs::write(images.blob_path(&layer), &whole[..len]).unwrap();
-        no_conversion(&images, &[&name, "arrived with", &format!("{len} bytes"), &format!("says {} bytes", whole.len())]);
+        no_conversion(
+            &images,
+            &[
+                &name,
+                "arrived with",
+                &format!("{len} bytes"),
+                &format!("says {} bytes", whole.len()),
+            ],
+        );
     }
     damage(&images, &layer, |bytes| bytes.extend(whole));
     no_conversion(&images, &[&name, "arrived with"]);
@@ -92,7 +103,8 @@ fn a_gzip_stream_that_is_broken_under_a_right_digest_is_told_where() {
     // In the middle, a flip is found by one rule or another, at the latest by the trailer.
     for part in 1..20 {
         let images = Images::new();
-        images.tag("latest", &images.image(&config_of(&[]), &[(OCI_GZIP, flipped(len * part / 20))]));
+        images
+            .tag("latest", &images.image(&config_of(&[]), &[(OCI_GZIP, flipped(len * part / 20))]));
         no_conversion(&images, &["Layer 0 (sha256:"]);
     }
 }
@@ -115,7 +127,10 @@ fn a_tar_that_is_none_is_told_where() {
     for (number, (tar, needle)) in cases.into_iter().enumerate() {
         for bytes in [gzip(&tar), tar.clone()] {
             let images = Images::new();
-            images.tag("latest", &images.image(&config_of(&[]), &[(OCI_GZIP, gzip(&upper())), (OCI_GZIP, bytes)]));
+            images.tag(
+                "latest",
+                &images.image(&config_of(&[]), &[(OCI_GZIP, gzip(&upper())), (OCI_GZIP, bytes)]),
+            );
             let text = no_conversion(&images, &["Layer 1 (sha256:", needle]);
             println!("{number}: {text}");
         }
@@ -153,8 +168,8 @@ fn a_disk_too_small_for_the_image_is_told() {
         header.set_cksum();
         header.as_bytes().to_vec()
     };
-    // 1.5 GB of zeros compress well.
-    let size = 1_500_000_000u64;
+    // 1.1 GB of zeros compress well.
+    let size = 1_100_000_000u64;
     let mut tar = header("zeros", size);
     tar.resize(512 + size.next_multiple_of(512) as usize + 1024, 0);
     let layers = [(OCI_GZIP, {
@@ -166,7 +181,10 @@ fn a_disk_too_small_for_the_image_is_told() {
     images.tag("latest", &images.image(&json!({"rootfs": {"diff_ids": []}}).to_string(), &layers));
     let before = images.snapshot();
     let place = images.place();
-    let text = refused(&["convert", "-r", &place, "-i", "latest", "--turboOCI", "t", "--vsize", "1"], &["Layer 0"]);
+    let text = refused(
+        &["convert", "-r", &place, "-i", "latest", "--turboOCI", "t", "--vsize", "1"],
+        &["Layer 0"],
+    );
     println!("{text}");
     assert_eq!(images.snapshot(), before);
 }
@@ -174,7 +192,8 @@ fn a_disk_too_small_for_the_image_is_told() {
 #[test]
 fn a_manifest_that_is_none_is_told_with_its_digest() {
     let layer = json!([]);
-    let config = json!({"mediaType": OCI_CONFIG, "digest": Digest::of(b"{}").to_string(), "size": 2});
+    let config =
+        json!({"mediaType": OCI_CONFIG, "digest": Digest::of(b"{}").to_string(), "size": 2});
     let manifest = |version: Value| json!({"schemaVersion": version, "mediaType": OCI_MANIFEST, "config": config, "layers": layer});
     let mut negative = manifest(json!(2));
     negative["config"]["size"] = json!(-1);
@@ -196,7 +215,10 @@ fn a_manifest_that_is_none_is_told_with_its_digest() {
         (no_digest.to_string().into_bytes(), "sha256:xyz"),
         (huge.to_string().into_bytes(), "1099511627776 bytes"),
         (both.to_string().into_bytes(), "a manifest and an index at once"),
-        ([manifest(json!(2)).to_string().into_bytes(), vec![b' '; 5 << 20]].concat(), "at most 4194304"),
+        (
+            [manifest(json!(2)).to_string().into_bytes(), vec![b' '; 5 << 20]].concat(),
+            "at most 4194304",
+        ),
     ];
     for (bytes, needle) in cases {
         let images = Images::new();
@@ -204,7 +226,11 @@ fn a_manifest_that_is_none_is_told_with_its_digest() {
         let mut descriptor = images.descriptor(OCI_MANIFEST, &bytes);
         let digest = Digest::of(&bytes);
         images.tag("latest", &descriptor);
-        let named = if needle == "sha256:xyz" || needle.ends_with(" bytes") { String::new() } else { digest.hex() };
+        let named = if needle == "sha256:xyz" || needle.ends_with(" bytes") {
+            String::new()
+        } else {
+            digest.hex()
+        };
         no_conversion(&images, &[needle, &named]);
         for command in ["export", "check", "inspect"] {
             let name = images.name("latest");
@@ -226,12 +252,18 @@ fn a_layout_that_is_none_is_told() {
     let place = format!("oci:{}", dir.path().display());
     let absent = format!("{place}/absent");
     for at in [&place, &absent] {
-        refused(&["convert", "-r", at, "-i", "x", "--turboOCI", "y"], &[&at[4..], "not an OCI image layout", "oci-layout"]);
+        refused(
+            &["convert", "-r", at, "-i", "x", "--turboOCI", "y"],
+            &[&at[4..], "not an OCI image layout", "oci-layout"],
+        );
         refused(&["export", at, "--digest"], &["not an OCI image layout"]);
     }
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     let images = Images::sample();
-    refused(&["convert", "-r", &images.place(), "-i", "x", "--turboOCI", "y"], &["no image \"x\"", "it has latest"]);
+    refused(
+        &["convert", "-r", &images.place(), "-i", "x", "--turboOCI", "y"],
+        &["no image \"x\"", "it has latest"],
+    );
     refused(&["export", &images.name("x"), "--digest"], &["no image \"x\""]);
     for text in ["", "{", "[]", "{\"schemaVersion\":2,\"manifests\":7}"] {
         fs::write(images.path().join("index.json"), text).unwrap();
@@ -310,7 +342,10 @@ fn flipped_bits_of_a_layer_archive_are_damage() {
     for part in 0..32 {
         damage(&images, &layer, |bytes| bytes[(whole.len() - 1) * part / 31] ^= 1 << (part % 8));
         let digest = layer.as_str();
-        refused(&["export", &images.name("turbo"), "--digest"], &["Layer 0", digest, "is damaged: its bytes have digest"]);
+        refused(
+            &["export", &images.name("turbo"), "--digest"],
+            &["Layer 0", digest, "is damaged: its bytes have digest"],
+        );
         fs::write(images.blob_path(&layer), &whole).unwrap();
     }
 }
@@ -327,17 +362,24 @@ fn flip_member(member: &str, flips: usize) {
         .unwrap();
     let mut refusals = 0;
     // Every byte of the head and the tail, and places between.
-    let near = (0..24).chain(len.saturating_sub(24)..len);
+    let near = (0..12).chain(len.saturating_sub(12)..len);
     let places: Vec<usize> = near.chain((1..flips).map(|part| len * part / flips)).collect();
     for (number, &at) in places.iter().enumerate() {
         images.forge("forged", 0, |members| {
             let bytes = &mut members.iter_mut().find(|(name, _)| name == member).unwrap().1;
             bytes[at] ^= 1 << (number % 8);
         });
-        refusals += usize::from(right_or_refused(&images.name("forged"), &right, &format!("{member} byte {at}")).is_some());
+        refusals += usize::from(
+            right_or_refused(&images.name("forged"), &right, &format!("{member} byte {at}"))
+                .is_some(),
+        );
     }
     println!("{member}: {refusals} of {} flips refused", places.len());
-    assert!(refusals * 10 > places.len() * 5, "{member}: only {refusals} of {} flips refused", places.len());
+    assert!(
+        refusals * 10 > places.len() * 5,
+        "{member}: only {refusals} of {} flips refused",
+        places.len()
+    );
     for cut in [0, 1, 7, 511, 512, len / 2, len - 1] {
         images.forge("forged", 0, |members| {
             members.iter_mut().find(|(name, _)| name == member).unwrap().1.truncate(cut);
@@ -348,22 +390,23 @@ fn flip_member(member: &str, flips: usize) {
         let bytes = &mut members.iter_mut().find(|(name, _)| name == member).unwrap().1;
         *bytes = noise(9, bytes.len());
     });
-    right_or_refused(&images.name("forged"), &right, "noise").expect("noise was taken for a member");
+    right_or_refused(&images.name("forged"), &right, "noise")
+        .expect("noise was taken for a member");
 }
 
 #[test]
 fn a_flipped_bit_in_the_metadata_never_shows_as_other_content() {
-    flip_member("ext4.fs.meta", 80);
+    flip_member("ext4.fs.meta", 50);
 }
 
 #[test]
 fn a_flipped_bit_in_gzip_meta_never_shows_as_other_content() {
-    flip_member("gzip.meta", 60);
+    flip_member("gzip.meta", 40);
 }
 
 #[test]
 fn a_flipped_bit_in_the_sidecar_never_shows_as_other_content() {
-    flip_member("turbobd.segments", 40);
+    flip_member("turbobd.segments", 30);
 }
 
 #[test]
@@ -390,7 +433,9 @@ fn an_archive_without_its_members_says_what_it_lacks() {
     refused(&export, &["Layer 0", "ext4.fs.meta"]);
     images.forge("forged", 0, |members| members.push(("../escape".into(), vec![1])));
     refused(&export, &["Layer 0"]);
-    for blob in [&b""[..], b"nonsense", &gzip(b"nonsense"), &noise(3, 5000), &gzip(&noise(3, 5000))[..900]] {
+    for blob in
+        [&b""[..], b"nonsense", &gzip(b"nonsense"), &noise(3, 5000), &gzip(&noise(3, 5000))[..900]]
+    {
         images.forge_blob("forged", 0, blob);
         refused(&export, &["Layer 0"]);
     }
@@ -425,7 +470,8 @@ fn an_index_of_another_layer_is_told_as_such() {
 /// Points layer 0 of `turbo` at another target.
 fn retarget(images: &Images, digest: &str) {
     let mut manifest = images.manifest("turbo");
-    manifest["layers"][0]["annotations"]["containerd.io/snapshot/overlaybd/turbo-oci/target-digest"] = digest.into();
+    manifest["layers"][0]["annotations"]["containerd.io/snapshot/overlaybd/turbo-oci/target-digest"] =
+        digest.into();
     images.set_manifest("forged", &manifest);
 }
 
@@ -443,13 +489,20 @@ fn a_target_that_is_another_blob_is_refused() {
     let target = images.layer("latest", 0);
     let whole = images.blob(&target);
     fs::write(images.blob_path(&target), &whole[..whole.len() - 1]).unwrap();
-    refused(&["export", &images.name("turbo"), "--digest"], &["Layer 0", "belongs to another layer", "compressed length"]);
+    refused(
+        &["export", &images.name("turbo"), "--digest"],
+        &["Layer 0", "belongs to another layer", "compressed length"],
+    );
     // Of the same length: told at the first segment that differs.
     fs::write(images.blob_path(&target), noise(6, whole.len())).unwrap();
     refused(&["export", &images.name("turbo"), "--digest"], &["Chunk ", &target[7..], "SHA-256"]);
     let check = end(turbobd().args(["check", &images.name("turbo"), "--data"]));
     assert_eq!((check.code, check.stdout.as_str()), (Some(1), "meta image: ok (2 layers)\n"));
-    assert!(check.stderr.starts_with("turbobd: check: Chunk ") && check.stderr.contains("SHA-256"), "{}", check.stderr);
+    assert!(
+        check.stderr.starts_with("turbobd: check: Chunk ") && check.stderr.contains("SHA-256"),
+        "{}",
+        check.stderr
+    );
     fs::remove_file(images.blob_path(&target)).unwrap();
     refused(&["export", &images.name("turbo"), "--digest"], &["Layer 0", &target]);
 }
@@ -472,10 +525,14 @@ fn a_target_of_the_wrong_kind_is_refused() {
     with(&|notes| notes["containerd.io/snapshot/overlaybd/blob-digest"] = "sha256:00".into());
     refused(&["export", &forged, "--digest"], &["Layer 0", "of another blob"]);
     with(&|notes| *notes = json!({}));
-    refused(&["export", &forged, "--digest"], &["Layer 0", "without a meta image", "turbobd convert"]);
+    refused(
+        &["export", &forged, "--digest"],
+        &["Layer 0", "without a meta image", "turbobd convert"],
+    );
     // Called a plain tar, the mappings of a gzip layer leave it or lead to compressed bytes: never wrong bytes.
     with(&|notes| notes[kind] = "application/vnd.oci.image.layer.v1.tar".into());
-    right_or_refused(&forged, &right, "a gzip target called plain").expect("a gzip target was read as a tar");
+    right_or_refused(&forged, &right, "a gzip target called plain")
+        .expect("a gzip target was read as a tar");
 }
 
 #[test]
@@ -495,10 +552,16 @@ fn an_export_that_fails_leaves_no_file() {
     damage(&images, &target, |bytes| bytes[100_000] ^= 1);
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let raw = dir.path().join("raw");
-    let text = refused(&["export", &images.name("turbo"), "-o", raw.to_str().unwrap()], &["Chunk ", &target[7..], "SHA-256"]);
+    let text = refused(
+        &["export", &images.name("turbo"), "-o", raw.to_str().unwrap()],
+        &["Chunk ", &target[7..], "SHA-256"],
+    );
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{text}");
     let nowhere = dir.path().join("no/such/raw");
-    refused(&["export", &images.name("turbo"), "-o", nowhere.to_str().unwrap()], &["Cannot write", "no/such/raw"]);
+    refused(
+        &["export", &images.name("turbo"), "-o", nowhere.to_str().unwrap()],
+        &["Cannot write", "no/such/raw"],
+    );
 }
 
 // The registry.
@@ -514,7 +577,12 @@ fn served() -> (Images, Double, String) {
 
 /// What `export --digest` does when every request that matches meets `fault`, `times` times.
 #[track_caller]
-fn with_fault(served: &(Images, Double, String), pattern: &str, fault: Fault, times: u32) -> (image::Ended, Duration) {
+fn with_fault(
+    served: &(Images, Double, String),
+    pattern: &str,
+    fault: Fault,
+    times: u32,
+) -> (image::Ended, Duration) {
     let (_, registry, name) = served;
     registry.clear_faults();
     registry.fault(pattern, fault, times);
@@ -593,7 +661,9 @@ fn a_slip_of_the_registry_is_passed_over() {
     ] {
         for blob in [&target, &meta] {
             // What is wrong with a whole blob is told, by its size or digest; only pieces are asked for again.
-            if blob == &meta && matches!(fault, Fault::Flip(..) | Fault::ContentRange(_) | Fault::ShortBody(_)) {
+            if blob == &meta
+                && matches!(fault, Fault::Flip(..) | Fault::ContentRange(_) | Fault::ShortBody(_))
+            {
                 continue;
             }
             let (ended, time) = with_fault(&served, blob, fault.clone(), 1);
@@ -665,7 +735,10 @@ fn a_conversion_from_a_broken_registry_publishes_nothing() {
 #[test]
 fn no_registry_at_all_is_told_within_seconds() {
     let start = Instant::now();
-    refused(&["export", "127.0.0.1:1/team/app:turbo", "--digest"], &["127.0.0.1:1", "Cannot reach"]);
+    refused(
+        &["export", "127.0.0.1:1/team/app:turbo", "--digest"],
+        &["127.0.0.1:1", "Cannot reach"],
+    );
     assert!(start.elapsed() < Duration::from_secs(20));
 }
 
@@ -678,7 +751,11 @@ fn unpacked(images: &Images) -> tempfile::TempDir {
         for (name, bytes) in members_of(&gunzip(&images.blob(&images.layer("turbo", number)))) {
             fs::write(dir.path().join(format!("{number}-{name}")), bytes).unwrap();
         }
-        fs::copy(images.blob_path(&images.layer("latest", number)), dir.path().join(format!("{number}-layer"))).unwrap();
+        fs::copy(
+            images.blob_path(&images.layer("latest", number)),
+            dir.path().join(format!("{number}-layer")),
+        )
+        .unwrap();
     }
     dir
 }
@@ -717,7 +794,10 @@ fn a_device_config_with_a_fault_is_told_by_file_and_key() {
     case(with("gzipIndex", json!("1-gzip.meta")), &["0-layer", "belongs to another layer"]);
     case(with("targetFile", json!("1-layer")), &["1-layer", "belongs to another layer"]);
     case(with("file", json!("0-gzip.meta")), &["0-gzip.meta"]);
-    case(json!({"lowers": [lower_of(0)], "upper": {"index": "a", "data": "b"}}), &["upper", "no writable layers"]);
+    case(
+        json!({"lowers": [lower_of(0)], "upper": {"index": "a", "data": "b"}}),
+        &["upper", "no writable layers"],
+    );
     fs::write(&file, "{\"lowers\": ").unwrap();
     refused(&args, &[&name, "not JSON"]);
 }
@@ -733,7 +813,11 @@ fn an_unknown_key_of_a_device_config_is_a_warning() {
     let ended = end(turbobd().args(["export", "--digest", "--config"]).arg(&file));
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert_eq!(ended.stdout.trim_end(), done(&["export", &images.name("turbo"), "--digest"]));
-    assert!(ended.stderr.contains("WARN") && ended.stderr.contains("lowers[0].surprise"), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("WARN") && ended.stderr.contains("lowers[0].surprise"),
+        "{}",
+        ended.stderr
+    );
     assert!(ended.stderr.contains("novelty"), "{}", ended.stderr);
 }
 
@@ -769,8 +853,15 @@ fn wrong_usage_has_status_2() {
         let ended = end(turbobd().args(*args).env("TURBOBD_RUN_DIR", images.path().join("run")));
         assert_eq!(ended.code, Some(2), "{args:?}: {}", ended.stderr);
         assert_eq!(ended.stdout, "", "{args:?}");
-        assert!(!ended.stderr.is_empty() && !ended.stderr.contains("panicked"), "{args:?}: {}", ended.stderr);
+        assert!(
+            !ended.stderr.is_empty() && !ended.stderr.contains("panicked"),
+            "{args:?}: {}",
+            ended.stderr
+        );
     }
     let before = images.snapshot();
-    assert!(!before.keys().any(|path| path.starts_with("run")), "a daemon was started for wrong usage");
+    assert!(
+        !before.keys().any(|path| path.starts_with("run")),
+        "a daemon was started for wrong usage"
+    );
 }

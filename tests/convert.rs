@@ -12,8 +12,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use image::{
-    Images, OCI_CONFIG, OCI_GZIP, OCI_INDEX, OCI_MANIFEST, OCI_TAR, config_of, done, end, gunzip, gzip,
-    host_architecture, lower, members_of, prose, refused, tar_of, turbobd, upper,
+    Images, OCI_CONFIG, OCI_GZIP, OCI_INDEX, OCI_MANIFEST, OCI_TAR, config_of, done, end, gunzip,
+    gzip, host_architecture, lower, members_of, prose, refused, tar_of, turbobd, upper,
 };
 use registry_double::{Access, Double, Fault};
 use serde_json::{Value, json};
@@ -66,7 +66,8 @@ fn a_layer_archive_has_upstreams_members_in_upstreams_order_and_its_digest_is_th
         fs::write(&file, &tar).unwrap();
         let listed = Command::new("tar").args(["--utc", "-tvf"]).arg(&file).output().unwrap();
         let listed = String::from_utf8(listed.stdout).unwrap();
-        let lines: Vec<Vec<&str>> = listed.lines().map(|line| line.split_whitespace().collect()).collect();
+        let lines: Vec<Vec<&str>> =
+            listed.lines().map(|line| line.split_whitespace().collect()).collect();
         let names: Vec<&str> = lines.iter().map(|fields| fields[5]).collect();
         assert_eq!(names, ["ext4.fs.meta", ".turbo.ociv1", "gzip.meta", "turbobd.segments"]);
         assert_eq!(lines[1][2], "0");
@@ -97,7 +98,11 @@ fn annotations_say_what_the_layer_is_and_where_its_data_stays() {
 fn media_types_are_dockers_unless_oci_is_asked_for() {
     let images = Images::converted();
     let kinds = |manifest: &Value| {
-        let kinds = [&manifest["mediaType"], &manifest["config"]["mediaType"], &manifest["layers"][0]["mediaType"]];
+        let kinds = [
+            &manifest["mediaType"],
+            &manifest["config"]["mediaType"],
+            &manifest["layers"][0]["mediaType"],
+        ];
         kinds.map(|kind| kind.as_str().unwrap().to_owned())
     };
     assert_eq!(kinds(&images.manifest("turbo")), [DOCKER_MANIFEST, DOCKER_CONFIG, DOCKER_GZIP]);
@@ -116,9 +121,7 @@ fn a_docker_source_has_docker_targets_by_content_and_not_by_media_type() {
     images.add("latest", &[(DOCKER_GZIP, lower()), (DOCKER_TAR, gzip(&upper()))]);
     images.convert(&["--oci"]);
     let manifest = images.manifest("turbo");
-    let target = |number: usize| {
-        &manifest["layers"][number]["annotations"]["containerd.io/snapshot/overlaybd/turbo-oci/target-media-type"]
-    };
+    let target = |number: usize| &manifest["layers"][number]["annotations"]["containerd.io/snapshot/overlaybd/turbo-oci/target-media-type"];
     assert_eq!((target(0), target(1)), (&json!(DOCKER_TAR), &json!(DOCKER_GZIP)));
     assert_eq!(file_in(&images.name("turbo"), "/etc/first"), b"second\n");
 }
@@ -147,7 +150,8 @@ fn a_config_keeps_every_byte_but_its_diff_ids() {
         "OnBuild":["RUN true"],"Shell":["/bin/\u0073h","<&>"],"Labels":null},
         "big":123456789012345678901234567890, "e":1.50e+0, "architecture":"amd64","os":"linux",
         "rootfs":{"more":[1], "diff_ids":"#;
-    let after = r#", "type":"layers"}, "history":[{"created_by":"a \"diff_ids\": [] b"}], "alpha":[] }"#;
+    let after =
+        r#", "type":"layers"}, "history":[{"created_by":"a \"diff_ids\": [] b"}], "alpha":[] }"#;
     let text = format!("{before}[ \"{id}\" ]{after}\n");
     images.tag("latest", &images.image(&text, &layers));
     images.convert(&[]);
@@ -241,7 +245,8 @@ fn no_upload_builds_and_leaves_nothing() {
     let room = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let other = room.path().join("not-made");
     let to = format!("oci:{}", other.display());
-    let digest = done(&["convert", "-r", &images.place(), "-i", "latest", "--no-upload", "--vsize", "1"]);
+    let digest =
+        done(&["convert", "-r", &images.place(), "-i", "latest", "--no-upload", "--vsize", "1"]);
     done(&["convert", "-r", &images.place(), "-i", "latest", "--no-upload", "--to", &to]);
     assert_eq!(images.snapshot(), before);
     assert!(!other.exists(), "an empty layout was made");
@@ -254,7 +259,17 @@ fn an_image_is_converted_by_digest_too() {
     let images = Images::sample();
     let digest = images.tagged("latest")["digest"].as_str().unwrap().to_owned();
     let by_tag = images.convert(&[]);
-    let by_digest = done(&["convert", "-r", &images.place(), "-g", &digest, "--turboOCI", "t2", "--vsize", "1"]);
+    let by_digest = done(&[
+        "convert",
+        "-r",
+        &images.place(),
+        "-g",
+        &digest,
+        "--turboOCI",
+        "t2",
+        "--vsize",
+        "1",
+    ]);
     assert_eq!(by_tag, by_digest);
 }
 
@@ -269,7 +284,8 @@ fn many_platforms(images: &Images) -> Value {
         descriptor
     };
     let other = if host_architecture() == "arm64" { "amd64" } else { "arm64" };
-    let attestation = images.descriptor(OCI_MANIFEST, br#"{"schemaVersion":2,"config":{},"layers":[]}"#);
+    let attestation =
+        images.descriptor(OCI_MANIFEST, br#"{"schemaVersion":2,"config":{},"layers":[]}"#);
     let nested = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "annotations": {"nested": "yes"}, "manifests": [
         with(child(3), json!({"platform": {"os": "linux", "architecture": "riscv64"}})),
     ]});
@@ -323,7 +339,8 @@ fn an_index_keeps_everything_but_digests_and_attestations() {
     assert_eq!(nested["manifests"][0]["platform"]["architecture"], "riscv64");
     assert_eq!(nested["manifests"][0]["mediaType"], DOCKER_MANIFEST);
     // The children have no tags.
-    let top: Value = serde_json::from_slice(&fs::read(images.path().join("index.json")).unwrap()).unwrap();
+    let top: Value =
+        serde_json::from_slice(&fs::read(images.path().join("index.json")).unwrap()).unwrap();
     assert_eq!(top["manifests"].as_array().unwrap().len(), 2);
     assert_eq!(file_in(&images.name("turbo"), "/which"), prose(2, 70_000));
 }
@@ -355,7 +372,10 @@ fn one_platform_that_fails_leaves_nothing() {
     images.set_manifest("latest", &index);
     let before = images.snapshot();
     let place = images.place();
-    refused(&["convert", "-r", &place, "-i", "latest", "--turboOCI", "turbo"], &["Layer 0 (sha256:"]);
+    refused(
+        &["convert", "-r", &place, "-i", "latest", "--turboOCI", "turbo"],
+        &["Layer 0 (sha256:"],
+    );
     assert_eq!(images.snapshot(), before);
 }
 
@@ -365,7 +385,17 @@ fn a_registry_and_a_directory_get_the_same_bytes() {
     let registry = Double::start();
     serve(&images, &registry, "team/app");
     let repository = format!("{}/team/app", registry.host());
-    let there = done(&["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1"]);
+    let there = done(&[
+        "convert",
+        "-r",
+        &repository,
+        "-i",
+        "latest",
+        "--turboOCI",
+        "turbo",
+        "--vsize",
+        "1",
+    ]);
     assert_eq!(there, images.convert(&[]));
     let (media_type, bytes) = registry.manifest("team/app", "turbo").unwrap();
     assert_eq!(media_type, DOCKER_MANIFEST);
@@ -389,8 +419,23 @@ fn an_index_in_a_registry_has_untagged_children() {
     let registry = Double::start();
     serve(&images, &registry, "team/app");
     let repository = format!("{}/team/app", registry.host());
-    let digest = done(&["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1"]);
-    let puts: Vec<String> = registry.log().into_iter().map(|seen| seen.line).filter(|line| line.starts_with("PUT") && line.contains("/manifests/")).collect();
+    let digest = done(&[
+        "convert",
+        "-r",
+        &repository,
+        "-i",
+        "latest",
+        "--turboOCI",
+        "turbo",
+        "--vsize",
+        "1",
+    ]);
+    let puts: Vec<String> = registry
+        .log()
+        .into_iter()
+        .map(|seen| seen.line)
+        .filter(|line| line.starts_with("PUT") && line.contains("/manifests/"))
+        .collect();
     let (last, children) = puts.split_last().unwrap();
     assert_eq!(last, "PUT /v2/team/app/manifests/turbo");
     assert_eq!(children.len(), 4, "{puts:?}");
@@ -416,13 +461,28 @@ fn tokens_that_run_out_within_a_conversion_are_renewed() {
         registry.fault(late, Fault::RevokeTokens, 1);
     }
     let repository = format!("{}/team/app", registry.host());
-    let args = ["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1", "-u", "me:secret"];
+    let args = [
+        "convert",
+        "-r",
+        &repository,
+        "-i",
+        "latest",
+        "--turboOCI",
+        "turbo",
+        "--vsize",
+        "1",
+        "-u",
+        "me:secret",
+    ];
     let there = done(&args);
     assert_eq!(there, images.convert(&[]));
     assert!(registry.count("/token") >= 5, "{} tokens", registry.count("/token"));
     let name = format!("{repository}:turbo");
     registry.fault("GET /v2/team/app/blobs", Fault::RevokeTokens, 1);
-    assert_eq!(done(&["export", &name, "--digest", "-u", "me:secret"]), content(&images.name("turbo")));
+    assert_eq!(
+        done(&["export", &name, "--digest", "-u", "me:secret"]),
+        content(&images.name("turbo"))
+    );
     refused(&["export", &name, "--digest"], &["denied", "docker login", "-u USER:PASSWORD"]);
 }
 
@@ -433,7 +493,8 @@ fn a_user_and_a_password_are_enough_for_basic_access() {
     serve(&images, &registry, "team/app");
     registry.set_access(Access::Basic("me:se:cret".into()));
     let repository = format!("{}/team/app", registry.host());
-    let base = ["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1"];
+    let base =
+        ["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1"];
     refused(&base, &["denied", &registry.host()]);
     refused(&[&base[..], &["-u", "me:wrong"]].concat(), &["denied"]);
     assert_eq!(done(&[&base[..], &["-u", "me:se:cret"]].concat()), images.convert(&[]));
@@ -456,9 +517,13 @@ fn the_reference_registry_takes_and_serves_it() {
             None => into.put_blob(bytes).unwrap(),
         }
     };
-    let mut blobs: Vec<Vec<u8>> =
-        fs::read_dir(images.path().join("blobs/sha256")).unwrap().map(|entry| fs::read(entry.unwrap().path()).unwrap()).collect();
-    let is = |bytes: &Vec<u8>, what: &str| bytes.starts_with(b"{") && String::from_utf8_lossy(bytes).contains(what);
+    let mut blobs: Vec<Vec<u8>> = fs::read_dir(images.path().join("blobs/sha256"))
+        .unwrap()
+        .map(|entry| fs::read(entry.unwrap().path()).unwrap())
+        .collect();
+    let is = |bytes: &Vec<u8>, what: &str| {
+        bytes.starts_with(b"{") && String::from_utf8_lossy(bytes).contains(what)
+    };
     // The attestation is no real one: left out, as is the index that names it.
     let index = images.blob(images.tagged("latest")["digest"].as_str().unwrap());
     blobs.retain(|bytes| *bytes != index && !is(bytes, r#""config":{},"#));
@@ -471,7 +536,17 @@ fn the_reference_registry_takes_and_serves_it() {
     images.set_manifest("latest", &index);
     push(index.to_string().as_bytes(), Some("latest"));
 
-    let there = done(&["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1"]);
+    let there = done(&[
+        "convert",
+        "-r",
+        &repository,
+        "-i",
+        "latest",
+        "--turboOCI",
+        "turbo",
+        "--vsize",
+        "1",
+    ]);
     assert_eq!(there, images.convert(&[]));
     assert_eq!(content(&format!("{repository}:turbo")), content(&images.name("turbo")));
     assert_eq!(content(&format!("{repository}@{there}")), content(&images.name("turbo")));
@@ -487,7 +562,19 @@ fn a_meta_image_written_elsewhere_knows_its_origin() {
     let other = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let to = format!("oci:{}", other.path().join("meta").display());
     let puts = registry.count("PUT");
-    let args = ["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo", "--to", &to, "--vsize", "1"];
+    let args = [
+        "convert",
+        "-r",
+        &repository,
+        "-i",
+        "latest",
+        "--turboOCI",
+        "turbo",
+        "--to",
+        &to,
+        "--vsize",
+        "1",
+    ];
     let digest = done(&args);
     assert_eq!(registry.count("PUT"), puts, "the origin was written to");
     let document = fs::read(blob_in(&other.path().join("meta"), &digest)).unwrap();
@@ -498,7 +585,19 @@ fn a_meta_image_written_elsewhere_knows_its_origin() {
     // And the other way round: the data in a directory, the meta image in a registry.
     let back = format!("{}/meta/app", registry.host());
     let dir = images.place();
-    done(&["convert", "-r", &dir, "-i", "latest", "--turboOCI", "turbo", "--to", &back, "--vsize", "1"]);
+    done(&[
+        "convert",
+        "-r",
+        &dir,
+        "-i",
+        "latest",
+        "--turboOCI",
+        "turbo",
+        "--to",
+        &back,
+        "--vsize",
+        "1",
+    ]);
     assert_eq!(content(&format!("{back}:turbo")), content(&images.name("turbo")));
 }
 
@@ -530,7 +629,9 @@ fn the_content_digest_is_that_of_the_exported_disk() {
     let bytes = fs::read(&raw).unwrap();
     // Of all 4096-byte blocks that are not zero: offset (little-endian u64) and content.
     let mut hasher = Sha256::new();
-    for (number, block) in bytes.chunks(4096).enumerate().filter(|(_, block)| block.iter().any(|&byte| byte != 0)) {
+    for (number, block) in
+        bytes.chunks(4096).enumerate().filter(|(_, block)| block.iter().any(|&byte| byte != 0))
+    {
         hasher.update((number as u64 * 4096).to_le_bytes());
         hasher.update(block);
     }

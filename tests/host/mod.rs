@@ -48,7 +48,10 @@ impl Mounted {
     /// Mounts the ext4 in `file`.
     pub fn ext4(file: &Path) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        run(Command::new("mount").args(["-t", "ext4", "-o", "loop,ro,noload"]).arg(file).arg(dir.path()));
+        run(Command::new("mount")
+            .args(["-t", "ext4", "-o", "loop,ro,noload"])
+            .arg(file)
+            .arg(dir.path()));
         Self { dir }
     }
 

@@ -30,7 +30,11 @@ pub struct Ended {
 /// A `turbobd` that knows nothing of its user's settings.
 pub fn turbobd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_turbobd"));
-    command.env_remove("RUST_LOG").env("DOCKER_CONFIG", "/nonexistent").env_remove("http_proxy").env_remove("HTTP_PROXY");
+    command
+        .env_remove("RUST_LOG")
+        .env("DOCKER_CONFIG", "/nonexistent")
+        .env_remove("http_proxy")
+        .env_remove("HTTP_PROXY");
     command
 }
 
@@ -95,7 +99,11 @@ pub fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
     for (name, data) in files {
         let mut header = tar::Header::new_ustar();
         let dir = name.ends_with('/');
-        header.set_entry_type(if dir { tar::EntryType::Directory } else { tar::EntryType::Regular });
+        header.set_entry_type(if dir {
+            tar::EntryType::Directory
+        } else {
+            tar::EntryType::Regular
+        });
         header.set_mode(if dir { 0o755 } else { 0o644 });
         header.set_mtime(1_600_000_000);
         header.set_size(data.len() as u64);
@@ -133,7 +141,13 @@ pub fn members_of(archive: &[u8]) -> Vec<(String, Vec<u8>)> {
 /// The lower layer of the sample: a large file between small ones.
 pub fn lower() -> Vec<u8> {
     let big = prose(1, 5 << 20);
-    tar_of(&[("etc/", b""), ("etc/first", b"first\n"), ("big", &big), ("etc/last", b"last\n"), ("gone", b"x")])
+    tar_of(&[
+        ("etc/", b""),
+        ("etc/first", b"first\n"),
+        ("big", &big),
+        ("etc/last", b"last\n"),
+        ("gone", b"x"),
+    ])
 }
 
 /// The upper layer: a replaced file, a removed one, a file of exactly one page.
@@ -198,7 +212,8 @@ impl Images {
     /// Converts `latest` to `turbo` with a disk of 1 GiB.
     pub fn convert(&self, more: &[&str]) -> String {
         let place = self.place();
-        let mut args = vec!["convert", "-r", &place, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1"];
+        let mut args =
+            vec!["convert", "-r", &place, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1"];
         args.extend(more);
         done(&args)
     }
@@ -237,9 +252,14 @@ impl Images {
 
     /// What a tag points at.
     pub fn tagged(&self, tag: &str) -> Value {
-        let index: Value = serde_json::from_slice(&fs::read(self.dir.path().join("index.json")).unwrap()).unwrap();
+        let index: Value =
+            serde_json::from_slice(&fs::read(self.dir.path().join("index.json")).unwrap()).unwrap();
         let entries = index["manifests"].as_array().unwrap();
-        entries.iter().find(|entry| entry["annotations"][REF_NAME] == tag).expect("no such tag").clone()
+        entries
+            .iter()
+            .find(|entry| entry["annotations"][REF_NAME] == tag)
+            .expect("no such tag")
+            .clone()
     }
 
     pub fn document(&self, digest: &Value) -> Value {
@@ -258,7 +278,8 @@ impl Images {
 
     /// Stores a manifest of these layers (media type, bytes); gives its descriptor.
     pub fn image(&self, config: &str, layers: &[(&str, Vec<u8>)]) -> Value {
-        let layers: Vec<Value> = layers.iter().map(|(kind, bytes)| self.descriptor(kind, bytes)).collect();
+        let layers: Vec<Value> =
+            layers.iter().map(|(kind, bytes)| self.descriptor(kind, bytes)).collect();
         let config = self.descriptor(OCI_CONFIG, config.as_bytes());
         let manifest = json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers});
         self.descriptor(OCI_MANIFEST, manifest.to_string().as_bytes())
@@ -283,7 +304,8 @@ impl Images {
         let mut members = members_of(&gunzip(&self.blob(&self.layer("turbo", number))));
         edit(&mut members);
         let mut archive = Vec::new();
-        let list: Vec<(&str, &[u8])> = members.iter().map(|(name, data)| (name.as_str(), &data[..])).collect();
+        let list: Vec<(&str, &[u8])> =
+            members.iter().map(|(name, data)| (name.as_str(), &data[..])).collect();
         Archive::write(&mut archive, &list).unwrap();
         self.forge_blob(to, number, &gzip(&archive));
     }
@@ -293,8 +315,10 @@ impl Images {
         let mut manifest = self.manifest("turbo");
         let layer = &mut manifest["layers"][number];
         let digest = self.put(blob).to_string();
-        layer["annotations"]["containerd.io/snapshot/overlaybd/blob-digest"] = digest.as_str().into();
-        layer["annotations"]["containerd.io/snapshot/overlaybd/blob-size"] = blob.len().to_string().into();
+        layer["annotations"]["containerd.io/snapshot/overlaybd/blob-digest"] =
+            digest.as_str().into();
+        layer["annotations"]["containerd.io/snapshot/overlaybd/blob-size"] =
+            blob.len().to_string().into();
         layer["digest"] = digest.into();
         layer["size"] = blob.len().into();
         self.set_manifest(to, &manifest);
@@ -322,7 +346,11 @@ impl Images {
 /// A plain config for these layers.
 pub fn config_of(layers: &[(&str, Vec<u8>)]) -> String {
     let ids = layers.iter().map(|(_, bytes)| {
-        let tar = if bytes.starts_with(&[0x1f, 0x8b]) { Digest::of(&gunzip(bytes)) } else { Digest::of(bytes) };
+        let tar = if bytes.starts_with(&[0x1f, 0x8b]) {
+            Digest::of(&gunzip(bytes))
+        } else {
+            Digest::of(bytes)
+        };
         tar.to_string()
     });
     let ids: Vec<String> = ids.collect();

@@ -30,7 +30,8 @@ pub fn list(root: &Path) -> BTreeMap<String, Listed> {
     let mut pending = vec![root.to_path_buf()];
     let mut paths = vec![root.to_path_buf()];
     while let Some(dir) = pending.pop() {
-        for entry in fs::read_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display())) {
+        for entry in fs::read_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()))
+        {
             let entry = entry.unwrap();
             if entry.file_type().unwrap().is_dir() {
                 pending.push(entry.path());
@@ -40,7 +41,8 @@ pub fn list(root: &Path) -> BTreeMap<String, Listed> {
     }
     paths.sort();
     for path in paths {
-        let name = path.strip_prefix(root).unwrap().as_os_str().as_bytes().escape_ascii().to_string();
+        let name =
+            path.strip_prefix(root).unwrap().as_os_str().as_bytes().escape_ascii().to_string();
         let name = if name.is_empty() { ".".to_owned() } else { name };
         listing.insert(name.clone(), describe(&path, &name, &mut first_names));
     }
@@ -54,11 +56,24 @@ fn describe(path: &Path, name: &str, first_names: &mut HashMap<(u64, u64), Strin
     if kind.is_file() {
         let data = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let digest = Sha256::digest(&data);
-        write!(what, " size={} sha256={}", meta.len(), digest[..8].iter().map(|b| format!("{b:02x}")).collect::<String>()).unwrap();
+        write!(
+            what,
+            " size={} sha256={}",
+            meta.len(),
+            digest[..8].iter().map(|b| format!("{b:02x}")).collect::<String>()
+        )
+        .unwrap();
     } else if kind.is_symlink() {
-        write!(what, " -> {}", fs::read_link(path).unwrap().as_os_str().as_bytes().escape_ascii()).unwrap();
+        write!(what, " -> {}", fs::read_link(path).unwrap().as_os_str().as_bytes().escape_ascii())
+            .unwrap();
     } else if kind.is_char_device() || kind.is_block_device() {
-        write!(what, " device={},{}", rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev())).unwrap();
+        write!(
+            what,
+            " device={},{}",
+            rustix::fs::major(meta.rdev()),
+            rustix::fs::minor(meta.rdev())
+        )
+        .unwrap();
     }
     if !kind.is_dir() {
         // Overlayfs shows link count 1 for merged directories, so directories are not compared.
@@ -108,7 +123,8 @@ pub fn differences(
             Some(_) => {}
         }
     }
-    for (name, their) in theirs.iter().filter(|(name, _)| !skip(name) && !ours.contains_key(*name)) {
+    for (name, their) in theirs.iter().filter(|(name, _)| !skip(name) && !ours.contains_key(*name))
+    {
         out.push(format!("only theirs: {name}: {}", their.what));
     }
     out

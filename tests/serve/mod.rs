@@ -20,7 +20,8 @@ pub fn serve(images: &Images, registry: &Double, repository: &str) {
             registry.add_manifest(repository, &Digest::of(&bytes).to_string(), media_type, &bytes);
         }
     }
-    let top: Value = serde_json::from_slice(&fs::read(images.path().join("index.json")).unwrap()).unwrap();
+    let top: Value =
+        serde_json::from_slice(&fs::read(images.path().join("index.json")).unwrap()).unwrap();
     for entry in top["manifests"].as_array().unwrap() {
         let bytes = images.blob(entry["digest"].as_str().unwrap());
         let tag = entry["annotations"][REF_NAME].as_str().unwrap();
