@@ -2,6 +2,8 @@
 //!
 //! Through the loop front end, which every machine has; `frontends.rs` holds ublk against the same.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod host;
 mod image;
 mod listing;

@@ -1,6 +1,7 @@
 //! This machine's part in the tests: its commands, mounts and the `turbobd` under test.
 
-#![allow(dead_code, unreachable_pub)] // each test program uses a part
+// Each test program uses a part.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

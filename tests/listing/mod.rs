@@ -1,7 +1,7 @@
 //! What a mounted tree shows, as text that can be compared: one line a file, with everything a
 //! container could see of it.
 
-#![allow(unreachable_pub)]
+#![allow(unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
