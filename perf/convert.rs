@@ -1,7 +1,5 @@
 //! `cargo bench --bench convert`: a layer's whole pass against `gzip -dc`, and the meta image's split.
 
-#![allow(clippy::unwrap_used, unreachable_pub)]
-
 #[path = "layer.rs"]
 mod layer;
 

@@ -111,9 +111,10 @@ pub fn main() -> ExitCode {
 
 /// `RUST_LOG` wins over `-v`.
 fn log_to_stderr(verbose: u8) {
+    // fuser warns of each request that a read-only file has no use for.
     let level = match verbose {
-        0 => "warn",
-        1 => "turbobd=info,warn",
+        0 => "warn,fuser=error",
+        1 => "turbobd=info,warn,fuser=error",
         _ => "turbobd=debug,info",
     };
     let filter =

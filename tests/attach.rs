@@ -13,6 +13,7 @@ use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use host::Mounted;
@@ -23,16 +24,31 @@ use serve::serve;
 use turbobd::oci::Digest;
 
 /// A run directory of our own, and everything that serves out of it: ended when dropped.
+///
+/// One at a time: where mounts are private, a daemon that starts while another's image is mounted holds that
+/// device until it ends.
 struct Host {
     dir: tempfile::TempDir,
+    /// Devices that were made, and the kernel's number of each use of a device.
+    devices: Mutex<Vec<(String, String)>>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Which use of the loop device this is.
+fn diskseq(device: &str) -> String {
+    fs::read_to_string(format!("/sys/block/{}/diskseq", device.trim_start_matches("/dev/")))
+        .unwrap_or_default()
 }
 
 impl Host {
     fn new() -> Self {
         host::need_root();
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         fs::create_dir(dir.path().join("mnt")).unwrap();
-        Self { dir }
+        Self { dir, devices: Mutex::default(), _turn: turn }
     }
 
     fn mnt(&self) -> PathBuf {
@@ -69,6 +85,7 @@ impl Host {
     fn attach(&self, name: &str) -> String {
         let device = self.done(&["attach", name, "--frontend", "loop"]);
         assert!(device.starts_with("/dev/loop") && !device.contains([' ', '\n']), "{device:?}");
+        self.note(&device);
         device
     }
 
@@ -80,7 +97,12 @@ impl Host {
             self.done(&["attach", name, "--frontend", "loop", "--mount", mnt.to_str().unwrap()]);
         let (device, place) = line.split_once(' ').unwrap();
         assert_eq!(Path::new(place), fs::canonicalize(mnt).unwrap());
+        self.note(device);
         device.to_owned()
+    }
+
+    fn note(&self, device: &str) {
+        self.devices.lock().unwrap().push((device.to_owned(), diskseq(device)));
     }
 
     fn list(&self) -> Vec<Value> {
@@ -100,18 +122,15 @@ impl Host {
         processes.filter(is_ours).collect()
     }
 
-    /// Loop devices over files in our run directory.
+    /// Those of our devices that still have a file behind them.
     fn loops(&self) -> Vec<String> {
-        let ours = self.dir.path().display().to_string();
-        let devices = fs::read_dir("/sys/block")
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        let is_ours = |name: &String| {
-            let file = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file"))
-                .unwrap_or_default();
-            file.contains(&ours)
+        let devices = self.devices.lock().unwrap();
+        let lives = |(device, seq): &&(String, String)| {
+            let name = device.trim_start_matches("/dev/");
+            Path::new(&format!("/sys/block/{name}/loop/backing_file")).exists()
+                && diskseq(device) == *seq
         };
-        devices.filter(is_ours).collect()
+        devices.iter().filter(lives).map(|(device, _)| device.clone()).collect()
     }
 
     /// What is mounted in our directory.
@@ -389,7 +408,11 @@ fn a_foreground_server_leaves_nothing_when_it_is_told_to_end() {
         while byte != *b"\n" && stdout.read(&mut byte).unwrap() == 1 {
             line.push(byte[0]);
         }
-        assert!(String::from_utf8_lossy(&line).starts_with("/dev/loop"), "{line:?}");
+        let line = String::from_utf8(line).unwrap();
+        let device = line.split(' ').next().unwrap();
+        assert!(device.starts_with("/dev/loop"), "{line:?}");
+        host.note(device);
+        assert_eq!(host.loops(), [device]);
         assert_eq!(fs::read(mnt.join("etc/first")).unwrap(), b"second\n");
         assert_eq!(host.processes(), [server.0.id()], "a daemon was started");
         let _ = Command::new("kill").arg(signal).arg(server.0.id().to_string()).status().unwrap();
@@ -401,6 +424,29 @@ fn a_foreground_server_leaves_nothing_when_it_is_told_to_end() {
         assert_eq!(server.0.wait().unwrap().code(), Some(0));
         host.assert_clean(0);
     }
+}
+
+#[test]
+fn the_daemon_does_not_hold_what_the_host_unmounts() {
+    let (host, images) = (Host::new(), Images::converted());
+    let disk = host.dir.path().join("disk.ext4");
+    File::create(&disk).unwrap().set_len(8 << 20).unwrap();
+    assert!(Command::new("mkfs.ext4").arg("-q").arg(&disk).status().unwrap().success());
+    // On a host whose mounts are shared, as systemd makes them: mounted before the daemon starts, unmounted
+    // while it runs; then the loop device must be free.
+    let script = format!(
+        "set -e; mount -o loop {disk} {mnt}; loop=$(findmnt -no SOURCE {mnt}); {turbobd} attach {image} --frontend loop >&2; \
+         umount {mnt}; sleep 0.2; held=$(losetup -nO BACK-FILE $loop 2>/dev/null || true); {turbobd} daemon --stop; \
+         case $held in *disk.ext4*) echo \"held: $held\" >&2; exit 9;; esac",
+        disk = disk.display(),
+        mnt = host.mnt().display(),
+        turbobd = env!("CARGO_BIN_EXE_turbobd"),
+        image = images.name("turbo"),
+    );
+    let mut shared = Command::new("unshare");
+    shared.args(["--mount", "--propagation", "shared", "sh", "-c", &script]);
+    let ended = end(shared.env("TURBOBD_RUN_DIR", host.dir.path().join("run")));
+    assert_eq!(ended.code, Some(0), "the device is held: {}", ended.stderr);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Whatever the input: an error that says what and where, status 1, and nothing left behind. Never a
 //! panic, never wrong bytes.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod image;
 mod registry_double;
 mod serve;
@@ -168,8 +170,8 @@ fn a_disk_too_small_for_the_image_is_told() {
         header.set_cksum();
         header.as_bytes().to_vec()
     };
-    // 1.5 GB of zeros compress well.
-    let size = 1_500_000_000u64;
+    // 1.1 GB of zeros compress well.
+    let size = 1_100_000_000u64;
     let mut tar = header("zeros", size);
     tar.resize(512 + size.next_multiple_of(512) as usize + 1024, 0);
     let layers = [(OCI_GZIP, {
@@ -362,7 +364,7 @@ fn flip_member(member: &str, flips: usize) {
         .unwrap();
     let mut refusals = 0;
     // Every byte of the head and the tail, and places between.
-    let near = (0..24).chain(len.saturating_sub(24)..len);
+    let near = (0..12).chain(len.saturating_sub(12)..len);
     let places: Vec<usize> = near.chain((1..flips).map(|part| len * part / flips)).collect();
     for (number, &at) in places.iter().enumerate() {
         images.forge("forged", 0, |members| {
@@ -396,17 +398,17 @@ fn flip_member(member: &str, flips: usize) {
 
 #[test]
 fn a_flipped_bit_in_the_metadata_never_shows_as_other_content() {
-    flip_member("ext4.fs.meta", 80);
+    flip_member("ext4.fs.meta", 50);
 }
 
 #[test]
 fn a_flipped_bit_in_gzip_meta_never_shows_as_other_content() {
-    flip_member("gzip.meta", 60);
+    flip_member("gzip.meta", 40);
 }
 
 #[test]
 fn a_flipped_bit_in_the_sidecar_never_shows_as_other_content() {
-    flip_member("turbobd.segments", 40);
+    flip_member("turbobd.segments", 30);
 }
 
 #[test]

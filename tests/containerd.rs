@@ -1,8 +1,6 @@
 //! The oracle that we did not write: containerd itself unpacks the same image into overlayfs, and what
 //! it shows must be what the converted image shows when the kernel mounts it.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
-
 mod host;
 mod listing;
 

@@ -5,8 +5,6 @@
 //! again inside `scripts/vm`. If no guest can be had it says so and passes, or fails with
 //! `TURBOBD_GUEST=1`, which `scripts/test` sets.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
-
 mod host;
 mod listing;
 

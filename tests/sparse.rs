@@ -6,8 +6,6 @@
 //! this program take pieces as lying one behind the other. GNU tar itself only makes pieces of whole blocks, for
 //! which both are the same; for all others Python is the oracle.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
-
 mod host;
 mod listing;
 

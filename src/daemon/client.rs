@@ -153,7 +153,11 @@ impl Client {
         let (mut device, note) = self.attach(request)?;
         let start = Instant::now();
         if let Err(error) = mounts::mount_ext4(&device.device, &dir) {
-            self.done(&Request::Detach { id: device.id })?;
+            // Why it could not be mounted is what the user asked about.
+            if let Err(left) = self.done(&Request::Detach { id: device.id }) {
+                let left = super::with_causes(&left);
+                tracing::warn!("{} could not be removed again: {left}", device.device.display());
+            }
             return Err(error);
         }
         tracing::info!("mounted in {:.1} ms", start.elapsed().as_secs_f64() * 1e3);

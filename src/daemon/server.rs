@@ -81,15 +81,16 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
     result
 }
 
-/// A private copy of the mounts: what is mounted from our devices elsewhere is not seen, and not held,
-/// here.
+/// A copy of the mounts that follows the host's: what is unmounted there is unmounted here too, and not
+/// held for as long as the daemon lives; what is mounted here stays here. On a host whose mounts are
+/// private, the copy stays as it was.
 fn enter_namespace() -> Result<(), DaemonError> {
     // Deprecated in favour of an unsafe form for the sake of UnshareFlags::FILES, which is not given.
     #[allow(deprecated)]
     let unshared = rustix::thread::unshare(UnshareFlags::NEWNS);
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     unshared
-        .and_then(|()| mount_change("/", private))
+        .and_then(|()| mount_change("/", slave))
         .map_err(io::Error::from)
         .map_err(step("enter a mount namespace of its own, away from", "/"))
 }

@@ -1,5 +1,6 @@
 //! This machine's part in the tests: its commands, mounts and the `turbobd` under test.
 
+// Each test program uses a part.
 #![allow(dead_code)] // each test uses its part
 
 use std::path::{Path, PathBuf};
