@@ -491,6 +491,16 @@ mod tests {
         }
     }
 
+    /// Found by fuzzing: such a number becomes a float, and must not wander with each rewriting.
+    #[test]
+    fn a_number_beyond_64_bits_in_an_unknown_field_reads_back_as_it_was_written() {
+        let text = r#"{"schemaVersion":2,"manifests":[],"x":4444444444444444444444444444444444444444444444444444444444444442}"#;
+        let Ok(Document::Index(index)) = Document::parse(text.as_bytes(), None) else { panic!() };
+        let bytes = index.to_bytes();
+        let Ok(Document::Index(again)) = Document::parse(&bytes, None) else { panic!() };
+        assert_eq!(again.to_bytes(), bytes);
+    }
+
     #[test]
     fn a_document_is_known_by_its_type_or_its_shape_and_keeps_unknown_fields() {
         let typed = format!(r#","mediaType":"{}""#, media::DOCKER_MANIFEST);
