@@ -7,7 +7,7 @@
 //! config is edited as text ([`config`]), because an image must not lose what this program has never
 //! heard of.
 //!
-//! * [`reference`]   what a user calls an image: in a registry or in a directory
+//! * [`mod@reference`] what a user calls an image: in a registry or in a directory
 //! * [`digest`]      what the image calls its parts
 //! * [`manifest`]    manifest, index, descriptor, and choosing a platform
 //! * [`annotations`] the keys by which a layer says that it is an overlaybd layer

@@ -85,7 +85,7 @@ impl DataRun {
 /// What a node is.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Kind {
-    /// A directory; its entries are reached by [`Tree::children`].
+    /// A directory; its entries are reached by [`Tree::children`](super::Tree::children).
     Directory,
     /// A plain file.
     Regular {
