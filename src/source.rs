@@ -4,12 +4,17 @@
 //! blob in a registry. A source is immutable and its length never changes while it is open; whoever
 //! truncates a file underneath gets [`SourceError`], not wrong bytes.
 //!
+//! What a disk is read through wants more of a remote source than single reads: several neighbouring
+//! pieces by one request, each handed on as soon as it is whole ([`ByteSource::read_run`]), and to say
+//! how urgent it is ([`Class`]).
+//!
 //! Real: [`FileSource`], [`MemorySource`], [`SubSource`], and the registry's blob. For tests:
 //! [`FaultySource`], which fails or lies at chosen offsets.
 
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -58,6 +63,23 @@ pub enum SourceError {
     },
 }
 
+/// How urgent a read is; the first is the most urgent. Demand never waits behind the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// A process waits for it.
+    Demand,
+    /// A process will probably ask for it soon.
+    Prefetch,
+    /// Nobody asked: the rest of a layer, fetched with what the line has to spare.
+    Fill,
+}
+
+/// The buffers of one read that fills several, one after the other.
+pub trait Run {
+    /// The buffer to be filled next; the one given before is full. `None`: nothing more is wanted.
+    fn next(&mut self) -> Option<&mut [u8]>;
+}
+
 /// An immutable run of bytes, readable at any position by many threads.
 pub trait ByteSource: Send + Sync {
     /// Length in bytes.
@@ -73,6 +95,37 @@ pub trait ByteSource: Send + Sync {
     /// # Errors
     /// [`SourceError::PastEnd`] when the range leaves the source, else what the source says.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError>;
+
+    /// Fills the buffers of `run`, together as long as `range`, with its bytes: by one request where
+    /// that matters, and each buffer is handed on, by asking for the next, as soon as it is full.
+    ///
+    /// # Errors
+    /// As [`read_exact_at`](Self::read_exact_at); buffers handed on before are good.
+    fn read_run(
+        &self,
+        range: Range<u64>,
+        class: Class,
+        run: &mut dyn Run,
+    ) -> Result<(), SourceError> {
+        let _ = class;
+        let mut at = range.start;
+        while let Some(buf) = run.next() {
+            self.read_exact_at(buf, at)?;
+            at += buf.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether a read costs no more than a system call, so that nothing is gained by asking for
+    /// neighbours at once or ahead of time.
+    fn is_local(&self) -> bool {
+        true
+    }
+
+    /// The bytes of `range` turned out to be wrong: ask somebody else for them next time.
+    fn distrust(&self, range: Range<u64>) {
+        let _ = range;
+    }
 
     /// All bytes as one address, when they lie in memory already.
     fn as_slice(&self) -> Option<&[u8]> {
@@ -228,6 +281,25 @@ impl ByteSource for SubSource {
         self.inner.read_exact_at(buf, self.start + offset)
     }
 
+    fn read_run(
+        &self,
+        range: Range<u64>,
+        class: Class,
+        run: &mut dyn Run,
+    ) -> Result<(), SourceError> {
+        let len = range.end.saturating_sub(range.start);
+        check_range(self.name(), self.len, range.start, len as usize)?;
+        self.inner.read_run(self.start + range.start..self.start + range.end, class, run)
+    }
+
+    fn is_local(&self) -> bool {
+        self.inner.is_local()
+    }
+
+    fn distrust(&self, range: Range<u64>) {
+        self.inner.distrust(self.start + range.start..self.start + range.end);
+    }
+
     fn as_slice(&self) -> Option<&[u8]> {
         let start = self.start as usize;
         self.inner.as_slice().map(|bytes| &bytes[start..start + self.len as usize])
@@ -285,6 +357,10 @@ impl ByteSource for FaultySource {
             }
         }
         Ok(())
+    }
+
+    fn is_local(&self) -> bool {
+        self.inner.is_local()
     }
 
     fn name(&self) -> &str {

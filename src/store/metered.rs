@@ -1,12 +1,13 @@
 //! What is read of a store on behalf of one device.
 
 use std::io::Read;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{ImageStore, Selector, StoreError, StoredManifest};
 use crate::oci::{Descriptor, Digest};
-use crate::source::{ByteSource, SourceError};
+use crate::source::{ByteSource, Class, Run, SourceError};
 
 /// Counters of a [`Metered`] store.
 #[derive(Debug, Default)]
@@ -73,6 +74,21 @@ struct MeteredSource {
     meter: Arc<Meter>,
 }
 
+impl MeteredSource {
+    fn count(&self, bytes: u64, result: Result<(), SourceError>) -> Result<(), SourceError> {
+        match &result {
+            Ok(()) => {
+                self.meter.reads.fetch_add(1, Ordering::Relaxed);
+                self.meter.bytes.fetch_add(bytes, Ordering::Relaxed);
+            }
+            Err(_) => {
+                self.meter.errors.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        result
+    }
+}
+
 impl ByteSource for MeteredSource {
     fn len(&self) -> u64 {
         self.inner.len()
@@ -80,16 +96,25 @@ impl ByteSource for MeteredSource {
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
         let result = self.inner.read_exact_at(buf, offset);
-        match &result {
-            Ok(()) => {
-                self.meter.reads.fetch_add(1, Ordering::Relaxed);
-                self.meter.bytes.fetch_add(buf.len() as u64, Ordering::Relaxed);
-            }
-            Err(_) => {
-                self.meter.errors.fetch_add(1, Ordering::Relaxed);
-            }
-        }
-        result
+        self.count(buf.len() as u64, result)
+    }
+
+    fn read_run(
+        &self,
+        range: Range<u64>,
+        class: Class,
+        run: &mut dyn Run,
+    ) -> Result<(), SourceError> {
+        let bytes = range.end.saturating_sub(range.start);
+        self.count(bytes, self.inner.read_run(range, class, run))
+    }
+
+    fn is_local(&self) -> bool {
+        self.inner.is_local()
+    }
+
+    fn distrust(&self, range: Range<u64>) {
+        self.inner.distrust(range);
     }
 
     fn name(&self) -> &str {
