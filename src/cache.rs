@@ -1,36 +1,43 @@
-//! Decoded chunks in memory: bounded, and each loaded by one thread however many wait for it.
+//! Decoded chunks in memory: bounded, and each loaded once however many wait for it.
 //!
-//! [`Cache::get`] never blocks. It answers at once with the chunk, or puts the caller on the list of
-//! those who wait for it; the first of them makes a job for the loader threads, who fetch, verify and
-//! decode (all of that is the [`ChunkSource`]'s doing), keep the result if the budget allows, and
-//! call everybody back. A failure is delivered to all who waited and then forgotten, so that the next
-//! request tries again. Nobody is left without an answer: not by an error, not by a decoder that
-//! panics, not by the end of the cache.
+//! [`Batch::get`] never blocks. It answers at once with the chunk, or puts the caller on the list of
+//! those who wait for it; the first of them has it fetched ([`fetch`](crate::fetch)), and when it is
+//! there, everybody is called back. A failure is delivered to all who waited and then forgotten, so
+//! that the next request tries again. Nobody is left without an answer: not by an error, not by a
+//! decoder that panics, not by the end of the cache.
 //!
-//! The budget is in bytes of [`ChunkBytes::footprint`] and is never exceeded by what the cache
-//! holds. Room is made *before* a chunk is kept, by the CLOCK rule: each shard has a ring of its
-//! chunks; the hand passes over those that were used since it last came by, and takes the first that
-//! was not. A new chunk begins as unused, so a scan of cold data passes through without displacing
-//! what is read twice. What no room can be made for is served and not kept.
+//! Chunks are decoded straight into the cache's own memory, its `arena`, which is exactly as large as the
+//! budget. Room is made *before* a chunk is decoded, by giving up what is least worth keeping; what no
+//! room can be made for is decoded on the heap, served, and not kept. What is given up while
+//! somebody still reads it goes when the last reader has let go.
 //!
-//! Contents: `shard` one lock's worth of chunks, `loader` the threads.
+//! A blob is [opened](Cache::open) before its chunks are asked for, and whoever opens a blob of the same
+//! identity shares it: two images with a common layer have it once.
+//!
+//! Contents: `arena` the memory, `shard` one lock's worth of chunks.
 
-mod loader;
+mod arena;
 mod shard;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::chunk::{ChunkBytes, ChunkError, ChunkSource};
-use loader::{Job, Loaders};
+use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
+use crate::fetch::{
+    Blob, CONNECTIONS, Delivery, FetchCounters, FetchOptions, Fetcher, Key, Wanted,
+};
+use crate::source::Class;
+use arena::Arena;
 use shard::{Found, Shard};
 
 /// Called once with the chunk or the reason why there is none, from any thread.
 pub type ChunkWaiter = Box<dyn FnOnce(Result<Arc<ChunkBytes>, Arc<ChunkError>>) + Send>;
 
-/// Answer to [`Cache::get`].
+/// Answer to [`Batch::get`].
 pub enum Lookup {
     /// The chunk.
     Hit(Arc<ChunkBytes>),
@@ -45,70 +52,85 @@ pub struct CacheStats {
     pub hits: u64,
     /// Look-ups that had to wait, whoever had the chunk loaded.
     pub misses: u64,
-    /// Chunks asked of their sources.
+    /// Chunks asked of their sources, ahead of demand or for it.
     pub loads: u64,
     /// Loads that failed.
     pub errors: u64,
-    /// Bytes held now.
+    /// Bytes held now, in whole pages.
     pub bytes: u64,
     /// Chunks held now.
     pub chunks: u64,
     /// Chunks given up for others.
     pub evictions: u64,
+    /// Chunks that there was no room for.
+    pub unkept: u64,
+}
+
+/// Shape of a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// Bytes of decoded chunks at most.
+    pub budget: u64,
+    /// The threads behind it.
+    pub fetch: FetchOptions,
 }
 
 /// Locks in the map of chunks: enough that the queues of many devices rarely meet at one.
 const SHARDS: usize = 32;
 
-/// A blob (by a number for its identity) and a chunk of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key {
-    blob: u32,
-    chunk: u32,
-}
+/// Blobs known, open or not, from which on those are forgotten of which nothing is left.
+const MANY_BLOBS: usize = 1024;
 
-/// The cache. Dropping it ends the loader threads; who still waits gets an error.
+/// Bytes given up at most for one chunk, as a multiple of its own: more only means that readers hold
+/// pieces everywhere, and then the heap is cheaper than an empty cache.
+const WORTH: u64 = 8;
+
+/// The cache. Dropping it ends its threads; who still waits gets an error.
 pub struct Cache {
     chunks: Arc<Chunks>,
-    loaders: Loaders,
+    fetcher: Fetcher,
 }
 
 impl Cache {
-    /// A cache that holds at most `budget_bytes` of decoded chunks, loaded by up to `loader_threads`
-    /// threads (at least one), which are started as they are needed.
+    /// A cache that holds at most `budget` bytes, whose chunks `workers` threads decode.
     #[must_use]
-    pub fn new(budget_bytes: u64, loader_threads: usize) -> Arc<Self> {
-        let chunks = Arc::new(Chunks::new(budget_bytes));
-        let loaders = Loaders::start(&chunks, loader_threads.max(1));
-        Arc::new(Self { chunks, loaders })
+    pub fn new(budget: u64, workers: usize) -> Arc<Self> {
+        let fetch = FetchOptions { workers, connections: CONNECTIONS };
+        Self::with(CacheOptions { budget, fetch })
     }
 
-    /// The chunk, or a promise to call a waiter. `waiter` is called to make one only if the answer is
-    /// [`Lookup::Pending`]; it must not use the cache, one of whose locks is held meanwhile.
-    pub fn get(
-        &self,
-        source: &Arc<dyn ChunkSource>,
-        index: u32,
-        waiter: &mut dyn FnMut() -> ChunkWaiter,
-    ) -> Lookup {
-        let chunks = &self.chunks;
-        let key = Key { blob: chunks.number_of(source.id()), chunk: index };
-        let found = chunks.shard(key).look_up(key, waiter);
-        match found {
-            Found::Held(bytes) => {
-                chunks.hits.fetch_add(1, Ordering::Relaxed);
-                return Lookup::Hit(bytes);
-            }
-            Found::Joined => {}
-            Found::Claimed => {
-                chunks.loads.fetch_add(1, Ordering::Relaxed);
-                if let Err(job) = self.loaders.send(Job { source: source.clone(), key }) {
-                    chunks.deliver(job.key, &Err(loader::ended(&*job.source)));
-                }
-            }
-        }
-        chunks.misses.fetch_add(1, Ordering::Relaxed);
-        Lookup::Pending
+    /// A cache of this shape. Its threads start as they are needed.
+    #[must_use]
+    pub fn with(options: CacheOptions) -> Arc<Self> {
+        let chunks = Arc::new(Chunks::new(options.budget));
+        let fetcher = Fetcher::start(chunks.clone(), options.fetch);
+        Arc::new(Self { chunks, fetcher })
+    }
+
+    /// The blob whose chunks `source` makes, or the one of the same identity that is open already.
+    #[must_use]
+    pub fn open(&self, source: Arc<dyn ChunkSource>) -> Arc<Blob> {
+        let mut blobs = self.chunks.blobs.lock().unwrap_or_else(PoisonError::into_inner);
+        blobs.open(source)
+    }
+
+    /// Begins to ask for chunks that belong together.
+    #[must_use]
+    pub fn batch(&self) -> Batch<'_> {
+        Batch { cache: self, wanted: Vec::new() }
+    }
+
+    /// Whether a chunk is here.
+    #[must_use]
+    pub fn holds(&self, blob: &Blob, index: u32) -> bool {
+        let key = blob.key(index);
+        self.chunks.shard(key).holds(key)
+    }
+
+    /// What was fetched so far.
+    #[must_use]
+    pub fn fetched(&self) -> &Arc<FetchCounters> {
+        self.fetcher.counters()
     }
 
     /// What the cache did so far.
@@ -124,7 +146,101 @@ impl Cache {
             bytes: read(&chunks.held),
             chunks: (0..SHARDS).map(|number| chunks.lock(number).len() as u64).sum(),
             evictions: read(&chunks.evictions),
+            unkept: read(&chunks.unkept),
         }
+    }
+}
+
+/// Chunks that are asked for together, so that neighbours come by one request. What is missing is
+/// fetched when this is dropped.
+pub struct Batch<'a> {
+    cache: &'a Cache,
+    wanted: Vec<Wanted>,
+}
+
+impl Batch<'_> {
+    /// The chunk, or a promise to call a waiter. `waiter` is called to make one only if the answer is
+    /// [`Lookup::Pending`]; it must not use the cache, one of whose locks is held meanwhile.
+    pub fn get(
+        &mut self,
+        blob: &Arc<Blob>,
+        index: u32,
+        waiter: &mut dyn FnMut() -> ChunkWaiter,
+    ) -> Lookup {
+        let chunks = &self.cache.chunks;
+        let key = blob.key(index);
+        let found = chunks.shard(key).look_up(blob, index, waiter);
+        match found {
+            Found::Held(bytes) => {
+                chunks.hits.fetch_add(1, Ordering::Relaxed);
+                return Lookup::Hit(bytes);
+            }
+            Found::Joined { ahead: false } => {}
+            Found::Joined { ahead: true } => self.cache.fetcher.urge(key),
+            Found::Claimed => self.want(blob, index, Class::Demand),
+        }
+        chunks.misses.fetch_add(1, Ordering::Relaxed);
+        Lookup::Pending
+    }
+
+    /// Has those of `indices` loaded that are neither here nor on their way, for nobody yet.
+    pub fn prefetch(&mut self, blob: &Arc<Blob>, indices: Range<u32>) {
+        for index in indices {
+            if self.cache.chunks.shard(blob.key(index)).claim(blob, index) {
+                self.want(blob, index, Class::Prefetch);
+            }
+        }
+    }
+
+    fn want(&mut self, blob: &Arc<Blob>, chunk: u32, class: Class) {
+        self.cache.chunks.loads.fetch_add(1, Ordering::Relaxed);
+        self.wanted.push(Wanted { blob: blob.clone(), chunk, class, tries: 0 });
+    }
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        if !self.wanted.is_empty() {
+            self.cache.fetcher.want(std::mem::take(&mut self.wanted));
+        }
+    }
+}
+
+/// The blobs by their identities.
+#[derive(Default)]
+struct Blobs {
+    known: HashMap<Box<str>, Known>,
+    next: u32,
+}
+
+/// A blob that is open, or of which chunks are left.
+struct Known {
+    number: u32,
+    blob: Weak<Blob>,
+    held: Arc<AtomicU64>,
+}
+
+impl Blobs {
+    fn open(&mut self, source: Arc<dyn ChunkSource>) -> Arc<Blob> {
+        if let Some(known) = self.known.get_mut(source.id()) {
+            if let Some(blob) = known.blob.upgrade() {
+                return blob;
+            }
+            let blob = Arc::new(Blob::new(known.number, source, known.held.clone()));
+            known.blob = Arc::downgrade(&blob);
+            return blob;
+        }
+        if self.known.len() >= MANY_BLOBS {
+            self.known.retain(|_, known| {
+                known.blob.strong_count() > 0 || known.held.load(Ordering::Relaxed) > 0
+            });
+        }
+        let (number, id) = (self.next, source.id().into());
+        self.next = self.next.wrapping_add(1);
+        let held = Arc::<AtomicU64>::default();
+        let blob = Arc::new(Blob::new(number, source, held.clone()));
+        self.known.insert(id, Known { number, blob: Arc::downgrade(&blob), held });
+        blob
     }
 }
 
@@ -132,9 +248,8 @@ impl Cache {
 struct Chunks {
     shards: Vec<Mutex<Shard>>,
     hasher: RandomState,
-    /// Numbers for the identities of blobs: a few hundred in the life of a host.
-    blobs: RwLock<HashMap<Box<str>, u32>>,
-    budget: u64,
+    blobs: Mutex<Blobs>,
+    arena: Arc<Arena>,
     held: AtomicU64,
     /// Shard where the next eviction begins to look.
     hand: AtomicUsize,
@@ -143,6 +258,7 @@ struct Chunks {
     loads: AtomicU64,
     errors: AtomicU64,
     evictions: AtomicU64,
+    unkept: AtomicU64,
 }
 
 impl Chunks {
@@ -150,8 +266,8 @@ impl Chunks {
         Self {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             hasher: RandomState::new(),
-            blobs: RwLock::default(),
-            budget,
+            blobs: Mutex::default(),
+            arena: Arena::new(budget),
             held: AtomicU64::new(0),
             hand: AtomicUsize::new(0),
             hits: AtomicU64::new(0),
@@ -159,17 +275,8 @@ impl Chunks {
             loads: AtomicU64::new(0),
             errors: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
+            unkept: AtomicU64::new(0),
         }
-    }
-
-    /// The number of a blob's identity; a new one for a new blob.
-    fn number_of(&self, id: &str) -> u32 {
-        if let Some(&number) = self.blobs.read().unwrap_or_else(PoisonError::into_inner).get(id) {
-            return number;
-        }
-        let mut blobs = self.blobs.write().unwrap_or_else(PoisonError::into_inner);
-        let next = blobs.len() as u32;
-        *blobs.entry(id.into()).or_insert(next)
     }
 
     /// No code panics while it holds a shard, except a waiter's maker; a shard is whole even then.
@@ -181,48 +288,53 @@ impl Chunks {
         self.lock(self.hasher.hash_one(key) as usize % SHARDS)
     }
 
-    /// Ends a load: keeps the chunk if there is room, and tells everyone who waits for it.
-    fn deliver(&self, key: Key, result: &Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
+    /// Gives up one chunk, and says how many bytes it took; none if there is none to give up. Never
+    /// holds two locks. A second round over the shards finds as unused what the first has passed; so a
+    /// chunk in use does not fall because it is alone in its shard.
+    fn evict_one(&self) -> Option<u64> {
+        let first = self.hand.fetch_add(1, Ordering::Relaxed);
+        let mut shards = (0..2 * SHARDS).map(|number| first.wrapping_add(number) % SHARDS);
+        let bytes = shards.find_map(|number| self.lock(number).evict())?;
+        self.held.fetch_sub(bytes.held(), Ordering::Relaxed);
+        self.evictions.fetch_add(1, Ordering::Relaxed);
+        Some(bytes.held())
+    }
+}
+
+impl Delivery for Chunks {
+    fn room(&self, len: usize) -> Box<dyn Room> {
+        let mut given_up = 0;
+        while self.arena.could_hold(len) && given_up <= len as u64 * WORTH {
+            if let Some(run) = self.arena.take(len) {
+                return Box::new(run);
+            }
+            let Some(more) = self.evict_one() else { break };
+            given_up += more;
+        }
+        self.unkept.fetch_add(1, Ordering::Relaxed);
+        Box::new(vec![0; len])
+    }
+
+    fn deliver(&self, key: Key, result: Result<ChunkBytes, Arc<ChunkError>>) {
         if result.is_err() {
             self.errors.fetch_add(1, Ordering::Relaxed);
         }
-        let kept = result.as_ref().ok().filter(|bytes| self.make_room(bytes.footprint() as u64));
+        let result = result.map(Arc::new);
+        let kept = result.as_ref().ok().filter(|bytes| bytes.held() > 0);
+        if let Some(bytes) = kept {
+            self.held.fetch_add(bytes.held(), Ordering::Relaxed);
+        }
         let waiters = self.shard(key).end_load(key, kept.cloned());
         for waiter in waiters {
             let result = result.clone();
-            loader::guarded(|| waiter(result));
-        }
-    }
-
-    /// Counts `bytes` as held after giving up as much else as that takes; or says that it cannot.
-    fn make_room(&self, bytes: u64) -> bool {
-        if bytes > self.budget {
-            return false;
-        }
-        loop {
-            let add = |held: u64| held.checked_add(bytes).filter(|&sum| sum <= self.budget);
-            if self.held.try_update(Ordering::Relaxed, Ordering::Relaxed, add).is_ok() {
-                return true;
-            }
-            if !self.evict_one() {
-                return false;
+            if catch_unwind(AssertUnwindSafe(|| waiter(result))).is_err() {
+                tracing::error!("A waiter for a chunk panicked");
             }
         }
     }
 
-    /// Gives up one chunk. Never holds two locks. A second round over the shards finds as unused what
-    /// the first has passed; so a chunk in use does not fall because it is alone in its shard.
-    fn evict_one(&self) -> bool {
-        let first = self.hand.fetch_add(1, Ordering::Relaxed);
-        for number in 0..2 * SHARDS {
-            let Some(bytes) = self.lock(first.wrapping_add(number) % SHARDS).evict() else {
-                continue;
-            };
-            self.held.fetch_sub(bytes.footprint() as u64, Ordering::Relaxed);
-            self.evictions.fetch_add(1, Ordering::Relaxed);
-            return true;
-        }
-        false
+    fn is_awaited(&self, key: Key) -> bool {
+        self.shard(key).is_awaited(key)
     }
 }
 

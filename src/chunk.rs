@@ -2,12 +2,14 @@
 //!
 //! A *chunk* is what is fetched, verified, decoded and cached as a whole: a segment of a gzip layer,
 //! a group of blocks of a `ZFile`, a slice of an uncompressed layer. [`ChunkSource`] says where the
-//! chunks lie and makes one on request; the [`cache`](crate::cache) decides when.
+//! chunks lie and decodes one on request; the [`cache`](crate::cache) decides when, and
+//! [`fetch`](crate::fetch) in which company.
 //!
 //! Real: [`gzip::IndexedLayer`](crate::gzip), the `ZFile` reader and [`PlainChunks`]. In memory and
 //! faulty: build one from [`MemorySource`](crate::source::MemorySource) or
 //! [`FaultySource`](crate::source::FaultySource) under [`PlainChunks`].
 
+use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
@@ -40,42 +42,135 @@ pub enum ChunkError {
 /// Decoded bytes of one chunk.
 ///
 /// The decoder may need room in front of the data (a gzip segment is decoded behind its window), so
-/// the data is a range of the buffer rather than all of it.
-#[derive(Debug)]
+/// the data is a range of the room rather than all of it.
 pub struct ChunkBytes {
-    buffer: Vec<u8>,
+    room: Box<dyn Room>,
     data: Range<usize>,
 }
 
+/// Memory that a chunk is decoded into: on the heap, or a piece of a cache's arena. It does not move
+/// as long as it lives.
+pub trait Room: Send + Sync {
+    /// The bytes.
+    fn bytes(&self) -> &[u8];
+    /// The bytes, for the decoder.
+    fn bytes_mut(&mut self) -> &mut [u8];
+    /// Bytes of a cache's budget that this takes; 0 for memory that no cache counts.
+    fn held(&self) -> u64 {
+        0
+    }
+}
+
+impl Room for Vec<u8> {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self
+    }
+}
+
 impl ChunkBytes {
-    /// The bytes of `buffer` in `data`.
+    /// The bytes of `room` in `data`.
     ///
     /// # Panics
-    /// When `data` does not lie in `buffer`: a bug of the decoder, not a matter of input.
+    /// When `data` does not lie in `room`: a bug of the decoder, not a matter of input.
     #[must_use]
-    pub fn new(buffer: Vec<u8>, data: Range<usize>) -> Self {
-        assert!(data.start <= data.end && data.end <= buffer.len());
-        Self { buffer, data }
+    pub fn new(room: Box<dyn Room>, data: Range<usize>) -> Self {
+        assert!(data.start <= data.end && data.end <= room.bytes().len());
+        Self { room, data }
     }
 
-    /// Memory held, in bytes: what a budget counts.
+    /// Bytes of the cache's budget that are taken: 0 when the chunk is on the heap.
     #[must_use]
-    pub fn footprint(&self) -> usize {
-        self.buffer.capacity()
+    pub fn held(&self) -> u64 {
+        self.room.held()
     }
 }
 
 impl From<Vec<u8>> for ChunkBytes {
     fn from(buffer: Vec<u8>) -> Self {
         let data = 0..buffer.len();
-        Self { buffer, data }
+        Self { room: Box::new(buffer), data }
     }
 }
 
 impl Deref for ChunkBytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
+        &self.room.bytes()[self.data.clone()]
+    }
+}
+
+impl fmt::Debug for ChunkBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ChunkBytes({} bytes)", self.len())
+    }
+}
+
+/// Where a chunk lies in its blob, and what its decoder wants around it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// The chunk's bytes of the blob. Neighbours may share a byte.
+    pub range: Range<u64>,
+    /// Bytes of room that the decoder wants in front of them.
+    pub head: usize,
+    /// Bytes of room that the decoder wants behind them.
+    pub tail: usize,
+}
+
+impl Encoded {
+    /// Number of bytes of the blob.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.range.end.saturating_sub(self.range.start) as usize
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The encoded bytes of a chunk, with the room that its decoder wants around them.
+#[derive(Debug, Default)]
+pub struct EncodedChunk {
+    buffer: Vec<u8>,
+    data: Range<usize>,
+}
+
+impl EncodedChunk {
+    /// Room for the bytes of `place`, in a buffer that may have been used before.
+    #[must_use]
+    pub fn new(place: &Encoded, mut buffer: Vec<u8>) -> Self {
+        let data = place.head..place.head + place.len();
+        let len = data.end + place.tail;
+        buffer.truncate(len);
+        buffer.resize(len, 0);
+        Self { buffer, data }
+    }
+
+    /// The encoded bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
         &self.buffer[self.data.clone()]
+    }
+
+    /// The encoded bytes, to be filled.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.data.clone()]
+    }
+
+    /// The bytes with the room around them, for the decoder, who leaves the bytes as they were.
+    pub fn with_room(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    /// The buffer, for the next chunk.
+    #[must_use]
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.buffer
     }
 }
 
@@ -91,8 +186,12 @@ pub struct ChunkSpan {
 }
 
 /// A blob whose decoded bytes come in chunks.
+///
+/// Fetching and decoding are separate steps, for they happen on different threads: whoever fetches
+/// asks where chunks lie and may fetch several neighbours at once; whoever decodes needs no network.
 pub trait ChunkSource: Send + Sync {
-    /// What distinguishes this blob from all others in a cache: its digest, and what it is decoded as.
+    /// What distinguishes this blob from all others in a cache: its digest, what it is decoded as,
+    /// and where its chunks begin. The same blob by another index has another id.
     fn id(&self) -> &str;
 
     /// Decoded length in bytes.
@@ -104,11 +203,66 @@ pub trait ChunkSource: Send + Sync {
     /// The chunk that holds decoded byte `offset`, or `None` past the end.
     fn chunk_at(&self, offset: u64) -> Option<ChunkSpan>;
 
-    /// Fetches, verifies and decodes a chunk. Blocks; called on a loader thread.
+    /// The bytes that chunks are decoded from.
+    fn blob(&self) -> &Arc<dyn ByteSource>;
+
+    /// Where chunk `index` lies in the blob; chunks lie there in their order.
+    ///
+    /// # Errors
+    /// [`ChunkError`] when there is no such chunk.
+    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError>;
+
+    /// Bytes of room that chunk `index` is decoded into: its own length and what its decoder needs.
+    fn room(&self, index: u32) -> usize;
+
+    /// Verifies and decodes a chunk into `room`, of [`Self::room`] bytes, and says where in it the
+    /// chunk lies.
+    ///
+    /// # Errors
+    /// [`ChunkError::Damaged`]; then nothing of `room` may be used.
+    fn decode(
+        &self,
+        index: u32,
+        encoded: &mut EncodedChunk,
+        room: &mut [u8],
+    ) -> Result<Range<usize>, ChunkError>;
+
+    /// Whether the encoded bytes alone, without decoding, are what they should be; `None` when
+    /// nothing says so.
+    fn verify(&self, index: u32, encoded: &[u8]) -> Option<bool> {
+        let _ = (index, encoded);
+        None
+    }
+
+    /// Whether these are the decoded bytes of a chunk; `None` when nothing says so.
+    fn verify_decoded(&self, index: u32, decoded: &[u8]) -> Option<bool> {
+        let _ = (index, decoded);
+        None
+    }
+
+    /// Fetches, verifies and decodes a chunk on this thread, twice if it is damaged the first time.
     ///
     /// # Errors
     /// [`ChunkError`]; nothing unverified is ever returned.
-    fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError>;
+    fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {
+        let place = self.encoded(index)?;
+        let mut encoded = EncodedChunk::new(&place, Vec::new());
+        let mut room = vec![0; self.room(index)];
+        let mut load = || {
+            self.blob().read_exact_at(encoded.bytes_mut(), place.range.start)?;
+            self.decode(index, &mut encoded, &mut room)
+        };
+        let data = match load() {
+            // Damage on the way, or one bad node of many, is another time not there.
+            Err(error @ ChunkError::Damaged { .. }) => {
+                tracing::debug!(%error, "loading it again");
+                self.blob().distrust(place.range.clone());
+                load()?
+            }
+            result => result?,
+        };
+        Ok(ChunkBytes::new(Box::new(room), data))
+    }
 }
 
 /// An uncompressed blob in chunks of one size: a plain tar layer.
@@ -152,11 +306,31 @@ impl ChunkSource for PlainChunks {
         })
     }
 
-    fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {
+    fn blob(&self) -> &Arc<dyn ByteSource> {
+        &self.source
+    }
+
+    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
         let start = u64::from(index) * Self::CHUNK;
-        let len = self.source.len().saturating_sub(start).min(Self::CHUNK);
-        let mut bytes = vec![0; len as usize];
-        self.source.read_exact_at(&mut bytes, start)?;
-        Ok(bytes.into())
+        let size = self.source.len();
+        if start >= size {
+            let name = self.source.name().to_owned();
+            return Err(SourceError::PastEnd { name, offset: start, end: start + 1, size }.into());
+        }
+        Ok(Encoded { range: start..size.min(start + Self::CHUNK), head: 0, tail: 0 })
+    }
+
+    fn room(&self, index: u32) -> usize {
+        self.encoded(index).map_or(0, |place| place.len())
+    }
+
+    fn decode(
+        &self,
+        _: u32,
+        encoded: &mut EncodedChunk,
+        room: &mut [u8],
+    ) -> Result<Range<usize>, ChunkError> {
+        room.copy_from_slice(encoded.bytes());
+        Ok(0..room.len())
     }
 }

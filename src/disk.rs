@@ -29,8 +29,9 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::cache::{Cache, Lookup};
+use crate::cache::{Batch, Cache, Lookup};
 use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
+use crate::fetch::Blob;
 use crate::lsmt::{self, LayerKind, LsmtError, Mapping, Place, Stack};
 use crate::source::{SharedBytes, SourceError};
 use crate::units::{SECTOR, Sectors};
@@ -137,10 +138,34 @@ pub enum LayerData {
 /// and read as zeros.
 const TARGET_PADDING: u64 = 4096;
 
+/// A layer's bytes, with its blob opened in the cache.
+enum Opened {
+    Turbo { meta: SharedBytes, target: Option<Arc<Blob>> },
+    Native { chunks: Arc<Blob> },
+}
+
+impl Opened {
+    fn new(data: LayerData, cache: &Cache) -> Self {
+        match data {
+            LayerData::Turbo { meta, target } => {
+                Self::Turbo { meta, target: target.map(|target| cache.open(target)) }
+            }
+            LayerData::Native { chunks } => Self::Native { chunks: cache.open(chunks) },
+        }
+    }
+
+    fn blob(&self) -> Option<&Arc<Blob>> {
+        match self {
+            Self::Turbo { target, .. } => target.as_ref(),
+            Self::Native { chunks } => Some(chunks),
+        }
+    }
+}
+
 /// A virtual disk made of layers.
 pub struct Disk {
     stack: Stack,
-    layers: Vec<LayerData>,
+    layers: Vec<Opened>,
     cache: Arc<Cache>,
     leases: Arc<Leases>,
 }
@@ -156,7 +181,7 @@ impl Disk {
             check_layer(number, layer)?;
         }
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
-        let layers = layers.into_iter().map(|layer| layer.data).collect();
+        let layers = layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
         Ok(Self { stack, layers, cache, leases: Arc::default() })
     }
 
@@ -172,14 +197,22 @@ impl Disk {
         self.layers.len()
     }
 
-    /// What each layer's data comes from, the lowest first; none where a layer has no data.
+    /// What makes the chunks of each layer's data, the lowest first; none where a layer has no data.
     #[must_use]
     pub fn chunk_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
-        let source = |layer: &LayerData| match layer {
-            LayerData::Turbo { target, .. } => target.clone(),
-            LayerData::Native { chunks } => Some(chunks.clone()),
-        };
-        self.layers.iter().map(source).collect()
+        self.layers.iter().map(|layer| layer.blob().map(|blob| blob.source().clone())).collect()
+    }
+
+    /// The same as opened in the cache.
+    #[must_use]
+    pub fn blobs(&self) -> Vec<Option<Arc<Blob>>> {
+        self.layers.iter().map(|layer| layer.blob().cloned()).collect()
+    }
+
+    /// The cache that its chunks go through.
+    #[must_use]
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
     }
 
     /// First sector and length of each run of sectors that some layer has data for, ascending and
@@ -207,7 +240,8 @@ impl Disk {
         request: &mut Request<'_, '_>,
         part: &ChunkPart<'_>,
     ) -> Result<(), VolumeError> {
-        let size = part.source.decoded_len();
+        let source = part.blob.source();
+        let size = source.decoded_len();
         let (mut at, mut left) = (part.at, part.len as u64);
         while left > 0 {
             if at >= size {
@@ -216,7 +250,7 @@ impl Disk {
                 return Ok(());
             }
             let offset = part.offset + (at - part.at);
-            let Some(span) = part.source.chunk_at(at).filter(|span| holds(*span, at)) else {
+            let Some(span) = source.chunk_at(at).filter(|span| holds(*span, at)) else {
                 return Err(part.damaged(0, offset, "its index gives no chunk for this byte"));
             };
             let skip = at - span.start;
@@ -270,8 +304,8 @@ impl Disk {
         key: leases::ChunkKey,
         offset: u64,
     ) -> Option<Arc<ChunkBytes>> {
-        let Request { gather, waiter, leases, range, .. } = request;
-        let lookup = self.cache.get(part.source, key.1, &mut || {
+        let Request { gather, waiter, leases, range, batch, .. } = request;
+        let lookup = batch.get(part.blob, key.1, &mut || {
             let gather =
                 gather.get_or_insert_with(|| Gather::new(waiter(), (*leases).clone(), *range));
             gather.expect(key, offset)
@@ -299,12 +333,12 @@ impl Disk {
             let skip = start - run.lba.bytes().0;
             let len = ((run.lba + run.len).bytes().0.min(end) - start) as usize;
             let layer = usize::from(run.layer);
-            let (source, sector) = match (run.place, &self.layers[layer]) {
+            let (blob, sector) = match (run.place, &self.layers[layer]) {
                 (Place::Zero, _) => {
                     push_zero(&mut request.pieces, len);
                     continue;
                 }
-                (Place::Own(sector), LayerData::Turbo { meta, .. }) => {
+                (Place::Own(sector), Opened::Turbo { meta, .. }) => {
                     // In bounds: `check_layer`.
                     let from = (sector.bytes().0 + skip) as usize;
                     request
@@ -312,13 +346,13 @@ impl Disk {
                         .push(Piece::Memory { guard: meta.clone(), range: from..from + len });
                     continue;
                 }
-                (Place::Remote(sector), LayerData::Turbo { target: Some(target), .. }) => {
+                (Place::Remote(sector), Opened::Turbo { target: Some(target), .. }) => {
                     (target, sector)
                 }
-                (Place::Own(sector) | Place::Remote(sector), LayerData::Native { chunks }) => {
+                (Place::Own(sector) | Place::Remote(sector), Opened::Native { chunks }) => {
                     (chunks, sector)
                 }
-                (Place::Remote(_), LayerData::Turbo { target: None, .. }) => {
+                (Place::Remote(_), Opened::Turbo { target: None, .. }) => {
                     // Refused by `check_layer`; never silent zeros.
                     let reason = Arc::new(io::Error::other("The layer has no target"));
                     let name = format!("layer {layer}");
@@ -333,7 +367,7 @@ impl Disk {
             let at = sector.bytes().0 + skip;
             self.locate_chunks(
                 request,
-                &ChunkPart { layer: run.layer, source, at, len, offset: start },
+                &ChunkPart { layer: run.layer, blob, at, len, offset: start },
             )?;
         }
         Ok(())
@@ -351,6 +385,8 @@ struct Request<'a, 'w> {
     /// The chunk asked for last; none if it is missing.
     last: Option<(leases::ChunkKey, Option<Arc<ChunkBytes>>)>,
     gather: Option<Arc<Gather>>,
+    /// What is missing, fetched together.
+    batch: Batch<'a>,
     waiter: &'a mut (dyn FnMut() -> Waiter + 'w),
     leases: &'a Arc<Leases>,
 }
@@ -358,7 +394,7 @@ struct Request<'a, 'w> {
 /// Bytes `at..at + len` of a layer's chunked file, seen on the disk at byte `offset`.
 struct ChunkPart<'a> {
     layer: u8,
-    source: &'a Arc<dyn ChunkSource>,
+    blob: &'a Arc<Blob>,
     at: u64,
     len: usize,
     offset: u64,
@@ -367,7 +403,7 @@ struct ChunkPart<'a> {
 impl ChunkPart<'_> {
     fn damaged(&self, chunk: u32, offset: u64, reason: &str) -> VolumeError {
         let source = ChunkError::Damaged {
-            blob: self.source.id().to_owned(),
+            blob: self.blob.source().id().to_owned(),
             chunk,
             start: self.at,
             end: self.at + self.len as u64,
@@ -417,10 +453,12 @@ impl Volume for Disk {
             present: Vec::new(),
             last: None,
             gather: None,
+            batch: self.cache.batch(),
             waiter,
             leases: &self.leases,
         };
         let result = self.locate_all(&mut request, offset, end);
+        drop(request.batch);
         match (request.gather, result) {
             (None, Ok(())) => Ok(Located::Ready(request.pieces)),
             (None, Err(error)) => Err(error),

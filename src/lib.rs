@@ -21,7 +21,8 @@
 //!
 //! * [`source`]   a run of bytes readable at any position: memory, file, range of a blob
 //! * [`chunk`]    a blob that decodes in pieces: the unit of fetching, verifying and caching
-//! * [`cache`]    decoded chunks, bounded, each loaded by one thread however many wait
+//! * [`cache`]    decoded chunks, bounded, each loaded once however many wait
+//! * [`fetch`]    what is wanted → few range requests → inflate workers; read-ahead, traces, background fill
 //! * [`registry`] the distribution client: names, credentials, ranges, uploads
 //! * [`store`]    where an image lives: a repository, a layout directory, memory
 //! * [`volume`]   the one trait between a virtual disk and a front end
@@ -48,6 +49,7 @@ pub mod daemon;
 pub mod disk;
 pub mod doctor;
 pub mod ext4;
+pub mod fetch;
 pub mod gzip;
 pub mod looped;
 pub mod lsmt;

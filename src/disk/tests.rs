@@ -124,31 +124,28 @@ fn a_layer_whose_parts_do_not_belong_together_is_refused() {
     assert!(refused(other).contains("different kinds"));
 }
 
-/// Counts the loads that are under way at once.
+/// A blob behind a network that counts the reads under way at once.
 struct Slow {
-    inner: Arc<dyn ChunkSource>,
+    inner: MemorySource,
     now: AtomicUsize,
     most: AtomicUsize,
 }
 
-impl ChunkSource for Slow {
-    fn id(&self) -> &str {
+impl ByteSource for Slow {
+    fn name(&self) -> &str {
         "slow"
     }
-    fn decoded_len(&self) -> u64 {
-        self.inner.decoded_len()
+    fn len(&self) -> u64 {
+        self.inner.len()
     }
-    fn chunk_count(&self) -> u32 {
-        self.inner.chunk_count()
+    fn is_local(&self) -> bool {
+        false
     }
-    fn chunk_at(&self, offset: u64) -> Option<ChunkSpan> {
-        self.inner.chunk_at(offset)
-    }
-    fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
         self.most.fetch_max(self.now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
         std::thread::sleep(Duration::from_millis(30));
         self.now.fetch_sub(1, Ordering::SeqCst);
-        self.inner.load(index)
+        self.inner.read_exact_at(buf, offset)
     }
 }
 
@@ -156,11 +153,11 @@ impl ChunkSource for Slow {
 fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_once() {
     let bytes = tar(4 * 262_144);
     let slow = Arc::new(Slow {
-        inner: plain_chunks("t", bytes.clone()),
+        inner: MemorySource::new("t", bytes.clone()),
         now: AtomicUsize::new(0),
         most: AtomicUsize::new(0),
     });
-    let layer = turbo(Some(slow.clone()), |writer| {
+    let layer = turbo(Some(Arc::new(PlainChunks::new("t", slow.clone()))), |writer| {
         writer.metadata(Sectors(0), &[7; 512]).unwrap();
         writer.remote(Sectors(8), Sectors(2048), Sectors(0)).unwrap();
     });
@@ -174,7 +171,9 @@ fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_o
     let len = 4 * 262_144;
     assert!(matches!(disk.locate(8 * 512, len, &mut waiter).unwrap(), Located::Pending));
     calls.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
-    assert_eq!(slow.most.load(Ordering::SeqCst), 4);
+    // They lie together: one request, and nothing else under way beside it.
+    assert_eq!(disk.cache.fetched().demand_requests.load(Ordering::Relaxed), 1);
+    assert_eq!(slow.most.load(Ordering::SeqCst), 1);
     let Located::Ready(pieces) = disk.locate(8 * 512, len, &mut waiter).unwrap() else {
         panic!("pending again")
     };

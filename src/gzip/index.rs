@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::huffman;
 use super::inflate::read_lengths;
+use super::marks::WINDOW;
 use super::window::SparseWindow;
 use crate::oci::Digest;
 use crate::units::{Bits, Bytes};
@@ -160,6 +161,23 @@ impl Index {
         let end =
             self.checkpoints.get(i + 1).map_or(self.compressed_len, |next| next.bit.bytes_ceil());
         self.checkpoints[i].bit.byte().0..end.0
+    }
+
+    /// Bytes of window in front of segment `i`: none, or 32 KiB.
+    pub(super) fn window_len(&self, i: usize) -> usize {
+        match self.checkpoints.get(i) {
+            Some(checkpoint) if !checkpoint.window.is_none() => WINDOW,
+            _ => 0,
+        }
+    }
+
+    /// A number for where the checkpoints are: what is cut differently has a different one.
+    #[must_use]
+    pub fn cuts(&self) -> u32 {
+        self.checkpoints.iter().fold(0, |crc, checkpoint| {
+            let crc = crc32c::crc32c_append(crc, &checkpoint.bit.0.to_le_bytes());
+            crc32c::crc32c_append(crc, &checkpoint.out.0.to_le_bytes())
+        })
     }
 
     /// The segment that holds output position `out`, or `None` past the end.

@@ -1,11 +1,14 @@
 //! A gzip layer as a [`ChunkSource`]: one chunk for each segment.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
+
+use sha2::{Digest as _, Sha256};
 
 use super::GzipError;
 use super::index::Index;
 use super::segment::{HEADROOM, SegmentDecoder, TAILROOM};
-use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
+use crate::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
 use crate::source::ByteSource;
 
 /// Longest segment that is decoded: an upstream index may have any distance between checkpoints, for
@@ -25,7 +28,8 @@ pub struct IndexedLayer {
 }
 
 impl IndexedLayer {
-    /// The layer `blob`, known to a cache as `id`#gzip, decoded by `index`.
+    /// The layer `blob` of digest `id`, decoded by `index`. A cache knows it by both: two images may
+    /// share a layer and have cut it differently.
     ///
     /// # Errors
     /// [`GzipError::OtherLayer`] when the blob's length is not the one in the index,
@@ -59,13 +63,19 @@ impl IndexedLayer {
                 "the index says that more comes out of a segment than can",
             ));
         }
-        Ok(Self { id: format!("{id}#gzip"), index, blob, idle: Mutex::new(Vec::new()) })
+        let id = format!("{id}#gzip-{:08x}", index.cuts());
+        Ok(Self { id, index, blob, idle: Mutex::new(Vec::new()) })
     }
 
     /// The index.
     #[must_use]
     pub fn index(&self) -> &Index {
         &self.index
+    }
+
+    fn damaged(&self, chunk: u32, range: Range<u64>, reason: String) -> ChunkError {
+        let blob = self.blob.name().to_owned();
+        ChunkError::Damaged { blob, chunk, start: range.start, end: range.end, reason }
     }
 
     fn decoder(&self) -> SegmentDecoder {
@@ -101,38 +111,53 @@ impl ChunkSource for IndexedLayer {
         })
     }
 
-    fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {
+    fn blob(&self) -> &Arc<dyn ByteSource> {
+        &self.blob
+    }
+
+    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+        if index as usize >= self.index.segments() {
+            return Err(self.damaged(index, 0..0, "there is no such segment".to_owned()));
+        }
+        let range = self.index.input(index as usize);
+        if range.start >= range.end {
+            return Err(self.damaged(index, range, "it has no compressed bytes".to_owned()));
+        }
+        Ok(Encoded { range, head: HEADROOM, tail: TAILROOM })
+    }
+
+    fn room(&self, index: u32) -> usize {
         let i = index as usize;
-        let damaged = |start, end, reason: String| ChunkError::Damaged {
-            blob: self.blob.name().to_owned(),
-            chunk: index,
-            start,
-            end,
-            reason,
-        };
         if i >= self.index.segments() {
-            return Err(damaged(0, 0, "there is no such segment".to_owned()));
+            return 0;
         }
-        let input = self.index.input(i);
-        let len = input.end.saturating_sub(input.start) as usize;
-        if len == 0 {
-            return Err(damaged(input.start, input.end, "it has no compressed bytes".to_owned()));
+        let output = self.index.output(i);
+        self.index.window_len(i) + (output.end - output.start) as usize
+    }
+
+    fn decode(
+        &self,
+        index: u32,
+        encoded: &mut EncodedChunk,
+        room: &mut [u8],
+    ) -> Result<Range<usize>, ChunkError> {
+        let i = index as usize;
+        if i >= self.index.segments() || room.len() != self.room(index) {
+            return Err(self.damaged(index, 0..0, "there is no such segment".to_owned()));
         }
-        let load = || {
-            let mut buffer = vec![0; HEADROOM + len + TAILROOM];
-            self.blob.read_exact_at(&mut buffer[HEADROOM..HEADROOM + len], input.start)?;
-            let mut decoder = self.decoder();
-            let result = decoder.decode(&self.index, i, &mut buffer);
-            self.give_back(decoder);
-            result.map_err(|reason| damaged(input.start, input.end, reason))
-        };
-        match load() {
-            // Damage on the way, or one bad node of many, is another time not there.
-            Err(error @ ChunkError::Damaged { .. }) => {
-                tracing::debug!(%error, "loading it again");
-                load()
-            }
-            result => result,
-        }
+        let mut decoder = self.decoder();
+        let result = decoder.decode(&self.index, i, encoded.with_room(), room);
+        self.give_back(decoder);
+        result.map_err(|reason| self.damaged(index, self.index.input(i), reason))
+    }
+
+    fn verify(&self, index: u32, encoded: &[u8]) -> Option<bool> {
+        let digest = self.index.sha256.as_ref()?.get(index as usize)?;
+        Some(Sha256::digest(encoded)[..] == digest[..])
+    }
+
+    fn verify_decoded(&self, index: u32, decoded: &[u8]) -> Option<bool> {
+        let crc = self.index.crc32.as_ref()?.get(index as usize)?;
+        Some(crc32fast::hash(decoded) == *crc)
     }
 }

@@ -17,6 +17,8 @@
 //! A segment in which one member ends and another begins is not one deflate stream. libdeflate stops
 //! at the end of the first, short of the expected length, and the scan's own decoder does the rest.
 
+use std::ops::Range;
+
 use libdeflater::Decompressor;
 use sha2::{Digest as _, Sha256};
 
@@ -24,7 +26,6 @@ use super::GzipError;
 use super::index::{Checkpoint, CheckpointKind, Index};
 use super::inflate::{Inflater, Stop};
 use super::marks::WINDOW;
-use crate::chunk::ChunkBytes;
 
 /// Room in front of a segment's compressed bytes: a stored block with the window (5 + 32768 bytes),
 /// at most four alignment blocks (121 bits) and the longest block header (563 bytes).
@@ -96,16 +97,18 @@ impl SegmentDecoder {
         Self(Decompressor::new())
     }
 
-    /// Checks and decodes segment `i` of `index`, which must exist.
+    /// Checks and decodes segment `i` of `index`, which must exist, into `room`, which is as long as
+    /// its window and its output, and says which part of that is the output.
     ///
     /// `buffer` holds the segment's compressed bytes ([`Index::input`]) between [`HEADROOM`] and
-    /// [`TAILROOM`] bytes of any content.
+    /// [`TAILROOM`] bytes of any content; on return they are as they were.
     pub(super) fn decode(
         &mut self,
         index: &Index,
         i: usize,
         buffer: &mut [u8],
-    ) -> Result<ChunkBytes, Reason> {
+        room: &mut [u8],
+    ) -> Result<Range<usize>, Reason> {
         let input = HEADROOM..buffer.len().saturating_sub(TAILROOM);
         let compressed = buffer.get(input.clone()).ok_or("the buffer is too short")?;
         if let Some(digests) = &index.sha256
@@ -113,32 +116,29 @@ impl SegmentDecoder {
         {
             return Err("its compressed bytes do not match their SHA-256".to_owned());
         }
-        let output = index.output(i);
-        let len = (output.end - output.start) as usize;
-        let chunk = match self.stitched(index, i, buffer, len)? {
-            Some(chunk) => chunk,
-            None => self.with_own_decoder(index, i, &buffer[input], len)?,
-        };
+        let data = index.window_len(i)..room.len();
+        if !self.stitched(index, i, buffer, room)? {
+            self.with_own_decoder(index, i, &buffer[input], room)?;
+        }
         if let Some(crcs) = &index.crc32
-            && crcs.get(i).is_none_or(|&crc| crc32fast::hash(&chunk) != crc)
+            && crcs.get(i).is_none_or(|&crc| crc32fast::hash(&room[data.clone()]) != crc)
         {
             return Err("its output does not match its CRC-32".to_owned());
         }
-        Ok(chunk)
+        Ok(data)
     }
 
-    /// By libdeflate. `None` when the deflate stream ends before the segment does. On return the
-    /// compressed bytes in `buffer` are as they were.
+    /// By libdeflate. `false` when the deflate stream ends before the segment does.
     fn stitched(
         &mut self,
         index: &Index,
         i: usize,
         buffer: &mut [u8],
-        len: usize,
-    ) -> Result<Option<ChunkBytes>, Reason> {
+        room: &mut [u8],
+    ) -> Result<bool, Reason> {
         let checkpoint = &index.checkpoints[i];
         let phase = checkpoint.bit.phase() as usize;
-        let window_len = if checkpoint.window.is_none() { 0 } else { WINDOW };
+        let window_len = index.window_len(i);
         let end = buffer.len() - TAILROOM;
         let first_byte = buffer[HEADROOM];
         let last_byte = buffer[end - 1];
@@ -182,15 +182,11 @@ impl SegmentDecoder {
             tail.fixed_block(true);
         }
 
-        let mut out = vec![0; window_len + len];
-        let result = self.0.deflate_decompress(&buffer[start..], &mut out);
+        let result = self.0.deflate_decompress(&buffer[start..], room);
         buffer[end - 1] = last_byte;
         buffer[HEADROOM] = first_byte;
         match result {
-            Ok(got) if got == out.len() => {
-                Ok(Some(ChunkBytes::new(out, window_len..window_len + len)))
-            }
-            Ok(_) => Ok(None),
+            Ok(got) => Ok(got == room.len()),
             Err(_) => Err("it does not inflate to its length".to_owned()),
         }
     }
@@ -205,28 +201,32 @@ impl SegmentDecoder {
         index: &Index,
         i: usize,
         input: &[u8],
-        len: usize,
-    ) -> Result<ChunkBytes, Reason> {
+        room: &mut [u8],
+    ) -> Result<(), Reason> {
         let checkpoint = &index.checkpoints[i];
-        let mut window = vec![0; if checkpoint.window.is_none() { 0 } else { WINDOW }];
+        let (window, out) = room.split_at_mut(index.window_len(i));
         if !window.is_empty() {
-            self.unpack(checkpoint, &mut window)?;
+            self.unpack(checkpoint, window)?;
         }
         let header = match &checkpoint.kind {
             CheckpointKind::MidBlock(header) => Some(header),
             CheckpointKind::MemberStart | CheckpointKind::Block => None,
         };
         let reason = |error: GzipError| error.to_string();
-        let mut inflater = Inflater::resume(checkpoint.bit.0, &window, header).map_err(reason)?;
-        let end = inflater.out() + len as u64;
-        let mut out = Vec::with_capacity(len);
+        let mut inflater = Inflater::resume(checkpoint.bit.0, window, header).map_err(reason)?;
+        let end = inflater.out() + out.len() as u64;
+        let mut filled = 0;
         let mut rest = input;
-        while out.len() < len {
+        while filled < out.len() {
             if inflater.out() >= inflater.buffer_end() {
                 inflater.slide();
             }
             let stop = inflater.run(end.min(inflater.buffer_end())).map_err(reason)?;
-            out.extend_from_slice(inflater.hand_on());
+            let more = inflater.hand_on();
+            out.get_mut(filled..filled + more.len())
+                .ok_or("it inflates to more than its length")?
+                .copy_from_slice(more);
+            filled += more.len();
             if stop == Stop::Input {
                 if rest.is_empty() {
                     return Err("it does not inflate to its length".to_owned());
@@ -234,9 +234,6 @@ impl SegmentDecoder {
                 rest = inflater.take_input(rest);
             }
         }
-        if out.len() != len {
-            return Err("it inflates to more than its length".to_owned());
-        }
-        Ok(out.into())
+        Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::num::NonZero;
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
@@ -10,7 +11,7 @@ use super::header::{
     BLOCK_SEED, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED, MAX_BLOCKS,
     Record, SPACE, raw_crc32c,
 };
-use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
+use crate::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
 use crate::source::{ByteSource, SourceError};
 use crate::zfile::Algo;
 
@@ -173,9 +174,20 @@ impl ZFile {
             held = bytes;
             &held[..]
         };
+        self.decode_stored(first..last, stored, plain)
+    }
+
+    /// Decodes `blocks` from their stored bytes into `plain`, which is as long as they are.
+    fn decode_stored(
+        &self,
+        blocks: Range<u64>,
+        stored: &[u8],
+        plain: &mut [u8],
+    ) -> Result<(), ZFileError> {
+        let start = self.start_of(blocks.start);
         let mut decoder = Decoder::new(self.record.algo)?;
         let (mut at, mut filled) = (0, 0);
-        for number in first..last {
+        for number in blocks {
             let length = self.lengths[number as usize] as usize;
             let len = self.plain_len(number);
             self.decode_block(
@@ -383,6 +395,15 @@ impl ZFileChunks {
     }
 }
 
+impl ZFileChunks {
+    /// The blocks of chunk `index`: the first, and one past the last.
+    fn blocks(&self, index: u32) -> (u64, u64) {
+        let count = self.file.lengths.len() as u64;
+        let first = (u64::from(index) * self.file.grain).min(count);
+        (first, (first + self.file.grain).min(count))
+    }
+}
+
 impl ChunkSource for ZFileChunks {
     fn id(&self) -> &str {
         &self.id
@@ -409,20 +430,35 @@ impl ChunkSource for ZFileChunks {
         })
     }
 
-    fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {
+    fn blob(&self) -> &Arc<dyn ByteSource> {
+        &self.file.source
+    }
+
+    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
         if index >= self.chunk_count() {
             let offset = u64::from(index) * u64::from(CHUNK);
-            let name = self.file.name().to_owned();
-            return Err(SourceError::PastEnd {
-                name,
-                offset,
-                end: offset + 1,
-                size: self.file.len(),
-            }
-            .into());
+            let (name, size) = (self.file.name().to_owned(), self.file.len());
+            return Err(SourceError::PastEnd { name, offset, end: offset + 1, size }.into());
         }
-        match self.file.decode(u64::from(index) * self.file.grain, self.file.grain) {
-            Ok(plain) => Ok(plain.into()),
+        let (first, last) = self.blocks(index);
+        let range = self.file.start_of(first)..self.file.start_of(last);
+        Ok(Encoded { range, head: 0, tail: 0 })
+    }
+
+    fn room(&self, index: u32) -> usize {
+        let (first, last) = self.blocks(index);
+        (first..last).map(|number| self.file.plain_len(number)).sum()
+    }
+
+    fn decode(
+        &self,
+        index: u32,
+        encoded: &mut EncodedChunk,
+        room: &mut [u8],
+    ) -> Result<Range<usize>, ChunkError> {
+        let (first, last) = self.blocks(index);
+        match self.file.decode_stored(first..last, encoded.bytes(), room) {
+            Ok(()) => Ok(0..room.len()),
             Err(ZFileError::Source(error)) => Err(error.into()),
             Err(ZFileError::Damaged { name, block, start, end, reason }) => {
                 let reason = format!("in ZFile block {block}, {reason}");

@@ -1,0 +1,217 @@
+//! From "this chunk is wanted" to decoded, verified bytes.
+//!
+//! Two things take time, and different ones: a range request waits for the network, inflating needs
+//! a core. So they have threads of their own. A *fetch thread* takes wanted chunks out of the
+//! [`queue`], always the most urgent first, and with them whatever of the same blob is wanted beside
+//! them: neighbours come by one request. As soon as one chunk's bytes are whole, and while the rest of
+//! the request still arrives, an *inflate worker* takes them over: there is one for each core, and
+//! demand goes first there too. It decodes straight into the cache's memory, after the checksums have
+//! been compared; then everyone who waits is told.
+//!
+//! What is near needs no fetch thread: a chunk of a local file, or one that the disk [`tier`](crate::tier)
+//! has, goes to the workers at once, who read it themselves.
+//!
+//! Bytes that fail their checksum are not an error yet. The tier forgets them, the source is told not
+//! to trust whoever sent them, and they are fetched again; only the third damage of a chunk is given
+//! to those who wait. A failed prefetch for which somebody waits by now is repeated as demand.
+//!
+//! # Contents
+//!
+//! * [`blob`]    a blob with everything that is known of where its bytes are
+//! * [`queue`]   what is wanted, and what goes together
+//! * `crew`      the fetch threads
+//! * `run`       the buffers of one request
+//! * `inflate`   the workers
+
+pub mod blob;
+mod crew;
+mod inflate;
+pub mod queue;
+mod run;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::chunk::{ChunkBytes, ChunkError, Room};
+use crate::source::{Class, SourceError};
+
+pub use blob::{Blob, Key};
+use crew::Crew;
+use inflate::{Input, Job, Workers};
+pub use queue::Wanted;
+
+/// Where decoded chunks go: the cache.
+pub trait Delivery: Send + Sync {
+    /// Memory to decode `len` bytes into.
+    fn room(&self, len: usize) -> Box<dyn Room>;
+
+    /// Ends the wait for a chunk.
+    fn deliver(&self, key: Key, result: Result<ChunkBytes, Arc<ChunkError>>);
+
+    /// Whether somebody waits for a chunk that was wanted ahead of time.
+    fn is_awaited(&self, key: Key) -> bool;
+}
+
+/// How much is done at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FetchOptions {
+    /// Inflate workers: one for each core that may be used.
+    pub workers: usize,
+    /// Most range requests under way.
+    pub connections: usize,
+}
+
+/// Range requests under way at most. One request brings a gigabit line 2.5 MB in 20 ms, so a few of
+/// them fill it; more are for many devices at once, and for object stores that give each connection
+/// 50 MB/s.
+pub const CONNECTIONS: usize = 24;
+
+/// Damaged deliveries of one chunk after which it is an error.
+const MOST_TRIES: u8 = 3;
+
+/// What was fetched so far.
+#[derive(Debug, Default)]
+pub struct FetchCounters {
+    /// Range requests made for demand.
+    pub demand_requests: AtomicU64,
+    /// Range requests made ahead of demand.
+    pub ahead_requests: AtomicU64,
+    /// Chunks that those requests brought; more than requests where neighbours came together.
+    pub chunks: AtomicU64,
+    /// Encoded bytes of those.
+    pub bytes: AtomicU64,
+    /// Chunks read from local files.
+    pub local: AtomicU64,
+    /// Chunks read from the disk tiers.
+    pub stored: AtomicU64,
+    /// Chunks whose bytes did not match their checksum.
+    pub damaged: AtomicU64,
+    /// Chunks that could not be had.
+    pub failed: AtomicU64,
+    /// Chunks filled into the disk tier in the background.
+    pub filled: AtomicU64,
+}
+
+/// The threads. Dropping this ends them; what is still wanted gets an error.
+pub struct Fetcher {
+    shared: Arc<Shared>,
+}
+
+/// What the threads share.
+struct Shared {
+    delivery: Arc<dyn Delivery>,
+    counters: Arc<FetchCounters>,
+    crew: Crew,
+    workers: Workers,
+}
+
+impl Fetcher {
+    /// Starts the first threads; more come as they are needed.
+    pub fn start(delivery: Arc<dyn Delivery>, options: FetchOptions) -> Self {
+        let shared = Arc::new(Shared {
+            delivery,
+            counters: Arc::default(),
+            crew: Crew::new(options.connections.max(1)),
+            workers: Workers::new(options.workers.max(1)),
+        });
+        inflate::start(&shared);
+        Self { shared }
+    }
+
+    /// What was fetched so far.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<FetchCounters> {
+        &self.shared.counters
+    }
+
+    /// Has chunks fetched and decoded; neighbours among them together. The caller has made sure that
+    /// nobody else does.
+    pub fn want(&self, wanted: Vec<Wanted>) {
+        self.shared.want(wanted);
+    }
+
+    /// Somebody waits now for a chunk that was wanted ahead of time.
+    pub fn urge(&self, key: Key) {
+        self.shared.crew.urge(key);
+        self.shared.workers.urge(key);
+    }
+}
+
+impl Drop for Fetcher {
+    fn drop(&mut self) {
+        let left = self.shared.crew.end();
+        let rest = self.shared.workers.end();
+        for wanted in left {
+            self.shared.fail(&wanted, ended(&wanted.blob));
+        }
+        for job in rest {
+            let wanted = job.wanted();
+            self.shared.fail(&wanted, ended(&wanted.blob));
+        }
+        self.shared.crew.join();
+        self.shared.workers.join();
+    }
+}
+
+impl Shared {
+    /// To the workers what is near, else to the fetch threads.
+    fn want(self: &Arc<Self>, wanted: Vec<Wanted>) {
+        let (near, far): (Vec<_>, Vec<_>) =
+            wanted.into_iter().partition(|wanted| wanted.blob.is_near(wanted.chunk));
+        let mut refused = Vec::new();
+        for wanted in near {
+            let Wanted { blob, chunk, class, tries } = wanted;
+            let job = Job { blob, chunk, class, tries, input: Input::Near };
+            refused.extend(self.workers.push(job).err().map(|job| job.wanted()));
+        }
+        if !far.is_empty() {
+            refused.extend(crew::want(self, far).err().unwrap_or_default());
+        }
+        for wanted in refused {
+            self.fail(&wanted, ended(&wanted.blob));
+        }
+    }
+
+    /// A chunk could not be had. Nobody waits for most of what is fetched ahead; where somebody does,
+    /// it gets the care of demand.
+    fn fail(self: &Arc<Self>, wanted: &Wanted, error: Arc<ChunkError>) {
+        let key = wanted.key();
+        if wanted.class > Class::Demand
+            && wanted.tries < MOST_TRIES
+            && self.delivery.is_awaited(key)
+            && !self.crew.is_ending()
+        {
+            self.want(vec![Wanted {
+                class: Class::Demand,
+                tries: wanted.tries + 1,
+                ..wanted.clone()
+            }]);
+            return;
+        }
+        count(&self.counters.failed, 1);
+        self.deliver(key, Err(error));
+    }
+
+    /// A waiter that panics must not take a thread with it.
+    fn deliver(&self, key: Key, result: Result<ChunkBytes, Arc<ChunkError>>) {
+        if catch_unwind(AssertUnwindSafe(|| self.delivery.deliver(key, result))).is_err() {
+            tracing::error!("The delivery of a chunk panicked");
+        }
+    }
+}
+
+fn count(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+/// What everyone gets who still waits at the end.
+fn ended(blob: &Blob) -> Arc<ChunkError> {
+    failure(blob, "The cache was closed before this chunk was loaded")
+}
+
+fn failure(blob: &Blob, reason: &'static str) -> Arc<ChunkError> {
+    let source = Arc::new(std::io::Error::other(reason));
+    let name = blob.source().id().to_owned();
+    Arc::new(SourceError::Io { name, offset: 0, len: 0, source }.into())
+}

@@ -1,0 +1,195 @@
+//! The fetch threads: they wait for the network, so that nobody else does.
+//!
+//! One at first, and another whenever all are at work and something is wanted, up to a limit. New ones are
+//! started by fetch threads, never by who wants a chunk: a thread inherits the CPUs that it may run on,
+//! and a ublk queue is bound to its own. A quarter of the threads is kept for demand.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use super::queue::{Limit, Queue, Taken, Wanted};
+use super::run::ChunkRun;
+use super::{Key, Shared, count};
+use crate::chunk::{ChunkError, Encoded};
+use crate::source::Class;
+
+/// Most encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
+/// continent takes, so that larger ones save nothing, while a broken connection costs no more than this.
+const MOST_BYTES: u64 = 4 << 20;
+
+/// Encoded bytes below which a request is not divided between connections, 1 MiB: half a round trip at
+/// what an object store gives one connection. Below it more requests only cost more.
+const LEAST_BYTES: u64 = 1 << 20;
+
+/// The threads and what they have to do.
+pub(super) struct Crew {
+    state: Mutex<State>,
+    wake: Condvar,
+    most: usize,
+}
+
+#[derive(Default)]
+struct State {
+    queue: Queue,
+    /// Threads that wait for work.
+    idle: usize,
+    /// Requests under way that nobody waits for.
+    ahead: usize,
+    threads: Vec<JoinHandle<()>>,
+    ending: bool,
+}
+
+impl Crew {
+    pub(super) fn new(most: usize) -> Self {
+        Self { state: Mutex::default(), wake: Condvar::new(), most }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn urge(&self, key: Key) {
+        self.lock().queue.urge(key);
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        self.lock().ending
+    }
+
+    /// Takes no more; returns what was not begun.
+    pub(super) fn end(&self) -> Vec<Wanted> {
+        let mut state = self.lock();
+        state.ending = true;
+        self.wake.notify_all();
+        state.queue.drain()
+    }
+
+    /// Waits for the threads; requests under way end first.
+    pub(super) fn join(&self) {
+        loop {
+            let Some(thread) = self.lock().threads.pop() else { return };
+            // A waiter may hold the last reference to the cache, and drop it on one of these threads.
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    /// Requests under way ahead of demand at most.
+    fn most_ahead(&self) -> usize {
+        (self.most * 3 / 4).max(1)
+    }
+
+    /// The next request, when there is one; waits for it. `None` at the end.
+    fn next(&self) -> Option<Taken> {
+        let mut state = self.lock();
+        loop {
+            if state.ending {
+                return None;
+            }
+            let demand_only = state.ahead >= self.most_ahead();
+            let free = state.idle + 1 + self.most.saturating_sub(state.threads.len());
+            let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only };
+            if let Some(taken) = state.queue.take(limit) {
+                state.ahead += usize::from(taken.class > Class::Demand);
+                return Some(taken);
+            }
+            state.idle += 1;
+            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.idle -= 1;
+        }
+    }
+
+    fn done(&self, class: Class) {
+        let mut state = self.lock();
+        state.ahead -= usize::from(class > Class::Demand);
+        // What this request kept back may go now, on another thread if this one takes demand.
+        if !state.queue.is_empty() {
+            self.wake.notify_one();
+        }
+    }
+}
+
+/// Adds to what is wanted, all at once; or gives it back, at the end or when there is no thread.
+pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<Wanted>> {
+    let crew = &shared.crew;
+    let mut state = crew.lock();
+    if state.ending || (state.threads.is_empty() && !add_thread(shared, &mut state)) {
+        return Err(wanted);
+    }
+    for wanted in wanted {
+        state.queue.push(wanted);
+    }
+    drop(state);
+    crew.wake.notify_one();
+    Ok(())
+}
+
+/// Starts a thread if there is work that no idle one will take.
+fn grow(shared: &Arc<Shared>) {
+    let mut state = shared.crew.lock();
+    let demand_only = state.ahead >= shared.crew.most_ahead();
+    let needed = state.idle == 0 && state.queue.has(demand_only);
+    if needed && state.threads.len() < shared.crew.most && !state.ending {
+        add_thread(shared, &mut state);
+    }
+}
+
+fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
+    let number = state.threads.len();
+    let own = shared.clone();
+    match thread::Builder::new().name(format!("fetch-{number}")).spawn(move || run(&own)) {
+        Ok(thread) => {
+            state.threads.push(thread);
+            true
+        }
+        Err(error) => {
+            tracing::error!("Cannot start fetch thread {number}: {error}");
+            false
+        }
+    }
+}
+
+/// Body of a fetch thread.
+fn run(shared: &Arc<Shared>) {
+    while let Some(taken) = shared.crew.next() {
+        grow(shared);
+        fetch(shared, &taken);
+        shared.crew.done(taken.class);
+    }
+}
+
+/// One request.
+fn fetch(shared: &Arc<Shared>, taken: &Taken) {
+    let source = taken.blob.source();
+    let places: Result<Vec<Encoded>, ChunkError> =
+        taken.chunks.clone().map(|chunk| source.encoded(chunk)).collect();
+    let places = match places {
+        Ok(places) => places,
+        Err(error) => {
+            let error = Arc::new(error);
+            for (chunk, (class, tries)) in taken.chunks.clone().zip(&taken.wanted) {
+                let wanted =
+                    Wanted { blob: taken.blob.clone(), chunk, class: *class, tries: *tries };
+                shared.fail(&wanted, error.clone());
+            }
+            return;
+        }
+    };
+    let demand = taken.class == Class::Demand;
+    let counters = &shared.counters;
+    count(if demand { &counters.demand_requests } else { &counters.ahead_requests }, 1);
+    let (Some(first), Some(last)) = (places.first(), places.last()) else { return };
+    let range = first.range.start..last.range.end;
+    let mut run = ChunkRun::new(shared, taken, &places);
+    match source.blob().read_run(range, taken.class, &mut run) {
+        Ok(()) => run.finish(),
+        Err(error) => {
+            let error = Arc::new(ChunkError::from(error));
+            let rest: Vec<Wanted> = run.rest().collect();
+            for wanted in rest {
+                shared.fail(&wanted, error.clone());
+            }
+        }
+    }
+}
