@@ -16,13 +16,14 @@
 //! its last block, and anything else is refused when the disk is opened.
 //!
 //! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration,
-//! [`digest`] what a disk contains, independent of how it is stored.
+//! [`digest`] what a disk contains, independent of how it is stored, [`scan`] reading all of it.
 
 pub mod config;
 pub mod digest;
 mod gather;
 pub mod image;
 mod leases;
+pub mod scan;
 
 use std::io;
 use std::sync::Arc;

@@ -39,6 +39,12 @@ pub enum VolumeError {
         #[source]
         source: Arc<ChunkError>,
     },
+    /// The volume was closed while somebody waited.
+    #[error("The disk was closed before byte {offset} was read")]
+    Closed {
+        /// Byte of the volume.
+        offset: u64,
+    },
     /// A volume made for tests was told to fail.
     #[error("Injected failure at byte {offset}")]
     Injected {
@@ -156,7 +162,7 @@ pub trait Volume: Send + Sync {
                 Located::Pending => {
                     drop(wake);
                     // A waiter dropped uncalled means that the volume is going away.
-                    woken.recv().unwrap_or(Err(VolumeError::Injected { offset }))?;
+                    woken.recv().unwrap_or(Err(VolumeError::Closed { offset }))?;
                 }
             }
         }
