@@ -182,6 +182,8 @@ impl Payload {
             Payload::ZFile(file) => file.read_into(&mut plain)?,
             Payload::Plain(source) => source.read_exact_at(&mut plain, 0)?,
         }
+        // Nor for the swap. Only a wish: an unprivileged process may lock little.
+        let _ = plain.lock();
         Ok(plain)
     }
 }

@@ -170,3 +170,127 @@ impl Queue {
         self.wanted.drain().map(|(_, wanted)| wanted).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::chunk::{ChunkSource, PlainChunks};
+    use crate::source::{ByteSource, SourceError};
+
+    /// A source that has a length and is never read.
+    struct Length(u64);
+
+    impl ByteSource for Length {
+        fn name(&self) -> &'static str {
+            "length"
+        }
+        fn len(&self) -> u64 {
+            self.0
+        }
+        fn read_exact_at(&self, _: &mut [u8], _: u64) -> Result<(), SourceError> {
+            unreachable!("nothing is read here")
+        }
+    }
+
+    /// A blob of chunks of 256 KiB.
+    fn blob(number: u32, chunks: u64) -> Arc<Blob> {
+        let source = Arc::new(Length(chunks * PlainChunks::CHUNK));
+        let source: Arc<dyn ChunkSource> = Arc::new(PlainChunks::new("b", source));
+        Arc::new(Blob::new(number, source, Arc::default()))
+    }
+
+    fn wanted(blob: &Arc<Blob>, chunk: u32, class: Class) -> Wanted {
+        Wanted { blob: blob.clone(), chunk, class, tries: 0 }
+    }
+
+    const MIB: u64 = 1 << 20;
+    const ALONE: Limit = Limit { most: 4 * MIB, least: MIB, free: 1, demand_only: false };
+
+    fn take(queue: &mut Queue, limit: Limit) -> Option<Range<u32>> {
+        queue.take(limit).map(|taken| taken.chunks)
+    }
+
+    #[test]
+    fn a_request_grows_forwards_into_what_is_ahead_and_backwards_only_into_demand() {
+        let blob = blob(0, 64);
+        let mut queue = Queue::default();
+        for chunk in [10, 11, 13, 14, 15] {
+            queue.push(wanted(&blob, chunk, Class::Prefetch));
+        }
+        queue.push(wanted(&blob, 12, Class::Demand));
+        assert_eq!(take(&mut queue, ALONE), Some(12..16));
+        queue.push(wanted(&blob, 31, Class::Demand));
+        queue.push(wanted(&blob, 30, Class::Demand));
+        assert_eq!(take(&mut queue, ALONE), Some(30..32));
+        assert_eq!(take(&mut queue, ALONE), Some(10..12));
+        assert_eq!(take(&mut queue, ALONE), None);
+    }
+
+    #[test]
+    fn a_long_stretch_is_divided_between_the_connections_that_are_free() {
+        let blob = blob(0, 64);
+        for (free, first, requests) in [(1, 16, 2), (4, 8, 7), (100, 4, 8)] {
+            let mut queue = Queue::default();
+            (0..32).for_each(|chunk| queue.push(wanted(&blob, chunk, Class::Demand)));
+            let limit = Limit { free, ..ALONE };
+            let taken: Vec<_> = std::iter::from_fn(|| take(&mut queue, limit)).collect();
+            // What is left is divided anew, and never into less than the least.
+            assert_eq!((taken[0].len(), taken.len()), (first, requests), "{taken:?}");
+        }
+    }
+
+    #[test]
+    fn what_becomes_urgent_is_taken_as_demand_and_once() {
+        let blob = blob(0, 64);
+        let mut queue = Queue::default();
+        for chunk in [1, 20, 40] {
+            queue.push(wanted(&blob, chunk, Class::Prefetch));
+        }
+        assert!(!queue.has(true));
+        queue.urge(blob.key(40));
+        queue.urge(blob.key(41)); // not here
+        assert_eq!(take(&mut queue, Limit { demand_only: true, ..ALONE }), Some(40..41));
+        assert!(!queue.has(true) && queue.len() == 2);
+        assert_eq!(take(&mut queue, Limit { demand_only: true, ..ALONE }), None);
+        assert_eq!(take(&mut queue, ALONE), Some(1..2));
+        assert_eq!(take(&mut queue, ALONE), Some(20..21));
+        assert!(queue.is_empty());
+    }
+
+    proptest! {
+        /// Whatever is asked for in whatever order: each chunk is taken once, in requests that are
+        /// contiguous, of one blob, and not too large; demand first.
+        #[test]
+        fn every_chunk_is_taken_once(
+            asked in proptest::collection::btree_map((0_u32..2, 0_u32..64), 0_u8..3, 1..80),
+            order in any::<u64>(),
+            free in 1_usize..30,
+        ) {
+            let blobs = [blob(0, 64), blob(1, 64)];
+            let mut asked: Vec<_> = asked.into_iter().collect();
+            let shift = order as usize % asked.len();
+            asked.rotate_left(shift);
+            let mut queue = Queue::default();
+            for ((number, chunk), class) in &asked {
+                let class = [Class::Demand, Class::Prefetch, Class::Fill][usize::from(*class)];
+                queue.push(wanted(&blobs[*number as usize], *chunk, class));
+            }
+            let mut taken = Vec::new();
+            let mut ahead = false;
+            while let Some(request) = queue.take(Limit { free, ..ALONE }) {
+                prop_assert_eq!(request.wanted.len(), request.chunks.len());
+                prop_assert!(request.chunks.len() <= 16);
+                prop_assert!(request.class == Class::Demand || request.wanted.iter().all(|(class, _)| *class > Class::Demand));
+                prop_assert!(!ahead || request.class > Class::Demand);
+                ahead |= request.class > Class::Demand;
+                taken.extend(request.chunks.map(|chunk| request.blob.key(chunk)));
+            }
+            let mut expected: Vec<_> = asked.iter().map(|((blob, chunk), _)| Key { blob: *blob, chunk: *chunk }).collect();
+            expected.sort();
+            taken.sort();
+            prop_assert_eq!(taken, expected);
+        }
+    }
+}
