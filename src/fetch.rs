@@ -62,6 +62,13 @@ pub struct FetchOptions {
     pub connections: usize,
 }
 
+impl Default for FetchOptions {
+    fn default() -> Self {
+        let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        Self { workers, connections: CONNECTIONS }
+    }
+}
+
 /// Range requests under way at most. One request brings a gigabit line 2.5 MB in 20 ms, so a few of
 /// them fill it; more are for many devices at once, and for object stores that give each connection
 /// 50 MB/s.
@@ -199,6 +206,12 @@ impl Shared {
             tracing::error!("The delivery of a chunk panicked");
         }
     }
+}
+
+/// Marks the calling thread as one that serves I/O: memory that it allocates must not wait for I/O that
+/// it would itself have to serve. Only root may; others serve no block device.
+fn mark_io_thread() {
+    let _ = rustix::process::configure_io_flusher_behavior(true);
 }
 
 fn count(counter: &AtomicU64, n: u64) {

@@ -6,10 +6,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use super::{Failure, Outcome, opener};
-use crate::cache::Cache;
+use crate::cache::{Cache, CacheOptions};
 use crate::daemon::{
     self, AttachRequest, Client, DaemonOptions, ImageOpener, IoCounters, protocol,
 };
+use crate::fetch::FetchOptions;
 use crate::store::Meter;
 
 #[derive(Debug, clap::Args)]
@@ -58,15 +59,17 @@ impl HostImages {
     }
 }
 
-/// Loader threads: more than cores, because most of them wait for the network.
-const LOADERS: usize = 16;
+/// One cache for all devices.
+fn new_cache() -> Arc<Cache> {
+    Cache::with(CacheOptions { budget: opener::CACHE_BUDGET, fetch: FetchOptions::default() })
+}
 
 impl ImageOpener for HostImages {
     fn open(
         &self,
         request: &AttachRequest,
     ) -> Result<daemon::Opened, Box<dyn Error + Send + Sync>> {
-        let cache = self.cache.get_or_init(|| Cache::new(opener::CACHE_BUDGET, LOADERS)).clone();
+        let cache = self.cache.get_or_init(|| new_cache()).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
         let meter = Arc::new(Meter::default());

@@ -152,6 +152,7 @@ fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
 
 /// Body of a fetch thread.
 fn run(shared: &Arc<Shared>) {
+    super::mark_io_thread();
     while let Some(taken) = shared.crew.next() {
         grow(shared);
         fetch(shared, &taken);

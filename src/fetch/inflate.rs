@@ -164,6 +164,7 @@ fn add_thread(shared: &Arc<Shared>, state: &mut State) {
     let number = state.threads.len();
     let own = shared.clone();
     let body = move || {
+        super::mark_io_thread();
         while let Some(job) = own.workers.next() {
             grow(&own);
             work(&own, job);
