@@ -31,6 +31,7 @@
 //! Programs.
 //!
 //! * [`convert`]  layer stream → meta image, beside the original
+//! * [`meta`]     the meta image of a plain image: found, or built and kept
 //! * [`ublk`]     the block device: one `io_uring` worker a queue
 //! * [`looped`]   the same disk as one FUSE file under a loop device
 //! * [`daemon`]   the devices of this host and the socket to ask for more
@@ -53,6 +54,7 @@ pub mod fetch;
 pub mod gzip;
 pub mod looped;
 pub mod lsmt;
+pub mod meta;
 pub mod oci;
 pub mod registry;
 pub mod source;

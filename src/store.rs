@@ -165,6 +165,15 @@ pub trait ImageStore: Send + Sync {
         bytes: &[u8],
     ) -> Result<(), StoreError>;
 
+    /// The index of manifests that name the manifest `digest` as their subject, if the store keeps one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
+        let _ = digest;
+        Ok(None)
+    }
+
     /// A small blob, whole and verified.
     ///
     /// # Errors

@@ -300,6 +300,20 @@ impl Manifest {
 }
 
 impl Index {
+    /// An OCI index of these manifests.
+    #[must_use]
+    pub fn of(manifests: Vec<Descriptor>) -> Self {
+        Self {
+            schema_version: 2,
+            media_type: Some(media::OCI_INDEX.to_owned()),
+            artifact_type: None,
+            manifests,
+            subject: None,
+            annotations: BTreeMap::new(),
+            other: Map::new(),
+        }
+    }
+
     /// The bytes to store: compact JSON, always the same for the same index.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {

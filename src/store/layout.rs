@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{ImageStore, Selector, StoreError, StoredManifest};
-use crate::oci::{Descriptor, Digest, Document, Layout};
+use crate::oci::manifest::media;
+use crate::oci::{Descriptor, Digest, Document, Index, Layout};
 use crate::source::{ByteSource, FileSource};
 
 /// `oci:DIR`.
@@ -70,6 +71,25 @@ impl ImageStore for LayoutStore {
             Document::Index(index) => index.media_type(),
         };
         Ok(StoredManifest { media_type: media_type.to_owned(), digest: descriptor.digest, bytes })
+    }
+
+    /// Nobody lists them in a directory: those of its tagged manifests that say so themselves, and what
+    /// stands under the fallback tag.
+    fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
+        let fallback = self.manifest(&Selector::Tag(format!("sha256-{}", digest.hex()))).ok();
+        if fallback.is_some() {
+            return Ok(fallback);
+        }
+        let mut found = Vec::new();
+        for (_, entry) in self.layout.list()? {
+            let Ok(Document::Manifest(manifest)) = self.layout.document(&entry) else { continue };
+            if manifest.subject.as_ref().is_some_and(|subject| subject.digest == *digest) {
+                found.push(Descriptor { artifact_type: manifest.artifact_type, ..entry });
+            }
+        }
+        let bytes = Index::of(found).to_bytes();
+        let media_type = media::OCI_INDEX.to_owned();
+        Ok(Some(StoredManifest { media_type, digest: Digest::of(&bytes), bytes }))
     }
 
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {

@@ -42,6 +42,10 @@ impl ImageStore for Metered {
         self.inner.manifest(selector)
     }
 
+    fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
+        self.inner.referrers(digest)
+    }
+
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
         self.inner.open_blob(blob)
     }

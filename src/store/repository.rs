@@ -44,6 +44,15 @@ impl ImageStore for RepositoryStore {
         })
     }
 
+    fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
+        let found = self.repository.referrers(digest)?;
+        Ok(found.map(|manifest| StoredManifest {
+            media_type: manifest.media_type,
+            digest: manifest.digest,
+            bytes: manifest.bytes,
+        }))
+    }
+
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
         let reader: BlobReader = self.repository.blob_stream(&blob.digest, blob.size)?;
         Ok(Box::new(reader))
