@@ -76,8 +76,46 @@ pub enum Class {
 
 /// The buffers of one read that fills several, one after the other.
 pub trait Run {
-    /// The buffer to be filled next; the one given before is full. `None`: nothing more is wanted.
-    fn next(&mut self) -> Option<&mut [u8]>;
+    /// Room for the next bytes, up to the end of a buffer; never empty. `None`: all buffers are full.
+    fn room(&mut self) -> Option<&mut [u8]>;
+
+    /// That many bytes were put into the room. A buffer that is full by that is handed on.
+    fn filled(&mut self, bytes: usize);
+
+    /// Puts bytes in, as many as there is room for.
+    fn put(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty()
+            && let Some(room) = self.room()
+        {
+            let (now, later) = bytes.split_at(room.len().min(bytes.len()));
+            room[..now.len()].copy_from_slice(now);
+            self.filled(now.len());
+            bytes = later;
+        }
+    }
+}
+
+/// A run of one buffer.
+pub struct OneBuffer<'a> {
+    buffer: &'a mut [u8],
+    filled: usize,
+}
+
+impl<'a> OneBuffer<'a> {
+    /// Nothing is filled yet.
+    pub fn new(buffer: &'a mut [u8]) -> Self {
+        Self { buffer, filled: 0 }
+    }
+}
+
+impl Run for OneBuffer<'_> {
+    fn room(&mut self) -> Option<&mut [u8]> {
+        self.buffer.get_mut(self.filled..).filter(|room| !room.is_empty())
+    }
+
+    fn filled(&mut self, bytes: usize) {
+        self.filled += bytes;
+    }
 }
 
 /// An immutable run of bytes, readable at any position by many threads.
@@ -97,7 +135,7 @@ pub trait ByteSource: Send + Sync {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError>;
 
     /// Fills the buffers of `run`, together as long as `range`, with its bytes: by one request where
-    /// that matters, and each buffer is handed on, by asking for the next, as soon as it is full.
+    /// that matters, and each buffer is handed on as soon as it is full.
     ///
     /// # Errors
     /// As [`read_exact_at`](Self::read_exact_at); buffers handed on before are good.
@@ -109,9 +147,11 @@ pub trait ByteSource: Send + Sync {
     ) -> Result<(), SourceError> {
         let _ = class;
         let mut at = range.start;
-        while let Some(buf) = run.next() {
-            self.read_exact_at(buf, at)?;
-            at += buf.len() as u64;
+        while let Some(room) = run.room() {
+            let len = room.len();
+            self.read_exact_at(room, at)?;
+            run.filled(len);
+            at += len as u64;
         }
         Ok(())
     }

@@ -103,9 +103,11 @@ impl ByteSource for NumberBytes {
     fn read_run(&self, range: Range<u64>, _: Class, run: &mut dyn Run) -> Result<(), SourceError> {
         let before = self.reads.load(Ordering::SeqCst);
         let mut at = range.start;
-        while let Some(buf) = run.next() {
-            self.read_exact_at(buf, at)?;
-            at += buf.len() as u64;
+        while let Some(room) = run.room() {
+            let len = room.len();
+            self.read_exact_at(room, at)?;
+            run.filled(len);
+            at += len as u64;
         }
         self.reads.store(before + 1, Ordering::SeqCst);
         Ok(())

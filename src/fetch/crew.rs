@@ -11,7 +11,7 @@ use super::queue::{Limit, Queue, Taken, Wanted};
 use super::run::ChunkRun;
 use super::{Key, Shared, count};
 use crate::chunk::{ChunkError, Encoded};
-use crate::source::Class;
+use crate::source::{Class, Run as _};
 
 /// Most encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
 /// continent takes, so that larger ones save nothing, while a broken connection costs no more than this.
@@ -184,7 +184,10 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
     let range = first.range.start..last.range.end;
     let mut run = ChunkRun::new(shared, taken, &places);
     match source.blob().read_run(range, taken.class, &mut run) {
-        Ok(()) => run.finish(),
+        Ok(()) => {
+            // Chunks of nothing but a shared byte are whole by now and must be asked for to be seen.
+            let _ = run.room();
+        }
         Err(error) => {
             let error = Arc::new(ChunkError::from(error));
             let rest: Vec<Wanted> = run.rest().collect();

@@ -13,29 +13,23 @@ pub(super) struct ChunkRun<'a> {
     shared: &'a Arc<Shared>,
     taken: &'a Taken,
     places: &'a [Encoded],
-    /// Chunk that is being filled.
-    current: Option<EncodedChunk>,
-    /// Number of chunks that were begun.
-    begun: usize,
+    /// Chunk that is being filled, and how far.
+    current: Option<(EncodedChunk, usize)>,
+    /// Number of chunks that were handed on.
+    done: usize,
+    /// Last byte of the chunk before: chunks begin within a byte where others end, and both have it.
+    seam: Option<u8>,
 }
 
 impl<'a> ChunkRun<'a> {
     /// `places` are those of the chunks of `taken`.
     pub(super) fn new(shared: &'a Arc<Shared>, taken: &'a Taken, places: &'a [Encoded]) -> Self {
-        Self { shared, taken, places, current: None, begun: 0 }
+        Self { shared, taken, places, current: None, done: 0, seam: None }
     }
 
-    /// Hands the last chunk on. Call it when the read has succeeded.
-    pub(super) fn finish(&mut self) {
-        if let Some(whole) = self.current.take() {
-            self.hand_on(whole);
-        }
-    }
-
-    /// The chunks that were not handed on: all from the one that was being filled.
+    /// The chunks that were not handed on.
     pub(super) fn rest(&self) -> impl Iterator<Item = Wanted> + '_ {
-        let first = self.begun - usize::from(self.current.is_some());
-        (first..self.places.len()).map(|number| self.wanted(number))
+        (self.done..self.places.len()).map(|number| self.wanted(number))
     }
 
     fn wanted(&self, number: usize) -> Wanted {
@@ -44,11 +38,27 @@ impl<'a> ChunkRun<'a> {
         Wanted { blob: self.taken.blob.clone(), chunk, class, tries }
     }
 
-    fn hand_on(&self, encoded: EncodedChunk) {
+    /// A buffer for chunk `number`, with the byte that it shares with the one before.
+    fn begin(&self, number: usize) -> (EncodedChunk, usize) {
+        let place = &self.places[number];
+        let mut encoded = EncodedChunk::new(place, self.shared.workers.buffer());
+        let shares = number > 0 && self.places[number - 1].range.end > place.range.start;
+        match (self.seam.filter(|_| shares), encoded.bytes_mut().first_mut()) {
+            (Some(seam), Some(first)) => {
+                *first = seam;
+                (encoded, 1)
+            }
+            _ => (encoded, 0),
+        }
+    }
+
+    fn hand_on(&mut self, encoded: EncodedChunk) {
+        self.seam = encoded.bytes().last().copied();
         let counters = &self.shared.counters;
         count(&counters.chunks, 1);
         count(&counters.bytes, encoded.bytes().len() as u64);
-        let Wanted { blob, chunk, class, tries } = self.wanted(self.begun - 1);
+        let Wanted { blob, chunk, class, tries } = self.wanted(self.done);
+        self.done += 1;
         let job = Job { blob, chunk, class, tries, input: Input::Fetched(encoded) };
         if let Err(job) = self.shared.workers.push(job) {
             let wanted = job.wanted();
@@ -58,31 +68,27 @@ impl<'a> ChunkRun<'a> {
 }
 
 impl Run for ChunkRun<'_> {
-    fn next(&mut self) -> Option<&mut [u8]> {
+    fn room(&mut self) -> Option<&mut [u8]> {
         loop {
-            let before = self.current.take();
-            let Some(place) = self.places.get(self.begun) else {
-                self.current = before; // `finish` hands it on
-                return None;
+            let (encoded, at) = match self.current.take() {
+                Some(current) => current,
+                None if self.done == self.places.len() => return None,
+                None => self.begin(self.done),
             };
-            let mut encoded = EncodedChunk::new(place, self.shared.workers.buffer());
-            // Chunks begin within a byte where others end: both have it.
-            let shared = match self.begun.checked_sub(1) {
-                Some(number) => {
-                    self.places[number].range.end.saturating_sub(place.range.start) as usize
-                }
-                None => 0,
-            };
-            if let Some(before) = before {
-                let bytes = before.bytes();
-                let tail = &bytes[bytes.len() - shared.min(bytes.len())..];
-                encoded.bytes_mut()[..tail.len()].copy_from_slice(tail);
-                self.hand_on(before);
+            if at < encoded.bytes().len() {
+                let (encoded, at) = self.current.insert((encoded, at));
+                return Some(&mut encoded.bytes_mut()[*at..]);
             }
-            self.begun += 1;
-            self.current = Some(encoded);
-            if place.len() > shared {
-                return self.current.as_mut().map(|encoded| &mut encoded.bytes_mut()[shared..]);
+            self.hand_on(encoded);
+        }
+    }
+
+    fn filled(&mut self, bytes: usize) {
+        if let Some((encoded, at)) = self.current.take() {
+            if at + bytes < encoded.bytes().len() {
+                self.current = Some((encoded, at + bytes));
+            } else {
+                self.hand_on(encoded);
             }
         }
     }

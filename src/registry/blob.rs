@@ -22,7 +22,7 @@ use super::redirect;
 use super::retry::Budget;
 use super::transport::{Body, TransportError};
 use crate::oci::Digest;
-use crate::source::{ByteSource, SourceError};
+use crate::source::{ByteSource, Class, OneBuffer, Run, SourceError};
 
 /// What was fetched of a blob so far.
 #[derive(Debug, Default)]
@@ -69,21 +69,17 @@ impl RemoteBlob {
         &self.stats
     }
 
-    /// As [`ByteSource::read_exact_at`], with an error that can be matched.
+    /// As [`ByteSource::read_run`], with an error that can be matched: by as many requests as it takes.
+    /// What arrived before a break is kept, and the rest is asked for.
     ///
     /// # Errors
     /// See [`RegistryError`]. The caller has checked that the range lies in the blob.
-    fn fetch(&self, buf: &mut [u8], offset: u64) -> Result<(), RegistryError> {
-        let end = offset + buf.len() as u64;
-        let mut filled = 0;
+    fn fetch(&self, range: Range<u64>, run: &mut dyn Run) -> Result<(), RegistryError> {
+        let mut at = range.start;
         let mut budget = Budget::new(self.blob.place.services.read_retry);
         loop {
-            let range = offset + filled as u64..end;
-            let error =
-                match self.try_fetch(&mut buf[filled..], range, &mut filled, budget.deadline()) {
-                    Ok(()) => return Ok(()),
-                    Err(error) => error,
-                };
+            let result = self.try_fetch(&mut at, range.end, run, budget.deadline());
+            let Err(error) = result else { return Ok(()) };
             if let Err(error) = budget.pause(error) {
                 self.stats.failures.fetch_add(1, Ordering::Relaxed);
                 return Err(error);
@@ -92,32 +88,40 @@ impl RemoteBlob {
         }
     }
 
-    /// One request. What arrived before a break is kept: `filled` says how much.
+    /// One request, from `at` on, which says afterwards how far it came.
     fn try_fetch(
         &self,
-        buf: &mut [u8],
-        range: Range<u64>,
-        filled: &mut usize,
+        at: &mut u64,
+        end: u64,
+        run: &mut dyn Run,
         deadline: Instant,
     ) -> Result<(), RegistryError> {
         self.stats.requests.fetch_add(1, Ordering::Relaxed);
-        let mut stream = self.blob.open(range, Some(deadline))?;
-        let mut at = 0;
+        let mut stream = self.blob.open(*at..end, Some(deadline))?;
+        let mut take = |frame: bytes::Bytes| {
+            run.put(&frame);
+            *at += frame.len() as u64;
+        };
+        // A frame is taken when there is another behind it or a proper end: an answer that goes on past
+        // its end is not believed.
+        let mut last: Option<bytes::Bytes> = None;
         loop {
-            let frame = match stream.next_frame() {
-                Ok(Some(frame)) => frame,
-                Ok(None) => return Ok(()),
+            match stream.next_frame() {
+                Ok(Some(frame)) => {
+                    self.stats.bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
+                    last.replace(frame).into_iter().for_each(&mut take);
+                }
+                Ok(None) => {
+                    last.into_iter().for_each(&mut take);
+                    return Ok(());
+                }
                 Err(error) => {
-                    // An answer that went on past its end is not believed in any part.
-                    *filled += if at < buf.len() { at } else { 0 };
+                    if stream.left() > 0 {
+                        last.into_iter().for_each(&mut take);
+                    }
                     return Err(error);
                 }
-            };
-            self.stats.bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
-            // `next_frame` bounds the frame by what is left of the range, which is what is left of `buf`.
-            let here = frame.len().min(buf.len() - at);
-            buf[at..at + here].copy_from_slice(&frame[..here]);
-            at += here;
+            }
         }
     }
 }
@@ -128,20 +132,28 @@ impl ByteSource for RemoteBlob {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
-        let end = offset.saturating_add(buf.len() as u64);
-        let size = self.blob.size;
-        if end > size {
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        self.read_run(range, Class::Demand, &mut OneBuffer::new(buf))
+    }
+
+    fn read_run(&self, range: Range<u64>, _: Class, run: &mut dyn Run) -> Result<(), SourceError> {
+        let (offset, end, size) = (range.start, range.end, self.blob.size);
+        if offset > end || end > size {
             return Err(SourceError::PastEnd { name: self.name.clone(), offset, end, size });
         }
-        if buf.is_empty() {
+        if range.is_empty() {
             return Ok(());
         }
-        self.fetch(buf, offset).map_err(|error| SourceError::Remote {
+        self.fetch(range, run).map_err(|error| SourceError::Remote {
             name: self.name.clone(),
             offset,
             end,
             reason: error.to_string(),
         })
+    }
+
+    fn is_local(&self) -> bool {
+        false
     }
 
     fn name(&self) -> &str {
@@ -317,6 +329,11 @@ pub(super) struct RangeBody {
 }
 
 impl RangeBody {
+    /// Bytes of the range that have not come yet.
+    pub(super) fn left(&self) -> u64 {
+        self.left
+    }
+
     /// The next bytes, never more than are left; `None` once all have come.
     pub(super) fn next_frame(&mut self) -> Result<Option<bytes::Bytes>, RegistryError> {
         let frame = self.body.next_frame().transpose().map_err(|error| self.broken(&error))?;
