@@ -2,10 +2,11 @@
 //!
 //! # How a read travels
 //!
-//! The kernel's ublk driver hands each block request of the disk to a *queue thread* of ours, as the
+//! The kernel's ublk driver hands each block request of the disk to a *driver thread* of ours, as the
 //! completion of an `io_uring` command that the thread left with the driver: one command for each
-//! *tag* (request slot). The thread looks the bytes up ([`Volume::locate`]) and answers with the next
-//! command, `COMMIT_AND_FETCH`, which carries the result and re-arms the tag.
+//! *tag* (request slot) of each queue. The thread looks the bytes up ([`Volume::locate`]) and answers
+//! with the next command, `COMMIT_AND_FETCH`, which carries the result and re-arms the tag: one
+//! submission and one completion a request.
 //!
 //! In the driver's copy mode the commit carries the address to copy *from*, and every commit may
 //! name another one. So we commit the address of the decoded chunk itself: the kernel copies from
@@ -18,9 +19,15 @@
 //! guard is therefore kept until the enter that issued the commit has returned, and the ring has no
 //! feature that would issue later (no SQPOLL, no links, no `IOSQE_ASYNC`).
 //!
+//! # Threads
+//!
+//! A few threads serve all devices ([`QueueDriver::Shared`]): a thousand devices are a thousand times
+//! two queues and still two threads. libublk, which gives each queue of each device a thread, is the
+//! other [`QueueDriver`]; both answer requests by the same code (`answer`) and pass the same tests.
+//!
 //! # Waiting
 //!
-//! A queue thread never blocks on anything but its ring: one slow fetch would stop the whole queue,
+//! A driver thread never blocks on anything but its ring: one slow fetch would stop all its queues,
 //! the kernel's partition scan included. For bytes that are not there yet, the volume keeps a waiter
 //! that puts the tag into the thread's mailbox, and writes an eventfd only if the thread sleeps.
 //!
@@ -34,23 +41,32 @@
 //! # Contents
 //!
 //! * [`probe`]    what this kernel's ublk can do, and whether it may be touched at all
-//! * `device`     create, start, stop, delete: one control thread a device
-//! * `queue`      the worker described above
-//! * `mailbox`    from waiters to their queue thread
+//! * `features`   what is asked of it
+//! * `device`     a device's shape and life
+//! * `shared`     a device on the threads of `mux`, set up by the commands of `control`
+//! * `threads`    a device on threads of its own, by libublk; `queue` is their body
+//! * `answer`     from a request to the address that is committed for it
+//! * `mailbox`    from waiters to a driver thread
 //! * `counters`   what the queues did
 //!
 //! Only this module names the crate `libublk`, whose interface changes between releases.
 //!
 //! [`Volume::locate`]: crate::volume::Volume::locate
 
+mod answer;
+mod control;
 mod counters;
 mod device;
+mod features;
 mod mailbox;
+mod mux;
 pub mod probe;
 mod queue;
+mod shared;
+mod threads;
 
 pub use counters::{QueueCounters, QueueTotals};
-pub use device::{UblkDevice, UblkOptions};
+pub use device::{QueueDriver, UblkDevice, UblkOptions};
 
 use thiserror::Error;
 

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use turbobd::looped::LoopedDevice;
-use turbobd::ublk::{UblkDevice, UblkOptions};
+use turbobd::ublk::{QueueDriver, UblkDevice, UblkOptions};
 use turbobd::volume::{FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter};
 
 const MIB: usize = 1 << 20;
@@ -98,14 +98,19 @@ enum Device {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
-    Ublk,
+    Ublk(QueueDriver),
     Looped,
+}
+
+/// The usual shape, on these threads.
+fn with(driver: QueueDriver) -> UblkOptions {
+    UblkOptions { driver, ..UblkOptions::default() }
 }
 
 impl Device {
     fn start(kind: Kind, volume: Arc<dyn Volume>) -> Self {
         match kind {
-            Kind::Ublk => Self::Ublk(UblkDevice::start(volume, &UblkOptions::default()).unwrap()),
+            Kind::Ublk(driver) => Self::Ublk(UblkDevice::start(volume, &with(driver)).unwrap()),
             Kind::Looped => {
                 let dir = tempfile::tempdir().unwrap();
                 let device = LoopedDevice::start(volume, &dir.path().join("mount")).unwrap();
@@ -249,7 +254,7 @@ fn serves_every_byte(kind: Kind) {
     assert_eq!(attribute("size"), (bytes.len() / 512).to_string());
     assert_eq!(attribute("queue/logical_block_size"), "512");
     assert_eq!(attribute("queue/read_ahead_kb"), "512");
-    if kind == Kind::Ublk {
+    if kind != Kind::Looped {
         assert_eq!(attribute("queue/physical_block_size"), "4096");
         assert_eq!(attribute("queue/chunk_sectors"), "512");
         assert_eq!(attribute("queue/write_cache"), "write through");
@@ -278,7 +283,7 @@ fn gathers_pieces_and_holes(kind: Kind) {
 
 fn waits_without_blocking(kind: Kind) {
     let bytes = content(4 * MIB);
-    let delay = Duration::from_millis(if kind == Kind::Ublk { 150 } else { 100 });
+    let delay = Duration::from_millis(if kind == Kind::Looped { 100 } else { 150 });
     let volume = FaultyVolume::new(MemoryVolume::new(bytes.clone()), delay, None);
     let device = Device::start(kind, Arc::new(volume));
     let begun = Instant::now();
@@ -367,9 +372,9 @@ fn leaves_nothing_behind_when_the_start_fails(kind: Kind) {
         let open = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64 - 1;
         setrlimit(Resource::Nofile, Rlimit { current: Some(open + spare), ..before }).unwrap();
         let result = match kind {
-            Kind::Ublk => UblkDevice::start(volume.clone(), &UblkOptions::default())
-                .map(UblkDevice::stop)
-                .is_ok(),
+            Kind::Ublk(driver) => {
+                UblkDevice::start(volume.clone(), &with(driver)).map(UblkDevice::stop).is_ok()
+            }
             Kind::Looped => {
                 LoopedDevice::start(volume.clone(), &mount).map(LoopedDevice::stop).is_ok()
             }
@@ -462,7 +467,8 @@ fn loop_here() -> bool {
 }
 
 device_tests!(looped, Kind::Looped, loop_here());
-device_tests!(ublk, Kind::Ublk, ublk_here());
+device_tests!(ublk, Kind::Ublk(QueueDriver::Shared), ublk_here());
+device_tests!(own_ublk, Kind::Ublk(QueueDriver::OwnThreads), ublk_here());
 
 /// What only ublk has.
 mod ublk_only {
@@ -499,6 +505,89 @@ mod ublk_only {
         device.stop().unwrap();
     }
 
+    /// Both queue drivers, each in turn.
+    const DRIVERS: [QueueDriver; 2] = [QueueDriver::Shared, QueueDriver::OwnThreads];
+
+    #[test]
+    fn a_hot_read_costs_one_submission_one_completion_and_no_copy() {
+        let _alone = alone();
+        if !ublk_here() {
+            return;
+        }
+        let bytes = content(4 * MIB);
+        for driver in DRIVERS {
+            let volume = Arc::new(MemoryVolume::new(bytes.clone()));
+            let device = UblkDevice::start(volume, &with(driver)).unwrap();
+            let file = open(device.path(), true);
+            read(&file, 0, 4096).unwrap();
+            let before = device.counters();
+            let mut random = Random(7);
+            for _ in 0..500 {
+                let at = random.below(1024) * 4096;
+                assert!(read(&file, at, 4096).unwrap() == bytes[at as usize..at as usize + 4096]);
+            }
+            let after = device.counters();
+            let reads = after.reads - before.reads;
+            assert!(reads >= 500, "{driver:?}: {after:?}");
+            // The commit of one request arms the tag for the next: one of each, whatever else came.
+            assert_eq!(after.submissions - before.submissions, reads, "{driver:?}");
+            assert_eq!(after.completions - before.completions, reads, "{driver:?}");
+            assert_eq!(after.direct - before.direct, reads, "{driver:?}");
+            assert_eq!((after.gathered, after.pending), (0, 0), "{driver:?}");
+            drop(file);
+            device.stop().unwrap();
+        }
+    }
+
+    #[test]
+    fn many_devices_share_few_threads_and_keep_their_bytes_apart() {
+        let _alone = alone();
+        if !ublk_here() {
+            return;
+        }
+        const DEVICES: usize = 40;
+        let all = content(DEVICES * 4096 + MIB);
+        let start = |number: usize| {
+            let bytes = all[number * 4096..][..MIB].to_vec();
+            let volume =
+                FaultyVolume::new(MemoryVolume::new(bytes.clone()), Duration::from_millis(2), None);
+            (UblkDevice::start(Arc::new(volume), &with(QueueDriver::Shared)).unwrap(), bytes)
+        };
+        let devices: Vec<_> = (0..DEVICES).map(start).collect();
+        let count = std::fs::read_dir("/proc/self/task")
+            .unwrap()
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+            .filter(|name| name.starts_with("ublk"))
+            .count();
+        assert!((1..=4).contains(&count), "{count} threads");
+        std::thread::scope(|scope| {
+            for part in devices.chunks(DEVICES / 4) {
+                scope.spawn(move || {
+                    for (device, bytes) in part {
+                        random_reads(device.path(), bytes, 5);
+                    }
+                });
+            }
+        });
+        // Every second one goes; the others serve on, and newcomers take the places.
+        let mut rest = Vec::new();
+        for (number, (device, bytes)) in devices.into_iter().enumerate() {
+            if number % 2 == 0 {
+                device.stop().unwrap();
+            } else {
+                rest.push((device, bytes));
+            }
+        }
+        rest.extend((0..3).map(start));
+        for (device, bytes) in &rest {
+            random_reads(device.path(), bytes, 3);
+        }
+        for (device, _) in rest {
+            device.stop().unwrap();
+        }
+        assert_eq!(threads("ublk"), Vec::<String>::new());
+    }
+
     #[test]
     fn shapes_from_one_tag_to_many() {
         let _alone = alone();
@@ -509,13 +598,16 @@ mod ublk_only {
         for (queues, depth, chunk) in
             [(1, 1, 4096), (1, 2, 65536), (2, 7, 1 << 20), (1, 256, 128 * 1024)]
         {
-            let options = UblkOptions { queues, depth, chunk, ..UblkOptions::default() };
-            let volume =
-                FaultyVolume::new(MemoryVolume::new(bytes.clone()), Duration::from_millis(1), None);
-            let device = UblkDevice::start(Arc::new(volume), &options).unwrap();
-            assert_eq!(std::fs::read(device.path()).unwrap(), bytes);
-            random_reads(device.path(), &bytes, 10);
-            device.stop().unwrap();
+            for driver in DRIVERS {
+                let options =
+                    UblkOptions { queues, depth, chunk, driver, ..UblkOptions::default() };
+                let volume = MemoryVolume::new(bytes.clone());
+                let volume = FaultyVolume::new(volume, Duration::from_millis(1), None);
+                let device = UblkDevice::start(Arc::new(volume), &options).unwrap();
+                assert_eq!(std::fs::read(device.path()).unwrap(), bytes);
+                random_reads(device.path(), &bytes, 10);
+                device.stop().unwrap();
+            }
         }
     }
 
@@ -809,7 +901,7 @@ fn ublk_in_a_guest() {
     }
     assert_eq!(status, Some(0), "the ublk tests fail in the guest");
     assert!(
-        text.contains("16 passed") && !text.contains("SKIPPED"),
+        text.contains("26 passed") && !text.contains("SKIPPED"),
         "the ublk tests did not run in the guest"
     );
 }

@@ -23,8 +23,10 @@ pub struct QueueCounters {
     pub refused: AtomicU64,
     /// Times a waiter had to wake a sleeping queue thread (one system call each).
     pub wakes: AtomicU64,
-    /// `io_uring_enter` calls.
-    pub enters: AtomicU64,
+    /// Commands given to the ublk driver: one for each tag at the start, then one for each request.
+    pub submissions: AtomicU64,
+    /// Completions of those.
+    pub completions: AtomicU64,
     /// Queue threads that ended although the device was not stopped.
     pub lost_queues: AtomicU64,
 }
@@ -42,7 +44,8 @@ pub struct QueueTotals {
     pub errors: u64,
     pub refused: u64,
     pub wakes: u64,
-    pub enters: u64,
+    pub submissions: u64,
+    pub completions: u64,
     pub lost_queues: u64,
 }
 
@@ -61,7 +64,8 @@ impl QueueCounters {
             errors: get(&self.errors),
             refused: get(&self.refused),
             wakes: get(&self.wakes),
-            enters: get(&self.enters),
+            submissions: get(&self.submissions),
+            completions: get(&self.completions),
             lost_queues: get(&self.lost_queues),
         }
     }

@@ -1,28 +1,42 @@
-//! One device: created, started, stopped and deleted by a control thread of its own.
-//!
-//! libublk keeps its control ring in thread-local storage, so all commands for a device must come
-//! from one thread. Each device has one; it sleeps in a channel between start and stop.
+//! One device: its shape, and its life from start to stop.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use libublk::UblkFlags;
-use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
-use libublk::io::UblkDev;
 use libublk::sys;
 
 use super::counters::{QueueCounters, QueueTotals};
-use super::queue::{self, QueueContext};
-use super::{UblkError, probe, system_error};
+use super::shared::SharedThreads;
+use super::threads::OwnThreads;
+use super::{UblkError, probe};
 use crate::units::SECTOR;
 use crate::volume::Volume;
 
 /// How long to wait for the block node after the device was started. devtmpfs makes it at once; udev
 /// may need a while on a busy host.
 const NODE_SECONDS: u64 = 10;
+
+/// Which threads serve a device's queues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueDriver {
+    /// A few threads of this process serve the queues of all devices: a thousand devices need no
+    /// thousand threads. The default.
+    Shared,
+    /// Each queue has a thread of its own, by libublk: one busy device does not slow another, as long as
+    /// there are cores for them.
+    OwnThreads,
+}
+
+/// A device that is being served, by either driver.
+pub(super) trait Running: Send + Sync {
+    /// N of `/dev/ublkbN`.
+    fn id(&self) -> u32;
+
+    /// Stops and deletes the device after the requests in flight were answered, and lets go of its
+    /// threads.
+    fn stop(self: Box<Self>) -> Result<(), UblkError>;
+}
 
 /// Shape of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +52,8 @@ pub struct UblkOptions {
     /// of it. Default 256 KiB: a quarter or half of the usual decode unit, so that most requests lie
     /// in one decoded chunk, while a sequential reader still gets big requests.
     pub chunk: u32,
+    /// Which threads serve the queues.
+    pub driver: QueueDriver,
     /// Whether the kernel may refuse writes before they reach us. Always `true`, but in the test that
     /// writes which do reach us do no harm.
     pub read_only: bool,
@@ -46,7 +62,13 @@ pub struct UblkOptions {
 impl Default for UblkOptions {
     fn default() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { queues: cpus.clamp(1, 2) as u16, depth: 64, chunk: 256 * 1024, read_only: true }
+        Self {
+            queues: cpus.clamp(1, 2) as u16,
+            depth: 64,
+            chunk: 256 * 1024,
+            driver: QueueDriver::Shared,
+            read_only: true,
+        }
     }
 }
 
@@ -68,7 +90,8 @@ impl UblkOptions {
         )
     }
 
-    fn params(&self, volume: &dyn Volume) -> sys::ublk_params {
+    /// What the driver is told of a disk.
+    pub(super) fn params(&self, volume: &dyn Volume) -> sys::ublk_params {
         let chunk_shift = self.chunk.trailing_zeros() as u8;
         sys::ublk_params {
             types: sys::UBLK_PARAM_TYPE_BASIC,
@@ -98,8 +121,7 @@ pub struct UblkDevice {
     path: PathBuf,
     id: u32,
     counters: Arc<QueueCounters>,
-    stop: Option<Sender<()>>,
-    control: Option<JoinHandle<Result<(), UblkError>>>,
+    running: Option<Box<dyn Running>>,
 }
 
 impl UblkDevice {
@@ -113,22 +135,13 @@ impl UblkDevice {
         options.check(&*volume)?;
         probe::examine_and_load().verdict()?;
         let counters = Arc::new(QueueCounters::default());
-        let (stop, stopped) = mpsc::channel();
-        let (started, start) = mpsc::channel();
-        let control = {
-            let (options, counters) = (options.clone(), counters.clone());
-            spawn("ublk-control", move || {
-                control(&volume, &options, &counters, &started, &stopped)
-            })?
+        let running: Box<dyn Running> = match options.driver {
+            QueueDriver::Shared => Box::new(SharedThreads::start(&volume, options, &counters)?),
+            QueueDriver::OwnThreads => Box::new(OwnThreads::start(volume, options, &counters)?),
         };
-        match start.recv() {
-            Ok(id) => {
-                let path = PathBuf::from(format!("/dev/ublkb{id}"));
-                Ok(Self { path, id, counters, stop: Some(stop), control: Some(control) })
-            }
-            // The thread ended before it had a device to tell of: its result says why.
-            Err(_) => Err(joined(control).err().unwrap_or(UblkError::ControlThreadGone)),
-        }
+        let id = running.id();
+        let path = PathBuf::from(format!("/dev/ublkb{id}"));
+        Ok(Self { path, id, counters, running: Some(running) })
     }
 
     /// `/dev/ublkbN`.
@@ -149,9 +162,9 @@ impl UblkDevice {
         self.counters.totals()
     }
 
-    /// Stops and deletes the device, and joins its threads. Requests in flight are answered first, so
-    /// this takes as long as the volume takes. Unmount first: the device of a mounted file system
-    /// is torn away from it, and every later read there fails.
+    /// Stops and deletes the device. Requests in flight are answered first, so this takes as long as the
+    /// volume takes. Unmount first: the device of a mounted file system is torn away from it, and every
+    /// later read there fails.
     ///
     /// # Errors
     /// The driver's refusal.
@@ -160,8 +173,7 @@ impl UblkDevice {
     }
 
     fn end(&mut self) -> Result<(), UblkError> {
-        drop(self.stop.take());
-        self.control.take().map_or(Ok(()), joined)
+        self.running.take().map_or(Ok(()), Running::stop)
     }
 }
 
@@ -173,148 +185,17 @@ impl Drop for UblkDevice {
     }
 }
 
-fn spawn<T: Send + 'static>(
-    name: &str,
-    body: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<T>, UblkError> {
-    std::thread::Builder::new()
-        .name(name.into())
-        .spawn(body)
-        .map_err(|source| UblkError::Thread { name: name.into(), source })
-}
-
-fn joined(thread: JoinHandle<Result<(), UblkError>>) -> Result<(), UblkError> {
-    thread.join().unwrap_or(Err(UblkError::ControlThreadGone))
-}
-
-/// Body of the control thread.
-fn control(
-    volume: &Arc<dyn Volume>,
-    options: &UblkOptions,
-    counters: &Arc<QueueCounters>,
-    started: &Sender<u32>,
-    stopped: &Receiver<()>,
-) -> Result<(), UblkError> {
-    let ctrl = add(options)?;
-    let id = ctrl.dev_info().dev_id;
-    let result = serve(&ctrl, volume, options, counters, || {
-        let _ = started.send(id);
-        // Ends when the sender is dropped.
-        let _ = stopped.recv();
-    });
-    // By now no file or mapping of the character device is left in this process, or the deletion would
-    // wait for it. The asynchronous form does not wait for an opener of the block node either (6.6+);
-    // before that, a reader that keeps the node open delays us.
-    let deleted = ctrl.del_dev_async().or_else(|_| ctrl.del_dev());
-    result?;
-    match deleted.map_err(system_error) {
-        Err(source) if source.raw_os_error() != Some(libc::ENODEV) => {
-            Err(UblkError::Control { what: "delete the device", source })
-        }
-        _ => Ok(()),
-    }
-}
-
-fn add(options: &UblkOptions) -> Result<UblkCtrl, UblkError> {
-    UblkCtrlBuilder::default()
-        .name("turbobd")
-        // The kernel chooses the number. Never ask for one: when ADD_DEV fails because the number is taken,
-        // libublk 0.4.8 deletes the device that has it (the control object's Drop).
-        .id(-1)
-        .nr_queues(options.queues)
-        .depth(options.depth)
-        .io_buf_bytes(options.chunk)
-        .ctrl_flags(u64::from(sys::UBLK_F_NEED_GET_DATA))
-        .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
-        .build()
-        .map_err(|error| UblkError::Control { what: "add a device", source: system_error(error) })
-}
-
-/// Runs the device from its parameters to its stop; `live` is called while it serves.
-fn serve(
-    ctrl: &UblkCtrl,
-    volume: &Arc<dyn Volume>,
-    options: &UblkOptions,
-    counters: &Arc<QueueCounters>,
-    live: impl FnOnce(),
-) -> Result<(), UblkError> {
-    let refused = |what| move |error| UblkError::Control { what, source: system_error(error) };
-    let info = ctrl.dev_info();
-    if info.flags & u64::from(sys::UBLK_F_NEED_GET_DATA) == 0 {
-        // Without it a stray write would be copied into the cache.
-        let source = std::io::Error::from_raw_os_error(libc::EOPNOTSUPP);
-        return Err(UblkError::Control { what: "announce writes (UBLK_F_NEED_GET_DATA)", source });
-    }
-    let params = options.params(&**volume);
-    let dev = UblkDev::new(
-        "turbobd".into(),
-        |dev| {
-            dev.tgt.dev_size = volume.size();
-            dev.tgt.params = params;
-            Ok(())
-        },
-        ctrl,
-    );
-    let dev = Arc::new(dev.map_err(refused("open the character device"))?);
-    let zeros = Arc::new(vec![0; options.chunk as usize]);
-    let (ready, readiness) = mpsc::channel();
-    let mut threads = Vec::new();
-    let mut result = Ok(());
-    for queue in 0..info.nr_hw_queues {
-        let context = QueueContext {
-            queue,
-            dev: dev.clone(),
-            volume: volume.clone(),
-            counters: counters.clone(),
-            zeros: zeros.clone(),
-        };
-        let ready = ready.clone();
-        let name = format!("ublk{}-q{queue}", info.dev_id);
-        match spawn(&name, move || queue::run(&context, &ready)) {
-            Ok(thread) => threads.push(thread),
-            Err(error) => {
-                result = Err(error);
-                break;
-            }
-        }
-        // One after the other: the queue's number belongs to the thread id.
-        match readiness.recv() {
-            // The kernel's choice of CPUs: those whose requests go to this queue.
-            Ok(Ok(tid)) => ctrl.set_thread_affinity(queue, tid),
-            Ok(Err(error)) => {
-                result = Err(error);
-                break;
-            }
-            Err(_) => {
-                result = Err(UblkError::ControlThreadGone);
-                break;
-            }
-        }
-    }
-    // START waits until all tags of all queues are armed, so it must not be sent when one is missing.
-    if result.is_ok() {
-        result = ctrl.start_dev(&dev).map(drop).map_err(refused("start the device"));
-    }
-    if result.is_ok() {
-        result = wait_for_node(info.dev_id);
-    }
-    if result.is_ok() {
-        without_scheduler(info.dev_id);
-        live();
-    }
-    // Also for a device that never started: it takes the armed tags back, so that the threads end.
-    let stopped = ctrl.kill_dev().map_err(refused("stop the device"));
-    for thread in threads {
-        let _ = thread.join();
-    }
-    result.and(stopped.map(drop))
+/// Marks the calling thread as one that serves I/O: memory that it allocates must not wait for I/O that
+/// it would itself have to serve.
+pub(super) fn mark_io_thread() {
+    let _ = rustix::process::configure_io_flusher_behavior(true);
 }
 
 /// Merging and sorting are of no use to a device without seeks. A device of several queues has no
 /// scheduler from the start; to write its name again would freeze the queues all the same, which took
 /// 60 of the 90 ms that a device took to make (user-mode Linux 7.3). A kernel without schedulers is
 /// no error.
-fn without_scheduler(id: u32) {
+pub(super) fn without_scheduler(id: u32) {
     let path = format!("/sys/block/ublkb{id}/queue/scheduler");
     if std::fs::read_to_string(&path).is_ok_and(|now| !now.contains("[none]")) {
         let _ = std::fs::write(&path, "none");
@@ -322,7 +203,7 @@ fn without_scheduler(id: u32) {
 }
 
 /// Waits until the block node can be seen: the kernel announces the disk, somebody makes the node.
-fn wait_for_node(id: u32) -> Result<(), UblkError> {
+pub(super) fn wait_for_node(id: u32) -> Result<(), UblkError> {
     use std::os::unix::fs::FileTypeExt;
     let path = format!("/dev/ublkb{id}");
     let until = Instant::now() + Duration::from_secs(NODE_SECONDS);

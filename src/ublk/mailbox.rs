@@ -30,8 +30,10 @@ pub(super) enum Outcome {
     Forgotten,
 }
 
-/// One message.
+/// One message about a request.
 pub(super) struct Letter {
+    /// Which of the thread's queues it belongs to.
+    pub(super) slot: u32,
     /// Tag of the request.
     pub(super) tag: u16,
     /// Which wait of that tag this answers: a late letter must not touch a later request.
@@ -40,22 +42,21 @@ pub(super) struct Letter {
     pub(super) outcome: Outcome,
 }
 
-/// Mailbox of one queue thread.
-pub(super) struct Mailbox {
-    letters: SegQueue<Letter>,
+/// Mailbox of one queue thread, for letters and whatever else that thread is sent.
+pub(super) struct Mailbox<T> {
+    posts: SegQueue<T>,
     state: AtomicU32,
     event: OwnedFd,
-    counters: Arc<QueueCounters>,
 }
 
-impl Mailbox {
+impl<T: From<Letter> + Send + 'static> Mailbox<T> {
     /// An empty mailbox.
     ///
     /// # Errors
     /// When the process has no file descriptor left.
-    pub(super) fn new(counters: Arc<QueueCounters>) -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { letters: SegQueue::new(), state: AtomicU32::new(RUNNING), event, counters })
+        Ok(Self { posts: SegQueue::new(), state: AtomicU32::new(RUNNING), event })
     }
 
     /// What the queue thread polls while it sleeps.
@@ -63,16 +64,16 @@ impl Mailbox {
         self.event.as_fd()
     }
 
-    /// The next letter.
-    pub(super) fn take(&self) -> Option<Letter> {
-        self.letters.pop()
+    /// The next post.
+    pub(super) fn take(&self) -> Option<T> {
+        self.posts.pop()
     }
 
-    /// Announces sleep. `false`: there are letters, do not sleep.
+    /// Announces sleep. `false`: there is post, do not sleep.
     pub(super) fn park(&self) -> bool {
         self.state.store(PARKED, Ordering::SeqCst);
         // Whoever pushes after this store sees PARKED; whoever pushed before it is seen here.
-        if self.letters.is_empty() {
+        if self.posts.is_empty() {
             return true;
         }
         self.unpark();
@@ -84,18 +85,26 @@ impl Mailbox {
         self.state.store(RUNNING, Ordering::SeqCst);
     }
 
-    fn post(&self, letter: Letter) {
-        self.letters.push(letter);
-        if self.state.swap(RUNNING, Ordering::SeqCst) == PARKED {
-            count(&self.counters.wakes, 1);
+    /// Puts something in, and wakes the thread if it sleeps; whether it did.
+    pub(super) fn post(&self, post: T) -> bool {
+        self.posts.push(post);
+        let asleep = self.state.swap(RUNNING, Ordering::SeqCst) == PARKED;
+        if asleep {
             // The counter of an eventfd can only be full after 2^64 wakes.
             let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
         }
+        asleep
     }
 
-    /// A waiter that posts the outcome for `tag`, also if it is dropped uncalled.
-    pub(super) fn waiter(self: &Arc<Self>, tag: u16, ticket: u32) -> Waiter {
-        let mut sender = Sender { mailbox: Some(self.clone()), tag, ticket };
+    /// A waiter that posts the outcome of the wait `ticket` of a tag, also if it is dropped uncalled.
+    pub(super) fn waiter(
+        self: &Arc<Self>,
+        counters: &Arc<QueueCounters>,
+        (slot, tag): (u32, u16),
+        ticket: u32,
+    ) -> Waiter {
+        let to = Some((self.clone(), counters.clone()));
+        let mut sender = Sender { to, slot, tag, ticket };
         Box::new(move |result| {
             sender.send(match result {
                 Ok(()) => Outcome::Ready,
@@ -106,21 +115,24 @@ impl Mailbox {
 }
 
 /// The one letter that a waiter may send.
-struct Sender {
-    mailbox: Option<Arc<Mailbox>>,
+struct Sender<T: From<Letter> + Send + 'static> {
+    to: Option<(Arc<Mailbox<T>>, Arc<QueueCounters>)>,
+    slot: u32,
     tag: u16,
     ticket: u32,
 }
 
-impl Sender {
+impl<T: From<Letter> + Send + 'static> Sender<T> {
     fn send(&mut self, outcome: Outcome) {
-        if let Some(mailbox) = self.mailbox.take() {
-            mailbox.post(Letter { tag: self.tag, ticket: self.ticket, outcome });
+        if let Some((mailbox, counters)) = self.to.take() {
+            let Self { slot, tag, ticket, .. } = *self;
+            let asleep = mailbox.post(Letter { slot, tag, ticket, outcome }.into());
+            count(&counters.wakes, u64::from(asleep));
         }
     }
 }
 
-impl Drop for Sender {
+impl<T: From<Letter> + Send + 'static> Drop for Sender<T> {
     fn drop(&mut self) {
         self.send(Outcome::Forgotten);
     }
@@ -130,33 +142,34 @@ impl Drop for Sender {
 mod tests {
     use super::*;
 
-    fn mailbox() -> Arc<Mailbox> {
-        Arc::new(Mailbox::new(Arc::default()).unwrap())
+    fn mailbox() -> (Arc<Mailbox<Letter>>, Arc<QueueCounters>) {
+        (Arc::new(Mailbox::new().unwrap()), Arc::default())
     }
 
     #[test]
     fn a_running_thread_is_not_woken_and_a_parked_one_once() {
-        let mailbox = mailbox();
-        mailbox.waiter(1, 1)(Ok(()));
-        assert_eq!(mailbox.counters.totals().wakes, 0);
+        let (mailbox, counters) = mailbox();
+        let waiter = |tag| mailbox.waiter(&counters, (0, tag), 1);
+        waiter(1)(Ok(()));
+        assert_eq!(counters.totals().wakes, 0);
         assert!(!mailbox.park(), "a letter waits");
         assert!(mailbox.take().is_some());
         assert!(mailbox.park());
-        mailbox.waiter(2, 1)(Ok(()));
-        mailbox.waiter(3, 1)(Ok(()));
-        assert_eq!(mailbox.counters.totals().wakes, 1);
-        assert_eq!(mailbox.take().map(|l| l.tag), Some(2));
-        assert_eq!(mailbox.take().map(|l| l.tag), Some(3));
+        waiter(2)(Ok(()));
+        waiter(3)(Ok(()));
+        assert_eq!(counters.totals().wakes, 1);
+        assert_eq!(mailbox.take().map(|letter| letter.tag), Some(2));
+        assert_eq!(mailbox.take().map(|letter| letter.tag), Some(3));
     }
 
     #[test]
     fn a_waiter_dropped_uncalled_still_answers() {
-        let mailbox = mailbox();
-        drop(mailbox.waiter(7, 3));
+        let (mailbox, counters) = mailbox();
+        drop(mailbox.waiter(&counters, (5, 7), 3));
         let letter = mailbox.take().unwrap();
         assert!(matches!(letter.outcome, Outcome::Forgotten));
-        assert_eq!((letter.tag, letter.ticket), (7, 3));
-        mailbox.waiter(7, 4)(Ok(()));
+        assert_eq!((letter.slot, letter.tag, letter.ticket), (5, 7, 3));
+        mailbox.waiter(&counters, (5, 7), 4)(Ok(()));
         assert!(mailbox.take().is_some());
         assert!(mailbox.take().is_none(), "one letter a waiter");
     }

@@ -16,11 +16,12 @@ use libublk::ctrl::UblkCtrl;
 use libublk::io::{UblkDev, UblkQueue, ublk_init_task_ring, with_task_io_ring_mut};
 use libublk::sys;
 
+use super::answer::{Answers, Verdict};
 use super::counters::{QueueCounters, count};
-use super::mailbox::{Mailbox, Outcome};
+use super::mailbox::{Letter, Mailbox, Outcome};
 use super::{UblkError, system_error};
 use crate::units::SECTOR;
-use crate::volume::{Located, Piece, Volume, VolumeError};
+use crate::volume::Volume;
 
 /// `user_data` of the poll on the mailbox's eventfd; a tag is below 4096.
 const MAILBOX: u64 = u64::MAX;
@@ -97,29 +98,17 @@ fn make_ring(depth: u16) -> io::Result<()> {
     .map_err(system_error)
 }
 
-/// Memory that a submitted commit points to: dropped after the enter that issued it.
-enum Held {
-    /// The volume's guards.
-    Pieces(#[allow(dead_code, reason = "kept alive, not read")] Vec<Piece>),
-    /// A gathered request; goes back to the pool.
-    Scratch(Vec<u8>),
-}
-
 struct Worker<'a> {
     context: &'a QueueContext,
     queue: &'a UblkQueue<'a>,
-    mailbox: Arc<Mailbox>,
+    mailbox: Arc<Mailbox<Letter>>,
     /// Per tag: the wait that is open, if any.
     waiting: Vec<Option<u32>>,
     /// Number of the last wait.
     ticket: u32,
     /// Tags that the driver still holds or that we work on.
     live: u32,
-    held: Vec<Held>,
-    /// Scratch buffers not lent to a commit.
-    pool: Vec<Vec<u8>>,
-    /// Where the data of a refused write go; never read.
-    refuse: Vec<u8>,
+    answers: Answers,
     /// Kernels before 6.4 know the commands by number only.
     command_mask: u32,
 }
@@ -132,13 +121,11 @@ impl<'a> Worker<'a> {
         let mut worker = Self {
             context,
             queue,
-            mailbox: Arc::new(Mailbox::new(context.counters.clone())?),
+            mailbox: Arc::new(Mailbox::new()?),
             waiting: vec![None; info.queue_depth.into()],
             ticket: 0,
             live: 0,
-            held: Vec::new(),
-            pool: Vec::new(),
-            refuse: Vec::new(),
+            answers: Answers::new(context.zeros.clone()),
             command_mask: if encoded { u32::MAX } else { 0xff },
         };
         worker.poll_mailbox()?;
@@ -184,6 +171,7 @@ impl<'a> Worker<'a> {
             return if cqueue::more(flags) { Ok(()) } else { self.poll_mailbox() };
         }
         let Ok(tag) = u16::try_from(data) else { return Ok(()) };
+        count(&self.context.counters.completions, 1);
         match u32::try_from(result) {
             Ok(sys::UBLK_IO_RES_OK) => self.request(tag),
             Ok(sys::UBLK_IO_RES_NEED_GET_DATA) => self.let_write_in(tag),
@@ -204,129 +192,65 @@ impl<'a> Worker<'a> {
 
     /// A new request stands in the tag's descriptor.
     fn request(&mut self, tag: u16) -> io::Result<()> {
-        let descriptor = *self.queue.get_iod(tag);
-        match descriptor.op_flags & 0xff {
-            sys::UBLK_IO_OP_READ => self.read(tag),
+        let counters = &self.context.counters;
+        let verdict = match self.queue.get_iod(tag).op_flags & 0xff {
+            sys::UBLK_IO_OP_READ => return self.read(tag),
             // Nothing is ever dirty.
-            sys::UBLK_IO_OP_FLUSH => self.commit(tag, self.zero_address(), 0),
-            sys::UBLK_IO_OP_WRITE => self.refuse(tag, libc::EROFS),
-            _ => self.refuse(tag, libc::EOPNOTSUPP),
-        }
+            sys::UBLK_IO_OP_FLUSH => self.answers.done(),
+            sys::UBLK_IO_OP_WRITE => self.answers.refused(counters, libc::EROFS),
+            _ => self.answers.refused(counters, libc::EOPNOTSUPP),
+        };
+        self.carry_out(tag, &verdict)
+    }
+
+    /// The range in bytes that the tag's descriptor asks for.
+    fn range(&self, tag: u16) -> (u64, usize) {
+        let descriptor = self.queue.get_iod(tag);
+        let len = descriptor.nr_sectors as usize * SECTOR as usize;
+        (descriptor.start_sector.saturating_mul(SECTOR), len)
     }
 
     fn read(&mut self, tag: u16) -> io::Result<()> {
-        let descriptor = self.queue.get_iod(tag);
-        let (offset, len) = (
-            descriptor.start_sector.saturating_mul(SECTOR),
-            descriptor.nr_sectors as usize * SECTOR as usize,
-        );
-        let ticket = self.ticket.wrapping_add(1);
-        self.ticket = ticket;
-        let mailbox = &self.mailbox;
-        match self.context.volume.locate(offset, len, &mut || mailbox.waiter(tag, ticket)) {
-            Ok(Located::Ready(pieces)) => self.commit_pieces(tag, offset, len, pieces),
-            Ok(Located::Pending) => {
-                count(&self.context.counters.pending, 1);
-                self.waiting[usize::from(tag)] = Some(ticket);
-                Ok(())
-            }
-            Err(error) => self.fail(tag, Some(&error)),
+        let range = self.range(tag);
+        self.ticket = self.ticket.wrapping_add(1);
+        let (mailbox, ticket) = (&self.mailbox, self.ticket);
+        let context = self.context;
+        let verdict = self.answers.read(&*context.volume, &context.counters, range, &mut || {
+            mailbox.waiter(&context.counters, (0, tag), ticket)
+        });
+        if verdict == Verdict::Wait {
+            self.waiting[usize::from(tag)] = Some(ticket);
         }
+        self.carry_out(tag, &verdict)
     }
 
     /// The volume has answered a wait.
     fn resume(&mut self, tag: u16, outcome: Outcome) -> io::Result<()> {
-        match outcome {
-            Outcome::Ready => self.read(tag),
-            Outcome::Failed(error) => self.fail(tag, Some(&error)),
-            Outcome::Forgotten => self.fail(tag, None),
-        }
-    }
-
-    fn fail(&mut self, tag: u16, error: Option<&VolumeError>) -> io::Result<()> {
-        let descriptor = self.queue.get_iod(tag);
-        let offset = descriptor.start_sector.saturating_mul(SECTOR);
-        let bytes = u64::from(descriptor.nr_sectors) * SECTOR;
-        match error {
-            Some(error) => tracing::error!(
-                offset,
-                bytes,
-                error = error as &dyn std::error::Error,
-                "A read of the disk failed"
-            ),
-            None => tracing::error!(
-                offset,
-                bytes,
-                "A read of the disk failed: the volume forgot its waiter"
-            ),
-        }
-        count(&self.context.counters.errors, 1);
-        self.commit(tag, self.zero_address(), -libc::EIO)
-    }
-
-    /// Answers a read: full length, or an error, never short (the driver takes a short answer for
-    /// a full one in some modes, and asks again for ever in others).
-    fn commit_pieces(
-        &mut self,
-        tag: u16,
-        offset: u64,
-        len: usize,
-        pieces: Vec<Piece>,
-    ) -> io::Result<()> {
-        let counters = &self.context.counters;
-        let Ok(result) = i32::try_from(len) else { return self.fail(tag, None) };
-        if pieces.iter().map(Piece::len).sum::<usize>() != len {
-            tracing::error!(offset, len, "The volume answered with a wrong length");
-            return self.fail(tag, None);
-        }
-        count(&counters.reads, 1);
-        count(&counters.bytes, len as u64);
-        if pieces.iter().all(|piece| piece.bytes().is_none()) && len <= self.context.zeros.len() {
-            count(&counters.zero, 1);
-            return self.commit(tag, self.zero_address(), result);
-        }
-        if let Some(address) = one_run(&pieces) {
-            count(&counters.direct, 1);
-            self.held.push(Held::Pieces(pieces));
-            return self.commit(tag, address, result);
-        }
-        count(&counters.gathered, 1);
-        let mut scratch = self.pool.pop().unwrap_or_default();
-        scratch.resize(scratch.len().max(len), 0);
-        let mut rest = scratch.as_mut_slice();
-        for piece in &pieces {
-            let (part, tail) = rest.split_at_mut(piece.len());
-            piece.copy_to(part);
-            rest = tail;
-        }
-        let address = scratch.as_ptr() as u64;
-        self.held.push(Held::Scratch(scratch));
-        self.commit(tag, address, result)
+        let error = match outcome {
+            Outcome::Ready => return self.read(tag),
+            Outcome::Failed(error) => Some(error),
+            Outcome::Forgotten => None,
+        };
+        let range = self.range(tag);
+        let verdict = self.answers.failed(&self.context.counters, range, error.as_ref());
+        self.carry_out(tag, &verdict)
     }
 
     /// A write was announced. It can only be refused once its data have been taken, so they go into
     /// a buffer that nobody reads.
     fn let_write_in(&mut self, tag: u16) -> io::Result<()> {
-        if self.refuse.is_empty() {
-            self.refuse = vec![0; self.context.zeros.len()];
-        }
-        let address = self.refuse.as_mut_ptr() as u64;
+        let address = self.answers.bin();
         self.command(tag, sys::UBLK_U_IO_NEED_GET_DATA, address, 0)
     }
 
-    fn refuse(&mut self, tag: u16, errno: i32) -> io::Result<()> {
-        count(&self.context.counters.refused, 1);
-        self.commit(tag, self.zero_address(), -errno)
-    }
-
-    /// Ends the tag's request and arms the tag again. The address must not be 0 for a read, whatever
-    /// the result is.
-    fn commit(&mut self, tag: u16, address: u64, result: i32) -> io::Result<()> {
-        self.command(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, address, result)
-    }
-
-    fn zero_address(&self) -> u64 {
-        self.context.zeros.as_ptr() as u64
+    /// Ends the tag's request and arms the tag again.
+    fn carry_out(&mut self, tag: u16, verdict: &Verdict) -> io::Result<()> {
+        match *verdict {
+            Verdict::Commit { address, result } => {
+                self.command(tag, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, address, result)
+            }
+            Verdict::Wait => Ok(()),
+        }
     }
 
     /// `struct ublksrv_io_cmd` of `ublk_cmd.h`: queue, tag, result, address.
@@ -336,6 +260,7 @@ impl<'a> Worker<'a> {
         body[2..4].copy_from_slice(&tag.to_ne_bytes());
         body[4..8].copy_from_slice(&result.to_ne_bytes());
         body[8..16].copy_from_slice(&address.to_ne_bytes());
+        count(&self.context.counters.submissions, 1);
         // Fixed file 0 is the device's character node (registered by UblkQueue::new).
         let entry =
             opcode::UringCmd16::new(types::Fixed(0), op & self.command_mask).cmd(body).build();
@@ -353,10 +278,9 @@ impl<'a> Worker<'a> {
             let pushed = with_task_io_ring_mut(|ring| {
                 // SAFETY: the only memory an entry points to is the address of a COMMIT (read by the
                 // kernel) or of NEED_GET_DATA (written), both only while the entry is issued, which
-                // happens inside `enter`. A COMMIT's address lies in `self.held`, which is dropped only
-                // after the submission queue was seen empty, or in `context.zeros`, which outlives the
-                // worker. NEED_GET_DATA's lies in `self.refuse`, which is never resized once it is not
-                // empty, is never read, and outlives the last enter. The poll names the eventfd by
+                // happens inside `enter`. What a COMMIT's address points to is kept by `self.answers` until
+                // the submission queue was seen empty, or is its zero area, which outlives the worker; so
+                // does the bin that NEED_GET_DATA writes to, which is never resized or read. The poll names the eventfd by
                 // number; the mailbox is dropped after the last enter of this worker, and a closed number
                 // could only wake us for nothing. FETCH has no address.
                 unsafe { ring.submission().push(entry) }
@@ -372,7 +296,6 @@ impl<'a> Worker<'a> {
     /// Issues what was pushed and waits for `want` completions (0 or 1), then lets go of the memory
     /// that the issued commits pointed to.
     fn enter(&mut self, want: usize) -> io::Result<()> {
-        count(&self.context.counters.enters, 1);
         let issued = with_task_io_ring_mut(|ring| {
             match ring.submit_and_wait(want) {
                 Ok(_) => {}
@@ -387,50 +310,8 @@ impl<'a> Worker<'a> {
             Ok(ring.submission().is_empty())
         })?;
         if issued {
-            for held in self.held.drain(..) {
-                if let Held::Scratch(buffer) = held {
-                    self.pool.push(buffer);
-                }
-            }
-            // One buffer stays warm; a burst's worth of them would stay for ever.
-            self.pool.truncate(4);
+            self.answers.issued();
         }
         Ok(())
-    }
-}
-
-/// Address of the bytes if all pieces lie one after the other in memory.
-fn one_run(pieces: &[Piece]) -> Option<u64> {
-    let mut pieces = pieces.iter().filter(|piece| !piece.is_empty());
-    let first = pieces.next()?.bytes()?.as_ptr_range();
-    let mut end = first.end;
-    for piece in pieces {
-        let next = piece.bytes()?.as_ptr_range();
-        if next.start != end {
-            return None;
-        }
-        end = next.end;
-    }
-    Some(first.start as u64)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn memory(guard: &Arc<Vec<u8>>, range: std::ops::Range<usize>) -> Piece {
-        Piece::Memory { guard: guard.clone(), range }
-    }
-
-    #[test]
-    fn only_neighbours_in_memory_are_committed_together() {
-        let bytes = Arc::new(vec![1_u8; 4096]);
-        let base = bytes.as_ptr() as u64;
-        assert_eq!(one_run(&[memory(&bytes, 8..16)]), Some(base + 8));
-        assert_eq!(one_run(&[memory(&bytes, 8..16), memory(&bytes, 16..99)]), Some(base + 8));
-        assert_eq!(one_run(&[memory(&bytes, 8..16), memory(&bytes, 17..99)]), None);
-        assert_eq!(one_run(&[memory(&bytes, 8..16), Piece::Zero(8)]), None);
-        assert_eq!(one_run(&[Piece::Zero(8), memory(&bytes, 8..16)]), None);
-        assert_eq!(one_run(&[]), None);
     }
 }

@@ -1,0 +1,245 @@
+//! Commands to the driver about a device: add, set up, start, stop, delete.
+//!
+//! A command is a 32-byte `ublksrv_ctrl_cmd` in a large submission entry on the control node, and may sleep;
+//! the caller waits for it. Each [`Control`] has a ring of its own, so any thread may have one.
+//!
+//! `unsafe` is needed to push an entry that points to the command's buffer. The buffer is borrowed until
+//! the completion has been seen, which [`Control::command`] never returns without.
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use libublk::sys;
+use rustix::thread::CpuSet;
+
+use super::{UblkError, probe};
+
+/// Number of the kernel's device, and what the driver made of what we asked for.
+pub(super) type DeviceInfo = sys::ublksrv_ctrl_dev_info;
+
+/// An open control node.
+pub(super) struct Control {
+    ring: IoUring<squeue::Entry128, cqueue::Entry>,
+    node: File,
+    /// Kernels before 6.4 know the commands by number only.
+    mask: u32,
+    /// What the driver offers; `None` before 6.5.
+    features: Option<u64>,
+}
+
+impl Control {
+    /// Opens the control node.
+    ///
+    /// # Errors
+    /// [`UblkError::Control`]: no root, no ring, no descriptors.
+    pub(super) fn open() -> Result<Self, UblkError> {
+        let refused = |what| move |source| UblkError::Control { what, source };
+        let node = OpenOptions::new().read(true).write(true).open(probe::CONTROL);
+        let node = node.map_err(refused("open its control node"))?;
+        let ring = IoUring::builder().build(4).map_err(refused("make a control ring"))?;
+        let mut control = Self { ring, node, mask: u32::MAX, features: None };
+        let mut features = [0; 8];
+        // Known from 6.5 on, and since 6.4 the others have their long numbers.
+        match control.command(sys::UBLK_U_CMD_GET_FEATURES, 0, 0, &mut features) {
+            Ok(()) => control.features = Some(u64::from_ne_bytes(features)),
+            Err(_) => control.mask = 0xff,
+        }
+        Ok(control)
+    }
+
+    /// What the driver offers; `None` before it could say (6.5).
+    pub(super) fn features(&self) -> Option<u64> {
+        self.features
+    }
+
+    /// Adds a device like `info` and reads back what it became. The kernel chooses the number.
+    pub(super) fn add(&mut self, info: &mut DeviceInfo) -> Result<(), UblkError> {
+        info.dev_id = u32::MAX;
+        let mut bytes = [0; size_of::<DeviceInfo>()];
+        put_info(&mut bytes, info);
+        let command = sys::UBLK_U_CMD_ADD_DEV;
+        self.queue_command(command, (u32::MAX, u16::MAX), 0, &mut bytes)
+            .map_err(|source| UblkError::Control { what: "add a device", source })?;
+        get_info(&bytes, info);
+        Ok(())
+    }
+
+    /// Sets the parameters of a device that was not started.
+    pub(super) fn set_params(
+        &mut self,
+        id: u32,
+        params: &sys::ublk_params,
+    ) -> Result<(), UblkError> {
+        let mut bytes = [0; size_of::<sys::ublk_params>()];
+        put_params(&mut bytes, params);
+        self.ask("set its parameters", sys::UBLK_U_CMD_SET_PARAMS, id, 0, &mut bytes)
+    }
+
+    /// Starts a device all of whose tags are armed; comes back when the kernel shows the disk.
+    pub(super) fn start(&mut self, id: u32) -> Result<(), UblkError> {
+        let pid = u64::from(std::process::id());
+        self.ask("start the device", sys::UBLK_U_CMD_START_DEV, id, pid, &mut [])
+    }
+
+    /// Stops a device; comes back when no request is under way and all tags are back.
+    pub(super) fn stop(&mut self, id: u32) -> Result<(), UblkError> {
+        self.ask("stop the device", sys::UBLK_U_CMD_STOP_DEV, id, 0, &mut [])
+    }
+
+    /// Deletes a device. Where the kernel can (6.6+), somebody who still has the block node open is not
+    /// waited for.
+    pub(super) fn delete(&mut self, id: u32) -> Result<(), UblkError> {
+        let deleted = self.command(sys::UBLK_U_CMD_DEL_DEV_ASYNC, id, 0, &mut []);
+        let deleted = deleted.or_else(|_| self.command(sys::UBLK_U_CMD_DEL_DEV, id, 0, &mut []));
+        match deleted {
+            Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
+                Err(UblkError::Control { what: "delete the device", source: error })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The CPUs whose requests go to a queue; none if the kernel does not say.
+    pub(super) fn affinity(&mut self, id: u32, queue: u16) -> Option<CpuSet> {
+        // The driver wants room for all CPUs that the kernel can have.
+        let mut bits = [0; 1024];
+        let data = u64::from(queue);
+        self.command(sys::UBLK_U_CMD_GET_QUEUE_AFFINITY, id, data, &mut bits).ok()?;
+        let mut set = CpuSet::new();
+        let cpus = (0..CpuSet::MAX_CPU.min(bits.len() * 8))
+            .filter(|cpu| bits[cpu / 8] >> (cpu % 8) & 1 == 1);
+        let mut any = false;
+        for cpu in cpus {
+            set.set(cpu);
+            any = true;
+        }
+        any.then_some(set)
+    }
+
+    fn ask(
+        &mut self,
+        what: &'static str,
+        op: u32,
+        id: u32,
+        data: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), UblkError> {
+        self.command(op, id, data, buffer).map_err(|source| UblkError::Control { what, source })
+    }
+
+    fn command(&mut self, op: u32, id: u32, data: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.queue_command(op, (id, u16::MAX), data, buffer)
+    }
+
+    /// `struct ublksrv_ctrl_cmd` of `ublk_cmd.h`: device, queue, length and address of a buffer, a word.
+    fn queue_command(
+        &mut self,
+        op: u32,
+        (id, queue): (u32, u16),
+        data: u64,
+        buffer: &mut [u8],
+    ) -> io::Result<()> {
+        let mut body = [0; 80];
+        body[0..4].copy_from_slice(&id.to_ne_bytes());
+        body[4..6].copy_from_slice(&queue.to_ne_bytes());
+        let len = u16::try_from(buffer.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        body[6..8].copy_from_slice(&len.to_ne_bytes());
+        if len > 0 {
+            body[8..16].copy_from_slice(&(buffer.as_mut_ptr() as u64).to_ne_bytes());
+        }
+        body[16..24].copy_from_slice(&data.to_ne_bytes());
+        let node = types::Fd(self.node.as_raw_fd());
+        let entry = opcode::UringCmd80::new(node, op & self.mask).cmd(body).build();
+        // SAFETY: the entry points to `buffer`, which stays borrowed until its completion has been seen
+        // below; nothing else is ever in this ring.
+        unsafe { self.ring.submission().push(&entry) }
+            .map_err(|_| io::Error::other("the control ring is full"))?;
+        let result = loop {
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                // The entry may be under way: it must not be left there with our buffer.
+                Err(error) => {
+                    tracing::warn!(%error, "Waiting for the ublk driver");
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+            }
+            if let Some(completion) = self.ring.completion().next() {
+                break completion.result();
+            }
+        };
+        if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
+    }
+}
+
+/// Fields of `struct ublksrv_ctrl_dev_info`, in their places.
+fn put_info(bytes: &mut [u8; size_of::<DeviceInfo>()], info: &DeviceInfo) {
+    bytes[0..2].copy_from_slice(&info.nr_hw_queues.to_ne_bytes());
+    bytes[2..4].copy_from_slice(&info.queue_depth.to_ne_bytes());
+    bytes[8..12].copy_from_slice(&info.max_io_buf_bytes.to_ne_bytes());
+    bytes[12..16].copy_from_slice(&info.dev_id.to_ne_bytes());
+    bytes[16..20].copy_from_slice(&info.ublksrv_pid.to_ne_bytes());
+    bytes[24..32].copy_from_slice(&info.flags.to_ne_bytes());
+}
+
+fn get_info(bytes: &[u8; size_of::<DeviceInfo>()], info: &mut DeviceInfo) {
+    let [a, b, c, d, _, _, _, _, e, f, g, h, i, j, k, l, ..] = *bytes;
+    info.nr_hw_queues = u16::from_ne_bytes([a, b]);
+    info.queue_depth = u16::from_ne_bytes([c, d]);
+    info.max_io_buf_bytes = u32::from_ne_bytes([e, f, g, h]);
+    info.dev_id = u32::from_ne_bytes([i, j, k, l]);
+    let mut flags = [0; 8];
+    flags.copy_from_slice(&bytes[24..32]);
+    info.flags = u64::from_ne_bytes(flags);
+}
+
+/// Fields of `struct ublk_params` and of its basic part, in their places.
+fn put_params(bytes: &mut [u8; size_of::<sys::ublk_params>()], params: &sys::ublk_params) {
+    let basic = &params.basic;
+    let len = bytes.len() as u32;
+    bytes[0..4].copy_from_slice(&len.to_ne_bytes());
+    bytes[4..8].copy_from_slice(&params.types.to_ne_bytes());
+    bytes[8..12].copy_from_slice(&basic.attrs.to_ne_bytes());
+    bytes[12..16].copy_from_slice(&[
+        basic.logical_bs_shift,
+        basic.physical_bs_shift,
+        basic.io_opt_shift,
+        basic.io_min_shift,
+    ]);
+    bytes[16..20].copy_from_slice(&basic.max_sectors.to_ne_bytes());
+    bytes[20..24].copy_from_slice(&basic.chunk_sectors.to_ne_bytes());
+    bytes[24..32].copy_from_slice(&basic.dev_sectors.to_ne_bytes());
+    bytes[32..40].copy_from_slice(&basic.virt_boundary_mask.to_ne_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn the_driver_finds_every_field_where_its_header_has_it() {
+        assert_eq!(size_of::<DeviceInfo>(), 64);
+        assert_eq!(offset_of!(DeviceInfo, nr_hw_queues), 0);
+        assert_eq!(offset_of!(DeviceInfo, queue_depth), 2);
+        assert_eq!(offset_of!(DeviceInfo, max_io_buf_bytes), 8);
+        assert_eq!(offset_of!(DeviceInfo, dev_id), 12);
+        assert_eq!(offset_of!(DeviceInfo, ublksrv_pid), 16);
+        assert_eq!(offset_of!(DeviceInfo, flags), 24);
+        assert_eq!(offset_of!(sys::ublk_params, types), 4);
+        let basic = offset_of!(sys::ublk_params, basic);
+        assert_eq!(basic, 8);
+        assert_eq!(offset_of!(sys::ublk_param_basic, logical_bs_shift), 4);
+        assert_eq!(offset_of!(sys::ublk_param_basic, physical_bs_shift), 5);
+        assert_eq!(offset_of!(sys::ublk_param_basic, io_opt_shift), 6);
+        assert_eq!(offset_of!(sys::ublk_param_basic, io_min_shift), 7);
+        assert_eq!(offset_of!(sys::ublk_param_basic, max_sectors), 8);
+        assert_eq!(offset_of!(sys::ublk_param_basic, chunk_sectors), 12);
+        assert_eq!(offset_of!(sys::ublk_param_basic, dev_sectors), 16);
+        assert_eq!(offset_of!(sys::ublk_param_basic, virt_boundary_mask), 24);
+    }
+}

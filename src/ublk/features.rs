@@ -1,0 +1,58 @@
+//! What is asked of a kernel's ublk, by what it offers.
+//!
+//! | kernel | offers | what we do |
+//! |---|---|---|
+//! | 6.1 | no list of features | the flags every driver knows; commands by number |
+//! | 6.5 | `GET_FEATURES` | as offered |
+//! | 6.6 | `DEL_DEV_ASYNC` | a device goes although somebody has its node open |
+//! | 7.0 | `NO_AUTO_PART_SCAN` | no reads of the partition scan, and nobody who waits for them at the start |
+//!
+//! `NEED_GET_DATA` is never given up: without it a stray write would be copied to the address of the
+//! tag's last commit, that is, into the cache. What is not asked for: user copy and the zero copy modes,
+//! which turn the copy at commit time off; batches of commands (7.0), which know no `NEED_GET_DATA`.
+
+use libublk::sys;
+
+use super::UblkError;
+
+/// Flags for `ADD_DEV`, where the driver lists `offered`; `None` before it could (6.5).
+pub(super) fn wanted(offered: Option<u64>) -> u64 {
+    let needed = u64::from(sys::UBLK_F_NEED_GET_DATA);
+    let helpful = u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE | sys::UBLK_F_NO_AUTO_PART_SCAN);
+    needed | offered.map_or(0, |offered| offered & helpful)
+}
+
+/// Whether a device that became what `flags` say may be used.
+///
+/// # Errors
+/// [`UblkError::Control`] when the driver took away what is needed.
+pub(super) fn check(flags: u64) -> Result<(), UblkError> {
+    if flags & u64::from(sys::UBLK_F_NEED_GET_DATA) != 0 {
+        return Ok(());
+    }
+    let source = std::io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+    Err(UblkError::Control { what: "announce writes (UBLK_F_NEED_GET_DATA)", source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Masks as the drivers of these kernels report them.
+    #[test]
+    fn each_kernel_is_asked_for_what_it_has() {
+        let need = u64::from(sys::UBLK_F_NEED_GET_DATA);
+        let encode = u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE);
+        let no_scan = u64::from(sys::UBLK_F_NO_AUTO_PART_SCAN);
+        for (kernel, offered, flags) in [
+            ("6.1", None, need),
+            ("6.12", Some(0x1fe), need | encode),
+            ("6.16", Some(0x3fff), need | encode),
+            ("7.3", Some(0x1f_ffff), need | encode | no_scan),
+        ] {
+            assert_eq!(wanted(offered), flags, "{kernel}");
+            assert!(check(flags).is_ok());
+        }
+        assert!(check(encode).is_err());
+    }
+}

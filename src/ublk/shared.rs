@@ -1,0 +1,141 @@
+//! A device whose queues the [shared threads](super::mux) serve.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use libublk::sys;
+
+use super::UblkError;
+use super::control::{Control, DeviceInfo};
+use super::counters::QueueCounters;
+use super::device::{Running, UblkOptions, wait_for_node, without_scheduler};
+use super::features;
+use super::mux::{Mux, NewQueue, wait_until_gone};
+use crate::volume::Volume;
+
+/// How long to wait for the character node: devtmpfs makes it at once, udev on a busy host later.
+const NODE_SECONDS: u64 = 10;
+
+/// A device on the shared threads.
+pub(super) struct SharedThreads {
+    id: u32,
+    mux: Arc<Mux>,
+    gone: Receiver<()>,
+}
+
+impl SharedThreads {
+    /// Creates and starts a device; nothing is left behind on an error.
+    pub(super) fn start(
+        volume: &Arc<dyn Volume>,
+        options: &UblkOptions,
+        counters: &Arc<QueueCounters>,
+    ) -> Result<Self, UblkError> {
+        let mut control = Control::open()?;
+        let mut info = DeviceInfo {
+            nr_hw_queues: options.queues,
+            queue_depth: options.depth,
+            max_io_buf_bytes: options.chunk,
+            ublksrv_pid: std::process::id() as i32,
+            flags: features::wanted(control.features()),
+            ..DeviceInfo::default()
+        };
+        control.add(&mut info)?;
+        let (gone_sender, gone) = unbounded();
+        let device = Self { id: info.dev_id, mux: Mux::shared(), gone };
+        let served = device.serve(&mut control, &info, volume, options, counters, gone_sender);
+        match served {
+            Ok(()) => Ok(device),
+            Err(error) => {
+                // What was begun is taken back; why it failed is what matters.
+                let _ = device.end(&mut control);
+                Err(error)
+            }
+        }
+    }
+
+    fn serve(
+        &self,
+        control: &mut Control,
+        info: &DeviceInfo,
+        volume: &Arc<dyn Volume>,
+        options: &UblkOptions,
+        counters: &Arc<QueueCounters>,
+        gone: Sender<()>,
+    ) -> Result<(), UblkError> {
+        features::check(info.flags)?;
+        control.set_params(self.id, &options.params(&**volume))?;
+        let node = Arc::new(open_node(self.id)?);
+        let (armed, arming) = channel();
+        for number in 0..info.nr_hw_queues {
+            self.mux.serve(NewQueue {
+                number,
+                depth: info.queue_depth,
+                longest: options.chunk as usize,
+                encoded: info.flags & u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) != 0,
+                node: node.clone(),
+                volume: volume.clone(),
+                counters: counters.clone(),
+                cpus: control.affinity(self.id, number),
+                armed: armed.clone(),
+                gone: gone.clone(),
+            })?;
+        }
+        drop((armed, gone, node));
+        // START waits until all tags are armed, so it must not be sent when one is missing.
+        for queue in 0..info.nr_hw_queues {
+            let armed = arming.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()));
+            armed.map_err(|source| UblkError::Queue { queue, what: "arming its tags", source })?;
+        }
+        control.start(self.id)?;
+        wait_for_node(self.id)?;
+        without_scheduler(self.id);
+        Ok(())
+    }
+
+    /// Also for a device that never started: STOP takes the armed tags back.
+    fn end(self, control: &mut Control) -> Result<(), UblkError> {
+        let stopped = control.stop(self.id);
+        if stopped.is_ok() {
+            // The deletion would wait for whoever has the character node open or mapped.
+            wait_until_gone(&self.gone);
+        }
+        let deleted = control.delete(self.id);
+        stopped.and(deleted)
+    }
+}
+
+impl Running for SharedThreads {
+    fn id(&self) -> u32 {
+        self.id
+    }
+
+    fn stop(self: Box<Self>) -> Result<(), UblkError> {
+        let mut control = Control::open()?;
+        self.end(&mut control)
+    }
+}
+
+/// Opens the device's character node once it is there.
+fn open_node(id: u32) -> Result<File, UblkError> {
+    let path = format!("/dev/ublkc{id}");
+    let until = Instant::now() + Duration::from_secs(NODE_SECONDS);
+    loop {
+        match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(node) => return Ok(node),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(UblkError::Control {
+                    what: "open the character device",
+                    source: error,
+                });
+            }
+            Err(_) if Instant::now() >= until => {
+                return Err(UblkError::Node { path, seconds: NODE_SECONDS });
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+}
