@@ -81,6 +81,9 @@ const SHARDS: usize = 32;
 /// Blobs known, open or not, from which on those are forgotten of which nothing is left.
 const MANY_BLOBS: usize = 1024;
 
+/// Share of the budget that one reader's read-ahead may take: several readers fit beside what is used.
+const AHEAD_SHARE: u64 = 8;
+
 /// Bytes given up at most for one chunk, as a multiple of its own: more only means that readers hold
 /// pieces everywhere, and then the heap is cheaper than an empty cache.
 const WORTH: u64 = 8;
@@ -89,6 +92,8 @@ const WORTH: u64 = 8;
 pub struct Cache {
     chunks: Arc<Chunks>,
     fetcher: Fetcher,
+    /// Bytes that may be decoded ahead of a reader.
+    ahead: u64,
 }
 
 impl Cache {
@@ -104,7 +109,7 @@ impl Cache {
     pub fn with(options: CacheOptions) -> Arc<Self> {
         let chunks = Arc::new(Chunks::new(options.budget));
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
-        Arc::new(Self { chunks, fetcher })
+        Arc::new(Self { chunks, fetcher, ahead: options.budget / AHEAD_SHARE })
     }
 
     /// The blob whose chunks `source` makes, or the one of the same identity that is open already.
@@ -162,6 +167,20 @@ impl Batch<'_> {
     /// The chunk, or a promise to call a waiter. `waiter` is called to make one only if the answer is
     /// [`Lookup::Pending`]; it must not use the cache, one of whose locks is held meanwhile.
     pub fn get(
+        &mut self,
+        blob: &Arc<Blob>,
+        index: u32,
+        waiter: &mut dyn FnMut() -> ChunkWaiter,
+    ) -> Lookup {
+        let ahead = blob.touched(index, self.cache.ahead);
+        let lookup = self.look_up(blob, index, waiter);
+        if !ahead.is_empty() {
+            self.prefetch(blob, ahead);
+        }
+        lookup
+    }
+
+    fn look_up(
         &mut self,
         blob: &Arc<Blob>,
         index: u32,

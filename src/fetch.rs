@@ -17,14 +17,18 @@
 //!
 //! # Contents
 //!
+//! * [`ahead`]   which chunks will probably be asked for next
+//! * [`depth`]   how much to keep on its way
 //! * [`blob`]    a blob with everything that is known of where its bytes are
 //! * [`queue`]   what is wanted, and what goes together
 //! * `crew`      the fetch threads
 //! * `run`       the buffers of one request
 //! * `inflate`   the workers
 
+pub mod ahead;
 pub mod blob;
 mod crew;
+pub mod depth;
 mod inflate;
 pub mod queue;
 mod run;

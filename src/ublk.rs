@@ -70,6 +70,34 @@ pub use device::{QueueDriver, UblkDevice, UblkOptions};
 
 use thiserror::Error;
 
+/// Stops many devices, several at a time: for most of the time that a device takes to stop, the kernel
+/// waits (for readers of freed memory), and it can wait for several at once.
+///
+/// # Errors
+/// The first refusal; the other devices are stopped all the same.
+pub fn stop_all(devices: Vec<UblkDevice>) -> Result<(), UblkError> {
+    let rest = std::sync::Mutex::new(devices.into_iter());
+    let next = || rest.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+    std::thread::scope(|scope| {
+        let stop = || {
+            let mut result = Ok(());
+            while let Some(device) = next() {
+                let stopped = device.stop();
+                result = result.and(stopped);
+            }
+            result
+        };
+        let stoppers: Vec<_> = (0..STOPPERS).map(|_| scope.spawn(stop)).collect();
+        let results = stoppers
+            .into_iter()
+            .map(|stopper| stopper.join().unwrap_or(Err(UblkError::ControlThreadGone)));
+        results.fold(Ok(()), Result::and)
+    })
+}
+
+/// Devices that are stopped at the same time.
+const STOPPERS: usize = 8;
+
 /// Why a ublk device could not be made or removed.
 #[derive(Debug, Error)]
 pub enum UblkError {

@@ -46,6 +46,9 @@ pub struct DaemonOptions {
 pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), DaemonError> {
     let run_dir = &options.run_dir;
     enter_namespace()?;
+    if let Err(error) = raise_descriptor_limit() {
+        tracing::warn!(%error, "The limit of descriptors stays: few devices can be served");
+    }
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -93,6 +96,17 @@ fn enter_namespace() -> Result<(), DaemonError> {
         .and_then(|()| mount_change("/", slave))
         .map_err(io::Error::from)
         .map_err(step("enter a mount namespace of its own, away from", "/"))
+}
+
+/// Every device takes a few descriptors, and the usual limit of 1024 is for programs that use `select`.
+///
+/// # Errors
+/// The system's refusal; the limit is then as it was.
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    Ok(setrlimit(Resource::Nofile, limit)?)
 }
 
 fn lock(run_dir: &Path) -> Result<File, DaemonError> {

@@ -1,8 +1,12 @@
 //! A blob, with everything that is known of where its bytes are.
 
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use super::ahead::Streams;
+use super::depth::Depth;
 use crate::chunk::ChunkSource;
 
 /// A chunk of a blob, where the blob has a number for its identity.
@@ -22,11 +26,22 @@ pub struct Blob {
     held: Arc<AtomicU64>,
     /// The chunk that was asked for last.
     last: AtomicU32,
+    /// What of it is read in order.
+    streams: Mutex<Streams>,
+    /// What the line to it is like.
+    depth: Mutex<Depth>,
 }
 
 impl Blob {
     pub(crate) fn new(number: u32, source: Arc<dyn ChunkSource>, held: Arc<AtomicU64>) -> Self {
-        Self { number, source, held, last: AtomicU32::new(u32::MAX) }
+        Self {
+            number,
+            source,
+            held,
+            last: AtomicU32::new(u32::MAX),
+            streams: Mutex::default(),
+            depth: Mutex::default(),
+        }
     }
 
     /// What its chunks are made of.
@@ -57,10 +72,35 @@ impl Blob {
         self.source.blob().is_local()
     }
 
-    /// Notes which chunk is asked for. Whether it is another one than before.
-    pub(crate) fn moves_to(&self, chunk: u32) -> bool {
+    /// Notes which chunk is asked for. Says which others will probably be next, if they are not all
+    /// asked for already; `room` is what the cache can spare for them in bytes.
+    pub(crate) fn touched(&self, chunk: u32, room: u64) -> Range<u32> {
         // A read first: the cache line stays shared between cores as long as nothing moves.
-        self.last.load(Ordering::Relaxed) != chunk
-            && self.last.swap(chunk, Ordering::Relaxed) != chunk
+        if self.last.load(Ordering::Relaxed) == chunk
+            || self.last.swap(chunk, Ordering::Relaxed) == chunk
+        {
+            return 0..0;
+        }
+        let decoded = self.source.room(chunk).max(1) as u64;
+        let most = if self.source.blob().is_local() {
+            AHEAD_LOCALLY
+        } else {
+            let encoded = self.source.encoded(chunk).map_or(1, |place| place.len().max(1)) as u64;
+            (lock(&self.depth).bytes() / encoded).max(1)
+        };
+        let most = u32::try_from(most.min(room / decoded)).unwrap_or(u32::MAX);
+        lock(&self.streams).touched(chunk, most, self.source.chunk_count())
+    }
+
+    /// A request for this blob has ended.
+    pub(super) fn measured(&self, bytes: u64, wait: Duration, whole: Duration, beside: usize) {
+        lock(&self.depth).measured(bytes, wait, whole, beside);
     }
 }
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Chunks ahead in a local file: there is no delay to hide, but a second core to use.
+const AHEAD_LOCALLY: u64 = 4;

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use super::queue::{Limit, Queue, Taken, Wanted};
 use super::run::ChunkRun;
@@ -100,6 +101,12 @@ impl Crew {
         }
     }
 
+    /// Requests under way, at least the caller's own.
+    fn busy(&self) -> usize {
+        let state = self.lock();
+        (state.threads.len() - state.idle.min(state.threads.len())).max(1)
+    }
+
     fn done(&self, class: Class) {
         let mut state = self.lock();
         state.ahead -= usize::from(class > Class::Demand);
@@ -182,11 +189,15 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
     count(if demand { &counters.demand_requests } else { &counters.ahead_requests }, 1);
     let (Some(first), Some(last)) = (places.first(), places.last()) else { return };
     let range = first.range.start..last.range.end;
+    let bytes = range.end - range.start;
+    let begun = Instant::now();
     let mut run = ChunkRun::new(shared, taken, &places);
     match source.blob().read_run(range, taken.class, &mut run) {
         Ok(()) => {
             // Chunks of nothing but a shared byte are whole by now and must be asked for to be seen.
             let _ = run.room();
+            let wait = run.first_byte().map_or(begun.elapsed(), |first| first - begun);
+            taken.blob.measured(bytes, wait, begun.elapsed(), shared.crew.busy() - 1);
         }
         Err(error) => {
             let error = Arc::new(ChunkError::from(error));

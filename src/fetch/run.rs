@@ -1,6 +1,7 @@
 //! The buffers of one request: each chunk's own, filled one after the other.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::inflate::{Input, Job};
 use super::queue::{Taken, Wanted};
@@ -19,12 +20,19 @@ pub(super) struct ChunkRun<'a> {
     done: usize,
     /// Last byte of the chunk before: chunks begin within a byte where others end, and both have it.
     seam: Option<u8>,
+    /// When the first byte came.
+    first: Option<Instant>,
 }
 
 impl<'a> ChunkRun<'a> {
     /// `places` are those of the chunks of `taken`.
     pub(super) fn new(shared: &'a Arc<Shared>, taken: &'a Taken, places: &'a [Encoded]) -> Self {
-        Self { shared, taken, places, current: None, done: 0, seam: None }
+        Self { shared, taken, places, current: None, done: 0, seam: None, first: None }
+    }
+
+    /// When the first byte came.
+    pub(super) fn first_byte(&self) -> Option<Instant> {
+        self.first
     }
 
     /// The chunks that were not handed on.
@@ -84,6 +92,7 @@ impl Run for ChunkRun<'_> {
     }
 
     fn filled(&mut self, bytes: usize) {
+        self.first.get_or_insert_with(Instant::now);
         if let Some((encoded, at)) = self.current.take() {
             if at + bytes < encoded.bytes().len() {
                 self.current = Some((encoded, at + bytes));

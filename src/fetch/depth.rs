@@ -1,0 +1,112 @@
+//! How much to keep on its way: bandwidth times delay, from what requests took.
+//!
+//! A reader is never kept waiting if what it will read is asked for one round trip before it gets there;
+//! at full speed that is the line's bandwidth times its delay. Twice that much leaves room for both to
+//! vary. Less would leave the line idle, more would only be in the way of what turns out to be needed.
+//!
+//! Delay is the shortest wait for a first byte seen lately, as longer ones are queueing; bandwidth the
+//! mean over requests, weighted to the last few, of what came while one was read, times how many were
+//! under way at once. Pure: whoever asks brings the time.
+
+use std::time::Duration;
+
+/// Before anything was measured: 2.5 MB, a gigabit times 20 ms.
+const AT_FIRST: u64 = 2_500_000;
+/// Bounds: one request's worth, and what the cache can spare.
+const LEAST: u64 = 1 << 20;
+const MOST: u64 = 32 << 20;
+/// Weight of a new measurement of bandwidth: of the last eight requests or so.
+const WEIGHT: f64 = 0.125;
+/// Requests after which the shortest delay is looked for anew: routes change.
+const DELAY_WINDOW: u32 = 64;
+
+/// What is known of the line to one blob's host.
+#[derive(Clone, Debug)]
+pub struct Depth {
+    /// Bytes a second; 0 before the first request.
+    bandwidth: f64,
+    delay: Duration,
+    /// The shortest in the present window, which becomes `delay` at its end.
+    shortest: Duration,
+    requests: u32,
+}
+
+impl Default for Depth {
+    fn default() -> Self {
+        Self { bandwidth: 0.0, delay: Duration::MAX, shortest: Duration::MAX, requests: 0 }
+    }
+}
+
+impl Depth {
+    /// A request brought `bytes`: the first after `wait`, the last after `whole`, while `beside` others
+    /// were under way.
+    pub fn measured(&mut self, bytes: u64, wait: Duration, whole: Duration, beside: usize) {
+        self.shortest = self.shortest.min(wait);
+        self.delay = self.delay.min(wait);
+        self.requests += 1;
+        if self.requests.is_multiple_of(DELAY_WINDOW) {
+            self.delay = self.shortest;
+            self.shortest = Duration::MAX;
+        }
+        // A few KiB come in one packet and say nothing.
+        let seconds = whole.saturating_sub(wait).as_secs_f64();
+        if bytes >= 64 << 10 && seconds > 0.0 {
+            let now = bytes as f64 / seconds * (beside + 1) as f64;
+            self.bandwidth = if self.bandwidth == 0.0 {
+                now
+            } else {
+                self.bandwidth + (now - self.bandwidth) * WEIGHT
+            };
+        }
+    }
+
+    /// Encoded bytes to keep on their way to one reader.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        if self.bandwidth == 0.0 || self.delay == Duration::MAX {
+            return AT_FIRST;
+        }
+        let product = self.bandwidth * self.delay.as_secs_f64();
+        (2.0 * product).clamp(LEAST as f64, MOST as f64) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(bytes: u64, wait_ms: u64, whole_ms: u64, times: usize) -> Depth {
+        let mut depth = Depth::default();
+        for _ in 0..times {
+            depth.measured(
+                bytes,
+                Duration::from_millis(wait_ms),
+                Duration::from_millis(whole_ms),
+                0,
+            );
+        }
+        depth
+    }
+
+    #[test]
+    fn it_is_twice_bandwidth_times_delay_within_bounds() {
+        assert_eq!(Depth::default().bytes(), AT_FIRST);
+        // 1 MB in 8 ms is a gigabit: times 20 ms 2.5 MB.
+        assert_eq!(after(1_000_000, 20, 28, 1).bytes(), 5_000_000);
+        assert_eq!(after(1_000_000, 1, 9, 10).bytes(), LEAST);
+        assert_eq!(after(10_000_000, 300, 310, 10).bytes(), MOST);
+        // Small answers tell the delay only.
+        assert_eq!(after(100, 20, 28, 5).bytes(), AT_FIRST);
+    }
+
+    #[test]
+    fn queueing_is_not_taken_for_delay_and_a_longer_route_is_noticed() {
+        let mut depth = after(1_000_000, 20, 28, 1);
+        depth.measured(1_000_000, Duration::from_millis(900), Duration::from_millis(908), 0);
+        assert_eq!(depth.bytes(), 5_000_000);
+        for _ in 0..2 * DELAY_WINDOW {
+            depth.measured(1_000_000, Duration::from_millis(40), Duration::from_millis(48), 0);
+        }
+        assert!(depth.bytes().abs_diff(10_000_000) < 1000, "{}", depth.bytes());
+    }
+}
