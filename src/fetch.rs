@@ -8,7 +8,7 @@
 //! demand goes first there too. It decodes straight into the cache's memory, after the checksums have
 //! been compared; then everyone who waits is told.
 //!
-//! What is near needs no fetch thread: a chunk of a local file, or one that the disk [`tier`](crate::tier)
+//! What is near needs no fetch thread: a chunk of a local file, or one that the disk tier
 //! has, goes to the workers at once, who read it themselves.
 //!
 //! Bytes that fail their checksum are not an error yet. The tier forgets them, the source is told not

@@ -133,7 +133,7 @@ impl MetaImages {
             .map_err(|source| MetaError::Local { dir: self.local.clone(), source })?;
         match self.in_local_store(plain) {
             Some(image) => Ok(image),
-            None => self.build(plain, Arc::new(store), progress),
+            None => self.build(plain, &(Arc::new(store) as Arc<dyn ImageStore>), progress),
         }
     }
 
@@ -159,7 +159,7 @@ impl MetaImages {
     fn build(
         &self,
         plain: &Plain<'_>,
-        store: Arc<dyn ImageStore>,
+        store: &Arc<dyn ImageStore>,
         progress: &dyn Progress,
     ) -> Result<MetaImage, MetaError> {
         let keep = |error| MetaError::Keep(Box::new(error));
@@ -172,7 +172,7 @@ impl MetaImages {
         };
         let built = convert_image(&**plain.store, plain.stored, &options, progress)
             .map_err(|error| MetaError::Build(Box::new(error)))?;
-        put(&*store, Some(&local_tag(&plain.stored.digest)), &built).map_err(keep)?;
+        put(&**store, Some(&local_tag(&plain.stored.digest)), &built).map_err(keep)?;
         if self.publish {
             publish(plain, &built).map_err(keep)?;
         }
@@ -181,7 +181,7 @@ impl MetaImages {
             digest: Digest::of(&built.manifest),
             bytes: built.manifest,
         };
-        fitting(plain, &store, stored, Found::Built).ok_or_else(|| MetaError::Local {
+        fitting(plain, store, stored, Found::Built).ok_or_else(|| MetaError::Local {
             dir: self.local.clone(),
             source: io::Error::other("what was built does not fit the image"),
         })

@@ -69,7 +69,7 @@ impl ImageOpener for HostImages {
         &self,
         request: &AttachRequest,
     ) -> Result<daemon::Opened, Box<dyn Error + Send + Sync>> {
-        let cache = self.cache.get_or_init(|| new_cache()).clone();
+        let cache = self.cache.get_or_init(new_cache).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
         let meter = Arc::new(Meter::default());
