@@ -30,7 +30,7 @@ use thiserror::Error;
 pub use layer::{Layer, LayerKind, Uuid};
 pub use mapping::Mapping;
 pub use stack::{Extent, Place, Run, Stack};
-pub use writer::{Identity, NativeWriter, WarpWriter};
+pub use writer::{Identity, NativeWriter, ScatteredWriter, WarpWriter};
 
 use crate::source::SourceError;
 use crate::units::{Bytes, Sectors};
