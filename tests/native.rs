@@ -6,6 +6,10 @@
 mod host;
 mod image;
 mod listing;
+#[path = "registry_double/real.rs"]
+mod real;
+mod registry_double;
+mod serve;
 
 use std::fs;
 use std::io::Write as _;
@@ -17,8 +21,12 @@ use image::{
     refused, tar_of, upper,
 };
 use listing::{differences, list};
+use registry_double::Double;
 use serde_json::{Value, json};
-use turbobd::oci::Digest;
+use serve::serve;
+use turbobd::oci::{Digest, RepositoryName};
+use turbobd::registry::{Client, ClientOptions};
+use turbobd::store;
 
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_TAR: &str = "application/vnd.docker.image.rootfs.diff.tar";
@@ -403,4 +411,74 @@ fn an_uncompressed_layer_gives_the_same_native_layer_as_a_compressed_one_but_for
         assert_eq!(images.layer("obd", 0), plain.layer("obd", 0));
     }
     assert_eq!(gunzip(&gzip(&lower())), lower());
+}
+
+/// Converts `latest` of a repository to `obd` and `turbo`.
+fn convert_in(repository: &str, more: &[&str]) -> String {
+    let mut args = vec!["convert", "-r", repository, "-i", "latest", "--overlaybd", "obd"];
+    args.extend(["--turboOCI", "turbo", "--vsize", "1"]);
+    args.extend(more);
+    done(&args)
+}
+
+#[test]
+fn in_a_registry_a_second_conversion_reads_no_layer_and_another_repository_mounts_them() {
+    let images = Images::sample();
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    serve(&images, &registry, "team/other");
+    let (app, other) =
+        (format!("{}/team/app", registry.host()), format!("{}/team/other", registry.host()));
+    let digests = convert_in(&app, &[]);
+    let sources = [0, 1].map(|number| images.layer("latest", number).parse::<Digest>().unwrap());
+    assert!(sources.iter().all(|source| registry.traffic(source).0 > 0));
+    registry.clear_log();
+    assert_eq!(convert_in(&app, &[]), digests);
+    assert!(sources.iter().all(|source| registry.traffic(source) == (0, 0)));
+    // Only the manifests are put anew.
+    assert_eq!(registry.count("PUT /v2/team/app/blobs"), 0);
+
+    let (obd, turbo) = (format!("{app}:obd"), format!("{app}:turbo"));
+    assert_eq!(convert_in(&other, &["--reuse", &obd, "--reuse", &turbo]), digests);
+    assert!(sources.iter().all(|source| registry.traffic(source) == (0, 0)));
+    assert_eq!(registry.count("mount="), 4, "two layers of each form");
+    assert_eq!(registry.count("PUT /v2/team/other/blobs"), 2, "the two configs");
+    images_are_equal(&app, &other);
+}
+
+/// Copies the image `latest` into a repository.
+fn push(images: &Images, repository: &str) {
+    let client = Client::new(ClientOptions::default()).unwrap();
+    let place: RepositoryName = repository.parse().unwrap();
+    let into = store::create_repository(&place, &client).unwrap();
+    let manifest = images.manifest("latest");
+    for blob in manifest["layers"].as_array().unwrap().iter().chain([&manifest["config"]]) {
+        into.put_blob(&images.blob(blob["digest"].as_str().unwrap())).unwrap();
+    }
+    let bytes = images.blob(images.tagged("latest")["digest"].as_str().unwrap());
+    into.put_manifest(Some("latest"), OCI_MANIFEST, &bytes).unwrap();
+}
+
+fn images_are_equal(one: &str, other: &str) {
+    for tag in ["obd", "turbo"] {
+        assert_eq!(content(&format!("{one}:{tag}")), content(&format!("{other}:{tag}")));
+    }
+}
+
+#[test]
+fn the_reference_registry_takes_native_layers_and_mounts_them() {
+    let Some(registry) = real::start() else { return };
+    let images = Images::sample();
+    let place = images.place();
+    let (app, other) =
+        (format!("{}/team/app", registry.host()), format!("{}/team/other", registry.host()));
+    for to in [&app, &other] {
+        push(&images, to);
+    }
+    let digests = convert_in(&app, &[]);
+    convert_in(&place, &[]);
+    assert_eq!(content(&format!("{app}:obd")), content(&images.name("obd")));
+    let (obd, turbo) = (format!("{app}:obd"), format!("{app}:turbo"));
+    assert_eq!(convert_in(&other, &["--reuse", &obd, "--reuse", &turbo]), digests);
+    images_are_equal(&app, &other);
 }
