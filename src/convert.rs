@@ -205,6 +205,9 @@ pub enum LayerError {
     /// The tree cannot be written as ext4.
     #[error(transparent)]
     Ext4(#[from] crate::ext4::Ext4Error),
+    /// A writable layer cannot be committed.
+    #[error(transparent)]
+    Writable(#[from] Box<crate::lsmt::WritableError>),
     /// The result breaks a limit of LSMT.
     #[error(transparent)]
     Lsmt(#[from] crate::lsmt::LsmtError),

@@ -33,12 +33,8 @@ pub(super) struct Args {
     /// Tag of the native overlaybd image to make, which holds all data.
     #[arg(short = 'o', long = "overlaybd", visible_alias = "output-tag", value_name = "TAG")]
     native: Option<String>,
-    /// Compression of a native image.
-    #[arg(long, value_name = "NAME", default_value = "lz4", value_parser = ["lz4", "zstd"])]
-    algorithm: String,
-    /// Block size of a native image in KiB: 4, 8, 16, 32, or 64, which only fits what compresses everywhere.
-    #[arg(long, value_name = "KIB", default_value = "4", value_parser = ["4", "8", "16", "32", "64"])]
-    bs: String,
+    #[command(flatten)]
+    compression: Compression,
     /// Where native layers lie until they are stored; else the system's folder for temporary files.
     #[arg(short, long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -81,6 +77,27 @@ pub(super) struct Args {
     registry: registry::Args,
     #[command(flatten)]
     upstream: UpstreamOnly,
+}
+
+/// How a native layer is compressed.
+#[derive(Debug, clap::Args)]
+pub(super) struct Compression {
+    /// Compression of a native layer.
+    #[arg(long, value_name = "NAME", default_value = "lz4", value_parser = ["lz4", "zstd"])]
+    algorithm: String,
+    /// Block size of a native layer in KiB: 4, 8, 16, 32, or 64, which only fits what compresses everywhere.
+    #[arg(long, value_name = "KIB", default_value = "4", value_parser = ["4", "8", "16", "32", "64"])]
+    bs: String,
+}
+
+impl Compression {
+    /// The same for the writer.
+    pub(super) fn zfile(&self) -> zfile::Options {
+        let algo = if self.algorithm == "zstd" { zfile::Algo::Zstd } else { zfile::Algo::Lz4 };
+        // clap has let nothing else through.
+        let block_size = self.bs.parse::<u32>().map_or(4096, |kib| kib << 10);
+        zfile::Options { algo, block_size, ..zfile::Options::default() }
+    }
 }
 
 /// Flags of upstream's `convertor` that mean nothing here, or nothing yet: a script that passes them
@@ -134,14 +151,6 @@ impl UpstreamOnly {
 }
 
 impl Args {
-    /// How a native image is compressed.
-    fn zfile(&self) -> zfile::Options {
-        let algo = if self.algorithm == "zstd" { zfile::Algo::Zstd } else { zfile::Algo::Lz4 };
-        // clap has let nothing else through.
-        let block_size = self.bs.parse::<u32>().map_or(4096, |kib| kib << 10);
-        zfile::Options { algo, block_size, ..zfile::Options::default() }
-    }
-
     /// Layers that were converted before.
     fn known_layers(
         &self,
@@ -224,7 +233,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             .transpose()
             .map_err(Failure::because)?,
         turbo: args.turbo_oci.is_some() || args.native.is_none(),
-        native: args.native.as_ref().map(|_| args.zfile()),
+        native: args.native.as_ref().map(|_| args.compression.zfile()),
         work_dir: args.dir.clone(),
     };
     if let Some(dir) = &args.dir {

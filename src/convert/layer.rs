@@ -27,6 +27,7 @@ use crate::units::Bytes;
 use crate::zfile;
 use bytes::{Bytes as Piece, BytesMut};
 use crossbeam_channel::{Receiver, Sender, bounded};
+use sha2::{Digest as _, Sha256};
 
 /// Bytes read at a time: large enough that a piece costs nothing to pass on.
 const PIECE: usize = 256 << 10;
@@ -99,7 +100,7 @@ pub struct LayerSizes {
 
 /// What the stream of one layer yielded, before anything is written.
 struct Streamed {
-    hasher: SegmentHasher,
+    hasher: BlobHasher,
     parsed: Result<Parsed, LayerError>,
 }
 
@@ -166,8 +167,8 @@ pub(super) fn convert_layer(
         return Err(LayerError::Mismatch { got, got_size, want_size: descriptor.size });
     }
     let mut parsed = streamed.parsed?;
-    if let Some(index) = &mut parsed.index {
-        streamed.hasher.finish(index)?;
+    if let (Some(index), BlobHasher::Segments(hasher)) = (&mut parsed.index, streamed.hasher) {
+        hasher.finish(index)?;
     }
     let tar_len = parsed.tar_len.get();
     let blocks = image.commit_layer(tree)?;
@@ -233,19 +234,55 @@ fn read_pieces(mut blob: Box<dyn Read + Send>, pieces: &Sender<Piece>) -> std::i
 /// A piece that the scan has passed, and the segment boundaries it made final.
 struct Scanned {
     piece: Piece,
+    /// Whether there will be boundaries.
+    indexed: bool,
     boundaries: Vec<Boundary>,
 }
 
-/// Thread 3: SHA-256 of the blob and of each segment.
-fn hash_pieces(scanned: &Receiver<Scanned>) -> SegmentHasher {
-    let mut hasher = SegmentHasher::new();
-    for Scanned { piece, boundaries } in scanned {
-        hasher.push(piece);
-        for boundary in boundaries {
-            hasher.boundary(boundary);
+/// The SHA-256 of a blob, and of its segments where they are wanted. Finding segments keeps the pieces
+/// until the next boundary, so a blob without boundaries must not be hashed that way.
+enum BlobHasher {
+    Segments(SegmentHasher),
+    Whole(Sha256, u64),
+}
+
+impl BlobHasher {
+    /// Digest and length in bytes.
+    fn whole(&self) -> (Digest, u64) {
+        match self {
+            BlobHasher::Segments(hasher) => hasher.whole(),
+            BlobHasher::Whole(hasher, len) => (Digest::from_hasher(hasher.clone()), *len),
         }
     }
-    hasher
+
+    fn push(&mut self, scanned: Scanned) {
+        match self {
+            BlobHasher::Segments(hasher) => {
+                hasher.push(scanned.piece);
+                for boundary in scanned.boundaries {
+                    hasher.boundary(boundary);
+                }
+            }
+            BlobHasher::Whole(hasher, len) => {
+                hasher.update(&scanned.piece);
+                *len += scanned.piece.len() as u64;
+            }
+        }
+    }
+}
+
+/// Thread 3: SHA-256 of the blob and of each segment.
+fn hash_pieces(scanned: &Receiver<Scanned>) -> BlobHasher {
+    let mut hasher = None;
+    for scanned in scanned {
+        let indexed = scanned.indexed;
+        let hasher = hasher.get_or_insert_with(|| match indexed {
+            true => BlobHasher::Segments(SegmentHasher::new()),
+            false => BlobHasher::Whole(Sha256::new(), 0),
+        });
+        hasher.push(scanned);
+    }
+    hasher.unwrap_or_else(|| BlobHasher::Whole(Sha256::new(), 0))
 }
 
 /// Thread 2, the caller's: scan, parse, apply; then pass the piece on.
@@ -266,7 +303,8 @@ fn parse_pieces(
                 Err(error) => failed = Some(error),
             }
         }
-        let _ = hashed.send(Scanned { piece, boundaries }); // gone only if it panicked, which join tells
+        let indexed = parser.indexes();
+        let _ = hashed.send(Scanned { piece, indexed, boundaries }); // gone only if it panicked, which join tells
     }
     if let Some(error) = failed {
         return Err(error);
@@ -296,7 +334,10 @@ impl<'t> LayerParser<'t> {
         Self {
             encoding: None,
             turbo,
-            scanner: Scanner::new(gzip::ScanOptions { span: options.span }),
+            // Without an index there is no need to look for its checkpoints.
+            scanner: Scanner::new(gzip::ScanOptions {
+                span: if turbo { options.span } else { gzip::MAX_SPAN },
+            }),
             unzstd: None,
             tar: tar::Parser::with_data(),
             apply: LayerApply::new(tree),
@@ -332,6 +373,11 @@ impl<'t> LayerParser<'t> {
                 none => none.insert(Unzstd::new()?).feed(piece, &mut sink),
             },
         }
+    }
+
+    /// Whether the layer gets an index, so that its segments are to be hashed.
+    fn indexes(&self) -> bool {
+        self.turbo && self.encoding == Some(TargetEncoding::Gzip)
     }
 
     fn take_boundaries(&mut self) -> Vec<Boundary> {

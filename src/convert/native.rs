@@ -36,11 +36,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::LayerError;
 use crate::ext4::LayerBlocks;
-use crate::lsmt::{Identity, ScatteredWriter, Uuid};
+use crate::lsmt::{Identity, ScatteredWriter, Uuid, WritableLayer};
 use crate::oci::Digest;
 use crate::units::Bytes;
 use crate::zfile::{self, ParallelWriter, wrap};
-use payload::Payload;
+use payload::{Payload, Stored};
 
 /// Bytes in front of the `ZFile` in a tar of form A.
 const HEAD: u64 = 1536;
@@ -67,13 +67,7 @@ pub(super) struct NativeBuilder {
 impl NativeBuilder {
     /// Begins a layer in an unnamed file in `dir`.
     pub(super) fn begin(layer: NativeLayer, dir: Option<&Path>) -> Result<Self, LayerError> {
-        let dir: PathBuf = dir.map_or_else(std::env::temp_dir, Path::to_path_buf);
-        let work_file = |source| LayerError::WorkFile { dir: dir.clone(), source };
-        let mut file = tempfile::tempfile_in(&dir).map_err(work_file)?;
-        // The real head needs the length, which is known at the end.
-        file.write_all(&[0; HEAD as usize]).map_err(work_file)?;
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let zfile = ParallelWriter::new(file, layer.zfile, threads)?;
+        let zfile = begin_blob(layer.zfile, dir)?;
         let lsmt = ScatteredWriter::new(zfile, layer.virtual_size, layer.identity)?;
         Ok(Self { payload: Payload::new(lsmt), has_lower: layer.has_lower })
     }
@@ -91,14 +85,49 @@ impl NativeBuilder {
     /// Writes metadata and index and completes the blob.
     pub(super) fn finish(self, blocks: &LayerBlocks) -> Result<Unhashed, LayerError> {
         let (zfile, stored) = self.payload.finish(blocks, self.has_lower)?;
-        let (mut file, summary) = zfile.finish()?;
-        let out = |error: io::Error| LayerError::ZFile(error.into());
-        wrap::write_tail(summary.len, &mut file).map_err(out)?;
-        let len = file.stream_position().map_err(out)?;
-        file.seek(SeekFrom::Start(0)).map_err(out)?;
-        file.write_all(&wrap::head(summary.len)).map_err(out)?;
-        Ok(Unhashed { file, len, plain: summary.original_size, stored })
+        complete_blob(zfile, stored)
     }
+}
+
+/// A blob in an unnamed file in `dir`; the LSMT stream of a layer is written to it.
+fn begin_blob(
+    options: zfile::Options,
+    dir: Option<&Path>,
+) -> Result<ParallelWriter<File>, LayerError> {
+    let dir: PathBuf = dir.map_or_else(std::env::temp_dir, Path::to_path_buf);
+    let work_file = |source| LayerError::WorkFile { dir: dir.clone(), source };
+    let mut file = tempfile::tempfile_in(&dir).map_err(work_file)?;
+    // The real head needs the length, which is known at the end.
+    file.write_all(&[0; HEAD as usize]).map_err(work_file)?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(ParallelWriter::new(file, options, threads)?)
+}
+
+/// Ends the `ZFile` and puts the tar around it.
+fn complete_blob(zfile: ParallelWriter<File>, stored: Stored) -> Result<Unhashed, LayerError> {
+    let (mut file, summary) = zfile.finish()?;
+    let out = |error: io::Error| LayerError::ZFile(error.into());
+    wrap::write_tail(summary.len, &mut file).map_err(out)?;
+    let len = file.stream_position().map_err(out)?;
+    file.seek(SeekFrom::Start(0)).map_err(out)?;
+    file.write_all(&wrap::head(summary.len)).map_err(out)?;
+    Ok(Unhashed { file, len, plain: summary.original_size, stored })
+}
+
+/// Makes a native layer's blob of what a writable layer holds.
+///
+/// # Errors
+/// [`LayerError`]; the writable layer stays as it is.
+pub fn commit_layer(
+    layer: &mut WritableLayer,
+    virtual_size: Bytes,
+    identity: Identity,
+    options: zfile::Options,
+    dir: Option<&Path>,
+) -> Result<NativeBlob, LayerError> {
+    let zfile = begin_blob(options, dir)?;
+    let zfile = layer.commit(zfile, virtual_size, identity).map_err(Box::new)?;
+    complete_blob(zfile, Stored::default())?.hash()?.done()
 }
 
 /// The identities of native layers over these unpacked layers: the first half of each one's OCI chain id, as
