@@ -88,7 +88,8 @@ type Outcome = Result<ExitCode, Failure>;
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.verbose);
+    let serves = matches!(cli.command, Command::Daemon(_) | Command::Attach(_));
+    log_to_stderr(cli.verbose, serves);
     let (name, outcome) = match cli.command {
         Command::Convert(args) => ("convert", convert::run(&args)),
         Command::Attach(args) => ("attach", attach::run(&args)),
@@ -109,11 +110,13 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// `RUST_LOG` wins over `-v`.
-fn log_to_stderr(verbose: u8) {
+/// `RUST_LOG` wins over `-v`. What was mended by fetching it again is news for who keeps the log of a server;
+/// a command that reads an image tells only what it could not mend, as its one error.
+fn log_to_stderr(verbose: u8, serves: bool) {
     // fuser warns of each request that a read-only file has no use for.
     let level = match verbose {
-        0 => "warn,fuser=error",
+        0 if serves => "warn,fuser=error",
+        0 => "warn,turbobd::fetch=error,fuser=error",
         1 => "turbobd=info,warn,fuser=error",
         _ => "turbobd=debug,info",
     };
