@@ -10,6 +10,7 @@ mod convert;
 mod daemon;
 mod detach;
 mod doctor;
+mod explain;
 mod export;
 mod inspect;
 mod ls;
@@ -45,6 +46,8 @@ enum Command {
     Detach(detach::Args),
     /// List the devices of this host.
     Ls(ls::Args),
+    /// Say where a file or byte of a device comes from, and what a device waits for.
+    Explain(explain::Args),
     /// Read an image's whole virtual disk without any kernel.
     Export(export::Args),
     /// Say what an image is: layers, sizes, indexes.
@@ -94,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Attach(args) => ("attach", attach::run(&args)),
         Command::Detach(args) => ("detach", detach::run(&args)),
         Command::Ls(args) => ("ls", ls::run(&args)),
+        Command::Explain(args) => ("explain", explain::run(&args)),
         Command::Export(args) => ("export", export::run(&args)),
         Command::Inspect(args) => ("inspect", inspect::run(&args)),
         Command::Check(args) => ("check", check::run(&args)),

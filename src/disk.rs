@@ -16,10 +16,12 @@
 //! its last block, and anything else is refused when the disk is opened.
 //!
 //! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration,
-//! [`digest`] what a disk contains, independent of how it is stored, [`scan`] reading all of it.
+//! [`digest`] what a disk contains, independent of how it is stored, [`scan`] reading all of it,
+//! [`explain`] where a byte comes from, for people.
 
 pub mod config;
 pub mod digest;
+pub mod explain;
 mod gather;
 pub mod image;
 mod leases;

@@ -35,6 +35,7 @@
 //! * [`ublk`]     the block device: one `io_uring` worker a queue
 //! * [`looped`]   the same disk as one FUSE file under a loop device
 //! * [`daemon`]   the devices of this host and the socket to ask for more
+//! * [`metrics`]  what all of them count, and the page on which others read it
 //! * [`doctor`]   what this host can do, and the remedy for what it cannot
 //! * [`cli`]      one file a command
 
@@ -55,6 +56,7 @@ pub mod gzip;
 pub mod looped;
 pub mod lsmt;
 pub mod meta;
+pub mod metrics;
 pub mod oci;
 pub mod registry;
 pub mod source;

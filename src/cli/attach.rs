@@ -9,7 +9,9 @@ use clap::ValueEnum;
 
 use super::daemon::HostImages;
 use super::{Failure, Outcome, opener};
-use crate::daemon::{AttachRequest, Client, Frontend, Table, mounts, protocol, signals::Signals};
+use crate::daemon::{
+    AttachRequest, Client, Frontend, ReadPolicy, Table, mounts, protocol, signals::Signals,
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -87,7 +89,7 @@ fn serve_here(args: &Args, request: &AttachRequest, start: Instant) -> Outcome {
     let mut signals = Signals::new().map_err(Failure::because)?;
     let run_dir = protocol::run_dir();
     std::fs::create_dir_all(&run_dir).map_err(Failure::because)?;
-    let table = Table::new(run_dir, Arc::new(HostImages::new()));
+    let table = Table::new(run_dir, Arc::new(HostImages::new()), ReadPolicy::default());
     let (device, note) = table.attach(request).map_err(Failure::because)?;
     if let Some(note) = note {
         eprintln!("turbobd: attach: {note}");

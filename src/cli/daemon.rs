@@ -2,16 +2,15 @@
 
 use std::error::Error;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::{Failure, Outcome, opener};
 use crate::cache::{Cache, CacheOptions};
-use crate::daemon::{
-    self, AttachRequest, Client, DaemonOptions, ImageOpener, IoCounters, protocol,
-};
+use crate::daemon::{self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, protocol};
 use crate::fetch::FetchOptions;
-use crate::store::Meter;
+use crate::metrics::upstream::Totals;
+use crate::metrics::{Page, names};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -41,7 +40,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             names.join(", ")
         )));
     }
-    let options = DaemonOptions { run_dir, auto: args.auto };
+    let options = DaemonOptions { run_dir, auto: args.auto, ..DaemonOptions::default() };
     daemon::run(&options, Arc::new(HostImages::new())).map_err(Failure::because)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -72,18 +71,35 @@ impl ImageOpener for HostImages {
         let cache = self.cache.get_or_init(new_cache).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
-        let meter = Arc::new(Meter::default());
-        let opened = args.open_metered(cache.clone(), meter.clone()).map_err(Box::new)?;
+        let opened = args.open(cache).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
-        let counters = move || IoCounters {
-            fetched: meter.bytes.load(Ordering::Relaxed),
-            cached: cache.stats().bytes,
-            errors: meter.errors.load(Ordering::Relaxed),
-        };
+        let disk = Arc::new(opened.disk);
         Ok(daemon::Opened {
-            volume: Arc::new(opened.disk),
+            volume: disk.clone(),
             name: request.image.clone(),
-            counters: Arc::new(counters),
+            view: Arc::new(DiskView::new(disk)),
         })
+    }
+
+    /// Each part with the table of its names: see [`names`].
+    fn observe(&self, page: &mut Page) {
+        let Some(cache) = self.cache.get() else { return };
+        page.put(names::CACHE, &cache.stats(), &[]);
+        page.put(names::FETCH, &**cache.fetched(), &[]);
+    }
+
+    fn downloaded(&self) -> Totals {
+        self.cache.get().map_or_else(Totals::default, |cache| {
+            let fetched = cache.fetched();
+            let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+            Totals {
+                reads: get(&fetched.demand_requests) + get(&fetched.ahead_requests),
+                bytes: get(&fetched.bytes),
+            }
+        })
+    }
+
+    fn take_longest_download(&self) -> u64 {
+        self.cache.get().map_or(0, |cache| cache.fetched().whole.take_longest())
     }
 }

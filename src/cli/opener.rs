@@ -8,7 +8,7 @@ use crate::cache::Cache;
 use crate::disk::image::{GzipTargets, LayerInfo, OpenedImage, host_manifest, open_image};
 use crate::disk::{Disk, config};
 use crate::oci::{Digest, ImageName, RepositoryName, annotations};
-use crate::store::{self, ImageStore, Meter, Metered};
+use crate::store::{self, ImageStore};
 
 /// An image, by name or by upstream's device config.
 #[derive(Clone, Debug, clap::Args, serde::Serialize, serde::Deserialize)]
@@ -65,17 +65,8 @@ impl Args {
 
     /// Opens it over `cache`.
     pub(super) fn open(&self, cache: Arc<Cache>) -> Result<Opened, Failure> {
-        self.open_metered(cache, Arc::default())
-    }
-
-    /// Opens it over `cache`, counting what is read of the original blobs.
-    pub(super) fn open_metered(
-        &self,
-        cache: Arc<Cache>,
-        meter: Arc<Meter>,
-    ) -> Result<Opened, Failure> {
         match (&self.image, &self.config) {
-            (Some(image), _) => self.open_image(image, cache, meter),
+            (Some(image), _) => self.open_image(image, cache),
             (None, Some(path)) => {
                 let disk = config::open(path, cache, &GzipTargets).map_err(Failure::because)?;
                 Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None })
@@ -86,12 +77,7 @@ impl Args {
         }
     }
 
-    fn open_image(
-        &self,
-        image: &str,
-        cache: Arc<Cache>,
-        meter: Arc<Meter>,
-    ) -> Result<Opened, Failure> {
+    fn open_image(&self, image: &str, cache: Arc<Cache>) -> Result<Opened, Failure> {
         let client = self.registry.client()?;
         let image: ImageName = image.parse().map_err(Failure::usage)?;
         let (store, selector) = store::open(&image, &client).map_err(Failure::because)?;
@@ -103,7 +89,6 @@ impl Args {
                 store::open_repository(&origin, &client).map_err(Failure::because)?
             }
         };
-        let targets: Arc<dyn ImageStore> = Arc::new(Metered::new(targets, meter));
         let OpenedImage { layers, disk } =
             open_image(&*store, &*targets, &manifest, cache).map_err(Failure::because)?;
         Ok(Opened { disk, layers, digest: Some(stored.digest), targets: Some(targets) })

@@ -197,7 +197,10 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
             // Chunks of nothing but a shared byte are whole by now and must be asked for to be seen.
             let _ = run.room();
             let wait = run.first_byte().map_or(begun.elapsed(), |first| first - begun);
-            taken.blob.measured(bytes, wait, begun.elapsed(), shared.crew.busy() - 1);
+            let whole = begun.elapsed();
+            counters.first_byte.add(wait);
+            counters.whole.add(whole);
+            taken.blob.measured(bytes, wait, whole, shared.crew.busy() - 1);
         }
         Err(error) => {
             let error = Arc::new(ChunkError::from(error));
