@@ -49,7 +49,7 @@ pub use protocol::{AttachRequest, DeviceRecord, Frontend, find};
 pub use server::{DaemonOptions, run};
 pub use table::{DeviceReading, Table};
 pub use view::{DiskView, ImageView, IoCounters};
-pub use waits::{OnError, ReadPolicy, WaitReading};
+pub use waits::{ReadPolicy, WaitReading};
 
 /// An image that can be served.
 pub struct Opened {

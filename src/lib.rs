@@ -37,6 +37,7 @@
 //! * [`daemon`]   the devices of this host and the socket to ask for more
 //! * [`metrics`]  what all of them count, and the page on which others read it
 //! * [`doctor`]   what this host can do, and the remedy for what it cannot
+//! * [`config`]   the service configuration: overlaybd's keys and ours
 //! * [`cli`]      one file a command
 
 // Tests may unwrap and panic; what input can reach may not.
@@ -46,6 +47,7 @@
 pub mod cache;
 pub mod chunk;
 pub mod cli;
+pub mod config;
 pub mod convert;
 pub mod daemon;
 pub mod disk;

@@ -5,10 +5,15 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use super::{Failure, Outcome, opener};
+use super::registry::Clients;
+use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
-use crate::daemon::{self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, protocol};
+use crate::config::ServiceConfig;
+use crate::daemon::{
+    self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, ReadPolicy, protocol,
+};
 use crate::fetch::FetchOptions;
+use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
 
@@ -23,7 +28,7 @@ pub(super) struct Args {
 }
 
 /// Serves until it is told to end, or tells the one that does.
-pub(super) fn run(args: &Args) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
         let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
@@ -40,8 +45,14 @@ pub(super) fn run(args: &Args) -> Outcome {
             names.join(", ")
         )));
     }
-    let options = DaemonOptions { run_dir, auto: args.auto, ..DaemonOptions::default() };
-    daemon::run(&options, Arc::new(HostImages::new())).map_err(Failure::because)?;
+    let images = Arc::new(HostImages::new(service.load()?));
+    let options = DaemonOptions {
+        run_dir,
+        auto: args.auto,
+        reads: images.read_policy(),
+        exporter: images.exporter(),
+    };
+    daemon::run(&options, images).map_err(Failure::because)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -50,17 +61,39 @@ pub(super) struct HostImages {
     /// Made at the first attach: the daemon must be alone in its process until it has entered its
     /// mount namespace.
     cache: OnceLock<Arc<Cache>>,
+    /// Settings of this host, read once.
+    config: Arc<ServiceConfig>,
+    /// Connections, tokens and what is known of registries, shared by all devices.
+    clients: Clients,
 }
 
 impl HostImages {
-    pub(super) fn new() -> Self {
-        Self { cache: OnceLock::new() }
+    pub(super) fn new(config: Arc<ServiceConfig>) -> Self {
+        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), config }
+    }
+}
+
+impl HostImages {
+    /// How long reads of this host's devices may wait.
+    pub(super) fn read_policy(&self) -> ReadPolicy {
+        let own = &self.config.turbobd;
+        ReadPolicy { deadline: own.read_deadline, on_error: own.on_error }
+    }
+
+    /// Where the metrics are served.
+    fn exporter(&self) -> Option<ExporterOptions> {
+        let exporter = &self.config.exporter;
+        exporter.enable.then(|| ExporterOptions {
+            address: (self.config.turbobd.metrics_address, exporter.port).into(),
+            path: exporter.path.clone(),
+        })
     }
 }
 
 /// One cache for all devices.
-fn new_cache() -> Arc<Cache> {
-    Cache::with(CacheOptions { budget: opener::CACHE_BUDGET, fetch: FetchOptions::default() })
+fn new_cache(config: &ServiceConfig) -> Arc<Cache> {
+    let fetch = FetchOptions { connections: config.turbobd.connections, ..FetchOptions::default() };
+    Cache::with(CacheOptions { budget: config.turbobd.memory_cache, fetch })
 }
 
 impl ImageOpener for HostImages {
@@ -68,10 +101,10 @@ impl ImageOpener for HostImages {
         &self,
         request: &AttachRequest,
     ) -> Result<daemon::Opened, Box<dyn Error + Send + Sync>> {
-        let cache = self.cache.get_or_init(new_cache).clone();
+        let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
-        let opened = args.open(cache).map_err(Box::new)?;
+        let opened = args.open(&self.clients, cache).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
         let disk = Arc::new(opened.disk);
         Ok(daemon::Opened {

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::alarm::Bell;
+use crate::config::OnError;
 use crate::metrics::{Histogram, Times};
 use crate::volume::{Located, Volume, VolumeError, Waiter};
 
@@ -25,16 +26,6 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 
 /// No pause is longer: a registry that is back should not be waited for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-
-/// What becomes of a read that cannot be had.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnError {
-    /// The reader gets EIO, at the deadline at the latest.
-    #[default]
-    Eio,
-    /// The reader waits as long as the reason may pass.
-    Wait,
-}
 
 /// How long reads may wait, and what then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
