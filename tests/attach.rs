@@ -243,7 +243,17 @@ fn ls_tells_image_device_mount_point_state_and_traffic() {
         table.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(
         lines[0],
-        ["IMAGE", "DEVICE", "MOUNTPOINT", "STATE", "READ", "FETCHED", "CACHED", "ERRORS"]
+        [
+            "IMAGE",
+            "DEVICE",
+            "MOUNTPOINT",
+            "STATE",
+            "READ",
+            "FETCHED",
+            "CACHED",
+            "RETRIES",
+            "ERRORS"
+        ]
     );
     assert_eq!(lines.len(), 3);
     assert_eq!(lines[1][0], name);

@@ -1,6 +1,6 @@
 //! The fetch threads: they wait for the network, so that nobody else does.
 //!
-//! One at first, and another whenever all are at work and something is wanted, up to a limit. New ones are
+//! One at first, and another whenever all are at work, up to a limit. New ones are
 //! started by fetch threads, never by who wants a chunk: a thread inherits the CPUs that it may run on,
 //! and a ublk queue is bound to its own. A quarter of the threads is kept for demand.
 
@@ -132,12 +132,11 @@ pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<
     Ok(())
 }
 
-/// Starts a thread if there is work that no idle one will take.
+/// Starts a thread if none is idle: whoever goes to ask a server may not be back for long, and what is
+/// wanted meanwhile must find somebody.
 fn grow(shared: &Arc<Shared>) {
     let mut state = shared.crew.lock();
-    let demand_only = state.ahead >= shared.crew.most_ahead();
-    let needed = state.idle == 0 && state.queue.has(demand_only);
-    if needed && state.threads.len() < shared.crew.most && !state.ending {
+    if state.idle == 0 && state.threads.len() < shared.crew.most && !state.ending {
         add_thread(shared, &mut state);
     }
 }
