@@ -35,7 +35,7 @@ use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
 use crate::fetch::Blob;
 use crate::lsmt::{self, LayerKind, LsmtError, Mapping, Place, Stack};
 use crate::source::{SharedBytes, SourceError};
-use crate::trace::Recorders;
+use crate::trace::{self, Recorders, Trace};
 use crate::units::{SECTOR, Sectors};
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
 use crate::zfile::ZFileError;
@@ -222,6 +222,14 @@ impl Disk {
             Opened::Turbo { .. } => None,
         };
         self.layers.iter().map(native).collect()
+    }
+
+    /// Upstream's trace of this disk's layers as one of ours.
+    #[must_use]
+    pub fn trace_of(&self, reads: &[trace::upstream::Record]) -> Trace {
+        let native = self.native_sources();
+        let layers: Vec<_> = native.iter().map(Option::as_deref).collect();
+        trace::upstream::to_trace(reads, &layers)
     }
 
     /// Who watches what is touched.

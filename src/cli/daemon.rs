@@ -8,12 +8,13 @@ use std::sync::{Arc, OnceLock};
 use super::registry::Clients;
 use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
-use crate::config::ServiceConfig;
+use crate::config::{ServiceConfig, TracesConfig};
 use crate::daemon::{
     self, AttachRequest, Client, DaemonOptions, ImageOpener, IoCounters, protocol,
 };
 use crate::fetch::FetchOptions;
 use crate::store::Meter;
+use crate::trace::{LearnOptions, Traces};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -58,11 +59,15 @@ pub(super) struct HostImages {
     config: Arc<ServiceConfig>,
     /// Connections, tokens and what is known of registries, shared by all devices.
     clients: Clients,
+    /// What starts read, from one to the next.
+    traces: Arc<Traces>,
 }
 
 impl HostImages {
     pub(super) fn new(config: Arc<ServiceConfig>) -> Self {
-        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), config }
+        let TracesConfig { enable, dir } = config.turbobd.traces.clone();
+        let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
+        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), config, traces }
     }
 }
 
@@ -84,6 +89,15 @@ impl ImageOpener for HostImages {
         let opened =
             args.open_metered(&self.clients, cache.clone(), meter.clone()).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
+        let recorders = opened.disk.recorders().clone();
+        if let Some(replayed) = self.traces.begin(&recorders, &cache, opened.trace.as_ref()) {
+            tracing::info!(
+                "{}: {} chunks are fetched ahead by its trace, {} of its pieces left out",
+                request.image,
+                replayed.chunks,
+                replayed.left + replayed.foreign
+            );
+        }
         let counters = move || IoCounters {
             fetched: meter.bytes.load(Ordering::Relaxed),
             cached: cache.stats().bytes,
@@ -93,6 +107,7 @@ impl ImageOpener for HostImages {
             volume: Arc::new(opened.disk),
             name: request.image.clone(),
             counters: Arc::new(counters),
+            recorders: Some(recorders),
         })
     }
 }

@@ -83,6 +83,16 @@ pub enum Request {
         /// The device.
         id: u64,
     },
+    /// Begin to record what is touched of a device.
+    BeginTrace {
+        /// The device.
+        id: u64,
+    },
+    /// End that, and say what it was.
+    EndTrace {
+        /// The device.
+        id: u64,
+    },
     /// Remove all devices that nobody uses, and end if none is left.
     Stop,
 }
@@ -109,8 +119,10 @@ pub enum Reply {
     },
     /// To [`Request::List`].
     Devices(Vec<DeviceRecord>),
-    /// To [`Request::Mounted`] and [`Request::Detach`].
+    /// To [`Request::Mounted`], [`Request::Detach`] and [`Request::BeginTrace`].
     Done,
+    /// To [`Request::EndTrace`].
+    Traced(crate::trace::Trace),
     /// To [`Request::Stop`]: the devices in use, for which the daemon stays. None: it ends.
     Stopping(Vec<DeviceRecord>),
     /// To any request.

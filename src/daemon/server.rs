@@ -271,6 +271,8 @@ impl Server {
             }
             Request::List => Ok(Reply::Devices(table.list())),
             Request::Detach { id } => table.detach(id).map(|()| Reply::Done),
+            Request::BeginTrace { id } => table.begin_trace(id).map(|()| Reply::Done),
+            Request::EndTrace { id } => table.end_trace(id).map(Reply::Traced),
             Request::Stop => {
                 let left = table.close();
                 let end = left.is_empty();

@@ -285,7 +285,7 @@ mod tests {
         let (traces, cache) = (traces(dir.path()), Cache::new(64 * CHUNK, 1));
         let first = disk(&cache);
         assert_eq!(traces.begin(&first, &cache, None), None);
-        [3, 30, 4].map(|chunk| first.touched(0, chunk));
+        [3, 30, 4].iter().for_each(|&chunk| first.touched(0, chunk));
         let path = traces.path(&first);
         // While the device goes on.
         wait(|| path.exists());

@@ -138,7 +138,7 @@ pub fn of_trace(trace: &Trace, layers: &[Option<&dyn ChunkSource>]) -> Vec<Recor
         let Some(layer) = names.iter().position(|name| name.as_ref() == Some(blob)) else {
             continue;
         };
-        let size = layers[layer].map_or(0, |source| source.decoded_len());
+        let size = layers[layer].map_or(0, ChunkSource::decoded_len);
         let mut offset = touch.start;
         while offset < touch.end().min(size) {
             let count = (touch.end().min(size) - offset).min(MOST);
