@@ -41,7 +41,7 @@ done > "$dir/list"
 find /usr/lib/python3.11 -name '*.pyc' | sed 's,^/,,' >> "$dir/list"
 echo etc/ld.so.cache >> "$dir/list"
 sed -i -E 's,^(bin|sbin|lib|lib64)/,usr/\1/,' "$dir/list"
-(cd / && for link in bin sbin lib lib64; do echo $link; done; sort -u "$dir/list") > "$dir/list.all"
+{ printf "%s\n" bin sbin lib lib64; cat "$dir/list"; } | sort -u > "$dir/list.all"
 tar -C / --numeric-owner --no-recursion -T "$dir/list.all" -cf - 2> "$dir/missing" | gzip -6 > "$dir/base.tar.gz" || true
 python3.11 -m pip --version > /dev/null 2>&1 && pip="python3.11 -m pip" || pip=pip
 $pip install --quiet --python-version 3.11 --only-binary=:all: --target "$dir/site/usr/local/lib/python3.11/dist-packages" numpy scipy pandas scikit-learn 2>&1 | grep -v WARNING || true
