@@ -41,7 +41,7 @@ fn start(line: &Line, traces: Option<&Arc<Traces>>, program: &str, name: &str) {
     }
     let recording = recorders.begin();
     let disk = Arc::new(Watched { disk, reads: Mutex::default() });
-    let time = python::run(&disk, &["/usr/bin/python3.11", "-c", program]);
+    let time = python::run(&disk, &["/usr/bin/python3.11", "-W", "ignore", "-c", program]);
     let now = asked(line);
     let trace = recorders.end(&recording);
     let mut segments = BTreeSet::new();

@@ -17,7 +17,7 @@
 //!
 //! # Contents
 //!
-//! * [`format`]    a trace and its file
+//! * [`mod@format`]  a trace and its file
 //! * `merge`       several starts in one trace
 //! * [`recorder`]  the first touches of one disk
 //! * [`replay`](mod@replay)  from a trace to chunks that are asked for

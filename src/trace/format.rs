@@ -127,10 +127,11 @@ impl Trace {
         Some(at.unwrap_or(self.blobs.len() - 1) as u32)
     }
 
-    /// The file of this trace. Touches past [`MAX_TOUCHES`] are left out.
+    /// The file of this trace. Touches past [`MAX_TOUCHES`], and of blobs that it does not have, are left out.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        let touches = &self.touches[..self.touches.len().min(MAX_TOUCHES)];
+        let is_known = |touch: &&Touch| (touch.blob as usize) < self.blobs.len();
+        let touches: Vec<_> = self.touches.iter().filter(is_known).take(MAX_TOUCHES).collect();
         let mut out = Vec::with_capacity(HEAD + self.blobs.len() * 32 + touches.len() * 8);
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&VERSION.to_le_bytes());
