@@ -17,6 +17,7 @@ mod ls;
 mod opener;
 mod registry;
 mod table;
+mod trace;
 
 use std::error::Error;
 use std::io::IsTerminal as _;
@@ -80,6 +81,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Serve the devices of this host.
     Daemon(daemon::Args),
+    /// Record what a start reads, or show what was recorded.
+    Trace(trace::Args),
 }
 
 /// Why a command ended without success.
@@ -125,6 +128,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => ("check", check::run(&args, &cli.service)),
         Command::Doctor(args) => ("doctor", doctor::run(&args)),
         Command::Daemon(args) => ("daemon", daemon::run(&args, &cli.service)),
+        Command::Trace(args) => ("trace", trace::run(&args, &cli.service)),
     };
     match outcome {
         Ok(code) => code,

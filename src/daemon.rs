@@ -43,6 +43,7 @@ use thiserror::Error;
 
 use crate::metrics::Page;
 use crate::metrics::upstream::Totals;
+use crate::trace::Recorders;
 use crate::volume::Volume;
 pub use client::Client;
 pub use protocol::{AttachRequest, DeviceRecord, Frontend, find};
@@ -59,6 +60,8 @@ pub struct Opened {
     pub name: String,
     /// What else is known of it, asked for at each listing.
     pub view: Arc<dyn ImageView>,
+    /// Who watches what is touched of it, if that can be watched.
+    pub recorders: Option<Arc<Recorders>>,
 }
 
 /// Makes a volume of what a client asked for.
@@ -197,6 +200,14 @@ pub enum DaemonError {
         /// Why.
         #[source]
         source: crate::looped::LoopedError,
+    },
+    /// What is read of a device cannot be recorded, or was not begun to be.
+    #[error("What is read of {device} is not recorded: {why}", device = device.display())]
+    Recording {
+        /// The device.
+        device: PathBuf,
+        /// Why not.
+        why: &'static str,
     },
     /// The daemon is about to end.
     #[error("The daemon is ending")]

@@ -23,6 +23,7 @@
 //! * [`chunk`]    a blob that decodes in pieces: the unit of fetching, verifying and caching
 //! * [`cache`]    decoded chunks, bounded, each loaded once however many wait
 //! * [`fetch`]    what is wanted → few range requests → inflate workers; read-ahead, traces, background fill
+//! * [`trace`]    what a start reads: recorded, kept, and fetched ahead at the next
 //! * [`registry`] the distribution client: names, credentials, ranges, uploads
 //! * [`store`]    where an image lives: a repository, a layout directory, memory
 //! * [`volume`]   the one trait between a virtual disk and a front end
@@ -64,6 +65,7 @@ pub mod registry;
 pub mod source;
 pub mod store;
 pub mod tar;
+pub mod trace;
 pub mod ublk;
 pub mod units;
 pub mod volume;

@@ -660,6 +660,7 @@ mod daemon {
             volume: Arc::new(MemoryVolume::new(bytes)),
             name: format!("raw {}", request.image),
             view,
+            recorders: None,
         })
     }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use super::registry::Clients;
 use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
-use crate::config::ServiceConfig;
+use crate::config::{ServiceConfig, TracesConfig};
 use crate::daemon::{
     self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, ReadPolicy, protocol,
 };
@@ -16,6 +16,7 @@ use crate::fetch::FetchOptions;
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
+use crate::trace::{LearnOptions, Traces};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -65,11 +66,15 @@ pub(super) struct HostImages {
     config: Arc<ServiceConfig>,
     /// Connections, tokens and what is known of registries, shared by all devices.
     clients: Clients,
+    /// What starts read, from one to the next.
+    traces: Arc<Traces>,
 }
 
 impl HostImages {
     pub(super) fn new(config: Arc<ServiceConfig>) -> Self {
-        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), config }
+        let TracesConfig { enable, dir } = config.turbobd.traces.clone();
+        let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
+        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), config, traces }
     }
 }
 
@@ -104,13 +109,23 @@ impl ImageOpener for HostImages {
         let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
-        let opened = args.open(&self.clients, cache).map_err(Box::new)?;
+        let opened = args.open(&self.clients, cache.clone()).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
+        let recorders = opened.disk.recorders().clone();
+        if let Some(replayed) = self.traces.begin(&recorders, &cache, opened.trace.as_ref()) {
+            tracing::info!(
+                "{}: {} chunks are fetched ahead by its trace, {} of its pieces left out",
+                request.image,
+                replayed.chunks,
+                replayed.left + replayed.foreign
+            );
+        }
         let disk = Arc::new(opened.disk);
         Ok(daemon::Opened {
             volume: disk.clone(),
             name: request.image.clone(),
             view: Arc::new(DiskView::new(disk)),
+            recorders: Some(recorders),
         })
     }
 

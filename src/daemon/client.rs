@@ -210,6 +210,27 @@ impl Client {
         }
     }
 
+    /// Begins to record what is touched of the device that `what` names.
+    ///
+    /// # Errors
+    /// [`find`]'s; [`DaemonError::Recording`] when it cannot be.
+    pub fn begin_trace(&mut self, what: &str) -> Result<DeviceRecord, DaemonError> {
+        let record = find(&self.list()?, what)?.clone();
+        self.done(&Request::BeginTrace { id: record.id })?;
+        Ok(record)
+    }
+
+    /// Ends that, and returns what was touched.
+    ///
+    /// # Errors
+    /// The daemon's, as when the device is gone.
+    pub fn end_trace(&mut self, id: u64) -> Result<crate::trace::Trace, DaemonError> {
+        match self.ask(&Request::EndTrace { id })? {
+            Reply::Traced(trace) => Ok(trace),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
     /// Unmounts the device that `what` names (device, mount point or image) wherever this process sees
     /// it mounted, and removes it.
     ///

@@ -95,6 +95,16 @@ pub enum Request {
     },
     /// The page of metrics.
     Metrics,
+    /// Begin to record what is touched of a device.
+    BeginTrace {
+        /// The device.
+        id: u64,
+    },
+    /// End that, and say what it was.
+    EndTrace {
+        /// The device.
+        id: u64,
+    },
     /// Remove all devices that nobody uses, and end if none is left.
     Stop,
 }
@@ -125,8 +135,10 @@ pub enum Reply {
     Explained(Box<Explanation>),
     /// To [`Request::Metrics`]: Prometheus' text.
     Metrics(String),
-    /// To [`Request::Mounted`] and [`Request::Detach`].
+    /// To [`Request::Mounted`], [`Request::Detach`] and [`Request::BeginTrace`].
     Done,
+    /// To [`Request::EndTrace`].
+    Traced(crate::trace::Trace),
     /// To [`Request::Stop`]: the devices in use, for which the daemon stays. None: it ends.
     Stopping(Vec<DeviceRecord>),
     /// To any request.

@@ -307,6 +307,8 @@ impl Server {
                 table.explain(id, &ranges, most).map(|told| Reply::Explained(Box::new(told)))
             }
             Request::Metrics => Ok(Reply::Metrics(self.metrics())),
+            Request::BeginTrace { id } => table.begin_trace(id).map(|()| Reply::Done),
+            Request::EndTrace { id } => table.end_trace(id).map(Reply::Traced),
             Request::Stop => {
                 let left = table.close();
                 let end = left.is_empty();

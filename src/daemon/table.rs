@@ -17,6 +17,7 @@ use super::{
 use crate::looped::{LoopedDevice, LoopedError};
 use crate::metrics::upstream::{Rates, Totals};
 use crate::metrics::{Page, names};
+use crate::trace::{Recorder, Recorders, Trace};
 use crate::ublk::{QueueTotals, UblkDevice, UblkError, UblkOptions};
 use crate::volume::Volume;
 
@@ -31,6 +32,9 @@ struct Entry {
     record: DeviceRecord,
     view: Arc<dyn ImageView>,
     waits: Arc<Waits>,
+    recorders: Option<Arc<Recorders>>,
+    /// What somebody has asked to be recorded.
+    recording: Option<Arc<Recorder>>,
 }
 
 /// A read that waits for so long is no slow one any more: the device is said to be stalled.
@@ -121,7 +125,7 @@ impl Table {
         id: u64,
     ) -> Result<(Entry, Option<String>), DaemonError> {
         let start = Instant::now();
-        let Opened { volume, name, view } = self
+        let Opened { volume, name, view, recorders } = self
             .opener
             .open(request)
             .map_err(|source| DaemonError::Open { image: request.image.clone(), source })?;
@@ -160,7 +164,7 @@ impl Table {
             making: made.as_micros() as u64,
         };
         tracing::info!(device = %record.device.display(), "{}: opened in {opened:.1?}, device made in {made:.1?}", record.image);
-        Ok((Entry { served, record, view, waits }, note))
+        Ok((Entry { served, record, view, waits, recorders, recording: None }, note))
     }
 
     /// The devices now, in the order in which they came.
@@ -181,6 +185,45 @@ impl Table {
             .ok_or_else(|| DaemonError::NotFound(format!("number {id}")))?;
         entry.record.mountpoint = mountpoint;
         Ok(())
+    }
+
+    /// Begins to record what is touched of a device. A recording that was begun before is given up.
+    ///
+    /// # Errors
+    /// [`DaemonError::NotFound`]; [`DaemonError::Recording`] when its image cannot be watched.
+    pub fn begin_trace(&self, id: u64) -> Result<(), DaemonError> {
+        self.with_recorders(id, |recorders, recording| {
+            if let Some(before) = recording.replace(recorders.begin()) {
+                recorders.end(&before);
+            }
+            Ok(())
+        })
+    }
+
+    /// Ends the recording, and returns what was touched.
+    ///
+    /// # Errors
+    /// [`DaemonError::NotFound`]; [`DaemonError::Recording`] when none was begun.
+    pub fn end_trace(&self, id: u64) -> Result<Trace, DaemonError> {
+        self.with_recorders(id, |recorders, recording| {
+            let recording = recording.take().ok_or("no recording was begun")?;
+            Ok(recorders.end(&recording))
+        })
+    }
+
+    fn with_recorders<T>(
+        &self,
+        id: u64,
+        work: impl FnOnce(&Recorders, &mut Option<Arc<Recorder>>) -> Result<T, &'static str>,
+    ) -> Result<T, DaemonError> {
+        let mut devices = self.lock();
+        let missing = || DaemonError::NotFound(format!("number {id}"));
+        let entry = devices.entries.get_mut(&id).ok_or_else(missing)?;
+        let result = match &entry.recorders {
+            Some(recorders) => work(recorders, &mut entry.recording),
+            None => Err("its image cannot be watched"),
+        };
+        result.map_err(|why| DaemonError::Recording { device: entry.record.device.clone(), why })
     }
 
     /// Removes a device that nobody uses.
