@@ -49,6 +49,7 @@
 //! brings its own keeps that one, even if it is no directory, which `e2fsck` then objects to.
 
 mod allocation;
+mod checksum;
 mod data;
 mod directory;
 mod extent;
@@ -61,6 +62,7 @@ mod image;
 mod inode;
 mod layer;
 mod superblock;
+mod table;
 mod tree;
 mod xattr;
 

@@ -200,6 +200,7 @@ fn compare_one(tree: &Tree, node: NodeId, path: &Path) {
             assert_eq!(meta.rdev(), rustix::fs::makedev(major, minor), "device of {shown}");
         }
         Kind::Fifo => assert!(kind.is_fifo()),
+        Kind::Socket => assert!(kind.is_socket()),
     }
     compare_xattrs(tree, node, path);
 }
