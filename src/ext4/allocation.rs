@@ -69,9 +69,40 @@ impl Bitmaps {
             .is_some_and(|page| page[(bit / 8) as usize] & (1 << (bit % 8)) != 0)
     }
 
+    /// The bitmap of a group, if it has one.
+    pub(super) fn page(&self, group: u32) -> Option<&[u8; BLOCK]> {
+        self.pages.get(&group).map(|page| &**page)
+    }
+
     /// Whether all objects `first..first + count` are in use, or none is.
     pub(super) fn are(&self, in_use: bool, first: u64, count: u64) -> bool {
-        (first..first + count).all(|object| self.is_used(object) == in_use)
+        let end = first + count;
+        let mut at = first;
+        while at < end {
+            let group = (at / u64::from(self.per_group)) as u32;
+            let start = u64::from(group) * u64::from(self.per_group);
+            let stop = end.min(start + u64::from(self.per_group));
+            let same = match self.pages.get(&group) {
+                Some(page) => all((at - start) as usize, (stop - start) as usize, page, in_use),
+                None => !in_use,
+            };
+            if !same {
+                return false;
+            }
+            at = stop;
+        }
+        true
+    }
+
+    /// Whether what `other` marks in a group is marked here too.
+    pub(super) fn covers(&self, other: &Bitmaps, group: u32) -> bool {
+        let Some(theirs) = other.pages.get(&group) else { return true };
+        let valid = self.valid(group) as usize;
+        (0..valid.div_ceil(8)).all(|at| {
+            let ours = self.pages.get(&group).map_or(0, |page| page[at]);
+            let mask = if valid - at * 8 >= 8 { 0xff } else { (1 << (valid - at * 8)) - 1 };
+            theirs[at] & mask & !ours == 0
+        })
     }
 
     /// Runs of free objects, ascending: first object and length.
@@ -133,17 +164,25 @@ impl Bitmaps {
         }
     }
 
-    /// Marks one object as in use, whatever it was.
-    pub(super) fn set(&mut self, object: u64) {
-        if !self.is_used(object) {
-            self.mark(object, 1, true);
-        }
-    }
-
     /// Forgets that anything changed.
     pub(super) fn settle(&mut self) {
         self.dirty.clear();
     }
+}
+
+/// Whether the bits `from..to` all have that value, whole bytes at once.
+fn all(from: usize, to: usize, page: &[u8; BLOCK], value: bool) -> bool {
+    let mut bit = from;
+    while bit < to {
+        let byte = if value { page[bit / 8] } else { !page[bit / 8] };
+        let step = if bit.is_multiple_of(8) && to - bit >= 8 { 8 } else { 1 };
+        let same = if step == 8 { byte == 0xff } else { byte & (1 << (bit % 8)) != 0 };
+        if !same {
+            return false;
+        }
+        bit += step;
+    }
+    true
 }
 
 /// Sets or clears the bits `from..to`, whole bytes at once.

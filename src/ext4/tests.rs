@@ -9,6 +9,7 @@ use super::{
 use crate::units::{Bytes, SECTOR};
 use disk::Disk;
 
+mod continued;
 mod disk;
 mod random;
 
