@@ -97,8 +97,7 @@ impl InodeChecksum {
     pub(super) fn seal_inode(self, record: &mut [u8]) {
         let Some(seed) = self.0 else { return };
         put16(record, 124, 0);
-        let has_high =
-            record.len() > 128 && u16::from_le_bytes([record[128], record[129]]) >= 4;
+        let has_high = record.len() > 128 && u16::from_le_bytes([record[128], record[129]]) >= 4;
         if has_high {
             put16(record, 130, 0);
         }

@@ -42,12 +42,15 @@ pub(super) fn fresh(layout: &Layout) -> Vec<u8> {
 }
 
 /// Notes the counts of a group in its descriptor. `blocks` says that the block bitmap is written.
-pub(super) fn update(record: &mut [u8], counts: Counts, layout: &Layout, sums: Checksums, blocks: bool) {
-    let numbers = [
-        (12, 44, counts.free_blocks),
-        (14, 46, counts.free_inodes),
-        (16, 48, counts.directories),
-    ];
+pub(super) fn update(
+    record: &mut [u8],
+    counts: Counts,
+    layout: &Layout,
+    sums: Checksums,
+    blocks: bool,
+) {
+    let numbers =
+        [(12, 44, counts.free_blocks), (14, 46, counts.free_inodes), (16, 48, counts.directories)];
     let wide = record.len() >= WIDE;
     for (low, high, count) in numbers {
         put16(record, low, low16(count));

@@ -53,7 +53,9 @@ pub enum ReadError {
     #[error("The lower layers hold no ext4 filesystem: no magic number 0xef53 at byte 1080")]
     NotExt4,
     /// A form of ext4 that this program does not write.
-    #[error("The filesystem of the lower layers cannot be continued: {0}; convert the whole image anew")]
+    #[error(
+        "The filesystem of the lower layers cannot be continued: {0}; convert the whole image anew"
+    )]
     Unsupported(String),
     /// The filesystem contradicts itself.
     #[error(
@@ -84,8 +86,9 @@ pub fn read(
     let superblock = Superblock::read(source)?;
     let mut groups = Groups::read(source, &superblock)?;
     let walk = Walk::whole(source, &superblock, &mut groups)?;
-    let Groups { mut layout, descriptors, mut blocks, mut inodes, accounts, table, emitted, .. } =
-        groups;
+    let Groups {
+        mut layout, descriptors, mut blocks, mut inodes, accounts, table, emitted, ..
+    } = groups;
     let data = match own_layout(&layout) {
         Some(own) => {
             layout = own;
@@ -94,7 +97,8 @@ pub fn read(
         None => None,
     };
     let free = subtract(&blocks.free_runs(), &whole_blocks(written));
-    let free_inodes = free_inodes(&layout, &inodes, &accounts, superblock.first_inode, data.is_some());
+    let free_inodes =
+        free_inodes(&layout, &inodes, &accounts, superblock.first_inode, data.is_some());
     let data = data.unwrap_or_else(|| metadata_end(&free));
     blocks.settle();
     inodes.settle();

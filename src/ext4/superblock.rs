@@ -45,8 +45,7 @@ impl Default for Identity {
     }
 }
 
-impl Identity {
-}
+impl Identity {}
 
 /// The seed of hashes as the words that they start from.
 pub(super) fn seed_words(seed: &[u8]) -> [u32; 4] {
@@ -58,7 +57,13 @@ pub(super) fn seed_words(seed: &[u8]) -> [u32; 4] {
 }
 
 /// Notes in block 0 what is free, and seals it.
-pub(super) fn update(block: &mut [u8; BLOCK], free_blocks: u64, free_inodes: u32, sums: Checksums, wide: bool) {
+pub(super) fn update(
+    block: &mut [u8; BLOCK],
+    free_blocks: u64,
+    free_inodes: u32,
+    sums: Checksums,
+    wide: bool,
+) {
     let record = &mut block[OFFSET..2 * OFFSET];
     put32(record, 12, low32(free_blocks));
     put32(record, 16, free_inodes);

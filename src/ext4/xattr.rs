@@ -97,7 +97,12 @@ impl SharedBlocks {
     }
 
     /// Puts the new counts into the layer.
-    pub(super) fn write(&mut self, sums: Checksums, emitted: &mut Emitted, layer: &mut LayerBlocks) {
+    pub(super) fn write(
+        &mut self,
+        sums: Checksums,
+        emitted: &mut Emitted,
+        layer: &mut LayerBlocks,
+    ) {
         for block in std::mem::take(&mut self.dirty) {
             if let Some(shared) = self.blocks.get_mut(&block) {
                 put32(&mut shared.bytes[..], 4, shared.references);

@@ -27,7 +27,10 @@ pub(super) fn entries(
                 return bad("has a name that its entry cuts off");
             }
             let name = &block[at + 8..at + 8 + name_length];
-            if name.is_empty() || name.len() > NAME_MAX || name.iter().any(|b| matches!(b, 0 | b'/')) {
+            if name.is_empty()
+                || name.len() > NAME_MAX
+                || name.iter().any(|b| matches!(b, 0 | b'/'))
+            {
                 return bad("has a name that is none");
             }
             if !matches!(name, b"." | b"..") {

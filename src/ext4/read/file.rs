@@ -40,7 +40,10 @@ pub(super) fn read(
     number: u32,
 ) -> Result<File, ReadError> {
     let bad = |rule: String| damaged(format!("Inode {number}"), rule);
-    if number == 0 || number > groups.layout.inodes() || !groups.inodes.is_used(u64::from(number - 1)) {
+    if number == 0
+        || number > groups.layout.inodes()
+        || !groups.inodes.is_used(u64::from(number - 1))
+    {
         return Err(bad("has a name, but is not in use".into()));
     }
     let record = groups.table.get(&groups.layout, number).map(<[u8]>::to_vec);

@@ -39,7 +39,8 @@ impl Groups {
             layout,
         };
         groups.emitted.know(0, &source.block(0)?[..]);
-        for (&place, bytes) in groups.layout.descriptors.iter().zip(groups.descriptors.chunks(BLOCK))
+        for (&place, bytes) in
+            groups.layout.descriptors.iter().zip(groups.descriptors.chunks(BLOCK))
         {
             groups.emitted.know(place, bytes);
         }
@@ -129,7 +130,8 @@ impl Groups {
         let page = source.block(places.block_bitmap)?;
         self.emitted.know(places.block_bitmap, &page[..]);
         let fixed = self.claimed.page(group);
-        let page = if flags & BLOCK_UNINIT != 0 { fixed.map(|page| Box::new(*page)) } else { Some(page) };
+        let page =
+            if flags & BLOCK_UNINIT != 0 { fixed.map(|page| Box::new(*page)) } else { Some(page) };
         if let Some(page) = page.filter(|page| page.iter().any(|&byte| byte != 0)) {
             self.blocks.load(group, page);
         }
@@ -235,5 +237,9 @@ fn group_places(record: &[u8]) -> GroupPlaces {
         let high = if record.len() >= 64 { get32(record, high) } else { 0 };
         u64::from(get32(record, low)) | u64::from(high) << 32
     };
-    GroupPlaces { block_bitmap: place(0, 32), inode_bitmap: place(4, 36), inode_table: place(8, 40) }
+    GroupPlaces {
+        block_bitmap: place(0, 32),
+        inode_bitmap: place(4, 36),
+        inode_table: place(8, 40),
+    }
 }

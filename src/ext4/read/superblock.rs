@@ -239,14 +239,15 @@ fn check_features(record: &[u8]) -> Result<(), ReadError> {
     let found = |refused: &[(u32, &str)], features: u32| {
         refused.iter().find(|(bit, _)| features & bit != 0).map(|(_, what)| unsupported(what))
     };
-    if let Some(error) = found(&REFUSED_INCOMPATIBLE, incompatible)
-        .or_else(|| found(&REFUSED_READ_ONLY, read_only))
+    if let Some(error) =
+        found(&REFUSED_INCOMPATIBLE, incompatible).or_else(|| found(&REFUSED_READ_ONLY, read_only))
     {
         return Err(error);
     }
     let unknown = (incompatible & !incompatible::KNOWN, read_only & !read_only::KNOWN);
     if unknown != (0, 0) {
-        let what = format!("unknown features (incompat {:#x}, ro_compat {:#x})", unknown.0, unknown.1);
+        let what =
+            format!("unknown features (incompat {:#x}, ro_compat {:#x})", unknown.0, unknown.1);
         return Err(unsupported(&what));
     }
     if incompatible & incompatible::FILETYPE == 0 {

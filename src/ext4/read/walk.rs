@@ -82,9 +82,8 @@ impl Walk {
             return;
         }
         let Some(root) = self.names.get_mut(&ROOT_INODE) else { return };
-        let at = root
-            .iter()
-            .position(|(name, child)| **name == *LOST_AND_FOUND_NAME && *child == inode);
+        let at =
+            root.iter().position(|(name, child)| **name == *LOST_AND_FOUND_NAME && *child == inode);
         if let Some(at) = at {
             root.remove(at);
             self.names.remove(&inode);

@@ -21,7 +21,10 @@ pub(super) fn in_inode(inode: u32, area: &[u8], found: &mut Xattrs) -> Result<()
 /// Adds what an attribute block holds; returns how many files refer to it by its own word.
 pub(super) fn in_block(inode: u32, block: &[u8], found: &mut Xattrs) -> Result<u32, ReadError> {
     if get32(block, 0) != MAGIC || get32(block, 8) != 1 {
-        return Err(damaged(format!("The attribute block of inode {inode}"), "has a broken header"));
+        return Err(damaged(
+            format!("The attribute block of inode {inode}"),
+            "has a broken header",
+        ));
     }
     entries(inode, block, BLOCK_HEADER, 0, found)?;
     Ok(get32(block, 4))
@@ -40,7 +43,8 @@ fn entries(
     while area.len() >= at + 4 && get32(area, at) != 0 {
         let entry = area.get(at..at + ENTRY).ok_or_else(|| bad("is cut off"))?;
         let (name_length, index) = (usize::from(entry[0]), entry[1]);
-        let name = area.get(at + ENTRY..at + ENTRY + name_length).ok_or_else(|| bad("is cut off"))?;
+        let name =
+            area.get(at + ENTRY..at + ENTRY + name_length).ok_or_else(|| bad("is cut off"))?;
         if get32(entry, 4) != 0 {
             return Err(ReadError::Unsupported(format!(
                 "inode {inode} keeps an attribute in another inode (ea_inode)"

@@ -6,7 +6,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::ext4::{Geometry, Identity, Image, Kind, LayerBlocks, NodeId, ReadError, Run, Tree, read};
+use crate::ext4::{
+    Geometry, Identity, Image, Kind, LayerBlocks, NodeId, ReadError, Run, Tree, read,
+};
 use crate::units::{Bytes, Sectors};
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
 
@@ -40,10 +42,7 @@ impl Volume for FileVolume {
         }
         let mut bytes = vec![0; len];
         self.0.read_exact_at(&mut bytes, offset).unwrap();
-        Ok(Located::Ready(vec![Piece::Memory {
-            guard: std::sync::Arc::new(bytes),
-            range: 0..len,
-        }]))
+        Ok(Located::Ready(vec![Piece::Memory { guard: std::sync::Arc::new(bytes), range: 0..len }]))
     }
 }
 
@@ -197,11 +196,8 @@ impl Disk {
 
 /// Whether `e2fsck -fn` finds nothing wrong, and the beginning of what it says.
 pub(super) fn fsck(path: &Path) -> (bool, String) {
-    let output = Command::new("e2fsck")
-        .arg("-fn")
-        .arg(path)
-        .output()
-        .expect("e2fsck (e2fsprogs) is needed");
+    let output =
+        Command::new("e2fsck").arg("-fn").arg(path).output().expect("e2fsck (e2fsprogs) is needed");
     let text = String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr);
     (output.status.success(), text.chars().take(4000).collect())

@@ -48,7 +48,13 @@ pub(super) fn walk(tree: &Tree) -> Vec<(NodeId, Vec<u8>, NodeId)> {
     found
 }
 
-pub(super) fn apply(tree: &mut Tree, tar: &mut TarOffsets, serial: usize, step: &Step, choice: usize) {
+pub(super) fn apply(
+    tree: &mut Tree,
+    tar: &mut TarOffsets,
+    serial: usize,
+    step: &Step,
+    choice: usize,
+) {
     let all = walk(tree);
     let mut dirs = vec![tree.root()];
     dirs.extend(
