@@ -1,15 +1,20 @@
 //! One manifest and its layers → a converted manifest.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
-use super::layer::{LayerSizes, TargetEncoding, build_layer};
-use super::{ConvertError, ConvertOptions, Progress};
+use super::chain::{CHAINS, ChainId, KnownLayer, KnownLayers, LocalLayers};
+use super::layer::{LayerSizes, TargetEncoding, Wanted, convert_layer};
+use super::native::{Hashing, NativeBlob, NativeLayer, layer_uuids};
+use super::{ConvertError, ConvertOptions, Format, LayerError, Progress};
 use crate::ext4::{Geometry, Identity, Image, Tree};
+use crate::lsmt;
 use crate::oci::manifest::media;
 use crate::oci::{Descriptor, Digest, Document, ImageConfig, Manifest, annotations};
-use crate::store::{ImageStore, StoredManifest};
+use crate::store::{ImageStore, StoreError, StoredManifest};
+use crate::units::Bytes;
 
-/// A converted image, complete in memory and not yet published.
+/// An image in one converted format, not yet published.
 pub struct ConvertedImage {
     /// Media type of the new manifest.
     pub media_type: &'static str,
@@ -17,10 +22,80 @@ pub struct ConvertedImage {
     pub manifest: Vec<u8>,
     /// The edited config.
     pub config: Vec<u8>,
-    /// The new layer blobs, bottom first.
-    pub layers: Vec<Vec<u8>>,
+    /// The new layers, bottom first.
+    pub layers: Vec<LayerBlob>,
+}
+
+impl ConvertedImage {
+    /// Stores layers and config.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn put_blobs(&self, into: &dyn ImageStore) -> Result<(), StoreError> {
+        for layer in &self.layers {
+            layer.put(into)?;
+        }
+        into.put_blob(&self.config)
+    }
+}
+
+/// What an image became, in each format that was asked for.
+pub struct ConvertedFormats {
+    /// The TurboOCI image.
+    pub turbo: Option<ConvertedImage>,
+    /// The native image.
+    pub native: Option<ConvertedImage>,
     /// What happened, layer by layer.
     pub report: Vec<LayerReport>,
+}
+
+/// The blob of a converted layer.
+pub enum LayerBlob {
+    /// A TurboOCI layer, which is small.
+    Bytes(Vec<u8>),
+    /// A native layer in its work file.
+    File(NativeBlob),
+    /// A layer that was converted before.
+    Known(KnownLayer),
+}
+
+impl LayerBlob {
+    /// Digest and length in bytes.
+    #[must_use]
+    pub fn id(&self) -> (Digest, u64) {
+        match self {
+            LayerBlob::Bytes(bytes) => (Digest::of(bytes), bytes.len() as u64),
+            LayerBlob::File(blob) => (blob.digest(), blob.size()),
+            LayerBlob::Known(known) => (known.digest, known.size),
+        }
+    }
+
+    /// Stores the blob, unless it is there: from where it is, and inside a registry without moving it.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn put(&self, into: &dyn ImageStore) -> Result<(), StoreError> {
+        let (digest, size) = self.id();
+        match self {
+            LayerBlob::Bytes(bytes) => into.put_blob(bytes),
+            LayerBlob::File(blob) => {
+                into.put_blob_from(&digest, size, &mut || match blob.reader() {
+                    Ok(reader) => Ok(Box::new(reader)),
+                    Err(source) => {
+                        let store = "the work folder".to_owned();
+                        Err(StoreError::Broken { store, digest, source })
+                    }
+                })
+            }
+            LayerBlob::Known(known) => {
+                if into.has_blob(&digest, size)? || into.mount_blob(&digest, &*known.from)? {
+                    return Ok(());
+                }
+                let blob = Descriptor::new("", digest, size);
+                into.put_blob_from(&digest, size, &mut || known.from.open_blob(&blob))
+            }
+        }
+    }
 }
 
 /// One layer of a conversion, for people.
@@ -28,15 +103,104 @@ pub struct ConvertedImage {
 pub struct LayerReport {
     /// The original blob.
     pub source: String,
-    /// The new blob.
+    /// The new blob: of the TurboOCI image if there is one.
     pub digest: String,
     /// Sizes in bytes.
     pub sizes: LayerSizes,
     /// Wall time of the pass in milliseconds.
     pub millis: u64,
+    /// Whether nothing had to be made: it was converted before.
+    pub reused: bool,
+    /// The native layer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub native: Option<NativeReport>,
 }
 
-/// Converts the image of `source`, bottom to top.
+/// A native layer, for people.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct NativeReport {
+    /// The new blob.
+    pub digest: String,
+    /// Its bytes.
+    pub size: u64,
+    /// Bytes before compression.
+    pub plain: u64,
+    /// Bytes of zeros in files that are not stored.
+    pub zeros: u64,
+    /// Bytes of filesystem metadata.
+    pub metadata: u64,
+}
+
+/// One format of the result while the layers are converted.
+struct Track {
+    format: Format,
+    chains: Vec<ChainId>,
+    known: Vec<Option<KnownLayer>>,
+    built: Vec<Option<BuiltBlob>>,
+}
+
+/// A layer of a track, whose digest may be under way.
+enum BuiltBlob {
+    Turbo { archive: Vec<u8>, diff_id: Digest, target: TargetEncoding },
+    Native(Hashing),
+}
+
+/// A layer of a track, done.
+struct Done {
+    blob: LayerBlob,
+    diff_id: Digest,
+    target: TargetEncoding,
+}
+
+impl Track {
+    fn new(
+        format: Format,
+        options: &ConvertOptions,
+        manifest: &Manifest,
+        known: &KnownLayers,
+    ) -> Self {
+        let sources = manifest.layers.iter().map(|layer| &layer.digest);
+        let chains = ChainId::root(format, options).of_layers(sources);
+        let known = chains.iter().map(|&chain| known.get(chain)).collect();
+        Self { format, built: chains.iter().map(|_| None).collect(), chains, known }
+    }
+
+    /// Whether layer `number` has to be made.
+    fn lacks(&self, number: usize) -> bool {
+        self.known[number].is_none()
+    }
+
+    /// The layers, in order.
+    fn done(&mut self) -> Result<Vec<Done>, (usize, LayerError)> {
+        let mut all = Vec::with_capacity(self.chains.len());
+        let built = std::mem::take(&mut self.built);
+        for (number, (built, known)) in built.into_iter().zip(&self.known).enumerate() {
+            all.push(match (known, built) {
+                (Some(known), _) => Done {
+                    diff_id: known.diff_id,
+                    target: known.target,
+                    blob: LayerBlob::Known(known.clone()),
+                },
+                (None, Some(BuiltBlob::Turbo { archive, diff_id, target })) => {
+                    Done { blob: LayerBlob::Bytes(archive), diff_id, target }
+                }
+                (None, Some(BuiltBlob::Native(hashing))) => {
+                    let blob = hashing.done().map_err(|error| (number, error))?;
+                    let diff_id = blob.digest();
+                    Done { blob: LayerBlob::File(blob), diff_id, target: TargetEncoding::Gzip }
+                }
+                (None, None) => {
+                    let lost = std::io::Error::other("the layer was not converted");
+                    return Err((number, LayerError::Read(lost)));
+                }
+            });
+        }
+        Ok(all)
+    }
+}
+
+/// Converts the image of `source`, bottom to top, to the formats that `options` name. Layers that are
+/// `known` are not made again; if all are, no layer of the source is read.
 ///
 /// # Errors
 /// [`ConvertError`], naming the layer.
@@ -44,8 +208,9 @@ pub fn convert_image(
     store: &dyn ImageStore,
     source: &StoredManifest,
     options: &ConvertOptions,
+    known: &KnownLayers,
     progress: &dyn Progress,
-) -> Result<ConvertedImage, ConvertError> {
+) -> Result<ConvertedFormats, ConvertError> {
     let broken = |what, digest, reason: String| ConvertError::Manifest { what, digest, reason };
     let manifest = match Document::parse(&source.bytes, Some(&source.media_type)) {
         Ok(Document::Manifest(manifest)) => manifest,
@@ -55,50 +220,167 @@ pub fn convert_image(
         Err(error) => return Err(broken("Manifest", source.digest, error.to_string())),
     };
     let config = store.read_blob(&manifest.config)?;
+    let config = ImageConfig::parse(&config)
+        .map_err(|error| broken("Config", manifest.config.digest, error.to_string()))?;
 
+    let mut tracks: Vec<Track> =
+        options.formats().map(|format| Track::new(format, options, &manifest, known)).collect();
+    let mut report = convert_layers(store, &manifest, &config, &mut tracks, options, progress)?;
+
+    let mut formats = ConvertedFormats { turbo: None, native: None, report: Vec::new() };
+    for track in &mut tracks {
+        let done = track.done().map_err(|(number, error)| ConvertError::Layer {
+            number,
+            digest: manifest.layers[number].digest,
+            source: Box::new(error),
+        })?;
+        for (line, layer) in report.iter_mut().zip(&done) {
+            line.note(track.format, layer);
+        }
+        if let Some(local) = known.local() {
+            keep(local, track, &done)?;
+        }
+        let image = assemble(source, &manifest, &config, track, done, options);
+        match track.format {
+            Format::Turbo => formats.turbo = Some(image),
+            Format::Native => formats.native = Some(image),
+        }
+    }
+    formats.report = report;
+    Ok(formats)
+}
+
+/// Streams the layers up to the last that some format lacks.
+fn convert_layers(
+    store: &dyn ImageStore,
+    manifest: &Manifest,
+    config: &ImageConfig,
+    tracks: &mut [Track],
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<Vec<LayerReport>, ConvertError> {
+    let mut report: Vec<LayerReport> = manifest.layers.iter().map(LayerReport::of).collect();
+    let sources: Vec<Digest> = manifest.layers.iter().map(|layer| layer.digest).collect();
+    // A config that lists other layers than the manifest is no reason to fail: identities are advisory.
+    let ids = config.diff_ids();
+    let uuids = layer_uuids(if ids.len() == sources.len() { ids } else { &sources });
+    let lacking = (0..sources.len()).rev().find(|&n| tracks.iter().any(|track| track.lacks(n)));
     let mut tree = Tree::new();
     let mut image = Image::new(Geometry { size: options.disk_size }, Identity::default())
         .map_err(ConvertError::Disk)?;
-    let mut built = Vec::new();
-    let mut report = Vec::new();
-    for (number, layer) in manifest.layers.iter().enumerate() {
-        let blob = store.open_blob(layer)?;
-        let start = std::time::Instant::now();
-        let layer_built = build_layer(blob, layer, &mut tree, &mut image, options, progress)
-            .map_err(|error| ConvertError::Layer {
-                number,
-                digest: layer.digest,
-                source: Box::new(error),
-            })?;
-        report.push(LayerReport {
-            source: layer.digest.to_string(),
-            digest: Digest::of(&layer_built.archive).to_string(),
-            sizes: layer_built.sizes,
-            millis: start.elapsed().as_millis() as u64,
+    for (number, layer) in manifest.layers.iter().enumerate().take(lacking.map_or(0, |n| n + 1)) {
+        let lacks =
+            |format| tracks.iter().any(|track| track.format == format && track.lacks(number));
+        let native = options.native.filter(|_| lacks(Format::Native)).map(|zfile| NativeLayer {
+            virtual_size: if number == 0 { options.disk_size } else { Bytes::ZERO },
+            identity: lsmt::Identity {
+                uuid: uuids[number],
+                parent: number.checked_sub(1).map_or(lsmt::Uuid::NULL, |below| uuids[below]),
+                user_tag: Vec::new(),
+            },
+            has_lower: number > 0,
+            zfile,
         });
-        built.push(layer_built);
+        let wanted = Wanted { turbo: lacks(Format::Turbo), native };
+        report[number].reused = !wanted.turbo && wanted.native.is_none();
+        let blob = store.open_blob(layer)?;
+        let start = Instant::now();
+        let converted = convert_layer(
+            blob, layer, wanted, &mut tree, &mut image, options, progress,
+        )
+        .map_err(|error| ConvertError::Layer {
+            number,
+            digest: layer.digest,
+            source: Box::new(error),
+        })?;
+        report[number].sizes.tar = converted.tar_len;
+        report[number].millis = start.elapsed().as_millis() as u64;
+        if let Some(turbo) = &converted.turbo {
+            report[number].sizes = turbo.sizes;
+        }
+        let (mut turbo, mut native) = (converted.turbo, converted.native);
+        for track in &mut *tracks {
+            track.built[number] = match track.format {
+                Format::Turbo => turbo.take().map(|layer| BuiltBlob::Turbo {
+                    archive: layer.archive,
+                    diff_id: layer.diff_id,
+                    target: layer.target,
+                }),
+                Format::Native => native.take().map(BuiltBlob::Native),
+            };
+        }
+    }
+    Ok(report)
+}
+
+impl LayerReport {
+    /// Of a layer of which nothing is known yet.
+    fn of(layer: &Descriptor) -> Self {
+        Self {
+            source: layer.digest.to_string(),
+            digest: String::new(),
+            sizes: LayerSizes { blob: layer.size, ..LayerSizes::default() },
+            millis: 0,
+            reused: true,
+            native: None,
+        }
     }
 
-    let diff_ids: Vec<Digest> = built.iter().map(|layer| layer.diff_id).collect();
-    let config = ImageConfig::parse(&config)
-        .map_err(|error| broken("Config", manifest.config.digest, error.to_string()))?
-        .with_diff_ids(&diff_ids);
-    let types = Types::of(options);
-    let descriptors = manifest
+    fn note(&mut self, format: Format, layer: &Done) {
+        let (digest, size) = layer.blob.id();
+        if format == Format::Turbo {
+            self.sizes.archive = size;
+        } else {
+            let mut report =
+                NativeReport { digest: digest.to_string(), size, plain: 0, zeros: 0, metadata: 0 };
+            if let LayerBlob::File(blob) = &layer.blob {
+                report.plain = blob.plain_size();
+                report.zeros = blob.zeros();
+                report.metadata = blob.metadata();
+            }
+            self.native = Some(report);
+        }
+        if self.digest.is_empty() {
+            self.digest = digest.to_string();
+        }
+    }
+}
+
+/// Keeps new layers in the local store.
+fn keep(local: &LocalLayers, track: &Track, done: &[Done]) -> Result<(), ConvertError> {
+    for (&chain, layer) in track.chains.iter().zip(done) {
+        layer.blob.put(&**local.store())?;
+        let (digest, size) = layer.blob.id();
+        let blob = Descriptor::new("", digest, size);
+        local.record(chain, &blob, layer.diff_id, layer.target).map_err(ConvertError::Keep)?;
+    }
+    Ok(())
+}
+
+/// Config, descriptors and manifest of one format.
+fn assemble(
+    source: &StoredManifest,
+    original: &Manifest,
+    config: &ImageConfig,
+    track: &Track,
+    done: Vec<Done>,
+    options: &ConvertOptions,
+) -> ConvertedImage {
+    let types = Types::of(track.format, options);
+    let diff_ids: Vec<Digest> = done.iter().map(|layer| layer.diff_id).collect();
+    let config = config.with_diff_ids(&diff_ids);
+    let descriptors = original
         .layers
         .iter()
-        .zip(&built)
-        .map(|(source, layer)| layer_descriptor(source, &layer.archive, layer.target, types))
+        .zip(&done)
+        .map(|(source, layer)| layer_descriptor(source, layer, track.format, types))
         .collect();
-    let manifest =
-        write_manifest(source, manifest.annotations, types, &config, descriptors, options);
-    Ok(ConvertedImage {
-        media_type: types.manifest,
-        manifest,
-        config,
-        layers: built.into_iter().map(|layer| layer.archive).collect(),
-        report,
-    })
+    let mut notes = original.annotations.clone();
+    let chains: Vec<String> = track.chains.iter().map(ToString::to_string).collect();
+    notes.insert(CHAINS.to_owned(), chains.join(","));
+    let manifest = write_manifest(source, notes, types, &config, descriptors, options);
+    let layers = done.into_iter().map(|layer| layer.blob).collect();
+    ConvertedImage { media_type: types.manifest, manifest, config, layers }
 }
 
 /// Media types of the result.
@@ -107,44 +389,46 @@ struct Types {
     manifest: &'static str,
     config: &'static str,
     layer: &'static str,
+    artifact: &'static str,
 }
 
 impl Types {
-    fn of(options: &ConvertOptions) -> Self {
-        if options.oci_types || options.referrer {
-            Self {
-                manifest: media::OCI_MANIFEST,
-                config: media::OCI_CONFIG,
-                layer: media::OCI_LAYER_GZIP,
-            }
+    fn of(format: Format, options: &ConvertOptions) -> Self {
+        let oci = options.oci_types || options.referrer;
+        let layer = match (format, oci) {
+            (Format::Turbo, true) => media::OCI_LAYER_GZIP,
+            (Format::Turbo, false) => media::DOCKER_LAYER_GZIP,
+            (Format::Native, true) => media::OCI_LAYER,
+            (Format::Native, false) => media::DOCKER_LAYER,
+        };
+        let artifact = format.artifact_type();
+        if oci {
+            Self { manifest: media::OCI_MANIFEST, config: media::OCI_CONFIG, layer, artifact }
         } else {
-            Self {
-                manifest: media::DOCKER_MANIFEST,
-                config: media::DOCKER_CONFIG,
-                layer: media::DOCKER_LAYER_GZIP,
-            }
+            Self { manifest: media::DOCKER_MANIFEST, config: media::DOCKER_CONFIG, layer, artifact }
         }
     }
 }
 
-/// The new layer's descriptor (spec turbooci 3.5).
-fn layer_descriptor(
-    source: &Descriptor,
-    archive: &[u8],
-    target: TargetEncoding,
-    types: Types,
-) -> Descriptor {
-    let target_type = match (media::is_docker(&source.media_type), target) {
-        (true, TargetEncoding::Gzip) => media::DOCKER_LAYER_GZIP,
-        (true, TargetEncoding::Plain) => media::DOCKER_LAYER,
-        (false, TargetEncoding::Gzip) => media::OCI_LAYER_GZIP,
-        (false, TargetEncoding::Plain) => media::OCI_LAYER,
+/// The new layer's descriptor (spec turbooci 3.5 and 4).
+fn layer_descriptor(source: &Descriptor, layer: &Done, format: Format, types: Types) -> Descriptor {
+    let (digest, size) = layer.blob.id();
+    let mut descriptor = Descriptor::new(types.layer, digest, size);
+    let notes = match format {
+        Format::Native => annotations::native(&digest, size),
+        Format::Turbo => {
+            let is_gzip = layer.target == TargetEncoding::Gzip;
+            let target_type = match (media::is_docker(&source.media_type), is_gzip) {
+                (true, true) => media::DOCKER_LAYER_GZIP,
+                (true, false) => media::DOCKER_LAYER,
+                (false, true) => media::OCI_LAYER_GZIP,
+                (false, false) => media::OCI_LAYER,
+            };
+            annotations::turbo(&digest, size, &source.digest, target_type)
+        }
     };
-    let mut layer = Descriptor::of(types.layer, archive);
-    layer.annotations = annotations::turbo(&layer.digest, layer.size, &source.digest, target_type)
-        .into_iter()
-        .collect();
-    layer
+    descriptor.annotations = notes.into_iter().collect();
+    descriptor
 }
 
 /// The new manifest.
@@ -162,7 +446,7 @@ fn write_manifest(
     let manifest = Manifest {
         schema_version: 2,
         media_type: Some(types.manifest.to_owned()),
-        artifact_type: options.referrer.then(|| annotations::ARTIFACT_TYPE_TURBO.to_owned()),
+        artifact_type: options.referrer.then(|| types.artifact.to_owned()),
         config: Descriptor::of(types.config, config),
         layers,
         subject: options.referrer.then(|| subject(source)),

@@ -63,6 +63,27 @@ impl ImageStore for Metered {
         self.inner.put_blob(bytes)
     }
 
+    fn put_blob_from(
+        &self,
+        digest: &Digest,
+        size: u64,
+        open: &mut dyn FnMut() -> Result<Box<dyn Read + Send>, StoreError>,
+    ) -> Result<(), StoreError> {
+        self.inner.put_blob_from(digest, size, open)
+    }
+
+    fn has_blob(&self, digest: &Digest, size: u64) -> Result<bool, StoreError> {
+        self.inner.has_blob(digest, size)
+    }
+
+    fn mount_blob(&self, digest: &Digest, from: &dyn ImageStore) -> Result<bool, StoreError> {
+        self.inner.mount_blob(digest, from)
+    }
+
+    fn repository(&self) -> Option<(&str, &str)> {
+        self.inner.repository()
+    }
+
     fn put_manifest(
         &self,
         tag: Option<&str>,
