@@ -192,9 +192,21 @@ pub fn open_image(
     manifest: &Manifest,
     cache: Arc<Cache>,
 ) -> Result<OpenedImage, ImageError> {
+    open_layers(manifest.layers.iter().map(|layer| (store, layer)), targets, cache)
+}
+
+/// Opens converted layers, lowest first, each from the store that has it.
+///
+/// # Errors
+/// As [`open_image`].
+pub fn open_layers<'l>(
+    stack: impl IntoIterator<Item = (&'l dyn ImageStore, &'l Descriptor)>,
+    targets: &dyn ImageStore,
+    cache: Arc<Cache>,
+) -> Result<OpenedImage, ImageError> {
     let mut layers = Vec::new();
     let mut infos = Vec::new();
-    for (number, descriptor) in manifest.layers.iter().enumerate() {
+    for (number, (store, descriptor)) in stack.into_iter().enumerate() {
         let in_layer = |error| ImageError::Layer {
             number,
             digest: descriptor.digest,
@@ -236,6 +248,22 @@ fn open_native(
         mappings: index.mappings().len(),
     };
     Ok((DiskLayer { index, data: LayerData::Native { chunks } }, info))
+}
+
+/// The identity that a native layer bears.
+///
+/// # Errors
+/// [`ImageError`]; it names the layer as number 0.
+pub fn native_identity(
+    store: &dyn ImageStore,
+    descriptor: &Descriptor,
+) -> Result<lsmt::Uuid, ImageError> {
+    let (layer, _) = open_native(store, descriptor).map_err(|error| ImageError::Layer {
+        number: 0,
+        digest: descriptor.digest,
+        source: Box::new(error),
+    })?;
+    Ok(layer.index.trailer().uuid)
 }
 
 fn open_turbo(
