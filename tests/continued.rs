@@ -8,9 +8,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod host;
+mod image;
 mod listing;
 
 use std::collections::BTreeSet;
+use std::env;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -18,9 +20,12 @@ use std::process::Command;
 use std::sync::Arc;
 
 use host::{Mounted, need_root, output, run};
+use image::{Images, OCI_GZIP, done, gzip, lower, refused, tar_of, upper};
 use listing::{differences, list};
+use serde_json::{Value, json};
 use turbobd::convert::apply::LayerApply;
 use turbobd::ext4::{Image, ReadError, Run, Tree, read};
+use turbobd::oci::Digest;
 use turbobd::tar::{Event, Parser};
 use turbobd::units::Sectors;
 use turbobd::volume::{Located, Piece, Volume, VolumeError, Waiter};
@@ -61,7 +66,7 @@ fn written(file: &File) -> Vec<(Sectors, Sectors)> {
 /// What e2fsck says about a disk, without the figures of its last line.
 fn complaints(disk: &Path) -> BTreeSet<String> {
     let done = output(Command::new("e2fsck").arg("-fn").arg(disk));
-    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    let text = String::from_utf8_lossy(&done.stdout).replace(disk.to_str().unwrap(), "disk");
     let is_remark = |line: &&str| line.contains('?') || line.contains("WARNING");
     let mut found: BTreeSet<String> = text.lines().filter(is_remark).map(str::to_owned).collect();
     if found.is_empty() && !done.status.success() {
@@ -389,4 +394,227 @@ fn a_disk_that_is_still_mounted_is_refused() {
     let file = File::open(&copy).unwrap();
     let error = read(&FileVolume(file.try_clone().unwrap()), written(&file)).unwrap_err();
     assert!(error.to_string().contains("not unmounted cleanly"), "{error}");
+}
+
+/// A further layer above `tests/interop/upper.tar.gz`.
+const TOP: &str = r"
+gone('files/t3000000'); gone('many/file-with-some-name-00011'); gone('usr'); gone('swap')
+link('newlink', 'files/r1000003', mode=0o640, uid=7, gid=8); link('files/again', 'files/new2m')
+add('files/r65536', b'replaced' * 5000); add('files/t1', b''); symlink('files/r59', 'q' * 500)
+directory('wh', 0o700); directory('wh/opq'); add('wh/opq/.wh..wh..opq'); add('wh/opq/only', b'only' * 2000)
+directory('many')
+for i in range(1500):
+    add(f'many/further-file-with-a-longer-name-{i:05}', b'%d' % i * (i % 5))
+directory('new'); directory('new/dir'); add('new/dir/large', bytes(range(256)) * 12345)
+add('new/attr', b'x', pax_headers={'SCHILY.xattr.user.long': 'l' * 3000})
+";
+
+fn interop(name: &str) -> Option<PathBuf> {
+    let stored = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop").join(name);
+    let extra = env::var_os("TURBOBD_INTEROP_EXTRA")
+        .map(|extra| Path::new(&extra).join(Path::new(name).file_name().unwrap()));
+    [Some(stored), extra].into_iter().flatten().find(|path| path.exists())
+}
+
+/// An upstream's image in a layout, as its converter would have put it there; `None` names the file it lacks.
+fn upstreams_image(images: &Images, case: &Value) -> Result<(), String> {
+    const KEY: &str = "containerd.io/snapshot/overlaybd";
+    let read = |name: &Value| {
+        let name = name.as_str().unwrap();
+        interop(name).map(|path| fs::read(path).unwrap()).ok_or_else(|| name.to_owned())
+    };
+    let (mut layers, mut ids) = (Vec::new(), Vec::new());
+    for lower in case["config"]["lowers"].as_array().unwrap() {
+        let file = read(&lower["file"])?;
+        let (blob, mut notes) = match lower.get("targetDigest") {
+            None => (file, json!({})),
+            Some(target) => {
+                let index = read(&lower["gzipIndex"])?;
+                let members: [(&str, &[u8]); 3] =
+                    [("ext4.fs.meta", &file), (".turbo.ociv1", b""), ("gzip.meta", &index)];
+                let notes = json!({
+                    format!("{KEY}/turbo-oci/target-digest"): target,
+                    format!("{KEY}/turbo-oci/target-media-type"): OCI_GZIP,
+                });
+                (gzip(&tar_of(&members)), notes)
+            }
+        };
+        let mut layer = images.descriptor(OCI_GZIP, &blob);
+        notes[format!("{KEY}/blob-digest")] = layer["digest"].clone();
+        notes[format!("{KEY}/blob-size")] = blob.len().to_string().into();
+        notes[format!("{KEY}/version")] =
+            if lower.get("targetDigest").is_some() { "0.1.0-turbo.ociv1" } else { "0.1.0" }.into();
+        layer["annotations"] = notes;
+        layers.push(layer);
+        ids.push(Digest::of(&blob).to_string());
+    }
+    let config = json!({"architecture": image::host_architecture(), "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": ids}});
+    let config = images.descriptor(image::OCI_CONFIG, config.to_string().as_bytes());
+    images.set_manifest(
+        "upstream",
+        &json!({"schemaVersion": 2, "mediaType": image::OCI_MANIFEST, "config": config, "layers": layers}),
+    );
+    Ok(())
+}
+
+/// Exports an image to a raw file in `work`.
+fn export(images: &Images, tag: &str, work: &Path) -> PathBuf {
+    let raw = work.join(tag);
+    let _ = fs::remove_file(&raw);
+    done(&["export", &images.name(tag), "-o", raw.to_str().unwrap()]);
+    raw
+}
+
+#[test]
+fn layers_go_on_top_of_every_disk_of_upstream_in_both_formats() {
+    need_root();
+    let cases: Value = serde_json::from_slice(
+        &fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/cases.json")).unwrap(),
+    )
+    .unwrap();
+    let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let tar = work.path().join("top.tar");
+    run(Command::new("python3").arg("-c").arg(LAYER_HEAD.to_owned() + TOP).arg(&tar));
+    let mut ran = 0;
+    for (name, case) in cases.as_object().unwrap() {
+        println!("{name}");
+        let images = Images::new();
+        let blob =
+            |name: &str| fs::read(interop(&format!("blobs/{name}.tar.gz")).unwrap()).unwrap();
+        let sources = [blob("base"), blob("upper"), gzip(&fs::read(&tar).unwrap())];
+        images.add("latest", &sources.map(|layer| (OCI_GZIP, layer)));
+        if let Err(file) = upstreams_image(&images, case) {
+            println!("not run: {file} is not stored here; set TURBOBD_INTEROP_EXTRA");
+            continue;
+        }
+        ran += 1;
+        let place = images.place();
+        let convert = |tag: &str| {
+            done(&[
+                "convert",
+                "-r",
+                &place,
+                "-i",
+                "latest",
+                "--base",
+                "upstream",
+                "--oci",
+                "--turboOCI",
+                tag,
+                "--overlaybd",
+                "native",
+            ])
+        };
+        let first = convert("turbo");
+        assert_eq!(first, convert("turbo-again"), "the same base and layers are the same bytes");
+        let lowers = case["config"]["lowers"].as_array().unwrap().len();
+        for tag in ["turbo", "native"] {
+            let layers = images.manifest(tag)["layers"].as_array().unwrap().clone();
+            assert_eq!(layers.len(), lowers + 1);
+            assert_eq!(
+                layers[..lowers],
+                images.manifest("upstream")["layers"].as_array().unwrap()[..]
+            );
+        }
+
+        let below = export(&images, "upstream", work.path());
+        let before = complaints(&below);
+        in_rw_mount(&below, |root| unpack(&tar, root));
+        let theirs = list(Mounted::ext4(&below).path());
+        for tag in ["turbo", "native"] {
+            let raw = export(&images, tag, work.path());
+            let new: Vec<_> = complaints(&raw).difference(&before).cloned().collect();
+            assert!(new.is_empty(), "{name} {tag}: {}", new.join("\n"));
+            let ours = list(Mounted::ext4(&raw).path());
+            let found =
+                differences(&ours, &theirs, &|name| name == ".", &|_, listed| listed.directory);
+            assert!(found.is_empty(), "{} differences\n{}", found.len(), found.join("\n"));
+            assert!(ours.len() > 2000, "only {} files", ours.len());
+        }
+    }
+    assert!(ran >= 4, "only {ran} cases ran");
+}
+
+/// The sample image and a third layer.
+fn three_layers() -> Images {
+    let images = Images::new();
+    let third = tar_of(&[("etc/.wh.last", b""), ("page", b"third"), ("third", &[7; 9000])]);
+    let layers = [lower(), upper(), third].map(|tar| (OCI_GZIP, gzip(&tar)));
+    images.add("two", &layers[..2]);
+    images.add("three", &layers);
+    images
+}
+
+fn convert(images: &Images, source: &str, more: &[&str]) -> String {
+    let place = images.place();
+    let mut args = vec!["convert", "-r", &place, "-i", source, "--vsize", "1"];
+    args.extend(more);
+    done(&args)
+}
+
+#[test]
+fn a_conversion_that_reads_its_lower_layers_back_gives_the_bytes_of_one_go_and_reads_none_of_them()
+{
+    let (images, fresh) = (three_layers(), three_layers());
+    let expected = convert(&fresh, "three", &["--turboOCI", "turbo"]);
+    convert(&images, "two", &["--turboOCI", "turbo"]);
+    // The metadata of a TurboOCI layer is all that reading back takes: damage in the data is not seen.
+    let lowest = images.layer("three", 0);
+    let mut blob = images.blob(&lowest);
+    let middle = blob.len() / 2;
+    blob[middle] ^= 1;
+    fs::write(images.blob_path(&lowest), blob).unwrap();
+    assert_eq!(convert(&images, "three", &["--turboOCI", "turbo"]), expected);
+    refused(
+        &[
+            "convert",
+            "-r",
+            &images.place(),
+            "-i",
+            "three",
+            "--turboOCI",
+            "x",
+            "--vsize",
+            "1",
+            "--anew",
+        ],
+        &["Layer 0"],
+    );
+}
+
+#[test]
+fn new_layers_of_one_format_go_on_top_of_the_other() {
+    for (below, above) in [("--overlaybd", "--turboOCI"), ("--turboOCI", "--overlaybd")] {
+        let images = three_layers();
+        convert(&images, "two", &[below, "below"]);
+        convert(&images, "three", &[above, "mixed", "--base", "below"]);
+        convert(&images, "three", &["--turboOCI", "whole"]);
+        assert_eq!(images.layer("mixed", 0), images.layer("below", 0));
+        if above == "--turboOCI" {
+            assert_eq!(images.layer("mixed", 2), images.layer("whole", 2), "the disk is the same");
+        }
+        let digest = |tag: &str| done(&["export", &images.name(tag), "--digest"]);
+        assert_eq!(digest("mixed"), digest("whole"), "{above} on {below}");
+        // What stands on a base is found again under its tag, and made of it again.
+        let once = images.tagged("mixed");
+        convert(&images, "three", &[above, "mixed"]);
+        assert_eq!(images.tagged("mixed"), once);
+    }
+}
+
+#[test]
+fn a_base_of_other_layers_is_refused_and_says_which() {
+    let images = three_layers();
+    let other = [(OCI_GZIP, gzip(&tar_of(&[("other", b"other")])))];
+    images.add("other", &other);
+    for format in ["--turboOCI", "--overlaybd"] {
+        convert(&images, "other", &[format, "converted"]);
+        let place = images.place();
+        let args = ["convert", "-r", &place, "-i", "three", format, "x", "--base", "converted"];
+        refused(&args, &["base image", "no layer in common", &images.layer("three", 0)]);
+    }
+    let place = images.place();
+    let args = ["convert", "-r", &place, "-i", "three", "--turboOCI", "x", "--base", "two"];
+    refused(&args, &["base image", "is not converted"]);
 }

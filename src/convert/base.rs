@@ -147,13 +147,12 @@ impl BaseImage {
         let config = ImageConfig::parse(&config).map_err(BaseError::Config)?;
         let ids = config.diff_ids();
         if ids.len() != self.manifest.layers.len() {
-            let text = format!("its config lists {} layers, its manifest {}", ids.len(), layers.len());
+            let text =
+                format!("its config lists {} layers, its manifest {}", ids.len(), layers.len());
             return Err(BaseError::Other(text));
         }
-        let layers = layers[..shared + covered].iter().zip(ids).map(|(layer, &diff_id)| BaseLayer {
-            descriptor: layer.clone(),
-            diff_id,
-            from: self.store.clone(),
+        let layers = layers[..shared + covered].iter().zip(ids).map(|(layer, &diff_id)| {
+            BaseLayer { descriptor: layer.clone(), diff_id, from: self.store.clone() }
         });
         Ok(Base { layers: layers.collect(), covered })
     }

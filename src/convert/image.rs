@@ -241,12 +241,13 @@ pub fn convert_image(
     let ids = config.diff_ids();
     let uuids = layer_uuids(if ids.len() == sources.len() { ids } else { &sources });
     let tracks_on = |below: &Below| -> Vec<Track> {
-        options.formats().map(|format| Track::new(format, options, below, &sources, known)).collect()
+        options
+            .formats()
+            .map(|format| Track::new(format, options, below, &sources, known))
+            .collect()
     };
-    let failed = |error: BaseError| ConvertError::Base {
-        digest: source.digest,
-        source: Box::new(error),
-    };
+    let failed =
+        |error: BaseError| ConvertError::Base { digest: source.digest, source: Box::new(error) };
     let mut below = Below { layers: Vec::new(), covered: 0 };
     let mut tracks = tracks_on(&below);
     let least = tracks.iter().map(Track::known_below).min().unwrap_or(0);
@@ -317,7 +318,8 @@ impl Stream<'_> {
         tracks: &mut [Track],
     ) -> Result<Vec<LayerReport>, ConvertError> {
         let mut report: Vec<LayerReport> = self.layers.iter().map(LayerReport::of).collect();
-        for (line, layer) in report.iter_mut().zip(&below.layers[below.layers.len() - below.covered..])
+        for (line, layer) in
+            report.iter_mut().zip(&below.layers[below.layers.len() - below.covered..])
         {
             line.digest = layer.descriptor.digest.to_string();
             line.sizes.archive = layer.descriptor.size;
