@@ -6,9 +6,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::ext4::{
-    Geometry, Identity, Image, Kind, LayerBlocks, NodeId, ReadError, Run, Tree, read,
-};
+use crate::ext4::{Geometry, Identity, Image, Kind, LayerBlocks, NodeId, Run, Tree, read};
 use crate::units::{Bytes, Sectors};
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
 
@@ -62,7 +60,7 @@ pub(super) fn written(file: &File) -> Vec<(Sectors, Sectors)> {
 pub(super) struct Disk {
     _dir: tempfile::TempDir,
     pub(super) path: PathBuf,
-    file: File,
+    pub(super) file: File,
     pub(super) image: Image,
 }
 
@@ -74,16 +72,6 @@ impl Disk {
         file.set_len(size).unwrap();
         let image = Image::new(Geometry { size: Bytes(size) }, Identity::default()).unwrap();
         Disk { _dir: dir, path, file, image }
-    }
-
-    /// A disk that others made: `path` is moved to a place of its own.
-    pub(super) fn of_others(path: &Path) -> Result<(Disk, Tree), ReadError> {
-        let dir = tempfile::tempdir().unwrap();
-        let own = dir.path().join("disk");
-        fs::copy(path, &own).unwrap();
-        let file = File::options().read(true).write(true).open(&own).unwrap();
-        let (tree, image) = read(&FileVolume(file.try_clone().unwrap()), written(&file))?;
-        Ok((Disk { _dir: dir, path: own, file, image }, tree))
     }
 
     /// Reads the filesystem back, as a process does that has not made the lower layers.
