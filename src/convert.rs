@@ -25,11 +25,13 @@
 //! * [`layer`]    one pass over one layer
 //! * [`native`]   the data of a layer into a blob of its own
 //! * [`chain`]    what was converted before
+//! * [`base`]     converted layers of others below new ones
 //! * [`image`]    a manifest and its layers → a converted manifest
 //! * [`index`]    many platforms; what is passed over; publishing
 //! * [`progress`] who is told how far it is
 
 pub mod apply;
+pub mod base;
 pub mod chain;
 pub mod image;
 pub mod index;
@@ -48,6 +50,7 @@ use crate::store::StoreError;
 use crate::tar::TarError;
 use crate::units::Bytes;
 
+pub use base::BaseError;
 pub use chain::{KnownLayers, LocalLayers};
 pub use image::{ConvertedImage, LayerReport};
 pub use index::{Conversion, ConvertedPlatform, Tags, convert};
@@ -141,6 +144,15 @@ pub enum ConvertError {
     /// The local store of converted layers cannot be written.
     #[error("Cannot keep a converted layer in the local store")]
     Keep(#[source] std::io::Error),
+    /// The image that new layers were to go on top of.
+    #[error("The base image cannot be used for manifest {digest}")]
+    Base {
+        /// The manifest to convert.
+        digest: Digest,
+        /// What is wrong with it.
+        #[source]
+        source: Box<BaseError>,
+    },
     /// The virtual disk cannot have the size that was asked for.
     #[error(transparent)]
     Disk(crate::ext4::Ext4Error),

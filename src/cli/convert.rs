@@ -10,7 +10,7 @@ use super::{Failure, Outcome, Service, registry, table};
 use crate::convert::{ConvertOptions, KnownLayers, LocalLayers, Tags, convert};
 use crate::oci::{Digest, ImageName, RepositoryName};
 use crate::registry::Client;
-use crate::store::{self, ImageStore, Selector, StoreError};
+use crate::store::{self, ImageStore, Selector};
 use crate::units::Bytes;
 use crate::zfile;
 
@@ -42,6 +42,14 @@ pub(super) struct Args {
     /// the same. What stands under the target tags is always looked at.
     #[arg(long, value_name = "TAG|IMAGE")]
     reuse: Vec<String>,
+    /// Put new layers on top of those of this converted image (a tag of the target, or an image name), made by
+    /// turbobd or by upstream's tools in either format, where its sources are the image's lowest layers.
+    /// An image of others under a target tag is used so without being named.
+    #[arg(long, value_name = "TAG|IMAGE")]
+    base: Option<String>,
+    /// Convert all layers anew, whatever stands under the target tags.
+    #[arg(long, conflicts_with_all = ["base", "reuse"])]
+    anew: bool,
     /// Keep converted layers in this folder, and take those of earlier conversions from it.
     #[arg(long, value_name = "DIR")]
     layer_store: Option<PathBuf>,
@@ -162,25 +170,37 @@ impl Args {
             None => None,
         };
         let mut known = KnownLayers::with_local(local);
-        for tag in [&self.turbo_oci, &self.native].into_iter().flatten() {
+        let tags = [&self.turbo_oci, &self.native].into_iter().flatten();
+        for tag in tags.filter(|_| !self.anew) {
             // Most conversions are the first under their tag.
             if let Err(error) = known.learn(into, &Selector::Tag(tag.clone())) {
                 tracing::debug!(%tag, %error, "no earlier conversion to take layers from");
             }
         }
         for name in &self.reuse {
-            let is_tag = !name.contains('/') && !name.starts_with("oci:");
-            let learnt: Result<usize, StoreError> = if is_tag {
-                known.learn(into, &Selector::Tag(name.clone()))
-            } else {
-                let image: ImageName = name.parse().map_err(Failure::usage)?;
-                store::open(&image, client)
-                    .and_then(|(from, selector)| known.learn(&from, &selector))
-            };
-            let learnt = learnt.map_err(Failure::because)?;
+            let (from, selector) = self.named(name, into, client)?;
+            let learnt = known.learn(&from, &selector).map_err(Failure::because)?;
             tracing::info!("{name} has {learnt} layers that can be used again");
         }
+        if let Some(name) = &self.base {
+            let (from, selector) = self.named(name, into, client)?;
+            known.build_on(&from, &selector).map_err(Failure::because)?;
+        }
         Ok(known)
+    }
+
+    /// A tag of the target, or an image anywhere.
+    fn named(
+        &self,
+        name: &str,
+        into: &Arc<dyn ImageStore>,
+        client: &Client,
+    ) -> Result<(Arc<dyn ImageStore>, Selector), Failure> {
+        if !name.contains('/') && !name.starts_with("oci:") {
+            return Ok((into.clone(), Selector::Tag(name.to_owned())));
+        }
+        let image: ImageName = name.parse().map_err(Failure::usage)?;
+        store::open(&image, client).map_err(Failure::because)
     }
 }
 

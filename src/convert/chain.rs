@@ -27,6 +27,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::base::BaseImage;
 use super::layer::TargetEncoding;
 use super::{ConvertOptions, Format};
 use crate::oci::annotations::LayerKind;
@@ -140,6 +141,7 @@ pub struct KnownLayer {
 #[derive(Default)]
 pub struct KnownLayers {
     by_chain: HashMap<ChainId, KnownLayer>,
+    bases: Vec<BaseImage>,
     local: Option<LocalLayers>,
 }
 
@@ -147,7 +149,7 @@ impl KnownLayers {
     /// Nothing but what `local` has.
     #[must_use]
     pub fn with_local(local: Option<LocalLayers>) -> Self {
-        Self { by_chain: HashMap::new(), local }
+        Self { local, ..Self::default() }
     }
 
     /// Learns the layers of a converted image, and of all images below an index. One that was not
@@ -165,23 +167,40 @@ impl KnownLayers {
         Ok(self.by_chain.len() - before)
     }
 
+    /// Has new layers go on top of those of this image, by whomever it was converted, or of one of the images
+    /// below this index.
+    ///
+    /// # Errors
+    /// [`StoreError`] when there is no such image, or it cannot be read.
+    pub fn build_on(
+        &mut self,
+        store: &Arc<dyn ImageStore>,
+        selector: &Selector,
+    ) -> Result<(), StoreError> {
+        let bases = &mut self.bases;
+        each_manifest(store, &store.manifest(selector)?, MAX_DEPTH, &mut |manifest| {
+            bases.push(BaseImage::asked(store.clone(), manifest));
+            Ok(())
+        })
+    }
+
+    /// Images whose layers may lie below new ones.
+    pub(super) fn bases(&self) -> &[BaseImage] {
+        &self.bases
+    }
+
     fn learn_from(
         &mut self,
         store: &Arc<dyn ImageStore>,
         stored: &StoredManifest,
         depth: usize,
     ) -> Result<(), StoreError> {
-        match Document::parse(&stored.bytes, Some(&stored.media_type)) {
-            Ok(Document::Manifest(manifest)) => self.learn_manifest(store, &manifest),
-            Ok(Document::Index(index)) if depth > 0 => {
-                for entry in index.images() {
-                    let child = store.manifest(&Selector::Digest(entry.digest))?;
-                    self.learn_from(store, &child, depth - 1)?;
-                }
-                Ok(())
-            }
-            _ => Ok(()),
-        }
+        each_manifest(store, stored, depth, &mut |manifest| {
+            self.learn_manifest(store, &manifest)?;
+            let made_here = manifest.annotations.contains_key(CHAINS);
+            self.bases.push(BaseImage::found(store.clone(), manifest, made_here));
+            Ok(())
+        })
     }
 
     fn learn_manifest(
@@ -227,6 +246,26 @@ impl KnownLayers {
     #[must_use]
     pub fn local(&self) -> Option<&LocalLayers> {
         self.local.as_ref()
+    }
+}
+
+/// Hands over this manifest, or all below this index.
+fn each_manifest(
+    store: &Arc<dyn ImageStore>,
+    stored: &StoredManifest,
+    depth: usize,
+    take: &mut dyn FnMut(Manifest) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    match Document::parse(&stored.bytes, Some(&stored.media_type)) {
+        Ok(Document::Manifest(manifest)) => take(manifest),
+        Ok(Document::Index(index)) if depth > 0 => {
+            for entry in index.images() {
+                let child = store.manifest(&Selector::Digest(entry.digest))?;
+                each_manifest(store, &child, depth - 1, take)?;
+            }
+            Ok(())
+        }
+        _ => Ok(()),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use super::base::{self, BASE, Base, BaseError, BaseLayer};
 use super::chain::{CHAINS, ChainId, KnownLayer, KnownLayers, LocalLayers};
 use super::layer::{LayerSizes, TargetEncoding, Wanted, convert_layer};
 use super::native::{Hashing, NativeBlob, NativeLayer, layer_uuids};
@@ -153,14 +154,16 @@ struct Done {
 }
 
 impl Track {
+    /// Of the source layers from `below.covered` on.
     fn new(
         format: Format,
         options: &ConvertOptions,
-        manifest: &Manifest,
+        below: &Below,
+        sources: &[Digest],
         known: &KnownLayers,
     ) -> Self {
-        let sources = manifest.layers.iter().map(|layer| &layer.digest);
-        let chains = ChainId::root(format, options).of_layers(sources);
+        let chains = below.chain(format, options, below.layers.len());
+        let chains = chains.of_layers(&sources[below.covered..]);
         let known = chains.iter().map(|&chain| known.get(chain)).collect();
         Self { format, built: chains.iter().map(|_| None).collect(), chains, known }
     }
@@ -168,6 +171,16 @@ impl Track {
     /// Whether layer `number` has to be made.
     fn lacks(&self, number: usize) -> bool {
         self.known[number].is_none()
+    }
+
+    /// How many layers from the lowest on need not be made.
+    fn known_below(&self) -> usize {
+        self.known.iter().take_while(|known| known.is_some()).count()
+    }
+
+    /// The last layer that has to be made.
+    fn last_lacking(&self) -> Option<usize> {
+        (0..self.known.len()).rev().find(|&number| self.lacks(number))
     }
 
     /// The layers, in order.
@@ -223,24 +236,42 @@ pub fn convert_image(
     let config = ImageConfig::parse(&config)
         .map_err(|error| broken("Config", manifest.config.digest, error.to_string()))?;
 
-    let mut tracks: Vec<Track> =
-        options.formats().map(|format| Track::new(format, options, &manifest, known)).collect();
-    let mut report = convert_layers(store, &manifest, &config, &mut tracks, options, progress)?;
+    let sources: Vec<Digest> = manifest.layers.iter().map(|layer| layer.digest).collect();
+    // A config that lists other layers than the manifest is no reason to fail: identities are advisory.
+    let ids = config.diff_ids();
+    let uuids = layer_uuids(if ids.len() == sources.len() { ids } else { &sources });
+    let tracks_on = |below: &Below| -> Vec<Track> {
+        options
+            .formats()
+            .map(|format| Track::new(format, options, below, &sources, known))
+            .collect()
+    };
+    let failed =
+        |error: BaseError| ConvertError::Base { digest: source.digest, source: Box::new(error) };
+    let mut below = Below { layers: Vec::new(), covered: 0 };
+    let mut tracks = tracks_on(&below);
+    let least = tracks.iter().map(Track::known_below).min().unwrap_or(0);
+    if let Some(base) = base::choose(known.bases(), &sources, &uuids, least).map_err(failed)? {
+        below = base;
+        tracks = tracks_on(&below);
+    }
+    let stream = Stream { store, layers: &manifest.layers, uuids: &uuids, options, progress };
+    let mut report = stream.convert(&below, &mut tracks)?;
 
     let mut formats = ConvertedFormats { turbo: None, native: None, report: Vec::new() };
     for track in &mut tracks {
-        let done = track.done().map_err(|(number, error)| ConvertError::Layer {
-            number,
-            digest: manifest.layers[number].digest,
-            source: Box::new(error),
+        let done = track.done().map_err(|(number, error)| {
+            let number = below.covered + number;
+            let source = Box::new(error);
+            ConvertError::Layer { number, digest: manifest.layers[number].digest, source }
         })?;
-        for (line, layer) in report.iter_mut().zip(&done) {
+        for (line, layer) in report[below.covered..].iter_mut().zip(&done) {
             line.note(track.format, layer);
         }
         if let Some(local) = known.local() {
             keep(local, track, &done)?;
         }
-        let image = assemble(source, &manifest, &config, track, done, options);
+        let image = assemble(source, &manifest, &config, &below, track, done, options);
         match track.format {
             Format::Turbo => formats.turbo = Some(image),
             Format::Native => formats.native = Some(image),
@@ -250,67 +281,160 @@ pub fn convert_image(
     Ok(formats)
 }
 
-/// Streams the layers up to the last that some format lacks.
-fn convert_layers(
-    store: &dyn ImageStore,
-    manifest: &Manifest,
-    config: &ImageConfig,
-    tracks: &mut [Track],
-    options: &ConvertOptions,
-    progress: &dyn Progress,
-) -> Result<Vec<LayerReport>, ConvertError> {
-    let mut report: Vec<LayerReport> = manifest.layers.iter().map(LayerReport::of).collect();
-    let sources: Vec<Digest> = manifest.layers.iter().map(|layer| layer.digest).collect();
-    // A config that lists other layers than the manifest is no reason to fail: identities are advisory.
-    let ids = config.diff_ids();
-    let uuids = layer_uuids(if ids.len() == sources.len() { ids } else { &sources });
-    let lacking = (0..sources.len()).rev().find(|&n| tracks.iter().any(|track| track.lacks(n)));
-    let mut tree = Tree::new();
-    let mut image = Image::new(Geometry { size: options.disk_size }, Identity::default())
-        .map_err(ConvertError::Disk)?;
-    for (number, layer) in manifest.layers.iter().enumerate().take(lacking.map_or(0, |n| n + 1)) {
-        let lacks =
-            |format| tracks.iter().any(|track| track.format == format && track.lacks(number));
+/// The converted layers below those of this conversion.
+type Below = Base;
+
+impl Below {
+    /// The chain above the lowest `count` of these layers.
+    fn chain(&self, format: Format, options: &ConvertOptions, count: usize) -> ChainId {
+        let digests: Vec<Digest> =
+            self.layers[..count].iter().map(|layer| layer.descriptor.digest).collect();
+        ChainId::over(format, options, &digests)
+    }
+}
+
+/// The layers of one image on their way.
+struct Stream<'i> {
+    store: &'i dyn ImageStore,
+    layers: &'i [Descriptor],
+    uuids: &'i [lsmt::Uuid],
+    options: &'i ConvertOptions,
+    progress: &'i dyn Progress,
+}
+
+/// The filesystem so far.
+struct State {
+    tree: Tree,
+    image: Image,
+    /// Source layers that are in it.
+    applied: usize,
+}
+
+impl Stream<'_> {
+    /// Streams the layers up to the last that some format lacks.
+    fn convert(
+        &self,
+        below: &Below,
+        tracks: &mut [Track],
+    ) -> Result<Vec<LayerReport>, ConvertError> {
+        let mut report: Vec<LayerReport> = self.layers.iter().map(LayerReport::of).collect();
+        for (line, layer) in
+            report.iter_mut().zip(&below.layers[below.layers.len() - below.covered..])
+        {
+            line.digest = layer.descriptor.digest.to_string();
+            line.sizes.archive = layer.descriptor.size;
+        }
+        let lacking = tracks.iter().filter_map(Track::last_lacking).max();
+        let Some(end) = lacking.map(|last| below.covered + last + 1) else { return Ok(report) };
+        let State { mut tree, mut image, applied } = self.begin(below, tracks)?;
+        // What is converted lies on the disk that is there.
+        let options = ConvertOptions { disk_size: image.size(), ..self.options.clone() };
+        for (number, layer) in self.layers.iter().enumerate().take(end).skip(applied) {
+            let wanted = self.wanted(number, number - below.covered, tracks, &options);
+            report[number].reused = !wanted.turbo && wanted.native.is_none();
+            let in_layer = |error| ConvertError::Layer {
+                number,
+                digest: layer.digest,
+                source: Box::new(error),
+            };
+            let blob = self.store.open_blob(layer)?;
+            let start = Instant::now();
+            let converted =
+                convert_layer(blob, layer, wanted, &mut tree, &mut image, &options, self.progress)
+                    .map_err(in_layer)?;
+            report[number].sizes.tar = converted.tar_len;
+            report[number].millis = start.elapsed().as_millis() as u64;
+            if let Some(turbo) = &converted.turbo {
+                report[number].sizes = turbo.sizes;
+            }
+            let (mut turbo, mut native) = (converted.turbo, converted.native);
+            for track in &mut *tracks {
+                track.built[number - below.covered] = match track.format {
+                    Format::Turbo => turbo.take().map(|layer| BuiltBlob::Turbo {
+                        archive: layer.archive,
+                        diff_id: layer.diff_id,
+                        target: layer.target,
+                    }),
+                    Format::Native => native.take().map(BuiltBlob::Native),
+                };
+            }
+        }
+        Ok(report)
+    }
+
+    /// What of layer `number`, which is `nth` of the tracks, has to be made.
+    fn wanted(
+        &self,
+        number: usize,
+        nth: usize,
+        tracks: &[Track],
+        options: &ConvertOptions,
+    ) -> Wanted {
+        let lacks = |format| tracks.iter().any(|track| track.format == format && track.lacks(nth));
         let native = options.native.filter(|_| lacks(Format::Native)).map(|zfile| NativeLayer {
             virtual_size: if number == 0 { options.disk_size } else { Bytes::ZERO },
             identity: lsmt::Identity {
-                uuid: uuids[number],
-                parent: number.checked_sub(1).map_or(lsmt::Uuid::NULL, |below| uuids[below]),
+                uuid: self.uuids[number],
+                parent: number.checked_sub(1).map_or(lsmt::Uuid::NULL, |below| self.uuids[below]),
                 user_tag: Vec::new(),
             },
             has_lower: number > 0,
             zfile,
         });
-        let wanted = Wanted { turbo: lacks(Format::Turbo), native };
-        report[number].reused = !wanted.turbo && wanted.native.is_none();
-        let blob = store.open_blob(layer)?;
-        let start = Instant::now();
-        let converted = convert_layer(
-            blob, layer, wanted, &mut tree, &mut image, options, progress,
-        )
-        .map_err(|error| ConvertError::Layer {
-            number,
-            digest: layer.digest,
-            source: Box::new(error),
-        })?;
-        report[number].sizes.tar = converted.tar_len;
-        report[number].millis = start.elapsed().as_millis() as u64;
-        if let Some(turbo) = &converted.turbo {
-            report[number].sizes = turbo.sizes;
-        }
-        let (mut turbo, mut native) = (converted.turbo, converted.native);
-        for track in &mut *tracks {
-            track.built[number] = match track.format {
-                Format::Turbo => turbo.take().map(|layer| BuiltBlob::Turbo {
-                    archive: layer.archive,
-                    diff_id: layer.diff_id,
-                    target: layer.target,
-                }),
-                Format::Native => native.take().map(BuiltBlob::Native),
-            };
-        }
+        Wanted { turbo: lacks(Format::Turbo), native }
     }
-    Ok(report)
+
+    /// The filesystem below the first layer that has to be read: read back from converted layers if there
+    /// are any, else an empty one.
+    fn begin(&self, below: &Below, tracks: &[Track]) -> Result<State, ConvertError> {
+        if !below.layers.is_empty() {
+            let mut layers = below.layers.clone();
+            let more = self.known_turbo(below.covered, tracks);
+            let applied = below.covered + more.len();
+            layers.extend(more);
+            let (tree, image) = base::read_back(&layers, self.store).map_err(|error| {
+                ConvertError::Base { digest: self.layers[0].digest, source: Box::new(error) }
+            })?;
+            return Ok(State { tree, image, applied });
+        }
+        let known = self.known_turbo(0, tracks);
+        if !known.is_empty() {
+            match base::read_back(&known, self.store) {
+                Ok((tree, image)) => return Ok(State { tree, image, applied: known.len() }),
+                Err(error) => {
+                    tracing::warn!(%error, "The lower layers are read anew: those converted before cannot be read back");
+                }
+            }
+        }
+        let image = Image::new(Geometry { size: self.options.disk_size }, Identity::default())
+            .map_err(ConvertError::Disk)?;
+        Ok(State { tree: Tree::new(), image, applied: 0 })
+    }
+
+    /// The lowest layers that no format lacks, as TurboOCI layers. Not as native ones: those say nothing of a
+    /// file's zeros, so what of the disk was given out before cannot be told from them exactly, and the
+    /// same chain would not always give the same bytes.
+    fn known_turbo(&self, covered: usize, tracks: &[Track]) -> Vec<BaseLayer> {
+        let count = tracks.iter().map(Track::known_below).min().unwrap_or(0);
+        let Some(track) = tracks.iter().find(|track| track.format == Format::Turbo) else {
+            return Vec::new();
+        };
+        let types = Types::of(Format::Turbo, self.options);
+        let known = track.known[..count].iter().flatten();
+        let layers = self.layers[covered..].iter().zip(known).map(|(source, known)| {
+            let done = Done {
+                diff_id: known.diff_id,
+                target: known.target,
+                blob: LayerBlob::Known(known.clone()),
+            };
+            BaseLayer {
+                descriptor: layer_descriptor(source, &done, Format::Turbo, types),
+                diff_id: known.diff_id,
+                from: known.from.clone(),
+            }
+        });
+        layers.collect()
+    }
 }
 
 impl LayerReport {
@@ -362,25 +486,48 @@ fn assemble(
     source: &StoredManifest,
     original: &Manifest,
     config: &ImageConfig,
+    below: &Below,
     track: &Track,
     done: Vec<Done>,
     options: &ConvertOptions,
 ) -> ConvertedImage {
     let types = Types::of(track.format, options);
-    let diff_ids: Vec<Digest> = done.iter().map(|layer| layer.diff_id).collect();
+    let base = below.layers.iter();
+    let diff_ids: Vec<Digest> = base
+        .clone()
+        .map(|layer| layer.diff_id)
+        .chain(done.iter().map(|layer| layer.diff_id))
+        .collect();
     let config = config.with_diff_ids(&diff_ids);
-    let descriptors = original
-        .layers
+    let new = original.layers[below.covered..]
         .iter()
         .zip(&done)
-        .map(|(source, layer)| layer_descriptor(source, layer, track.format, types))
-        .collect();
+        .map(|(source, layer)| layer_descriptor(source, layer, track.format, types));
+    let descriptors = base.clone().map(|layer| layer.descriptor.clone()).chain(new).collect();
     let mut notes = original.annotations.clone();
-    let chains: Vec<String> = track.chains.iter().map(ToString::to_string).collect();
+    let lower = (1..=below.layers.len()).map(|count| below.chain(track.format, options, count));
+    let chains: Vec<String> =
+        lower.chain(track.chains.iter().copied()).map(|chain| chain.to_string()).collect();
     notes.insert(CHAINS.to_owned(), chains.join(","));
+    if !below.layers.is_empty() {
+        notes.insert(BASE.to_owned(), below.layers.len().to_string());
+    }
     let manifest = write_manifest(source, notes, types, &config, descriptors, options);
-    let layers = done.into_iter().map(|layer| layer.blob).collect();
-    ConvertedImage { media_type: types.manifest, manifest, config, layers }
+    let layers = base.map(BaseLayer::blob).chain(done.into_iter().map(|layer| layer.blob));
+    ConvertedImage { media_type: types.manifest, manifest, config, layers: layers.collect() }
+}
+
+impl BaseLayer {
+    /// It is where it was.
+    fn blob(&self) -> LayerBlob {
+        LayerBlob::Known(KnownLayer {
+            digest: self.descriptor.digest,
+            size: self.descriptor.size,
+            diff_id: self.diff_id,
+            target: TargetEncoding::Gzip, // stands in the descriptor
+            from: self.from.clone(),
+        })
+    }
 }
 
 /// Media types of the result.
