@@ -176,7 +176,8 @@ struct Point<'a> {
     out: u64,
     kind: u8,
     header: Option<(&'a [u8], u64)>,
-    window: Vec<u8>,
+    /// None if it should lie in `gzip.meta` and does not.
+    window: Option<Vec<u8>>,
 }
 
 /// Checks a `turbobd.segments` against its blob and the `gzip.meta` beside it.
@@ -249,17 +250,27 @@ pub fn check_sidecar(
         report.hold("sidecar.segment-crc32", crc32(data) == le32(crc, number * 4), detail);
         let block = whole.blocks.binary_search(&(point.bit, point.out)).is_ok();
         let kind = match point.kind {
-            0 => block && whole.members.contains(&point.out),
-            1 => block,
+            0 => begins_member(whole, point),
+            1 => block && !begins_member(whole, point),
             2 => !block,
             _ => false,
         };
         report.hold("sidecar.kind-is-what-lies-there", kind, detail);
-        let got = inflate::from(blob, point.bit, &point.window, point.header, data.len());
+        let there = point.window.is_some();
+        report.hold("sidecar.shared-window-is-in-gzip-meta", there, detail);
+        let window = point.window.as_deref().unwrap_or_default();
+        let got = inflate::from(blob, point.bit, window, point.header, data.len());
         report.hold("sidecar.segment-decodes-alone", got.as_deref() == Ok(data), || {
             format!("segment {number}: {:?}", got.err())
         });
     }
+}
+
+/// Whether the first block of a member lies there.
+fn begins_member(whole: &Whole, point: &Point<'_>) -> bool {
+    let first = whole.blocks.partition_point(|&(_, out)| out < point.out);
+    whole.members.contains(&point.out)
+        && whole.blocks.get(first).is_some_and(|&(bit, _)| bit == point.bit)
 }
 
 type Points<'a> = (Vec<Point<'a>>, &'a [u8], &'a [u8]);
@@ -287,20 +298,20 @@ fn read_points<'a>(
             out: outs[number],
             kind,
             header,
-            window: Vec::new(),
+            window: Some(Vec::new()),
         });
     }
     for point in &mut points {
         point.window = match point.kind {
             0 => continue,
             1 if shared => {
-                let entry =
-                    meta?.iter().find(|entry| (entry.bit, entry.de_pos) == (point.bit, point.out));
-                entry?.window.clone()
+                let here = (point.bit, point.out);
+                let entry = meta?.iter().find(|entry| (entry.bit, entry.de_pos) == here);
+                entry.map(|entry| entry.window.clone())
             }
             _ => {
                 let len = reader.varint()? as usize;
-                unzlib(reader.take(len)?).ok()?
+                Some(unzlib(reader.take(len)?).ok()?)
             }
         };
     }

@@ -268,7 +268,9 @@ fn archive_rules(seen: &mut Seen, tar: &[u8]) {
 }
 
 fn wrap_rules(seen: &mut Seen, file: &[u8]) {
-    let check = |bytes: &[u8], report: &mut Report| drop(unwrap(bytes, report));
+    let check = |bytes: &[u8], report: &mut Report| {
+        let _ = unwrap(bytes, report);
+    };
     seen.all(
         file,
         &check,
@@ -419,6 +421,7 @@ fn sidecar_rules(seen: &mut Seen, sample: &Sample) {
             ("sidecar.segment-crc32", &flip(crc as i64, 1)),
             ("sidecar.kind-is-what-lies-there", &put(kinds as i64, &[1])),
             ("sidecar.segment-decodes-alone", &flip(80, 1)),
+            ("sidecar.shared-window-is-in-gzip-meta", &flip(outs as i64, 1)),
         ],
     );
 }
