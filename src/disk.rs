@@ -102,6 +102,15 @@ pub enum DiskError {
         #[source]
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
+    /// A blob that is not on this host; said by a [`config::TargetOpener`].
+    #[error("Cannot reach the layer {name}")]
+    Remote {
+        /// The blob, and where it should be.
+        name: String,
+        /// The opener's reason.
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
     /// A file could not be read or written.
     #[error("Cannot use {name}")]
     Io {

@@ -43,10 +43,10 @@ pub enum MetaError {
     #[error("Cannot build the meta image")]
     Build(#[source] Box<ConvertError>),
     /// The local store, or the place to publish to, did not take it.
-    #[error("Cannot keep the meta image")]
+    #[error("Cannot keep the meta image (see --meta-dir)")]
     Keep(#[source] Box<StoreError>),
     /// The directory of the local store cannot be used.
-    #[error("Cannot use {dir} for meta images", dir = dir.display())]
+    #[error("Cannot use {dir} for meta images (see --meta-dir)", dir = dir.display())]
     Local {
         /// The directory.
         dir: PathBuf,
@@ -124,6 +124,9 @@ impl MetaImages {
     pub fn of(&self, plain: &Plain<'_>, progress: &dyn Progress) -> Result<MetaImage, MetaError> {
         if let Some(image) = self.find(plain) {
             tracing::info!(found = ?image.found, digest = %image.stored.digest, "meta image");
+            if self.publish && image.found == Found::Local {
+                publish(plain, &image).map_err(|error| MetaError::Keep(Box::new(error)))?;
+            }
             return Ok(image);
         }
         let keep = |error| MetaError::Keep(Box::new(error));
@@ -181,15 +184,16 @@ impl MetaImages {
         };
         let built = built.turbo.ok_or_else(unfit)?;
         put(&**store, Some(&local_tag(&plain.stored.digest)), &built).map_err(keep)?;
-        if self.publish {
-            publish(plain, &built).map_err(keep)?;
-        }
         let stored = StoredManifest {
             media_type: built.media_type.to_owned(),
             digest: Digest::of(&built.manifest),
             bytes: built.manifest,
         };
-        fitting(plain, store, stored, Found::Built).ok_or_else(unfit)
+        let image = fitting(plain, store, stored, Found::Built).ok_or_else(unfit)?;
+        if self.publish {
+            publish(plain, &image).map_err(keep)?;
+        }
+        Ok(image)
     }
 }
 
@@ -290,12 +294,15 @@ fn put(
     store.put_manifest(tag, built.media_type, &built.manifest)
 }
 
-/// Pushes what was built beside the plain image. A registry that does not list it among the referrers
+/// Pushes what was built here beside the plain image. A registry that does not list it among the referrers
 /// of its subject gets it listed under the fallback tag, as OCI 1.1 asks of clients.
-fn publish(plain: &Plain<'_>, built: &ConvertedImage) -> Result<(), StoreError> {
+fn publish(plain: &Plain<'_>, built: &MetaImage) -> Result<(), StoreError> {
     let store = &**plain.store;
-    put(store, None, built)?;
-    let mut entry = Descriptor::of(built.media_type, &built.manifest);
+    for blob in built.manifest.layers.iter().chain([&built.manifest.config]) {
+        store.put_blob(&built.store.read_blob(blob)?)?;
+    }
+    store.put_manifest(None, &built.stored.media_type, &built.stored.bytes)?;
+    let mut entry = Descriptor::of(&built.stored.media_type, &built.stored.bytes);
     entry.artifact_type = Some(ARTIFACT_TYPE_TURBO.to_owned());
     let listed = store.referrers(&plain.stored.digest)?;
     let index =

@@ -28,7 +28,7 @@ impl TargetOpener for Inflated {
     fn open_gzip(
         &self,
         blob: Arc<dyn ByteSource>,
-        _index: Vec<u8>,
+        _index: Option<Vec<u8>>,
         _sidecar: Option<Vec<u8>>,
         digest: Option<&str>,
     ) -> Result<Arc<dyn ChunkSource>, DiskError> {

@@ -116,7 +116,7 @@ fn serve_here(args: &Args, request: &AttachRequest, service: &Service, start: In
     match &args.mount {
         Some(dir) => {
             // On failure the table goes, and the device with it.
-            mounts::mount_ext4(&device.device, dir).map_err(Failure::because)?;
+            mounts::mount_image(&device.device, dir).map_err(Failure::because)?;
             println!("{} {}", device.device.display(), dir.display());
         }
         None => println!("{}", device.device.display()),

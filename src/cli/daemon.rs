@@ -115,7 +115,7 @@ impl ImageOpener for HostImages {
         let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
-        let opened = args.open(&self.clients, cache.clone()).map_err(Box::new)?;
+        let opened = args.open_for_device(&self.clients, cache.clone()).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
         let recorders = opened.disk.recorders().clone();
         if let Some(replayed) = self.traces.begin(&recorders, &cache, opened.trace.as_ref()) {

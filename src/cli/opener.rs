@@ -4,12 +4,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::registry::Clients;
-use super::{Failure, registry};
+use super::{Failure, registry, sentence};
 use crate::cache::Cache;
-use crate::disk::image::{GzipTargets, LayerInfo, OpenedImage, host_manifest, open_image};
-use crate::disk::{Disk, config};
-use crate::oci::{Digest, ImageName, RepositoryName, annotations};
-use crate::store::{self, ImageStore};
+use crate::chunk::ChunkSource;
+use crate::convert::{ConvertOptions, Silent};
+use crate::disk::config::TargetOpener;
+use crate::disk::image::{
+    GzipTargets, HostManifest, LayerInfo, OpenedImage, choose_manifest, open_image,
+};
+use crate::disk::{Disk, DiskError, config};
+use crate::meta::{MetaImages, Plain, is_plain};
+use crate::oci::{Digest, ImageName, Manifest, RepositoryName, annotations};
+use crate::registry::Client;
+use crate::source::ByteSource;
+use crate::store::{self, ImageStore, Selector, StoredManifest};
 use crate::trace::Trace;
 
 /// An image, by name or by upstream's device config.
@@ -22,6 +30,15 @@ pub(super) struct Args {
     /// Upstream's device config (`config.v1.json`) instead of an image.
     #[arg(long, value_name = "FILE", conflicts_with = "image")]
     pub(super) config: Option<PathBuf>,
+    /// Where meta images of plain images are kept on this host; else the service configuration's
+    /// `turbobd.metaDir`, which is /var/lib/turbobd/meta by default.
+    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    #[serde(default)]
+    pub(super) meta_dir: Option<PathBuf>,
+    /// Push the meta image that was built for a plain image, as a referrer of it: other hosts find it then.
+    #[arg(long, conflicts_with = "config")]
+    #[serde(default)]
+    pub(super) publish: bool,
     #[command(flatten)]
     pub(super) registry: registry::Args,
 }
@@ -60,6 +77,9 @@ impl Args {
             let image: ImageName = image.parse().map_err(Failure::usage)?;
             args.image = Some(image.absolute().map_err(Failure::because)?.to_string());
         }
+        if let Some(dir) = &self.meta_dir {
+            args.meta_dir = Some(std::path::absolute(dir).map_err(Failure::because)?);
+        }
         args.registry = args.registry.absolute()?;
         Ok(args)
     }
@@ -69,13 +89,35 @@ impl Args {
         match (&self.image, &self.config) {
             (Some(image), _) => self.open_image(image, clients, cache),
             (None, Some(path)) => {
-                let disk = config::open(path, cache, &GzipTargets).map_err(Failure::because)?;
-                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None, trace: None })
+                let targets = ConfigTargets { clients, registry: &self.registry };
+                let opened = config::open_all(path, cache, &targets).map_err(Failure::because)?;
+                if let Some(file) = opened.record {
+                    tracing::warn!(
+                        "{} is empty and stays so: record with `turbobd trace record`",
+                        file.display()
+                    );
+                }
+                let (disk, trace) = (opened.disk, opened.trace);
+                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None, trace })
             }
             (None, None) => {
                 Err(Failure::Usage("name an IMAGE, or a device config with --config FILE".into()))
             }
         }
+    }
+
+    /// Opens it for a device: a device config is told how that went, in its `resultFile`.
+    pub(super) fn open_for_device(
+        &self,
+        clients: &Clients,
+        cache: Arc<Cache>,
+    ) -> Result<Opened, Failure> {
+        let opened = self.open(clients, cache);
+        if let Some(path) = &self.config {
+            let reason = opened.as_ref().map(|_| ()).map_err(|error| sentence(error));
+            config::tell_result(path, reason.as_ref().map(|()| ()).map_err(String::as_str));
+        }
+        opened
     }
 
     fn open_image(
@@ -87,17 +129,119 @@ impl Args {
         let client = clients.of(&self.registry)?;
         let image: ImageName = image.parse().map_err(Failure::usage)?;
         let (store, selector) = store::open(&image, &client).map_err(Failure::because)?;
-        let (stored, manifest) = host_manifest(&*store, &selector).map_err(Failure::because)?;
-        let targets = match manifest.annotations.get(annotations::ORIGIN) {
-            None => store.clone(),
-            Some(origin) => {
-                let origin: RepositoryName = origin.parse().map_err(Failure::because)?;
-                store::open_repository(&origin, &client).map_err(Failure::because)?
-            }
+        let chosen = choose_manifest(&*store, &selector).map_err(Failure::because)?;
+        if is_plain(&chosen.manifest) {
+            return self.open_plain(store, &selector, &chosen, clients, cache);
+        }
+        let HostManifest { stored, manifest, .. } = chosen;
+        open_converted(store.clone(), store, &stored, &manifest, &client, cache)
+    }
+
+    /// Opens a plain image through its meta image, which is built if there is none.
+    fn open_plain(
+        &self,
+        store: Arc<dyn ImageStore>,
+        selector: &Selector,
+        chosen: &HostManifest,
+        clients: &Clients,
+        cache: Arc<Cache>,
+    ) -> Result<Opened, Failure> {
+        let client = clients.of(&self.registry)?;
+        let local = self.meta_dir.clone();
+        let images = MetaImages {
+            local: local.unwrap_or_else(|| clients.service().turbobd.meta_dir.clone()),
+            publish: self.publish,
+            options: ConvertOptions::default(),
         };
-        let OpenedImage { layers, disk, trace } =
-            open_image(&*store, &*targets, &manifest, cache).map_err(Failure::because)?;
-        let digest = Some(stored.digest);
-        Ok(Opened { disk, layers, digest, targets: Some(targets), trace })
+        let plain = Plain {
+            store: &store,
+            tag: match selector {
+                Selector::Tag(tag) => Some(tag),
+                Selector::Digest(_) | Selector::Default => None,
+            },
+            index: chosen.index.as_ref(),
+            stored: &chosen.stored,
+            manifest: &chosen.manifest,
+        };
+        let meta = images.of(&plain, &Silent).map_err(Failure::because)?;
+        open_converted(meta.store, store, &meta.stored, &meta.manifest, &client, cache)
+    }
+}
+
+/// Opens a converted image of `store`, whose original layers are in `originals` unless it says otherwise.
+fn open_converted(
+    store: Arc<dyn ImageStore>,
+    originals: Arc<dyn ImageStore>,
+    stored: &StoredManifest,
+    manifest: &Manifest,
+    client: &Client,
+    cache: Arc<Cache>,
+) -> Result<Opened, Failure> {
+    let targets = match manifest.annotations.get(annotations::ORIGIN) {
+        None => originals,
+        Some(origin) => {
+            let origin: RepositoryName = origin.parse().map_err(Failure::because)?;
+            store::open_repository(&origin, client).map_err(Failure::because)?
+        }
+    };
+    let OpenedImage { layers, disk, trace } =
+        open_image(&*store, &*targets, manifest, cache).map_err(Failure::because)?;
+    Ok(Opened { disk, layers, digest: Some(stored.digest), targets: Some(targets), trace })
+}
+
+/// What a device config names and this host must fetch: with the credentials of this host.
+struct ConfigTargets<'a> {
+    clients: &'a Clients,
+    registry: &'a registry::Args,
+}
+
+impl ConfigTargets<'_> {
+    /// The repository whose blobs are at `url`: `https://host/v2/<name>/blobs`.
+    fn repository(&self, url: &str) -> Result<Arc<dyn ImageStore>, Failure> {
+        let wrong = || {
+            Failure::Failed(format!(
+                "{url:?} is not the URL of a repository's blobs: https://host/v2/<name>/blobs"
+            ))
+        };
+        let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
+        let (host, path) = rest.split_once("/v2/").ok_or_else(wrong)?;
+        let path = path.trim_end_matches('/');
+        let repository = path.strip_suffix("/blobs").ok_or_else(wrong)?.to_owned();
+        let mut args = self.registry.clone();
+        match scheme {
+            "https" => {}
+            "http" => args.plain = true,
+            _ => return Err(wrong()),
+        }
+        let client = self.clients.of(&args)?;
+        let place = RepositoryName::Registry { host: host.to_owned(), repository };
+        store::open_repository(&place, &client).map_err(Failure::because)
+    }
+}
+
+impl TargetOpener for ConfigTargets<'_> {
+    fn open_gzip(
+        &self,
+        blob: Arc<dyn ByteSource>,
+        index: Option<Vec<u8>>,
+        sidecar: Option<Vec<u8>>,
+        digest: Option<&str>,
+    ) -> Result<Arc<dyn ChunkSource>, DiskError> {
+        GzipTargets.open_gzip(blob, index, sidecar, digest)
+    }
+
+    fn open_remote(
+        &self,
+        blobs: &str,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Arc<dyn ByteSource>, DiskError> {
+        let open = || -> Result<_, Failure> {
+            self.repository(blobs)?.blob_source(digest, size).map_err(Failure::because)
+        };
+        open().map_err(|error| DiskError::Remote {
+            name: format!("{digest} of {blobs}"),
+            source: Arc::new(error),
+        })
     }
 }

@@ -156,7 +156,7 @@ fn record_image(
     }
     served.begin_trace(device.id).map_err(Failure::because)?;
     // On failure the table goes, and the device with it.
-    mounts::mount_ext4(&device.device, mount.path()).map_err(Failure::because)?;
+    mounts::mount_image(&device.device, mount.path()).map_err(Failure::because)?;
     let dir = mount.path().to_owned();
     let place = format!("{} {}", device.device.display(), dir.display());
     let in_image = |mut command: Vec<String>| {

@@ -152,7 +152,7 @@ impl Client {
         let dir = std::fs::canonicalize(dir).map_err(step("find the mount point", dir))?;
         let (mut device, note) = self.attach(request)?;
         let start = Instant::now();
-        if let Err(error) = mounts::mount_ext4(&device.device, &dir) {
+        if let Err(error) = mounts::mount_image(&device.device, &dir) {
             // Why it could not be mounted is what the user asked about.
             if let Err(left) = self.done(&Request::Detach { id: device.id }) {
                 let left = super::with_causes(&left);

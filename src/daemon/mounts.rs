@@ -1,15 +1,34 @@
-//! ext4 mounts of a device, made and found in the caller's mount namespace.
+//! Mounts of a device, made and found in the caller's mount namespace.
 
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt as _, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{major, minor};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::{DaemonError, step};
+
+/// First bytes of an erofs superblock, little-endian `0xE0F5_E1E2`, 1024 bytes into the device.
+const EROFS_MAGIC: [u8; 4] = [0xe2, 0xe1, 0xf5, 0xe0];
+
+/// Mounts what is on a device: erofs if its superblock says so, else ext4 ([`mount_ext4`]).
+///
+/// # Errors
+/// [`DaemonError::Step`].
+pub fn mount_image(device: &Path, dir: &Path) -> Result<(), DaemonError> {
+    let mut magic = [0; 4];
+    let read = std::fs::File::open(device).and_then(|file| file.read_exact_at(&mut magic, 1024));
+    read.map_err(step("read", device))?;
+    if magic == EROFS_MAGIC {
+        return mount(device, dir, "erofs", MountFlags::RDONLY, None)
+            .map_err(io::Error::from)
+            .map_err(step("mount an erofs at", dir));
+    }
+    mount_ext4(device, dir)
+}
 
 /// Mounts the ext4 of a device: read-only if the device is.
 ///

@@ -1,5 +1,8 @@
-//! Upstream's device configuration, `config.v1.json` (spec runtime 1 and 2), and the disk it
-//! describes, for layers that are local files.
+//! Upstream's device configuration, `config.v1.json` (spec runtime 1 and 2), and the disk it describes.
+//!
+//! A layer is the first of its local files that exists, else a blob of the registry at `repoBlobUrl`; the
+//! original layer of a TurboOCI layer is a local file or such a blob. How a registry is reached and how gzip
+//! is read is not decided here: a [`TargetOpener`] does both.
 //!
 //! Keys that nobody knows are ignored with a warning, as upstream ignores them. A value of the wrong
 //! type is an error that names the key, where upstream aborts. Relative paths count from the folder
@@ -15,30 +18,49 @@ use serde_json::{Map, Value};
 use super::{Disk, DiskError, DiskLayer, LayerData};
 use crate::cache::Cache;
 use crate::chunk::{ChunkSource, PlainChunks};
-use crate::lsmt::{Layer, LayerKind};
+use crate::gzip::SIDECAR_NAME;
+use crate::lsmt::{Layer, LayerKind, MAX_LAYERS};
+use crate::oci::Digest;
 use crate::source::{ByteSource, FileSource, MemorySource, SharedBytes};
+use crate::trace::{Trace, upstream};
 use crate::zfile;
 
 /// Largest `gzip.meta` or sidecar that is read into memory, in bytes. Upstream's take 4 % of a
 /// layer, ours less than 1 %: this is a layer of hundreds of GB.
 const MAX_INDEX: u64 = 8 << 30;
 
-/// Opens the original layer of a TurboOCI layer. The gzip part of this program implements it; so may
-/// tests.
+/// Opens what a configuration only names. The gzip part of this program and its registry client implement
+/// it; so may tests.
 pub trait TargetOpener {
     /// The uncompressed tar of `blob`, a gzip stream that `index` (a `gzip.meta`) gives access to.
-    /// `sidecar` holds what upstream's index cannot; `digest` is what the configuration calls the
-    /// blob.
+    /// `sidecar` holds what upstream's index cannot, or all of it; `digest` is what the configuration calls
+    /// the blob.
     ///
     /// # Errors
     /// [`DiskError::Target`], or any other.
     fn open_gzip(
         &self,
         blob: Arc<dyn ByteSource>,
-        index: Vec<u8>,
+        index: Option<Vec<u8>>,
         sidecar: Option<Vec<u8>>,
         digest: Option<&str>,
     ) -> Result<Arc<dyn ChunkSource>, DiskError>;
+
+    /// The blob `digest` of the repository whose blobs are at the URL `blobs`; `size` is its length in bytes
+    /// if the configuration says so.
+    ///
+    /// # Errors
+    /// [`DiskError`]; without a registry, always.
+    fn open_remote(
+        &self,
+        blobs: &str,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Arc<dyn ByteSource>, DiskError> {
+        let _ = size;
+        let error = std::io::Error::other(format!("{blobs} is not reached from here"));
+        Err(DiskError::Io { name: digest.to_string(), source: Arc::new(error) })
+    }
 }
 
 /// A device configuration.
@@ -52,8 +74,8 @@ pub struct Config {
     pub upper: Upper,
     /// File that receives `success` or `failed:<reason>` once.
     pub result_file: String,
-    /// Overrides the host's settings for background download; not looked into here.
-    pub download: Option<Map<String, Value>>,
+    /// Overrides the host's settings for background download.
+    pub download: Option<Download>,
     /// The last lower is a trace to prefetch by, not a layer.
     pub acceleration_layer: bool,
     /// File of a trace.
@@ -79,6 +101,46 @@ pub struct Lower {
     pub gzip_index: String,
     /// Path of the sidecar with what `gzip.meta` cannot hold: ours, unknown to upstream.
     pub gzip_sidecar: String,
+}
+
+/// Settings of the background download for one device; what is absent is as the host says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Download {
+    /// Whether there is one.
+    pub enable: Option<bool>,
+    /// Seconds after the start.
+    pub delay: Option<u64>,
+    /// Seconds at random on top of that.
+    pub delay_extra: Option<u64>,
+    /// Megabytes a second at most.
+    pub max_mbps: Option<u64>,
+    /// Tries.
+    pub tries: Option<u64>,
+    /// Bytes asked for at a time.
+    pub block_size: Option<u64>,
+}
+
+impl Download {
+    fn take(mut object: Object) -> Result<Self, DiskError> {
+        let enable = match object.map.get("enable") {
+            None => None,
+            Some(_) => Some(object.bool("enable")?),
+        };
+        let mut number = |key: &str| match object.map.get(key) {
+            None => Ok(None),
+            Some(_) => object.u64(key).map(Some),
+        };
+        let download = Self {
+            enable,
+            delay: number("delay")?,
+            delay_extra: number("delayExtra")?,
+            max_mbps: number("maxMBps")?,
+            tries: number("tryCnt")?,
+            block_size: number("blockSize")?,
+        };
+        object.end();
+        Ok(download)
+    }
 }
 
 /// The writable layer of a configuration; this program has none.
@@ -210,7 +272,7 @@ impl Config {
                 .collect::<Result<_, _>>()?,
             upper: object.object("upper")?.map(Upper::take).transpose()?.unwrap_or_default(),
             result_file: object.string("resultFile")?,
-            download: object.object("download")?.map(|download| download.map),
+            download: object.object("download")?.map(Download::take).transpose()?,
             acceleration_layer: object.bool("accelerationLayer")?,
             record_trace_path: object.string("recordTracePath")?,
         };
@@ -251,11 +313,33 @@ impl Upper {
     }
 }
 
-/// Opens the image that the configuration at `path` describes, whose layers must be local files.
+/// What a configuration describes, opened.
+pub struct OpenedConfig {
+    /// The virtual disk.
+    pub disk: Disk,
+    /// What a start reads, if the configuration names a trace that was recorded.
+    pub trace: Option<Trace>,
+    /// File in which a trace is to be recorded.
+    pub record: Option<PathBuf>,
+}
+
+/// Opens the image that the configuration at `path` describes.
 ///
 /// # Errors
 /// [`DiskError`], which names the layer or the key.
 pub fn open(path: &Path, cache: Arc<Cache>, targets: &dyn TargetOpener) -> Result<Disk, DiskError> {
+    open_all(path, cache, targets).map(|opened| opened.disk)
+}
+
+/// The same, with what it says beside the layers.
+///
+/// # Errors
+/// [`DiskError`], which names the layer or the key.
+pub fn open_all(
+    path: &Path,
+    cache: Arc<Cache>,
+    targets: &dyn TargetOpener,
+) -> Result<OpenedConfig, DiskError> {
     let file = path.display().to_string();
     let text = fs::read_to_string(path)
         .map_err(|source| DiskError::Io { name: file.clone(), source: Arc::new(source) })?;
@@ -268,23 +352,73 @@ pub fn open(path: &Path, cache: Arc<Cache>, targets: &dyn TargetOpener) -> Resul
     if !config.upper.index.is_empty() && !config.upper.data.is_empty() {
         return Err(invalid("upper", "this program has no writable layers: remove it"));
     }
-    if config.acceleration_layer {
-        if !config.record_trace_path.is_empty() {
-            return Err(invalid("accelerationLayer", "it excludes recordTracePath"));
-        }
-        config.lowers.pop();
+    if config.acceleration_layer && !config.record_trace_path.is_empty() {
+        return Err(invalid("accelerationLayer", "it excludes recordTracePath"));
     }
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let trace_file = trace_file(&mut config, folder);
     if config.lowers.is_empty() {
         return Err(invalid("lowers", "an image has at least one layer"));
     }
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let open = |(number, lower)| open_lower(number, lower, folder, targets);
+    if config.lowers.len() > MAX_LAYERS {
+        // Before 256 blobs are opened for nothing.
+        return Err(invalid("lowers", "an image has at most 255 layers"));
+    }
+    let place = Place { file: &file, folder, blobs: &config.repo_blob_url, targets };
+    let open = |(number, lower)| place.open_lower(number, lower);
     let layers = config.lowers.iter().enumerate().map(open).collect::<Result<_, _>>()?;
-    Disk::new(layers, cache)
+    let disk = Disk::new(layers, cache)?;
+    let (trace, record) = match trace_file {
+        Some(path) => read_trace(&disk, path),
+        None => (None, None),
+    };
+    Ok(OpenedConfig { disk, trace, record })
 }
 
-/// The first of the places where upstream looks for a layer that exists.
-fn local_file(number: usize, lower: &Lower, folder: &Path) -> Result<PathBuf, DiskError> {
+/// Writes into the `resultFile` of the configuration at `path`, if it names one, how the device was come by:
+/// `success`, or `failed:` and the reason. That is how upstream's snapshotter learns it.
+pub fn tell_result(path: &Path, outcome: Result<(), &str>) {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let named = serde_json::from_str::<Value>(&text).ok();
+    let named = named.as_ref().and_then(|config| config.get("resultFile")?.as_str());
+    let Some(name) = named.filter(|name| !name.is_empty()) else { return };
+    let result = match outcome {
+        Ok(()) => "success".to_owned(),
+        Err(reason) => format!("failed:{reason}"),
+    };
+    if let Err(error) = fs::write(folder.join(name), result) {
+        tracing::warn!(%error, "The result file {name} of {} cannot be written", path.display());
+    }
+}
+
+/// Where a trace may be: in the last lower, which is then no layer, or at a path of its own.
+fn trace_file(config: &mut Config, folder: &Path) -> Option<PathBuf> {
+    if config.acceleration_layer {
+        return config.lowers.pop().map(|lower| folder.join(lower.dir).join("trace"));
+    }
+    let path = &config.record_trace_path;
+    (!path.is_empty()).then(|| folder.join(path))
+}
+
+/// A trace that was recorded, or the empty file into which one is to be. A trace is advice: whatever is wrong
+/// with it, the image starts as it would without.
+fn read_trace(disk: &Disk, path: PathBuf) -> (Option<Trace>, Option<PathBuf>) {
+    match fs::read(&path) {
+        Err(_) => (None, None),
+        Ok(bytes) if bytes.is_empty() => (None, Some(path)),
+        Ok(bytes) => match upstream::parse(&bytes) {
+            Ok(reads) => (Some(disk.trace_of(&reads)), None),
+            Err(error) => {
+                tracing::warn!(%error, "The trace {} is passed over", path.display());
+                (None, None)
+            }
+        },
+    }
+}
+
+/// The first of the places where upstream looks for a layer that exists; else those places.
+fn local_file(lower: &Lower, folder: &Path) -> Result<PathBuf, Vec<PathBuf>> {
     let mut candidates = Vec::new();
     if !lower.file.is_empty() {
         candidates.push(folder.join(&lower.file));
@@ -294,17 +428,7 @@ fn local_file(number: usize, lower: &Lower, folder: &Path) -> Result<PathBuf, Di
         let names = ["overlaybd.commit", ".commit", "overlaybd.sealed"];
         candidates.extend(names.map(|name| folder.join(&lower.dir).join(name)));
     }
-    if let Some(path) = candidates.iter().find(|path| path.exists()) {
-        return Ok(path.clone());
-    }
-    let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
-    let rule = if tried.is_empty() {
-        "it names neither file nor dir".to_owned()
-    } else {
-        format!("none of its local files exists: {}", tried.join(", "))
-    };
-    let name = if lower.digest.is_empty() { lower.file.clone() } else { lower.digest.clone() };
-    Err(DiskError::Layer { layer: number, name, rule })
+    candidates.iter().find(|path| path.exists()).cloned().ok_or(candidates)
 }
 
 /// A name for the content of a local file: another file, or the same one changed, has another.
@@ -328,50 +452,128 @@ fn read_file(path: &Path) -> Result<Vec<u8>, DiskError> {
     fs::read(path).map_err(|source| DiskError::Io { name: name(), source: Arc::new(source) })
 }
 
-fn open_lower(
-    number: usize,
-    lower: &Lower,
-    folder: &Path,
-    targets: &dyn TargetOpener,
-) -> Result<DiskLayer, DiskError> {
-    let path = local_file(number, lower, folder)?;
-    let payload = zfile::open(Arc::new(FileSource::open(&path)?))?;
-    if lower.target_file.is_empty() && lower.target_digest.is_empty() {
-        let index = Layer::open(&*payload.source(), LayerKind::Plain)?;
-        return Ok(DiskLayer {
-            index,
-            data: LayerData::Native { chunks: payload.chunks(&identity(&path)?) },
-        });
-    }
-    let meta: SharedBytes = Arc::new(payload.read_resident()?);
-    let name = path.display().to_string();
-    let index = Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
-    let target = open_target(number, lower, folder, targets)?;
-    Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })
+/// Where the files and blobs of a configuration are.
+struct Place<'a> {
+    file: &'a str,
+    folder: &'a Path,
+    blobs: &'a str,
+    targets: &'a dyn TargetOpener,
 }
 
-fn open_target(
-    number: usize,
-    lower: &Lower,
-    folder: &Path,
-    targets: &dyn TargetOpener,
-) -> Result<Arc<dyn ChunkSource>, DiskError> {
-    if lower.target_file.is_empty() {
-        let rule = "its original layer is not a local file (targetFile)".to_owned();
-        return Err(DiskError::Layer { layer: number, name: lower.target_digest.clone(), rule });
+/// A file or a blob, and what a cache knows it as.
+type Named = (Arc<dyn ByteSource>, String);
+
+impl Place<'_> {
+    fn open_lower(&self, number: usize, lower: &Lower) -> Result<DiskLayer, DiskError> {
+        let (source, id) = match local_file(lower, self.folder) {
+            Ok(path) => {
+                (Arc::new(FileSource::open(&path)?) as Arc<dyn ByteSource>, identity(&path)?)
+            }
+            Err(tried) => self.remote_layer(number, lower, &tried)?,
+        };
+        let name = source.name().to_owned();
+        let payload = zfile::open(source)?;
+        if lower.target_file.is_empty() && lower.target_digest.is_empty() {
+            let index = Layer::open(&*payload.source(), LayerKind::Plain)?;
+            return Ok(DiskLayer {
+                index,
+                data: LayerData::Native { chunks: payload.chunks(&id) },
+            });
+        }
+        let meta: SharedBytes = Arc::new(payload.read_resident()?);
+        let index = Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
+        let target = self.open_target(number, lower)?;
+        Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })
     }
-    let path = folder.join(&lower.target_file);
-    let blob = Arc::new(FileSource::open(&path)?);
-    if lower.gzip_index.is_empty() {
-        return Ok(Arc::new(PlainChunks::new(format!("plain:{}", identity(&path)?), blob)));
+
+    /// A layer that is nowhere on this host.
+    fn remote_layer(
+        &self,
+        number: usize,
+        lower: &Lower,
+        tried: &[PathBuf],
+    ) -> Result<Named, DiskError> {
+        let tried: Vec<_> = tried.iter().map(|path| path.display().to_string()).collect();
+        if lower.digest.is_empty() {
+            let rule = if tried.is_empty() {
+                "it names neither file, dir nor digest".to_owned()
+            } else {
+                format!("none of its local files exists: {}", tried.join(", "))
+            };
+            return Err(DiskError::Layer { layer: number, name: lower.file.clone(), rule });
+        }
+        let size = (lower.size > 0).then_some(lower.size);
+        self.remote(number, "digest", &lower.digest, size)
     }
-    let index = read_file(&folder.join(&lower.gzip_index))?;
-    let sidecar = match lower.gzip_sidecar.as_str() {
-        "" => None,
-        sidecar => Some(read_file(&folder.join(sidecar))?),
-    };
-    let digest = Some(lower.target_digest.as_str()).filter(|digest| !digest.is_empty());
-    targets.open_gzip(blob, index, sidecar, digest)
+
+    fn remote(
+        &self,
+        number: usize,
+        key: &str,
+        digest: &str,
+        size: Option<u64>,
+    ) -> Result<Named, DiskError> {
+        let invalid =
+            |key: String, rule: String| DiskError::Config { file: self.file.to_owned(), key, rule };
+        let parsed: Digest = digest
+            .parse()
+            .map_err(|error| invalid(format!("lowers[{number}].{key}"), format!("{error}")))?;
+        if self.blobs.is_empty() {
+            let rule =
+                format!("{digest} is not on this host, and nothing says which registry has it");
+            return Err(invalid("repoBlobUrl".to_owned(), rule));
+        }
+        Ok((self.targets.open_remote(self.blobs, &parsed, size)?, digest.to_owned()))
+    }
+
+    fn open_target(&self, number: usize, lower: &Lower) -> Result<Arc<dyn ChunkSource>, DiskError> {
+        let (blob, id) = if lower.target_file.is_empty() {
+            self.remote(number, "targetDigest", &lower.target_digest, None)?
+        } else {
+            let path = self.folder.join(&lower.target_file);
+            (Arc::new(FileSource::open(&path)?) as Arc<dyn ByteSource>, identity(&path)?)
+        };
+        if lower.gzip_index.is_empty() && lower.gzip_sidecar.is_empty() {
+            self.check_plain(number, lower, &*blob)?;
+            return Ok(Arc::new(PlainChunks::new(format!("plain:{id}"), blob)));
+        }
+        let read = |path: &Path| read_file(path).map(Some);
+        let index = match lower.gzip_index.as_str() {
+            "" => None,
+            name => Some(self.folder.join(name)),
+        };
+        // The snapshotter unpacks the layer archive into one folder and knows of gzip.meta alone.
+        let beside = index.as_ref().map(|path| path.with_file_name(SIDECAR_NAME));
+        let sidecar = match lower.gzip_sidecar.as_str() {
+            "" => beside.filter(|path| path.exists()),
+            name => Some(self.folder.join(name)),
+        };
+        // A layer of many gzip members has no gzip.meta; then the sidecar holds it all.
+        let index = index.filter(|path| sidecar.is_none() || path.exists());
+        let index = index.map_or(Ok(None), |path| read(&path))?;
+        let sidecar = sidecar.map_or(Ok(None), |path| read(&path))?;
+        let digest = Some(lower.target_digest.as_str()).filter(|digest| !digest.is_empty());
+        self.targets.open_gzip(blob, index, sidecar, digest)
+    }
+
+    /// Refuses a compressed local file that is given for a plain tar: its bytes would be served as data.
+    fn check_plain(
+        &self,
+        number: usize,
+        lower: &Lower,
+        blob: &dyn ByteSource,
+    ) -> Result<(), DiskError> {
+        if !blob.is_local() || blob.len() < 2 {
+            return Ok(());
+        }
+        let mut magic = [0; 2];
+        blob.read_exact_at(&mut magic, 0)?;
+        if magic == [0x1f, 0x8b] {
+            let rule = "its target is a gzip file, and there is no gzipIndex".to_owned();
+            return Err(DiskError::Layer { layer: number, name: lower.target_file.clone(), rule });
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -423,7 +625,7 @@ mod tests {
         fn open_gzip(
             &self,
             blob: Arc<dyn ByteSource>,
-            index: Vec<u8>,
+            index: Option<Vec<u8>>,
             sidecar: Option<Vec<u8>>,
             digest: Option<&str>,
         ) -> Result<Arc<dyn ChunkSource>, DiskError> {
@@ -482,21 +684,18 @@ mod tests {
                 "Key upper of",
             ),
             (r#"{"lowers": [{"file": "three"}], "accelerationLayer": true}"#, "Key lowers of"),
-            (
-                r#"{"lowers": [{"digest": "sha256:7"}]}"#,
-                "Layer 0 (sha256:7) is incomplete: it names neither",
-            ),
+            (r#"{"lowers": [{"digest": "sha256:7"}]}"#, "Key lowers[0].digest of"),
             (
                 r#"{"lowers": [{"file": "x", "dir": "y"}]}"#,
                 "Layer 0 (x) is incomplete: none of its local files",
             ),
             (
                 r#"{"lowers": [{"file": "meta", "targetDigest": "sha256:5"}]}"#,
-                "Layer 0 (sha256:5) is incomplete",
+                "Key lowers[0].targetDigest of",
             ),
             (
                 r#"{"lowers": [{"file": "meta", "targetFile": "layer.tar", "gzipIndex": "index", "gzipSidecar": "sidecar"}]}"#,
-                "Cannot open the gzip layer 1024 bytes, [1, 2], Some([3]), None",
+                "Cannot open the gzip layer 1024 bytes, Some([1, 2]), Some([3]), None",
             ),
         ];
         for (text, message) in cases {

@@ -19,12 +19,15 @@ use crate::convert::layer::FS_META_NAME;
 use crate::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
 use crate::lsmt::{self, LayerKind};
 use crate::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind, split_acceleration};
-use crate::oci::{Descriptor, Digest, Document, Manifest, ManifestError, Platform};
+use crate::oci::{Descriptor, Digest, Document, Index, Manifest, ManifestError, Platform};
 use crate::source::{ByteSource, MemorySource, SharedBytes};
 use crate::store::{ImageStore, Selector, StoreError, StoredManifest};
 use crate::tar;
 use crate::trace::{self, Trace};
 use crate::zfile;
+
+/// Name of erofs metadata in a layer archive: upstream's other form, which is read here and not written.
+const EROFS_META_NAME: &str = "erofs.fs.meta";
 
 /// Most bytes that a layer archive may unpack to, 4 GiB: the metadata of a layer of some 400 GB.
 const MAX_ARCHIVE: u64 = 4 << 30;
@@ -86,8 +89,10 @@ pub enum LayerError {
     #[error(transparent)]
     Members(#[from] tar::archive::ArchiveError),
     /// The layer archive lacks what it is for.
-    #[error("The layer archive has no {FS_META_NAME}, only {found}")]
+    #[error("The layer archive has no {wanted}, only {found}")]
     NoFsMeta {
+        /// What it should have.
+        wanted: &'static str,
         /// Names of its members.
         found: String,
     },
@@ -162,15 +167,26 @@ pub struct TargetInfo {
     pub verified: bool,
 }
 
+/// The manifest of an image for this host.
+pub struct HostManifest {
+    /// As stored.
+    pub stored: StoredManifest,
+    /// The same, parsed.
+    pub manifest: Manifest,
+    /// The index that it was chosen from, if any.
+    pub index: Option<Index>,
+}
+
 /// The manifest of an image for this host, out of an index if need be.
 ///
 /// # Errors
 /// [`ImageError`] when the index has no such platform: the message lists what it has.
-pub fn host_manifest(
+pub fn choose_manifest(
     store: &dyn ImageStore,
     selector: &Selector,
-) -> Result<(StoredManifest, Manifest), ImageError> {
+) -> Result<HostManifest, ImageError> {
     let mut stored = store.manifest(selector)?;
+    let mut chosen_from = None;
     loop {
         let document = |source| ImageError::Document {
             store: store.name().to_owned(),
@@ -178,13 +194,27 @@ pub fn host_manifest(
             source,
         };
         match Document::parse(&stored.bytes, Some(&stored.media_type)).map_err(document)? {
-            Document::Manifest(manifest) => return Ok((stored, manifest)),
+            Document::Manifest(manifest) => {
+                return Ok(HostManifest { stored, manifest, index: chosen_from });
+            }
             Document::Index(index) => {
                 let digest = index.select(&Platform::host()).map_err(document)?.digest;
                 stored = store.manifest(&Selector::Digest(digest))?;
+                chosen_from = Some(index);
             }
         }
     }
+}
+
+/// The same without the index.
+///
+/// # Errors
+/// As [`choose_manifest`].
+pub fn host_manifest(
+    store: &dyn ImageStore,
+    selector: &Selector,
+) -> Result<(StoredManifest, Manifest), ImageError> {
+    choose_manifest(store, selector).map(|chosen| (chosen.stored, chosen.manifest))
 }
 
 /// Opens the image of `manifest`, whose layers are in `store`; `targets` is where the original blobs
@@ -223,13 +253,15 @@ pub fn open_layers<'l>(
 ) -> Result<OpenedImage, ImageError> {
     let mut layers = Vec::new();
     let mut infos = Vec::new();
+    let mut filesystem = None;
     for (number, (store, descriptor)) in stack.into_iter().enumerate() {
         let in_layer = |error| ImageError::Layer {
             number,
             digest: descriptor.digest,
             source: Box::new(error),
         };
-        let (layer, info) = open_layer(store, targets, descriptor).map_err(in_layer)?;
+        let (layer, info) =
+            open_layer(store, targets, descriptor, &mut filesystem).map_err(in_layer)?;
         layers.push(layer);
         infos.push(info);
     }
@@ -250,10 +282,11 @@ fn open_layer(
     store: &dyn ImageStore,
     targets: &dyn ImageStore,
     descriptor: &Descriptor,
+    filesystem: &mut Option<&'static str>,
 ) -> Result<(DiskLayer, LayerInfo), LayerError> {
     match AnnotatedKind::of(descriptor)? {
         AnnotatedKind::Turbo { target, is_gzip, .. } => {
-            open_turbo(store, targets, descriptor, &target, is_gzip)
+            open_turbo(store, targets, descriptor, &target, is_gzip, filesystem)
         }
         AnnotatedKind::Native => open_native(store, descriptor),
         AnnotatedKind::Plain => Err(LayerError::NotConverted),
@@ -299,9 +332,10 @@ fn open_turbo(
     descriptor: &Descriptor,
     target: &Digest,
     is_gzip: bool,
+    filesystem: &mut Option<&'static str>,
 ) -> Result<(DiskLayer, LayerInfo), LayerError> {
     let members = Members::unpack(&store.read_blob(descriptor)?)?;
-    let fs_meta = members.fs_meta()?;
+    let fs_meta = members.fs_meta(filesystem)?;
     let (source, mut info) = if is_gzip {
         let index = gzip::merge(members.get(GZIP_META_NAME), members.get(SIDECAR_NAME))?;
         if let Some(layer) = index.layer.filter(|layer| layer != target) {
@@ -323,7 +357,7 @@ fn open_turbo(
     info.gzip_meta = len(GZIP_META_NAME);
     info.sidecar = len(SIDECAR_NAME);
 
-    let name = format!("{FS_META_NAME} of {}", descriptor.digest);
+    let name = format!("{} of {}", filesystem.unwrap_or(FS_META_NAME), descriptor.digest);
     let meta: SharedBytes =
         Arc::new(zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?.read_resident()?);
     let index = lsmt::Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
@@ -393,12 +427,16 @@ impl Members {
         self.bytes.get(range.clone())
     }
 
-    /// The ext4 metadata. An archive with only erofs metadata is refused by name.
-    fn fs_meta(&self) -> Result<&[u8], LayerError> {
-        self.get(FS_META_NAME).ok_or_else(|| {
+    /// The filesystem metadata: of the filesystem that the layers below have, else ext4 before erofs.
+    fn fs_meta(&self, below: &mut Option<&'static str>) -> Result<&[u8], LayerError> {
+        let lacks = |wanted| {
             let names: Vec<&str> = self.ranges.iter().map(|(name, _)| name.as_str()).collect();
-            LayerError::NoFsMeta { found: names.join(", ") }
-        })
+            LayerError::NoFsMeta { wanted, found: names.join(", ") }
+        };
+        let there =
+            [FS_META_NAME, EROFS_META_NAME].into_iter().find(|name| self.get(name).is_some());
+        let name = *below.get_or_insert(there.unwrap_or(FS_META_NAME));
+        self.get(name).ok_or_else(|| lacks(name))
     }
 }
 
@@ -409,17 +447,25 @@ impl TargetOpener for GzipTargets {
     fn open_gzip(
         &self,
         blob: Arc<dyn ByteSource>,
-        index: Vec<u8>,
+        index: Option<Vec<u8>>,
         sidecar: Option<Vec<u8>>,
         digest: Option<&str>,
     ) -> Result<Arc<dyn ChunkSource>, DiskError> {
         let name = digest.unwrap_or_else(|| blob.name()).to_owned();
-        let open = || {
-            let index = gzip::merge(Some(&index), sidecar.as_deref())?;
-            IndexedLayer::new(&name, index, blob.clone())
+        let refused = |source: Arc<dyn std::error::Error + Send + Sync>| DiskError::Target {
+            name: name.clone(),
+            source,
         };
-        let layer = open()
-            .map_err(|error| DiskError::Target { name: name.clone(), source: Arc::new(error) })?;
+        let index = gzip::merge(index.as_deref(), sidecar.as_deref())
+            .map_err(|error| refused(Arc::new(error)))?;
+        let target = digest.and_then(|digest| digest.parse::<Digest>().ok());
+        if let (Some(layer), Some(target)) = (index.layer, target)
+            && layer != target
+        {
+            return Err(refused(Arc::new(LayerError::OtherTarget { layer, target })));
+        }
+        let layer = IndexedLayer::new(&name, index, blob.clone())
+            .map_err(|error| refused(Arc::new(error)))?;
         Ok(Arc::new(layer))
     }
 }

@@ -1,0 +1,80 @@
+//! An independent checker of everything in overlaybd's formats.
+//!
+//! It is written from the specification alone and shares no code with the crate: what the crate writes and reads
+//! alike, but wrongly, shows here. It is slow and holds all in memory. Every rule that upstream's readers check or rely
+//! on is a call of [`Report::hold`] under the rule's name; a rule that is broken is noted and the check goes on as far
+//! as it can, so that a test of the checker sees which rules fire.
+//!
+//! Contents: [`writer`] the other way round, for what turbobd does not write, [`mutations`] that every rule fires, [`field`] numbers and checksums, [`inflate`] deflate by the book (RFC 1951), [`archive`] tar archives,
+//! [`zfile`] and [`lsmt`] the containers, [`index`] the gzip index and our sidecar, [`stack`] layers as one disk,
+//! [`image`] manifests.
+
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod archive;
+pub mod field;
+pub mod image;
+pub mod index;
+pub mod inflate;
+pub mod lsmt;
+mod mutations;
+pub mod stack;
+pub mod writer;
+pub mod zfile;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What was checked, and what is wrong.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Every rule that was asked for, and how often.
+    pub checked: BTreeMap<&'static str, u64>,
+    /// Rules that are broken, each with the first example.
+    pub broken: BTreeMap<&'static str, String>,
+}
+
+impl Report {
+    /// Notes whether `rule` holds here.
+    pub fn hold(
+        &mut self,
+        rule: &'static str,
+        holds: bool,
+        detail: impl FnOnce() -> String,
+    ) -> bool {
+        *self.checked.entry(rule).or_default() += 1;
+        if !holds {
+            self.broken.entry(rule).or_insert_with(detail);
+        }
+        holds
+    }
+
+    /// The value of `result`; without one, `rule` is broken.
+    pub fn ok<T, E: std::fmt::Display>(
+        &mut self,
+        rule: &'static str,
+        result: Result<T, E>,
+    ) -> Option<T> {
+        match result {
+            Ok(value) => {
+                self.hold(rule, true, String::new);
+                Some(value)
+            }
+            Err(error) => {
+                self.hold(rule, false, || error.to_string());
+                None
+            }
+        }
+    }
+
+    /// Names of the broken rules.
+    pub fn names(&self) -> BTreeSet<&'static str> {
+        self.broken.keys().copied().collect()
+    }
+
+    /// Panics unless every rule holds.
+    #[track_caller]
+    pub fn clean(&self, what: &str) {
+        assert!(self.broken.is_empty(), "{what}: {:#?}", self.broken);
+        assert!(!self.checked.is_empty(), "{what}: nothing was checked");
+    }
+}
