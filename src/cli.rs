@@ -19,10 +19,14 @@ mod table;
 
 use std::error::Error;
 use std::io::IsTerminal as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{ArgAction, Parser, Subcommand};
 use thiserror::Error;
+
+use crate::config::ServiceConfig;
 
 /// Start containers from unmodified OCI images before they are downloaded.
 #[derive(Debug, Parser)]
@@ -31,8 +35,26 @@ struct Cli {
     /// Say more: once for what is done and how long it takes, twice for everything.
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
+    #[command(flatten)]
+    service: Service,
     #[command(subcommand)]
     command: Command,
+}
+
+/// The service configuration, as the user named it.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+struct Service {
+    /// Settings of this host, overlaybd's JSON (CONFIG.md); else $TURBOBD_SERVICE_CONFIG, else the first that
+    /// exists of /etc/turbobd/config.json, /etc/overlaybd/overlaybd.json, /etc/overlaybd/config.json.
+    #[arg(long = "service-config", value_name = "FILE", global = true)]
+    file: Option<PathBuf>,
+}
+
+impl Service {
+    fn load(&self) -> Result<Arc<ServiceConfig>, Failure> {
+        ServiceConfig::load(self.file.as_deref()).map(Arc::new).map_err(Failure::because)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -90,15 +112,15 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     log_to_stderr(cli.verbose);
     let (name, outcome) = match cli.command {
-        Command::Convert(args) => ("convert", convert::run(&args)),
-        Command::Attach(args) => ("attach", attach::run(&args)),
+        Command::Convert(args) => ("convert", convert::run(&args, &cli.service)),
+        Command::Attach(args) => ("attach", attach::run(&args, &cli.service)),
         Command::Detach(args) => ("detach", detach::run(&args)),
         Command::Ls(args) => ("ls", ls::run(&args)),
-        Command::Export(args) => ("export", export::run(&args)),
-        Command::Inspect(args) => ("inspect", inspect::run(&args)),
-        Command::Check(args) => ("check", check::run(&args)),
+        Command::Export(args) => ("export", export::run(&args, &cli.service)),
+        Command::Inspect(args) => ("inspect", inspect::run(&args, &cli.service)),
+        Command::Check(args) => ("check", check::run(&args, &cli.service)),
         Command::Doctor(args) => ("doctor", doctor::run(&args)),
-        Command::Daemon(args) => ("daemon", daemon::run(&args)),
+        Command::Daemon(args) => ("daemon", daemon::run(&args, &cli.service)),
     };
     match outcome {
         Ok(code) => code,

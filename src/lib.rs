@@ -37,6 +37,7 @@
 //! * [`looped`]   the same disk as one FUSE file under a loop device
 //! * [`daemon`]   the devices of this host and the socket to ask for more
 //! * [`doctor`]   what this host can do, and the remedy for what it cannot
+//! * [`config`]   the service configuration: overlaybd's keys and ours
 //! * [`cli`]      one file a command
 
 // Tests may unwrap and panic; what input can reach may not.
@@ -46,6 +47,7 @@
 pub mod cache;
 pub mod chunk;
 pub mod cli;
+pub mod config;
 pub mod convert;
 pub mod daemon;
 pub mod disk;

@@ -1,6 +1,6 @@
 //! `turbobd attach`: make a block device of an image, and mount it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::ValueEnum;
 
 use super::daemon::HostImages;
-use super::{Failure, Outcome, opener};
+use super::{Failure, Outcome, Service, opener};
 use crate::daemon::{AttachRequest, Client, Frontend, Table, mounts, protocol, signals::Signals};
 
 #[derive(Debug, clap::Args)]
@@ -49,14 +49,18 @@ impl Args {
 }
 
 /// Attaches; prints the device, and the mount point if there is one, on stdout.
-pub(super) fn run(args: &Args) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let start = Instant::now();
     let request = args.request()?;
     if args.foreground {
-        return serve_here(args, &request, start);
+        return serve_here(args, &request, service, start);
     }
+    // A daemon's working directory is another.
+    let config = service.file.as_deref().map(std::path::absolute).transpose();
+    let config = config.map_err(Failure::because)?;
+    let daemon = || daemon_command(config.as_deref());
     let mut client =
-        Client::connect_or_spawn(&protocol::run_dir(), daemon_command).map_err(Failure::because)?;
+        Client::connect_or_spawn(&protocol::run_dir(), daemon).map_err(Failure::because)?;
     tracing::info!("the daemon answers after {:.1?}", start.elapsed());
     let (device, note) = match &args.mount {
         Some(dir) => client.attach_and_mount(request, dir),
@@ -74,20 +78,24 @@ pub(super) fn run(args: &Args) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What the client starts when no daemon runs.
-fn daemon_command() -> Command {
+/// What the client starts when no daemon runs. One that runs keeps the configuration it has.
+fn daemon_command(config: Option<&Path>) -> Command {
     let program = std::env::current_exe().unwrap_or_else(|_| "turbobd".into());
     let mut command = Command::new(program);
     command.args(["daemon", "--auto"]);
+    if let Some(config) = config {
+        command.arg("--service-config").arg(config);
+    }
     command
 }
 
 /// Serves from this process: mounts, waits for a signal, unmounts, removes.
-fn serve_here(args: &Args, request: &AttachRequest, start: Instant) -> Outcome {
+fn serve_here(args: &Args, request: &AttachRequest, service: &Service, start: Instant) -> Outcome {
+    let images = Arc::new(HostImages::new(service.load()?));
     let mut signals = Signals::new().map_err(Failure::because)?;
     let run_dir = protocol::run_dir();
     std::fs::create_dir_all(&run_dir).map_err(Failure::because)?;
-    let table = Table::new(run_dir, Arc::new(HostImages::new()));
+    let table = Table::new(run_dir, images);
     let (device, note) = table.attach(request).map_err(Failure::because)?;
     if let Some(note) = note {
         eprintln!("turbobd: attach: {note}");

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use super::bars::Bars;
-use super::{Failure, Outcome, registry, table};
+use super::{Failure, Outcome, Service, registry, table};
 use crate::convert::{ConvertOptions, convert};
 use crate::oci::{Digest, RepositoryName};
 use crate::store::{self, Selector};
@@ -122,7 +122,7 @@ impl UpstreamOnly {
 }
 
 /// Converts.
-pub(super) fn run(args: &Args) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     args.upstream.check()?;
     let tag = match (&args.turbo_oci, args.no_upload) {
         (Some(tag), false) => Some(tag.as_str()),
@@ -133,7 +133,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             ));
         }
     };
-    let client = args.registry.client()?;
+    let client = args.registry.client(&*service.load()?)?;
     let source: RepositoryName = args.repository.parse().map_err(Failure::usage)?;
     let store = store::open_repository(&source, &client).map_err(Failure::because)?;
     let into = match &args.to {

@@ -5,8 +5,10 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
-use super::{Failure, Outcome, opener};
+use super::registry::Clients;
+use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
+use crate::config::ServiceConfig;
 use crate::daemon::{
     self, AttachRequest, Client, DaemonOptions, ImageOpener, IoCounters, protocol,
 };
@@ -24,7 +26,7 @@ pub(super) struct Args {
 }
 
 /// Serves until it is told to end, or tells the one that does.
-pub(super) fn run(args: &Args) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
         let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
@@ -42,7 +44,8 @@ pub(super) fn run(args: &Args) -> Outcome {
         )));
     }
     let options = DaemonOptions { run_dir, auto: args.auto };
-    daemon::run(&options, Arc::new(HostImages::new())).map_err(Failure::because)?;
+    let images = Arc::new(HostImages::new(service.load()?));
+    daemon::run(&options, images).map_err(Failure::because)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -51,17 +54,22 @@ pub(super) struct HostImages {
     /// Made at the first attach: the daemon must be alone in its process until it has entered its
     /// mount namespace.
     cache: OnceLock<Arc<Cache>>,
+    /// Settings of this host, read once.
+    config: Arc<ServiceConfig>,
+    /// Connections, tokens and what is known of registries, shared by all devices.
+    clients: Clients,
 }
 
 impl HostImages {
-    pub(super) fn new() -> Self {
-        Self { cache: OnceLock::new() }
+    pub(super) fn new(config: Arc<ServiceConfig>) -> Self {
+        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), config }
     }
 }
 
 /// One cache for all devices.
-fn new_cache() -> Arc<Cache> {
-    Cache::with(CacheOptions { budget: opener::CACHE_BUDGET, fetch: FetchOptions::default() })
+fn new_cache(config: &ServiceConfig) -> Arc<Cache> {
+    let fetch = FetchOptions { connections: config.turbobd.connections, ..FetchOptions::default() };
+    Cache::with(CacheOptions { budget: config.turbobd.memory_cache, fetch })
 }
 
 impl ImageOpener for HostImages {
@@ -69,11 +77,12 @@ impl ImageOpener for HostImages {
         &self,
         request: &AttachRequest,
     ) -> Result<daemon::Opened, Box<dyn Error + Send + Sync>> {
-        let cache = self.cache.get_or_init(new_cache).clone();
+        let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
         let meter = Arc::new(Meter::default());
-        let opened = args.open_metered(cache.clone(), meter.clone()).map_err(Box::new)?;
+        let opened =
+            args.open_metered(&self.clients, cache.clone(), meter.clone()).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
         let counters = move || IoCounters {
             fetched: meter.bytes.load(Ordering::Relaxed),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::registry::Clients;
 use super::{Failure, registry};
 use crate::cache::Cache;
 use crate::disk::image::{GzipTargets, LayerInfo, OpenedImage, host_manifest, open_image};
@@ -23,9 +24,6 @@ pub(super) struct Args {
     #[command(flatten)]
     pub(super) registry: registry::Args,
 }
-
-/// Memory for decoded chunks, 256 MiB: a few hundred segments, the working set of a starting program.
-pub(super) const CACHE_BUDGET: u64 = 256 << 20;
 
 /// What was opened.
 pub(super) struct Opened {
@@ -64,18 +62,19 @@ impl Args {
     }
 
     /// Opens it over `cache`.
-    pub(super) fn open(&self, cache: Arc<Cache>) -> Result<Opened, Failure> {
-        self.open_metered(cache, Arc::default())
+    pub(super) fn open(&self, clients: &Clients, cache: Arc<Cache>) -> Result<Opened, Failure> {
+        self.open_metered(clients, cache, Arc::default())
     }
 
     /// Opens it over `cache`, counting what is read of the original blobs.
     pub(super) fn open_metered(
         &self,
+        clients: &Clients,
         cache: Arc<Cache>,
         meter: Arc<Meter>,
     ) -> Result<Opened, Failure> {
         match (&self.image, &self.config) {
-            (Some(image), _) => self.open_image(image, cache, meter),
+            (Some(image), _) => self.open_image(image, clients, cache, meter),
             (None, Some(path)) => {
                 let disk = config::open(path, cache, &GzipTargets).map_err(Failure::because)?;
                 Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None })
@@ -89,10 +88,11 @@ impl Args {
     fn open_image(
         &self,
         image: &str,
+        clients: &Clients,
         cache: Arc<Cache>,
         meter: Arc<Meter>,
     ) -> Result<Opened, Failure> {
-        let client = self.registry.client()?;
+        let client = clients.of(&self.registry)?;
         let image: ImageName = image.parse().map_err(Failure::usage)?;
         let (store, selector) = store::open(&image, &client).map_err(Failure::because)?;
         let (stored, manifest) = host_manifest(&*store, &selector).map_err(Failure::because)?;

@@ -21,6 +21,7 @@ use super::repository::Repository;
 use super::retry::{RetryPolicy, parse_retry_after};
 use super::tls::{self, ClientCertificate};
 use super::transport::{Body, Reply, Timeouts, Transport, TransportError};
+use crate::config::ServiceConfig;
 
 /// How to reach registries. The default is what docker would do on this machine.
 #[derive(Clone, Debug)]
@@ -48,6 +49,22 @@ pub struct ClientOptions {
     pub read_retry: RetryPolicy,
     /// What to call ourselves.
     pub user_agent: String,
+}
+
+impl ClientOptions {
+    /// What this host's configuration says, and the defaults.
+    #[must_use]
+    pub fn of_host(service: &ServiceConfig) -> Self {
+        let mut options = Self::default();
+        options.authorities.clone_from(&service.turbobd.authorities);
+        options.certificate =
+            service.certificate.as_ref().map(|pair| ClientCertificate::from(pair.clone()));
+        if let Some(agent) = &service.user_agent {
+            options.user_agent.clone_from(agent);
+        }
+        options.read_retry.deadline = service.turbobd.read_deadline;
+        options
+    }
 }
 
 impl Default for ClientOptions {
