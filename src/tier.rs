@@ -217,6 +217,65 @@ pub struct Tier {
     _lock: Option<File>,
 }
 
+/// The tiers of a host.
+#[derive(Clone, Default)]
+pub struct Tiers {
+    /// Chunks as they came.
+    pub encoded: Option<Arc<Tier>>,
+    /// Chunks as they are read.
+    pub decoded: Option<Arc<Tier>>,
+}
+
+/// What the tiers have of one blob.
+#[derive(Default)]
+pub struct StoredBlob {
+    /// As it came.
+    pub encoded: Option<Stored>,
+    /// As it is read.
+    pub decoded: Option<Stored>,
+    /// Where more of it goes: each chunk is kept once.
+    pub target: Option<Kind>,
+}
+
+impl Tiers {
+    /// What there is of the blob of `source`. What is costly to decode goes to the decoded tier, everything
+    /// else to the encoded one; to the other where that one is missing.
+    #[must_use]
+    pub fn blob(&self, source: &dyn ChunkSource) -> StoredBlob {
+        let local = source.blob().is_local();
+        if local && !source.is_costly() {
+            return StoredBlob::default();
+        }
+        let file = |tier: &Option<Arc<Tier>>| tier.as_ref().and_then(|tier| tier.file(source));
+        let encoded = file(&self.encoded).filter(|_| !local);
+        let decoded = file(&self.decoded);
+        let target = match (&encoded, &decoded) {
+            (_, Some(_)) if source.is_costly() => Some(Kind::Decoded),
+            (Some(_), _) => Some(Kind::Encoded),
+            (None, Some(_)) => Some(Kind::Decoded),
+            (None, None) => None,
+        };
+        StoredBlob { encoded, decoded, target }
+    }
+}
+
+impl StoredBlob {
+    /// Whether a chunk is there, in whatever form.
+    #[must_use]
+    pub fn has(&self, chunk: u32) -> bool {
+        [&self.decoded, &self.encoded].into_iter().flatten().any(|stored| stored.has(chunk))
+    }
+
+    /// Where more of it goes.
+    #[must_use]
+    pub fn target(&self) -> Option<(Kind, &Stored)> {
+        match self.target? {
+            Kind::Encoded => self.encoded.as_ref().map(|stored| (Kind::Encoded, stored)),
+            Kind::Decoded => self.decoded.as_ref().map(|stored| (Kind::Decoded, stored)),
+        }
+    }
+}
+
 fn count(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
