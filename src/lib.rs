@@ -24,6 +24,7 @@
 //! * [`cache`]    decoded chunks, bounded, each loaded once however many wait
 //! * [`tier`]     chunks on disk: verified when read, written behind, given up one by one
 //! * [`fetch`]    what is wanted → few range requests → inflate workers; read-ahead, traces, background fill
+//! * [`trace`]    what a start reads: recorded, kept, and fetched ahead at the next
 //! * [`registry`] the distribution client: names, credentials, ranges, uploads
 //! * [`store`]    where an image lives: a repository, a layout directory, memory
 //! * [`volume`]   the one trait between a virtual disk and a front end
@@ -36,6 +37,7 @@
 //! * [`ublk`]     the block device: one `io_uring` worker a queue
 //! * [`looped`]   the same disk as one FUSE file under a loop device
 //! * [`daemon`]   the devices of this host and the socket to ask for more
+//! * [`metrics`]  what all of them count, and the page on which others read it
 //! * [`doctor`]   what this host can do, and the remedy for what it cannot
 //! * [`config`]   the service configuration: overlaybd's keys and ours
 //! * [`cli`]      one file a command
@@ -58,12 +60,14 @@ pub mod gzip;
 pub mod looped;
 pub mod lsmt;
 pub mod meta;
+pub mod metrics;
 pub mod oci;
 pub mod registry;
 pub mod source;
 pub mod store;
 pub mod tar;
 pub mod tier;
+pub mod trace;
 pub mod ublk;
 pub mod units;
 pub mod volume;

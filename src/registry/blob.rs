@@ -22,7 +22,7 @@ use super::redirect;
 use super::retry::Budget;
 use super::transport::{Body, TransportError};
 use crate::oci::Digest;
-use crate::source::{ByteSource, Class, OneBuffer, Run, SourceError};
+use crate::source::{ByteSource, Class, OneBuffer, Retries, Run, SourceError, Traffic};
 
 /// What was fetched of a blob so far.
 #[derive(Debug, Default)]
@@ -35,6 +35,8 @@ pub struct RemoteStats {
     pub retries: AtomicU64,
     /// Reads that failed for good.
     pub failures: AtomicU64,
+    /// Reads that have failed and are about to be made again.
+    pub trying_again: Retries,
 }
 
 /// A blob in a registry, readable at any position by many threads.
@@ -77,10 +79,13 @@ impl RemoteBlob {
     fn fetch(&self, range: Range<u64>, run: &mut dyn Run) -> Result<(), RegistryError> {
         let mut at = range.start;
         let mut budget = Budget::new(self.blob.place.services.read_retry);
+        let mut attempts = self.stats.trying_again.read(range.clone());
         loop {
             let result = self.try_fetch(&mut at, range.end, run, budget.deadline());
             let Err(error) = result else { return Ok(()) };
-            if let Err(error) = budget.pause(error) {
+            if let Err(error) =
+                budget.pause_telling(error, |error, wait| attempts.failed(error, wait))
+            {
                 self.stats.failures.fetch_add(1, Ordering::Relaxed);
                 return Err(error);
             }
@@ -149,7 +154,21 @@ impl ByteSource for RemoteBlob {
             offset,
             end,
             reason: error.to_string(),
+            lasting: !error.root().is_transient(),
         })
+    }
+
+    fn traffic(&self) -> Traffic {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let moved = self.blob.moved_to().and_then(|moved| moved.url.host().map(str::to_owned));
+        Traffic {
+            bytes: get(&self.stats.bytes),
+            requests: get(&self.stats.requests),
+            retries: get(&self.stats.retries),
+            failures: get(&self.stats.failures),
+            host: moved.or_else(|| Some(self.blob.place.host.clone())),
+            trying_again: self.stats.trying_again.now(),
+        }
     }
 
     fn is_local(&self) -> bool {

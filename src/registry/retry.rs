@@ -68,6 +68,15 @@ impl Budget {
     /// # Errors
     /// `error` itself when it is final, [`RegistryError::GaveUp`] when the budget is used up.
     pub(super) fn pause(&mut self, error: RegistryError) -> Result<(), RegistryError> {
+        self.pause_telling(error, |_, _| ())
+    }
+
+    /// The same; `tell` is told of the error and the time until the next try before it sleeps.
+    pub(super) fn pause_telling(
+        &mut self,
+        error: RegistryError,
+        mut tell: impl FnMut(&RegistryError, Duration),
+    ) -> Result<(), RegistryError> {
         self.tries += 1;
         if !error.is_transient() {
             return Err(self.give_up(error));
@@ -82,6 +91,7 @@ impl Budget {
             return Err(self.give_up(error));
         }
         tracing::debug!(tries = self.tries, ?wait, %error, "registry: trying again");
+        tell(&error, wait);
         thread::sleep(wait);
         Ok(())
     }
