@@ -167,6 +167,12 @@ impl EncodedChunk {
         &mut self.buffer
     }
 
+    /// The buffer, and where in it the encoded bytes are.
+    #[must_use]
+    pub fn into_parts(self) -> (Vec<u8>, Range<usize>) {
+        (self.buffer, self.data)
+    }
+
     /// The buffer, for the next chunk.
     #[must_use]
     pub fn into_buffer(self) -> Vec<u8> {
@@ -226,6 +232,17 @@ pub trait ChunkSource: Send + Sync {
         encoded: &mut EncodedChunk,
         room: &mut [u8],
     ) -> Result<Range<usize>, ChunkError>;
+
+    /// Where chunk `index` lies in the decoded bytes; `None` when that cannot be told by its number.
+    fn span(&self, index: u32) -> Option<ChunkSpan> {
+        let _ = index;
+        None
+    }
+
+    /// Whether decoding a chunk takes longer than reading what it decodes to from a disk.
+    fn is_costly(&self) -> bool {
+        false
+    }
 
     /// Whether the encoded bytes alone, without decoding, are what they should be; `None` when
     /// nothing says so.
@@ -304,6 +321,10 @@ impl ChunkSource for PlainChunks {
             let start = index * Self::CHUNK;
             ChunkSpan { index: index as u32, start, len: (size - start).min(Self::CHUNK) as u32 }
         })
+    }
+
+    fn span(&self, index: u32) -> Option<ChunkSpan> {
+        self.chunk_at(u64::from(index) * Self::CHUNK)
     }
 
     fn blob(&self) -> &Arc<dyn ByteSource> {

@@ -239,7 +239,7 @@ impl Shared {
 
 /// Marks the calling thread as one that serves I/O: memory that it allocates must not wait for I/O that
 /// it would itself have to serve. Only root may; others serve no block device.
-fn mark_io_thread() {
+pub(crate) fn mark_io_thread() {
     let _ = rustix::process::configure_io_flusher_behavior(true);
 }
 

@@ -22,6 +22,7 @@
 //! * [`source`]   a run of bytes readable at any position: memory, file, range of a blob
 //! * [`chunk`]    a blob that decodes in pieces: the unit of fetching, verifying and caching
 //! * [`cache`]    decoded chunks, bounded, each loaded once however many wait
+//! * [`tier`]     chunks on disk: verified when read, written behind, given up one by one
 //! * [`fetch`]    what is wanted → few range requests → inflate workers; read-ahead, traces, background fill
 //! * [`trace`]    what a start reads: recorded, kept, and fetched ahead at the next
 //! * [`registry`] the distribution client: names, credentials, ranges, uploads
@@ -65,6 +66,7 @@ pub mod registry;
 pub mod source;
 pub mod store;
 pub mod tar;
+pub mod tier;
 pub mod trace;
 pub mod ublk;
 pub mod units;

@@ -9,6 +9,7 @@ use super::ahead::Streams;
 use super::depth::Depth;
 use super::recent::Recent;
 use crate::chunk::ChunkSource;
+use crate::tier::StoredBlob;
 
 /// A chunk of a blob, where the blob has a number for its identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -23,6 +24,8 @@ pub struct Key {
 pub struct Blob {
     number: u32,
     source: Arc<dyn ChunkSource>,
+    /// What the disk tiers have of it.
+    stored: StoredBlob,
     /// Bytes of the cache that its chunks take, kept beyond the blob's end.
     held: Arc<AtomicU64>,
     /// The chunk that was asked for last.
@@ -36,10 +39,16 @@ pub struct Blob {
 }
 
 impl Blob {
-    pub(crate) fn new(number: u32, source: Arc<dyn ChunkSource>, held: Arc<AtomicU64>) -> Self {
+    pub(crate) fn new(
+        number: u32,
+        source: Arc<dyn ChunkSource>,
+        stored: StoredBlob,
+        held: Arc<AtomicU64>,
+    ) -> Self {
         Self {
             number,
             source,
+            stored,
             held,
             last: AtomicU32::new(u32::MAX),
             streams: Mutex::default(),
@@ -78,8 +87,19 @@ impl Blob {
 
     /// Whether a chunk can be had without a request to a server.
     #[must_use]
-    pub fn is_near(&self, _chunk: u32) -> bool {
-        self.source.blob().is_local()
+    pub fn is_near(&self, chunk: u32) -> bool {
+        self.source.blob().is_local() || self.stored.has(chunk)
+    }
+
+    /// What the disk tiers have of it.
+    #[must_use]
+    pub fn stored(&self) -> &StoredBlob {
+        &self.stored
+    }
+
+    /// Encoded bytes to keep on their way to it.
+    pub(super) fn depth(&self) -> u64 {
+        lock(&self.depth).bytes()
     }
 
     /// Notes which chunk is asked for. Says which others will probably be next, if they are not all

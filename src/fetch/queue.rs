@@ -178,6 +178,7 @@ mod tests {
     use super::*;
     use crate::chunk::{ChunkSource, PlainChunks};
     use crate::source::{ByteSource, SourceError};
+    use crate::tier::StoredBlob;
 
     /// A source that has a length and is never read.
     struct Length(u64);
@@ -198,7 +199,7 @@ mod tests {
     fn blob(number: u32, chunks: u64) -> Arc<Blob> {
         let source = Arc::new(Length(chunks * PlainChunks::CHUNK));
         let source: Arc<dyn ChunkSource> = Arc::new(PlainChunks::new("b", source));
-        Arc::new(Blob::new(number, source, Arc::default()))
+        Arc::new(Blob::new(number, source, StoredBlob::default(), Arc::default()))
     }
 
     fn wanted(blob: &Arc<Blob>, chunk: u32, class: Class) -> Wanted {

@@ -111,6 +111,18 @@ impl ChunkSource for IndexedLayer {
         })
     }
 
+    fn span(&self, index: u32) -> Option<ChunkSpan> {
+        let i = index as usize;
+        (i < self.index.segments()).then(|| {
+            let output = self.index.output(i);
+            ChunkSpan { index, start: output.start, len: (output.end - output.start) as u32 }
+        })
+    }
+
+    fn is_costly(&self) -> bool {
+        true
+    }
+
     fn blob(&self) -> &Arc<dyn ByteSource> {
         &self.blob
     }

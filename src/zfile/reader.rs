@@ -177,6 +177,21 @@ impl ZFile {
         self.decode_stored(first..last, stored, plain)
     }
 
+    /// Whether the stored bytes of `blocks` match the checksums among them; `None` when there are none.
+    fn verify_stored(&self, blocks: Range<u64>, stored: &[u8]) -> Option<bool> {
+        let mut rest = stored;
+        for number in self.record.verify.then_some(blocks)? {
+            let length = self.lengths[number as usize] as usize;
+            let Some((block, more)) = rest.split_at_checked(length) else { return Some(false) };
+            let (bytes, crc) = block.split_last_chunk::<4>()?;
+            if u32::from_le_bytes(*crc) != raw_crc32c(BLOCK_SEED, bytes) {
+                return Some(false);
+            }
+            rest = more;
+        }
+        Some(rest.is_empty())
+    }
+
     /// Decodes `blocks` from their stored bytes into `plain`, which is as long as they are.
     fn decode_stored(
         &self,
@@ -428,6 +443,15 @@ impl ChunkSource for ZFileChunks {
                 len: (size - start).min(u64::from(CHUNK)) as u32,
             }
         })
+    }
+
+    fn span(&self, index: u32) -> Option<ChunkSpan> {
+        self.chunk_at(u64::from(index) * u64::from(CHUNK))
+    }
+
+    fn verify(&self, index: u32, encoded: &[u8]) -> Option<bool> {
+        let (first, last) = self.blocks(index);
+        self.file.verify_stored(first..last, encoded)
     }
 
     fn blob(&self) -> &Arc<dyn ByteSource> {

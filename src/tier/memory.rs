@@ -1,0 +1,414 @@
+//! A directory in memory whose power can fail, and one that misbehaves as told: for tests.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::store::{Local, Payload, Store, StoredFile};
+
+const PAGE: u64 = 4096;
+/// What a disk writes whole or not at all.
+const SECTOR: usize = 512;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A directory in memory. What was written but not synced may be lost, whole or in sectors, when its
+/// power fails ([`MemoryStore::crash`]); names change at once and durably.
+#[derive(Clone)]
+pub struct MemoryStore {
+    disk: Arc<Disk>,
+}
+
+struct Disk {
+    size: AtomicU64,
+    files: Mutex<HashMap<String, Arc<MemoryFile>>>,
+}
+
+/// The bytes of a file: whole pages, those that are there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Content {
+    pages: BTreeMap<u64, Vec<u8>>,
+    len: u64,
+}
+
+/// Something that was done and not synced.
+enum Change {
+    Write(u64, Vec<u8>),
+    Punch(u64, u64),
+}
+
+#[derive(Default)]
+struct State {
+    now: Content,
+    durable: Content,
+    changes: Vec<Change>,
+}
+
+struct MemoryFile {
+    disk: std::sync::Weak<Disk>,
+    state: Mutex<State>,
+    linked: AtomicBool,
+}
+
+impl Content {
+    fn write(&mut self, at: u64, bytes: &[u8]) {
+        for (offset, byte) in (at..).zip(bytes) {
+            let page = self.pages.entry(offset / PAGE).or_insert_with(|| vec![0; PAGE as usize]);
+            page[(offset % PAGE) as usize] = *byte;
+        }
+        self.len = self.len.max(at + bytes.len() as u64);
+    }
+
+    fn punch(&mut self, at: u64, len: u64) {
+        let (first, end) = (at.div_ceil(PAGE), (at + len) / PAGE);
+        self.pages.retain(|page, _| !(first..end).contains(page));
+    }
+
+    fn set_len(&mut self, len: u64) {
+        self.len = len;
+        self.pages.retain(|page, _| page * PAGE < len);
+    }
+
+    fn allocated(&self) -> u64 {
+        self.pages.len() as u64 * PAGE
+    }
+}
+
+impl Disk {
+    fn allocated(&self) -> u64 {
+        lock(&self.files).values().map(|file| lock(&file.state).now.allocated()).sum()
+    }
+}
+
+impl MemoryStore {
+    /// An empty directory on a disk of `size` bytes.
+    #[must_use]
+    pub fn new(size: u64) -> Self {
+        Self { disk: Arc::new(Disk { size: AtomicU64::new(size), files: Mutex::default() }) }
+    }
+
+    /// Somebody else takes or frees space: the disk has `size` bytes for these files now.
+    pub fn resize(&self, size: u64) {
+        self.disk.size.store(size, Ordering::SeqCst);
+    }
+
+    /// Bytes that all files take.
+    #[must_use]
+    pub fn allocated(&self) -> u64 {
+        self.disk.allocated()
+    }
+
+    /// What is there after the power failed: everything that was synced, and of the rest what `keep` says
+    /// when it is asked for each sector.
+    #[must_use]
+    pub fn crash(&self, mut keep: impl FnMut() -> bool) -> Self {
+        let after = Self::new(self.disk.size.load(Ordering::SeqCst));
+        let mut files = lock(&after.disk.files);
+        let before = lock(&self.disk.files);
+        let names: BTreeSet<&String> = before.keys().collect();
+        for name in names {
+            let state = lock(&before[name].state);
+            let mut content = state.durable.clone();
+            for change in &state.changes {
+                match change {
+                    Change::Write(at, bytes) => {
+                        for (number, sector) in bytes.chunks(SECTOR).enumerate() {
+                            if keep() {
+                                content.write(at + (number * SECTOR) as u64, sector);
+                            }
+                        }
+                    }
+                    Change::Punch(at, len) if keep() => content.punch(*at, *len),
+                    Change::Punch(..) => {}
+                }
+            }
+            let state = State { now: content.clone(), durable: content, changes: Vec::new() };
+            let file = MemoryFile {
+                disk: Arc::downgrade(&after.disk),
+                state: Mutex::new(state),
+                linked: AtomicBool::new(true),
+            };
+            files.insert(name.clone(), Arc::new(file));
+        }
+        drop(files);
+        after
+    }
+}
+
+impl Store for MemoryStore {
+    fn open(&self, name: &str) -> io::Result<Arc<dyn StoredFile>> {
+        let mut files = lock(&self.disk.files);
+        let file = files.entry(name.to_owned()).or_insert_with(|| {
+            Arc::new(MemoryFile {
+                disk: Arc::downgrade(&self.disk),
+                state: Mutex::default(),
+                linked: AtomicBool::new(true),
+            })
+        });
+        Ok(file.clone())
+    }
+
+    fn names(&self) -> io::Result<Vec<String>> {
+        Ok(lock(&self.disk.files).keys().cloned().collect())
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        if let Some(file) = lock(&self.disk.files).remove(name) {
+            file.linked.store(false, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let mut files = lock(&self.disk.files);
+        let file = files.remove(from).ok_or(io::ErrorKind::NotFound)?;
+        if let Some(other) = files.insert(to.to_owned(), file) {
+            other.linked.store(false, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn available(&self) -> io::Result<u64> {
+        Ok(self.disk.size.load(Ordering::SeqCst).saturating_sub(self.disk.allocated()))
+    }
+}
+
+impl StoredFile for MemoryFile {
+    fn len(&self) -> io::Result<u64> {
+        Ok(lock(&self.state).now.len)
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+        let state = lock(&self.state);
+        if at + buf.len() as u64 > state.now.len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        for (offset, byte) in (at..).zip(buf) {
+            let page = state.now.pages.get(&(offset / PAGE));
+            *byte = page.map_or(0, |page| page[(offset % PAGE) as usize]);
+        }
+        Ok(())
+    }
+
+    fn write(&self, bytes: Arc<Payload>, at: u64) -> Local<'_, io::Result<()>> {
+        Box::pin(async move {
+            let bytes = bytes.bytes();
+            let disk = self.disk.upgrade().ok_or(io::ErrorKind::NotFound)?;
+            let (first, end) = (at / PAGE, (at + bytes.len() as u64).div_ceil(PAGE));
+            let more = {
+                let state = lock(&self.state);
+                (first..end).filter(|page| !state.now.pages.contains_key(page)).count() as u64
+            };
+            if disk.allocated() + more * PAGE > disk.size.load(Ordering::SeqCst) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            let mut state = lock(&self.state);
+            state.now.write(at, bytes);
+            state.changes.push(Change::Write(at, bytes.to_vec()));
+            Ok(())
+        })
+    }
+
+    fn sync(&self) -> Local<'_, io::Result<()>> {
+        Box::pin(async move {
+            let mut state = lock(&self.state);
+            state.durable = state.now.clone();
+            state.changes.clear();
+            Ok(())
+        })
+    }
+
+    fn punch(&self, at: u64, len: u64) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.now.punch(at, len);
+        state.changes.push(Change::Punch(at, len));
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.now.set_len(len);
+        state.durable = state.now.clone();
+        state.changes.clear();
+        Ok(())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(lock(&self.state).now.allocated())
+    }
+
+    fn is_linked(&self) -> io::Result<bool> {
+        Ok(self.linked.load(Ordering::SeqCst))
+    }
+}
+
+/// What [`FaultyStore`] does to one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The disk is full.
+    NoSpace,
+    /// The disk fails.
+    Io,
+    /// Half of a write arrives, and it fails.
+    Short,
+    /// Half of a write arrives, and it says that all did.
+    Torn,
+}
+
+impl Fault {
+    fn error(self) -> io::Error {
+        match self {
+            Self::NoSpace => io::Error::from_raw_os_error(libc::ENOSPC),
+            Self::Io | Self::Short | Self::Torn => io::Error::from_raw_os_error(libc::EIO),
+        }
+    }
+}
+
+/// A store that misbehaves at chosen steps: every write, sync, punch, change of length or name is one.
+pub struct FaultyStore {
+    inner: Arc<dyn Store>,
+    plan: Arc<Plan>,
+}
+
+/// The steps so far and what is to happen.
+#[derive(Default)]
+pub struct Plan {
+    step: AtomicU64,
+    faults: Mutex<BTreeMap<u64, Fault>>,
+    /// From this step on nothing works any more.
+    end: AtomicU64,
+    /// Reads fail.
+    pub deaf: AtomicBool,
+}
+
+impl Plan {
+    /// Nothing fails yet.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        let plan = Self::default();
+        plan.end.store(u64::MAX, Ordering::SeqCst);
+        Arc::new(plan)
+    }
+
+    /// Steps so far.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.step.load(Ordering::SeqCst)
+    }
+
+    /// This step goes wrong.
+    pub fn at(&self, step: u64, fault: Fault) {
+        lock(&self.faults).insert(step, fault);
+    }
+
+    /// From this step on everything fails: the power is off.
+    pub fn end_at(&self, step: u64) {
+        self.end.store(step, Ordering::SeqCst);
+    }
+
+    fn next(&self) -> Option<Fault> {
+        let step = self.step.fetch_add(1, Ordering::SeqCst);
+        if step >= self.end.load(Ordering::SeqCst) {
+            return Some(Fault::Io);
+        }
+        lock(&self.faults).remove(&step)
+    }
+
+    fn step(&self) -> io::Result<()> {
+        self.next().map_or(Ok(()), |fault| Err(fault.error()))
+    }
+}
+
+impl FaultyStore {
+    /// `inner`, with what `plan` says.
+    #[must_use]
+    pub fn new(inner: Arc<dyn Store>, plan: Arc<Plan>) -> Self {
+        Self { inner, plan }
+    }
+}
+
+impl Store for FaultyStore {
+    fn open(&self, name: &str) -> io::Result<Arc<dyn StoredFile>> {
+        let inner = self.inner.open(name)?;
+        Ok(Arc::new(FaultyFile { inner, plan: self.plan.clone() }))
+    }
+
+    fn names(&self) -> io::Result<Vec<String>> {
+        self.inner.names()
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.plan.step()?;
+        self.inner.remove(name)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.plan.step()?;
+        self.inner.rename(from, to)
+    }
+
+    fn available(&self) -> io::Result<u64> {
+        self.inner.available()
+    }
+}
+
+struct FaultyFile {
+    inner: Arc<dyn StoredFile>,
+    plan: Arc<Plan>,
+}
+
+impl StoredFile for FaultyFile {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+        if self.plan.deaf.load(Ordering::SeqCst) {
+            return Err(Fault::Io.error());
+        }
+        self.inner.read_exact_at(buf, at)
+    }
+
+    fn write(&self, bytes: Arc<Payload>, at: u64) -> Local<'_, io::Result<()>> {
+        Box::pin(async move {
+            let fault = self.plan.next();
+            if let Some(Fault::Short | Fault::Torn) = fault {
+                let half = bytes.bytes()[..bytes.bytes().len() / 2].to_vec();
+                self.inner.write(Arc::new(half.into()), at).await?;
+            }
+            match fault {
+                None => self.inner.write(bytes, at).await,
+                Some(Fault::Torn) => Ok(()),
+                Some(fault) => Err(fault.error()),
+            }
+        })
+    }
+
+    fn sync(&self) -> Local<'_, io::Result<()>> {
+        Box::pin(async move {
+            self.plan.step()?;
+            self.inner.sync().await
+        })
+    }
+
+    fn punch(&self, at: u64, len: u64) -> io::Result<()> {
+        self.plan.step()?;
+        self.inner.punch(at, len)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.plan.step()?;
+        self.inner.set_len(len)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.inner.allocated()
+    }
+
+    fn is_linked(&self) -> io::Result<bool> {
+        self.inner.is_linked()
+    }
+}

@@ -1,0 +1,392 @@
+//! The map of all files in memory, and what readers do with it.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::fifo::Fifo;
+use super::presence::{Extent, HEADER, RECORD, Subject};
+use super::store::{Store, StoredFile};
+use super::writer::{Command, Gone, Offer};
+use super::{Kind, QUEUE, Stored, TierCounters, TierOptions, Usage, count, in_pages};
+
+/// What readers and the writer share.
+pub(super) struct Shared {
+    pub(super) kind: Kind,
+    pub(super) store: Arc<dyn Store>,
+    pub(super) options: TierOptions,
+    pub(super) counters: Arc<TierCounters>,
+    state: Mutex<State>,
+    commands: Mutex<Sender<Command>>,
+    queued: AtomicU64,
+    full: AtomicBool,
+}
+
+/// All files.
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) files: HashMap<u32, FileState>,
+    names: HashMap<String, u32>,
+    pub(super) fifo: Fifo,
+    /// Bytes that the files take, as [`FileState::bytes`] counts them.
+    pub(super) used: u64,
+    next: u32,
+    turn: u64,
+}
+
+/// A chunk that is there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    pub(super) extent: Extent,
+    /// Tells it from one that came to the same place later.
+    turn: u64,
+}
+
+/// A blob's files.
+pub(super) struct FileState {
+    /// Without its ending.
+    pub(super) name: String,
+    pub(super) subject: Subject,
+    pub(super) seed: u32,
+    pub(super) slots: HashMap<u32, Slot>,
+    /// Records in the map; none when the files are not made yet.
+    pub(super) records: Option<u64>,
+    /// Bytes that the data file takes beyond its chunks: the filesystem's own notes.
+    pub(super) extra: u64,
+    /// One past the last byte of the data file that a chunk has.
+    pub(super) end: u64,
+    /// Handles to it.
+    users: usize,
+    /// Open as long as it is used.
+    pub(super) data: Option<Arc<dyn StoredFile>>,
+}
+
+impl FileState {
+    /// Nothing is there yet.
+    pub(super) fn new(name: String, subject: Subject, seed: u32) -> Self {
+        Self {
+            name,
+            subject,
+            seed,
+            slots: HashMap::new(),
+            records: None,
+            extra: 0,
+            end: 0,
+            users: 0,
+            data: None,
+        }
+    }
+
+    pub(super) fn data_name(&self) -> String {
+        format!("{}.data", self.name)
+    }
+
+    pub(super) fn map_name(&self) -> String {
+        format!("{}.map", self.name)
+    }
+
+    /// Bytes that map and filesystem take beside the chunks.
+    pub(super) fn overhead(&self) -> u64 {
+        self.records.map_or(0, map_bytes) + self.extra
+    }
+
+    /// Bytes that the map grows by `records` more.
+    pub(super) fn growth(&self, records: u64) -> u64 {
+        map_bytes(self.records.unwrap_or(0) + records) - self.records.map_or(0, map_bytes)
+    }
+
+    pub(super) fn is_used(&self) -> bool {
+        self.users > 0
+    }
+}
+
+/// Bytes that a map of so many records takes.
+pub(super) fn map_bytes(records: u64) -> u64 {
+    in_pages(HEADER as u64 + records * RECORD as u64)
+}
+
+/// The files' name for an identity: characters that need no quoting in a shell.
+pub(super) fn file_name(subject: &Subject) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+    let id: String = subject.id.chars().map(plain).collect();
+    format!("{id}.{}", subject.kind.name())
+}
+
+impl State {
+    /// Takes a file in.
+    pub(super) fn add(&mut self, file: FileState) -> u32 {
+        let number = self.next;
+        self.next += 1;
+        self.used += file.overhead();
+        self.names.insert(file.name.clone(), number);
+        self.files.insert(number, file);
+        number
+    }
+
+    /// A chunk is there now. Its pages are counted by the caller.
+    pub(super) fn publish(&mut self, number: u32, chunk: u32, extent: Extent, old: bool) {
+        self.turn += 1;
+        let slot = Slot { extent, turn: self.turn };
+        let Some(file) = self.files.get_mut(&number) else { return };
+        file.slots.insert(chunk, slot);
+        file.end = file.end.max(extent.at + u64::from(extent.len));
+        let pages = in_pages(extent.len.into());
+        if old {
+            self.fifo.insert_old((number, chunk), pages);
+        } else {
+            self.fifo.insert((number, chunk), pages);
+        }
+    }
+
+    /// A chunk is no longer there for anybody. Its pages are counted until they are free.
+    pub(super) fn take_out(&mut self, number: u32, chunk: u32) -> Option<Gone> {
+        let slot = self.files.get_mut(&number)?.slots.remove(&chunk)?;
+        self.fifo.remove((number, chunk));
+        Some(Gone { file: number, chunk, extent: slot.extent })
+    }
+
+    /// Gives up the chunk that is least worth keeping.
+    pub(super) fn evict(&mut self, capacity: u64) -> Option<Gone> {
+        loop {
+            let (number, chunk) = self.fifo.pop(capacity)?;
+            let slot = self.files.get_mut(&number).and_then(|file| file.slots.remove(&chunk));
+            if let Some(slot) = slot {
+                return Some(Gone { file: number, chunk, extent: slot.extent });
+            }
+        }
+    }
+
+    /// Forgets everything of a file, which is no longer on the disk.
+    pub(super) fn reset(&mut self, number: u32) {
+        let Some(file) = self.files.get_mut(&number) else { return };
+        self.used -= file.overhead();
+        for (chunk, slot) in file.slots.drain() {
+            self.used -= in_pages(slot.extent.len.into());
+            self.fifo.remove((number, chunk));
+        }
+        (file.records, file.extra, file.end, file.data) = (None, 0, 0, None);
+    }
+
+    /// Takes out a file that nobody uses and that has nothing; the files of that name may go.
+    pub(super) fn retire(&mut self, number: u32) -> Option<FileState> {
+        let file = self.files.get(&number)?;
+        if file.is_used() || !file.slots.is_empty() {
+            return None;
+        }
+        let file = self.files.remove(&number)?;
+        self.names.remove(&file.name);
+        self.used -= file.overhead();
+        Some(file)
+    }
+}
+
+impl Shared {
+    pub(super) fn new(
+        kind: Kind,
+        store: Arc<dyn Store>,
+        options: TierOptions,
+        commands: Sender<Command>,
+    ) -> Self {
+        Self {
+            kind,
+            store,
+            options,
+            counters: Arc::default(),
+            state: Mutex::default(),
+            commands: Mutex::new(commands),
+            queued: AtomicU64::new(0),
+            full: AtomicBool::new(false),
+        }
+    }
+
+    /// No code panics or waits while it holds this.
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn send(&self, command: Command) -> bool {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner).send(command).is_ok()
+    }
+
+    pub(super) fn usage(&self) -> Usage {
+        let state = self.lock();
+        Usage {
+            bytes: state.used,
+            capacity: self.options.capacity,
+            blobs: state.files.values().filter(|file| !file.slots.is_empty()).count(),
+            chunks: state.fifo.len(),
+        }
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    /// Says in the log when it begins and ends to be so.
+    pub(super) fn set_full(&self, full: bool) {
+        if self.full.swap(full, Ordering::Relaxed) != full {
+            let (kind, dir) = (self.kind.name(), self.options.dir.display());
+            if full {
+                tracing::warn!("The disk of the {kind} cache in {dir} is full: it takes no more for now");
+            } else {
+                tracing::info!("The disk of the {kind} cache in {dir} has space again");
+            }
+        }
+    }
+
+    pub(super) fn queued(&self) -> u64 {
+        self.queued.load(Ordering::Relaxed)
+    }
+
+    /// So many bytes no longer wait.
+    pub(super) fn unqueue(&self, bytes: u64) {
+        self.queued.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// The file of this subject; whatever has its name but is of something else is begun anew.
+    pub(super) fn register(&self, subject: &Subject) -> u32 {
+        let name = file_name(subject);
+        let mut state = self.lock();
+        let mut known = state.names.get(&name).copied();
+        if let Some(number) = known
+            && state.files.get(&number).is_some_and(|file| file.subject != *subject)
+        {
+            count(&self.counters.resets, 1);
+            tracing::warn!("The cache file {name} is of another blob and is begun anew");
+            state.reset(number);
+            if let Some(file) = state.files.get_mut(&number) {
+                file.subject = subject.clone();
+            }
+            known = Some(number);
+        }
+        let number = known.unwrap_or_else(|| {
+            let seed = RandomState::new().hash_one(&name) as u32;
+            state.add(FileState::new(name, subject.clone(), seed))
+        });
+        self.begin_use(&mut state, number);
+        number
+    }
+
+    fn begin_use(&self, state: &mut State, number: u32) {
+        let Some(file) = state.files.get_mut(&number) else { return };
+        file.users += 1;
+        if file.data.is_none() && file.records.is_some() {
+            match self.store.open(&file.data_name()) {
+                Ok(data) => file.data = Some(data),
+                Err(error) => {
+                    count(&self.counters.failures, 1);
+                    tracing::warn!(%error, "Cannot open the cache file {}", file.data_name());
+                }
+            }
+        }
+    }
+
+    /// A handle to a file that is known.
+    pub(super) fn hold(self: &Arc<Self>, number: u32) -> Option<Stored> {
+        let mut state = self.lock();
+        state.files.get(&number)?;
+        self.begin_use(&mut state, number);
+        Some(Stored { shared: self.clone(), file: number })
+    }
+
+    pub(super) fn let_go(&self, number: u32) {
+        let mut state = self.lock();
+        if let Some(file) = state.files.get_mut(&number) {
+            file.users -= 1;
+            if file.users == 0 {
+                file.data = None;
+            }
+        }
+    }
+
+    /// All chunks: file, chunk, length; by file and in order.
+    pub(super) fn all(&self) -> Vec<(u32, u32, usize)> {
+        let state = self.lock();
+        let mut all: Vec<_> = state
+            .files
+            .iter()
+            .flat_map(|(&number, file)| {
+                let slots = file.slots.iter();
+                slots.map(move |(&chunk, slot)| (number, chunk, slot.extent.len as usize))
+            })
+            .collect();
+        all.sort_unstable();
+        all
+    }
+
+    pub(super) fn extent(&self, number: u32, chunk: u32) -> Option<Extent> {
+        Some(self.lock().files.get(&number)?.slots.get(&chunk)?.extent)
+    }
+
+    pub(super) fn count(&self, number: u32) -> usize {
+        self.lock().files.get(&number).map_or(0, |file| file.slots.len())
+    }
+
+    pub(super) fn offer(&self, offer: Offer) -> bool {
+        let len = offer.payload.bytes().len() as u64;
+        // One that is longer than the queue may come when nothing else waits.
+        let before = self.queued.fetch_add(len, Ordering::Relaxed);
+        if (before > 0 && before + len > QUEUE) || !self.send(Command::Offer(offer)) {
+            self.unqueue(len);
+            count(&self.counters.dropped, 1);
+            return false;
+        }
+        true
+    }
+
+    pub(super) fn read(
+        &self,
+        number: u32,
+        chunk: u32,
+        buf: &mut [u8],
+        verify: &dyn Fn(&[u8]) -> Option<bool>,
+    ) -> bool {
+        let (slot, data) = {
+            let mut state = self.lock();
+            let Some(file) = state.files.get(&number) else { return false };
+            let (Some(slot), Some(data)) = (file.slots.get(&chunk), &file.data) else {
+                return false;
+            };
+            let found = (*slot, data.clone());
+            state.fifo.touch((number, chunk));
+            found
+        };
+        let Slot { extent, turn } = slot;
+        let wrong = if extent.len as usize != buf.len() {
+            Some("it is of another length".to_owned())
+        } else if let Err(error) = data.read_exact_at(buf, extent.at) {
+            count(&self.counters.failures, 1);
+            Some(error.to_string())
+        } else {
+            let good = verify(buf).unwrap_or_else(|| crc32c::crc32c(buf) == extent.crc);
+            (!good).then(|| "its checksum differs".to_owned())
+        };
+        let Some(wrong) = wrong else {
+            count(&self.counters.reads, 1);
+            count(&self.counters.read_bytes, buf.len() as u64);
+            return true;
+        };
+        // It may have been given up, and its place used again, while it was read: no damage then.
+        let same = {
+            let state = self.lock();
+            let now = state.files.get(&number).and_then(|file| file.slots.get(&chunk));
+            now.is_some_and(|now| now.turn == turn)
+        };
+        if same {
+            self.forget(number, chunk, &wrong);
+        }
+        false
+    }
+
+    pub(super) fn forget(&self, number: u32, chunk: u32, why: &str) {
+        let mut state = self.lock();
+        let Some(gone) = state.take_out(number, chunk) else { return };
+        let name = state.files.get(&number).map(FileState::data_name).unwrap_or_default();
+        drop(state);
+        count(&self.counters.damaged, 1);
+        tracing::warn!("Chunk {chunk} in the cache file {name} is forgotten: {why}");
+        self.send(Command::Forget(gone));
+    }
+}
