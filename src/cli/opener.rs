@@ -114,8 +114,8 @@ impl Args {
     ) -> Result<Opened, Failure> {
         let opened = self.open(clients, cache);
         if let Some(path) = &self.config {
-            let reason = opened.as_ref().map(|_| ()).map_err(|error| sentence(error));
-            config::tell_result(path, reason.as_ref().map(|()| ()).map_err(String::as_str));
+            let reason = opened.as_ref().err().map(|error| sentence(error));
+            config::tell_result(path, reason.as_deref().map_or(Ok(()), Err));
         }
         opened
     }
@@ -134,7 +134,7 @@ impl Args {
             return self.open_plain(store, &selector, &chosen, clients, cache);
         }
         let HostManifest { stored, manifest, .. } = chosen;
-        open_converted(store.clone(), store, &stored, &manifest, &client, cache)
+        open_converted(&*store.clone(), store, &stored, &manifest, &client, cache)
     }
 
     /// Opens a plain image through its meta image, which is built if there is none.
@@ -164,13 +164,13 @@ impl Args {
             manifest: &chosen.manifest,
         };
         let meta = images.of(&plain, &Silent).map_err(Failure::because)?;
-        open_converted(meta.store, store, &meta.stored, &meta.manifest, &client, cache)
+        open_converted(&*meta.store, store, &meta.stored, &meta.manifest, &client, cache)
     }
 }
 
 /// Opens a converted image of `store`, whose original layers are in `originals` unless it says otherwise.
 fn open_converted(
-    store: Arc<dyn ImageStore>,
+    store: &dyn ImageStore,
     originals: Arc<dyn ImageStore>,
     stored: &StoredManifest,
     manifest: &Manifest,
@@ -185,7 +185,7 @@ fn open_converted(
         }
     };
     let OpenedImage { layers, disk, trace } =
-        open_image(&*store, &*targets, manifest, cache).map_err(Failure::because)?;
+        open_image(store, &*targets, manifest, cache).map_err(Failure::because)?;
     Ok(Opened { disk, layers, digest: Some(stored.digest), targets: Some(targets), trace })
 }
 

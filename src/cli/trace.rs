@@ -25,7 +25,7 @@ pub(super) struct Args {
 #[derive(Debug, Subcommand)]
 enum What {
     /// Record what a start reads of an image, or what is read of a device from now on.
-    Record(RecordArgs),
+    Record(Box<RecordArgs>),
     /// Show what a trace lists.
     Show(ShowArgs),
 }
@@ -66,7 +66,7 @@ struct ShowArgs {
 /// Records or shows.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     match &args.what {
-        What::Record(args) => record(args, service),
+        What::Record(args) => record(&*args, service),
         What::Show(args) => show(args),
     }
 }
