@@ -10,12 +10,14 @@ mod convert;
 mod daemon;
 mod detach;
 mod doctor;
+mod explain;
 mod export;
 mod inspect;
 mod ls;
 mod opener;
 mod registry;
 mod table;
+mod trace;
 
 use std::error::Error;
 use std::io::IsTerminal as _;
@@ -67,6 +69,8 @@ enum Command {
     Detach(detach::Args),
     /// List the devices of this host.
     Ls(ls::Args),
+    /// Say where a file or byte of a device comes from, and what a device waits for.
+    Explain(explain::Args),
     /// Read an image's whole virtual disk without any kernel.
     Export(export::Args),
     /// Say what an image is: layers, sizes, indexes.
@@ -77,6 +81,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Serve the devices of this host.
     Daemon(daemon::Args),
+    /// Record what a start reads, or show what was recorded.
+    Trace(trace::Args),
 }
 
 /// Why a command ended without success.
@@ -110,17 +116,20 @@ type Outcome = Result<ExitCode, Failure>;
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.verbose);
+    let serves = matches!(cli.command, Command::Daemon(_) | Command::Attach(_));
+    log_to_stderr(cli.verbose, serves);
     let (name, outcome) = match cli.command {
         Command::Convert(args) => ("convert", convert::run(&args, &cli.service)),
         Command::Attach(args) => ("attach", attach::run(&args, &cli.service)),
         Command::Detach(args) => ("detach", detach::run(&args)),
         Command::Ls(args) => ("ls", ls::run(&args)),
+        Command::Explain(args) => ("explain", explain::run(&args)),
         Command::Export(args) => ("export", export::run(&args, &cli.service)),
         Command::Inspect(args) => ("inspect", inspect::run(&args, &cli.service)),
         Command::Check(args) => ("check", check::run(&args, &cli.service)),
         Command::Doctor(args) => ("doctor", doctor::run(&args)),
         Command::Daemon(args) => ("daemon", daemon::run(&args, &cli.service)),
+        Command::Trace(args) => ("trace", trace::run(&args, &cli.service)),
     };
     match outcome {
         Ok(code) => code,
@@ -131,11 +140,13 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// `RUST_LOG` wins over `-v`.
-fn log_to_stderr(verbose: u8) {
+/// `RUST_LOG` wins over `-v`. What was mended by fetching it again is news for who keeps the log of a server;
+/// a command that reads an image tells only what it could not mend, as its one error.
+fn log_to_stderr(verbose: u8, serves: bool) {
     // fuser warns of each request that a read-only file has no use for.
     let level = match verbose {
-        0 => "warn,fuser=error",
+        0 if serves => "warn,fuser=error",
+        0 => "warn,turbobd::fetch=error,fuser=error",
         1 => "turbobd=info,warn,fuser=error",
         _ => "turbobd=debug,info",
     };

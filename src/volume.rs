@@ -14,6 +14,7 @@ use std::sync::{Arc, mpsc};
 use thiserror::Error;
 
 use crate::chunk::{ChunkBytes, ChunkError};
+use crate::source::SourceError;
 
 /// Why bytes of a volume could not be had.
 #[derive(Clone, Debug, Error)]
@@ -45,12 +46,36 @@ pub enum VolumeError {
         /// Byte of the volume.
         offset: u64,
     },
+    /// The bytes did not come in time.
+    #[error("Byte {offset} of the disk did not come within {seconds} s{}", so_far(.last))]
+    Deadline {
+        /// Byte of the volume.
+        offset: u64,
+        /// The deadline.
+        seconds: u64,
+        /// What went wrong meanwhile.
+        last: Option<String>,
+    },
     /// A volume made for tests was told to fail.
     #[error("Injected failure at byte {offset}")]
     Injected {
         /// Byte of the volume.
         offset: u64,
     },
+}
+
+fn so_far(last: &Option<String>) -> String {
+    last.as_ref().map_or_else(String::new, |last| format!(": {last}"))
+}
+
+impl VolumeError {
+    /// Whether the same read may succeed later: a registry that cannot be reached now. Not so bytes
+    /// that were wrong several times, or a blob that does not exist.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        let Self::Chunk { source, .. } = self else { return false };
+        matches!(&**source, ChunkError::Source(SourceError::Remote { lasting: false, .. }))
+    }
 }
 
 /// Called once, from any thread, when a pending range can be asked for again or has failed.

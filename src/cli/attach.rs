@@ -95,7 +95,8 @@ fn serve_here(args: &Args, request: &AttachRequest, service: &Service, start: In
     let mut signals = Signals::new().map_err(Failure::because)?;
     let run_dir = protocol::run_dir();
     std::fs::create_dir_all(&run_dir).map_err(Failure::because)?;
-    let table = Table::new(run_dir, images);
+    let policy = images.read_policy();
+    let table = Table::new(run_dir, images, policy);
     let (device, note) = table.attach(request).map_err(Failure::because)?;
     if let Some(note) = note {
         eprintln!("turbobd: attach: {note}");

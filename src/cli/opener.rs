@@ -9,7 +9,8 @@ use crate::cache::Cache;
 use crate::disk::image::{GzipTargets, LayerInfo, OpenedImage, host_manifest, open_image};
 use crate::disk::{Disk, config};
 use crate::oci::{Digest, ImageName, RepositoryName, annotations};
-use crate::store::{self, ImageStore, Meter, Metered};
+use crate::store::{self, ImageStore};
+use crate::trace::Trace;
 
 /// An image, by name or by upstream's device config.
 #[derive(Clone, Debug, clap::Args, serde::Serialize, serde::Deserialize)]
@@ -35,6 +36,8 @@ pub(super) struct Opened {
     pub(super) digest: Option<Digest>,
     /// Where the original blobs come from; none for a device config.
     pub(super) targets: Option<Arc<dyn ImageStore>>,
+    /// What a start reads, if the image brought a trace with it.
+    pub(super) trace: Option<Trace>,
 }
 
 impl Args {
@@ -63,21 +66,11 @@ impl Args {
 
     /// Opens it over `cache`.
     pub(super) fn open(&self, clients: &Clients, cache: Arc<Cache>) -> Result<Opened, Failure> {
-        self.open_metered(clients, cache, Arc::default())
-    }
-
-    /// Opens it over `cache`, counting what is read of the original blobs.
-    pub(super) fn open_metered(
-        &self,
-        clients: &Clients,
-        cache: Arc<Cache>,
-        meter: Arc<Meter>,
-    ) -> Result<Opened, Failure> {
         match (&self.image, &self.config) {
-            (Some(image), _) => self.open_image(image, clients, cache, meter),
+            (Some(image), _) => self.open_image(image, clients, cache),
             (None, Some(path)) => {
                 let disk = config::open(path, cache, &GzipTargets).map_err(Failure::because)?;
-                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None })
+                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None, trace: None })
             }
             (None, None) => {
                 Err(Failure::Usage("name an IMAGE, or a device config with --config FILE".into()))
@@ -90,7 +83,6 @@ impl Args {
         image: &str,
         clients: &Clients,
         cache: Arc<Cache>,
-        meter: Arc<Meter>,
     ) -> Result<Opened, Failure> {
         let client = clients.of(&self.registry)?;
         let image: ImageName = image.parse().map_err(Failure::usage)?;
@@ -103,9 +95,9 @@ impl Args {
                 store::open_repository(&origin, &client).map_err(Failure::because)?
             }
         };
-        let targets: Arc<dyn ImageStore> = Arc::new(Metered::new(targets, meter));
-        let OpenedImage { layers, disk } =
+        let OpenedImage { layers, disk, trace } =
             open_image(&*store, &*targets, &manifest, cache).map_err(Failure::because)?;
-        Ok(Opened { disk, layers, digest: Some(stored.digest), targets: Some(targets) })
+        let digest = Some(stored.digest);
+        Ok(Opened { disk, layers, digest, targets: Some(targets), trace })
     }
 }

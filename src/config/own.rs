@@ -1,6 +1,7 @@
 //! Our own keys, under `turbobd`: what overlaybd has no word for.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -53,6 +54,8 @@ pub struct TurbobdConfig {
     pub read_deadline: Duration,
     /// `onError`.
     pub on_error: OnError,
+    /// `metricsAddress`: where `exporterConfig`'s port is listened on.
+    pub metrics_address: IpAddr,
     /// `traces`.
     pub traces: TracesConfig,
     /// `metaDir`: meta images that were built here.
@@ -100,11 +103,22 @@ impl TurbobdConfig {
             hedge: HedgeConfig::take(&mut section)?,
             read_deadline: Duration::from_secs(deadline.max(1)),
             on_error: OnError::take(&mut section)?,
+            metrics_address: metrics_address(&mut section)?,
             traces: TracesConfig::take(&mut section)?,
             meta_dir: folder(section.path("metaDir")?, "/var/lib/turbobd/meta"),
         };
         section.end();
         Ok(config)
+    }
+}
+
+/// This host alone unless told otherwise: the page names the images that run here.
+fn metrics_address(section: &mut Object<'_>) -> Taken<IpAddr> {
+    match section.text("metricsAddress")? {
+        None => Ok(Ipv4Addr::LOCALHOST.into()),
+        Some(text) => text
+            .parse()
+            .map_err(|_| section.error("metricsAddress", format!("{text:?} is not an IP address"))),
     }
 }
 

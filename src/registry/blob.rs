@@ -18,7 +18,7 @@ use super::race::Reading;
 use super::retry::Budget;
 use super::way::BlobAddress;
 use crate::oci::Digest;
-use crate::source::{ByteSource, Class, OneBuffer, Run, SourceError};
+use crate::source::{ByteSource, Class, OneBuffer, Retries, Run, SourceError, Traffic};
 
 /// What was fetched of a blob so far.
 #[derive(Debug, Default)]
@@ -31,6 +31,8 @@ pub struct RemoteStats {
     pub retries: AtomicU64,
     /// Reads that failed for good.
     pub failures: AtomicU64,
+    /// Reads that have failed and are about to be made again.
+    pub trying_again: Retries,
     /// Second requests, for reads that took unusually long.
     pub hedges: AtomicU64,
     /// Second requests that were done first.
@@ -65,6 +67,15 @@ impl Deliveries {
             all.pop_front();
         }
         all.push_back(Delivery { range, way, by_peer });
+    }
+
+    /// Who sent the last bytes; before any came, who will be asked first.
+    fn last(&self, blob: &BlobAddress) -> String {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = all.back().map(|last| (last.way, last.by_peer));
+        drop(all);
+        let (way, by_peer) = last.unwrap_or_else(|| (blob.order()[0], false));
+        blob.ways[way].sender(by_peer)
     }
 
     /// Forgets who sent bytes of `range`, and says who it was.
@@ -131,6 +142,7 @@ impl RemoteBlob {
         let services = &self.blob.registry().services;
         services.network.limits().pace(class, range.end - range.start);
         let mut budget = Budget::new(services.read_retry, self.blob.registry());
+        let mut attempts = self.stats.trying_again.read(range.clone());
         let mut reading = Reading {
             blob: &self.blob,
             network: &services.network,
@@ -143,7 +155,8 @@ impl RemoteBlob {
         };
         loop {
             let Err(error) = reading.once(budget.deadline()) else { return Ok(()) };
-            if let Err(error) = budget.pause(error) {
+            let told = budget.pause_telling(error, |error, wait| attempts.failed(error, wait));
+            if let Err(error) = told {
                 self.stats.failures.fetch_add(1, Ordering::Relaxed);
                 return Err(error);
             }
@@ -180,7 +193,20 @@ impl ByteSource for RemoteBlob {
             offset,
             end,
             reason: error.to_string(),
+            lasting: !error.root().is_transient(),
         })
+    }
+
+    fn traffic(&self) -> Traffic {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Traffic {
+            bytes: get(&self.stats.bytes),
+            requests: get(&self.stats.requests),
+            retries: get(&self.stats.retries),
+            failures: get(&self.stats.failures),
+            host: Some(self.deliveries.last(&self.blob)),
+            trying_again: self.stats.trying_again.now(),
+        }
     }
 
     fn is_local(&self) -> bool {
@@ -190,7 +216,7 @@ impl ByteSource for RemoteBlob {
     fn distrust(&self, range: Range<u64>) {
         for (way, by_peer) in self.deliveries.take(&range) {
             let way = &self.blob.ways[way];
-            let sender = if by_peer { "a peer" } else { way.place.host.as_str() };
+            let sender = way.sender(by_peer);
             tracing::warn!(
                 "Bytes {}..{} of {} that {sender} sent are wrong: asking others first",
                 range.start,

@@ -40,17 +40,6 @@ impl RetryPolicy {
 
     /// For a read behind which processes wait: a registry that restarts is waited for, a minute long.
     pub const READ: Self = Self { max_tries: u32::MAX, ..Self::COMMAND };
-
-    /// For readers that shall hang rather than fail: seven days, as overlaybd has it (spec runtime 11).
-    pub const FOR_EVER: Self = Self {
-        deadline: Duration::from_secs(7 * 86_400),
-        max_pause: Duration::from_secs(30),
-        ..Self::READ
-    };
-
-    fn is_for_ever(&self) -> bool {
-        self.deadline >= Self::FOR_EVER.deadline
-    }
 }
 
 /// `pause`, a quarter shorter to a quarter longer.
@@ -97,6 +86,15 @@ impl Budget {
     /// # Errors
     /// `error` itself when it is final, [`RegistryError::GaveUp`] when the budget is used up.
     pub(super) fn pause(&mut self, error: RegistryError) -> Result<(), RegistryError> {
+        self.pause_telling(error, |_, _| ())
+    }
+
+    /// The same; `tell` is told of the error and the time until the next try before it sleeps.
+    pub(super) fn pause_telling(
+        &mut self,
+        error: RegistryError,
+        mut tell: impl FnMut(&RegistryError, Duration),
+    ) -> Result<(), RegistryError> {
         self.tries += 1;
         if !error.is_transient() || self.network.is_ending() {
             return Err(self.give_up(error));
@@ -106,14 +104,14 @@ impl Budget {
             .max(error.retry_after().unwrap_or_default())
             .max(self.host.retry_after());
         let elapsed = self.started.elapsed();
-        let nonsense =
-            matches!(error, RegistryError::Protocol { .. }) && !self.policy.is_for_ever();
+        let nonsense = matches!(error, RegistryError::Protocol { .. });
         let most =
             if nonsense { MAX_TRIES_OF_NONSENSE } else { u32::MAX }.min(self.policy.max_tries);
         if self.tries >= most || elapsed + wait >= self.policy.deadline {
             return Err(self.give_up(error));
         }
         tracing::debug!(tries = self.tries, ?wait, %error, "registry: trying again");
+        tell(&error, wait);
         thread::sleep(wait);
         Ok(())
     }

@@ -159,6 +159,15 @@ impl Way {
         }
     }
 
+    /// Who sends what comes this way: the host that the redirect led to, while it holds.
+    pub(super) fn sender(&self, by_peer: bool) -> String {
+        if let Some(peer) = self.place.services.p2p.as_ref().filter(|_| by_peer) {
+            return peer.host.name().to_owned();
+        }
+        let moved = self.moved_to().and_then(|moved| moved.url.host().map(str::to_owned));
+        moved.unwrap_or_else(|| self.place.host.clone())
+    }
+
     /// Bytes that came this way were wrong.
     pub(super) fn lied(&self, by_peer: bool) {
         // Another node may stand behind another URL.
@@ -253,6 +262,7 @@ impl Way {
         } else {
             None
         };
+        peer.host.stats().requests.fetch_add(1, Ordering::Relaxed);
         let wrapped = peer.wrap(url)?;
         let request = self.place.request(&call, &wrapped, header.as_ref())?;
         let sent = services.transport.send_async(request, deadline).await;

@@ -99,3 +99,11 @@ seed('manifest', 'index', ('{"schemaVersion":2,"manifests":[%s]}' % image).encod
 seed('manifest', 'config', ('{"os":"linux", "rootfs": {"type":"layers","diff_ids":["%s"]}}' % digest).encode())
 seed('config', 'upstream', b'{"repoBlobUrl":"u","lowers":[{"dir":"d","digest":"sha256:1","size":5,"targetFile":"t",'
      b'"gzipIndex":"g"}],"upper":{"index":"i"},"resultFile":"r"}')
+
+# One byte in front of `trace`: whose format. Ours without its checksum, which the target appends.
+head = b'turbotrc' + struct.pack('<HHIII', 1, 0, 1, 1, 2) + bytes(range(32))
+ours = head + b'\0\x80\x80\x80\x02\x80\x80\x40\0\x02' + b'\0\0\x80\x80\x40\x05\x01'
+seed('trace', 'ours', b'\xfe' + ours)
+seed('trace', 'twice', b'\x80' + ours + ours)
+records = struct.pack('<cxxxIQq', b'R', 0, 4096, 512) + struct.pack('<cxxxIQq', b'W', 1, 1, 1)
+seed('trace', 'upstream', b'\1' + struct.pack('<IxxxxQIxxxx', 0xC2EF1820, len(records), 0) + records)
