@@ -6,6 +6,7 @@
 mod attach;
 mod bars;
 mod check;
+mod commit;
 mod convert;
 mod daemon;
 mod detach;
@@ -61,8 +62,10 @@ impl Service {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Build the meta image of an OCI image, beside it.
+    /// Build the meta image of an OCI image, or its native image, or both, beside it.
     Convert(Box<convert::Args>),
+    /// Make a native layer of what was written to a device.
+    Commit(commit::Args),
     /// Make a block device of an image, and mount it.
     Attach(attach::Args),
     /// Unmount and remove a device.
@@ -120,6 +123,7 @@ pub fn main() -> ExitCode {
     log_to_stderr(cli.verbose, serves);
     let (name, outcome) = match cli.command {
         Command::Convert(args) => ("convert", convert::run(&args, &cli.service)),
+        Command::Commit(args) => ("commit", commit::run(&args, &cli.service)),
         Command::Attach(args) => ("attach", attach::run(&args, &cli.service)),
         Command::Detach(args) => ("detach", detach::run(&args)),
         Command::Ls(args) => ("ls", ls::run(&args)),

@@ -1,4 +1,4 @@
-//! Layer stream → meta image, beside the original.
+//! Layer stream → meta image or native image, beside the original.
 //!
 //! For each layer, bottom to top, the compressed blob passes through this program **once**:
 //!
@@ -9,7 +9,7 @@
 //!                     SHA-256 of the blob and of each segment         another
 //! ```
 //!
-//! Nothing of the layer is kept: what remains is the in-memory tree of files ([`crate::ext4`]) and the
+//! For a TurboOCI image nothing of the layer is kept: what remains is the in-memory tree of files ([`crate::ext4`]) and the
 //! gzip index. The tree lives on from layer to layer, so that each layer's ext4 image is the merged
 //! filesystem a container would see, written as *only the blocks that this layer changed*, with file
 //! data as mappings into the layer's own tar.
@@ -17,17 +17,30 @@
 //! The results are archives of about one percent of the layers. They are held in memory until the
 //! whole image is built and only then published, so a failure leaves nothing behind.
 //!
+//! A **native** image carries the file data too. It is made in the same pass, of the same tree and the
+//! same ext4: the data goes to the compressors as it passes, and into a work file. A layer that was
+//! converted before, on the same lower layers, is used again.
+//!
 //! * [`apply`]    tar entries → tree, with the result that an unpack into overlayfs would show
 //! * [`layer`]    one pass over one layer
+//! * [`native`]   the data of a layer into a blob of its own
+//! * [`chain`]    what was converted before
+//! * [`base`]     converted layers of others below new ones
 //! * [`image`]    a manifest and its layers → a converted manifest
 //! * [`index`]    many platforms; what is passed over; publishing
 //! * [`progress`] who is told how far it is
 
 pub mod apply;
+pub mod base;
+pub mod chain;
 pub mod image;
 pub mod index;
 pub mod layer;
+pub mod native;
 pub mod progress;
+mod unzstd;
+
+use std::path::PathBuf;
 
 use thiserror::Error;
 
@@ -37,9 +50,31 @@ use crate::store::StoreError;
 use crate::tar::TarError;
 use crate::units::Bytes;
 
+pub use base::BaseError;
+pub use chain::{KnownLayers, LocalLayers};
 pub use image::{ConvertedImage, LayerReport};
-pub use index::{Conversion, ConvertedPlatform, convert};
+pub use index::{Conversion, ConvertedPlatform, Tags, convert};
 pub use progress::{Progress, Silent};
+
+/// A form of converted image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// Metadata, and mappings into the original layers.
+    Turbo,
+    /// Everything.
+    Native,
+}
+
+impl Format {
+    /// `artifactType` of a manifest or index of this form that names its original (spec turbooci 2).
+    #[must_use]
+    pub fn artifact_type(self) -> &'static str {
+        match self {
+            Format::Turbo => crate::oci::annotations::ARTIFACT_TYPE_TURBO,
+            Format::Native => crate::oci::annotations::ARTIFACT_TYPE_NATIVE,
+        }
+    }
+}
 
 /// What to build, and how.
 #[derive(Clone, Debug)]
@@ -57,6 +92,12 @@ pub struct ConvertOptions {
     pub concurrency: usize,
     /// Where the original blobs stay, when the result is written elsewhere: noted in the manifest.
     pub origin: Option<String>,
+    /// Whether the TurboOCI image is built.
+    pub turbo: bool,
+    /// Whether a native image is built, and how its layers are compressed.
+    pub native: Option<crate::zfile::Options>,
+    /// Where the native layers lie until they are stored; else the system's folder for such files.
+    pub work_dir: Option<PathBuf>,
 }
 
 impl Default for ConvertOptions {
@@ -68,7 +109,19 @@ impl Default for ConvertOptions {
             referrer: false,
             concurrency: 4,
             origin: None,
+            turbo: true,
+            native: None,
+            work_dir: None,
         }
+    }
+}
+
+impl ConvertOptions {
+    /// The forms to build.
+    pub fn formats(&self) -> impl Iterator<Item = Format> + use<> {
+        let turbo = self.turbo.then_some(Format::Turbo);
+        let native = self.native.is_some().then_some(Format::Native);
+        turbo.into_iter().chain(native)
     }
 }
 
@@ -87,6 +140,18 @@ pub enum ConvertError {
         digest: Digest,
         /// The rule it breaks.
         reason: String,
+    },
+    /// The local store of converted layers cannot be written.
+    #[error("Cannot keep a converted layer in the local store")]
+    Keep(#[source] std::io::Error),
+    /// The image that new layers were to go on top of.
+    #[error("The base image cannot be used for manifest {digest}")]
+    Base {
+        /// The manifest to convert.
+        digest: Digest,
+        /// What is wrong with it.
+        #[source]
+        source: Box<BaseError>,
     },
     /// The virtual disk cannot have the size that was asked for.
     #[error(transparent)]
@@ -122,11 +187,24 @@ pub enum LayerError {
         /// Length in the manifest, in bytes.
         want_size: u64,
     },
-    /// Neither gzip nor a plain tar.
+    /// A compression that this conversion cannot read.
     #[error(
-        "The layer is compressed with {0}, which TurboOCI cannot index: rebuild the image with gzip layers"
+        "The layer is compressed with {0}, which TurboOCI cannot index: rebuild the image with gzip layers{hint}",
+        hint = if *.0 == "zstd" { ", or make a native image alone (--overlaybd)" } else { "" }
     )]
     Compression(&'static str),
+    /// The zstd stream is broken.
+    #[error("The zstd stream is damaged")]
+    Zstd(#[source] std::io::Error),
+    /// There is no room for work files.
+    #[error("Cannot make a work file in {dir} (see --dir)", dir = dir.display())]
+    WorkFile {
+        /// The directory.
+        dir: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
     /// The gzip stream is broken.
     #[error(transparent)]
     Gzip(#[from] GzipError),
@@ -139,6 +217,9 @@ pub enum LayerError {
     /// The tree cannot be written as ext4.
     #[error(transparent)]
     Ext4(#[from] crate::ext4::Ext4Error),
+    /// A writable layer cannot be committed.
+    #[error(transparent)]
+    Writable(#[from] Box<crate::lsmt::WritableError>),
     /// The result breaks a limit of LSMT.
     #[error(transparent)]
     Lsmt(#[from] crate::lsmt::LsmtError),

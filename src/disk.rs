@@ -26,6 +26,7 @@ mod gather;
 pub mod image;
 mod leases;
 pub mod scan;
+pub mod upper;
 
 use std::io;
 use std::sync::Arc;

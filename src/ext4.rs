@@ -49,6 +49,7 @@
 //! brings its own keeps that one, even if it is no directory, which `e2fsck` then objects to.
 
 mod allocation;
+mod checksum;
 mod data;
 mod directory;
 mod extent;
@@ -60,7 +61,9 @@ mod hash;
 mod image;
 mod inode;
 mod layer;
+mod read;
 mod superblock;
+mod table;
 mod tree;
 mod xattr;
 
@@ -72,6 +75,7 @@ pub use file::{Attributes, DataRun, Kind, Timestamp};
 pub use geometry::Geometry;
 pub use image::Image;
 pub use layer::{LayerBlocks, Run};
+pub use read::{ReadError, read};
 pub use superblock::Identity;
 pub use tree::{LINKS_MAX, NAME_MAX, NodeId, SYMLINK_MAX, Tree, TreeError};
 pub use xattr::XattrError;

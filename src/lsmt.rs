@@ -15,11 +15,13 @@
 //! everything else before it is used.
 //!
 //! Contents: [`mapping`] the sixteen bytes, [`layer`] one file, [`stack`] many layers and the
-//! look-up, [`writer`] the way back.
+//! look-up, [`writer`] the way back, [`writable`] a layer that can still change.
 
+mod extents;
 pub mod layer;
 pub mod mapping;
 pub mod stack;
+pub mod writable;
 pub mod writer;
 
 use std::io;
@@ -30,7 +32,8 @@ use thiserror::Error;
 pub use layer::{Layer, LayerKind, Uuid};
 pub use mapping::Mapping;
 pub use stack::{Extent, Place, Run, Stack};
-pub use writer::{Identity, NativeWriter, WarpWriter};
+pub use writable::{WritableError, WritableLayer};
+pub use writer::{Identity, NativeWriter, ScatteredWriter, WarpWriter};
 
 use crate::source::SourceError;
 use crate::units::{Bytes, Sectors};

@@ -27,7 +27,7 @@ use rustix::fs::{FlockOperation, flock};
 use thiserror::Error;
 
 use crate::convert::image::{ConvertedImage, convert_image};
-use crate::convert::{ConvertError, ConvertOptions, Progress};
+use crate::convert::{ConvertError, ConvertOptions, KnownLayers, Progress};
 use crate::oci::annotations::{ARTIFACT_TYPE_TURBO, LayerKind};
 use crate::oci::manifest::media;
 use crate::oci::{Descriptor, Digest, Document, Index, Manifest};
@@ -168,10 +168,18 @@ impl MetaImages {
             referrer: true,
             // The data are where the plain image is, wherever that is copied to.
             origin: None,
+            turbo: true,
+            native: None,
             ..self.options.clone()
         };
-        let built = convert_image(&**plain.store, plain.stored, &options, progress)
+        let known = KnownLayers::default();
+        let built = convert_image(&**plain.store, plain.stored, &options, &known, progress)
             .map_err(|error| MetaError::Build(Box::new(error)))?;
+        let unfit = || MetaError::Local {
+            dir: self.local.clone(),
+            source: io::Error::other("what was built does not fit the image"),
+        };
+        let built = built.turbo.ok_or_else(unfit)?;
         put(&**store, Some(&local_tag(&plain.stored.digest)), &built).map_err(keep)?;
         if self.publish {
             publish(plain, &built).map_err(keep)?;
@@ -181,10 +189,7 @@ impl MetaImages {
             digest: Digest::of(&built.manifest),
             bytes: built.manifest,
         };
-        fitting(plain, store, stored, Found::Built).ok_or_else(|| MetaError::Local {
-            dir: self.local.clone(),
-            source: io::Error::other("what was built does not fit the image"),
-        })
+        fitting(plain, store, stored, Found::Built).ok_or_else(unfit)
     }
 }
 
@@ -281,9 +286,7 @@ fn put(
     tag: Option<&str>,
     built: &ConvertedImage,
 ) -> Result<(), StoreError> {
-    for blob in built.layers.iter().chain([&built.config]) {
-        store.put_blob(blob)?;
-    }
+    built.put_blobs(store)?;
     store.put_manifest(tag, built.media_type, &built.manifest)
 }
 

@@ -152,6 +152,39 @@ pub trait ImageStore: Send + Sync {
     /// [`StoreError`].
     fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError>;
 
+    /// Adds a blob of `size` bytes that need not fit memory, unless it is there already. `open` is called for
+    /// each try and gives the blob from its start.
+    ///
+    /// # Errors
+    /// [`StoreError`]; [`StoreError::Damaged`] when the bytes have another digest.
+    fn put_blob_from(
+        &self,
+        digest: &Digest,
+        size: u64,
+        open: &mut dyn FnMut() -> Result<Box<dyn Read + Send>, StoreError>,
+    ) -> Result<(), StoreError>;
+
+    /// Whether the blob is there.
+    ///
+    /// # Errors
+    /// [`StoreError`] when that cannot be found out.
+    fn has_blob(&self, digest: &Digest, size: u64) -> Result<bool, StoreError>;
+
+    /// Takes over a blob that the store `from` has, without moving its bytes; says whether that worked. Only
+    /// repositories of one registry can.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn mount_blob(&self, digest: &Digest, from: &dyn ImageStore) -> Result<bool, StoreError> {
+        let _ = (digest, from);
+        Ok(false)
+    }
+
+    /// Host and name of the repository that this store is, if it is one.
+    fn repository(&self) -> Option<(&str, &str)> {
+        None
+    }
+
     /// Adds a manifest, and points `tag` at it.
     ///
     /// # Errors

@@ -6,6 +6,8 @@
 //! [`Waiter`] once, from any thread. After an `Ok` call the front end asks again; after an `Err` it
 //! fails the request. Nothing here blocks, except the convenience [`Volume::read_at`].
 //!
+//! A disk that can be written is a [`WritableVolume`] as well, and says so.
+//!
 //! Real: [`disk::Disk`](crate::disk). For tests of front ends: [`MemoryVolume`], and
 //! [`FaultyVolume`], which delays and fails.
 
@@ -55,6 +57,15 @@ pub enum VolumeError {
         seconds: u64,
         /// What went wrong meanwhile.
         last: Option<String>,
+    },
+    /// The writable layer failed.
+    #[error("Cannot use the writable layer at byte {offset} of the disk")]
+    Upper {
+        /// Byte of the volume.
+        offset: u64,
+        /// The layer's failure.
+        #[source]
+        source: Arc<crate::lsmt::WritableError>,
     },
     /// A volume made for tests was told to fail.
     #[error("Injected failure at byte {offset}")]
@@ -144,7 +155,29 @@ pub enum Located {
     Pending,
 }
 
-/// An immutable virtual disk.
+/// A virtual disk that can be written. Writes and reads may come from any thread; those of the same bytes at
+/// the same time may see either.
+pub trait WritableVolume: Volume {
+    /// Writes whole sectors at byte `offset`. Read at once; durable after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`VolumeError`]; then the bytes are as before.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), VolumeError>;
+
+    /// Makes whole sectors zero.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError>;
+
+    /// Makes everything durable that was written before the call.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    fn flush(&self) -> Result<(), VolumeError>;
+}
+
+/// A virtual disk, as one reads it.
 pub trait Volume: Send + Sync {
     /// Size in bytes, a multiple of 512.
     fn size(&self) -> u64;
@@ -160,6 +193,11 @@ pub trait Volume: Send + Sync {
         len: usize,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError>;
+
+    /// The same disk for writing, if it can be written.
+    fn writable(&self) -> Option<&dyn WritableVolume> {
+        None
+    }
 
     /// Reads into `buf`, blocking this thread until all bytes are there.
     ///

@@ -14,9 +14,11 @@
 //! [`open`] takes whatever a layer may be (tar or not, compressed or not) and gives its plain bytes.
 //!
 //! Contents: [`header`] the record at both ends, [`reader`] random access, [`writer`] the same bytes
-//! for the same input, [`wrap`] the tar around it.
+//! for the same input, [`parallel`] the same bytes again from all cores, [`wrap`] the tar around it.
 
+mod block;
 pub mod header;
+pub mod parallel;
 pub mod reader;
 pub mod wrap;
 pub mod writer;
@@ -29,6 +31,7 @@ use memmap2::{MmapMut, MmapOptions};
 use thiserror::Error;
 
 pub use header::{Algo, Record};
+pub use parallel::ParallelWriter;
 pub use reader::{ZFile, ZFileChunks};
 pub use wrap::{Wrapping, unwrap};
 pub use writer::{Options, Summary, Writer};

@@ -11,11 +11,18 @@ use super::daemon::HostImages;
 use super::{Failure, Outcome, Service, opener};
 use crate::daemon::{AttachRequest, Client, Frontend, Table, mounts, protocol, signals::Signals};
 
+/// Key of a request's options beside those of the image: the folder of the writable layer.
+pub(super) const UPPER: &str = "upper";
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
     image: opener::Args,
-    /// Mount the device read-only at this directory.
+    /// Make the device writable: what is written goes to a layer in this folder, made if there is none. It
+    /// stays there, and `turbobd commit` makes an image layer of it.
+    #[arg(long, value_name = "DIR")]
+    upper: Option<PathBuf>,
+    /// Mount the device at this directory, read-only unless it has an --upper.
     #[arg(long, value_name = "DIR")]
     mount: Option<PathBuf>,
     /// How the device is made: ublk, or a loop device over FUSE where the kernel has no ublk.
@@ -36,6 +43,11 @@ enum FrontendName {
 impl Args {
     fn request(&self) -> Result<AttachRequest, Failure> {
         let image = self.image.absolute()?;
+        let mut options = serde_json::to_value(&image).map_err(Failure::because)?;
+        if let Some(upper) = &self.upper {
+            let upper = std::path::absolute(upper).map_err(Failure::because)?;
+            options[UPPER] = serde_json::to_value(upper).map_err(Failure::because)?;
+        }
         Ok(AttachRequest {
             image: image.name(),
             frontend: match self.frontend {
@@ -43,7 +55,7 @@ impl Args {
                 FrontendName::Ublk => Frontend::Ublk,
                 FrontendName::Loop => Frontend::Loop,
             },
-            options: serde_json::to_value(&image).map_err(Failure::because)?,
+            options,
         })
     }
 }

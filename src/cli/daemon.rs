@@ -1,10 +1,14 @@
 //! `turbobd daemon`: serve the devices of this host.
 
 use std::error::Error;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use serde_json::Value;
+
+use super::attach::UPPER;
 use super::registry::Clients;
 use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
@@ -12,11 +16,13 @@ use crate::config::{ServiceConfig, TracesConfig};
 use crate::daemon::{
     self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, ReadPolicy, protocol,
 };
+use crate::disk::upper::UpperVolume;
 use crate::fetch::FetchOptions;
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
 use crate::trace::{LearnOptions, Traces};
+use crate::volume::Volume;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -121,8 +127,12 @@ impl ImageOpener for HostImages {
             );
         }
         let disk = Arc::new(opened.disk);
+        let volume: Arc<dyn Volume> = match request.options.get(UPPER).and_then(Value::as_str) {
+            Some(dir) => Arc::new(UpperVolume::open(Path::new(dir), disk.clone())?),
+            None => disk.clone(),
+        };
         Ok(daemon::Opened {
-            volume: disk.clone(),
+            volume,
             name: request.image.clone(),
             view: Arc::new(DiskView::new(disk)),
             recorders: Some(recorders),

@@ -11,17 +11,20 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use super::image::{ConvertedImage, LayerReport, convert_image, subject};
-use super::{ConvertError, ConvertOptions, Progress};
+use super::image::{ConvertedFormats, ConvertedImage, LayerReport, convert_image, subject};
+use super::{ConvertError, ConvertOptions, Format, KnownLayers, Progress};
 use crate::oci::manifest::media;
-use crate::oci::{Descriptor, Digest, Document, Index, annotations};
+use crate::oci::{Descriptor, Digest, Document, Index};
 use crate::store::{ImageStore, Selector, StoredManifest};
 
 /// What was converted and published.
 #[derive(Debug, serde::Serialize)]
 pub struct Conversion {
-    /// Digest of the published manifest or index.
+    /// Digest of the published manifest or index: of the TurboOCI image if there is one.
     pub digest: Digest,
+    /// Digest of the native image's manifest or index.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub native: Option<Digest>,
     /// The images below it.
     pub images: Vec<ConvertedPlatform>,
 }
@@ -35,8 +38,26 @@ pub struct ConvertedPlatform {
     pub layers: Vec<LayerReport>,
 }
 
-/// Converts what `selector` names in `store` and publishes it in `into` as `tag`; without a tag
-/// nothing is published and the digest is what it would be.
+/// Where the results are published. A form without a tag is built and not published.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tags<'a> {
+    /// Of the TurboOCI image.
+    pub turbo: Option<&'a str>,
+    /// Of the native image.
+    pub native: Option<&'a str>,
+}
+
+impl Tags<'_> {
+    fn of(&self, format: Format) -> Option<&str> {
+        match format {
+            Format::Turbo => self.turbo,
+            Format::Native => self.native,
+        }
+    }
+}
+
+/// Converts what `selector` names in `store` to the forms that `options` name, and publishes it in `into`
+/// under `tags`; without a tag nothing is published and the digest is what it would be.
 ///
 /// # Errors
 /// [`ConvertError`]; nothing is published unless everything was built.
@@ -44,31 +65,56 @@ pub fn convert(
     store: &dyn ImageStore,
     selector: &Selector,
     into: &dyn ImageStore,
-    tag: Option<&str>,
+    tags: Tags<'_>,
     options: &ConvertOptions,
+    known: &KnownLayers,
     progress: &dyn Progress,
 ) -> Result<Conversion, ConvertError> {
     let root = plan(store, store.manifest(selector)?)?;
-    let built = build(store, &root, options, progress)?;
+    let built = build(store, &root, options, known, progress)?;
     let mut images = Vec::new();
-    let (media_type, bytes) =
-        assemble(&root, built, options, &mut images, &mut |item| match (tag, item) {
-            (None, _) => Ok(()),
-            (Some(_), Item::Blob(bytes)) => Ok(into.put_blob(bytes)?),
-            (Some(_), Item::Manifest(media_type, bytes)) => {
-                Ok(into.put_manifest(None, media_type, bytes)?)
-            }
-        })?;
-    if let Some(tag) = tag {
-        into.put_manifest(Some(tag), &media_type, &bytes)?;
+    collect_reports(&root, &built, &mut images);
+    let (mut turbo, mut native) = (Vec::new(), Vec::new());
+    for formats in built {
+        turbo.push(formats.turbo);
+        native.push(formats.native);
     }
-    Ok(Conversion { digest: Digest::of(&bytes), images })
+    let mut digests = Vec::new();
+    for format in options.formats() {
+        let mut built =
+            std::mem::take(if format == Format::Turbo { &mut turbo } else { &mut native });
+        let target = tags.of(format).map(|_| into);
+        let (media_type, bytes) = assemble(&root, &mut built, format, options, target)?;
+        if let Some(tag) = tags.of(format) {
+            into.put_manifest(Some(tag), &media_type, &bytes)?;
+        }
+        digests.push((format, Digest::of(&bytes)));
+    }
+    let nothing = || ConvertError::Manifest {
+        what: "Manifest",
+        digest: root.source().digest,
+        reason: "no form of image was asked for".into(),
+    };
+    let native = digests.iter().find(|(format, _)| *format == Format::Native);
+    Ok(Conversion {
+        digest: digests.first().ok_or_else(nothing)?.1,
+        native: native.map(|&(_, digest)| digest),
+        images,
+    })
 }
 
 /// The images below a manifest or index, in order.
 enum Node {
     Image { source: StoredManifest, platform: String, number: usize },
     Index { source: StoredManifest, index: Box<Index>, children: Vec<(Descriptor, Node)> },
+}
+
+impl Node {
+    fn source(&self) -> &StoredManifest {
+        match self {
+            Node::Image { source, .. } | Node::Index { source, .. } => source,
+        }
+    }
 }
 
 /// Reads the whole hierarchy.
@@ -116,12 +162,13 @@ fn build(
     store: &dyn ImageStore,
     root: &Node,
     options: &ConvertOptions,
+    known: &KnownLayers,
     progress: &dyn Progress,
-) -> Result<Vec<ConvertedImage>, ConvertError> {
+) -> Result<Vec<ConvertedFormats>, ConvertError> {
     let mut sources = Vec::new();
     collect_images(root, &mut sources);
     let next = AtomicUsize::new(0);
-    let results: Mutex<Vec<Option<Result<ConvertedImage, ConvertError>>>> =
+    let results: Mutex<Vec<Option<Result<ConvertedFormats, ConvertError>>>> =
         Mutex::new(sources.iter().map(|_| None).collect());
     thread::scope(|scope| {
         for _ in 0..options.concurrency.clamp(1, sources.len()) {
@@ -130,7 +177,7 @@ fn build(
                     let number = next.fetch_add(1, Ordering::Relaxed);
                     sources.get(number).map(|source| (number, source))
                 } {
-                    let result = convert_image(store, source, options, progress);
+                    let result = convert_image(store, source, options, known, progress);
                     if result.is_err() {
                         next.store(sources.len(), Ordering::Relaxed);
                     }
@@ -155,68 +202,69 @@ fn collect_images<'n>(node: &'n Node, sources: &mut Vec<&'n StoredManifest>) {
     }
 }
 
-/// Something to store, children before parents.
-enum Item<'a> {
-    Blob(&'a [u8]),
-    Manifest(&'a str, &'a [u8]),
+/// What is told of each image, in order.
+fn collect_reports(node: &Node, built: &[ConvertedFormats], images: &mut Vec<ConvertedPlatform>) {
+    match node {
+        Node::Image { platform, number, .. } => {
+            let layers = built.get(*number).map_or_else(Vec::new, |built| built.report.clone());
+            images.push(ConvertedPlatform { platform: platform.clone(), layers });
+        }
+        Node::Index { children, .. } => {
+            children.iter().for_each(|(_, child)| collect_reports(child, built, images));
+        }
+    }
 }
 
-/// Media type and bytes of a node's converted manifest, after everything below it was stored.
+/// Media type and bytes of a node's converted manifest, after everything below it was stored in `into`.
 fn assemble(
     node: &Node,
-    built: Vec<ConvertedImage>,
-    options: &ConvertOptions,
-    images: &mut Vec<ConvertedPlatform>,
-    store: &mut dyn FnMut(Item<'_>) -> Result<(), ConvertError>,
-) -> Result<(String, Vec<u8>), ConvertError> {
-    let mut built: Vec<Option<ConvertedImage>> = built.into_iter().map(Some).collect();
-    assemble_node(node, &mut built, options, images, store)
-}
-
-fn assemble_node(
-    node: &Node,
     built: &mut [Option<ConvertedImage>],
+    format: Format,
     options: &ConvertOptions,
-    images: &mut Vec<ConvertedPlatform>,
-    store: &mut dyn FnMut(Item<'_>) -> Result<(), ConvertError>,
+    into: Option<&dyn ImageStore>,
 ) -> Result<(String, Vec<u8>), ConvertError> {
     match node {
-        Node::Image { source, platform, number } => {
+        Node::Image { source, number, .. } => {
             let lost = || ConvertError::Manifest {
                 what: "Manifest",
                 digest: source.digest,
                 reason: "its conversion was abandoned after another one failed".into(),
             };
             let image = built.get_mut(*number).and_then(Option::take).ok_or_else(lost)?;
-            for layer in &image.layers {
-                store(Item::Blob(layer))?;
+            if let Some(into) = into {
+                image.put_blobs(into)?;
             }
-            store(Item::Blob(&image.config))?;
-            images.push(ConvertedPlatform { platform: platform.clone(), layers: image.report });
             Ok((image.media_type.to_owned(), image.manifest))
         }
         Node::Index { source, index, children } => {
             let mut manifests = Vec::new();
             for (entry, child) in children {
-                let (media_type, bytes) = assemble_node(child, built, options, images, store)?;
-                store(Item::Manifest(&media_type, &bytes))?;
+                let (media_type, bytes) = assemble(child, built, format, options, into)?;
+                if let Some(into) = into {
+                    into.put_manifest(None, &media_type, &bytes)?;
+                }
                 let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
                 manifests.push(Descriptor { media_type, digest, size, ..entry.clone() });
             }
-            let index = Index { manifests, ..converted_index(source, index, options) };
+            let index = Index { manifests, ..converted_index(source, index, format, options) };
             Ok((index.media_type().to_owned(), index.to_bytes()))
         }
     }
 }
 
 /// The index but for its entries: other fields stay, the media type too unless OCI types are asked for.
-fn converted_index(source: &StoredManifest, index: &Index, options: &ConvertOptions) -> Index {
+fn converted_index(
+    source: &StoredManifest,
+    index: &Index,
+    format: Format,
+    options: &ConvertOptions,
+) -> Index {
     let mut index = index.clone();
     if options.oci_types || options.referrer {
         index.media_type = Some(media::OCI_INDEX.to_owned());
     }
     if options.referrer {
-        index.artifact_type = Some(annotations::ARTIFACT_TYPE_TURBO.to_owned());
+        index.artifact_type = Some(format.artifact_type().to_owned());
         index.subject = Some(subject(source));
     }
     index

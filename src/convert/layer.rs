@@ -4,6 +4,10 @@
 //! hashes. The hasher gets each piece *after* the scan, together with the segment boundaries that
 //! became final meanwhile, because it needs them to know where a segment ends.
 //!
+//! One pass makes any of two things of it: a TurboOCI layer, and a [native](super::native) one, whose
+//! compression takes threads of its own. With neither, the layer still changes the tree, for the layers
+//! above it: that is all it is read for when it was converted before.
+//!
 //! When parsing fails, reading and hashing go on to the end: if the digest turns out wrong, the
 //! damaged transfer is the error to report, not the nonsense it led to.
 
@@ -11,8 +15,10 @@ use std::io::{Cursor, Read, Write as _};
 use std::thread;
 
 use super::apply::{ApplyReport, LayerApply};
+use super::native::{Hashing, NativeBlob, NativeBuilder, NativeLayer};
+use super::unzstd::Unzstd;
 use super::{ConvertOptions, LayerError, Progress};
-use crate::ext4::{Image, Run, Tree};
+use crate::ext4::{Image, LayerBlocks, Run, Tree};
 use crate::gzip::{self, Boundary, GZIP_META_NAME, SIDECAR_NAME, Scanner, SegmentHasher, Sidecar};
 use crate::lsmt::WarpWriter;
 use crate::oci::{Descriptor, Digest};
@@ -21,6 +27,7 @@ use crate::units::Bytes;
 use crate::zfile;
 use bytes::{Bytes as Piece, BytesMut};
 use crossbeam_channel::{Receiver, Sender, bounded};
+use sha2::{Digest as _, Sha256};
 
 /// Bytes read at a time: large enough that a piece costs nothing to pass on.
 const PIECE: usize = 256 << 10;
@@ -39,6 +46,25 @@ pub enum TargetEncoding {
     Gzip,
     /// A bare tar.
     Plain,
+    /// zstd, which a TurboOCI layer cannot point into.
+    Zstd,
+}
+
+/// What to make of a layer.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// A `TurboOCI` layer.
+    pub turbo: bool,
+    /// A native layer.
+    pub native: Option<NativeLayer>,
+}
+
+/// What was made of a layer. The native blob's digest may still be under way.
+pub(super) struct Converted {
+    pub(super) turbo: Option<BuiltLayer>,
+    pub(super) native: Option<Hashing>,
+    /// Length of the uncompressed tar, bytes.
+    pub(super) tar_len: u64,
 }
 
 /// What one layer became.
@@ -74,17 +100,19 @@ pub struct LayerSizes {
 
 /// What the stream of one layer yielded, before anything is written.
 struct Streamed {
-    hasher: SegmentHasher,
+    hasher: BlobHasher,
     parsed: Result<Parsed, LayerError>,
 }
 
 struct Parsed {
+    native: Option<NativeBuilder>,
+    encoding: TargetEncoding,
     index: Option<gzip::Index>,
     tar_len: Bytes,
     applied: ApplyReport,
 }
 
-/// Reads `blob`, applies it to `tree` and writes what changed.
+/// Reads `blob`, applies it to `tree` and makes a `TurboOCI` layer of what changed.
 ///
 /// # Errors
 /// [`LayerError`]; `tree` and `image` are then half-changed and of no further use.
@@ -96,28 +124,72 @@ pub fn build_layer(
     options: &ConvertOptions,
     progress: &dyn Progress,
 ) -> Result<BuiltLayer, LayerError> {
+    let wanted = Wanted { turbo: true, native: None };
+    let converted = convert_layer(blob, descriptor, wanted, tree, image, options, progress)?;
+    converted.turbo.ok_or(LayerError::Compression("zstd")) // it is there, or the pass has failed
+}
+
+/// Reads `blob`, applies it to `tree` and makes a native layer of what changed.
+///
+/// # Errors
+/// As [`build_layer`].
+pub fn build_native_layer(
+    blob: Box<dyn Read + Send>,
+    descriptor: &Descriptor,
+    wanted: Wanted,
+    tree: &mut Tree,
+    image: &mut Image,
+    options: &ConvertOptions,
+) -> Result<(Option<BuiltLayer>, Option<NativeBlob>), LayerError> {
+    let converted = convert_layer(blob, descriptor, wanted, tree, image, options, &super::Silent)?;
+    Ok((converted.turbo, converted.native.map(Hashing::done).transpose()?))
+}
+
+/// Reads `blob`, applies it to `tree` and makes what is wanted of what changed.
+pub(super) fn convert_layer(
+    blob: Box<dyn Read + Send>,
+    descriptor: &Descriptor,
+    wanted: Wanted,
+    tree: &mut Tree,
+    image: &mut Image,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<Converted, LayerError> {
     progress.start(&descriptor.digest, descriptor.size);
-    let streamed = stream(blob, descriptor, tree, options, progress)?;
+    let builder = match wanted.native {
+        Some(layer) => Some(NativeBuilder::begin(layer, options.work_dir.as_deref())?),
+        None => None,
+    };
+    let parser = LayerParser::new(tree, builder, wanted.turbo, options);
+    let streamed = stream(blob, descriptor, parser, progress)?;
     let (got, got_size) = streamed.hasher.whole();
     if got != descriptor.digest || got_size != descriptor.size {
         return Err(LayerError::Mismatch { got, got_size, want_size: descriptor.size });
     }
     let mut parsed = streamed.parsed?;
-    if let Some(index) = &mut parsed.index {
-        streamed.hasher.finish(index)?;
+    if let (Some(index), BlobHasher::Segments(hasher)) = (&mut parsed.index, streamed.hasher) {
+        hasher.finish(index)?;
     }
-    let fs_meta = write_fs_meta(tree, image, options)?;
-    let built = write_archive(&fs_meta, parsed, descriptor)?;
+    let tar_len = parsed.tar_len.get();
+    let blocks = image.commit_layer(tree)?;
+    let native = match parsed.native.take() {
+        Some(builder) => Some(builder.finish(&blocks)?.hash()?),
+        None => None,
+    };
+    let turbo = if wanted.turbo {
+        Some(write_archive(&write_fs_meta(&blocks, options)?, parsed, descriptor)?)
+    } else {
+        None
+    };
     progress.finish(&descriptor.digest);
-    Ok(built)
+    Ok(Converted { turbo, native, tar_len })
 }
 
 /// Runs the three threads over the blob.
 fn stream(
     blob: Box<dyn Read + Send>,
     descriptor: &Descriptor,
-    tree: &mut Tree,
-    options: &ConvertOptions,
+    parser: LayerParser<'_>,
     progress: &dyn Progress,
 ) -> Result<Streamed, LayerError> {
     let (piece_tx, piece_rx) = bounded(PIECES_AHEAD);
@@ -125,7 +197,7 @@ fn stream(
     thread::scope(|scope| {
         let reader = scope.spawn(move || read_pieces(blob, &piece_tx));
         let hasher = scope.spawn(move || hash_pieces(&hash_rx));
-        let parsed = parse_pieces(&piece_rx, &hash_tx, descriptor, tree, options, progress);
+        let parsed = parse_pieces(&piece_rx, &hash_tx, descriptor, parser, progress);
         drop((piece_rx, hash_tx)); // ends the other two, also when parsing failed
         let lost =
             |_| LayerError::Read(std::io::Error::other("a thread of the conversion ended early"));
@@ -162,19 +234,55 @@ fn read_pieces(mut blob: Box<dyn Read + Send>, pieces: &Sender<Piece>) -> std::i
 /// A piece that the scan has passed, and the segment boundaries it made final.
 struct Scanned {
     piece: Piece,
+    /// Whether there will be boundaries.
+    indexed: bool,
     boundaries: Vec<Boundary>,
 }
 
-/// Thread 3: SHA-256 of the blob and of each segment.
-fn hash_pieces(scanned: &Receiver<Scanned>) -> SegmentHasher {
-    let mut hasher = SegmentHasher::new();
-    for Scanned { piece, boundaries } in scanned {
-        hasher.push(piece);
-        for boundary in boundaries {
-            hasher.boundary(boundary);
+/// The SHA-256 of a blob, and of its segments where they are wanted. Finding segments keeps the pieces
+/// until the next boundary, so a blob without boundaries must not be hashed that way.
+enum BlobHasher {
+    Segments(SegmentHasher),
+    Whole(Sha256, u64),
+}
+
+impl BlobHasher {
+    /// Digest and length in bytes.
+    fn whole(&self) -> (Digest, u64) {
+        match self {
+            BlobHasher::Segments(hasher) => hasher.whole(),
+            BlobHasher::Whole(hasher, len) => (Digest::from_hasher(hasher.clone()), *len),
         }
     }
-    hasher
+
+    fn push(&mut self, scanned: Scanned) {
+        match self {
+            BlobHasher::Segments(hasher) => {
+                hasher.push(scanned.piece);
+                for boundary in scanned.boundaries {
+                    hasher.boundary(boundary);
+                }
+            }
+            BlobHasher::Whole(hasher, len) => {
+                hasher.update(&scanned.piece);
+                *len += scanned.piece.len() as u64;
+            }
+        }
+    }
+}
+
+/// Thread 3: SHA-256 of the blob and of each segment.
+fn hash_pieces(scanned: &Receiver<Scanned>) -> BlobHasher {
+    let mut hasher = None;
+    for scanned in scanned {
+        let indexed = scanned.indexed;
+        let hasher = hasher.get_or_insert_with(|| match indexed {
+            true => BlobHasher::Segments(SegmentHasher::new()),
+            false => BlobHasher::Whole(Sha256::new(), 0),
+        });
+        hasher.push(scanned);
+    }
+    hasher.unwrap_or_else(|| BlobHasher::Whole(Sha256::new(), 0))
 }
 
 /// Thread 2, the caller's: scan, parse, apply; then pass the piece on.
@@ -182,11 +290,9 @@ fn parse_pieces(
     pieces: &Receiver<Piece>,
     hashed: &Sender<Scanned>,
     descriptor: &Descriptor,
-    tree: &mut Tree,
-    options: &ConvertOptions,
+    mut parser: LayerParser<'_>,
     progress: &dyn Progress,
 ) -> Result<Parsed, LayerError> {
-    let mut parser = LayerParser::new(tree, options);
     let mut failed = None;
     for piece in pieces {
         progress.advance(&descriptor.digest, piece.len() as u64);
@@ -197,7 +303,8 @@ fn parse_pieces(
                 Err(error) => failed = Some(error),
             }
         }
-        let _ = hashed.send(Scanned { piece, boundaries }); // gone only if it panicked, which join tells
+        let indexed = parser.indexes();
+        let _ = hashed.send(Scanned { piece, indexed, boundaries }); // gone only if it panicked, which join tells
     }
     if let Some(error) = failed {
         return Err(error);
@@ -205,43 +312,72 @@ fn parse_pieces(
     parser.finish()
 }
 
-/// From compressed pieces to entries in the tree.
+/// From compressed pieces to entries in the tree, and to the native layer's data.
 struct LayerParser<'t> {
     encoding: Option<TargetEncoding>,
+    /// Whether a `TurboOCI` layer is wanted, which not every encoding allows.
+    turbo: bool,
     scanner: Scanner,
+    unzstd: Option<Unzstd>,
     tar: tar::Parser,
     apply: LayerApply<'t>,
+    native: Option<NativeBuilder>,
 }
 
 impl<'t> LayerParser<'t> {
-    fn new(tree: &'t mut Tree, options: &ConvertOptions) -> Self {
+    fn new(
+        tree: &'t mut Tree,
+        native: Option<NativeBuilder>,
+        turbo: bool,
+        options: &ConvertOptions,
+    ) -> Self {
         Self {
             encoding: None,
-            scanner: Scanner::new(gzip::ScanOptions { span: options.span }),
+            turbo,
+            // Without an index there is no need to look for its checkpoints.
+            scanner: Scanner::new(gzip::ScanOptions {
+                span: if turbo { options.span } else { gzip::MAX_SPAN },
+            }),
+            unzstd: None,
             tar: tar::Parser::with_data(),
             apply: LayerApply::new(tree),
+            native,
         }
     }
 
     fn feed(&mut self, piece: &[u8]) -> Result<(), LayerError> {
         let encoding = match self.encoding {
             Some(encoding) => encoding,
-            None => *self.encoding.insert(detect(piece)?),
+            None => *self.encoding.insert(detect(piece, self.turbo)?),
         };
-        let (tar, apply) = (&mut self.tar, &mut self.apply);
+        let (tar, apply, native) = (&mut self.tar, &mut self.apply, &mut self.native);
         let mut sink = |bytes: &[u8]| -> Result<(), LayerError> {
             tar.feed(bytes, &mut |event| match event {
-                Event::Entry(entry) => apply.entry(entry).map_err(LayerError::from),
+                Event::Entry(entry) => {
+                    if let Some(native) = native {
+                        native.start(entry.data_offset)?;
+                    }
+                    apply.entry(entry).map_err(LayerError::from)
+                }
                 Event::Data(bytes) => {
                     apply.data(bytes);
-                    Ok(())
+                    native.as_mut().map_or(Ok(()), |native| native.data(bytes))
                 }
             })
         };
         match encoding {
             TargetEncoding::Gzip => self.scanner.feed(piece, &mut sink),
             TargetEncoding::Plain => sink(piece),
+            TargetEncoding::Zstd => match &mut self.unzstd {
+                Some(unzstd) => unzstd.feed(piece, &mut sink),
+                none => none.insert(Unzstd::new()?).feed(piece, &mut sink),
+            },
         }
+    }
+
+    /// Whether the layer gets an index, so that its segments are to be hashed.
+    fn indexes(&self) -> bool {
+        self.turbo && self.encoding == Some(TargetEncoding::Gzip)
     }
 
     fn take_boundaries(&mut self) -> Vec<Boundary> {
@@ -249,33 +385,39 @@ impl<'t> LayerParser<'t> {
     }
 
     fn finish(self) -> Result<Parsed, LayerError> {
-        let index = match self.encoding {
-            Some(TargetEncoding::Gzip) => Some(self.scanner.finish()?),
-            Some(TargetEncoding::Plain) | None => None,
+        let encoding = self.encoding.unwrap_or(TargetEncoding::Plain);
+        let index = match encoding {
+            TargetEncoding::Gzip => Some(self.scanner.finish()?),
+            TargetEncoding::Plain | TargetEncoding::Zstd => None,
         };
+        if let Some(unzstd) = &self.unzstd {
+            unzstd.finish()?;
+        }
         let tar_len = self.tar.finish()?;
-        Ok(Parsed { index, tar_len, applied: self.apply.finish()? })
+        let applied = self.apply.finish()?;
+        Ok(Parsed { native: self.native, encoding, index, tar_len, applied })
     }
 }
 
 /// The compression of a layer by its first bytes (media types lie: spec turbooci 3.5).
-fn detect(piece: &[u8]) -> Result<TargetEncoding, LayerError> {
+fn detect(piece: &[u8], turbo: bool) -> Result<TargetEncoding, LayerError> {
     match piece {
         [0x1f, 0x8b, ..] => Ok(TargetEncoding::Gzip),
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => Err(LayerError::Compression("zstd")),
+        // A zstd frame, or one to be skipped in front of it.
+        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] if !turbo => {
+            Ok(TargetEncoding::Zstd)
+        }
+        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
+            Err(LayerError::Compression("zstd"))
+        }
         [b'B', b'Z', b'h', ..] => Err(LayerError::Compression("bzip2")),
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Err(LayerError::Compression("xz")),
         _ => Ok(TargetEncoding::Plain),
     }
 }
 
-/// What `tree` changed since the last layer, as a `ZFile` of a warp LSMT layer (spec turbooci 3.4).
-fn write_fs_meta(
-    tree: &Tree,
-    image: &mut Image,
-    options: &ConvertOptions,
-) -> Result<Vec<u8>, LayerError> {
-    let blocks = image.commit_layer(tree)?;
+/// What a layer changed, as a `ZFile` of a warp LSMT layer (spec turbooci 3.4).
+fn write_fs_meta(blocks: &LayerBlocks, options: &ConvertOptions) -> Result<Vec<u8>, LayerError> {
     let mut writer = WarpWriter::new(options.disk_size)?;
     for run in blocks.runs() {
         match run {
@@ -326,7 +468,7 @@ fn write_archive(
     let len = |bytes: &Option<Vec<u8>>| bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
     Ok(BuiltLayer {
         diff_id: Digest::of(&tar),
-        target: if parsed.index.is_some() { TargetEncoding::Gzip } else { TargetEncoding::Plain },
+        target: parsed.encoding,
         sizes: LayerSizes {
             blob: descriptor.size,
             tar: parsed.tar_len.get(),

@@ -456,7 +456,11 @@ fn serve(
 ) -> Result<(Served, Option<String>), DaemonError> {
     let image = || request.image.clone();
     let mut note = None;
-    if request.frontend != Frontend::Loop {
+    let is_writable = volume.writable().is_some();
+    if is_writable && request.frontend == Frontend::Ublk {
+        return Err(DaemonError::ReadOnlyUblk { image: image() });
+    }
+    if request.frontend != Frontend::Loop && !is_writable {
         match UblkDevice::start(volume.clone(), &UblkOptions::default()) {
             Ok(device) => return Ok((Served::Ublk(device), None)),
             Err(why @ (UblkError::Unavailable { .. } | UblkError::KnownBadKernel { .. }))

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::alarm::Bell;
 use crate::config::OnError;
 use crate::metrics::{Histogram, Times};
-use crate::volume::{Located, Volume, VolumeError, Waiter};
+use crate::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
 
 /// Pause after the first failure of a read. Most of the waiting is done by the client of the registry, which
 /// gives up only after the deadline; so this is short.
@@ -385,6 +385,10 @@ impl Volume for Watched {
             self.waits.answered(span);
         }
         Ok(located)
+    }
+
+    fn writable(&self) -> Option<&dyn WritableVolume> {
+        self.volume.writable()
     }
 }
 

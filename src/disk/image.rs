@@ -198,10 +198,32 @@ pub fn open_image(
     manifest: &Manifest,
     cache: Arc<Cache>,
 ) -> Result<OpenedImage, ImageError> {
+    let (acceleration, layers) = split_acceleration(&manifest.layers);
+    let mut opened = open_layers(layers.iter().map(|layer| (store, layer)), targets, cache)?;
+    // A trace is advice: an image whose trace is broken starts as it would without.
+    opened.trace = acceleration.and_then(|layer| {
+        read_trace(store, layer)
+            .inspect_err(|error| {
+                tracing::warn!(layer = %layer.digest, error = %error, "The trace of the image is passed over");
+            })
+            .ok()
+            .map(|reads| opened.disk.trace_of(&reads))
+    });
+    Ok(opened)
+}
+
+/// Opens converted layers, lowest first, each from the store that has it.
+///
+/// # Errors
+/// As [`open_image`].
+pub fn open_layers<'l>(
+    stack: impl IntoIterator<Item = (&'l dyn ImageStore, &'l Descriptor)>,
+    targets: &dyn ImageStore,
+    cache: Arc<Cache>,
+) -> Result<OpenedImage, ImageError> {
     let mut layers = Vec::new();
     let mut infos = Vec::new();
-    let (acceleration, data_layers) = split_acceleration(&manifest.layers);
-    for (number, descriptor) in data_layers.iter().enumerate() {
+    for (number, (store, descriptor)) in stack.into_iter().enumerate() {
         let in_layer = |error| ImageError::Layer {
             number,
             digest: descriptor.digest,
@@ -211,17 +233,7 @@ pub fn open_image(
         layers.push(layer);
         infos.push(info);
     }
-    let disk = Disk::new(layers, cache)?;
-    // A trace is advice: an image whose trace is broken starts as it would without.
-    let trace = acceleration.and_then(|layer| {
-        read_trace(store, layer)
-            .inspect_err(|error| {
-                tracing::warn!(layer = %layer.digest, error = %error, "The trace of the image is passed over");
-            })
-            .ok()
-            .map(|reads| disk.trace_of(&reads))
-    });
-    Ok(OpenedImage { layers: infos, disk, trace })
+    Ok(OpenedImage { layers: infos, disk: Disk::new(layers, cache)?, trace: None })
 }
 
 /// Upstream's acceleration layer: an archive with a trace in it.
@@ -263,6 +275,22 @@ fn open_native(
         mappings: index.mappings().len(),
     };
     Ok((DiskLayer { index, data: LayerData::Native { chunks } }, info))
+}
+
+/// The identity that a native layer bears.
+///
+/// # Errors
+/// [`ImageError`]; it names the layer as number 0.
+pub fn native_identity(
+    store: &dyn ImageStore,
+    descriptor: &Descriptor,
+) -> Result<lsmt::Uuid, ImageError> {
+    let (layer, _) = open_native(store, descriptor).map_err(|error| ImageError::Layer {
+        number: 0,
+        digest: descriptor.digest,
+        source: Box::new(error),
+    })?;
+    Ok(layer.index.trailer().uuid)
 }
 
 fn open_turbo(

@@ -1,17 +1,19 @@
 //! Which blocks and inodes are in use.
 //!
-//! Blocks are given out by two pointers that only move up, one for metadata and one for file data.
-//! A freed block is marked free and yet never given out again, by no layer: an upper layer that
-//! takes a block over without writing all of it would let the lower layer's bytes shine through.
+//! Blocks are given out front to back from two lists of runs, one for metadata and one for file data; on
+//! a disk of our own each list begins as one run. A freed block is marked free and yet never given out
+//! again, by no layer: an upper layer that takes a block over without writing all of it would let the
+//! lower layer's bytes shine through. For the same reason the lists of a disk that is continued
+//! leave out what is free but was ever written.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::Ext4Error;
-use super::geometry::{BLOCK, GROUP_BLOCKS, GROUP_INODES, Layout};
+use super::geometry::{BLOCK, Layout};
 use crate::units::Bytes;
 
 /// Bits of a bitmap block.
-const BITS: u32 = GROUP_BLOCKS as u32;
+const BITS: u32 = BLOCK as u32 * 8;
 
 /// One bitmap a group; a group that was never touched has none and is all free.
 #[derive(Debug)]
@@ -26,9 +28,21 @@ pub(super) struct Bitmaps {
 }
 
 impl Bitmaps {
-    fn new(per_group: u32, total: u64, groups: u32) -> Bitmaps {
+    pub(super) fn new(per_group: u32, total: u64, groups: u32) -> Bitmaps {
         let used = vec![0; groups as usize];
         Bitmaps { per_group, total, pages: BTreeMap::new(), used, dirty: BTreeSet::new() }
+    }
+
+    /// Takes over the bitmap of a group as it is on the disk.
+    pub(super) fn load(&mut self, group: u32, page: Box<[u8; BLOCK]>) {
+        let valid = self.valid(group) as usize;
+        let whole = &page[..valid / 8];
+        let mut used: u32 = whole.iter().map(|byte| byte.count_ones()).sum();
+        if !valid.is_multiple_of(8) {
+            used += (page[valid / 8] & ((1 << (valid % 8)) - 1)).count_ones();
+        }
+        self.used[group as usize] = used;
+        self.pages.insert(group, page);
     }
 
     /// Objects of `group` in use.
@@ -45,6 +59,73 @@ impl Bitmaps {
     /// Objects free in all groups.
     pub(super) fn free(&self) -> u64 {
         self.total - self.used.iter().map(|&used| u64::from(used)).sum::<u64>()
+    }
+
+    /// Whether an object is in use.
+    pub(super) fn is_used(&self, object: u64) -> bool {
+        let (group, bit) = (object / u64::from(self.per_group), object % u64::from(self.per_group));
+        self.pages
+            .get(&(group as u32))
+            .is_some_and(|page| page[(bit / 8) as usize] & (1 << (bit % 8)) != 0)
+    }
+
+    /// The bitmap of a group, if it has one.
+    pub(super) fn page(&self, group: u32) -> Option<&[u8; BLOCK]> {
+        self.pages.get(&group).map(|page| &**page)
+    }
+
+    /// Whether all objects `first..first + count` are in use, or none is.
+    pub(super) fn are(&self, in_use: bool, first: u64, count: u64) -> bool {
+        let end = first + count;
+        let mut at = first;
+        while at < end {
+            let group = (at / u64::from(self.per_group)) as u32;
+            let start = u64::from(group) * u64::from(self.per_group);
+            let stop = end.min(start + u64::from(self.per_group));
+            let same = match self.pages.get(&group) {
+                Some(page) => all((at - start) as usize, (stop - start) as usize, page, in_use),
+                None => !in_use,
+            };
+            if !same {
+                return false;
+            }
+            at = stop;
+        }
+        true
+    }
+
+    /// Whether what `other` marks in a group is marked here too.
+    pub(super) fn covers(&self, other: &Bitmaps, group: u32) -> bool {
+        let Some(theirs) = other.pages.get(&group) else { return true };
+        let valid = self.valid(group) as usize;
+        (0..valid.div_ceil(8)).all(|at| {
+            let ours = self.pages.get(&group).map_or(0, |page| page[at]);
+            let mask = if valid - at * 8 >= 8 { 0xff } else { (1 << (valid - at * 8)) - 1 };
+            theirs[at] & mask & !ours == 0
+        })
+    }
+
+    /// Runs of free objects, ascending: first object and length.
+    pub(super) fn free_runs(&self) -> Vec<BlockRun> {
+        let mut runs: Vec<BlockRun> = Vec::new();
+        let mut push = |start: u64, count: u64| match runs.last_mut() {
+            Some(last) if last.start + last.count == start => last.count += count,
+            _ => runs.push(BlockRun { start, count }),
+        };
+        for group in 0..self.used.len() as u32 {
+            let start = u64::from(group) * u64::from(self.per_group);
+            let valid = self.valid(group);
+            let Some(page) = self.pages.get(&group) else {
+                push(start, u64::from(valid));
+                continue;
+            };
+            for bit in 0..valid {
+                if page[(bit / 8) as usize] & (1 << (bit % 8)) == 0 {
+                    push(start + u64::from(bit), 1);
+                }
+            }
+        }
+        runs
     }
 
     /// Groups whose bitmap changed since the last call, with their bitmaps.
@@ -67,7 +148,8 @@ impl Bitmaps {
         })
     }
 
-    fn mark(&mut self, first: u64, count: u64, in_use: bool) {
+    /// Marks objects; each must have been in the other state.
+    pub(super) fn mark(&mut self, first: u64, count: u64, in_use: bool) {
         let end = first + count;
         let mut at = first;
         while at < end {
@@ -77,10 +159,30 @@ impl Bitmaps {
             let (from, to) = ((at - start) as u32, (stop - start) as u32);
             change(self.touch(group), from, to, in_use);
             let used = &mut self.used[group as usize];
-            *used = if in_use { *used + (to - from) } else { *used - (to - from) };
+            *used = if in_use { *used + (to - from) } else { used.saturating_sub(to - from) };
             at = stop;
         }
     }
+
+    /// Forgets that anything changed.
+    pub(super) fn settle(&mut self) {
+        self.dirty.clear();
+    }
+}
+
+/// Whether the bits `from..to` all have that value, whole bytes at once.
+fn all(from: usize, to: usize, page: &[u8; BLOCK], value: bool) -> bool {
+    let mut bit = from;
+    while bit < to {
+        let byte = if value { page[bit / 8] } else { !page[bit / 8] };
+        let step = if bit.is_multiple_of(8) && to - bit >= 8 { 8 } else { 1 };
+        let same = if step == 8 { byte == 0xff } else { byte & (1 << (bit % 8)) != 0 };
+        if !same {
+            return false;
+        }
+        bit += step;
+    }
+    true
 }
 
 /// Sets or clears the bits `from..to`, whole bytes at once.
@@ -106,26 +208,98 @@ pub(super) struct BlockRun {
     pub(super) count: u64,
 }
 
+/// Removes from `runs` what lies in `holes`; both ascending and without overlap.
+pub(super) fn subtract(runs: &[BlockRun], holes: &[BlockRun]) -> Vec<BlockRun> {
+    let mut left = Vec::with_capacity(runs.len());
+    let mut holes = holes.iter().peekable();
+    for run in runs {
+        let (mut start, end) = (run.start, run.start + run.count);
+        while let Some(hole) = holes.peek()
+            && hole.start < end
+        {
+            if hole.start > start {
+                left.push(BlockRun { start, count: hole.start - start });
+            }
+            start = start.max(hole.start + hole.count);
+            if hole.start + hole.count > end {
+                break;
+            }
+            holes.next();
+        }
+        if start < end {
+            left.push(BlockRun { start, count: end - start });
+        }
+    }
+    left
+}
+
+/// Runs to give out, front to back.
+#[derive(Debug, Default)]
+struct Free(VecDeque<BlockRun>);
+
+impl Free {
+    fn count(&self) -> u64 {
+        self.0.iter().map(|run| run.count).sum()
+    }
+
+    /// Up to `count` consecutive ones.
+    fn take(&mut self, count: u64) -> Option<BlockRun> {
+        let first = self.0.front_mut()?;
+        let taken = BlockRun { start: first.start, count: count.min(first.count) };
+        first.start += taken.count;
+        first.count -= taken.count;
+        if first.count == 0 {
+            self.0.pop_front();
+        }
+        Some(taken)
+    }
+}
+
 /// The blocks of the disk.
 #[derive(Debug)]
 pub(super) struct Blocks {
     pub(super) bitmaps: Bitmaps,
-    metadata: BlockRun,
-    data: BlockRun,
+    metadata: Free,
+    data: Free,
+    /// In both lists together.
+    available: u64,
     size: Bytes,
 }
 
 impl Blocks {
     pub(super) fn new(layout: &Layout) -> Blocks {
-        let mut bitmaps = Bitmaps::new(BITS, layout.blocks, layout.groups);
+        let groups = layout.group_count();
+        let mut bitmaps = Bitmaps::new(layout.group_blocks, layout.blocks, groups);
         bitmaps.mark(0, layout.metadata, true);
-        let last = layout.groups - 1;
+        let last = groups - 1;
         if bitmaps.valid(last) < BITS {
             bitmaps.touch(last);
         }
-        let metadata = BlockRun { start: layout.metadata, count: layout.data - layout.metadata };
-        let data = BlockRun { start: layout.data, count: layout.blocks - layout.data };
-        Blocks { bitmaps, metadata, data, size: Bytes(layout.blocks * BLOCK as u64) }
+        let all = BlockRun { start: layout.metadata, count: layout.blocks - layout.metadata };
+        Blocks::continued(layout, bitmaps, &[all], layout.data)
+    }
+
+    /// A disk of which `free` runs may be given out; those from block `data` on are for file data.
+    pub(super) fn continued(
+        layout: &Layout,
+        bitmaps: Bitmaps,
+        free: &[BlockRun],
+        data: u64,
+    ) -> Blocks {
+        let mut lists = (Free::default(), Free::default());
+        for &BlockRun { start, count } in free {
+            let end = start + count;
+            let cut = data.clamp(start, end);
+            for (list, start, end) in [(&mut lists.0, start, cut), (&mut lists.1, cut, end)] {
+                if start < end {
+                    list.0.push_back(BlockRun { start, count: end - start });
+                }
+            }
+        }
+        let (metadata, data) = lists;
+        let available = metadata.count() + data.count();
+        let size = Bytes(layout.blocks * BLOCK as u64);
+        Blocks { bitmaps, metadata, data, available, size }
     }
 
     /// One block for metadata.
@@ -140,20 +314,16 @@ impl Blocks {
         } else {
             (&mut self.metadata, &mut self.data)
         };
-        let region = if first.count > 0 { first } else { second };
-        let taken = BlockRun { start: region.start, count: count.min(region.count) };
-        if taken.count == 0 {
-            return Err(Ext4Error::NoBlocks { size: self.size });
-        }
-        region.start += taken.count;
-        region.count -= taken.count;
+        let taken = first.take(count).or_else(|| second.take(count));
+        let taken = taken.ok_or(Ext4Error::NoBlocks { size: self.size })?;
+        self.available -= taken.count;
         self.bitmaps.mark(taken.start, taken.count, true);
         Ok(taken)
     }
 
     /// Fails early if `count` blocks are not to be had.
     pub(super) fn require(&self, count: u64) -> Result<(), Ext4Error> {
-        if count > self.data.count + self.metadata.count {
+        if count > self.available {
             return Err(Ext4Error::NoBlocks { size: self.size });
         }
         Ok(())
@@ -165,72 +335,120 @@ impl Blocks {
     }
 }
 
-/// The inodes of the filesystem. Numbers go up and are never reused.
+/// The inodes of the filesystem. Of those that were never used, the lowest number comes first; a
+/// number that this process freed is not given out again.
 #[derive(Debug)]
 pub(super) struct Inodes {
     pub(super) bitmaps: Bitmaps,
-    /// Directories by group.
-    directories: Vec<u32>,
-    /// The number to give out next.
-    next: u32,
-    /// The highest one.
+    /// Of each group.
+    accounts: Vec<InodeAccount>,
+    /// The numbers to give out, less one.
+    free: Free,
+    per_group: u32,
+    /// The highest number.
     last: u32,
+}
+
+/// What a group's descriptor says of its inodes besides how many are free.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct InodeAccount {
+    pub(super) directories: u32,
+    /// Inodes at the end that were never given out.
+    pub(super) untouched: u32,
 }
 
 impl Inodes {
     /// All numbers below `first` are in use; `first` itself is only given out by [`Inodes::claim`].
     pub(super) fn new(layout: &Layout, first: u32) -> Inodes {
         let last = layout.inodes();
-        let mut bitmaps = Bitmaps::new(GROUP_INODES, u64::from(last), layout.groups);
+        let per_group = layout.group_inodes;
+        let mut bitmaps = Bitmaps::new(per_group, u64::from(last), layout.group_count());
         bitmaps.mark(0, u64::from(first - 1), true);
-        Inodes { bitmaps, directories: vec![0; layout.groups as usize], next: first + 1, last }
+        let fresh = InodeAccount { directories: 0, untouched: per_group };
+        let free = BlockRun { start: u64::from(first), count: u64::from(last - first) };
+        let accounts = vec![fresh; layout.groups.len()];
+        let mut inodes = Inodes::continued(layout, bitmaps, accounts, [free]);
+        inodes.touch(first);
+        inodes
     }
 
-    /// Takes a free number for a directory.
-    pub(super) fn claim(&mut self, number: u32) {
-        self.bitmaps.mark(u64::from(number - 1), 1, true);
-        self.count_directory(number);
+    /// A disk of which `free` runs of numbers, less one, may be given out.
+    pub(super) fn continued(
+        layout: &Layout,
+        bitmaps: Bitmaps,
+        accounts: Vec<InodeAccount>,
+        free: impl IntoIterator<Item = BlockRun>,
+    ) -> Inodes {
+        Inodes {
+            bitmaps,
+            accounts,
+            free: Free(free.into_iter().filter(|run| run.count > 0).collect()),
+            per_group: layout.group_inodes,
+            last: layout.inodes(),
+        }
+    }
+
+    /// Takes that number for a directory if it is free, else another.
+    pub(super) fn claim(&mut self, number: u32) -> Result<u32, Ext4Error> {
+        if self.bitmaps.is_used(u64::from(number - 1)) {
+            return self.take(true);
+        }
+        // On a disk that is continued it may be among those to give out.
+        let own = BlockRun { start: u64::from(number - 1), count: 1 };
+        let free: Vec<BlockRun> = self.free.0.iter().copied().collect();
+        if free.iter().any(|run| run.start <= own.start && own.start < run.start + run.count) {
+            self.free = Free(free.iter().flat_map(|run| subtract(&[*run], &[own])).collect());
+        }
+        self.give(number, true);
+        Ok(number)
     }
 
     /// The next free number.
     pub(super) fn take(&mut self, directory: bool) -> Result<u32, Ext4Error> {
-        let number = self.next;
-        if number > self.last {
-            return Err(Ext4Error::NoInodes { inodes: self.last });
-        }
-        self.next += 1;
+        let taken = self.free.take(1).ok_or(Ext4Error::NoInodes { inodes: self.last })?;
+        let number = taken.start as u32 + 1;
+        self.give(number, directory);
+        Ok(number)
+    }
+
+    fn give(&mut self, number: u32, directory: bool) {
         self.bitmaps.mark(u64::from(number - 1), 1, true);
+        self.touch(number);
         if directory {
             self.count_directory(number);
         }
-        Ok(number)
+    }
+
+    /// Notes that a number was in use once.
+    fn touch(&mut self, number: u32) {
+        let group = self.group_of(number);
+        let touched = (number - 1) % self.per_group + 1;
+        let account = &mut self.accounts[group];
+        account.untouched = account.untouched.min(self.per_group - touched);
     }
 
     /// Counts a directory whose inode was reserved.
     pub(super) fn count_directory(&mut self, number: u32) {
-        self.directories[group_of(number)] += 1;
+        let group = self.group_of(number);
+        self.accounts[group].directories += 1;
     }
 
     /// Marks a number free.
     pub(super) fn free(&mut self, number: u32, directory: bool) {
         self.bitmaps.mark(u64::from(number - 1), 1, false);
         if directory {
-            self.directories[group_of(number)] -= 1;
+            let group = self.group_of(number);
+            let count = &mut self.accounts[group].directories;
+            *count = count.saturating_sub(1);
         }
     }
 
-    /// Directories in `group`.
-    pub(super) fn directories(&self, group: u32) -> u32 {
-        self.directories[group as usize]
+    /// Counts of `group`.
+    pub(super) fn account(&self, group: u32) -> InodeAccount {
+        self.accounts[group as usize]
     }
 
-    /// Inodes at the end of `group` that were never given out.
-    pub(super) fn untouched(&self, group: u32) -> u32 {
-        let end = (group + 1) * GROUP_INODES;
-        (end + 1).saturating_sub(self.next).min(GROUP_INODES)
+    fn group_of(&self, number: u32) -> usize {
+        ((number - 1) / self.per_group) as usize
     }
-}
-
-fn group_of(number: u32) -> usize {
-    ((number - 1) / GROUP_INODES) as usize
 }

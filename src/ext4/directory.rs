@@ -6,14 +6,15 @@
 //! directory of a million names is found in three reads. To a kernel without dir_index the index
 //! looks like empty blocks.
 
+use super::checksum::{InodeChecksum, LEAF_TAIL};
 use super::field::{put16, put32};
 use super::geometry::BLOCK;
-use super::hash::{HALF_MD4, NameHash, hash};
+use super::hash::{HALF_MD4, HashRule, NameHash, hash};
 
-/// Entries of the root: what `.`, `..` and the 8 bytes of information leave.
-const ROOT_ENTRIES: usize = (BLOCK - 32) / 8;
-/// Entries of an index block, behind one empty directory entry.
-const NODE_ENTRIES: usize = (BLOCK - 8) / 8;
+/// Bytes before the pairs of the root: `.`, `..` and 8 bytes of information.
+const ROOT_HEADER: usize = 32;
+/// Bytes before the pairs of an index block: one empty directory entry.
+const NODE_HEADER: usize = 8;
 /// Bytes of `.` and `..`.
 const DOTS: usize = 24;
 
@@ -33,6 +34,7 @@ pub(super) mod file_type {
     pub(in super::super) const CHAR: u8 = 3;
     pub(in super::super) const BLOCK: u8 = 4;
     pub(in super::super) const FIFO: u8 = 5;
+    pub(in super::super) const SOCKET: u8 = 6;
     pub(in super::super) const SYMLINK: u8 = 7;
 }
 
@@ -49,28 +51,50 @@ pub(super) struct Directory {
 #[derive(Debug)]
 pub(super) struct TooManyEntries;
 
+/// How a filesystem wants its directories.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Style {
+    pub(super) hash: HashRule,
+    pub(super) checksum: InodeChecksum,
+}
+
+impl Style {
+    /// Bytes of a block that entries may take.
+    fn leaf_room(self) -> usize {
+        if self.checksum.is_some() { BLOCK - LEAF_TAIL } else { BLOCK }
+    }
+
+    /// Pairs of hash and block behind a header; checksums take the room of one.
+    fn pairs(self, header: usize) -> usize {
+        (BLOCK - header) / 8 - usize::from(self.checksum.is_some())
+    }
+}
+
 /// Encodes a directory; `entries` sorted by name, without `.` and `..`.
 pub(super) fn encode(
     own: u32,
     parent: u32,
     entries: &[Entry],
-    seed: [u32; 4],
+    style: Style,
 ) -> Result<Directory, TooManyEntries> {
     let dots = [
         Entry { name: b".", inode: own, file_type: file_type::DIRECTORY },
         Entry { name: b"..", inode: parent, file_type: file_type::DIRECTORY },
     ];
-    if DOTS + entries.iter().map(|entry| length(entry.name)).sum::<usize>() <= BLOCK {
+    let room = style.leaf_room();
+    if DOTS + entries.iter().map(|entry| length(entry.name)).sum::<usize>() <= room {
         let mut bytes = vec![0; BLOCK];
-        chain(&mut bytes, dots.iter().chain(entries));
+        chain(&mut bytes[..room], dots.iter().chain(entries));
+        style.checksum.seal_leaf(&mut bytes);
         return Ok(Directory { bytes, indexed: false });
     }
     let mut sorted: Vec<(NameHash, &Entry)> =
-        entries.iter().map(|entry| (hash(entry.name, seed), entry)).collect();
+        entries.iter().map(|entry| (hash(entry.name, style.hash), entry)).collect();
     sorted.sort_unstable_by_key(|&(hash, entry)| (hash, entry.name));
-    let leaves = cut(&sorted);
-    let nodes = if leaves.len() > ROOT_ENTRIES { leaves.len().div_ceil(NODE_ENTRIES) } else { 0 };
-    if nodes > ROOT_ENTRIES {
+    let leaves = cut(&sorted, room);
+    let (in_root, in_node) = (style.pairs(ROOT_HEADER), style.pairs(NODE_HEADER));
+    let nodes = if leaves.len() > in_root { leaves.len().div_ceil(in_node) } else { 0 };
+    if nodes > in_root {
         return Err(TooManyEntries);
     }
     let mut bytes = vec![0; BLOCK * (1 + nodes + leaves.len())];
@@ -78,10 +102,11 @@ pub(super) fn encode(
     chain(&mut index[..BLOCK], dots.iter());
     let mut pointers = Vec::with_capacity(leaves.len());
     for ((number, leaf), block) in (1 + nodes..).zip(&leaves).zip(content.chunks_exact_mut(BLOCK)) {
-        chain(block, leaf.entries.iter().map(|&(_, entry)| entry));
+        chain(&mut block[..room], leaf.entries.iter().map(|&(_, entry)| entry));
+        style.checksum.seal_leaf(block);
         pointers.push((leaf.first, number as u32));
     }
-    write_index(index, &pointers, nodes);
+    write_index(index, &pointers, nodes, style);
     Ok(Directory { bytes, indexed: true })
 }
 
@@ -93,13 +118,13 @@ struct Leaf<'a> {
 
 /// Cuts the sorted entries into full leaf blocks. Where a cut separates names of one hash, the
 /// lowest bit of the second leaf's hash tells the reader who ends at the first to go on there.
-fn cut<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)]) -> Vec<Leaf<'a>> {
+fn cut<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)], room: usize) -> Vec<Leaf<'a>> {
     let mut leaves = Vec::new();
     let mut start = 0;
     let mut size = 0;
     for (at, (_, entry)) in sorted.iter().enumerate() {
         size += length(entry.name);
-        if size > BLOCK {
+        if size > room {
             leaves.push(leaf(sorted, start, at));
             start = at;
             size = length(entry.name);
@@ -116,33 +141,37 @@ fn leaf<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)], start: usize, end: usize) -
 }
 
 /// Writes the root (whose `.` and `..` are there already) and the index blocks behind it.
-fn write_index(index: &mut [u8], leaves: &[(u32, u32)], nodes: usize) {
+fn write_index(index: &mut [u8], leaves: &[(u32, u32)], nodes: usize, style: Style) {
     let (root, inner) = index.split_at_mut(BLOCK);
     root[28] = HALF_MD4;
     root[29] = 8; // length of this information
     root[30] = u8::from(nodes > 0); // levels below the root
     if nodes == 0 {
-        return write_pointers(&mut root[32..], leaves, ROOT_ENTRIES);
+        return write_pointers(root, ROOT_HEADER, leaves, style);
     }
     let mut above = Vec::with_capacity(nodes);
     for ((number, part), block) in
-        (1..).zip(leaves.chunks(NODE_ENTRIES)).zip(inner.chunks_exact_mut(BLOCK))
+        (1..).zip(leaves.chunks(style.pairs(NODE_HEADER))).zip(inner.chunks_exact_mut(BLOCK))
     {
         put16(block, 4, BLOCK as u16); // one unused entry as long as the block
-        write_pointers(&mut block[8..], part, NODE_ENTRIES);
+        write_pointers(block, NODE_HEADER, part, style);
         above.push((part[0].0, number));
     }
-    write_pointers(&mut root[32..], &above, ROOT_ENTRIES);
+    write_pointers(root, ROOT_HEADER, &above, style);
 }
 
-/// Pairs of hash and block. The first pair's hash is implied; limit and count lie in its place.
-fn write_pointers(slots: &mut [u8], pointers: &[(u32, u32)], limit: usize) {
+/// Pairs of hash and block behind a header. The first pair's hash is implied; limit and count lie in its
+/// place.
+fn write_pointers(block: &mut [u8], header: usize, pointers: &[(u32, u32)], style: Style) {
+    let limit = style.pairs(header);
+    let slots = &mut block[header..];
     for (slot, &(hash, block)) in slots.chunks_exact_mut(8).zip(pointers) {
         put32(slot, 0, hash);
         put32(slot, 4, block);
     }
     put16(slots, 0, limit as u16);
     put16(slots, 2, pointers.len() as u16);
+    style.checksum.seal_index(block, header, limit, pointers.len());
 }
 
 /// Bytes of an entry: eight and the name, in fours.

@@ -59,12 +59,17 @@ pub(super) fn tree_blocks(extents: usize) -> usize {
     blocks
 }
 
+/// The blocks of all extents, in the order of the file.
+pub(super) fn places(extents: &[Extent]) -> impl Iterator<Item = u64> {
+    extents.iter().flat_map(|extent| extent.physical..extent.physical + u64::from(extent.count))
+}
+
 /// Encodes the tree: returns what belongs into the inode, and hands each outside block to `write`.
 /// `blocks` are the places of those, [`tree_blocks`] many.
 pub(super) fn encode(
     extents: &[Extent],
     blocks: &[u64],
-    mut write: impl FnMut(u64, &[u8; BLOCK]),
+    mut write: impl FnMut(u64, &mut [u8; BLOCK]),
 ) -> [u8; 60] {
     let mut entries: Vec<(u32, [u8; ENTRY])> = extents.iter().map(leaf_entry).collect();
     let mut free = blocks.iter();
@@ -74,7 +79,7 @@ pub(super) fn encode(
         for (part, &place) in entries.chunks(IN_BLOCK).zip(&mut free) {
             let mut block = [0; BLOCK];
             fill(&mut block, part, IN_BLOCK, depth);
-            write(place, &block);
+            write(place, &mut block);
             above.push(index_entry(part[0].0, place));
         }
         entries = above;

@@ -91,7 +91,8 @@ pub enum Kind {
     Regular {
         /// Length in bytes.
         size: Bytes,
-        /// Its data, ascending and without overlap; what lies between is a hole.
+        /// Its data, ascending and without overlap; what lies between is a hole. Empty for a file that
+        /// was [read](super::read) back from a disk: its blocks stay where they are.
         runs: Vec<DataRun>,
     },
     /// A symbolic link and its exact target.
@@ -112,4 +113,6 @@ pub enum Kind {
     },
     /// A named pipe.
     Fifo,
+    /// A socket. No tar has one, but a filesystem that was once in use may.
+    Socket,
 }

@@ -57,24 +57,39 @@ impl Default for Geometry {
     }
 }
 
-/// First blocks of the parts.
-#[derive(Clone, Copy, Debug)]
+/// Blocks of one group's inode table on a disk of ours.
+const TABLE_BLOCKS: u64 = GROUP_INODES as u64 * INODE as u64 / BLOCK as u64;
+
+/// Where a group keeps its accounts and its inodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct GroupPlaces {
+    pub(super) block_bitmap: u64,
+    pub(super) inode_bitmap: u64,
+    pub(super) inode_table: u64,
+}
+
+/// Sizes and places of the fixed parts: as drawn above for a disk of our own making, as found for
+/// another's.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     /// Blocks of the disk.
     pub(super) blocks: u64,
-    /// Groups; the last may be short.
-    pub(super) groups: u32,
-    pub(super) descriptors: u64,
-    pub(super) block_bitmaps: u64,
-    pub(super) inode_bitmaps: u64,
-    pub(super) inode_tables: u64,
-    /// Start of the metadata region, which ends where the data region begins.
+    /// Blocks of a group; the last group may be short.
+    pub(super) group_blocks: u32,
+    /// Inodes of a group.
+    pub(super) group_inodes: u32,
+    /// Bytes of an inode: a power of two from 128 to 4096.
+    pub(super) inode_size: usize,
+    /// Bytes of a descriptor: a power of two from 32 to 1024.
+    pub(super) descriptor_size: usize,
+    /// Where the blocks of descriptors are.
+    pub(super) descriptors: Vec<u64>,
+    /// One a group.
+    pub(super) groups: Vec<GroupPlaces>,
+    /// Start of the metadata region, which ends where the data region begins. Of our own disks only.
     pub(super) metadata: u64,
     pub(super) data: u64,
 }
-
-/// Blocks of one group's inode table.
-pub(super) const TABLE_BLOCKS: u64 = GROUP_INODES as u64 * INODE as u64 / BLOCK as u64;
 
 impl Layout {
     pub(super) fn new(geometry: Geometry) -> Result<Layout, Ext4Error> {
@@ -92,29 +107,51 @@ impl Layout {
         // A sixteenth for metadata; each region overflows into the other, so this is no limit. The
         // data region starts on a 1 MiB boundary.
         let data = (metadata + blocks / 16).next_multiple_of(256);
-        // At most 2^32 blocks, so 2^17 groups.
-        let groups = groups as u32;
+        let places = |group| GroupPlaces {
+            block_bitmap: block_bitmaps + group,
+            inode_bitmap: inode_bitmaps + group,
+            inode_table: inode_tables + group * TABLE_BLOCKS,
+        };
         Ok(Layout {
             blocks,
-            groups,
-            descriptors,
-            block_bitmaps,
-            inode_bitmaps,
-            inode_tables,
+            group_blocks: GROUP_BLOCKS as u32,
+            group_inodes: GROUP_INODES,
+            inode_size: INODE,
+            descriptor_size: DESCRIPTOR,
+            descriptors: (descriptors..block_bitmaps).collect(),
+            groups: (0..groups).map(places).collect(),
             metadata,
             data,
         })
     }
 
-    /// Inodes of the filesystem: 2^31 at most.
+    /// Groups: at most 2^32 blocks in groups of at least 8 that all have a descriptor, so this fits.
+    pub(super) fn group_count(&self) -> u32 {
+        self.groups.len() as u32
+    }
+
+    /// Inodes of the filesystem.
     pub(super) fn inodes(&self) -> u32 {
-        self.groups * GROUP_INODES
+        self.group_count().saturating_mul(self.group_inodes)
     }
 
     /// Blocks of a group.
     pub(super) fn blocks_in(&self, group: u32) -> u32 {
-        let start = u64::from(group) * GROUP_BLOCKS;
-        (self.blocks - start).min(GROUP_BLOCKS) as u32
+        let start = u64::from(group) * u64::from(self.group_blocks);
+        (self.blocks - start).min(u64::from(self.group_blocks)) as u32
+    }
+
+    /// Blocks of one group's inode table.
+    pub(super) fn table_blocks(&self) -> u64 {
+        (u64::from(self.group_inodes) * self.inode_size as u64).div_ceil(BLOCK as u64)
+    }
+
+    /// The block that holds an inode, and the first byte of it there. `inode` is from 1 to
+    /// [`Layout::inodes`].
+    pub(super) fn inode_place(&self, inode: u32) -> (u64, usize) {
+        let (group, nth) = ((inode - 1) / self.group_inodes, (inode - 1) % self.group_inodes);
+        let at = nth as usize * self.inode_size;
+        (self.groups[group as usize].inode_table + (at / BLOCK) as u64, at % BLOCK)
     }
 }
 

@@ -1,4 +1,5 @@
-//! The hash by which indexed directories are sorted: "half MD4", seeded, over unsigned bytes.
+//! The hash by which indexed directories are sorted: "half MD4", seeded, over unsigned bytes, or over
+//! signed ones on a disk that says so.
 //!
 //! The result must equal the kernel's bit for bit, or a name is in the directory and yet not found.
 //! Source: `fs/ext4/hash.c` as documented in the kernel's "Hash Tree Directories"; the oracle is
@@ -20,15 +21,23 @@ pub(super) struct NameHash {
 /// Marks the end for readers of directories by hash; no name may have it.
 const END: u32 = 0x7fff_ffff << 1;
 
-/// Hashes `name` with the superblock's seed.
-pub(super) fn hash(name: &[u8], seed: [u32; 4]) -> NameHash {
-    let mut state = seed;
+/// What a filesystem's superblock says about hashing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct HashRule {
+    pub(super) seed: [u32; 4],
+    /// Whether bytes of names are signed, as on most machines of old.
+    pub(super) signed: bool,
+}
+
+/// Hashes `name` by the superblock's rule.
+pub(super) fn hash(name: &[u8], rule: HashRule) -> NameHash {
+    let mut state = rule.seed;
     if state == [0; 4] {
         state = [0x6745_2301, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476];
     }
     let mut rest = name;
     while !rest.is_empty() {
-        transform(&mut state, words(rest));
+        transform(&mut state, words(rest, rule.signed));
         rest = &rest[rest.len().min(32)..];
     }
     let major = state[1] & !1;
@@ -36,7 +45,7 @@ pub(super) fn hash(name: &[u8], seed: [u32; 4]) -> NameHash {
 }
 
 /// The next 32 bytes as eight words, padded with the length of what is left.
-fn words(rest: &[u8]) -> [u32; 8] {
+fn words(rest: &[u8], signed: bool) -> [u32; 8] {
     // A name has at most 255 bytes.
     let length = rest.len() as u32;
     let padding = length | length << 8;
@@ -44,7 +53,12 @@ fn words(rest: &[u8]) -> [u32; 8] {
     let mut words = [padding; 8];
     for (word, bytes) in words.iter_mut().zip(rest.chunks(4)) {
         for &byte in bytes {
-            *word = (*word << 8).wrapping_add(u32::from(byte));
+            let value = if signed {
+                i32::from(byte.cast_signed()).cast_unsigned()
+            } else {
+                u32::from(byte)
+            };
+            *word = (*word << 8).wrapping_add(value);
         }
     }
     words

@@ -6,58 +6,89 @@
 //! that differ from what lower layers hold go into the layer. Last come bitmaps, descriptors and
 //! the superblock.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::allocation::{BlockRun, Blocks, Inodes};
-use super::directory::{self, Entry, file_type};
+use super::checksum::{Checksums, InodeChecksum};
+use super::directory::{self, Entry, Style, file_type};
 use super::extent::{self, Extent};
 use super::file::{Attributes, Kind};
-use super::geometry::{BLOCK, DESCRIPTOR, GROUP_INODES, Geometry, INODE, Layout};
-use super::group::{Counts, descriptor};
-use super::inode::{self, Fields, INLINE_SYMLINK};
+use super::geometry::{BLOCK, Geometry, Layout};
+use super::group::{self, Counts};
+use super::hash::HashRule;
+use super::inode::{self, Content, Fields, INLINE_SYMLINK, Xattrs};
 use super::layer::{Emitted, LayerBlocks};
-use super::superblock::{self, FIRST_INODE, Identity};
+use super::superblock::{self, EXTRA_ISIZE, FIRST_INODE, Identity};
+use super::table::InodeTable;
 use super::tree::{NodeId, Tree};
+use super::xattr::SharedBlocks;
 use super::{Ext4Error, data, xattr};
+use crate::units::Bytes;
 
 /// Inode number of the root directory.
-const ROOT_INODE: u32 = 2;
-/// Inode number of our own `lost+found`.
-const LOST_AND_FOUND: u32 = FIRST_INODE;
-const LOST_AND_FOUND_NAME: &[u8] = b"lost+found";
+pub(super) const ROOT_INODE: u32 = 2;
+pub(super) const LOST_AND_FOUND_NAME: &[u8] = b"lost+found";
 
 /// What a file has on the disk.
 #[derive(Debug, Default)]
-struct Record {
-    inode: u32,
-    directory: bool,
+pub(super) struct Record {
+    pub(super) inode: u32,
+    pub(super) directory: bool,
     /// Its content.
-    extents: Vec<Extent>,
-    /// Blocks of its extent tree.
-    tree: Vec<u64>,
-    xattr_block: Option<u64>,
+    pub(super) extents: Vec<Extent>,
+    /// Blocks of its extent tree, or of indirect pointers where a file of old has those.
+    pub(super) tree: Vec<u64>,
+    pub(super) xattr_block: Option<u64>,
+    /// Read from the disk, and in the tree only by name: content and pointers stay as they are.
+    pub(super) kept: bool,
+    /// Read from the disk: the attributes that are there. As long as the tree says the same, they stay.
+    pub(super) kept_xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
+}
+
+impl Record {
+    /// Blocks of every sort.
+    fn blocks(&self) -> u64 {
+        let content: u64 = self.extents.iter().map(|extent| u64::from(extent.count)).sum();
+        content + self.tree.len() as u64 + u64::from(self.xattr_block.is_some())
+    }
+}
+
+/// What a filesystem has that is the same for all its files.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    pub(super) checksums: Checksums,
+    pub(super) hash: HashRule,
+    /// Bytes of a new inode's fields beyond the first 128.
+    pub(super) extra_isize: u16,
+    /// The first inode that is not reserved.
+    pub(super) first_inode: u32,
+    /// Whether counts of blocks have 64 bits.
+    pub(super) wide: bool,
 }
 
 /// An ext4 filesystem being built layer by layer.
 #[derive(Debug)]
 pub struct Image {
-    layout: Layout,
-    identity: Identity,
-    blocks: Blocks,
-    inodes: Inodes,
-    emitted: Emitted,
+    pub(super) layout: Layout,
+    pub(super) rules: Rules,
+    pub(super) blocks: Blocks,
+    pub(super) inodes: Inodes,
+    pub(super) emitted: Emitted,
     /// By node number.
-    records: Vec<Option<Record>>,
-    /// All inode tables from inode 1 to the last one used.
-    table: Vec<u8>,
-    /// Blocks of it that this layer changed.
-    table_dirty: BTreeSet<usize>,
-    /// All group descriptors; empty before the first layer.
-    descriptors: Vec<u8>,
-    /// The block of our own `lost+found` while it exists.
-    lost_and_found: Option<u64>,
+    pub(super) records: Vec<Option<Record>>,
+    pub(super) table: InodeTable,
+    /// All group descriptors, in whole blocks.
+    pub(super) descriptors: Vec<u8>,
+    /// Groups that need a new descriptor whatever happens: all, before the first layer.
+    pub(super) undescribed: BTreeSet<u32>,
+    /// Block 0, but for the counts.
+    pub(super) superblock: Box<[u8; BLOCK]>,
+    /// The filesystem's own `lost+found`, which is not in the tree.
+    pub(super) lost_and_found: Option<Record>,
+    /// Attribute blocks that several files refer to.
+    pub(super) shared_xattrs: SharedBlocks,
     /// The tree's counter at the last commit.
-    seen: u64,
+    pub(super) seen: u64,
 }
 
 impl Image {
@@ -67,19 +98,35 @@ impl Image {
     /// The size is out of bounds.
     pub fn new(geometry: Geometry, identity: Identity) -> Result<Image, Ext4Error> {
         let layout = Layout::new(geometry)?;
+        let seed = superblock::seed_words(&identity.hash_seed);
+        let rules = Rules {
+            checksums: Checksums::Descriptors { uuid: identity.uuid },
+            hash: HashRule { seed, signed: false },
+            extra_isize: EXTRA_ISIZE,
+            first_inode: FIRST_INODE,
+            wide: true,
+        };
         Ok(Image {
-            layout,
-            identity,
+            rules,
             blocks: Blocks::new(&layout),
-            inodes: Inodes::new(&layout, LOST_AND_FOUND),
+            inodes: Inodes::new(&layout, FIRST_INODE),
             emitted: Emitted::default(),
             records: Vec::new(),
-            table: Vec::new(),
-            table_dirty: BTreeSet::new(),
-            descriptors: Vec::new(),
+            table: InodeTable::default(),
+            descriptors: group::fresh(&layout),
+            undescribed: (0..layout.group_count()).collect(),
+            superblock: Box::new(superblock::fresh(&layout, &identity)),
             lost_and_found: None,
+            shared_xattrs: SharedBlocks::default(),
             seen: 0,
+            layout,
         })
+    }
+
+    /// Size of the filesystem in bytes.
+    #[must_use]
+    pub fn size(&self) -> Bytes {
+        Bytes(self.layout.blocks * BLOCK as u64)
     }
 
     /// Lays out what changed in `tree`, always the same one, since the last call.
@@ -90,17 +137,21 @@ impl Image {
     pub fn commit_layer(&mut self, tree: &Tree) -> Result<LayerBlocks, Ext4Error> {
         let mut layer = LayerBlocks::default();
         self.release_removed(tree);
-        let changed: Vec<NodeId> =
+        let mut changed: Vec<NodeId> =
             tree.nodes().filter(|&node| tree.changed(node) > self.seen).collect();
         let new = self.number(tree, &changed)?;
         self.place_data(tree, &new, &mut layer)?;
-        self.write_lost_and_found(tree, &mut layer)?;
+        let root = tree.root();
+        if self.write_lost_and_found(tree, &mut layer)? && changed.first() != Some(&root) {
+            changed.insert(0, root);
+        }
         for &node in &changed {
             let mut record = self.records[node.index()].take().unwrap_or_default();
             self.write_node(tree, node, &mut record, &mut layer)?;
             self.records[node.index()] = Some(record);
         }
-        self.write_table(&mut layer);
+        self.shared_xattrs.write(self.rules.checksums, &mut self.emitted, &mut layer);
+        self.table.write(&mut self.emitted, &mut layer);
         self.write_accounts(&mut layer);
         self.seen = tree.clock();
         layer.sort();
@@ -109,25 +160,40 @@ impl Image {
 
     /// Frees what removed files had.
     fn release_removed(&mut self, tree: &Tree) {
-        for (number, slot) in (0..).zip(&mut self.records) {
-            if !tree.is_live(NodeId(number))
-                && let Some(record) = slot.take()
+        for number in 0..self.records.len() {
+            if !tree.is_live(NodeId(number as u32))
+                && let Some(record) = self.records[number].take()
             {
-                for extent in &record.extents {
-                    release(
-                        &mut self.blocks,
-                        &mut self.emitted,
-                        extent.physical,
-                        u64::from(extent.count),
-                        record.directory,
-                    );
-                }
-                for &block in record.tree.iter().chain(&record.xattr_block) {
-                    release(&mut self.blocks, &mut self.emitted, block, 1, true);
-                }
-                self.inodes.free(record.inode, record.directory);
-                store(&mut self.table, &mut self.table_dirty, record.inode, &[0; INODE]);
+                self.release_record(record);
             }
+        }
+    }
+
+    /// Frees an inode and all its blocks.
+    fn release_record(&mut self, mut record: Record) {
+        for extent in &record.extents {
+            release(
+                &mut self.blocks,
+                &mut self.emitted,
+                extent.physical,
+                u64::from(extent.count),
+                record.directory,
+            );
+        }
+        for &block in &record.tree {
+            release(&mut self.blocks, &mut self.emitted, block, 1, true);
+        }
+        self.release_xattrs(&mut record);
+        self.inodes.free(record.inode, record.directory);
+        self.table.clear(&self.layout, record.inode);
+    }
+
+    /// Gives up a file's attribute block.
+    fn release_xattrs(&mut self, record: &mut Record) {
+        if let Some(block) = record.xattr_block.take()
+            && self.shared_xattrs.release(block)
+        {
+            release(&mut self.blocks, &mut self.emitted, block, 1, true);
         }
     }
 
@@ -190,15 +256,37 @@ impl Image {
         layer: &mut LayerBlocks,
     ) -> Result<(), Ext4Error> {
         let kind = tree.kind(node);
-        let attributes = tree.attributes(node);
-        let mut indexed = false;
+        let own = self.inode_record(record);
+        let sums = self.rules.checksums.of_inode(record.inode, inode::generation(&own));
+        let xattrs = self.write_xattrs(tree, node, record, inode::xattr_room(&own), layer)?;
+        let content = if record.kept && *kind != Kind::Directory {
+            Content::Kept
+        } else {
+            self.write_kind(tree, node, record, sums, layer)?
+        };
         let mut links = tree.links(node);
+        links += u32::from(node == tree.root() && self.lost_and_found.is_some());
+        let fields = Fields { kind, links, blocks: record.blocks(), content, xattrs };
+        self.write_inode(record, own, &fields, tree.attributes(node));
+        Ok(())
+    }
+
+    /// Writes what a file has outside its inode, but for file data.
+    fn write_kind(
+        &mut self,
+        tree: &Tree,
+        node: NodeId,
+        record: &mut Record,
+        sums: InodeChecksum,
+        layer: &mut LayerBlocks,
+    ) -> Result<Content, Ext4Error> {
+        let kind = tree.kind(node);
+        let mut indexed = false;
         let size = match kind {
             Kind::Directory => {
-                let content = self.directory(tree, node, record.inode)?;
+                let content = self.directory(tree, node, record.inode, sums)?;
                 self.write_content(record, &content.bytes, layer)?;
                 indexed = content.indexed;
-                links += u32::from(node == tree.root() && self.lost_and_found.is_some());
                 content.bytes.len() as u64
             }
             Kind::Regular { size, .. } => size.0,
@@ -210,32 +298,36 @@ impl Image {
                 }
                 target.len() as u64
             }
-            Kind::Char { .. } | Kind::Block { .. } | Kind::Fifo => 0,
+            Kind::Char { .. } | Kind::Block { .. } | Kind::Fifo | Kind::Socket => 0,
         };
         let has_extents = match kind {
             Kind::Directory | Kind::Regular { .. } => true,
             _ => !record.extents.is_empty(),
         };
-        let extents = if has_extents { Some(self.write_extents(record, layer)?) } else { None };
-        let xattrs = self.write_xattrs(tree, node, record, layer)?;
-        let content: u64 = record.extents.iter().map(|extent| u64::from(extent.count)).sum();
-        let fields = Fields {
-            kind,
-            size,
-            links,
-            blocks: content + record.tree.len() as u64 + u64::from(record.xattr_block.is_some()),
-            extents,
-            indexed,
-            xattrs: &xattrs,
-            xattr_block: record.xattr_block.unwrap_or(0),
-        };
-        store(
-            &mut self.table,
-            &mut self.table_dirty,
-            record.inode,
-            &inode::encode(&fields, attributes),
-        );
-        Ok(())
+        let extents =
+            if has_extents { Some(self.write_extents(record, sums, layer)?) } else { None };
+        Ok(Content::New { size, extents, indexed })
+    }
+
+    /// The inode of a file as it is now: what lower layers wrote, or a blank one.
+    fn inode_record(&self, record: &Record) -> Vec<u8> {
+        let present = record.kept.then(|| self.table.get(&self.layout, record.inode)).flatten();
+        present.map_or_else(
+            || inode::blank(self.layout.inode_size, self.rules.extra_isize),
+            <[u8]>::to_vec,
+        )
+    }
+
+    fn write_inode(
+        &mut self,
+        record: &Record,
+        mut own: Vec<u8>,
+        fields: &Fields,
+        attributes: &Attributes,
+    ) {
+        inode::encode(&mut own, fields, attributes);
+        self.rules.checksums.of_inode(record.inode, inode::generation(&own)).seal_inode(&mut own);
+        self.table.put(&self.layout, record.inode, &own);
     }
 
     fn directory(
@@ -243,6 +335,7 @@ impl Image {
         tree: &Tree,
         node: NodeId,
         inode: u32,
+        checksum: InodeChecksum,
     ) -> Result<directory::Directory, Ext4Error> {
         let is_root = node == tree.root();
         let mut entries = Vec::new();
@@ -253,17 +346,18 @@ impl Image {
                 file_type: entry_type(tree.kind(child)),
             });
         }
-        if is_root && self.lost_and_found.is_some() {
+        if is_root && let Some(own) = &self.lost_and_found {
             let entry = Entry {
                 name: LOST_AND_FOUND_NAME,
-                inode: LOST_AND_FOUND,
+                inode: own.inode,
                 file_type: file_type::DIRECTORY,
             };
             let place = entries.partition_point(|entry| entry.name < LOST_AND_FOUND_NAME);
             entries.insert(place, entry);
         }
         let parent = if is_root { ROOT_INODE } else { self.inode(tree.parent(node)) };
-        directory::encode(inode, parent, &entries, self.identity.seed_words()).map_err(|_| {
+        let style = Style { hash: self.rules.hash, checksum };
+        directory::encode(inode, parent, &entries, style).map_err(|_| {
             Ext4Error::DirectoryTooLarge { path: tree.path(node), entries: entries.len() }
         })
     }
@@ -307,11 +401,7 @@ impl Image {
             }
             present -= excess;
         }
-        let places = record
-            .extents
-            .iter()
-            .flat_map(|extent| extent.physical..extent.physical + u64::from(extent.count));
-        for (place, block) in places.zip(bytes.chunks_exact(BLOCK)) {
+        for (place, block) in extent::places(&record.extents).zip(bytes.chunks_exact(BLOCK)) {
             self.emitted.emit(layer, place, block);
         }
         Ok(())
@@ -320,6 +410,7 @@ impl Image {
     fn write_extents(
         &mut self,
         record: &mut Record,
+        sums: InodeChecksum,
         layer: &mut LayerBlocks,
     ) -> Result<[u8; 60], Ext4Error> {
         let needed = extent::tree_blocks(record.extents.len());
@@ -331,139 +422,150 @@ impl Image {
         }
         let emitted = &mut self.emitted;
         Ok(extent::encode(&record.extents, &record.tree, |place, block| {
+            sums.seal_extents(block);
             emitted.emit(layer, place, &block[..]);
         }))
     }
 
-    /// Writes the attribute block, if one is needed, and returns what belongs into the inode.
+    /// Writes the attribute block, if one is needed, and returns what belongs into the inode, which has
+    /// `room` bytes for it.
     fn write_xattrs(
         &mut self,
         tree: &Tree,
         node: NodeId,
         record: &mut Record,
+        room: usize,
         layer: &mut LayerBlocks,
-    ) -> Result<[u8; xattr::IN_INODE], Ext4Error> {
-        let xattrs =
-            tree.attributes(node).xattrs.iter().map(|(name, value)| (&name[..], &value[..]));
-        let encoded = xattr::encode(xattrs)
+    ) -> Result<Xattrs, Ext4Error> {
+        let xattrs = &tree.attributes(node).xattrs;
+        if record.kept_xattrs.take_if(|kept| kept != xattrs).is_some() {
+            // What other files may share is left to them.
+            if record.xattr_block.is_some_and(|block| self.shared_xattrs.is_shared(block)) {
+                self.release_xattrs(record);
+            }
+        } else if record.kept_xattrs.is_some() {
+            return Ok(Xattrs::Kept);
+        }
+        let pairs = xattrs.iter().map(|(name, value)| (&name[..], &value[..]));
+        let encoded = xattr::encode(pairs, room)
             .map_err(|source| Ext4Error::Xattr { path: tree.path(node), source })?;
-        if let Some(block) = &encoded.block {
+        if let Some(mut block) = encoded.block {
             let place = match record.xattr_block {
                 Some(place) => place,
                 None => *record.xattr_block.insert(self.blocks.metadata_block()?),
             };
+            self.rules.checksums.seal_xattrs(&mut block[..], place);
             self.emitted.emit(layer, place, &block[..]);
-        } else if let Some(place) = record.xattr_block.take() {
-            release(&mut self.blocks, &mut self.emitted, place, 1, true);
+        } else {
+            self.release_xattrs(record);
         }
-        Ok(encoded.in_inode)
+        Ok(Xattrs::New { in_inode: encoded.in_inode, block: record.xattr_block.unwrap_or(0) })
     }
 
-    /// Keeps a `lost+found` in the root unless the tree has its own.
+    /// Keeps a `lost+found` in the root unless the tree has its own. Returns whether that changed.
     fn write_lost_and_found(
         &mut self,
         tree: &Tree,
         layer: &mut LayerBlocks,
-    ) -> Result<(), Ext4Error> {
+    ) -> Result<bool, Ext4Error> {
         let wanted = tree.lookup(tree.root(), LOST_AND_FOUND_NAME).is_none();
-        match self.lost_and_found {
-            None if wanted => {
+        match (self.lost_and_found.is_some(), wanted) {
+            (false, true) => {
                 let block = self.blocks.metadata_block()?;
-                self.inodes.claim(LOST_AND_FOUND);
-                self.lost_and_found = Some(block);
-                self.write_own_directory(block, layer)?;
+                let inode = self.inodes.claim(self.rules.first_inode)?;
+                let extents = vec![Extent { logical: 0, physical: block, count: 1 }];
+                let own = Record { inode, directory: true, extents, ..Record::default() };
+                self.write_own_directory(&own, layer)?;
+                self.lost_and_found = Some(own);
             }
-            Some(block) if !wanted => {
-                release(&mut self.blocks, &mut self.emitted, block, 1, true);
-                self.inodes.free(LOST_AND_FOUND, true);
-                store(&mut self.table, &mut self.table_dirty, LOST_AND_FOUND, &[0; INODE]);
-                self.lost_and_found = None;
+            (true, false) => {
+                if let Some(own) = self.lost_and_found.take() {
+                    self.release_record(own);
+                }
             }
-            _ => {}
+            _ => return Ok(false),
         }
-        Ok(())
+        Ok(true)
     }
 
     fn write_own_directory(
         &mut self,
-        block: u64,
+        own: &Record,
         layer: &mut LayerBlocks,
     ) -> Result<(), Ext4Error> {
-        let seed = self.identity.seed_words();
-        let content = directory::encode(LOST_AND_FOUND, ROOT_INODE, &[], seed)
+        let style =
+            Style { hash: self.rules.hash, checksum: self.rules.checksums.of_inode(own.inode, 0) };
+        let content = directory::encode(own.inode, ROOT_INODE, &[], style)
             .map_err(|_| Ext4Error::DirectoryTooLarge { path: "/lost+found".into(), entries: 0 })?;
-        self.emitted.emit(layer, block, &content.bytes);
-        let extents = [Extent { logical: 0, physical: block, count: 1 }];
+        for place in extent::places(&own.extents) {
+            self.emitted.emit(layer, place, &content.bytes);
+        }
+        let record = self.inode_record(own);
         let fields = Fields {
             kind: &Kind::Directory,
-            size: BLOCK as u64,
             links: 2,
-            blocks: 1,
-            extents: Some(extent::encode(&extents, &[], |_, _| {})),
-            indexed: false,
-            xattrs: &[0; xattr::IN_INODE],
-            xattr_block: 0,
+            blocks: own.blocks(),
+            content: Content::New {
+                size: BLOCK as u64,
+                extents: Some(extent::encode(&own.extents, &[], |_, _| {})),
+                indexed: false,
+            },
+            xattrs: Xattrs::New { in_inode: vec![0; inode::xattr_room(&record)], block: 0 },
         };
         let attributes = Attributes { mode: 0o700, ..Attributes::default() };
-        store(
-            &mut self.table,
-            &mut self.table_dirty,
-            LOST_AND_FOUND,
-            &inode::encode(&fields, &attributes),
-        );
+        self.write_inode(own, record, &fields, &attributes);
         Ok(())
-    }
-
-    fn write_table(&mut self, layer: &mut LayerBlocks) {
-        for index in std::mem::take(&mut self.table_dirty) {
-            let bytes = &self.table[index * BLOCK..(index + 1) * BLOCK];
-            self.emitted.emit(layer, self.layout.inode_tables + index as u64, bytes);
-        }
     }
 
     /// Bitmaps, descriptors and superblock.
     fn write_accounts(&mut self, layer: &mut LayerBlocks) {
-        let mut groups = BTreeSet::new();
+        let size = self.layout.descriptor_size;
+        let mut groups = std::mem::take(&mut self.undescribed);
+        let sums = self.rules.checksums;
+        let mut block_bitmaps = BTreeSet::new();
         for (group, bitmap) in self.blocks.bitmaps.take_dirty() {
-            self.emitted.emit(layer, self.layout.block_bitmaps + u64::from(group), bitmap);
+            let places = &self.layout.groups[group as usize];
+            self.emitted.emit(layer, places.block_bitmap, bitmap);
+            let record = &mut self.descriptors[group as usize * size..][..size];
+            let bits = &bitmap[..self.layout.group_blocks as usize / 8];
+            sums.note_bitmap(record, group::BLOCK_BITMAP_SUM, bits);
             groups.insert(group);
+            block_bitmaps.insert(group);
         }
         for (group, bitmap) in self.inodes.bitmaps.take_dirty() {
-            self.emitted.emit(layer, self.layout.inode_bitmaps + u64::from(group), bitmap);
+            let places = &self.layout.groups[group as usize];
+            self.emitted.emit(layer, places.inode_bitmap, bitmap);
+            let record = &mut self.descriptors[group as usize * size..][..size];
+            let bits = &bitmap[..self.layout.group_inodes as usize / 8];
+            sums.note_bitmap(record, group::INODE_BITMAP_SUM, bits);
             groups.insert(group);
-        }
-        if self.descriptors.is_empty() {
-            let length = self.layout.groups as usize * DESCRIPTOR;
-            self.descriptors = vec![0; length.next_multiple_of(BLOCK)];
-            groups.extend(0..self.layout.groups);
         }
         let mut dirty = BTreeSet::new();
         for group in groups {
-            let at = group as usize * DESCRIPTOR;
-            let record = descriptor(&self.layout, group, self.counts(group), &self.identity.uuid);
-            self.descriptors[at..at + DESCRIPTOR].copy_from_slice(&record);
+            let counts = self.counts(group);
+            let at = group as usize * size;
+            let record = &mut self.descriptors[at..at + size];
+            group::update(record, counts, &self.layout, sums, block_bitmaps.contains(&group));
+            sums.seal_descriptor(record, group);
             dirty.insert(at / BLOCK);
         }
         for index in dirty {
             let bytes = &self.descriptors[index * BLOCK..(index + 1) * BLOCK];
-            self.emitted.emit(layer, self.layout.descriptors + index as u64, bytes);
+            self.emitted.emit(layer, self.layout.descriptors[index], bytes);
         }
         let free_inodes = self.inodes.bitmaps.free() as u32;
-        let block = superblock::block(
-            &self.layout,
-            &self.identity,
-            self.blocks.bitmaps.free(),
-            free_inodes,
-        );
-        self.emitted.emit(layer, 0, &block);
+        let free_blocks = self.blocks.bitmaps.free();
+        superblock::update(&mut self.superblock, free_blocks, free_inodes, sums, self.rules.wide);
+        self.emitted.emit(layer, 0, &self.superblock[..]);
     }
 
     fn counts(&self, group: u32) -> Counts {
+        let account = self.inodes.account(group);
         Counts {
             free_blocks: self.layout.blocks_in(group) - self.blocks.bitmaps.used(group),
-            free_inodes: GROUP_INODES - self.inodes.bitmaps.used(group),
-            directories: self.inodes.directories(group),
-            untouched_inodes: self.inodes.untouched(group),
+            free_inodes: self.layout.group_inodes - self.inodes.bitmaps.used(group),
+            directories: account.directories,
+            untouched_inodes: account.untouched,
         }
     }
 }
@@ -476,19 +578,6 @@ fn release(blocks: &mut Blocks, emitted: &mut Emitted, start: u64, count: u64, m
     }
 }
 
-/// Puts an inode into the table.
-fn store(table: &mut Vec<u8>, dirty: &mut BTreeSet<usize>, inode: u32, record: &[u8; INODE]) {
-    let at = (inode - 1) as usize * INODE;
-    if table.len() < at + INODE {
-        table.resize((at + INODE).next_multiple_of(BLOCK), 0);
-    }
-    let slot = &mut table[at..at + INODE];
-    if *slot != record[..] {
-        slot.copy_from_slice(record);
-        dirty.insert(at / BLOCK);
-    }
-}
-
 fn entry_type(kind: &Kind) -> u8 {
     match kind {
         Kind::Directory => file_type::DIRECTORY,
@@ -497,5 +586,6 @@ fn entry_type(kind: &Kind) -> u8 {
         Kind::Char { .. } => file_type::CHAR,
         Kind::Block { .. } => file_type::BLOCK,
         Kind::Fifo => file_type::FIFO,
+        Kind::Socket => file_type::SOCKET,
     }
 }

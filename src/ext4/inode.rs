@@ -1,74 +1,136 @@
-//! Inodes: 256 bytes, the last 96 of which hold small extended attributes.
+//! Inodes: 256 bytes on a disk of ours, the last 96 of which hold small extended attributes; 128 and
+//! more on others.
 
-use super::field::{high16, high32, low16, low32, put16, put32};
+use super::field::{get16, get32, high16, high32, low16, low32, put16, put32};
 use super::file::{Attributes, Kind, Timestamp};
-use super::geometry::INODE;
-use super::superblock::EXTRA_ISIZE;
-use super::xattr::IN_INODE;
 
 /// The file's blocks are found through extents.
-const EXTENTS_FLAG: u32 = 0x8_0000;
+pub(super) const EXTENTS_FLAG: u32 = 0x8_0000;
 /// The directory has an index by hash.
-const INDEX_FLAG: u32 = 0x1000;
+pub(super) const INDEX_FLAG: u32 = 0x1000;
+/// Blocks are counted in filesystem blocks and not in sectors.
+const HUGE_FLAG: u32 = 0x4_0000;
+
+/// Bytes of the fields that every inode has.
+pub(super) const FIXED: usize = 128;
 
 /// Targets up to this length lie in the inode, with a NUL behind.
 pub(super) const INLINE_SYMLINK: usize = 59;
 
 /// Directories with more links than fit are said to have one: "unknown" (feature dir_nlink).
-const LINKS_KNOWN: u32 = 65_000;
+pub(super) const LINKS_KNOWN: u32 = 65_000;
+
+/// Where the content of a file is.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// Where it was: size and pointers stay.
+    Kept,
+    /// It was written.
+    New {
+        /// Of directories: their blocks; of regular files: their length; of symbolic links: the
+        /// target's. Bytes.
+        size: u64,
+        /// The root of the extent tree, for what has one.
+        extents: Option<[u8; 60]>,
+        /// Whether a directory has an index.
+        indexed: bool,
+    },
+}
+
+/// Where the extended attributes of a file are.
+#[derive(Debug)]
+pub(super) enum Xattrs {
+    /// Where they were.
+    Kept,
+    /// In the inode and, unless 0, in that block.
+    New {
+        /// Bytes behind the fields, as many as there is room for.
+        in_inode: Vec<u8>,
+        /// The block for the rest.
+        block: u64,
+    },
+}
 
 /// What an inode is made of besides attributes.
 #[derive(Debug)]
 pub(super) struct Fields<'a> {
     pub(super) kind: &'a Kind,
-    /// Of directories: their blocks; of regular files: their length; of symbolic links: the
-    /// target's.
-    pub(super) size: u64,
     pub(super) links: u32,
     /// Blocks of every sort that belong to it.
     pub(super) blocks: u64,
-    /// The root of the extent tree, for what has one.
-    pub(super) extents: Option<[u8; 60]>,
-    pub(super) indexed: bool,
-    pub(super) xattrs: &'a [u8; IN_INODE],
-    pub(super) xattr_block: u64,
+    pub(super) content: Content,
+    pub(super) xattrs: Xattrs,
 }
 
-/// Encodes an inode. Access, change and creation time equal the modification time: a layer's tar
-/// knows no other.
-pub(super) fn encode(fields: &Fields, attributes: &Attributes) -> [u8; INODE] {
-    let mut record = [0; INODE];
-    put16(&mut record, 0, format(fields.kind) | attributes.mode & 0o7777);
-    put16(&mut record, 2, low16(attributes.uid));
-    put16(&mut record, 24, low16(attributes.gid));
-    put16(&mut record, 120, high16(attributes.uid));
-    put16(&mut record, 122, high16(attributes.gid));
-    put32(&mut record, 4, low32(fields.size));
-    put32(&mut record, 108, high32(fields.size));
-    put16(&mut record, 26, if fields.links > LINKS_KNOWN { 1 } else { low16(fields.links) });
-    let sectors = fields.blocks * super::geometry::BLOCK_SECTORS;
-    put32(&mut record, 28, low32(sectors));
-    put16(&mut record, 116, low16(high32(sectors)));
-    let extents = if fields.extents.is_some() { EXTENTS_FLAG } else { 0 };
-    put32(&mut record, 32, extents | if fields.indexed { INDEX_FLAG } else { 0 });
-    record[40..100].copy_from_slice(&pointers(fields));
-    put32(&mut record, 104, low32(fields.xattr_block));
-    put16(&mut record, 118, low16(high32(fields.xattr_block)));
-    put16(&mut record, 128, EXTRA_ISIZE);
-    let (seconds, extra) = time(attributes.mtime);
-    for (low, high) in [(8, 140), (12, 132), (16, 136), (144, 148)] {
-        put32(&mut record, low, seconds);
-        put32(&mut record, high, extra);
+/// An inode of `size` bytes in which nothing is set but how many bytes the fields beyond the first 128
+/// take.
+pub(super) fn blank(size: usize, extra: u16) -> Vec<u8> {
+    let mut record = vec![0; size];
+    if size > FIXED {
+        put16(&mut record, 128, extra);
     }
-    record[INODE - IN_INODE..].copy_from_slice(fields.xattrs);
     record
 }
 
+/// Bytes behind the fields, for small extended attributes.
+pub(super) fn xattr_room(record: &[u8]) -> usize {
+    record.len() - FIXED - extra(record)
+}
+
+/// Bytes of fields beyond the first 128; no more than there are.
+pub(super) fn extra(record: &[u8]) -> usize {
+    let room = record.len() - FIXED;
+    if room == 0 { 0 } else { usize::from(get16(record, 128)).min(room) }
+}
+
+/// What tells files apart that had the same number one after the other; a seed of checksums.
+pub(super) fn generation(record: &[u8]) -> u32 {
+    get32(record, 100)
+}
+
+/// Whether the inode has four bytes at `at`.
+fn has_field(record: &[u8], at: usize) -> bool {
+    at + 4 <= FIXED + extra(record)
+}
+
+/// Encodes an inode over what `record` has: a [`blank`] one, or one that lower layers wrote, of which
+/// stays what a layer cannot change. Access, change and creation time equal the modification time
+/// where that is new: a layer's tar knows no other.
+pub(super) fn encode(record: &mut [u8], fields: &Fields, attributes: &Attributes) {
+    put16(record, 0, format(fields.kind) | attributes.mode & 0o7777);
+    put16(record, 2, low16(attributes.uid));
+    put16(record, 24, low16(attributes.gid));
+    put16(record, 120, high16(attributes.uid));
+    put16(record, 122, high16(attributes.gid));
+    put16(record, 26, if fields.links > LINKS_KNOWN { 1 } else { low16(fields.links) });
+    if let Content::New { size, extents, indexed } = &fields.content {
+        put32(record, 4, low32(*size));
+        put32(record, 108, high32(*size));
+        let kept = get32(record, 32) & !(EXTENTS_FLAG | INDEX_FLAG | HUGE_FLAG);
+        let extents_flag = if extents.is_some() { EXTENTS_FLAG } else { 0 };
+        put32(record, 32, kept | extents_flag | if *indexed { INDEX_FLAG } else { 0 });
+        record[40..100].copy_from_slice(&pointers(fields.kind, *extents));
+    }
+    if let Xattrs::New { in_inode, block } = &fields.xattrs {
+        put32(record, 104, low32(*block));
+        put16(record, 118, low16(high32(*block)));
+        let at = record.len() - in_inode.len();
+        record[at..].copy_from_slice(in_inode);
+    }
+    let huge = get32(record, 32) & HUGE_FLAG != 0;
+    let count = if huge { fields.blocks } else { fields.blocks * super::geometry::BLOCK_SECTORS };
+    put32(record, 28, low32(count));
+    put16(record, 116, low16(high32(count)));
+    if mtime(record) != attributes.mtime {
+        set_times(record, attributes.mtime);
+    }
+}
+
 /// The 60 bytes that say where the content is, or are it.
-fn pointers(fields: &Fields) -> [u8; 60] {
-    let mut bytes = fields.extents.unwrap_or([0; 60]);
-    match *fields.kind {
-        Kind::Symlink(ref target) if fields.extents.is_none() => {
+fn pointers(kind: &Kind, extents: Option<[u8; 60]>) -> [u8; 60] {
+    let mut bytes = extents.unwrap_or([0; 60]);
+    match *kind {
+        Kind::Symlink(ref target) if extents.is_none() => {
             bytes[..target.len()].copy_from_slice(target);
         }
         Kind::Char { major, minor } | Kind::Block { major, minor } => {
@@ -92,16 +154,37 @@ fn format(kind: &Kind) -> u16 {
         Kind::Char { .. } => 0o020_000,
         Kind::Block { .. } => 0o060_000,
         Kind::Fifo => 0o010_000,
+        Kind::Socket => 0o140_000,
     }
 }
 
+/// Sets all four times, as far as the inode has room for them.
+fn set_times(record: &mut [u8], mtime: Timestamp) {
+    let (seconds, extra) = time(mtime, has_field(record, 136));
+    for (low, high) in [(8, 140), (12, 132), (16, 136), (144, 148)] {
+        if low < FIXED || has_field(record, low) {
+            put32(record, low, seconds);
+        }
+        if has_field(record, high) {
+            put32(record, high, extra);
+        }
+    }
+}
+
+/// The modification time.
+pub(super) fn mtime(record: &[u8]) -> Timestamp {
+    let low = i64::from(get32(record, 16).cast_signed());
+    let extra = if has_field(record, 136) { get32(record, 136) } else { 0 };
+    Timestamp { secs: low + (i64::from(extra & 3) << 32), nanos: (extra >> 2).min(999_999_999) }
+}
+
 /// Seconds in 32 signed bits, and the extra field: two more bits of seconds below 30 of
-/// nanoseconds. The range is 1901-12-13 to 2446-05-10; what is outside becomes its nearest end, as
-/// in the kernel.
-fn time(time: Timestamp) -> (u32, u32) {
+/// nanoseconds. The range is 1901-12-13 to 2446-05-10, or to 2038-01-19 without the extra field; what is
+/// outside becomes its nearest end, as in the kernel.
+fn time(time: Timestamp, has_extra: bool) -> (u32, u32) {
     const FIRST: i64 = i32::MIN as i64;
-    const LAST: i64 = (3 << 32) + i32::MAX as i64;
-    let secs = time.secs.clamp(FIRST, LAST);
+    let last = if has_extra { 3 << 32 } else { 0 } + i64::from(i32::MAX);
+    let secs = time.secs.clamp(FIRST, last);
     let nanos = if secs == time.secs { time.nanos.min(999_999_999) } else { 0 };
     let low = secs as i32;
     let epoch = ((secs - i64::from(low)) >> 32) as u32;

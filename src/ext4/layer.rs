@@ -160,6 +160,13 @@ impl Emitted {
         }
     }
 
+    /// Notes what the layers below have in a block.
+    pub(super) fn know(&mut self, block: u64, bytes: &[u8]) {
+        if bytes.iter().any(|&byte| byte != 0) {
+            self.hashes.insert(block, self.key.hash_one(bytes));
+        }
+    }
+
     /// A block was freed; nothing refers to it any more.
     pub(super) fn forget(&mut self, block: u64) {
         self.hashes.remove(&block);

@@ -1,7 +1,8 @@
 //! The superblock, and which features the filesystem claims.
 
+use super::checksum::Checksums;
 use super::field::{high32, low32, put16, put32};
-use super::geometry::{BLOCK, DESCRIPTOR, GROUP_BLOCKS, GROUP_INODES, INODE, Layout};
+use super::geometry::{BLOCK, DESCRIPTOR, Layout};
 use super::hash::HALF_MD4;
 
 /// The superblock's place within block 0: the first KiB belongs to a boot loader.
@@ -44,42 +45,53 @@ impl Default for Identity {
     }
 }
 
-impl Identity {
-    /// The seed as the words that the hash starts from.
-    pub(super) fn seed_words(&self) -> [u32; 4] {
-        let mut words = [0; 4];
-        for (word, bytes) in words.iter_mut().zip(self.hash_seed.chunks_exact(4)) {
-            *word = bytes.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte));
-        }
-        words
+impl Identity {}
+
+/// The seed of hashes as the words that they start from.
+pub(super) fn seed_words(seed: &[u8]) -> [u32; 4] {
+    let mut words = [0; 4];
+    for (word, bytes) in words.iter_mut().zip(seed.chunks_exact(4)) {
+        *word = bytes.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte));
     }
+    words
 }
 
-/// Encodes block 0. All times are zero: nothing here may depend on when it was made.
-pub(super) fn block(
-    layout: &Layout,
-    identity: &Identity,
+/// Notes in block 0 what is free, and seals it.
+pub(super) fn update(
+    block: &mut [u8; BLOCK],
     free_blocks: u64,
     free_inodes: u32,
-) -> [u8; BLOCK] {
+    sums: Checksums,
+    wide: bool,
+) {
+    let record = &mut block[OFFSET..2 * OFFSET];
+    put32(record, 12, low32(free_blocks));
+    put32(record, 16, free_inodes);
+    if wide {
+        put32(record, 344, high32(free_blocks));
+    }
+    sums.seal_superblock(record);
+}
+
+/// Block 0 of a disk of ours, but for what is free. All times are zero: nothing here may depend on when
+/// it was made.
+pub(super) fn fresh(layout: &Layout, identity: &Identity) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     let record = &mut block[OFFSET..2 * OFFSET];
     put32(record, 0, layout.inodes());
     put32(record, 4, low32(layout.blocks));
-    put32(record, 12, low32(free_blocks));
-    put32(record, 16, free_inodes);
     put32(record, 24, 2); // log2(block size / 1024)
     put32(record, 28, 2); // the same of clusters
-    put32(record, 32, GROUP_BLOCKS as u32);
-    put32(record, 36, GROUP_BLOCKS as u32);
-    put32(record, 40, GROUP_INODES);
+    put32(record, 32, layout.group_blocks);
+    put32(record, 36, layout.group_blocks);
+    put32(record, 40, layout.group_inodes);
     put16(record, 54, 0xffff); // never check for the number of mounts
     put16(record, 56, 0xef53); // magic
     put16(record, 58, 1); // cleanly unmounted
     put16(record, 60, 1); // on errors: continue
     put32(record, 76, 1); // revision with variable inode size
     put32(record, 84, FIRST_INODE);
-    put16(record, 88, INODE as u16);
+    put16(record, 88, layout.inode_size as u16);
     put32(record, 92, COMPATIBLE);
     put32(record, 96, INCOMPATIBLE);
     put32(record, 100, READ_ONLY_COMPATIBLE);
@@ -90,11 +102,10 @@ pub(super) fn block(
     put16(record, 254, DESCRIPTOR as u16);
     put32(record, 256, 0xc); // mount options by default: user_xattr, acl
     put32(record, 336, high32(layout.blocks));
-    put32(record, 344, high32(free_blocks));
     put16(record, 348, EXTRA_ISIZE); // least extra size of inodes
     put16(record, 350, EXTRA_ISIZE); // wanted
     put32(record, 352, 2); // names are hashed as unsigned bytes
-    record[372] = layout.groups.next_power_of_two().ilog2() as u8; // log2(groups per flex group): one holds all
+    record[372] = layout.group_count().next_power_of_two().ilog2() as u8; // log2(groups per flex group): one holds all
     // Saves the kernel the sum over all groups at mount; 32 bits do for the tables of 2^17 groups.
     put32(record, 584, low32(layout.metadata));
     block

@@ -264,6 +264,43 @@ impl Tree {
         Ok(())
     }
 
+    /// A file that a lower layer has, for now without a name. None when all numbers are given out.
+    pub(super) fn restore(&mut self, kind: Kind, attributes: Attributes) -> Option<NodeId> {
+        let node = NodeId(u32::try_from(self.nodes.len()).ok()?);
+        // A directory has its one name from the beginning, as in `create`.
+        let names = u32::from(kind == Kind::Directory);
+        let (children, parent) = (BTreeMap::new(), ROOT);
+        self.nodes.push(Node {
+            kind,
+            attributes,
+            children,
+            parent,
+            names,
+            subdirectories: 0,
+            changed: 0,
+        });
+        Some(node)
+    }
+
+    /// Gives a restored file a name; a directory must get one only. Nothing counts as changed.
+    pub(super) fn restore_name(
+        &mut self,
+        dir: NodeId,
+        name: Box<[u8]>,
+        node: NodeId,
+    ) -> Result<(), TreeError> {
+        self.check_free(dir, &name)?;
+        let file = self.node_mut(node);
+        file.parent = dir;
+        if file.kind == Kind::Directory {
+            self.node_mut(dir).subdirectories += 1;
+        } else {
+            file.names = file.names.saturating_add(1);
+        }
+        self.node_mut(dir).children.insert(name, node);
+        Ok(())
+    }
+
     /// What a node is.
     #[must_use]
     pub fn kind(&self, node: NodeId) -> &Kind {

@@ -4,26 +4,28 @@
 //! count from the first entry and entry hashes are zero; in the block they count from the block's
 //! start, and each entry and the block carry a hash (kernel `fs/ext4/xattr.c`).
 
-use super::field::{put16, put32};
-use super::geometry::{BLOCK, INODE};
-use super::superblock::EXTRA_ISIZE;
+use std::collections::{BTreeMap, BTreeSet};
 
-/// Bytes of an inode behind its fields.
-pub(super) const IN_INODE: usize = INODE - 128 - EXTRA_ISIZE as usize;
-const MAGIC: u32 = 0xea02_0000;
+use super::checksum::Checksums;
+use super::field::{put16, put32};
+use super::geometry::BLOCK;
+use super::layer::{Emitted, LayerBlocks};
+
+/// Begins attributes in either place.
+pub(super) const MAGIC: u32 = 0xea02_0000;
 /// Bytes before the first entry: the magic in an inode, a header in a block.
-const INODE_HEADER: usize = 4;
-const BLOCK_HEADER: usize = 32;
+pub(super) const INODE_HEADER: usize = 4;
+pub(super) const BLOCK_HEADER: usize = 32;
 /// An entry without its name; also the least free space between entries and values is 4 zero bytes.
-const ENTRY: usize = 16;
+pub(super) const ENTRY: usize = 16;
 const END: usize = 4;
 
 /// The prefixes that ext4 knows by number. A full name that is listed with nothing behind it is one
 /// attribute.
-const PREFIXES: [(&[u8], u8); 5] =
+pub(super) const PREFIXES: [(&[u8], u8); 5] =
     [(b"user.", 1), (ACL_ACCESS, 2), (ACL_DEFAULT, 3), (b"trusted.", 4), (b"security.", 6)];
-const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
-const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
+pub(super) const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
+pub(super) const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 
 /// Why a file's attributes cannot be stored.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -56,10 +58,66 @@ pub enum XattrError {
     },
 }
 
+/// Attribute blocks of the layers below that several files refer to, and how many do. What this program
+/// writes is never shared.
+#[derive(Debug, Default)]
+pub(super) struct SharedBlocks {
+    blocks: BTreeMap<u64, Shared>,
+    dirty: BTreeSet<u64>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    bytes: Box<[u8; BLOCK]>,
+    references: u32,
+}
+
+impl SharedBlocks {
+    /// A block and the number of references that it claims, at least 2.
+    pub(super) fn insert(&mut self, block: u64, bytes: Box<[u8; BLOCK]>, references: u32) {
+        self.blocks.insert(block, Shared { bytes, references });
+    }
+
+    /// Whether another file may need the block.
+    pub(super) fn is_shared(&self, block: u64) -> bool {
+        self.blocks.contains_key(&block)
+    }
+
+    /// Gives one reference up. Returns whether the block is to be freed.
+    pub(super) fn release(&mut self, block: u64) -> bool {
+        let Some(shared) = self.blocks.get_mut(&block) else { return true };
+        shared.references -= 1;
+        self.dirty.insert(block);
+        if shared.references == 0 {
+            self.blocks.remove(&block);
+            self.dirty.remove(&block);
+            return true;
+        }
+        false
+    }
+
+    /// Puts the new counts into the layer.
+    pub(super) fn write(
+        &mut self,
+        sums: Checksums,
+        emitted: &mut Emitted,
+        layer: &mut LayerBlocks,
+    ) {
+        for block in std::mem::take(&mut self.dirty) {
+            if let Some(shared) = self.blocks.get_mut(&block) {
+                put32(&mut shared.bytes[..], 4, shared.references);
+                sums.seal_xattrs(&mut shared.bytes[..], block);
+                emitted.emit(layer, block, &shared.bytes[..]);
+            }
+        }
+    }
+}
+
 /// Attributes as they lie on the disk.
 #[derive(Debug)]
 pub(super) struct Encoded {
-    pub(super) in_inode: [u8; IN_INODE],
+    /// As many bytes as the inode has room for.
+    pub(super) in_inode: Vec<u8>,
     pub(super) block: Option<Box<[u8; BLOCK]>>,
 }
 
@@ -78,16 +136,17 @@ impl Attribute<'_> {
     }
 }
 
-/// Encodes the attributes of one file.
+/// Encodes the attributes of one file whose inode has `room` bytes for them.
 pub(super) fn encode<'a>(
     xattrs: impl Iterator<Item = (&'a [u8], &'a [u8])>,
+    room: usize,
 ) -> Result<Encoded, XattrError> {
     let mut attributes = Vec::new();
     for (name, value) in xattrs {
         attributes.push(attribute(name, value)?);
     }
     attributes.sort();
-    let mut inode = Area::new(IN_INODE, INODE_HEADER, INODE_HEADER);
+    let mut inode = Area::new(room, INODE_HEADER, INODE_HEADER);
     let mut block = Area::new(BLOCK, BLOCK_HEADER, 0);
     for attribute in &attributes {
         if !inode.add(attribute, false) && !block.add(attribute, true) {
@@ -97,10 +156,10 @@ pub(super) fn encode<'a>(
             });
         }
     }
-    let mut encoded = Encoded { in_inode: [0; IN_INODE], block: None };
+    let mut encoded = Encoded { in_inode: vec![0; room], block: None };
     if !inode.is_empty() {
         put32(&mut inode.bytes, 0, MAGIC);
-        encoded.in_inode.copy_from_slice(&inode.bytes);
+        encoded.in_inode = inode.bytes;
     }
     if !block.is_empty() {
         put32(&mut block.bytes, 0, MAGIC);
@@ -185,7 +244,7 @@ impl Area {
 
     /// Adds an attribute if there is room.
     fn add(&mut self, attribute: &Attribute, hashed: bool) -> bool {
-        if attribute.size() + END > self.values_start - self.entries_end {
+        if attribute.size() + END > self.values_start.saturating_sub(self.entries_end) {
             return false;
         }
         let value = &attribute.value;

@@ -112,7 +112,7 @@ fn le64(bytes: &[u8], at: usize) -> u64 {
 }
 
 impl Record {
-    fn parse(bytes: &[u8; RECORD as usize]) -> Result<Self, &'static str> {
+    pub(super) fn parse(bytes: &[u8; RECORD as usize]) -> Result<Self, &'static str> {
         if bytes[..24] != MAGIC {
             return Err("its first 24 bytes are not the magic");
         }

@@ -67,6 +67,82 @@ impl<W: Write> NativeWriter<W> {
     }
 }
 
+/// Writes a native layer whose payload comes in an order of its own: first all payload, as it arrives,
+/// then where each run of the disk lies in it. Readers only ask that the index is sorted.
+pub struct ScatteredWriter<W>(LayerWriter<W>);
+
+impl<W: Write> ScatteredWriter<W> {
+    /// Begins a layer of a disk of `virtual_size` (0: as large as the layer below says).
+    ///
+    /// # Errors
+    /// [`LsmtError::Size`], [`LsmtError::Write`].
+    pub fn new(out: W, virtual_size: Bytes, identity: Identity) -> Result<Self, LsmtError> {
+        LayerWriter::new(out, virtual_size, identity).map(Self)
+    }
+
+    /// Adds payload, a multiple of 512 bytes, and says at which sector of the layer it lies.
+    ///
+    /// # Errors
+    /// [`LsmtError::Run`] for bytes that are no whole sectors, [`LsmtError::Write`].
+    pub fn append(&mut self, bytes: &[u8]) -> Result<Sectors, LsmtError> {
+        let at = self.0.position;
+        let count = Bytes(bytes.len() as u64).sectors_ceil();
+        if !(bytes.len() as u64).is_multiple_of(SECTOR) || at + count.0 > MOFFSET_LIMIT {
+            let rule = "payload is whole sectors with 55-bit numbers";
+            return Err(run_error(Sectors(at), at + count.0, rule));
+        }
+        self.0.out.write_all(bytes)?;
+        self.0.position += count.0;
+        Ok(Sectors(at))
+    }
+
+    /// The `count` sectors from `lba` on are the payload from sector `at` of the layer on. Calls of all
+    /// kinds come in ascending order of `lba`.
+    ///
+    /// # Errors
+    /// [`LsmtError::Run`] for a run that overlaps an earlier one, leaves the disk, or is not in the
+    /// payload added so far; [`LsmtError::TooManyMappings`].
+    pub fn map(&mut self, lba: Sectors, count: Sectors, at: Sectors) -> Result<(), LsmtError> {
+        let end = self.0.admit(lba, count)?;
+        let inside =
+            at >= FIRST_SECTOR && at.checked_add(count).is_some_and(|end| end.0 <= self.0.position);
+        if !inside {
+            return Err(run_error(lba, end, "the layer has no payload there"));
+        }
+        let (mut lba, mut at) = (lba.0, at.0);
+        while lba < end {
+            // Whole blocks of 4 KiB, so that no entry ends within one that the reader decodes.
+            let len = (end - lba).min(MAX_LEN - MAX_LEN % 8);
+            self.0.entry(lba, len, false, 0, at)?;
+            lba += len;
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// `count` sectors from `lba` on are zero, whatever lower layers say.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map).
+    pub fn zeroed(&mut self, lba: Sectors, count: Sectors) -> Result<(), LsmtError> {
+        self.0.zeroed(lba, count)
+    }
+
+    /// Payload sectors so far, the layer's header included.
+    #[must_use]
+    pub fn position(&self) -> Sectors {
+        Sectors(self.0.position)
+    }
+
+    /// Writes index (padded to a page) and trailer.
+    ///
+    /// # Errors
+    /// [`LsmtError::TooManyMappings`], [`LsmtError::Write`].
+    pub fn finish(self) -> Result<W, LsmtError> {
+        self.0.finish(true)
+    }
+}
+
 /// Collects a TurboOCI layer: metadata payload in memory, and mappings into the original layer's
 /// uncompressed tar.
 pub struct WarpWriter(LayerWriter<Vec<u8>>);

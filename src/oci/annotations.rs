@@ -43,6 +43,8 @@ pub const VERSION_NATIVE: &str = "0.1.0";
 pub const ORIGIN: &str = "dev.turbobd.origin";
 /// `artifactType` of a TurboOCI image that names its original as `subject` (spec turbooci 2).
 pub const ARTIFACT_TYPE_TURBO: &str = "application/vnd.containerd.overlaybd.turbo.v1+json";
+/// `artifactType` of a native image that names its original as `subject` (spec turbooci 2).
+pub const ARTIFACT_TYPE_NATIVE: &str = "application/vnd.containerd.overlaybd.native.v1+json";
 
 /// [`VERSION`] of a layer that holds metadata only.
 pub const VERSION_TURBO: &str = "0.1.0-turbo.ociv1";

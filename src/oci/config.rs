@@ -107,6 +107,27 @@ impl ImageConfig {
     }
 }
 
+impl ImageConfig {
+    /// The bytes of the same config with one more layer on top, and one more entry of its history if it has
+    /// one. Every other byte is kept.
+    #[must_use]
+    pub fn with_layer(&self, diff_id: Digest, history: &Value) -> Vec<u8> {
+        let mut diff_ids = self.diff_ids.clone();
+        diff_ids.push(diff_id);
+        let bytes = self.with_diff_ids(&diff_ids);
+        // What was text stays text.
+        let Ok(text) = String::from_utf8(bytes.clone()) else { return bytes };
+        let Ok(place) = member(&text, 0..text.len(), "history") else { return bytes };
+        let Some(list) = text[place.clone()].strip_suffix(']').filter(|list| list.starts_with('['))
+        else {
+            return bytes;
+        };
+        let comma = if list[1..].trim().is_empty() { "" } else { "," };
+        let end = place.start + list.len();
+        format!("{}{comma}{history}{}", &text[..end], &text[end..]).into_bytes()
+    }
+}
+
 /// Where the value of `key` lies in the JSON object that spans `object`, in text already known to be JSON.
 fn member(text: &str, object: Range<usize>, key: &str) -> Result<Range<usize>, &'static str> {
     let mut scanner = Scanner { text: text.as_bytes(), at: object.start };

@@ -308,6 +308,27 @@ impl Repository {
         BlobReader::new(&self.place, &self.mirrors, digest, size)
     }
 
+    /// Takes over a blob of the repository `from` of the same registry without sending it; says whether the
+    /// registry did. One that does not do such things opens an upload instead, which is left to expire.
+    ///
+    /// # Errors
+    /// See [`RegistryError`]; a refusal, as for want of the right to read `from`, is no error here.
+    pub fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool, RegistryError> {
+        let what = self.place.describe(&format!("blob {digest}"));
+        let path = format!("blobs/uploads/?mount=sha256%3A{}&from={from}", digest.hex());
+        let call = Call::new(Method::POST, self.place.url(&path)?, what)
+            .header(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        match self.ask(&call, &[201, 202]) {
+            Ok(landed) => {
+                let mounted = landed.reply.status == 201;
+                landed.reply.body.discard();
+                Ok(mounted)
+            }
+            Err(RegistryError::NotFound { .. } | RegistryError::Denied { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Stores a blob that is in memory, unless the repository has it; says whether it was sent.
     ///
     /// # Errors

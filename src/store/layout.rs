@@ -114,6 +114,31 @@ impl ImageStore for LayoutStore {
         Ok(())
     }
 
+    fn put_blob_from(
+        &self,
+        digest: &Digest,
+        size: u64,
+        open: &mut dyn FnMut() -> Result<Box<dyn Read + Send>, StoreError>,
+    ) -> Result<(), StoreError> {
+        if self.layout.has_blob(digest, size) {
+            return Ok(());
+        }
+        let broken =
+            |source| StoreError::Broken { store: self.name.clone(), digest: *digest, source };
+        let mut writer = self.layout.blob_writer()?;
+        std::io::copy(&mut open()?.take(size + 1), &mut writer).map_err(broken)?;
+        let written = writer.commit("")?;
+        if written.digest != *digest {
+            let got = written.digest;
+            return Err(StoreError::Damaged { store: self.name.clone(), digest: *digest, got });
+        }
+        Ok(())
+    }
+
+    fn has_blob(&self, digest: &Digest, size: u64) -> Result<bool, StoreError> {
+        Ok(self.layout.has_blob(digest, size))
+    }
+
     fn put_manifest(
         &self,
         tag: Option<&str>,

@@ -83,6 +83,28 @@ impl ImageStore for MemoryStore {
         Ok(())
     }
 
+    fn put_blob_from(
+        &self,
+        digest: &Digest,
+        size: u64,
+        open: &mut dyn FnMut() -> Result<Box<dyn Read + Send>, StoreError>,
+    ) -> Result<(), StoreError> {
+        let (store, digest) = (self.name().to_owned(), *digest);
+        let mut bytes = Vec::new();
+        if let Err(source) = open()?.take(size + 1).read_to_end(&mut bytes) {
+            return Err(StoreError::Broken { store, digest, source });
+        }
+        let got = Digest::of(&bytes);
+        if got != digest {
+            return Err(StoreError::Damaged { store, digest, got });
+        }
+        self.put_blob(&bytes)
+    }
+
+    fn has_blob(&self, digest: &Digest, _: u64) -> Result<bool, StoreError> {
+        Ok(self.contents().blobs.contains_key(digest))
+    }
+
     fn put_manifest(
         &self,
         tag: Option<&str>,

@@ -76,6 +76,36 @@ impl ImageStore for RepositoryStore {
         Ok(())
     }
 
+    fn put_blob_from(
+        &self,
+        digest: &Digest,
+        size: u64,
+        open: &mut dyn FnMut() -> Result<Box<dyn Read + Send>, StoreError>,
+    ) -> Result<(), StoreError> {
+        self.repository.push_blob_from(digest, size, &mut || match open() {
+            Ok(reader) => Ok(reader),
+            Err(error) => Err(std::io::Error::other(error)),
+        })?;
+        Ok(())
+    }
+
+    fn has_blob(&self, digest: &Digest, _: u64) -> Result<bool, StoreError> {
+        Ok(self.repository.blob_exists(digest)?)
+    }
+
+    fn mount_blob(&self, digest: &Digest, from: &dyn ImageStore) -> Result<bool, StoreError> {
+        match from.repository() {
+            Some((host, name)) if host == self.repository.host() => {
+                Ok(self.repository.mount_blob(digest, name)?)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn repository(&self) -> Option<(&str, &str)> {
+        Some((self.repository.host(), self.repository.name()))
+    }
+
     fn put_manifest(
         &self,
         tag: Option<&str>,

@@ -6,9 +6,10 @@
 use std::io::{self, Seek, SeekFrom, Write};
 
 use super::ZFileError;
+use super::block::BlockEncoder;
 use super::header::{
-    Algo, BLOCK_SEED, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED,
-    MAX_BLOCK, MAX_BLOCKS, MIN_BLOCK, Record, SPACE, raw_crc32c,
+    Algo, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED, MAX_BLOCK,
+    MAX_BLOCKS, MIN_BLOCK, Record, SPACE, raw_crc32c,
 };
 
 /// Most stored bytes of a block, checksum included: the size of the buffer in upstream
@@ -54,7 +55,7 @@ pub struct Summary {
 pub struct Writer<W> {
     out: W,
     options: Options,
-    encoder: Encoder,
+    encoder: BlockEncoder,
     plain: Vec<u8>,
     packed: Vec<u8>,
     lengths: Vec<u32>,
@@ -67,9 +68,15 @@ pub struct Writer<W> {
     failed: Option<ZFileError>,
 }
 
-enum Encoder {
-    Lz4,
-    Zstd(zstd::bulk::Compressor<'static>),
+/// Blocks that another thread has compressed: they follow each other in `bytes`.
+#[derive(Default)]
+pub(super) struct PackedBlocks {
+    /// Stored bytes of all blocks.
+    pub(super) bytes: Vec<u8>,
+    /// Stored bytes of each.
+    pub(super) lengths: Vec<u64>,
+    /// Plain bytes of all blocks together.
+    pub(super) plain_len: u64,
 }
 
 impl<W: Write> Writer<W> {
@@ -83,10 +90,7 @@ impl<W: Write> Writer<W> {
             let rule = format!("block size {size} is not a power of two from 4096 to 65536");
             return Err(ZFileError::Options { rule });
         }
-        let encoder = match options.algo {
-            Algo::Lz4 => Encoder::Lz4,
-            Algo::Zstd => Encoder::Zstd(zstd::bulk::Compressor::new(options.level)?),
-        };
+        let encoder = BlockEncoder::new(&options)?;
         let first = record(&options, FLAG_HEADER | FLAG_DATA | FLAG_DIGEST);
         out.write_all(&first.encode())?;
         Ok(Self {
@@ -151,25 +155,26 @@ impl<W: Write> Writer<W> {
     }
 
     fn try_put_block(&mut self, plain: &[u8]) -> Result<(), ZFileError> {
-        let bound = lz4_flex::block::get_maximum_output_size(plain.len())
-            .max(zstd::zstd_safe::compress_bound(plain.len()));
-        self.packed.resize(bound, 0);
-        let len = match &mut self.encoder {
-            Encoder::Lz4 => {
-                lz4_flex::block::compress_into(plain, &mut self.packed).map_err(io::Error::other)?
-            }
-            Encoder::Zstd(encoder) => encoder.compress_to_buffer(plain, &mut self.packed[..])?,
-        };
-        self.packed.truncate(len);
-        if self.options.verify {
-            let crc = raw_crc32c(BLOCK_SEED, &self.packed);
-            self.packed.extend_from_slice(&crc.to_le_bytes());
-        }
-        let length = self.admit(self.packed.len() as u64)?;
+        self.packed.clear();
+        let stored = self.encoder.encode(plain, &mut self.packed)?;
+        let length = self.admit(stored)?;
         self.out.write_all(&self.packed)?;
         self.written += u64::from(length);
         self.lengths.push(length);
         self.original_size += plain.len() as u64;
+        Ok(())
+    }
+
+    /// Adds blocks that were compressed elsewhere with the same options. All blocks but the last of the
+    /// file have the full size, and nothing is written by [`Write`] beside this.
+    pub(super) fn put_packed(&mut self, blocks: &PackedBlocks) -> Result<(), ZFileError> {
+        for &stored in &blocks.lengths {
+            let length = self.admit(stored)?;
+            self.lengths.push(length);
+        }
+        self.out.write_all(&blocks.bytes)?;
+        self.written += blocks.bytes.len() as u64;
+        self.original_size += blocks.plain_len;
         Ok(())
     }
 

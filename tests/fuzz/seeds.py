@@ -107,3 +107,32 @@ seed('trace', 'ours', b'\xfe' + ours)
 seed('trace', 'twice', b'\x80' + ours + ours)
 records = struct.pack('<cxxxIQq', b'R', 0, 4096, 512) + struct.pack('<cxxxIQq', b'W', 1, 1, 1)
 seed('trace', 'upstream', b'\1' + struct.pack('<IxxxxQIxxxx', 0xC2EF1820, len(records), 0) + records)
+
+# `ext4` takes a sparse disk, of 8 MiB here: block and length in 16 bits, then the block. mke2fs fills it without a mount.
+import shutil, subprocess, tempfile
+if mke2fs := shutil.which('mke2fs', path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin'):
+    with tempfile.TemporaryDirectory() as work:
+        content, disk = os.path.join(work, 'content'), os.path.join(work, 'disk')
+        os.makedirs(os.path.join(content, 'd'))
+        with open(os.path.join(content, 'file'), 'wb') as file:
+            file.write(b'data')
+            os.setxattr(file.fileno(), 'user.a', b'v' * 300)
+        with open(os.path.join(content, 'pieces'), 'wb') as file:
+            for piece in range(6):
+                file.seek(piece * 8192)
+                file.write(b'p')
+        os.link(os.path.join(content, 'file'), os.path.join(content, 'd', 'hard'))
+        os.symlink('short', os.path.join(content, 'fast')); os.symlink('s' * 100, os.path.join(content, 'slow'))
+        for name, features in [('plain', '^has_journal,^metadata_csum,uninit_bg'), ('sums', '^has_journal,metadata_csum,64bit'),
+                               ('pointers', '^has_journal,^extent,^64bit,^flex_bg,^metadata_csum'),
+                               ('bare', '^has_journal,^metadata_csum,^uninit_bg,^resize_inode,^dir_index,meta_bg')]:
+            subprocess.run(['truncate', '-s', '0', disk], check=True)
+            subprocess.run(['truncate', '-s', '8M', disk], check=True)
+            subprocess.run([mke2fs, '-q', '-F', '-t', 'ext4', '-b', '4096', '-N', '32', '-O', features, '-d', content, disk], check=True)
+            blocks = b''
+            with open(disk, 'rb') as file:
+                for number in range(2048):
+                    block = file.read(4096).rstrip(b'\0')
+                    if block:
+                        blocks += struct.pack('<HH', number, len(block)) + block
+            seed('ext4', name, blocks)

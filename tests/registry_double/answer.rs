@@ -361,6 +361,13 @@ fn upload(asked: &Asked, state: &mut State, repository: &str, session: &str) -> 
     };
     match asked.method {
         Method::POST => {
+            let mount = asked.parameter("mount").and_then(|digest| digest.parse::<Digest>().ok());
+            if let (Some(digest), Some(from)) = (mount, asked.parameter("from"))
+                && let Some(bytes) = state.blobs.get(&(from, digest)).cloned()
+            {
+                state.blobs.insert((repository.to_owned(), digest), bytes);
+                return Answer::new(201).with(LOCATION, format!("/v2/{repository}/blobs/{digest}"));
+            }
             let session = format!("session{}", state.next_number());
             state.uploads.insert(session.clone(), Vec::new());
             goes_on(state, &session)

@@ -260,6 +260,7 @@ fn list_tree(tree: &Tree) -> Listing {
             Kind::Char { major, minor } => format!("char {:?}", (major, minor)),
             Kind::Block { major, minor } => format!("block {:?}", (major, minor)),
             Kind::Fifo => "fifo".to_owned(),
+            Kind::Socket => "socket".to_owned(),
             Kind::Regular { size, .. } => format!("file {}", size.get()),
         };
         let attributes = tree.attributes(node).clone();

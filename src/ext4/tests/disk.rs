@@ -6,8 +6,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::ext4::{Geometry, Identity, Image, Kind, LayerBlocks, NodeId, Run, Tree};
-use crate::units::Bytes;
+use crate::ext4::{Geometry, Identity, Image, Kind, LayerBlocks, NodeId, Run, Tree, read};
+use crate::units::{Bytes, Sectors};
+use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
 
 /// Byte `offset` of the fake tar that every layer's data comes from; never zero.
 pub(super) fn tar_byte(offset: u64) -> u8 {
@@ -19,11 +20,47 @@ pub(super) fn tar_bytes(offset: u64, len: u64) -> Vec<u8> {
     (offset..offset + len).map(tar_byte).collect()
 }
 
+/// A file as a volume.
+pub(super) struct FileVolume(pub(super) File);
+
+impl Volume for FileVolume {
+    fn size(&self) -> u64 {
+        self.0.metadata().unwrap().len()
+    }
+
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        _: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError> {
+        let end = offset.saturating_add(len as u64);
+        if end > self.size() {
+            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
+        }
+        let mut bytes = vec![0; len];
+        self.0.read_exact_at(&mut bytes, offset).unwrap();
+        Ok(Located::Ready(vec![Piece::Memory { guard: std::sync::Arc::new(bytes), range: 0..len }]))
+    }
+}
+
+/// Runs of sectors that a file has data for.
+pub(super) fn written(file: &File) -> Vec<(Sectors, Sectors)> {
+    use rustix::fs::{SeekFrom, seek};
+    let mut runs = Vec::new();
+    let mut at = 0;
+    while let Ok(start) = seek(file, SeekFrom::Data(at)) {
+        at = seek(file, SeekFrom::Hole(start)).unwrap();
+        runs.push((Sectors(start / 512), Sectors((at - start).div_ceil(512))));
+    }
+    runs
+}
+
 /// An image and the disk it makes.
 pub(super) struct Disk {
     _dir: tempfile::TempDir,
     pub(super) path: PathBuf,
-    file: File,
+    pub(super) file: File,
     pub(super) image: Image,
 }
 
@@ -35,6 +72,14 @@ impl Disk {
         file.set_len(size).unwrap();
         let image = Image::new(Geometry { size: Bytes(size) }, Identity::default()).unwrap();
         Disk { _dir: dir, path, file, image }
+    }
+
+    /// Reads the filesystem back, as a process does that has not made the lower layers.
+    pub(super) fn reopen(&mut self) -> Tree {
+        let volume = FileVolume(self.file.try_clone().unwrap());
+        let (tree, image) = read(&volume, written(&self.file)).unwrap();
+        self.image = image;
+        tree
     }
 
     /// Commits a layer and writes it over what is there, as a stack of layers would be read.
@@ -74,15 +119,8 @@ impl Disk {
     }
 
     pub(super) fn fsck(&self) {
-        let output = Command::new("e2fsck")
-            .arg("-fn")
-            .arg(&self.path)
-            .output()
-            .expect("e2fsck (e2fsprogs) is needed");
-        let text = String::from_utf8_lossy(&output.stdout).into_owned()
-            + &String::from_utf8_lossy(&output.stderr);
-        let text: String = text.chars().take(4000).collect();
-        assert!(output.status.success(), "{text}");
+        let (clean, text) = fsck(&self.path);
+        assert!(clean, "{text}");
         // Some remarks, as on extent trees that could be smaller, do not change the exit code.
         assert!(!text.contains('?'), "{text}");
     }
@@ -144,6 +182,15 @@ impl Disk {
     }
 }
 
+/// Whether `e2fsck -fn` finds nothing wrong, and the beginning of what it says.
+pub(super) fn fsck(path: &Path) -> (bool, String) {
+    let output =
+        Command::new("e2fsck").arg("-fn").arg(path).output().expect("e2fsck (e2fsprogs) is needed");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), text.chars().take(4000).collect())
+}
+
 fn os_bytes(name: std::ffi::OsString) -> Vec<u8> {
     std::os::unix::ffi::OsStringExt::into_vec(name)
 }
@@ -200,6 +247,7 @@ fn compare_one(tree: &Tree, node: NodeId, path: &Path) {
             assert_eq!(meta.rdev(), rustix::fs::makedev(major, minor), "device of {shown}");
         }
         Kind::Fifo => assert!(kind.is_fifo()),
+        Kind::Socket => assert!(kind.is_socket()),
     }
     compare_xattrs(tree, node, path);
 }

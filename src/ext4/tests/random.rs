@@ -7,7 +7,7 @@ use super::{MIB, TarOffsets, attributes, with_xattrs};
 use crate::ext4::{Kind, NodeId, Tree};
 
 #[derive(Clone, Debug)]
-enum Step {
+pub(super) enum Step {
     Directory,
     File(u64),
     Sparse(Vec<(u16, u16)>),
@@ -19,7 +19,7 @@ enum Step {
     Layer,
 }
 
-fn step() -> impl Strategy<Value = Step> {
+pub(super) fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => Just(Step::Directory),
         4 => (0u64..100_000).prop_map(Step::File),
@@ -34,7 +34,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 /// Every node by a walk, with the directory and name it was found by.
-fn walk(tree: &Tree) -> Vec<(NodeId, Vec<u8>, NodeId)> {
+pub(super) fn walk(tree: &Tree) -> Vec<(NodeId, Vec<u8>, NodeId)> {
     let mut found = Vec::new();
     let mut open = vec![tree.root()];
     while let Some(dir) = open.pop() {
@@ -48,7 +48,13 @@ fn walk(tree: &Tree) -> Vec<(NodeId, Vec<u8>, NodeId)> {
     found
 }
 
-fn apply(tree: &mut Tree, tar: &mut TarOffsets, serial: usize, step: &Step, choice: usize) {
+pub(super) fn apply(
+    tree: &mut Tree,
+    tar: &mut TarOffsets,
+    serial: usize,
+    step: &Step,
+    choice: usize,
+) {
     let all = walk(tree);
     let mut dirs = vec![tree.root()];
     dirs.extend(

@@ -1,0 +1,178 @@
+//! Native layers: everything a layer puts on the disk, in one blob.
+//!
+//! ```text
+//! tar data, as it passes ──▶ Payload ──▶ LSMT stream ──▶ ZFile, all cores ──▶ work file
+//!                              │ tar sector → payload sector                      │
+//! ext4 of this layer ──────────┴──▶ index, at the end                             ▼ SHA-256
+//! ```
+//!
+//! Where a file's data will lie on the disk is known only when the whole tar has been seen: a later entry
+//! may replace it, a whiteout may hide it. But an LSMT index may point anywhere into its payload, so
+//! nothing has to wait: data goes into the payload **in the order of the tar**, and the index, written
+//! last, says which disk sectors it is. Memory holds some blocks and 24 bytes a file. The disk is that
+//! of the TurboOCI conversion, sector for sector: the same tree, the same allocation, and each of its
+//! mappings into the tar becomes one into the payload.
+//!
+//! * Each file begins on a new 4 KiB of payload and its last block is filled up with zeros, as the
+//!   disk has it. So a file is one compressed block a disk block, consecutive files become one
+//!   index entry, and what a hostile tar has in its padding goes nowhere.
+//! * A block of zeros is not stored. In the lowest layer nothing is said about it; above, it is
+//!   declared zero, whatever lies below.
+//! * Metadata follows behind all data, together.
+//! * The blob is written to an unnamed *work file*: its length stands in its first bytes, so it cannot
+//!   be sent before it is complete. Its digest is computed while the next layer is under way.
+
+mod blob;
+mod payload;
+
+pub use blob::NativeBlob;
+pub(super) use blob::{Hashing, Unhashed};
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest as _, Sha256};
+
+use super::LayerError;
+use crate::ext4::LayerBlocks;
+use crate::lsmt::{Identity, ScatteredWriter, Uuid, WritableLayer};
+use crate::oci::Digest;
+use crate::units::Bytes;
+use crate::zfile::{self, ParallelWriter, wrap};
+use payload::{Payload, Stored};
+
+/// Bytes in front of the `ZFile` in a tar of form A.
+const HEAD: u64 = 1536;
+
+/// What a native layer says of itself, and how it is written.
+#[derive(Clone, Debug)]
+pub struct NativeLayer {
+    /// Size of the disk, or 0 in a layer above the lowest: readers take it from below (spec turbooci 4).
+    pub virtual_size: Bytes,
+    /// This layer and the one below.
+    pub identity: Identity,
+    /// Whether there are layers below, whose bytes a block of zeros must hide.
+    pub has_lower: bool,
+    /// Compression.
+    pub zfile: zfile::Options,
+}
+
+/// A native layer that is being written while its tar passes.
+pub(super) struct NativeBuilder {
+    payload: Payload<ParallelWriter<File>>,
+    has_lower: bool,
+}
+
+impl NativeBuilder {
+    /// Begins a layer in an unnamed file in `dir`.
+    pub(super) fn begin(layer: NativeLayer, dir: Option<&Path>) -> Result<Self, LayerError> {
+        let zfile = begin_blob(layer.zfile, dir)?;
+        let lsmt = ScatteredWriter::new(zfile, layer.virtual_size, layer.identity)?;
+        Ok(Self { payload: Payload::new(lsmt), has_lower: layer.has_lower })
+    }
+
+    /// The data of the next entry begins at `offset` of the uncompressed tar.
+    pub(super) fn start(&mut self, offset: Bytes) -> Result<(), LayerError> {
+        Ok(self.payload.start(offset)?)
+    }
+
+    /// Takes data of that entry, without padding.
+    pub(super) fn data(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
+        Ok(self.payload.data(bytes)?)
+    }
+
+    /// Writes metadata and index and completes the blob.
+    pub(super) fn finish(self, blocks: &LayerBlocks) -> Result<Unhashed, LayerError> {
+        let (zfile, stored) = self.payload.finish(blocks, self.has_lower)?;
+        complete_blob(zfile, stored)
+    }
+}
+
+/// A blob in an unnamed file in `dir`; the LSMT stream of a layer is written to it.
+fn begin_blob(
+    options: zfile::Options,
+    dir: Option<&Path>,
+) -> Result<ParallelWriter<File>, LayerError> {
+    let dir: PathBuf = dir.map_or_else(std::env::temp_dir, Path::to_path_buf);
+    let work_file = |source| LayerError::WorkFile { dir: dir.clone(), source };
+    let mut file = tempfile::tempfile_in(&dir).map_err(work_file)?;
+    // The real head needs the length, which is known at the end.
+    file.write_all(&[0; HEAD as usize]).map_err(work_file)?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(ParallelWriter::new(file, options, threads)?)
+}
+
+/// Ends the `ZFile` and puts the tar around it.
+fn complete_blob(zfile: ParallelWriter<File>, stored: Stored) -> Result<Unhashed, LayerError> {
+    let (mut file, summary) = zfile.finish()?;
+    let out = |error: io::Error| LayerError::ZFile(error.into());
+    wrap::write_tail(summary.len, &mut file).map_err(out)?;
+    let len = file.stream_position().map_err(out)?;
+    file.seek(SeekFrom::Start(0)).map_err(out)?;
+    file.write_all(&wrap::head(summary.len)).map_err(out)?;
+    Ok(Unhashed { file, len, plain: summary.original_size, stored })
+}
+
+/// Makes a native layer's blob of what a writable layer holds.
+///
+/// # Errors
+/// [`LayerError`]; the writable layer stays as it is.
+pub fn commit_layer(
+    layer: &mut WritableLayer,
+    virtual_size: Bytes,
+    identity: Identity,
+    options: zfile::Options,
+    dir: Option<&Path>,
+) -> Result<NativeBlob, LayerError> {
+    let zfile = begin_blob(options, dir)?;
+    let zfile = layer.commit(zfile, virtual_size, identity).map_err(Box::new)?;
+    complete_blob(zfile, Stored::default())?.hash()?.done()
+}
+
+/// The identities of native layers over these unpacked layers: the first half of each one's OCI chain id, as
+/// upstream's conversion gives them (spec turbooci 4).
+#[must_use]
+pub fn layer_uuids(diff_ids: &[Digest]) -> Vec<Uuid> {
+    let mut chain: Option<Digest> = None;
+    diff_ids
+        .iter()
+        .map(|id| {
+            let link = chain.map_or(*id, |below| {
+                let mut hasher = Sha256::new();
+                hasher.update(format!("{below} {id}"));
+                Digest::from_hasher(hasher)
+            });
+            chain = Some(link);
+            let mut uuid = [0; 16];
+            for (byte, pair) in uuid.iter_mut().zip(link.hex().as_bytes().chunks(2)) {
+                let pair = std::str::from_utf8(pair).unwrap_or("0");
+                *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
+            }
+            Uuid(uuid)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_is_half_of_the_chain_id() {
+        // hello-world of upstream's repository: one layer, whose chain id is its diff_id (spec golden 1).
+        let id = "sha256:01bb4fce3eb1b56b05adf99504dafd31907a5aadac736e36b27595c8b92f07f1";
+        let uuids = layer_uuids(&[id.parse().unwrap()]);
+        assert_eq!(uuids[0].to_string(), "01BB4FCE-3EB1-B56B-05AD-F99504DAFD31");
+        // Chain ids by the rule of the image specification, computed with sha256sum.
+        let uuids = layer_uuids(&[Digest::of(b"a"), Digest::of(b"b")]);
+        assert_eq!(uuids[0].to_string(), "CA978112-CA1B-BDCA-FAC2-31B39A23DC4D");
+        let text = format!("{} {}", Digest::of(b"a"), Digest::of(b"b"));
+        assert!(
+            Digest::of(text.as_bytes())
+                .hex()
+                .to_uppercase()
+                .starts_with(&uuids[1].to_string()[..8])
+        );
+    }
+}

@@ -1,0 +1,187 @@
+//! All directories from the root down, then the tree.
+
+use std::collections::BTreeMap;
+
+use super::file::{self, File};
+use super::groups::Groups;
+use super::superblock::Superblock;
+use super::{ReadError, Source, damaged, directory, xattr};
+use crate::ext4::file::Kind;
+use crate::ext4::geometry::BLOCK;
+use crate::ext4::image::{LOST_AND_FOUND_NAME, ROOT_INODE, Record};
+use crate::ext4::tree::{NodeId, Tree};
+use crate::ext4::xattr::SharedBlocks;
+
+type Names = Vec<(Box<[u8]>, u32)>;
+type Finished = (Tree, Vec<Option<Record>>, Option<Record>, SharedBlocks);
+
+/// What was found.
+pub(super) struct Walk {
+    /// By inode: ours come back in the order in which they were made.
+    files: BTreeMap<u32, File>,
+    names: BTreeMap<u32, Names>,
+    lost_and_found: Option<Record>,
+    xattrs: XattrBlocks,
+}
+
+impl Walk {
+    /// Reads every file that has a name.
+    pub(super) fn whole(
+        source: Source<'_>,
+        superblock: &Superblock,
+        groups: &mut Groups,
+    ) -> Result<Self, ReadError> {
+        let mut xattrs = XattrBlocks::default();
+        let mut files = BTreeMap::new();
+        let mut names = BTreeMap::new();
+        let root = file::read(source, groups, &mut xattrs, ROOT_INODE)?;
+        if root.kind != Kind::Directory {
+            return Err(damaged("The root", "is not a directory"));
+        }
+        files.insert(ROOT_INODE, root);
+        let mut open = vec![ROOT_INODE];
+        while let Some(dir) = open.pop() {
+            let Some(content) = files.get(&dir).map(|file: &File| file.content.clone()) else {
+                continue;
+            };
+            let entries = read_names(source, groups, dir, &content)?;
+            for &(_, child) in &entries {
+                let known = files.get(&child);
+                if child < superblock.first_inode
+                    || known.is_some_and(|file| file.kind == Kind::Directory)
+                {
+                    let rule = "is a directory with two names, or reserved and has one";
+                    return Err(damaged(format!("Inode {child}"), rule));
+                }
+                if known.is_none() {
+                    let file = file::read(source, groups, &mut xattrs, child)?;
+                    if file.kind == Kind::Directory {
+                        open.push(child);
+                    }
+                    files.insert(child, file);
+                }
+            }
+            names.insert(dir, entries);
+        }
+        let mut walk = Self { files, names, lost_and_found: None, xattrs };
+        walk.hide_lost_and_found(superblock.first_inode);
+        Ok(walk)
+    }
+
+    /// Takes mkfs's own directory out of the tree.
+    fn hide_lost_and_found(&mut self, inode: u32) {
+        let is_own = |file: &File| {
+            let own = &file.attributes;
+            file.kind == Kind::Directory
+                && (own.mode, own.uid, own.gid) == (0o700, 0, 0)
+                && own.xattrs.is_empty()
+        };
+        if !self.files.get(&inode).is_some_and(is_own)
+            || self.names.get(&inode).is_some_and(|names| !names.is_empty())
+        {
+            return;
+        }
+        let Some(root) = self.names.get_mut(&ROOT_INODE) else { return };
+        let at =
+            root.iter().position(|(name, child)| **name == *LOST_AND_FOUND_NAME && *child == inode);
+        if let Some(at) = at {
+            root.remove(at);
+            self.names.remove(&inode);
+            self.lost_and_found = self.files.remove(&inode).map(|file| file.record);
+        }
+    }
+
+    /// The tree, what its nodes have by number, and the filesystem's own `lost+found`.
+    pub(super) fn finish(self) -> Result<Finished, ReadError> {
+        let mut tree = Tree::new();
+        let mut records = Vec::with_capacity(self.files.len());
+        let mut nodes: BTreeMap<u32, NodeId> = BTreeMap::new();
+        for (inode, file) in self.files {
+            let node = if inode == ROOT_INODE {
+                tree.set_attributes(tree.root(), file.attributes);
+                tree.root()
+            } else {
+                tree.restore(file.kind, file.attributes).ok_or_else(|| {
+                    ReadError::Unsupported("it has more files than there are numbers".into())
+                })?
+            };
+            nodes.insert(inode, node);
+            records.push(Some(file.record));
+        }
+        for (dir, names) in self.names {
+            for (name, inode) in names {
+                if let (Some(&dir), Some(&node)) = (nodes.get(&dir), nodes.get(&inode)) {
+                    tree.restore_name(dir, name, node).map_err(|error| {
+                        damaged("A directory", format!("holds what none can: {error}"))
+                    })?;
+                }
+            }
+        }
+        let shared = self.xattrs.shared()?;
+        Ok((tree, records, self.lost_and_found, shared))
+    }
+}
+
+fn read_names(
+    source: Source<'_>,
+    groups: &mut Groups,
+    dir: u32,
+    content: &[u64],
+) -> Result<Names, ReadError> {
+    let mut names = Vec::new();
+    for &place in content {
+        let block = source.block(place)?;
+        groups.emitted.know(place, &block[..]);
+        directory::entries(dir, &block[..], &mut names)?;
+    }
+    Ok(names)
+}
+
+/// Attribute blocks, which several files may share.
+#[derive(Default)]
+pub(super) struct XattrBlocks(BTreeMap<u64, XattrBlock>);
+
+struct XattrBlock {
+    bytes: Box<[u8; BLOCK]>,
+    found: u32,
+    claimed: u32,
+}
+
+impl XattrBlocks {
+    /// Adds the attributes in the block at `place` of `inode`.
+    pub(super) fn read(
+        &mut self,
+        source: Source<'_>,
+        groups: &mut Groups,
+        inode: u32,
+        place: u64,
+        found: &mut BTreeMap<Vec<u8>, Vec<u8>>,
+    ) -> Result<(), ReadError> {
+        if let Some(known) = self.0.get_mut(&place) {
+            known.found += 1;
+            xattr::in_block(inode, &known.bytes[..], found)?;
+            return Ok(());
+        }
+        groups.claim(place, 1, inode)?;
+        let bytes = source.block(place)?;
+        groups.emitted.know(place, &bytes[..]);
+        let claimed = xattr::in_block(inode, &bytes[..], found)?;
+        self.0.insert(place, XattrBlock { bytes, found: 1, claimed });
+        Ok(())
+    }
+
+    /// Those with more than one file.
+    fn shared(self) -> Result<SharedBlocks, ReadError> {
+        let mut shared = SharedBlocks::default();
+        for (place, block) in self.0 {
+            if block.found > block.claimed {
+                let rule = format!("counts {} files, but {} have it", block.claimed, block.found);
+                return Err(damaged(format!("The attribute block {place}"), rule));
+            }
+            if block.claimed > 1 {
+                shared.insert(place, block.bytes, block.claimed);
+            }
+        }
+        Ok(shared)
+    }
+}

@@ -1,0 +1,139 @@
+//! Which disk sectors a writable layer has, and where: runs without overlap, of which later ones replace
+//! what they cover of earlier ones.
+
+use std::collections::BTreeMap;
+
+/// What a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// Zeros.
+    Zero,
+    /// From this sector of the data file on.
+    At(u64),
+}
+
+impl Content {
+    fn advance(self, by: u64) -> Self {
+        match self {
+            Content::Zero => Content::Zero,
+            Content::At(at) => Content::At(at + by),
+        }
+    }
+}
+
+/// First sector → length and content.
+#[derive(Debug, Default)]
+pub(super) struct Extents {
+    runs: BTreeMap<u64, (u64, Content)>,
+}
+
+impl Extents {
+    pub(super) fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// All runs, ascending: first sector, length, content.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, u64, Content)> + '_ {
+        self.runs.iter().map(|(&start, &(len, content))| (start, len, content))
+    }
+
+    /// Puts a run over what is there.
+    pub(super) fn insert(&mut self, lba: u64, len: u64, content: Content) {
+        if len == 0 {
+            return;
+        }
+        let end = lba + len;
+        // The one that begins before may reach into the new one, or past it.
+        if let Some((&start, &(old_len, old))) = self.runs.range(..lba).next_back()
+            && start + old_len > lba
+        {
+            self.runs.insert(start, (lba - start, old));
+            if start + old_len > end {
+                self.runs.insert(end, (start + old_len - end, old.advance(end - start)));
+            }
+        }
+        while let Some((&start, &(old_len, old))) = self.runs.range(lba..end).next() {
+            self.runs.remove(&start);
+            if start + old_len > end {
+                self.runs.insert(end, (start + old_len - end, old.advance(end - start)));
+            }
+        }
+        // Joined to the one before where it goes on in the data file too: a long sequential write is one run.
+        if let Some((&start, &(old_len, old))) = self.runs.range(..lba).next_back()
+            && start + old_len == lba
+            && old.advance(old_len) == content
+        {
+            self.runs.insert(start, (old_len + len, old));
+            return;
+        }
+        self.runs.insert(lba, (len, content));
+    }
+
+    /// The parts of runs inside `from..to`, ascending.
+    pub(super) fn within(
+        &self,
+        from: u64,
+        to: u64,
+    ) -> impl Iterator<Item = (u64, u64, Content)> + '_ {
+        let first = self
+            .runs
+            .range(..from)
+            .next_back()
+            .filter(|(start, (len, _))| **start + len > from)
+            .map_or(from, |(&start, _)| start);
+        self.runs.range(first..to.max(first)).map(move |(&start, &(len, content))| {
+            let begin = start.max(from);
+            let end = (start + len).min(to);
+            (begin, end - begin, content.advance(begin - start))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_sector_is_what_the_last_run_over_it_said(
+            runs in prop::collection::vec((0_u64..200, 1_u64..60, any::<bool>()), 1..40),
+            from in 0_u64..250,
+            len in 0_u64..100,
+        ) {
+            let mut extents = Extents::default();
+            let mut model: Vec<Option<Content>> = vec![None; 400];
+            let mut at = 8;
+            for (lba, len, zero) in runs {
+                let content = if zero { Content::Zero } else { Content::At(at) };
+                extents.insert(lba, len, content);
+                for sector in 0..len {
+                    model[(lba + sector) as usize] = Some(content.advance(sector));
+                }
+                at += len;
+            }
+            let mut found: Vec<Option<Content>> = vec![None; 400];
+            let mut free = 0;
+            for (start, len, content) in extents.iter() {
+                prop_assert!(start >= free && len > 0);
+                free = start + len;
+                for sector in 0..len {
+                    found[(start + sector) as usize] = Some(content.advance(sector));
+                }
+            }
+            prop_assert_eq!(&found, &model);
+            let mut part: Vec<Option<Content>> = vec![None; 400];
+            for (start, len, content) in extents.within(from, from + len) {
+                for sector in 0..len {
+                    part[(start + sector) as usize] = Some(content.advance(sector));
+                }
+            }
+            for sector in 0..400 {
+                let inside = (from..from + len).contains(&sector);
+                let expected = if inside { model[sector as usize] } else { None };
+                prop_assert_eq!(part[sector as usize], expected);
+            }
+        }
+    }
+}

@@ -1,0 +1,533 @@
+//! A layer that is being written: append-only, two files (spec lsmt 2 and 7).
+//!
+//! ```text
+//! data   header 4096 | payload, in the order of the writes
+//! index  header 4096 | 16 bytes a write: these disk sectors are at that place; the last one wins
+//! ```
+//!
+//! A write appends its bytes to `data`. A discard appends nothing there: its record says zero. What
+//! is where is kept in memory ([`Extents`](super::extents)), so a read is a look-up and a `pread`.
+//!
+//! # What survives a crash
+//!
+//! The format has no checksum and no order, so the order of writing is all there is. Records are held
+//! back in memory. [`flush`](WritableLayer::flush) first makes the data durable, then writes the
+//! records, then makes those durable: a record on disk never points at bytes that are not. What was
+//! flushed is there after a crash; of what came later, each write is there whole or not at all,
+//! which is what a disk with a write cache promises. A torn tail of the index (a partial record, a record
+//! of zeros, one that points past the data) is cut off when the layer is opened again.
+//!
+//! Space of overwritten data is not reclaimed: [`commit`](WritableLayer::commit) copies only what counts.
+//! Upstream opens both files as they are, at any moment after a flush.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use thiserror::Error;
+
+use super::extents::{Content, Extents};
+use super::layer::{FLAG_DATA, FLAG_HEADER, Record, Uuid};
+use super::mapping::{ENTRY, LBA_LIMIT, MAX_LEN, MOFFSET_LIMIT, Mapping};
+use super::writer::{Identity, NativeWriter};
+use super::{FIRST_SECTOR, LsmtError, RECORD};
+use crate::units::{Bytes, SECTOR, Sectors};
+
+/// The data file in a layer's folder, as containerd's snapshotter names it.
+pub const DATA_NAME: &str = "writable_data";
+/// The index file.
+pub const INDEX_NAME: &str = "writable_index";
+
+/// Most records of a writable index (upstream's limit, spec lsmt 5).
+const MAX_RECORDS: u64 = 128_000_000;
+
+/// Records held back at most: 1 MiB of index.
+const HELD_BACK: usize = 1 << 16;
+
+/// Bytes copied at a time by a commit, and the grain of its search for zeros.
+const COPY: usize = 1 << 20;
+const BLOCK: u64 = 4096 / SECTOR;
+
+/// Why a writable layer cannot be used.
+#[derive(Debug, Error)]
+pub enum WritableError {
+    /// A file cannot be made, read or written.
+    #[error("Cannot {what} {path}", path = path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A header breaks a rule of the format.
+    #[error("{path} is no writable layer that can be used: {rule}", path = path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What should hold.
+        rule: &'static str,
+    },
+    /// Another process has it.
+    #[error("The writable layer {path} is in use", path = path.display())]
+    Busy {
+        /// The data file.
+        path: PathBuf,
+    },
+    /// A range that is no whole sectors, or leaves the disk.
+    #[error("Bytes {offset}..{end} cannot be written: {rule}")]
+    Range {
+        /// First byte.
+        offset: u64,
+        /// One past the last byte.
+        end: u64,
+        /// What should hold.
+        rule: &'static str,
+    },
+    /// A flush failed before: what of the writes since the one before it reached the disk cannot be known,
+    /// as the kernel reports such an error only once.
+    #[error("{path} failed to flush before: detach, look at its disk, and attach again", path = path.display())]
+    Broken {
+        /// The data file.
+        path: PathBuf,
+    },
+    /// The log cannot take more.
+    #[error(
+        "The writable layer has {MAX_RECORDS} records, the most that a reader opens: commit it"
+    )]
+    Full,
+    /// The committed layer breaks a limit, or cannot be written.
+    #[error(transparent)]
+    Commit(#[from] LsmtError),
+}
+
+/// A file and its name, for messages.
+struct Named {
+    file: File,
+    path: PathBuf,
+}
+
+impl Named {
+    fn error(&self, what: &'static str) -> impl FnOnce(io::Error) -> WritableError + use<> {
+        let path = self.path.clone();
+        move |source| WritableError::Io { what, path, source }
+    }
+
+    fn invalid(&self, rule: &'static str) -> WritableError {
+        WritableError::Invalid { path: self.path.clone(), rule }
+    }
+
+    fn header(&self) -> Result<Record, WritableError> {
+        let mut bytes = [0; RECORD as usize];
+        self.file.read_exact_at(&mut bytes, 0).map_err(|source| match source.kind() {
+            io::ErrorKind::UnexpectedEof => self.invalid("it is shorter than its header"),
+            _ => self.error("read")(source),
+        })?;
+        Record::parse(&bytes).map_err(|rule| self.invalid(rule))
+    }
+}
+
+/// Where a run of disk sectors is, as the layer alone knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WrittenRun {
+    /// First disk sector.
+    pub lba: Sectors,
+    /// Number of sectors, never 0.
+    pub len: Sectors,
+    /// Where it is.
+    pub place: WrittenPlace,
+}
+
+/// See [`WrittenRun`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WrittenPlace {
+    /// Never written: the layers below decide.
+    Below,
+    /// Zeros.
+    Zero,
+    /// At this sector of the data file.
+    Data(Sectors),
+}
+
+/// An append-only layer.
+pub struct WritableLayer {
+    data: Named,
+    index: Named,
+    header: Record,
+    extents: Extents,
+    /// Sector of the data file where the next payload goes.
+    position: u64,
+    /// Records in the index file.
+    records: u64,
+    /// Records that are not in the index file yet.
+    pending: Vec<Mapping>,
+    /// Bytes that were cut off a torn tail when it was opened.
+    cut: u64,
+    /// A flush has failed.
+    broken: bool,
+}
+
+impl WritableLayer {
+    /// Makes an empty layer of a disk of `virtual_size` (0: as large as the layer below says) in the folder
+    /// `dir`, which is made if need be.
+    ///
+    /// # Errors
+    /// [`WritableError`], also when there is one already.
+    pub fn create(
+        dir: &Path,
+        virtual_size: Bytes,
+        identity: Identity,
+    ) -> Result<Self, WritableError> {
+        let (data_path, index_path) = (dir.join(DATA_NAME), dir.join(INDEX_NAME));
+        let io = |what, path: &Path| {
+            let path = path.to_path_buf();
+            move |source| WritableError::Io { what, path, source }
+        };
+        fs::create_dir_all(dir).map_err(io("make the folder", dir))?;
+        let header = Record {
+            flags: FLAG_HEADER | FLAG_DATA,
+            index_offset: 0,
+            index_size: 0,
+            virtual_size: virtual_size.get(),
+            uuid: identity.uuid,
+            parent: identity.parent,
+            user_tag: identity.user_tag,
+        };
+        // The index first: with a data file there is a layer, and then it is whole.
+        let index_header = Record { flags: FLAG_HEADER, index_offset: RECORD, ..header.clone() };
+        for (path, record) in [(&index_path, &index_header), (&data_path, &header)] {
+            if path == &index_path && data_path.exists() {
+                let source = io::Error::from(io::ErrorKind::AlreadyExists);
+                return Err(io("make", &data_path)(source));
+            }
+            let mut file = File::create(path).map_err(io("make", path))?;
+            file.write_all(&record.encode()).map_err(io("write", path))?;
+            file.sync_all().map_err(io("write", path))?;
+        }
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(io("write", dir))?;
+        Self::open(dir)
+    }
+
+    /// Opens the layer in `dir`, and cuts a torn tail off.
+    ///
+    /// # Errors
+    /// [`WritableError`].
+    pub fn open(dir: &Path) -> Result<Self, WritableError> {
+        Self::open_files(&dir.join(DATA_NAME), &dir.join(INDEX_NAME))
+    }
+
+    /// Opens a layer by its two files, and cuts a torn tail off.
+    ///
+    /// # Errors
+    /// [`WritableError`].
+    pub fn open_files(data: &Path, index: &Path) -> Result<Self, WritableError> {
+        let open = |path: &Path| {
+            let opened = OpenOptions::new().read(true).write(true).open(path);
+            opened.map(|file| Named { file, path: path.to_path_buf() }).map_err(|source| {
+                WritableError::Io { what: "open", path: path.to_path_buf(), source }
+            })
+        };
+        let (data, index) = (open(data)?, open(index)?);
+        if flock(&data.file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(WritableError::Busy { path: data.path });
+        }
+        let header = data.header()?;
+        if header.flags != FLAG_HEADER | FLAG_DATA {
+            return Err(data.invalid(
+                "its header is not that of an append-only layer; sparse ones are not supported",
+            ));
+        }
+        let log = index.header()?;
+        if log.flags & (FLAG_HEADER | FLAG_DATA) != FLAG_HEADER || log.index_offset != RECORD {
+            return Err(index.invalid("its header is not that of an index log at byte 4096"));
+        }
+        let mut layer = Self {
+            data,
+            index,
+            header,
+            extents: Extents::default(),
+            position: FIRST_SECTOR.0,
+            records: 0,
+            pending: Vec::new(),
+            cut: 0,
+            broken: false,
+        };
+        layer.replay()?;
+        Ok(layer)
+    }
+
+    /// Reads the log up to the first record that cannot be, and cuts the rest off.
+    fn replay(&mut self) -> Result<(), WritableError> {
+        let len = |named: &Named| {
+            named.file.metadata().map(|meta| meta.len()).map_err(named.error("look at"))
+        };
+        let (index_len, data_len) = (len(&self.index)?, len(&self.data)?);
+        let total = (index_len - RECORD) / ENTRY;
+        if total > MAX_RECORDS {
+            return Err(self.index.invalid("it has more than 128000000 records"));
+        }
+        let whole_sectors = data_len / SECTOR;
+        let mut step = vec![0; COPY];
+        'log: while self.records < total {
+            let bytes = ((total - self.records) * ENTRY).min(COPY as u64) as usize;
+            let at = RECORD + self.records * ENTRY;
+            self.index
+                .file
+                .read_exact_at(&mut step[..bytes], at)
+                .map_err(self.index.error("read"))?;
+            for entry in step[..bytes].as_chunks::<{ ENTRY as usize }>().0 {
+                if let Some(mapping) = Mapping::decode(*entry) {
+                    if !mapping.zeroed && mapping.len > 0 && mapping.moffset < FIRST_SECTOR {
+                        return Err(self.index.invalid("a record points into the data's header"));
+                    }
+                    let past_end = !mapping.zeroed && mapping.moffset_end().0 > whole_sectors;
+                    if mapping.len == 0 || past_end {
+                        break 'log;
+                    }
+                    self.note(&mapping);
+                }
+                self.records += 1;
+            }
+        }
+        let kept = RECORD + self.records * ENTRY;
+        self.cut = index_len - kept;
+        if self.cut > 0 {
+            self.index.file.set_len(kept).map_err(self.index.error("shorten"))?;
+        }
+        // What no record speaks of was not flushed.
+        self.data.file.set_len(self.position * SECTOR).map_err(self.data.error("shorten"))?;
+        Ok(())
+    }
+
+    /// Takes a record into the memory's view.
+    fn note(&mut self, mapping: &Mapping) {
+        let (lba, len) = (mapping.lba.0, u64::from(mapping.len));
+        if mapping.zeroed {
+            self.extents.insert(lba, len, Content::Zero);
+        } else {
+            self.extents.insert(lba, len, Content::At(mapping.moffset.0));
+            self.position = self.position.max(mapping.moffset_end().0);
+        }
+    }
+
+    /// Size of the disk as the layer says, or 0.
+    #[must_use]
+    pub fn virtual_size(&self) -> Bytes {
+        Bytes(self.header.virtual_size)
+    }
+
+    /// This layer and the one below.
+    #[must_use]
+    pub fn uuids(&self) -> (Uuid, Uuid) {
+        (self.header.uuid, self.header.parent)
+    }
+
+    /// Bytes of a torn tail that opening cut off.
+    #[must_use]
+    pub fn cut(&self) -> u64 {
+        self.cut
+    }
+
+    /// Whether nothing was ever written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
+    /// Whole sectors within the disk.
+    fn check(&self, offset: u64, len: u64) -> Result<(Sectors, u64), WritableError> {
+        let end = offset.saturating_add(len);
+        let limit = match self.header.virtual_size {
+            0 => LBA_LIMIT.saturating_mul(SECTOR),
+            size => size,
+        };
+        let rule = if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
+            "they are no whole sectors of 512 bytes"
+        } else if end > limit {
+            "the disk ends before"
+        } else {
+            return Ok((Sectors(offset / SECTOR), len / SECTOR));
+        };
+        Err(WritableError::Range { offset, end, rule })
+    }
+
+    /// Writes whole sectors at byte `offset` of the disk. Durable after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`WritableError`]; then nothing has changed.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
+        let (lba, count) = self.check(offset, bytes.len() as u64)?;
+        if self.position + count > MOFFSET_LIMIT {
+            return Err(WritableError::Full);
+        }
+        let at = self.position;
+        self.data.file.write_all_at(bytes, at * SECTOR).map_err(self.data.error("write"))?;
+        self.position += count;
+        self.log(lba.0, count, Content::At(at))
+    }
+
+    /// Makes whole sectors zero, whatever lies below. Durable after the next flush.
+    ///
+    /// # Errors
+    /// [`WritableError`].
+    pub fn discard(&mut self, offset: u64, len: u64) -> Result<(), WritableError> {
+        let (lba, count) = self.check(offset, len)?;
+        self.log(lba.0, count, Content::Zero)
+    }
+
+    /// Notes a run, as records that are written at the next flush.
+    fn log(&mut self, lba: u64, count: u64, content: Content) -> Result<(), WritableError> {
+        if self.broken {
+            return Err(WritableError::Broken { path: self.data.path.clone() });
+        }
+        if self.records + self.pending.len() as u64 + count.div_ceil(MAX_LEN) > MAX_RECORDS {
+            return Err(WritableError::Full);
+        }
+        self.extents.insert(lba, count, content);
+        let mut done = 0;
+        while done < count {
+            let len = (count - done).min(MAX_LEN);
+            let (zeroed, moffset) = match content {
+                // Upstream refuses one that points outside the payload once the layer is sealed.
+                Content::Zero => (true, self.position),
+                Content::At(at) => (false, at + done),
+            };
+            let lba = Sectors(lba + done);
+            let mapping =
+                Mapping { lba, len: len as u16, zeroed, tag: 0, moffset: Sectors(moffset) };
+            self.pending.push(mapping);
+            done += len;
+        }
+        if self.pending.len() >= HELD_BACK { self.flush() } else { Ok(()) }
+    }
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// [`WritableError::Io`], and [`WritableError::Broken`] on every later call: what was flushed before is
+    /// safe, and of what was not nothing can be known until the layer is opened again.
+    pub fn flush(&mut self) -> Result<(), WritableError> {
+        if self.broken {
+            return Err(WritableError::Broken { path: self.data.path.clone() });
+        }
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let flushed = self.write_pending();
+        self.broken = flushed.is_err();
+        flushed
+    }
+
+    fn write_pending(&mut self) -> Result<(), WritableError> {
+        self.data.file.sync_data().map_err(self.data.error("flush"))?;
+        let bytes: Vec<u8> = self.pending.iter().flat_map(Mapping::encode).collect();
+        self.index
+            .file
+            .write_all_at(&bytes, RECORD + self.records * ENTRY)
+            .map_err(self.index.error("write"))?;
+        self.index.file.sync_data().map_err(self.index.error("flush"))?;
+        self.records += self.pending.len() as u64;
+        self.pending.clear();
+        Ok(())
+    }
+
+    /// The runs that make up `count` sectors from `lba` on, without a gap.
+    #[must_use]
+    pub fn look_up(&self, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
+        let mut runs = Vec::new();
+        let mut at = lba.0;
+        let end = lba.0.saturating_add(count.0);
+        let mut add = |from: u64, to: u64, place| {
+            if from < to {
+                runs.push(WrittenRun { lba: Sectors(from), len: Sectors(to - from), place });
+            }
+        };
+        for (start, len, content) in self.extents.within(lba.0, end) {
+            add(at, start, WrittenPlace::Below);
+            let place = match content {
+                Content::Zero => WrittenPlace::Zero,
+                Content::At(place) => WrittenPlace::Data(Sectors(place)),
+            };
+            add(start, start + len, place);
+            at = start + len;
+        }
+        add(at, end, WrittenPlace::Below);
+        runs
+    }
+
+    /// Reads payload from sector `at` of the data file on.
+    ///
+    /// # Errors
+    /// [`WritableError::Io`].
+    pub fn read_data(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
+        self.data.file.read_exact_at(buf, at.0 * SECTOR).map_err(self.data.error("read"))
+    }
+
+    /// Writes what the layer holds now as a committed layer (spec lsmt 8.1): without what was overwritten,
+    /// in the order of the disk, and with blocks of zeros declared instead of stored. The layer is flushed,
+    /// and stays as it is.
+    ///
+    /// # Errors
+    /// [`WritableError::Commit`] for a limit of the format or a full output.
+    pub fn commit<W: Write>(
+        &mut self,
+        out: W,
+        virtual_size: Bytes,
+        identity: Identity,
+    ) -> Result<W, WritableError> {
+        self.flush()?;
+        let mut writer = NativeWriter::new(out, virtual_size, identity)?;
+        let mut buf = vec![0; COPY];
+        for (start, len, content) in self.extents.iter() {
+            let at = match content {
+                Content::Zero => {
+                    writer.zeroed(Sectors(start), Sectors(len))?;
+                    continue;
+                }
+                Content::At(at) => at,
+            };
+            let mut done = 0;
+            while done < len {
+                // Steps end on blocks of the disk, so that blocks of zeros are found.
+                let step = (COPY as u64 / SECTOR).min(len - done);
+                let bytes = &mut buf[..(step * SECTOR) as usize];
+                self.read_data(Sectors(at + done), bytes)?;
+                put(&mut writer, start + done, bytes)?;
+                done += step;
+            }
+        }
+        Ok(writer.finish()?)
+    }
+}
+
+/// Adds sectors from `lba` on, whole blocks of zeros as such.
+fn put<W: Write>(writer: &mut NativeWriter<W>, lba: u64, bytes: &[u8]) -> Result<(), LsmtError> {
+    let count = bytes.len() as u64 / SECTOR;
+    let part = |from: u64, to: u64| &bytes[(from * SECTOR) as usize..(to * SECTOR) as usize];
+    let zero =
+        |from: u64, to: u64| to - from == BLOCK && part(from, to).iter().all(|&byte| byte == 0);
+    // Ends of the blocks of the disk that the run touches.
+    let mut at = 0;
+    while at < count {
+        let block_end = |at: u64| (BLOCK - (lba + at) % BLOCK + at).min(count);
+        let mut end = block_end(at);
+        let is_zero = zero(at, end);
+        while end < count && zero(end, block_end(end)) == is_zero {
+            end = block_end(end);
+        }
+        if is_zero {
+            writer.zeroed(Sectors(lba + at), Sectors(end - at))?;
+        } else {
+            writer.data(Sectors(lba + at), part(at, end))?;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

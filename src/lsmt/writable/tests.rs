@@ -1,0 +1,249 @@
+//! What holds for a writable layer: against a plain array of sectors, and across crashes.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::lsmt::{Layer, LayerKind, Place, Stack};
+use crate::source::{ByteSource as _, MemorySource};
+
+const SIZE: u64 = 1 << 20;
+
+fn layer(dir: &Path) -> WritableLayer {
+    WritableLayer::create(dir, Bytes(SIZE), Identity::default()).unwrap()
+}
+
+/// The whole disk over nothing.
+fn read_all(layer: &WritableLayer) -> Vec<u8> {
+    let mut disk = vec![0; SIZE as usize];
+    for run in layer.look_up(Sectors(0), Sectors(SIZE / SECTOR)) {
+        let at = (run.lba.0 * SECTOR) as usize;
+        let part = &mut disk[at..at + (run.len.0 * SECTOR) as usize];
+        match run.place {
+            WrittenPlace::Below | WrittenPlace::Zero => part.fill(0),
+            WrittenPlace::Data(at) => layer.read_data(at, part).unwrap(),
+        }
+    }
+    disk
+}
+
+fn committed(layer: &mut WritableLayer) -> Vec<u8> {
+    layer.commit(Vec::new(), Bytes(SIZE), Identity::default()).unwrap()
+}
+
+/// The whole disk of a committed layer, read by the other half of this module.
+fn read_committed(bytes: &[u8]) -> Vec<u8> {
+    let source = Arc::new(MemorySource::new("committed", bytes.to_vec()));
+    let layer = Layer::open(&*source, LayerKind::Plain).unwrap();
+    let stack = Stack::merge(&[&layer]).unwrap();
+    let mut disk = vec![0; SIZE as usize];
+    for run in stack.look_up(Sectors(0), Sectors(SIZE / SECTOR)) {
+        let at = (run.lba.0 * SECTOR) as usize;
+        let part = &mut disk[at..at + (run.len.0 * SECTOR) as usize];
+        if let Place::Own(at) = run.place {
+            source.read_exact_at(part, at.0 * SECTOR).unwrap();
+        }
+    }
+    disk
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(u64, u64, u8),
+    Discard(u64, u64),
+    Flush,
+    Reopen,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let range = (0_u64..2000, 1_u64..48);
+    let step = prop_oneof![
+        6 => (range.clone(), any::<u8>()).prop_map(|((at, len), fill)| Step::Write(at, len, fill)),
+        2 => range.prop_map(|(at, len)| Step::Discard(at, len)),
+        1 => Just(Step::Flush),
+        1 => Just(Step::Reopen),
+    ];
+    prop::collection::vec(step, 1..60)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn a_layer_reads_as_a_disk_would_and_its_commit_too(steps in steps()) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut layer = layer(dir.path());
+        let mut model = vec![0_u8; SIZE as usize];
+        for step in steps {
+            match step {
+                Step::Write(at, len, fill) => {
+                    let bytes = vec![fill; (len * SECTOR) as usize];
+                    layer.write(at * SECTOR, &bytes).unwrap();
+                    model[(at * SECTOR) as usize..][..bytes.len()].copy_from_slice(&bytes);
+                }
+                Step::Discard(at, len) => {
+                    layer.discard(at * SECTOR, len * SECTOR).unwrap();
+                    model[(at * SECTOR) as usize..][..(len * SECTOR) as usize].fill(0);
+                }
+                Step::Flush => layer.flush().unwrap(),
+                Step::Reopen => {
+                    layer.flush().unwrap();
+                    drop(layer);
+                    layer = WritableLayer::open(dir.path()).unwrap();
+                    prop_assert_eq!(layer.cut(), 0);
+                }
+            }
+            prop_assert!(read_all(&layer) == model);
+        }
+        let once = committed(&mut layer);
+        prop_assert!(read_committed(&once) == model);
+        // The same content by another way is the same layer.
+        prop_assert!(committed(&mut layer) == once);
+    }
+}
+
+#[test]
+fn what_was_flushed_survives_any_cut_of_what_came_after() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = layer(dir.path());
+    first.write(0, &[1; 8192]).unwrap();
+    first.write(4096, &[2; 4096]).unwrap();
+    first.flush().unwrap();
+    let flushed = read_all(&first);
+    let (data, index) = (dir.path().join(DATA_NAME), dir.path().join(INDEX_NAME));
+    let kept = [fs::metadata(&data).unwrap().len(), fs::metadata(&index).unwrap().len()];
+    first.write(0, &[3; 4096]).unwrap();
+    first.discard(4096, 512).unwrap();
+    first.write(1 << 19, &[4; 20 * 512]).unwrap();
+    first.flush().unwrap();
+    let after = read_all(&first);
+    drop(first);
+    let whole = [fs::read(&data).unwrap(), fs::read(&index).unwrap()];
+    let mut seen = [0, 0];
+    for index_len in kept[1]..=whole[1].len() as u64 {
+        for data_len in [kept[0], kept[0] + 700, whole[0].len() as u64 - 1, whole[0].len() as u64] {
+            fs::write(&data, &whole[0][..data_len as usize]).unwrap();
+            fs::write(&index, &whole[1][..index_len as usize]).unwrap();
+            let mut again = WritableLayer::open(dir.path()).unwrap();
+            let found = read_all(&again);
+            // Writes are whole or not there, in their order.
+            let mut steps = vec![flushed.clone()];
+            let mut next = flushed.clone();
+            next[..4096].fill(3);
+            steps.push(next.clone());
+            next[4096..4608].fill(0);
+            steps.push(next);
+            steps.push(after.clone());
+            let step =
+                steps.iter().position(|step| *step == found).expect("a state between two writes");
+            seen[usize::from(step == 3)] += 1;
+            // And it goes on from there.
+            again.write(8192, &[9; 512]).unwrap();
+            again.flush().unwrap();
+            let mut expected = found;
+            expected[8192..8704].fill(9);
+            drop(again);
+            assert!(read_all(&WritableLayer::open(dir.path()).unwrap()) == expected);
+        }
+    }
+    assert!(seen[0] > 0 && seen[1] > 0);
+}
+
+#[test]
+fn records_of_zeros_that_a_crash_leaves_behind_are_cut_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = layer(dir.path());
+    first.write(0, &[1; 512]).unwrap();
+    first.flush().unwrap();
+    let disk = read_all(&first);
+    drop(first);
+    let index = dir.path().join(INDEX_NAME);
+    let mut log = fs::read(&index).unwrap();
+    let record = log[4096..4112].to_vec();
+    log.extend_from_slice(&[0; 32]);
+    log.extend_from_slice(&record);
+    fs::write(&index, &log).unwrap();
+    let again = WritableLayer::open(dir.path()).unwrap();
+    assert_eq!((again.cut(), fs::metadata(&index).unwrap().len()), (48, 4112));
+    assert!(read_all(&again) == disk);
+}
+
+#[test]
+fn unflushed_writes_are_read_but_not_in_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = layer(dir.path());
+    first.write(512, &[7; 512]).unwrap();
+    assert_eq!(read_all(&first)[512..1024], [7; 512]);
+    assert_eq!(fs::metadata(dir.path().join(INDEX_NAME)).unwrap().len(), 4096);
+    drop(first);
+    assert!(WritableLayer::open(dir.path()).unwrap().is_empty());
+}
+
+#[test]
+fn a_layer_is_one_process_s_at_a_time_and_is_made_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = layer(dir.path());
+    assert!(matches!(WritableLayer::open(dir.path()), Err(WritableError::Busy { .. })));
+    drop(first);
+    WritableLayer::open(dir.path()).unwrap();
+    let again = WritableLayer::create(dir.path(), Bytes(SIZE), Identity::default());
+    assert!(again.is_err_and(|error| error.to_string().contains(DATA_NAME)));
+}
+
+#[test]
+fn ranges_off_the_sectors_or_off_the_disk_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut layer = layer(dir.path());
+    for (offset, len) in
+        [(1, 512), (0, 511), (SIZE, 512), (SIZE - 512, 1024), (u64::MAX - 511, 512)]
+    {
+        let bytes = vec![0; len as usize];
+        assert!(matches!(layer.write(offset, &bytes), Err(WritableError::Range { .. })));
+        assert!(matches!(layer.discard(offset, len), Err(WritableError::Range { .. })));
+    }
+    assert!(layer.is_empty());
+}
+
+#[test]
+fn files_that_are_no_writable_layer_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, index) = (dir.path().join(DATA_NAME), dir.path().join(INDEX_NAME));
+    assert!(WritableLayer::open(dir.path()).is_err());
+    drop(layer(dir.path()));
+    let whole = [fs::read(&data).unwrap(), fs::read(&index).unwrap()];
+    let refused = |data_bytes: &[u8], index_bytes: &[u8], needle: &str| {
+        fs::write(&data, data_bytes).unwrap();
+        fs::write(&index, index_bytes).unwrap();
+        let error = WritableLayer::open(dir.path()).err().unwrap().to_string();
+        assert!(error.contains(needle), "{error}");
+    };
+    refused(&whole[0][..4000], &whole[1], "shorter than its header");
+    refused(&whole[0], &[], "shorter than its header");
+    refused(&whole[0], &whole[0], "index log");
+    refused(&whole[1], &whole[1], "append-only");
+    let mut sparse = whole[0].clone();
+    sparse[28] = 0x13;
+    refused(&sparse, &whole[1], "sparse");
+    let mut other = whole[0].clone();
+    other[0] ^= 1;
+    refused(&other, &whole[1], "magic");
+}
+
+#[test]
+fn a_commit_holds_no_garbage_and_its_entries_are_cut_as_upstreams_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut layer = layer(dir.path());
+    let noise: Vec<u8> = (0..100 * 4096_u32).map(|at| ((at * 7919) >> 5) as u8 | 1).collect();
+    for _ in 0..5 {
+        layer.write(0, &noise).unwrap();
+    }
+    layer.write(40 * 4096, &[0; 20 * 4096]).unwrap();
+    let bytes = committed(&mut layer);
+    assert_eq!(bytes.len() as u64, 4096 + 80 * 4096 + 4096 + 4096);
+    let source = MemorySource::new("committed", bytes);
+    let read = Layer::open(&source, LayerKind::Plain).unwrap();
+    let shape: Vec<(u64, u16, bool)> =
+        read.mappings().iter().map(|entry| (entry.lba.0, entry.len, entry.zeroed)).collect();
+    assert_eq!(shape, [(0, 320, false), (320, 160, true), (480, 320, false)]);
+}
