@@ -141,6 +141,9 @@ impl ImageOpener for HostImages {
 
     /// Each part with the table of its names: see [`names`].
     fn observe(&self, page: &mut Page) {
+        for host in self.clients.network().hosts() {
+            page.put(names::HOST, &host, &[("host", host.name())]);
+        }
         let Some(cache) = self.cache.get() else { return };
         page.put(names::CACHE, &cache.stats(), &[]);
         page.put(names::FETCH, &**cache.fetched(), &[]);

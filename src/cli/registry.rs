@@ -1,12 +1,12 @@
 //! Flags for registries, shared by all commands that name an image.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Failure;
 use crate::config::ServiceConfig;
-use crate::registry::{Client, ClientCertificate, ClientOptions, Credential};
+use crate::registry::{Client, ClientCertificate, ClientOptions, Credential, Network};
 
 /// How to reach a registry. Names as in upstream's `convertor`.
 #[derive(Clone, Debug, Default, clap::Args, serde::Serialize, serde::Deserialize)]
@@ -48,8 +48,18 @@ impl Args {
         Ok(args)
     }
 
-    /// A client with these settings, and those of the host where they say nothing.
+    /// A client that writes: it asks no mirrors, which might not have yet what was written last.
     pub(super) fn client(&self, service: &ServiceConfig) -> Result<Client, Failure> {
+        let host = ClientOptions {
+            mirrors: BTreeMap::new(),
+            p2p: None,
+            ..ClientOptions::of_host(service)
+        };
+        self.client_with(host)
+    }
+
+    /// A client with these settings, and those of the host where they say nothing.
+    fn client_with(&self, host: ClientOptions) -> Result<Client, Failure> {
         let certificate = match &self.client_cert {
             None => None,
             Some(pair) => {
@@ -63,8 +73,12 @@ impl Args {
             credential: self.user.as_deref().map(Credential::from_user_password),
             plain: self.plain,
             insecure: self.insecure,
-            ..ClientOptions::of_host(service)
+            ..host
         };
+        if self.root_ca.is_some() || self.cert_dir.is_some() || certificate.is_some() {
+            // Whoever gives an authority for this registry means TLS, on this machine too.
+            options.plain_loopback = Some(false);
+        }
         options.authorities.extend(self.root_ca.iter().chain(&self.cert_dir).cloned());
         options.certificate = certificate.or(options.certificate);
         Client::new(options).map_err(Failure::because)
@@ -76,17 +90,24 @@ impl Args {
 pub(super) struct Clients {
     service: Arc<ServiceConfig>,
     made: Mutex<HashMap<String, Client>>,
+    network: Arc<Network>,
 }
 
 impl Clients {
     /// None yet.
     pub(super) fn new(service: Arc<ServiceConfig>) -> Self {
-        Self { service, made: Mutex::default() }
+        let network = Arc::new(Network::new(&service));
+        Self { service, made: Mutex::default(), network }
     }
 
     /// Settings of this host.
     pub(super) fn service(&self) -> &ServiceConfig {
         &self.service
+    }
+
+    /// What is known of registries, mirrors and peers: one for the whole process.
+    pub(super) fn network(&self) -> &Arc<Network> {
+        &self.network
     }
 
     /// The client with these flags.
@@ -96,8 +117,16 @@ impl Clients {
         if let Some(client) = made.get(&name) {
             return Ok(client.clone());
         }
-        let client = args.client(&self.service)?;
+        let host = ClientOptions::of_host(&self.service);
+        let client = args.client_with(ClientOptions { network: self.network.clone(), ..host })?;
         made.insert(name, client.clone());
         Ok(client)
+    }
+}
+
+impl Drop for Clients {
+    /// Nobody waits for a registry any more.
+    fn drop(&mut self) {
+        self.network.end();
     }
 }

@@ -8,6 +8,7 @@ use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
 use crate::cache::CacheStats;
 use crate::daemon::DeviceReading;
 use crate::fetch::FetchCounters;
+use crate::registry::Host;
 
 /// What only grows.
 const fn counter<T: ?Sized>(
@@ -176,6 +177,51 @@ pub const CACHE: &[Metric<CacheStats>] = &[
     ),
 ];
 
+/// A registry, a mirror or a peer; its label is added.
+pub const HOST: &[Metric<Host>] = &[
+    counter(
+        "turbobd_registry_requests_total",
+        "Requests for bytes of blobs, to a registry, a mirror or a peer",
+        |host| (&host.stats().requests).into(),
+    ),
+    counter("turbobd_registry_bytes_total", "Bytes of blobs that arrived from there", |host| {
+        (&host.stats().bytes).into()
+    }),
+    counter("turbobd_registry_failures_total", "Requests that failed there", |host| {
+        (&host.stats().failures).into()
+    }),
+    counter(
+        "turbobd_registry_limited_total",
+        "Answers of it that ask for fewer requests",
+        |host| (&host.stats().limited).into(),
+    ),
+    counter(
+        "turbobd_registry_retries_total",
+        "Reads made again after every way had failed",
+        |host| (&host.stats().retries).into(),
+    ),
+    counter(
+        "turbobd_registry_hedges_total",
+        "Second requests made because it took unusually long",
+        |host| (&host.stats().hedges).into(),
+    ),
+    counter(
+        "turbobd_registry_hedges_won_total",
+        "Second requests that it answered first",
+        |host| (&host.stats().hedges_won).into(),
+    ),
+    counter(
+        "turbobd_registry_distrusted_total",
+        "Deliveries of it whose bytes did not match their checksum",
+        |host| (&host.stats().distrusted).into(),
+    ),
+    gauge(
+        "turbobd_registry_healthy",
+        "0 while it is passed over for failing or sending wrong bytes",
+        |host| u64::from(host.is_healthy()).into(),
+    ),
+];
+
 /// Fetching and decoding.
 pub const FETCH: &[Metric<FetchCounters>] = &[
     counter(
@@ -306,6 +352,7 @@ pub fn all() -> Vec<Description> {
     describe(&mut all, DEVICE, DEVICE_LABELS);
     describe(&mut all, CACHE, &[]);
     describe(&mut all, FETCH, &[]);
+    describe(&mut all, HOST, &["host"]);
     describe(&mut all, EXPORTER, &[]);
     describe(&mut all, UPSTREAM, &["node"]);
     all
@@ -390,6 +437,7 @@ mod tests {
         check(PROCESS);
         check(DEVICE);
         check(CACHE);
+        check(HOST);
         check(FETCH);
         check(EXPORTER);
         check(UPSTREAM);

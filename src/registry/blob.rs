@@ -69,6 +69,15 @@ impl Deliveries {
         all.push_back(Delivery { range, way, by_peer });
     }
 
+    /// Who sent the last bytes; before any came, who will be asked first.
+    fn last(&self, blob: &BlobAddress) -> String {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = all.back().map(|last| (last.way, last.by_peer));
+        drop(all);
+        let (way, by_peer) = last.unwrap_or_else(|| (blob.order()[0], false));
+        blob.ways[way].sender(by_peer)
+    }
+
     /// Forgets who sent bytes of `range`, and says who it was.
     fn take(&self, range: &Range<u64>) -> Vec<(usize, bool)> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,6 +142,7 @@ impl RemoteBlob {
         let services = &self.blob.registry().services;
         services.network.limits().pace(class, range.end - range.start);
         let mut budget = Budget::new(services.read_retry, self.blob.registry());
+        let mut attempts = self.stats.trying_again.read(range.clone());
         let mut reading = Reading {
             blob: &self.blob,
             network: &services.network,
@@ -143,7 +153,6 @@ impl RemoteBlob {
             class,
             run,
         };
-        let mut attempts = self.stats.trying_again.read(range);
         loop {
             let Err(error) = reading.once(budget.deadline()) else { return Ok(()) };
             let told = budget.pause_telling(error, |error, wait| attempts.failed(error, wait));
@@ -195,7 +204,7 @@ impl ByteSource for RemoteBlob {
             requests: get(&self.stats.requests),
             retries: get(&self.stats.retries),
             failures: get(&self.stats.failures),
-            host: Some(self.blob.host()),
+            host: Some(self.deliveries.last(&self.blob)),
             trying_again: self.stats.trying_again.now(),
         }
     }
@@ -207,7 +216,7 @@ impl ByteSource for RemoteBlob {
     fn distrust(&self, range: Range<u64>) {
         for (way, by_peer) in self.deliveries.take(&range) {
             let way = &self.blob.ways[way];
-            let sender = if by_peer { "a peer" } else { way.place.host.as_str() };
+            let sender = way.sender(by_peer);
             tracing::warn!(
                 "Bytes {}..{} of {} that {sender} sent are wrong: asking others first",
                 range.start,

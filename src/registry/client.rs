@@ -26,7 +26,7 @@ use super::retry::{RetryPolicy, parse_retry_after};
 use super::tls::{self, ClientCertificate};
 use super::transport::{Body, Reply, Timeouts, Transport, TransportError};
 use super::wait::block_on;
-use crate::config::{CredentialMode, OnError, ServiceConfig};
+use crate::config::{CredentialMode, ServiceConfig};
 
 /// How to reach registries. The default is what docker would do on this machine.
 #[derive(Clone, Debug)]
@@ -89,12 +89,8 @@ impl ClientOptions {
         }
         options.mirrors.clone_from(&service.turbobd.mirrors);
         options.p2p = service.p2p.enable.then(|| service.p2p.address.clone());
-        options.read_retry = match service.turbobd.on_error {
-            OnError::Eio => {
-                RetryPolicy { deadline: service.turbobd.read_deadline, ..RetryPolicy::READ }
-            }
-            OnError::Wait => RetryPolicy::FOR_EVER,
-        };
+        // What happens to a read that is late is decided for each device; here each try of it ends.
+        options.read_retry.deadline = service.turbobd.read_deadline;
         options.network = Arc::new(Network::new(service));
         options
     }

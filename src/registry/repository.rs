@@ -32,6 +32,9 @@ const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, \
 
 const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
+/// A mirror that has not answered for a manifest by then is not worth waiting for.
+const MIRROR_DEADLINE: Duration = Duration::from_secs(10);
+
 /// An upload may take as long as it goes on; only the number of tries counts.
 const UPLOAD_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
@@ -83,6 +86,28 @@ impl Repository {
         Budget::new(self.place.services.retry, &self.place).run(attempt)
     }
 
+    /// Asks the mirrors that are well, each once, and then the registry until its budget is used up.
+    fn read<T>(
+        &self,
+        attempt: impl Fn(&Place, Instant) -> Result<T, RegistryError>,
+    ) -> Result<T, RegistryError> {
+        for mirror in self.mirrors.iter().filter(|mirror| mirror.state.is_healthy()) {
+            match attempt(mirror, Instant::now() + MIRROR_DEADLINE) {
+                Ok(done) => {
+                    mirror.state.succeeded();
+                    return Ok(done);
+                }
+                Err(error) => {
+                    tracing::warn!(mirror = %mirror.host, %error, "registry: going past a mirror");
+                    if error.is_transient() {
+                        mirror.state.failed(error.retry_after());
+                    }
+                }
+            }
+        }
+        self.retry(|deadline| attempt(&self.place, deadline))
+    }
+
     /// Sends `call` until it is answered with one of `accepted`.
     fn ask(&self, call: &Call, accepted: &[u16]) -> Result<Landed, RegistryError> {
         self.retry(|deadline| {
@@ -112,11 +137,12 @@ impl Repository {
     pub fn manifest(&self, reference: &str) -> Result<Manifest, RegistryError> {
         let expected = check_reference(reference)?;
         let what = self.place.describe(&format!("manifest {reference}"));
-        let url = self.place.url(&format!("manifests/{reference}"))?;
-        let call = Call { verified: expected.is_some(), ..Call::new(Method::GET, url, what) }
-            .header(ACCEPT, HeaderValue::from_static(MANIFEST_TYPES));
-        self.retry(|deadline| {
-            let landed = self.place.exchange(&call, Some(deadline))?;
+        self.read(|place, deadline| {
+            let url = place.url(&format!("manifests/{reference}"))?;
+            let call = Call::new(Method::GET, url, what.clone())
+                .header(ACCEPT, HeaderValue::from_static(MANIFEST_TYPES));
+            let call = Call { verified: expected.is_some(), ..call };
+            let landed = place.exchange(&call, Some(deadline))?;
             let landed = self.accept(&call, landed, &[200])?;
             self.read_manifest(&call, landed, expected)
         })
@@ -203,18 +229,22 @@ impl Repository {
     /// See [`RegistryError`].
     pub fn referrers(&self, digest: &Digest) -> Result<Option<Manifest>, RegistryError> {
         let what = self.place.describe(&format!("referrers of {digest}"));
-        let url = self.place.url(&format!("referrers/{digest}"))?;
-        let call = Call::new(Method::GET, url, what)
-            .header(ACCEPT, HeaderValue::from_static(MANIFEST_TYPES));
-        let landed = self.retry(|deadline| self.place.exchange(&call, Some(deadline)))?;
-        if landed.reply.status == 200 {
-            let manifest = self.read_manifest(&call, landed, None)?;
-            // Some registries answer anything they do not know with a login page.
-            if manifest.media_type == "application/vnd.oci.image.index.v1+json" {
-                return Ok(Some(manifest));
+        let found = self.read(|place, deadline| {
+            let url = place.url(&format!("referrers/{digest}"))?;
+            let call = Call::new(Method::GET, url, what.clone())
+                .header(ACCEPT, HeaderValue::from_static(MANIFEST_TYPES));
+            let landed = place.exchange(&call, Some(deadline))?;
+            match landed.reply.status.as_u16() {
+                200 => self.read_manifest(&call, landed, None).map(Some),
+                // A mirror of an older kind says nothing of what the registry has.
+                400 | 404 | 405 if !place.is_mirror => Ok(None),
+                _ => self.accept(&call, landed, &[]).map(|_| None),
             }
-        } else if !matches!(landed.reply.status.as_u16(), 400 | 404 | 405) {
-            self.accept(&call, landed, &[])?;
+        })?;
+        // Some registries answer anything they do not know with a login page.
+        let index = "application/vnd.oci.image.index.v1+json";
+        if let Some(manifest) = found.filter(|manifest| manifest.media_type == index) {
+            return Ok(Some(manifest));
         }
         match self.manifest(&format!("sha256-{}", digest.hex())) {
             Ok(manifest) => Ok(Some(manifest)),
@@ -244,16 +274,19 @@ impl Repository {
     /// See [`RegistryError`]; [`RegistryError::Protocol`] when the registry does not say.
     pub fn blob_size(&self, digest: &Digest) -> Result<u64, RegistryError> {
         let what = self.place.describe(&format!("blob {digest}"));
-        let url = self.place.url(&format!("blobs/{digest}"))?;
-        let call = Call { verified: true, ..Call::new(Method::HEAD, url, what) };
-        let landed = self.ask(&call, &[200])?;
+        let landed = self.read(|place, deadline| {
+            let url = place.url(&format!("blobs/{digest}"))?;
+            let call = Call::new(Method::HEAD, url, what.clone());
+            let call = Call { verified: true, ..call };
+            self.accept(&call, place.exchange(&call, Some(deadline))?, &[200])
+        })?;
         let length = landed
             .reply
             .headers
             .get(CONTENT_LENGTH)
             .and_then(|value| value.to_str().ok()?.parse().ok());
         length.ok_or_else(|| RegistryError::Protocol {
-            what: call.what.clone(),
+            what: what.clone(),
             host: self.place.host.clone(),
             rule: "a HEAD of a blob is answered with its Content-Length".to_owned(),
         })

@@ -40,17 +40,6 @@ impl RetryPolicy {
 
     /// For a read behind which processes wait: a registry that restarts is waited for, a minute long.
     pub const READ: Self = Self { max_tries: u32::MAX, ..Self::COMMAND };
-
-    /// For readers that shall hang rather than fail: seven days, as overlaybd has it (spec runtime 11).
-    pub const FOR_EVER: Self = Self {
-        deadline: Duration::from_secs(7 * 86_400),
-        max_pause: Duration::from_secs(30),
-        ..Self::READ
-    };
-
-    fn is_for_ever(&self) -> bool {
-        self.deadline >= Self::FOR_EVER.deadline
-    }
 }
 
 /// `pause`, a quarter shorter to a quarter longer.
@@ -115,8 +104,7 @@ impl Budget {
             .max(error.retry_after().unwrap_or_default())
             .max(self.host.retry_after());
         let elapsed = self.started.elapsed();
-        let nonsense =
-            matches!(error, RegistryError::Protocol { .. }) && !self.policy.is_for_ever();
+        let nonsense = matches!(error, RegistryError::Protocol { .. });
         let most =
             if nonsense { MAX_TRIES_OF_NONSENSE } else { u32::MAX }.min(self.policy.max_tries);
         if self.tries >= most || elapsed + wait >= self.policy.deadline {

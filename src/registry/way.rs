@@ -79,13 +79,6 @@ impl BlobAddress {
         order
     }
 
-    /// The host that the next read will probably ask.
-    pub(super) fn host(&self) -> String {
-        let way = &self.ways[self.order().first().copied().unwrap_or_default()];
-        let moved = way.moved_to().and_then(|moved| moved.url.host().map(str::to_owned));
-        moved.unwrap_or_else(|| way.place.host.clone())
-    }
-
     /// Asks for `range` (not empty, inside the blob), one way after the other, and checks the head of the
     /// answer.
     pub(super) fn open(
@@ -164,6 +157,15 @@ impl Way {
         if self.place.is_mirror {
             tracing::warn!(mirror = %self.place.host, %error, "registry: passing over a mirror for a while");
         }
+    }
+
+    /// Who sends what comes this way: the host that the redirect led to, while it holds.
+    pub(super) fn sender(&self, by_peer: bool) -> String {
+        if let Some(peer) = self.place.services.p2p.as_ref().filter(|_| by_peer) {
+            return peer.host.name().to_owned();
+        }
+        let moved = self.moved_to().and_then(|moved| moved.url.host().map(str::to_owned));
+        moved.unwrap_or_else(|| self.place.host.clone())
     }
 
     /// Bytes that came this way were wrong.
@@ -260,6 +262,7 @@ impl Way {
         } else {
             None
         };
+        peer.host.stats().requests.fetch_add(1, Ordering::Relaxed);
         let wrapped = peer.wrap(url)?;
         let request = self.place.request(&call, &wrapped, header.as_ref())?;
         let sent = services.transport.send_async(request, deadline).await;

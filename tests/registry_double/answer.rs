@@ -20,6 +20,7 @@ use super::body::{Scripted, Step};
 use super::{Access, Fault, Seen, Shared, State, StoredManifest, lock};
 
 /// The parts of a request that matter here.
+#[derive(Clone)]
 struct Asked {
     method: Method,
     path: String,
@@ -115,6 +116,7 @@ pub async fn answer(
     };
     let answer = match faults.iter().find_map(|fault| instead(fault, &plain, &origin)) {
         Some(answer) => answer,
+        None if plain.path.starts_with("/accelerator/") => from_peer(&plain, &origin),
         None if plain.path.starts_with("/storage/") => from_storage(&plain, &origin),
         None => route(&plain, &mut lock(&state)),
     };
@@ -178,6 +180,17 @@ fn from_storage(asked: &Asked, origin: &Shared) -> Answer {
         return Answer::error(404, "NoSuchKey");
     };
     blob_answer(asked, &state, repository, digest)
+}
+
+/// `/accelerator/http://host/v2/…` or `…/storage/…`: what the registry or its store would answer.
+fn from_peer(asked: &Asked, origin: &Shared) -> Answer {
+    let at = |part: &str| asked.path.find(part).map(|at| asked.path[at..].to_owned());
+    let path = at("/storage/").or_else(|| at("/v2/")).unwrap_or_default();
+    let within = Asked { path, ..asked.clone() };
+    if within.path.starts_with("/storage/") {
+        return from_storage(&within, origin);
+    }
+    route(&within, &mut lock(origin))
 }
 
 fn route(asked: &Asked, state: &mut State) -> Answer {

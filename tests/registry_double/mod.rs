@@ -154,6 +154,11 @@ impl Double {
         Self::serve(Shared::default(), registry.state.clone())
     }
 
+    /// A peer-to-peer proxy that serves what `registry` has, under `/accelerator/<actual URL>`.
+    pub fn start_peer_of(registry: &Self) -> Self {
+        Self::serve(Shared::default(), registry.state.clone())
+    }
+
     fn serve(state: Shared, origin: Shared) -> Self {
         let (stop, stopped) = oneshot::channel::<()>();
         let (ready, address) = std::sync::mpsc::channel();
