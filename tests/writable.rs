@@ -84,7 +84,8 @@ fn build(root: &Path) {
     fs::remove_file(root.join("data")).unwrap();
     fs::create_dir_all(root.join("srv/deep")).unwrap();
     for number in 0..200 {
-        fs::write(root.join(format!("srv/deep/{number}")), noise(number, 100 * number as usize)).unwrap();
+        fs::write(root.join(format!("srv/deep/{number}")), noise(number, 100 * number as usize))
+            .unwrap();
     }
     fs::write(root.join("srv/large"), noise(7, 20_000_000)).unwrap();
     fs::hard_link(root.join("kept"), root.join("srv/kept")).unwrap();
