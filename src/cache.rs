@@ -92,6 +92,7 @@ const WORTH: u64 = 8;
 pub struct Cache {
     chunks: Arc<Chunks>,
     fetcher: Fetcher,
+    budget: u64,
     /// Bytes that may be decoded ahead of a reader.
     ahead: u64,
 }
@@ -109,7 +110,8 @@ impl Cache {
     pub fn with(options: CacheOptions) -> Arc<Self> {
         let chunks = Arc::new(Chunks::new(options.budget));
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
-        Arc::new(Self { chunks, fetcher, ahead: options.budget / AHEAD_SHARE })
+        let budget = options.budget;
+        Arc::new(Self { chunks, fetcher, budget, ahead: budget / AHEAD_SHARE })
     }
 
     /// The blob whose chunks `source` makes, or the one of the same identity that is open already.
@@ -130,6 +132,12 @@ impl Cache {
     pub fn holds(&self, blob: &Blob, index: u32) -> bool {
         let key = blob.key(index);
         self.chunks.shard(key).holds(key)
+    }
+
+    /// Bytes of decoded chunks that it may hold.
+    #[must_use]
+    pub fn budget(&self) -> u64 {
+        self.budget
     }
 
     /// What was fetched so far.

@@ -11,19 +11,25 @@ mod convert;
 mod daemon;
 mod detach;
 mod doctor;
+mod explain;
 mod export;
 mod inspect;
 mod ls;
 mod opener;
 mod registry;
 mod table;
+mod trace;
 
 use std::error::Error;
 use std::io::IsTerminal as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{ArgAction, Parser, Subcommand};
 use thiserror::Error;
+
+use crate::config::ServiceConfig;
 
 /// Start containers from unmodified OCI images before they are downloaded.
 #[derive(Debug, Parser)]
@@ -32,8 +38,26 @@ struct Cli {
     /// Say more: once for what is done and how long it takes, twice for everything.
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
+    #[command(flatten)]
+    service: Service,
     #[command(subcommand)]
     command: Command,
+}
+
+/// The service configuration, as the user named it.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+struct Service {
+    /// Settings of this host, overlaybd's JSON (CONFIG.md); else $TURBOBD_SERVICE_CONFIG, else the first that
+    /// exists of /etc/turbobd/config.json, /etc/overlaybd/overlaybd.json, /etc/overlaybd/config.json.
+    #[arg(long = "service-config", value_name = "FILE", global = true)]
+    file: Option<PathBuf>,
+}
+
+impl Service {
+    fn load(&self) -> Result<Arc<ServiceConfig>, Failure> {
+        ServiceConfig::load(self.file.as_deref()).map(Arc::new).map_err(Failure::because)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -48,6 +72,8 @@ enum Command {
     Detach(detach::Args),
     /// List the devices of this host.
     Ls(ls::Args),
+    /// Say where a file or byte of a device comes from, and what a device waits for.
+    Explain(explain::Args),
     /// Read an image's whole virtual disk without any kernel.
     Export(export::Args),
     /// Say what an image is: layers, sizes, indexes.
@@ -58,6 +84,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Serve the devices of this host.
     Daemon(daemon::Args),
+    /// Record what a start reads, or show what was recorded.
+    Trace(trace::Args),
 }
 
 /// Why a command ended without success.
@@ -91,18 +119,21 @@ type Outcome = Result<ExitCode, Failure>;
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.verbose);
+    let serves = matches!(cli.command, Command::Daemon(_) | Command::Attach(_));
+    log_to_stderr(cli.verbose, serves);
     let (name, outcome) = match cli.command {
-        Command::Convert(args) => ("convert", convert::run(&args)),
-        Command::Commit(args) => ("commit", commit::run(&args)),
-        Command::Attach(args) => ("attach", attach::run(&args)),
+        Command::Convert(args) => ("convert", convert::run(&args, &cli.service)),
+        Command::Commit(args) => ("commit", commit::run(&args, &cli.service)),
+        Command::Attach(args) => ("attach", attach::run(&args, &cli.service)),
         Command::Detach(args) => ("detach", detach::run(&args)),
         Command::Ls(args) => ("ls", ls::run(&args)),
-        Command::Export(args) => ("export", export::run(&args)),
-        Command::Inspect(args) => ("inspect", inspect::run(&args)),
-        Command::Check(args) => ("check", check::run(&args)),
+        Command::Explain(args) => ("explain", explain::run(&args)),
+        Command::Export(args) => ("export", export::run(&args, &cli.service)),
+        Command::Inspect(args) => ("inspect", inspect::run(&args, &cli.service)),
+        Command::Check(args) => ("check", check::run(&args, &cli.service)),
         Command::Doctor(args) => ("doctor", doctor::run(&args)),
-        Command::Daemon(args) => ("daemon", daemon::run(&args)),
+        Command::Daemon(args) => ("daemon", daemon::run(&args, &cli.service)),
+        Command::Trace(args) => ("trace", trace::run(&args, &cli.service)),
     };
     match outcome {
         Ok(code) => code,
@@ -113,11 +144,13 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// `RUST_LOG` wins over `-v`.
-fn log_to_stderr(verbose: u8) {
+/// `RUST_LOG` wins over `-v`. What was mended by fetching it again is news for who keeps the log of a server;
+/// a command that reads an image tells only what it could not mend, as its one error.
+fn log_to_stderr(verbose: u8, serves: bool) {
     // fuser warns of each request that a read-only file has no use for.
     let level = match verbose {
-        0 => "warn,fuser=error",
+        0 if serves => "warn,fuser=error",
+        0 => "warn,turbobd::fetch=error,fuser=error",
         1 => "turbobd=info,warn,fuser=error",
         _ => "turbobd=debug,info",
     };

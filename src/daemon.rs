@@ -14,19 +14,26 @@
 //!
 //! * `protocol`  what goes over the socket: one JSON object a line
 //! * `table`     the devices
+//! * `waits`     the reads of a device that wait, and how long they may; `alarm` looks after them
+//! * [`view`]    what is known of an image's traffic and of where its bytes are
 //! * `server`    accepts, answers, ends
 //! * `client`    finds or starts a daemon and asks it
+//! * `extents`   where a file of a mounted image lies on its device
 //! * `mounts`    ext4 mounts of a device, in the caller's namespace
 //! * `signals`   waits for SIGTERM and SIGINT
 //!
 //! [`IDLE`]: server::IDLE
 
+mod alarm;
 mod client;
+pub mod extents;
 pub mod mounts;
 pub mod protocol;
 pub mod server;
 pub mod signals;
 mod table;
+pub mod view;
+mod waits;
 
 use std::io;
 use std::path::PathBuf;
@@ -34,22 +41,16 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::metrics::Page;
+use crate::metrics::upstream::Totals;
+use crate::trace::Recorders;
 use crate::volume::Volume;
 pub use client::Client;
 pub use protocol::{AttachRequest, DeviceRecord, Frontend, find};
 pub use server::{DaemonOptions, run};
-pub use table::Table;
-
-/// What only the opener of an image knows of its traffic.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct IoCounters {
-    /// Bytes that came from a registry.
-    pub fetched: u64,
-    /// Bytes of this device in the cache.
-    pub cached: u64,
-    /// Failed fetches, retried or not.
-    pub errors: u64,
-}
+pub use table::{DeviceReading, Table};
+pub use view::{DiskView, ImageView, IoCounters};
+pub use waits::{ReadPolicy, WaitReading};
 
 /// An image that can be served.
 pub struct Opened {
@@ -57,8 +58,10 @@ pub struct Opened {
     pub volume: Arc<dyn Volume>,
     /// How the image is listed.
     pub name: String,
-    /// Its counters, asked for at each listing.
-    pub counters: Arc<dyn Fn() -> IoCounters + Send + Sync>,
+    /// What else is known of it, asked for at each listing.
+    pub view: Arc<dyn ImageView>,
+    /// Who watches what is touched of it, if that can be watched.
+    pub recorders: Option<Arc<Recorders>>,
 }
 
 /// Makes a volume of what a client asked for.
@@ -71,6 +74,21 @@ pub trait ImageOpener: Send + Sync {
         &self,
         request: &AttachRequest,
     ) -> Result<Opened, Box<dyn std::error::Error + Send + Sync>>;
+
+    /// Puts what all images share (a cache, its threads) onto a page of metrics.
+    fn observe(&self, page: &mut Page) {
+        let _ = page;
+    }
+
+    /// What came from registries so far: requests and bytes.
+    fn downloaded(&self) -> Totals {
+        Totals::default()
+    }
+
+    /// The longest request in microseconds since this was last asked for.
+    fn take_longest_download(&self) -> u64 {
+        0
+    }
 }
 
 impl<F> ImageOpener for F
@@ -174,6 +192,12 @@ pub enum DaemonError {
         #[source]
         source: crate::ublk::UblkError,
     },
+    /// The ublk front end cannot write.
+    #[error("Cannot serve {image} for writing through ublk: leave --frontend away, or name loop")]
+    ReadOnlyUblk {
+        /// The image.
+        image: String,
+    },
     /// The loop front end failed.
     #[error("Cannot serve {image} through FUSE and loop")]
     Looped {
@@ -182,6 +206,14 @@ pub enum DaemonError {
         /// Why.
         #[source]
         source: crate::looped::LoopedError,
+    },
+    /// What is read of a device cannot be recorded, or was not begun to be.
+    #[error("What is read of {device} is not recorded: {why}", device = device.display())]
+    Recording {
+        /// The device.
+        device: PathBuf,
+        /// Why not.
+        why: &'static str,
     },
     /// The daemon is about to end.
     #[error("The daemon is ending")]

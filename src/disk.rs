@@ -16,14 +16,17 @@
 //! its last block, and anything else is refused when the disk is opened.
 //!
 //! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration,
-//! [`digest`] what a disk contains, independent of how it is stored, [`scan`] reading all of it.
+//! [`digest`] what a disk contains, independent of how it is stored, [`scan`] reading all of it,
+//! [`explain`] where a byte comes from, for people.
 
 pub mod config;
 pub mod digest;
+pub mod explain;
 mod gather;
 pub mod image;
 mod leases;
 pub mod scan;
+pub mod upper;
 
 use std::io;
 use std::sync::Arc;
@@ -35,6 +38,7 @@ use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
 use crate::fetch::Blob;
 use crate::lsmt::{self, LayerKind, LsmtError, Mapping, Place, Stack};
 use crate::source::{SharedBytes, SourceError};
+use crate::trace::{self, Recorders, Trace};
 use crate::units::{SECTOR, Sectors};
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
 use crate::zfile::ZFileError;
@@ -169,6 +173,7 @@ pub struct Disk {
     layers: Vec<Opened>,
     cache: Arc<Cache>,
     leases: Arc<Leases>,
+    recorders: Arc<Recorders>,
 }
 
 impl Disk {
@@ -182,8 +187,10 @@ impl Disk {
             check_layer(number, layer)?;
         }
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
-        let layers = layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
-        Ok(Self { stack, layers, cache, leases: Arc::default() })
+        let layers: Vec<Opened> =
+            layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
+        let recorders = Recorders::new(layers.iter().map(|layer| layer.blob().cloned()).collect());
+        Ok(Self { stack, layers, cache, leases: Arc::default(), recorders })
     }
 
     /// The merged index.
@@ -208,6 +215,30 @@ impl Disk {
     #[must_use]
     pub fn blobs(&self) -> Vec<Option<Arc<Blob>>> {
         self.layers.iter().map(|layer| layer.blob().cloned()).collect()
+    }
+
+    /// The same of the native layers only: what upstream's traces speak of.
+    #[must_use]
+    pub fn native_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
+        let native = |layer: &Opened| match layer {
+            Opened::Native { chunks } => Some(chunks.source().clone()),
+            Opened::Turbo { .. } => None,
+        };
+        self.layers.iter().map(native).collect()
+    }
+
+    /// Upstream's trace of this disk's layers as one of ours.
+    #[must_use]
+    pub fn trace_of(&self, reads: &[trace::upstream::Record]) -> Trace {
+        let native = self.native_sources();
+        let layers: Vec<_> = native.iter().map(Option::as_deref).collect();
+        trace::upstream::to_trace(reads, &layers)
+    }
+
+    /// Who watches what is touched.
+    #[must_use]
+    pub fn recorders(&self) -> &Arc<Recorders> {
+        &self.recorders
     }
 
     /// The cache that its chunks go through.
@@ -289,6 +320,7 @@ impl Disk {
         if let Some((_, chunk)) = request.last.as_ref().filter(|(last, _)| *last == key) {
             return chunk.clone();
         }
+        self.recorders.touched(part.layer, index);
         let leased = request.leased.iter().find(|(leased, _)| *leased == key);
         let chunk = match leased {
             Some((_, chunk)) => Some(chunk.clone()),

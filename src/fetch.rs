@@ -21,6 +21,7 @@
 //! * [`depth`]   how much to keep on its way
 //! * [`blob`]    a blob with everything that is known of where its bytes are
 //! * [`queue`]   what is wanted, and what goes together
+//! * `recent`    the last failures of a blob
 //! * `crew`      the fetch threads
 //! * `run`       the buffers of one request
 //! * `inflate`   the workers
@@ -31,19 +32,23 @@ mod crew;
 pub mod depth;
 mod inflate;
 pub mod queue;
+mod recent;
 mod run;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use crate::chunk::{ChunkBytes, ChunkError, Room};
+use crate::metrics::Histogram;
 use crate::source::{Class, SourceError};
 
 pub use blob::{Blob, Key};
 use crew::Crew;
 use inflate::{Input, Job, Workers};
 pub use queue::Wanted;
+pub use recent::{Failure, Recent};
 
 /// Where decoded chunks go: the cache.
 pub trait Delivery: Send + Sync {
@@ -102,6 +107,25 @@ pub struct FetchCounters {
     pub failed: AtomicU64,
     /// Chunks filled into the disk tier in the background.
     pub filled: AtomicU64,
+    /// From a request to its first byte.
+    pub first_byte: Histogram,
+    /// From a request to its last byte.
+    pub whole: Histogram,
+    /// Encoded bytes that were decoded.
+    pub inflate_in: AtomicU64,
+    /// Decoded bytes that came out.
+    pub inflate_out: AtomicU64,
+    /// How long a chunk took to verify and decode.
+    pub inflate: Histogram,
+}
+
+impl FetchCounters {
+    /// A chunk was decoded.
+    fn inflated(&self, encoded: usize, decoded: usize, begun: Instant) {
+        count(&self.inflate_in, encoded as u64);
+        count(&self.inflate_out, decoded as u64);
+        self.inflate.add(begun.elapsed());
+    }
 }
 
 /// The threads. Dropping this ends them; what is still wanted gets an error.
@@ -201,6 +225,7 @@ impl Shared {
             return;
         }
         count(&self.counters.failed, 1);
+        wanted.blob.failures().note(wanted.chunk, false, &*error);
         self.deliver(key, Err(error));
     }
 

@@ -23,6 +23,7 @@
 //! * [`chunk`]    a blob that decodes in pieces: the unit of fetching, verifying and caching
 //! * [`cache`]    decoded chunks, bounded, each loaded once however many wait
 //! * [`fetch`]    what is wanted → few range requests → inflate workers; read-ahead, traces, background fill
+//! * [`trace`]    what a start reads: recorded, kept, and fetched ahead at the next
 //! * [`registry`] the distribution client: names, credentials, ranges, uploads
 //! * [`store`]    where an image lives: a repository, a layout directory, memory
 //! * [`volume`]   the one trait between a virtual disk and a front end
@@ -35,7 +36,9 @@
 //! * [`ublk`]     the block device: one `io_uring` worker a queue
 //! * [`looped`]   the same disk as one FUSE file under a loop device
 //! * [`daemon`]   the devices of this host and the socket to ask for more
+//! * [`metrics`]  what all of them count, and the page on which others read it
 //! * [`doctor`]   what this host can do, and the remedy for what it cannot
+//! * [`config`]   the service configuration: overlaybd's keys and ours
 //! * [`cli`]      one file a command
 
 // Tests may unwrap and panic; what input can reach may not.
@@ -45,6 +48,7 @@
 pub mod cache;
 pub mod chunk;
 pub mod cli;
+pub mod config;
 pub mod convert;
 pub mod daemon;
 pub mod disk;
@@ -55,11 +59,13 @@ pub mod gzip;
 pub mod looped;
 pub mod lsmt;
 pub mod meta;
+pub mod metrics;
 pub mod oci;
 pub mod registry;
 pub mod source;
 pub mod store;
 pub mod tar;
+pub mod trace;
 pub mod ublk;
 pub mod units;
 pub mod volume;

@@ -1,6 +1,6 @@
 //! The fallback: the disk as one file through FUSE, under a loop device.
 //!
-//! Where a kernel has no ublk, the virtual disk appears as the read-only file `disk` of a small FUSE
+//! Where a kernel has no ublk, the virtual disk appears as the file `disk` of a small FUSE
 //! file system, and a loop device makes a block device of the file, so that the same ext4 is
 //! mounted and everything above it runs unchanged.
 //!
@@ -12,6 +12,9 @@
 //!
 //! The loop device reads the file with direct I/O where it can: the page cache then holds the data
 //! once, above the loop device, not twice.
+//!
+//! A volume that can be [written](crate::volume::WritableVolume) makes a device that can be: writes are handed to
+//! it as they come, a flush of the device is an `fsync` of the file, and discards are holes punched into it.
 //!
 //! Slower than ublk (each request crosses two more layers), and it cannot survive its server: when this
 //! process dies, reads fail. Nothing is left then: the FUSE mount is detached from the tree as soon as
@@ -90,8 +93,9 @@ impl LoopedDevice {
             return Err(LoopedError::Size(size));
         }
         memory::map_large_buffers();
+        let writable = volume.writable().is_some();
         let (session, file) = fuse::FuseSession::new(volume, dir)?;
-        let device = match device::LoopDevice::attach(&file, &dir.join(fuse::NAME)) {
+        let device = match device::LoopDevice::attach(&file, &dir.join(fuse::NAME), writable) {
             Ok(device) => device,
             Err(error) => {
                 drop(file); // before the session, which waits for it

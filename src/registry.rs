@@ -15,6 +15,9 @@
 //! * **What arrives.** A range read needs 206, the very `Content-Range` asked for and exactly that many
 //!   bytes. A proxy that answers 200 with the whole blob would otherwise put the blob's first bytes
 //!   where others belong ([`RemoteBlob`]).
+//! * **Who is asked.** Mirrors come before the registry, a peer-to-peer proxy before both, each as long as
+//!   it answers and tells the truth ([`host`]). A demand that is kept waiting longer than usual is asked for
+//!   a second time, elsewhere if there is an elsewhere, and the first answer wins (`race`).
 //! * **When it does not arrive.** Every read has a deadline and a number of tries ([`RetryPolicy`]);
 //!   what can never succeed (404, 403 after a new token) fails at once.
 //!
@@ -30,9 +33,11 @@
 //! * [`client`]      [`Client`] and its options; one authorised exchange with retries
 //! * [`repository`]  [`Repository`]: manifests and uploads
 //! * [`blob`]        [`RemoteBlob`]: range reads of one blob, a [`ByteSource`](crate::source::ByteSource)
+//! * `way`           where a blob can be had: the registry, a mirror, a peer; `race` one read of it
 //! * [`stream`]      [`BlobReader`]: one blob from front to end, resumed where it broke
 //! * [`auth`]        challenges and tokens
-//! * [`credentials`] who we are to which registry
+//! * [`credentials`] who we are to which registry; [`credential_service`] who knows it
+//! * [`host`]        what is known of hosts: health, patience, retries; [`rate`] limits
 //! * [`redirect`]    where a `Location` leads and how long it holds
 //! * [`retry`]       when to try again, and when to stop
 //! * [`transport`]   the I/O threads (`payload`: what is sent); [`tls`] trust; [`proxy`] the way out
@@ -41,21 +46,29 @@
 pub mod auth;
 pub mod blob;
 pub mod client;
+pub mod credential_service;
 pub mod credentials;
 pub mod error;
+pub mod host;
 mod payload;
 pub mod proxy;
+mod race;
+pub mod rate;
 pub mod redirect;
 pub mod repository;
 pub mod retry;
 pub mod stream;
 pub mod tls;
 pub mod transport;
+mod wait;
+mod way;
 
 pub use blob::{RemoteBlob, RemoteStats};
 pub use client::{Client, ClientOptions};
+pub use credential_service::CredentialService;
 pub use credentials::{Credential, CredentialStore};
 pub use error::RegistryError;
+pub use host::{Host, HostStats, Network};
 pub use proxy::Proxies;
 pub use repository::{Manifest, Repository};
 pub use retry::RetryPolicy;

@@ -11,6 +11,8 @@
 //! Real: [`FileSource`], [`MemorySource`], [`SubSource`], and the registry's blob. For tests:
 //! [`FaultySource`], which fails or lies at chosen offsets.
 
+mod traffic;
+
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -20,6 +22,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use thiserror::Error;
+
+pub use traffic::{Attempts, Retries, Traffic, TryingAgain};
 
 /// Why bytes could not be had. Cheap to clone: one failed read may have many waiters.
 #[derive(Clone, Debug, Error)]
@@ -60,6 +64,8 @@ pub enum SourceError {
         end: u64,
         /// What happened, as a sentence without a full stop.
         reason: String,
+        /// Whether it is no use to try again.
+        lasting: bool,
     },
 }
 
@@ -165,6 +171,11 @@ pub trait ByteSource: Send + Sync {
     /// The bytes of `range` turned out to be wrong: ask somebody else for them next time.
     fn distrust(&self, range: Range<u64>) {
         let _ = range;
+    }
+
+    /// What this source brought from afar so far.
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
     }
 
     /// All bytes as one address, when they lie in memory already.
@@ -338,6 +349,10 @@ impl ByteSource for SubSource {
 
     fn distrust(&self, range: Range<u64>) {
         self.inner.distrust(self.start + range.start..self.start + range.end);
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.inner.traffic()
     }
 
     fn as_slice(&self) -> Option<&[u8]> {

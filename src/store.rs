@@ -4,14 +4,13 @@
 //! digest, a blob as a stream or by range, and a way to add blobs and manifests. [`ImageStore`] is
 //! that; an OCI image layout directory ([`LayoutStore`]) and a repository of a registry
 //! ([`RepositoryStore`]) are the two real ones, [`MemoryStore`] serves tests and images that are
-//! built and attached in one go, and [`Metered`] counts what one device reads of any of them.
+//! built and attached in one go. What a blob brought is counted by its source ([`ByteSource::traffic`]).
 //!
 //! Nothing is believed: a blob or manifest asked for by digest is checked against it here, and
 //! streams are checked by whoever reads them to the end.
 
 mod layout;
 mod memory;
-mod metered;
 mod repository;
 
 use std::io::Read;
@@ -25,7 +24,6 @@ use crate::source::{ByteSource, SourceError};
 
 pub use layout::LayoutStore;
 pub use memory::MemoryStore;
-pub use metered::{Meter, Metered};
 pub use repository::RepositoryStore;
 
 /// Largest config or meta blob read into memory at once, 1 GiB: the meta image of a 100 GB layer.

@@ -6,6 +6,8 @@
 //! [`Waiter`] once, from any thread. After an `Ok` call the front end asks again; after an `Err` it
 //! fails the request. Nothing here blocks, except the convenience [`Volume::read_at`].
 //!
+//! A disk that can be written is a [`WritableVolume`] as well, and says so.
+//!
 //! Real: [`disk::Disk`](crate::disk). For tests of front ends: [`MemoryVolume`], and
 //! [`FaultyVolume`], which delays and fails.
 
@@ -14,6 +16,7 @@ use std::sync::{Arc, mpsc};
 use thiserror::Error;
 
 use crate::chunk::{ChunkBytes, ChunkError};
+use crate::source::SourceError;
 
 /// Why bytes of a volume could not be had.
 #[derive(Clone, Debug, Error)]
@@ -45,12 +48,45 @@ pub enum VolumeError {
         /// Byte of the volume.
         offset: u64,
     },
+    /// The bytes did not come in time.
+    #[error("Byte {offset} of the disk did not come within {seconds} s{}", so_far(.last))]
+    Deadline {
+        /// Byte of the volume.
+        offset: u64,
+        /// The deadline.
+        seconds: u64,
+        /// What went wrong meanwhile.
+        last: Option<String>,
+    },
+    /// The writable layer failed.
+    #[error("Cannot use the writable layer at byte {offset} of the disk")]
+    Upper {
+        /// Byte of the volume.
+        offset: u64,
+        /// The layer's failure.
+        #[source]
+        source: Arc<crate::lsmt::WritableError>,
+    },
     /// A volume made for tests was told to fail.
     #[error("Injected failure at byte {offset}")]
     Injected {
         /// Byte of the volume.
         offset: u64,
     },
+}
+
+fn so_far(last: &Option<String>) -> String {
+    last.as_ref().map_or_else(String::new, |last| format!(": {last}"))
+}
+
+impl VolumeError {
+    /// Whether the same read may succeed later: a registry that cannot be reached now. Not so bytes
+    /// that were wrong several times, or a blob that does not exist.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        let Self::Chunk { source, .. } = self else { return false };
+        matches!(&**source, ChunkError::Source(SourceError::Remote { lasting: false, .. }))
+    }
 }
 
 /// Called once, from any thread, when a pending range can be asked for again or has failed.
@@ -119,7 +155,29 @@ pub enum Located {
     Pending,
 }
 
-/// An immutable virtual disk.
+/// A virtual disk that can be written. Writes and reads may come from any thread; those of the same bytes at
+/// the same time may see either.
+pub trait WritableVolume: Volume {
+    /// Writes whole sectors at byte `offset`. Read at once; durable after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`VolumeError`]; then the bytes are as before.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), VolumeError>;
+
+    /// Makes whole sectors zero.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError>;
+
+    /// Makes everything durable that was written before the call.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    fn flush(&self) -> Result<(), VolumeError>;
+}
+
+/// A virtual disk, as one reads it.
 pub trait Volume: Send + Sync {
     /// Size in bytes, a multiple of 512.
     fn size(&self) -> u64;
@@ -135,6 +193,11 @@ pub trait Volume: Send + Sync {
         len: usize,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError>;
+
+    /// The same disk for writing, if it can be written.
+    fn writable(&self) -> Option<&dyn WritableVolume> {
+        None
+    }
 
     /// Reads into `buf`, blocking this thread until all bytes are there.
     ///

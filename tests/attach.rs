@@ -243,7 +243,17 @@ fn ls_tells_image_device_mount_point_state_and_traffic() {
         table.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(
         lines[0],
-        ["IMAGE", "DEVICE", "MOUNTPOINT", "STATE", "READ", "FETCHED", "CACHED", "ERRORS"]
+        [
+            "IMAGE",
+            "DEVICE",
+            "MOUNTPOINT",
+            "STATE",
+            "READ",
+            "FETCHED",
+            "CACHED",
+            "RETRIES",
+            "ERRORS"
+        ]
     );
     assert_eq!(lines.len(), 3);
     assert_eq!(lines[1][0], name);
@@ -541,4 +551,173 @@ fn a_registry_that_lies_gives_eio_and_a_slip_does_not() {
     registry.fault(&target, Fault::Flip(200_000, 1), 1);
     registry.fault(&target, Fault::Status(503), 1);
     assert_eq!(fs::read(&big).unwrap(), prose(1, 5 << 20));
+}
+
+/// A configuration that reads fail by after `seconds`, and by which metrics are served at `port`.
+fn service_config(host: &Host, seconds: u64, on_error: &str, port: u16) -> String {
+    let path = host.dir.path().join("service.json");
+    let text = serde_json::json!({
+        "exporterConfig": { "enable": port > 0, "port": port.max(1), "uriPrefix": "/numbers" },
+        "turbobd": { "readDeadlineSeconds": seconds, "onError": on_error },
+    });
+    fs::write(&path, text.to_string()).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// The value of one sample on a page of metrics; `labels` are found in any order.
+fn sample(page: &str, name: &str, labels: &[&str]) -> Option<f64> {
+    let is_it = |line: &&str| {
+        let rest = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' ']));
+        rest.is_some_and(|rest| labels.iter().all(|label| rest.contains(label)))
+    };
+    page.lines().find(is_it)?.rsplit(' ').next()?.parse().ok()
+}
+
+#[test]
+fn a_read_that_waits_is_seen_explained_and_ended_by_its_deadline() {
+    let (host, images) = (Host::new(), Images::converted());
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    let name = format!("{}/team/app:turbo", registry.host());
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let config = service_config(&host, 8, "eio", port);
+    let mnt = host.mnt();
+    let args = ["attach", &name, "--frontend", "loop", "--service-config", &config, "--mount"];
+    let line = host.done(&[&args[..], &[mnt.to_str().unwrap()]].concat());
+    let device = line.split_once(' ').unwrap().0.to_owned();
+    host.note(&device);
+    let target = images.layer("latest", 0);
+    registry.fault(&target, Fault::Status(503), 1_000_000);
+    let big = mnt.join("big");
+    let begun = Instant::now();
+    let reader = std::thread::spawn(move || (fs::read(big), begun.elapsed()));
+    let stalled = loop {
+        let record = host.list().remove(0);
+        if record["state"] == "stalled" {
+            break record;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(7), "{record}");
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    assert!(stalled["oldest_wait"].as_u64().unwrap() >= 5000, "{stalled}");
+    assert!(stalled["retries"].as_u64().unwrap() > 2, "{stalled}");
+    assert!(host.done(&["ls"]).contains("stalled 5"), "{}", host.done(&["ls"]));
+    let told = host.done(&["explain", &device]);
+    let short = &target[.."sha256:".len() + 12];
+    for needle in
+        ["stalled", "wait", &format!("segment 0 of {short}"), "trying again", "503", "next in"]
+    {
+        assert!(told.contains(needle), "{needle:?} is not in\n{told}");
+    }
+    let told: Value = serde_json::from_str(&host.done(&["explain", &device, "--json"])).unwrap();
+    assert!(told["waiting"][0]["waits"].as_u64().unwrap() > 4000, "{told}");
+    let page = host.done(&["ls", "--metrics"]);
+    let labels = [&*format!("device=\"{device}\""), &*format!("image=\"{name}\"")];
+    assert!(sample(&page, "turbobd_device_oldest_wait_seconds", &labels).unwrap() > 5.0, "{page}");
+    let (read, after) = reader.join().unwrap();
+    assert_eq!(read.unwrap_err().raw_os_error(), Some(5));
+    // The kernel asks for what is left of a failed read-ahead once more, page by page.
+    assert!(after >= Duration::from_secs(7) && after < Duration::from_secs(20), "{after:?}");
+    registry.clear_faults();
+    assert_eq!(fs::read(host.mnt().join("big")).unwrap(), prose(1, 5 << 20));
+
+    // The same page over HTTP, and upstream's names on it.
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    std::io::Write::write_all(&mut stream, b"GET /numbers HTTP/1.0\r\n\r\n").unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).unwrap();
+    assert!(page.starts_with("HTTP/1.0 200 OK"), "{page}");
+    let counts = |name: &str| sample(&page, name, &labels).unwrap();
+    assert!(counts("turbobd_device_errors_total") >= 1.0);
+    assert!(counts("turbobd_device_read_bytes_total") >= f64::from(5 << 20));
+    assert_eq!(counts("turbobd_device_oldest_wait_seconds"), 0.0);
+    assert!(counts("turbobd_device_wait_seconds_count") >= 1.0);
+    assert_eq!(
+        counts("turbobd_device_fetched_bytes_total"),
+        registry.traffic(&target.parse().unwrap()).1 as f64
+    );
+    assert!(sample(&page, "turbobd_inflate_out_bytes_total", &[]).unwrap() >= f64::from(5 << 20));
+    assert!(sample(&page, "turbobd_cache_misses_total", &[]).unwrap() >= 1.0);
+    assert_eq!(sample(&page, "OverlayBD_Alive", &["node="]), Some(1.0));
+    let pread = sample(&page, "OverlayBD_Count", &["type=\"pread\""]).unwrap();
+    assert!(pread >= f64::from(5 << 20), "{pread}");
+}
+
+#[test]
+fn with_the_policy_to_wait_a_reader_outlives_its_registrys_absence() {
+    let (host, images) = (Host::new(), Images::converted());
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    let name = format!("{}/team/app:turbo", registry.host());
+    let config = service_config(&host, 1, "wait", 0);
+    let mnt = host.mnt();
+    let args = ["attach", &name, "--frontend", "loop", "--service-config", &config, "--mount"];
+    let line = host.done(&[&args[..], &[mnt.to_str().unwrap()]].concat());
+    host.note(line.split_once(' ').unwrap().0);
+    registry.fault(&images.layer("latest", 0), Fault::Status(503), 1_000_000);
+    let big = mnt.join("big");
+    let reader = std::thread::spawn(move || fs::read(big));
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(!reader.is_finished(), "it did not wait");
+    let page = host.done(&["ls", "--metrics"]);
+    assert!(sample(&page, "turbobd_device_repeated_total", &[]).unwrap() > 0.0, "{page}");
+    registry.clear_faults();
+    assert_eq!(reader.join().unwrap().unwrap(), prose(1, 5 << 20));
+    assert_eq!(host.list()[0]["waiting"], 0);
+    let page = host.done(&["ls", "--metrics"]);
+    assert_eq!(sample(&page, "turbobd_device_errors_total", &[]), Some(0.0), "{page}");
+}
+
+#[test]
+fn explain_tells_where_a_file_and_a_byte_of_the_disk_come_from() {
+    let (host, images) = (Host::new(), Images::converted());
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    let name = format!("{}/team/app:turbo", registry.host());
+    let device = host.mount(&name);
+    let explain = |args: &[&str]| -> Value {
+        let text = host.done(&[&["explain", &device], args, &["--json"]].concat());
+        serde_json::from_str(&text).unwrap()
+    };
+    let tar = image::gunzip(&images.blob(&images.layer("latest", 0)));
+    let data = prose(1, 5 << 20);
+    let told = explain(&["big"]);
+    let mut at = 0;
+    for part in told["parts"].as_array().unwrap() {
+        let number = |value: &Value| value.as_u64().unwrap();
+        let (offset, len) = (number(&part["file_offset"]), number(&part["len"]));
+        assert_eq!(
+            (offset, &part["what"], number(&part["layer"])),
+            (at, &"data".into(), 0),
+            "{part}"
+        );
+        let from = number(&part["chunk"]["at"]) as usize;
+        let len_in_file = len.min(data.len() as u64 - offset) as usize;
+        assert!(
+            tar[from..from + len_in_file] == data[offset as usize..][..len_in_file],
+            "{part} names another place of the tar"
+        );
+        assert_eq!(part["chunk"]["held"], "remote", "{part}");
+        at += len;
+    }
+    assert!(at >= data.len() as u64, "{at} of {} bytes", data.len());
+    fs::read(host.mnt().join("big")).unwrap();
+    let told = explain(&["/big"]);
+    assert!(told["parts"].as_array().unwrap().iter().all(|part| part["chunk"]["held"] == "memory"));
+    assert!(told["blobs"][0]["fetched"].as_u64().unwrap() > 0);
+    let below = host.mnt().join("etc/first");
+    let of_mount = host.done(&["explain", &device, below.to_str().unwrap()]);
+    let registry_host = registry.host();
+    let only_host = registry_host.split(':').next().unwrap();
+    for needle in ["SEGMENT", "data", only_host] {
+        assert!(of_mount.contains(needle), "{needle:?} is not in\n{of_mount}");
+    }
+    // The superblock is metadata, and lies in no blob.
+    let told = explain(&["--offset", "1024"]);
+    assert_eq!(told["parts"][0]["what"], "metadata", "{told}");
+    assert_eq!(told["parts"][0]["chunk"], Value::Null);
+    host.refused(&["explain", &device, "absent"], &["absent", "No such file"]);
+    let behind = end(&mut host.turbobd(&["explain", &device, "--offset", "9999999999999"]));
+    assert_eq!(behind.code, Some(2), "{}", behind.stderr);
+    host.refused(&["explain", "/dev/nosuch"], &["/dev/nosuch", "turbobd ls"]);
 }

@@ -655,11 +655,12 @@ mod daemon {
     /// The image is a raw file.
     fn open_image(request: &AttachRequest) -> Result<Opened, Error> {
         let bytes = std::fs::read(request.options["file"].as_str().ok_or("no file")?)?;
-        let counters = Arc::new(|| IoCounters { fetched: 5, cached: 6, errors: 0 });
+        let view = Arc::new(|| IoCounters { fetched: 5, cached: 6, ..IoCounters::default() });
         Ok(Opened {
             volume: Arc::new(MemoryVolume::new(bytes)),
             name: format!("raw {}", request.image),
-            counters,
+            view,
+            recorders: None,
         })
     }
 
@@ -667,8 +668,11 @@ mod daemon {
     #[test]
     fn process() {
         if std::env::var_os("TURBOBD_TEST_DAEMON").is_some() {
-            let options =
-                DaemonOptions { run_dir: turbobd::daemon::protocol::run_dir(), auto: true };
+            let options = DaemonOptions {
+                run_dir: turbobd::daemon::protocol::run_dir(),
+                auto: true,
+                ..DaemonOptions::default()
+            };
             turbobd::daemon::run(&options, Arc::new(open_image)).unwrap();
         }
     }

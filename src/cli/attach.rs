@@ -1,6 +1,6 @@
 //! `turbobd attach`: make a block device of an image, and mount it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,14 +8,21 @@ use std::time::Instant;
 use clap::ValueEnum;
 
 use super::daemon::HostImages;
-use super::{Failure, Outcome, opener};
+use super::{Failure, Outcome, Service, opener};
 use crate::daemon::{AttachRequest, Client, Frontend, Table, mounts, protocol, signals::Signals};
+
+/// Key of a request's options beside those of the image: the folder of the writable layer.
+pub(super) const UPPER: &str = "upper";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
     image: opener::Args,
-    /// Mount the device read-only at this directory.
+    /// Make the device writable: what is written goes to a layer in this folder, made if there is none. It
+    /// stays there, and `turbobd commit` makes an image layer of it.
+    #[arg(long, value_name = "DIR")]
+    upper: Option<PathBuf>,
+    /// Mount the device at this directory, read-only unless it has an --upper.
     #[arg(long, value_name = "DIR")]
     mount: Option<PathBuf>,
     /// How the device is made: ublk, or a loop device over FUSE where the kernel has no ublk.
@@ -36,6 +43,11 @@ enum FrontendName {
 impl Args {
     fn request(&self) -> Result<AttachRequest, Failure> {
         let image = self.image.absolute()?;
+        let mut options = serde_json::to_value(&image).map_err(Failure::because)?;
+        if let Some(upper) = &self.upper {
+            let upper = std::path::absolute(upper).map_err(Failure::because)?;
+            options[UPPER] = serde_json::to_value(upper).map_err(Failure::because)?;
+        }
         Ok(AttachRequest {
             image: image.name(),
             frontend: match self.frontend {
@@ -43,20 +55,24 @@ impl Args {
                 FrontendName::Ublk => Frontend::Ublk,
                 FrontendName::Loop => Frontend::Loop,
             },
-            options: serde_json::to_value(&image).map_err(Failure::because)?,
+            options,
         })
     }
 }
 
 /// Attaches; prints the device, and the mount point if there is one, on stdout.
-pub(super) fn run(args: &Args) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let start = Instant::now();
     let request = args.request()?;
     if args.foreground {
-        return serve_here(args, &request, start);
+        return serve_here(args, &request, service, start);
     }
+    // A daemon's working directory is another.
+    let config = service.file.as_deref().map(std::path::absolute).transpose();
+    let config = config.map_err(Failure::because)?;
+    let daemon = || daemon_command(config.as_deref());
     let mut client =
-        Client::connect_or_spawn(&protocol::run_dir(), daemon_command).map_err(Failure::because)?;
+        Client::connect_or_spawn(&protocol::run_dir(), daemon).map_err(Failure::because)?;
     tracing::info!("the daemon answers after {:.1?}", start.elapsed());
     let (device, note) = match &args.mount {
         Some(dir) => client.attach_and_mount(request, dir),
@@ -74,20 +90,25 @@ pub(super) fn run(args: &Args) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What the client starts when no daemon runs.
-fn daemon_command() -> Command {
+/// What the client starts when no daemon runs. One that runs keeps the configuration it has.
+fn daemon_command(config: Option<&Path>) -> Command {
     let program = std::env::current_exe().unwrap_or_else(|_| "turbobd".into());
     let mut command = Command::new(program);
     command.args(["daemon", "--auto"]);
+    if let Some(config) = config {
+        command.arg("--service-config").arg(config);
+    }
     command
 }
 
 /// Serves from this process: mounts, waits for a signal, unmounts, removes.
-fn serve_here(args: &Args, request: &AttachRequest, start: Instant) -> Outcome {
+fn serve_here(args: &Args, request: &AttachRequest, service: &Service, start: Instant) -> Outcome {
+    let images = Arc::new(HostImages::new(service.load()?));
     let mut signals = Signals::new().map_err(Failure::because)?;
     let run_dir = protocol::run_dir();
     std::fs::create_dir_all(&run_dir).map_err(Failure::because)?;
-    let table = Table::new(run_dir, Arc::new(HostImages::new()));
+    let policy = images.read_policy();
+    let table = Table::new(run_dir, images, policy);
     let (device, note) = table.attach(request).map_err(Failure::because)?;
     if let Some(note) = note {
         eprintln!("turbobd: attach: {note}");

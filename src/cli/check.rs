@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Failure, Outcome, export, opener, table};
+use super::registry::Clients;
+use super::{Failure, Outcome, Service, export, opener, table};
 use crate::cache::Cache;
 use crate::chunk::ChunkSource;
 use crate::oci::{Descriptor, Digest};
@@ -27,8 +28,10 @@ pub(super) struct Args {
 }
 
 /// Checks; says on stdout what was verified.
-pub(super) fn run(args: &Args) -> Outcome {
-    let opened = args.image.open(Cache::new(opener::CACHE_BUDGET, 1))?;
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+    let clients = Clients::new(service.load()?);
+    let cache = Cache::new(clients.service().turbobd.memory_cache, 1);
+    let opened = args.image.open(&clients, cache)?;
     println!("meta image: ok ({} layers)", opened.disk.layer_count());
     if !args.data {
         return Ok(ExitCode::SUCCESS);

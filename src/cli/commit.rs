@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::{Failure, Outcome, convert, registry};
+use super::{Failure, Outcome, Service, convert, registry};
 use crate::convert::chain::CHAINS;
 use crate::convert::native::{NativeBlob, commit_layer};
 use crate::disk::image::host_manifest;
@@ -65,7 +65,7 @@ fn uuid(text: &str) -> Result<Uuid, String> {
 }
 
 /// Commits; prints the digest of the layer, or of the image if one was made.
-pub(super) fn run(args: &Args) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let message = args.message.clone().unwrap_or_default();
     if message.len() > 256 {
         return Err(Failure::Usage("the message has more than 256 bytes".into()));
@@ -94,7 +94,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     }
     match (&args.repository, &args.input_tag, &args.tag) {
         (Some(repository), Some(base), Some(tag)) => {
-            let client = args.registry.client()?;
+            let client = args.registry.client(&*service.load()?)?;
             println!("{}", publish(repository, base, tag, &message, &blob, &client)?);
         }
         _ => println!("{}", blob.digest()),

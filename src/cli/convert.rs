@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::bars::Bars;
-use super::{Failure, Outcome, registry, table};
+use super::{Failure, Outcome, Service, registry, table};
 use crate::convert::{ConvertOptions, KnownLayers, LocalLayers, Tags, convert};
 use crate::oci::{Digest, ImageName, RepositoryName};
 use crate::registry::Client;
@@ -205,7 +205,7 @@ impl Args {
 }
 
 /// Converts.
-pub(super) fn run(args: &Args) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     args.upstream.check()?;
     if args.turbo_oci.is_none() && args.native.is_none() && !args.no_upload {
         return Err(Failure::Usage(
@@ -221,7 +221,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         turbo: args.turbo_oci.as_deref().filter(|_| !args.no_upload),
         native: args.native.as_deref().filter(|_| !args.no_upload),
     };
-    let client = args.registry.client()?;
+    let client = args.registry.client(&*service.load()?)?;
     let source: RepositoryName = args.repository.parse().map_err(Failure::usage)?;
     let store = store::open_repository(&source, &client).map_err(Failure::because)?;
     let into = match &args.to {

@@ -1,17 +1,28 @@
 //! `turbobd daemon`: serve the devices of this host.
 
 use std::error::Error;
+use std::path::Path;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use super::{Failure, Outcome, opener};
+use serde_json::Value;
+
+use super::attach::UPPER;
+use super::registry::Clients;
+use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
+use crate::config::{ServiceConfig, TracesConfig};
 use crate::daemon::{
-    self, AttachRequest, Client, DaemonOptions, ImageOpener, IoCounters, protocol,
+    self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, ReadPolicy, protocol,
 };
+use crate::disk::upper::UpperVolume;
 use crate::fetch::FetchOptions;
-use crate::store::Meter;
+use crate::metrics::exporter::ExporterOptions;
+use crate::metrics::upstream::Totals;
+use crate::metrics::{Page, names};
+use crate::trace::{LearnOptions, Traces};
+use crate::volume::Volume;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -24,7 +35,7 @@ pub(super) struct Args {
 }
 
 /// Serves until it is told to end, or tells the one that does.
-pub(super) fn run(args: &Args) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
         let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
@@ -41,8 +52,14 @@ pub(super) fn run(args: &Args) -> Outcome {
             names.join(", ")
         )));
     }
-    let options = DaemonOptions { run_dir, auto: args.auto };
-    daemon::run(&options, Arc::new(HostImages::new())).map_err(Failure::because)?;
+    let images = Arc::new(HostImages::new(service.load()?));
+    let options = DaemonOptions {
+        run_dir,
+        auto: args.auto,
+        reads: images.read_policy(),
+        exporter: images.exporter(),
+    };
+    daemon::run(&options, images).map_err(Failure::because)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -51,17 +68,43 @@ pub(super) struct HostImages {
     /// Made at the first attach: the daemon must be alone in its process until it has entered its
     /// mount namespace.
     cache: OnceLock<Arc<Cache>>,
+    /// Settings of this host, read once.
+    config: Arc<ServiceConfig>,
+    /// Connections, tokens and what is known of registries, shared by all devices.
+    clients: Clients,
+    /// What starts read, from one to the next.
+    traces: Arc<Traces>,
 }
 
 impl HostImages {
-    pub(super) fn new() -> Self {
-        Self { cache: OnceLock::new() }
+    pub(super) fn new(config: Arc<ServiceConfig>) -> Self {
+        let TracesConfig { enable, dir } = config.turbobd.traces.clone();
+        let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
+        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), config, traces }
+    }
+}
+
+impl HostImages {
+    /// How long reads of this host's devices may wait.
+    pub(super) fn read_policy(&self) -> ReadPolicy {
+        let own = &self.config.turbobd;
+        ReadPolicy { deadline: own.read_deadline, on_error: own.on_error }
+    }
+
+    /// Where the metrics are served.
+    fn exporter(&self) -> Option<ExporterOptions> {
+        let exporter = &self.config.exporter;
+        exporter.enable.then(|| ExporterOptions {
+            address: (self.config.turbobd.metrics_address, exporter.port).into(),
+            path: exporter.path.clone(),
+        })
     }
 }
 
 /// One cache for all devices.
-fn new_cache() -> Arc<Cache> {
-    Cache::with(CacheOptions { budget: opener::CACHE_BUDGET, fetch: FetchOptions::default() })
+fn new_cache(config: &ServiceConfig) -> Arc<Cache> {
+    let fetch = FetchOptions { connections: config.turbobd.connections, ..FetchOptions::default() };
+    Cache::with(CacheOptions { budget: config.turbobd.memory_cache, fetch })
 }
 
 impl ImageOpener for HostImages {
@@ -69,21 +112,52 @@ impl ImageOpener for HostImages {
         &self,
         request: &AttachRequest,
     ) -> Result<daemon::Opened, Box<dyn Error + Send + Sync>> {
-        let cache = self.cache.get_or_init(new_cache).clone();
+        let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
-        let meter = Arc::new(Meter::default());
-        let opened = args.open_metered(cache.clone(), meter.clone()).map_err(Box::new)?;
+        let opened = args.open(&self.clients, cache.clone()).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
-        let counters = move || IoCounters {
-            fetched: meter.bytes.load(Ordering::Relaxed),
-            cached: cache.stats().bytes,
-            errors: meter.errors.load(Ordering::Relaxed),
+        let recorders = opened.disk.recorders().clone();
+        if let Some(replayed) = self.traces.begin(&recorders, &cache, opened.trace.as_ref()) {
+            tracing::info!(
+                "{}: {} chunks are fetched ahead by its trace, {} of its pieces left out",
+                request.image,
+                replayed.chunks,
+                replayed.left + replayed.foreign
+            );
+        }
+        let disk = Arc::new(opened.disk);
+        let volume: Arc<dyn Volume> = match request.options.get(UPPER).and_then(Value::as_str) {
+            Some(dir) => Arc::new(UpperVolume::open(Path::new(dir), disk.clone())?),
+            None => disk.clone(),
         };
         Ok(daemon::Opened {
-            volume: Arc::new(opened.disk),
+            volume,
             name: request.image.clone(),
-            counters: Arc::new(counters),
+            view: Arc::new(DiskView::new(disk)),
+            recorders: Some(recorders),
         })
+    }
+
+    /// Each part with the table of its names: see [`names`].
+    fn observe(&self, page: &mut Page) {
+        let Some(cache) = self.cache.get() else { return };
+        page.put(names::CACHE, &cache.stats(), &[]);
+        page.put(names::FETCH, &**cache.fetched(), &[]);
+    }
+
+    fn downloaded(&self) -> Totals {
+        self.cache.get().map_or_else(Totals::default, |cache| {
+            let fetched = cache.fetched();
+            let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+            Totals {
+                reads: get(&fetched.demand_requests) + get(&fetched.ahead_requests),
+                bytes: get(&fetched.bytes),
+            }
+        })
+    }
+
+    fn take_longest_download(&self) -> u64 {
+        self.cache.get().map_or(0, |cache| cache.fetched().whole.take_longest())
     }
 }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use super::{Failure, Outcome, opener};
+use super::registry::Clients;
+use super::{Failure, Outcome, Service, opener};
 use crate::cache::Cache;
 use crate::disk::{Disk, digest};
 
@@ -21,10 +22,11 @@ pub(super) struct Args {
 }
 
 /// Exports.
-pub(super) fn run(args: &Args) -> Outcome {
-    let cache = Cache::new(opener::CACHE_BUDGET, loader_threads());
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+    let clients = Clients::new(service.load()?);
+    let cache = Cache::new(clients.service().turbobd.memory_cache, loader_threads());
     let start = Instant::now();
-    let opened = args.image.open(cache)?;
+    let opened = args.image.open(&clients, cache)?;
     tracing::info!("opened in {:.2?}", start.elapsed());
     if let Some(path) = &args.output {
         export(&opened.disk, path)?;

@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::{Failure, Outcome, opener, table};
+use super::registry::Clients;
+use super::{Failure, Outcome, Service, opener, table};
 use crate::cache::Cache;
 use crate::disk::image::LayerInfo;
 use crate::volume::Volume as _;
@@ -19,8 +20,10 @@ pub(super) struct Args {
 }
 
 /// Inspects.
-pub(super) fn run(args: &Args) -> Outcome {
-    let opened = args.image.open(Cache::new(opener::CACHE_BUDGET, 1))?;
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+    let clients = Clients::new(service.load()?);
+    let cache = Cache::new(clients.service().turbobd.memory_cache, 1);
+    let opened = args.image.open(&clients, cache)?;
     let Some(digest) = &opened.digest else {
         return Err(Failure::Usage(
             "inspect takes an IMAGE; a device config names only local files".into(),

@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::registry::Clients;
 use super::{Failure, registry};
 use crate::cache::Cache;
 use crate::disk::image::{GzipTargets, LayerInfo, OpenedImage, host_manifest, open_image};
 use crate::disk::{Disk, config};
 use crate::oci::{Digest, ImageName, RepositoryName, annotations};
-use crate::store::{self, ImageStore, Meter, Metered};
+use crate::store::{self, ImageStore};
+use crate::trace::Trace;
 
 /// An image, by name or by upstream's device config.
 #[derive(Clone, Debug, clap::Args, serde::Serialize, serde::Deserialize)]
@@ -24,9 +26,6 @@ pub(super) struct Args {
     pub(super) registry: registry::Args,
 }
 
-/// Memory for decoded chunks, 256 MiB: a few hundred segments, the working set of a starting program.
-pub(super) const CACHE_BUDGET: u64 = 256 << 20;
-
 /// What was opened.
 pub(super) struct Opened {
     /// The virtual disk.
@@ -37,6 +36,8 @@ pub(super) struct Opened {
     pub(super) digest: Option<Digest>,
     /// Where the original blobs come from; none for a device config.
     pub(super) targets: Option<Arc<dyn ImageStore>>,
+    /// What a start reads, if the image brought a trace with it.
+    pub(super) trace: Option<Trace>,
 }
 
 impl Args {
@@ -64,21 +65,12 @@ impl Args {
     }
 
     /// Opens it over `cache`.
-    pub(super) fn open(&self, cache: Arc<Cache>) -> Result<Opened, Failure> {
-        self.open_metered(cache, Arc::default())
-    }
-
-    /// Opens it over `cache`, counting what is read of the original blobs.
-    pub(super) fn open_metered(
-        &self,
-        cache: Arc<Cache>,
-        meter: Arc<Meter>,
-    ) -> Result<Opened, Failure> {
+    pub(super) fn open(&self, clients: &Clients, cache: Arc<Cache>) -> Result<Opened, Failure> {
         match (&self.image, &self.config) {
-            (Some(image), _) => self.open_image(image, cache, meter),
+            (Some(image), _) => self.open_image(image, clients, cache),
             (None, Some(path)) => {
                 let disk = config::open(path, cache, &GzipTargets).map_err(Failure::because)?;
-                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None })
+                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None, trace: None })
             }
             (None, None) => {
                 Err(Failure::Usage("name an IMAGE, or a device config with --config FILE".into()))
@@ -89,10 +81,10 @@ impl Args {
     fn open_image(
         &self,
         image: &str,
+        clients: &Clients,
         cache: Arc<Cache>,
-        meter: Arc<Meter>,
     ) -> Result<Opened, Failure> {
-        let client = self.registry.client()?;
+        let client = clients.of(&self.registry)?;
         let image: ImageName = image.parse().map_err(Failure::usage)?;
         let (store, selector) = store::open(&image, &client).map_err(Failure::because)?;
         let (stored, manifest) = host_manifest(&*store, &selector).map_err(Failure::because)?;
@@ -103,9 +95,9 @@ impl Args {
                 store::open_repository(&origin, &client).map_err(Failure::because)?
             }
         };
-        let targets: Arc<dyn ImageStore> = Arc::new(Metered::new(targets, meter));
-        let OpenedImage { layers, disk } =
+        let OpenedImage { layers, disk, trace } =
             open_image(&*store, &*targets, &manifest, cache).map_err(Failure::because)?;
-        Ok(Opened { disk, layers, digest: Some(stored.digest), targets: Some(targets) })
+        let digest = Some(stored.digest);
+        Ok(Opened { disk, layers, digest, targets: Some(targets), trace })
     }
 }

@@ -1,8 +1,11 @@
 //! Flags for registries, shared by all commands that name an image.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Failure;
+use crate::config::ServiceConfig;
 use crate::registry::{Client, ClientCertificate, ClientOptions, Credential};
 
 /// How to reach a registry. Names as in upstream's `convertor`.
@@ -45,8 +48,8 @@ impl Args {
         Ok(args)
     }
 
-    /// A client with these settings.
-    pub(super) fn client(&self) -> Result<Client, Failure> {
+    /// A client with these settings, and those of the host where they say nothing.
+    pub(super) fn client(&self, service: &ServiceConfig) -> Result<Client, Failure> {
         let certificate = match &self.client_cert {
             None => None,
             Some(pair) => {
@@ -56,14 +59,45 @@ impl Args {
                 Some(ClientCertificate { certificate: crt.into(), key: key.into() })
             }
         };
-        let options = ClientOptions {
+        let mut options = ClientOptions {
             credential: self.user.as_deref().map(Credential::from_user_password),
             plain: self.plain,
             insecure: self.insecure,
-            authorities: self.root_ca.iter().chain(&self.cert_dir).cloned().collect(),
-            certificate,
-            ..ClientOptions::default()
+            ..ClientOptions::of_host(service)
         };
+        options.authorities.extend(self.root_ca.iter().chain(&self.cert_dir).cloned());
+        options.certificate = certificate.or(options.certificate);
         Client::new(options).map_err(Failure::because)
+    }
+}
+
+/// The clients of this process: devices that are reached in the same way share connections, tokens and
+/// what is known of their registries.
+pub(super) struct Clients {
+    service: Arc<ServiceConfig>,
+    made: Mutex<HashMap<String, Client>>,
+}
+
+impl Clients {
+    /// None yet.
+    pub(super) fn new(service: Arc<ServiceConfig>) -> Self {
+        Self { service, made: Mutex::default() }
+    }
+
+    /// Settings of this host.
+    pub(super) fn service(&self) -> &ServiceConfig {
+        &self.service
+    }
+
+    /// The client with these flags.
+    pub(super) fn of(&self, args: &Args) -> Result<Client, Failure> {
+        let name = serde_json::to_string(args).map_err(Failure::because)?;
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = made.get(&name) {
+            return Ok(client.clone());
+        }
+        let client = args.client(&self.service)?;
+        made.insert(name, client.clone());
+        Ok(client)
     }
 }

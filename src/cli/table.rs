@@ -48,6 +48,16 @@ pub(super) fn size(bytes: u64) -> String {
     }
 }
 
+/// A time for people, of milliseconds.
+pub(super) fn duration(milliseconds: u64) -> String {
+    match milliseconds {
+        ..1_000 => format!("{milliseconds} ms"),
+        1_000..10_000 => format!("{:.1} s", milliseconds as f64 / 1e3),
+        10_000..600_000 => format!("{} s", milliseconds / 1_000),
+        _ => format!("{} min", milliseconds / 60_000),
+    }
+}
+
 /// `part` of `whole` as a percentage.
 pub(super) fn percent(part: u64, whole: u64) -> String {
     if whole == 0 { "-".into() } else { format!("{:.2} %", part as f64 * 100.0 / whole as f64) }
@@ -69,5 +79,13 @@ mod tests {
         assert_eq!(size(1000), "0.98 KiB");
         assert_eq!(size(3 << 20), "3.00 MiB");
         assert_eq!(size(64 << 30), "64.0 GiB");
+    }
+
+    #[test]
+    fn times_have_the_unit_that_suits_them() {
+        assert_eq!(duration(999), "999 ms");
+        assert_eq!(duration(1_250), "1.2 s");
+        assert_eq!(duration(59_999), "59 s");
+        assert_eq!(duration(3_600_000), "60 min");
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::protocol::{Connection, Reply, Request, VERSION, socket};
+use super::protocol::{Connection, Explanation, Reply, Request, VERSION, socket};
 use super::server::READY;
 use super::{AttachRequest, DaemonError, DeviceRecord, find, mounts, step};
 
@@ -178,6 +178,55 @@ impl Client {
     pub fn list(&mut self) -> Result<Vec<DeviceRecord>, DaemonError> {
         match self.ask(&Request::List)? {
             Reply::Devices(devices) => Ok(devices),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Where parts of a device's disk (first byte and length of each) come from, in at most `most` places,
+    /// and what is wrong with the device.
+    ///
+    /// # Errors
+    /// The daemon's.
+    pub fn explain(
+        &mut self,
+        id: u64,
+        ranges: Vec<(u64, u64)>,
+        most: usize,
+    ) -> Result<Explanation, DaemonError> {
+        match self.ask(&Request::Explain { id, ranges, most })? {
+            Reply::Explained(explanation) => Ok(*explanation),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// The page of metrics, Prometheus' text.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn metrics(&mut self) -> Result<String, DaemonError> {
+        match self.ask(&Request::Metrics)? {
+            Reply::Metrics(text) => Ok(text),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Begins to record what is touched of the device that `what` names.
+    ///
+    /// # Errors
+    /// [`find`]'s; [`DaemonError::Recording`] when it cannot be.
+    pub fn begin_trace(&mut self, what: &str) -> Result<DeviceRecord, DaemonError> {
+        let record = find(&self.list()?, what)?.clone();
+        self.done(&Request::BeginTrace { id: record.id })?;
+        Ok(record)
+    }
+
+    /// Ends that, and returns what was touched.
+    ///
+    /// # Errors
+    /// The daemon's, as when the device is gone.
+    pub fn end_trace(&mut self, id: u64) -> Result<crate::trace::Trace, DaemonError> {
+        match self.ask(&Request::EndTrace { id })? {
+            Reply::Traced(trace) => Ok(trace),
             other => Err(self.unexpected(&other)),
         }
     }

@@ -11,7 +11,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::{DaemonError, step};
 
-/// Mounts the ext4 of a read-only device.
+/// Mounts the ext4 of a device: read-only if the device is.
 ///
 /// `noload`: a journal, if the image has one, must not be replayed on a read-only disk; `errors=continue`:
 /// a failed read of metadata must never panic the host, whatever the superblock says. The options
@@ -20,9 +20,21 @@ use super::{DaemonError, step};
 /// # Errors
 /// [`DaemonError::Step`].
 pub fn mount_ext4(device: &Path, dir: &Path) -> Result<(), DaemonError> {
-    mount(device, dir, "ext4", MountFlags::RDONLY, c"noload,errors=continue")
+    let (flags, options) = if is_writable(device).map_err(step("examine", device))? {
+        (MountFlags::empty(), c"errors=remount-ro,discard")
+    } else {
+        (MountFlags::RDONLY, c"noload,errors=continue")
+    };
+    mount(device, dir, "ext4", flags, options)
         .map_err(io::Error::from)
         .map_err(step("mount an ext4 at", dir))
+}
+
+/// What sysfs says of a block device.
+fn is_writable(device: &Path) -> io::Result<bool> {
+    let number = std::fs::metadata(device)?.rdev();
+    let path = format!("/sys/dev/block/{}:{}/ro", major(number), minor(number));
+    Ok(std::fs::read_to_string(path).is_ok_and(|text| text.trim() == "0"))
 }
 
 /// Unmounts what is mounted last at `dir`.

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{DaemonError, step};
+use crate::disk::explain::Placed;
 
 /// Version of the messages below. Changed when one side could misunderstand the other.
 pub const VERSION: u32 = 1;
@@ -83,6 +84,27 @@ pub enum Request {
         /// The device.
         id: u64,
     },
+    /// Where bytes of a device come from, and what is wrong with it.
+    Explain {
+        /// The device.
+        id: u64,
+        /// First byte and length of each part of the disk that is asked about.
+        ranges: Vec<(u64, u64)>,
+        /// Most places that are told.
+        most: usize,
+    },
+    /// The page of metrics.
+    Metrics,
+    /// Begin to record what is touched of a device.
+    BeginTrace {
+        /// The device.
+        id: u64,
+    },
+    /// End that, and say what it was.
+    EndTrace {
+        /// The device.
+        id: u64,
+    },
     /// Remove all devices that nobody uses, and end if none is left.
     Stop,
 }
@@ -109,8 +131,14 @@ pub enum Reply {
     },
     /// To [`Request::List`].
     Devices(Vec<DeviceRecord>),
-    /// To [`Request::Mounted`] and [`Request::Detach`].
+    /// To [`Request::Explain`].
+    Explained(Box<Explanation>),
+    /// To [`Request::Metrics`]: Prometheus' text.
+    Metrics(String),
+    /// To [`Request::Mounted`], [`Request::Detach`] and [`Request::BeginTrace`].
     Done,
+    /// To [`Request::EndTrace`].
+    Traced(crate::trace::Trace),
     /// To [`Request::Stop`]: the devices in use, for which the daemon stays. None: it ends.
     Stopping(Vec<DeviceRecord>),
     /// To any request.
@@ -128,6 +156,8 @@ pub enum State {
     Ready,
     /// Served, and mounted or claimed by somebody.
     InUse,
+    /// Served, but a read waits for longer than is usual.
+    Stalled,
     /// A part of its server has ended: its reads fail.
     Failed,
 }
@@ -153,12 +183,22 @@ pub struct DeviceRecord {
     pub size: u64,
     /// Bytes read by the kernel.
     pub bytes_read: u64,
-    /// Bytes fetched from registries for it.
+    /// Bytes fetched from registries for the image's blobs since it was attached. Blobs that images share
+    /// count for each of them.
     pub bytes_fetched: u64,
-    /// Bytes of it in the cache.
+    /// Bytes of the memory cache that the image's blobs take; shared blobs count for each.
     pub bytes_cached: u64,
-    /// Failed reads and fetches.
+    /// Failed reads, and chunks that could not be had.
     pub errors: u64,
+    /// Requests to registries that failed and were made again.
+    #[serde(default)]
+    pub retries: u64,
+    /// Reads that wait for their bytes now.
+    #[serde(default)]
+    pub waiting: u64,
+    /// How long the oldest of them does, milliseconds.
+    #[serde(default)]
+    pub oldest_wait: u64,
     /// When it was attached, seconds since 1970.
     pub since: u64,
     /// How long the image took to open, microseconds.
@@ -167,6 +207,94 @@ pub struct DeviceRecord {
     /// How long the device then took to make, microseconds.
     #[serde(default)]
     pub making: u64,
+}
+
+/// What `turbobd explain` shows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// The device.
+    pub device: DeviceRecord,
+    /// What was asked about, part by part.
+    pub places: Vec<Placed>,
+    /// The reads that wait, the oldest first; not all of many.
+    pub waiting: Vec<WaitingRecord>,
+    /// The blobs behind the device.
+    pub blobs: Vec<BlobRecord>,
+}
+
+/// A read of a device that waits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WaitingRecord {
+    /// First byte on the disk.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+    /// How long it waits, milliseconds.
+    pub waits: u64,
+    /// Where its bytes come from.
+    pub places: Vec<Placed>,
+    /// How often it failed and was asked for again, by the policy to wait.
+    pub tries: u32,
+    /// How it failed last.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+    /// In how many milliseconds it is asked for again; none: it is on its way.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub next: Option<u64>,
+}
+
+/// A blob behind a device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlobRecord {
+    /// As the cache knows it: its digest, and how it is cut.
+    pub blob: String,
+    /// Where it comes from, for people.
+    pub source: String,
+    /// Who was asked for it last; none: it is near.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub host: Option<String>,
+    /// Bytes that came of it, since it was opened.
+    pub fetched: u64,
+    /// Requests made for them.
+    pub requests: u64,
+    /// Of those, repeated ones.
+    pub retries: u64,
+    /// Bytes of the memory cache that its chunks take.
+    pub cached: u64,
+    /// Requests that have failed and are made again.
+    pub trying_again: Vec<RetryRecord>,
+    /// Its last failures, the oldest first.
+    pub failures: Vec<FailureRecord>,
+}
+
+/// A request that has failed and is made again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RetryRecord {
+    /// First byte of the blob.
+    pub start: u64,
+    /// One past the last byte.
+    pub end: u64,
+    /// How long it has been going on, milliseconds.
+    pub waits: u64,
+    /// Failed tries.
+    pub tries: u32,
+    /// How the last one failed.
+    pub error: String,
+    /// In how many milliseconds it is tried next.
+    pub next: u64,
+}
+
+/// Something that went wrong with a chunk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailureRecord {
+    /// When, milliseconds since 1970.
+    pub at: u64,
+    /// Which chunk of the blob.
+    pub chunk: u32,
+    /// Whether it was asked for again then.
+    pub again: bool,
+    /// What happened.
+    pub reason: String,
 }
 
 /// The one device among `records` that `what` names: a device path, a mount point or an image. For an
@@ -250,6 +378,9 @@ mod tests {
             bytes_fetched: 0,
             bytes_cached: 0,
             errors: 0,
+            retries: 0,
+            waiting: 0,
+            oldest_wait: 0,
             since: 0,
             opening: 0,
             making: 0,

@@ -6,9 +6,9 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{FlockOperation, flock};
@@ -18,7 +18,9 @@ use rustix::thread::UnshareFlags;
 use super::protocol::{Connection, Reply, Request, VERSION, socket};
 use super::signals::Signals;
 use super::table::Table;
-use super::{DaemonError, ImageOpener, step, with_causes};
+use super::{DaemonError, ImageOpener, ReadPolicy, step, with_causes};
+use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
+use crate::metrics::{Page, Process, names};
 
 /// How long a daemon that a client started outlives its last device and connection: long enough for a
 /// script that detaches one image and attaches the next, short enough not to be noticed as a leftover.
@@ -29,13 +31,17 @@ pub const IDLE: Duration = Duration::from_secs(3);
 pub(super) const READY: &str = "turbobd is ready";
 
 /// How a daemon runs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct DaemonOptions {
     /// Where its socket is; see [`run_dir`](super::protocol::run_dir).
     pub run_dir: PathBuf,
     /// Started by a client (`turbobd daemon --auto`): leaves the session, reports readiness on standard
     /// output, ends when idle.
     pub auto: bool,
+    /// How long reads may wait.
+    pub reads: ReadPolicy,
+    /// Where the metrics are served over HTTP; they are on the socket in any case.
+    pub exporter: Option<ExporterOptions>,
 }
 
 /// Runs the daemon until it is asked to end. Call it on the main thread before any other thread exists:
@@ -67,8 +73,10 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
     rustix::process::umask(mask);
     let listener = listener.map_err(step("listen on", &path))?;
     let server = Arc::new(Server {
-        table: Table::new(run_dir.clone(), opener),
+        table: Table::new(run_dir.clone(), opener, options.reads),
         path,
+        started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+        exporter: OnceLock::new(),
         connections: AtomicUsize::new(0),
         ending: AtomicBool::new(false),
         wake: eventfd(0, EventfdFlags::CLOEXEC)
@@ -76,10 +84,12 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
             .map_err(step("serve", run_dir))?,
     });
     watch_signals(&server)?;
+    let exporter = options.exporter.as_ref().and_then(|options| export(&server, options));
     if options.auto {
         announce().map_err(step("report readiness for", run_dir))?;
     }
     let result = server.accept(&listener, options.auto);
+    drop(exporter);
     let _ = std::fs::remove_file(&server.path);
     result
 }
@@ -136,6 +146,25 @@ fn announce() -> io::Result<()> {
     Ok(rustix::stdio::dup2_stdout(&null)?)
 }
 
+/// Serves the metrics. That they cannot be is no reason to serve no devices.
+fn export(server: &Arc<Server>, options: &ExporterOptions) -> Option<Exporter> {
+    let render = server.clone();
+    match Exporter::start(options, Arc::new(move || render.metrics())) {
+        Ok(exporter) => {
+            tracing::info!("The metrics are at http://{}{}", exporter.address(), options.path);
+            let _ = server.exporter.set(exporter.counters().clone());
+            Some(exporter)
+        }
+        Err(error) => {
+            tracing::warn!(
+                "The metrics are not served at {}: {error}; choose another port (exporterConfig.port)",
+                options.address
+            );
+            None
+        }
+    }
+}
+
 fn watch_signals(server: &Arc<Server>) -> Result<(), DaemonError> {
     let failed = step("watch signals for", &server.path);
     let server = server.clone();
@@ -160,6 +189,9 @@ fn watch_signals(server: &Arc<Server>) -> Result<(), DaemonError> {
 struct Server {
     table: Table,
     path: PathBuf,
+    /// Seconds since 1970.
+    started: u64,
+    exporter: OnceLock<Arc<ExporterCounters>>,
     connections: AtomicUsize,
     ending: AtomicBool,
     wake: rustix::fd::OwnedFd,
@@ -271,6 +303,12 @@ impl Server {
             }
             Request::List => Ok(Reply::Devices(table.list())),
             Request::Detach { id } => table.detach(id).map(|()| Reply::Done),
+            Request::Explain { id, ranges, most } => {
+                table.explain(id, &ranges, most).map(|told| Reply::Explained(Box::new(told)))
+            }
+            Request::Metrics => Ok(Reply::Metrics(self.metrics())),
+            Request::BeginTrace { id } => table.begin_trace(id).map(|()| Reply::Done),
+            Request::EndTrace { id } => table.end_trace(id).map(Reply::Traced),
             Request::Stop => {
                 let left = table.close();
                 let end = left.is_empty();
@@ -278,6 +316,17 @@ impl Server {
             }
         };
         (reply.unwrap_or_else(|error| Reply::Error { message: with_causes(&error) }), false)
+    }
+
+    /// The page of metrics.
+    fn metrics(&self) -> String {
+        let mut page = Page::new();
+        page.put(names::PROCESS, &Process::now(self.started), &[]);
+        self.table.observe(&mut page);
+        if let Some(exporter) = self.exporter.get() {
+            page.put(names::EXPORTER, &**exporter, &[]);
+        }
+        page.text()
     }
 
     /// As [`Request::Stop`], for signals.

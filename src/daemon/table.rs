@@ -5,14 +5,20 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::protocol::State;
+use super::alarm::Alarm;
+use super::protocol::{Explanation, State, WaitingRecord};
+use super::waits::{Waits, Watched};
 use super::{
-    AttachRequest, DaemonError, DeviceRecord, Frontend, ImageOpener, IoCounters, Opened, mounts,
+    AttachRequest, DaemonError, DeviceRecord, Frontend, ImageOpener, ImageView, IoCounters, Opened,
+    ReadPolicy, WaitReading, mounts, step,
 };
 use crate::looped::{LoopedDevice, LoopedError};
-use crate::ublk::{UblkDevice, UblkError, UblkOptions};
+use crate::metrics::upstream::{Rates, Totals};
+use crate::metrics::{Page, names};
+use crate::trace::{Recorder, Recorders, Trace};
+use crate::ublk::{QueueTotals, UblkDevice, UblkError, UblkOptions};
 use crate::volume::Volume;
 
 /// A device of either kind.
@@ -24,7 +30,33 @@ enum Served {
 struct Entry {
     served: Served,
     record: DeviceRecord,
-    counters: Arc<dyn Fn() -> IoCounters + Send + Sync>,
+    view: Arc<dyn ImageView>,
+    waits: Arc<Waits>,
+    recorders: Option<Arc<Recorders>>,
+    /// What somebody has asked to be recorded.
+    recording: Option<Arc<Recorder>>,
+}
+
+/// A read that waits for so long is no slow one any more: the device is said to be stalled.
+const STALLED: Duration = Duration::from_secs(5);
+
+/// Waiting reads that `explain` tells of.
+const MOST_WAITING: usize = 16;
+
+/// Places told of each of them.
+const MOST_PLACES: usize = 8;
+
+/// What there is to count of a device, at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceReading {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// What its front end did.
+    pub front: QueueTotals,
+    /// Its reads that waited, and those that wait.
+    pub waits: WaitReading,
+    /// What its image's blobs did.
+    pub image: IoCounters,
 }
 
 #[derive(Default)]
@@ -35,20 +67,26 @@ struct Devices {
     coming: usize,
     /// No new devices any more.
     closed: bool,
+    /// What was read of devices that are gone.
+    gone: Totals,
 }
 
 /// The devices that this process serves. Dropping it removes them all.
 pub struct Table {
     run_dir: PathBuf,
     opener: Arc<dyn ImageOpener>,
+    policy: ReadPolicy,
     devices: Mutex<Devices>,
+    rates: Rates,
+    alarm: Alarm,
 }
 
 impl Table {
     /// An empty table; FUSE mount points are made in `run_dir`, which exists.
     #[must_use]
-    pub fn new(run_dir: PathBuf, opener: Arc<dyn ImageOpener>) -> Self {
-        Self { run_dir, opener, devices: Mutex::default() }
+    pub fn new(run_dir: PathBuf, opener: Arc<dyn ImageOpener>, policy: ReadPolicy) -> Self {
+        let (devices, rates) = Default::default();
+        Self { run_dir, opener, policy, devices, rates, alarm: Alarm::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Devices> {
@@ -87,13 +125,17 @@ impl Table {
         id: u64,
     ) -> Result<(Entry, Option<String>), DaemonError> {
         let start = Instant::now();
-        let Opened { volume, name, counters } = self
+        let Opened { volume, name, view, recorders } = self
             .opener
             .open(request)
             .map_err(|source| DaemonError::Open { image: request.image.clone(), source })?;
         let size = volume.size();
         let dir = self.run_dir.join(format!("fuse-{}-{id}", std::process::id()));
         let opened = start.elapsed();
+        let reason = view.clone();
+        let waits = Waits::new(self.policy, self.alarm.bell(), move || reason.trouble());
+        self.alarm.watch(&waits).map_err(step("start a thread for", &self.run_dir))?;
+        let volume = Arc::new(Watched::new(volume, waits.clone()));
         let (served, note) = serve(volume, request, &dir)?;
         let made = start.elapsed() - opened;
         let (frontend, device) = match &served {
@@ -114,12 +156,15 @@ impl Table {
             bytes_fetched: 0,
             bytes_cached: 0,
             errors: 0,
+            retries: 0,
+            waiting: 0,
+            oldest_wait: 0,
             since,
             opening: opened.as_micros() as u64,
             making: made.as_micros() as u64,
         };
         tracing::info!(device = %record.device.display(), "{}: opened in {opened:.1?}, device made in {made:.1?}", record.image);
-        Ok((Entry { served, record, counters }, note))
+        Ok((Entry { served, record, view, waits, recorders, recording: None }, note))
     }
 
     /// The devices now, in the order in which they came.
@@ -142,6 +187,45 @@ impl Table {
         Ok(())
     }
 
+    /// Begins to record what is touched of a device. A recording that was begun before is given up.
+    ///
+    /// # Errors
+    /// [`DaemonError::NotFound`]; [`DaemonError::Recording`] when its image cannot be watched.
+    pub fn begin_trace(&self, id: u64) -> Result<(), DaemonError> {
+        self.with_recorders(id, |recorders, recording| {
+            if let Some(before) = recording.replace(recorders.begin()) {
+                recorders.end(&before);
+            }
+            Ok(())
+        })
+    }
+
+    /// Ends the recording, and returns what was touched.
+    ///
+    /// # Errors
+    /// [`DaemonError::NotFound`]; [`DaemonError::Recording`] when none was begun.
+    pub fn end_trace(&self, id: u64) -> Result<Trace, DaemonError> {
+        self.with_recorders(id, |recorders, recording| {
+            let recording = recording.take().ok_or("no recording was begun")?;
+            Ok(recorders.end(&recording))
+        })
+    }
+
+    fn with_recorders<T>(
+        &self,
+        id: u64,
+        work: impl FnOnce(&Recorders, &mut Option<Arc<Recorder>>) -> Result<T, &'static str>,
+    ) -> Result<T, DaemonError> {
+        let mut devices = self.lock();
+        let missing = || DaemonError::NotFound(format!("number {id}"));
+        let entry = devices.entries.get_mut(&id).ok_or_else(missing)?;
+        let result = match &entry.recorders {
+            Some(recorders) => work(recorders, &mut entry.recording),
+            None => Err("its image cannot be watched"),
+        };
+        result.map_err(|why| DaemonError::Recording { device: entry.record.device.clone(), why })
+    }
+
     /// Removes a device that nobody uses.
     ///
     /// # Errors
@@ -154,23 +238,94 @@ impl Table {
             if in_use(&entry.record.device) {
                 return Err(entry.busy());
             }
-            devices.entries.remove(&id).ok_or_else(missing)?
+            let entry = devices.entries.remove(&id).ok_or_else(missing)?;
+            devices.forget(&entry);
+            entry
         };
         // Outside the lock: requests in flight are answered first.
         entry.stop()
     }
 
-    /// Removes all devices that nobody uses; those in use, and those whose removal failed, come back.
-    /// If none does, no new device can be made any more.
+    /// Removes all devices that nobody uses; those in use come back. If none does, no new device can be
+    /// made any more.
     #[must_use]
     pub fn close(&self) -> Vec<DeviceRecord> {
-        let ids: Vec<u64> = self.lock().entries.keys().copied().collect();
-        for id in ids {
-            if let Err(error) = self.detach(id) {
-                tracing::warn!(error = super::with_causes(&error), "A device stays");
+        let free: Vec<Entry> = {
+            let mut devices = self.lock();
+            let all = std::mem::take(&mut devices.entries);
+            let (busy, free): (BTreeMap<_, _>, BTreeMap<_, _>) =
+                all.into_iter().partition(|(_, entry)| in_use(&entry.record.device));
+            devices.entries = busy;
+            free.values().for_each(|entry| devices.forget(entry));
+            free.into_values().collect()
+        };
+        stop_all(free);
+        if self.close_if_empty() { Vec::new() } else { self.list() }
+    }
+
+    /// Puts all devices, and what they share, onto a page of metrics.
+    pub fn observe(&self, page: &mut Page) {
+        let mut totals = [Totals::default(), self.opener.downloaded()];
+        let mut longest = 0;
+        {
+            let devices = self.lock();
+            totals[0] = devices.gone;
+            for entry in devices.entries.values() {
+                let reading = entry.reading();
+                totals[0].reads += reading.front.reads;
+                totals[0].bytes += reading.front.bytes;
+                let device = entry.record.device.to_string_lossy();
+                page.put(
+                    names::DEVICE,
+                    &reading,
+                    &[("device", &*device), ("image", &entry.record.image)],
+                );
             }
         }
-        if self.close_if_empty() { Vec::new() } else { self.list() }
+        self.opener.observe(page);
+        let upstream = self.rates.look(Instant::now(), totals, || {
+            for entry in self.lock().entries.values() {
+                longest = longest.max(entry.waits.take_longest());
+            }
+            [longest, self.opener.take_longest_download()]
+        });
+        let node = rustix::system::uname();
+        page.put(names::UPSTREAM, &upstream, &[("node", &node.nodename().to_string_lossy())]);
+    }
+
+    /// Where parts of a device's disk come from, and what is wrong with the device.
+    ///
+    /// # Errors
+    /// [`DaemonError::NotFound`].
+    pub fn explain(
+        &self,
+        id: u64,
+        ranges: &[(u64, u64)],
+        most: usize,
+    ) -> Result<Explanation, DaemonError> {
+        let (device, view, waits) = {
+            let devices = self.lock();
+            let entry = devices
+                .entries
+                .get(&id)
+                .ok_or_else(|| DaemonError::NotFound(format!("number {id}")))?;
+            (entry.now(), entry.view.clone(), entry.waits.clone())
+        };
+        let mut places = Vec::new();
+        for &(offset, len) in ranges {
+            let left = most.saturating_sub(places.len());
+            places.extend(view.explain(offset..offset.saturating_add(len), left));
+        }
+        let waiting = waits.oldest(MOST_WAITING).into_iter().map(|read| WaitingRecord {
+            offset: read.offset,
+            len: read.len as u64,
+            waits: milliseconds(read.waits),
+            places: view.explain(read.offset..read.offset + read.len as u64, MOST_PLACES),
+            tries: read.tries,
+            error: read.error,
+            next: read.next.map(milliseconds),
+        });
+        Ok(Explanation { waiting: waiting.collect(), device, places, blobs: view.blobs() })
     }
 
     /// Whether nothing is served or about to be; then nothing will be any more.
@@ -182,30 +337,61 @@ impl Table {
     }
 }
 
+impl Devices {
+    /// What a device that goes has read still counts.
+    fn forget(&mut self, entry: &Entry) {
+        let front = entry.front();
+        self.gone.reads += front.reads;
+        self.gone.bytes += front.bytes;
+    }
+}
+
 impl Entry {
-    fn now(&self) -> DeviceRecord {
-        let image = (self.counters)();
-        let (bytes_read, errors, lost) = match &self.served {
-            Served::Ublk(device) => {
-                let totals = device.counters();
-                (totals.bytes, totals.errors, totals.lost_queues > 0)
-            }
+    /// What the front end did, in ublk's words.
+    fn front(&self) -> QueueTotals {
+        match &self.served {
+            Served::Ublk(device) => device.counters(),
             Served::Looped(device) => {
                 let totals = device.counters();
-                (totals.bytes, totals.errors, false)
+                QueueTotals {
+                    reads: totals.reads,
+                    bytes: totals.bytes,
+                    direct: totals.reads.saturating_sub(totals.gathered),
+                    gathered: totals.gathered,
+                    pending: totals.pending,
+                    errors: totals.errors,
+                    ..QueueTotals::default()
+                }
             }
-        };
-        let state = match (lost, in_use(&self.record.device)) {
-            (true, _) => State::Failed,
-            (false, true) => State::InUse,
-            (false, false) => State::Ready,
+        }
+    }
+
+    fn reading(&self) -> DeviceReading {
+        let (size, front) = (self.record.size, self.front());
+        DeviceReading { size, front, waits: self.waits.reading(), image: self.view.counters() }
+    }
+
+    fn now(&self) -> DeviceRecord {
+        let DeviceReading { front, waits, image, .. } = self.reading();
+        let oldest = waits.oldest.unwrap_or_default();
+        let state = if front.lost_queues > 0 {
+            State::Failed
+        } else if oldest >= STALLED {
+            State::Stalled
+        } else if in_use(&self.record.device) {
+            State::InUse
+        } else {
+            State::Ready
         };
         DeviceRecord {
             state,
-            bytes_read,
+            bytes_read: front.bytes,
             bytes_fetched: image.fetched,
             bytes_cached: image.cached,
-            errors: errors + image.errors,
+            errors: front.errors + image.errors,
+            retries: image.retries,
+            waiting: waits.waiting,
+            oldest_wait: milliseconds(oldest),
             ..self.record.clone()
         }
     }
@@ -220,6 +406,7 @@ impl Entry {
     }
 
     fn stop(self) -> Result<(), DaemonError> {
+        self.waits.close();
         let image = self.record.image;
         match self.served {
             Served::Ublk(device) => {
@@ -235,6 +422,32 @@ impl Entry {
     }
 }
 
+/// Stops devices that nobody uses, ublk's several at a time; what goes wrong is logged.
+fn stop_all(entries: Vec<Entry>) {
+    let mut ublk = Vec::new();
+    for entry in entries {
+        entry.waits.close();
+        let result = match entry.served {
+            Served::Ublk(device) => {
+                ublk.push(device);
+                continue;
+            }
+            Served::Looped(device) => device.stop(),
+        };
+        if let Err(error) = result {
+            let error = super::with_causes(&error);
+            tracing::warn!(device = %entry.record.device.display(), error, "A device stays");
+        }
+    }
+    if let Err(error) = crate::ublk::stop_all(ublk) {
+        tracing::warn!(error = super::with_causes(&error), "A device was not removed cleanly");
+    }
+}
+
+pub(super) fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Makes the device, with the fallback that was asked for.
 fn serve(
     volume: Arc<dyn Volume>,
@@ -243,7 +456,11 @@ fn serve(
 ) -> Result<(Served, Option<String>), DaemonError> {
     let image = || request.image.clone();
     let mut note = None;
-    if request.frontend != Frontend::Loop {
+    let is_writable = volume.writable().is_some();
+    if is_writable && request.frontend == Frontend::Ublk {
+        return Err(DaemonError::ReadOnlyUblk { image: image() });
+    }
+    if request.frontend != Frontend::Loop && !is_writable {
         match UblkDevice::start(volume.clone(), &UblkOptions::default()) {
             Ok(device) => return Ok((Served::Ublk(device), None)),
             Err(why @ (UblkError::Unavailable { .. } | UblkError::KnownBadKernel { .. }))

@@ -18,11 +18,12 @@ use crate::chunk::{ChunkSource, PlainChunks};
 use crate::convert::layer::FS_META_NAME;
 use crate::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
 use crate::lsmt::{self, LayerKind};
-use crate::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind};
+use crate::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind, split_acceleration};
 use crate::oci::{Descriptor, Digest, Document, Manifest, ManifestError, Platform};
 use crate::source::{ByteSource, MemorySource, SharedBytes};
 use crate::store::{ImageStore, Selector, StoreError, StoredManifest};
 use crate::tar;
+use crate::trace::{self, Trace};
 use crate::zfile;
 
 /// Most bytes that a layer archive may unpack to, 4 GiB: the metadata of a layer of some 400 GB.
@@ -107,6 +108,9 @@ pub enum LayerError {
     /// The LSMT layer is broken.
     #[error(transparent)]
     Lsmt(#[from] lsmt::LsmtError),
+    /// The trace is broken.
+    #[error(transparent)]
+    Trace(#[from] trace::TraceError),
 }
 
 /// An image opened for reading.
@@ -115,6 +119,8 @@ pub struct OpenedImage {
     pub layers: Vec<LayerInfo>,
     /// The virtual disk.
     pub disk: Disk,
+    /// What a start reads, if the image brings a trace with it.
+    pub trace: Option<Trace>,
 }
 
 /// What a layer is, for people and for `--json`. Sizes in bytes.
@@ -192,10 +198,21 @@ pub fn open_image(
     manifest: &Manifest,
     cache: Arc<Cache>,
 ) -> Result<OpenedImage, ImageError> {
-    open_layers(manifest.layers.iter().map(|layer| (store, layer)), targets, cache)
+    let (acceleration, layers) = split_acceleration(&manifest.layers);
+    let mut opened = open_layers(layers.iter().map(|layer| (store, layer)), targets, cache)?;
+    // A trace is advice: an image whose trace is broken starts as it would without.
+    opened.trace = acceleration.and_then(|layer| {
+        read_trace(store, layer)
+            .inspect_err(|error| {
+                tracing::warn!(layer = %layer.digest, error = %error, "The trace of the image is passed over");
+            })
+            .ok()
+            .map(|reads| opened.disk.trace_of(&reads))
+    });
+    Ok(opened)
 }
 
-/// Opens converted layers, lowest first, each from the store that has it.
+/// Opens converted layers, lowest first, each from the store that has it; no trace is among them.
 ///
 /// # Errors
 /// As [`open_image`].
@@ -216,7 +233,17 @@ pub fn open_layers<'l>(
         layers.push(layer);
         infos.push(info);
     }
-    Ok(OpenedImage { layers: infos, disk: Disk::new(layers, cache)? })
+    Ok(OpenedImage { layers: infos, disk: Disk::new(layers, cache)?, trace: None })
+}
+
+/// Upstream's acceleration layer: an archive with a trace in it.
+fn read_trace(
+    store: &dyn ImageStore,
+    layer: &Descriptor,
+) -> Result<Vec<trace::upstream::Record>, LayerError> {
+    let members = Members::unpack(&store.read_blob(layer)?)?;
+    let bytes = members.get("trace").or_else(|| members.get("./trace"));
+    Ok(trace::upstream::parse(bytes.unwrap_or_default())?)
 }
 
 fn open_layer(

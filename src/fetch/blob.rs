@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::ahead::Streams;
 use super::depth::Depth;
+use super::recent::Recent;
 use crate::chunk::ChunkSource;
 
 /// A chunk of a blob, where the blob has a number for its identity.
@@ -30,6 +31,8 @@ pub struct Blob {
     streams: Mutex<Streams>,
     /// What the line to it is like.
     depth: Mutex<Depth>,
+    /// What went wrong with it last.
+    failures: Recent,
 }
 
 impl Blob {
@@ -41,6 +44,7 @@ impl Blob {
             last: AtomicU32::new(u32::MAX),
             streams: Mutex::default(),
             depth: Mutex::default(),
+            failures: Recent::default(),
         }
     }
 
@@ -64,6 +68,12 @@ impl Blob {
 
     pub(crate) fn held_counter(&self) -> &Arc<AtomicU64> {
         &self.held
+    }
+
+    /// What went wrong with it last.
+    #[must_use]
+    pub fn failures(&self) -> &Recent {
+        &self.failures
     }
 
     /// Whether a chunk can be had without a request to a server.

@@ -1,6 +1,6 @@
 //! The fetch threads: they wait for the network, so that nobody else does.
 //!
-//! One at first, and another whenever all are at work and something is wanted, up to a limit. New ones are
+//! One at first, and another whenever all are at work, up to a limit. New ones are
 //! started by fetch threads, never by who wants a chunk: a thread inherits the CPUs that it may run on,
 //! and a ublk queue is bound to its own. A quarter of the threads is kept for demand.
 
@@ -132,12 +132,11 @@ pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<
     Ok(())
 }
 
-/// Starts a thread if there is work that no idle one will take.
+/// Starts a thread if none is idle: whoever goes to ask a server may not be back for long, and what is
+/// wanted meanwhile must find somebody.
 fn grow(shared: &Arc<Shared>) {
     let mut state = shared.crew.lock();
-    let demand_only = state.ahead >= shared.crew.most_ahead();
-    let needed = state.idle == 0 && state.queue.has(demand_only);
-    if needed && state.threads.len() < shared.crew.most && !state.ending {
+    if state.idle == 0 && state.threads.len() < shared.crew.most && !state.ending {
         add_thread(shared, &mut state);
     }
 }
@@ -197,7 +196,10 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
             // Chunks of nothing but a shared byte are whole by now and must be asked for to be seen.
             let _ = run.room();
             let wait = run.first_byte().map_or(begun.elapsed(), |first| first - begun);
-            taken.blob.measured(bytes, wait, begun.elapsed(), shared.crew.busy() - 1);
+            let whole = begun.elapsed();
+            counters.first_byte.add(wait);
+            counters.whole.add(whole);
+            taken.blob.measured(bytes, wait, whole, shared.crew.busy() - 1);
         }
         Err(error) => {
             let error = Arc::new(ChunkError::from(error));

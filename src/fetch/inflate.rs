@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use crossbeam_queue::ArrayQueue;
 
@@ -200,6 +201,7 @@ fn work(shared: &Arc<Shared>, mut job: Job) {
         count(&shared.counters.damaged, 1);
         if job.tries + 1 < MOST_TRIES && !shared.crew.is_ending() {
             tracing::warn!(%error, "A chunk is fetched again");
+            job.blob.failures().note(job.chunk, true, &*error);
             if let Ok(place) = job.blob.source().encoded(job.chunk) {
                 job.blob.source().blob().distrust(place.range);
             }
@@ -227,6 +229,8 @@ fn decode(shared: &Arc<Shared>, job: &mut Job) -> Result<ChunkBytes, Arc<ChunkEr
         return Err(failure(&job.blob, "The chunk has no bytes"));
     };
     let mut room = shared.delivery.room(source.room(job.chunk));
+    let begun = Instant::now();
     let data = source.decode(job.chunk, encoded, room.bytes_mut()).map_err(Arc::new)?;
+    shared.counters.inflated(encoded.bytes().len(), data.len(), begun);
     Ok(ChunkBytes::new(room, data))
 }

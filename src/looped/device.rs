@@ -58,7 +58,7 @@ const ATTEMPTS: u32 = 64;
 /// has it open; udev opens new and changed devices for a moment.
 const GONE: Duration = Duration::from_secs(5);
 
-/// A read-only loop device, held open.
+/// A loop device, held open.
 pub(super) struct LoopDevice {
     path: PathBuf,
     node: File,
@@ -84,7 +84,7 @@ fn control(file: &File, request: u64, argument: &Argument<'_>) -> io::Result<u32
 
 impl LoopDevice {
     /// A free loop device over `backing`, shown in sysfs and by `losetup` as `name`.
-    pub(super) fn attach(backing: &File, name: &Path) -> Result<Self, LoopedError> {
+    pub(super) fn attach(backing: &File, name: &Path, writable: bool) -> Result<Self, LoopedError> {
         let control_path = Path::new("/dev/loop-control");
         let controller = OpenOptions::new().read(true).write(true).open(control_path);
         let controller = controller.map_err(step("open", control_path))?;
@@ -92,13 +92,17 @@ impl LoopDevice {
             let number = control(&controller, LOOP_CTL_GET_FREE, &Argument::None)
                 .map_err(step("find a free loop device through", control_path))?;
             let path = PathBuf::from(format!("/dev/loop{number}"));
-            let node = match open_node(&path) {
+            let node = match open_node(&path, writable) {
                 Ok(node) => node,
                 // Taken and removed meanwhile.
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => continue,
                 Err(error) => return Err(step("open", &path)(error)),
             };
-            match control(&node, LOOP_CONFIGURE, &Argument::Config(&config(backing, name))) {
+            match control(
+                &node,
+                LOOP_CONFIGURE,
+                &Argument::Config(&config(backing, name, writable)),
+            ) {
                 Ok(_) => {
                     // Twice the largest FUSE read, as on a ublk device; cosmetic if it fails.
                     let _ = std::fs::write(
@@ -153,10 +157,15 @@ impl LoopDevice {
 
 /// Opens the node of a loop device that may just have been made: in a container without devtmpfs it
 /// appears late or never.
-fn open_node(path: &Path) -> io::Result<File> {
+fn open_node(path: &Path, writable: bool) -> io::Result<File> {
     let until = Instant::now() + GONE;
     loop {
-        match OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).open(path) {
+        match OpenOptions::new()
+            .read(true)
+            .write(writable) // else the kernel makes it read-only whatever is asked for
+            .custom_flags(libc::O_CLOEXEC)
+            .open(path)
+        {
             Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(2));
             }
@@ -165,7 +174,8 @@ fn open_node(path: &Path) -> io::Result<File> {
     }
 }
 
-fn config(backing: &File, name: &Path) -> Config {
+fn config(backing: &File, name: &Path, writable: bool) -> Config {
+    let read_only = if writable { 0 } else { LO_FLAGS_READ_ONLY };
     let mut file_name = [0; 64];
     let bytes = name.as_os_str().as_encoded_bytes();
     let shown = bytes.len().min(63);
@@ -182,7 +192,7 @@ fn config(backing: &File, name: &Path) -> Config {
             number: 0,
             encrypt_type: 0,
             encrypt_key_size: 0,
-            flags: LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
+            flags: read_only | LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
             file_name,
             crypt_name: [0; 64],
             encrypt_key: [0; 32],

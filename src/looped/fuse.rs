@@ -14,13 +14,13 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
     InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
-    ReplyEntry, ReplyOpen, Request, Session, SessionACL,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::{LoopedError, step};
 use crate::units::SECTOR;
-use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
+use crate::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 
 /// Name of the file.
 pub(super) const NAME: &str = "disk";
@@ -50,8 +50,14 @@ pub struct FuseTotals {
     pub gathered: u64,
     /// Times a read had to wait for the volume.
     pub pending: u64,
-    /// Reads answered with an error.
+    /// Reads and writes answered with an error.
     pub errors: u64,
+    /// Writes, and holes punched.
+    #[serde(default)]
+    pub writes: u64,
+    /// Flushes.
+    #[serde(default)]
+    pub flushes: u64,
 }
 
 #[derive(Default)]
@@ -61,6 +67,8 @@ struct Counters {
     gathered: AtomicU64,
     pending: AtomicU64,
     errors: AtomicU64,
+    writes: AtomicU64,
+    flushes: AtomicU64,
 }
 
 /// A read that waits for its bytes.
@@ -158,6 +166,28 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Changes the disk; a failure is told in the log and to the kernel.
+    fn change(
+        &self,
+        offset: u64,
+        counter: &AtomicU64,
+        what: impl FnOnce(&dyn WritableVolume) -> Result<(), VolumeError>,
+    ) -> Result<(), Errno> {
+        let Some(volume) = self.volume.writable() else { return Err(Errno::EROFS) };
+        counter.fetch_add(1, Ordering::Relaxed);
+        what(volume).map_err(|error| {
+            tracing::error!(
+                offset,
+                error = &error as &dyn std::error::Error,
+                "A write of the disk failed"
+            );
+            self.counters.errors.fetch_add(1, Ordering::Relaxed);
+            Errno::EIO
+        })
+    }
+}
+
 /// Holds a read until somebody answers it.
 struct Slot {
     read: std::sync::Mutex<Option<Read>>,
@@ -216,7 +246,10 @@ impl DiskFile {
     fn attr(&self, inode: INodeNo) -> Option<FileAttr> {
         let (kind, perm, size) = match inode {
             INodeNo::ROOT => (FileType::Directory, 0o500, 0),
-            FILE => (FileType::RegularFile, 0o400, self.shared.volume.size()),
+            FILE => {
+                let perm = if self.shared.volume.writable().is_some() { 0o600 } else { 0o400 };
+                (FileType::RegularFile, perm, self.shared.volume.size())
+            }
             _ => return None,
         };
         Some(FileAttr {
@@ -291,6 +324,59 @@ impl Filesystem for DiskFile {
         self.shared.read(Read { offset, len, reply }, &self.answers);
     }
 
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let writes = &self.shared.counters.writes;
+        match self.shared.change(offset, writes, |volume| volume.write_at(data, offset)) {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(error) => reply.error(error),
+        }
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        match self.shared.change(0, &self.shared.counters.flushes, |volume| volume.flush()) {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error),
+        }
+    }
+
+    /// Each close of a file descriptor; nothing waits for one.
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        // Discards punch holes, WRITE_ZEROES may ask for a zero range; both read as zeros here.
+        let zeros = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
+        if mode & zeros == 0 {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
+        let writes = &self.shared.counters.writes;
+        match self.shared.change(offset, writes, |volume| volume.discard(offset, length)) {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error),
+        }
+    }
+
     fn readdir(
         &self,
         _: &Request,
@@ -338,6 +424,7 @@ impl FuseSession {
     }
 
     fn serve(volume: Arc<dyn Volume>, dir: &Path) -> Result<(Self, File), LoopedError> {
+        let writable = volume.writable().is_some();
         let (answers, queue) = unbounded();
         let shared = Arc::new(Shared {
             volume,
@@ -359,7 +446,7 @@ impl FuseSession {
                 .map_err(step("start a thread for", dir))?;
             this.threads.push(thread);
         }
-        let (mounted, device) = Mounted::new(dir)?;
+        let (mounted, device) = Mounted::new(dir, writable)?;
         let mut config = Config::default();
         config.n_threads = Some(SESSION_THREADS);
         config.clone_fd = true;
@@ -372,7 +459,8 @@ impl FuseSession {
                 .map(|session| session.guard);
         this.session = Some(session.map_err(step("serve the file system at", dir))?);
         let file = dir.join(NAME);
-        let file = File::open(&file).map_err(step("open", &file))?;
+        let opened = OpenOptions::new().read(true).write(writable).open(&file);
+        let file = opened.map_err(step("open", &file))?;
         drop(mounted);
         Ok((this, file))
     }
@@ -387,6 +475,8 @@ impl FuseSession {
             gathered: get(&counters.gathered),
             pending: get(&counters.pending),
             errors: get(&counters.errors),
+            writes: get(&counters.writes),
+            flushes: get(&counters.flushes),
         }
     }
 
@@ -458,7 +548,7 @@ struct Mounted<'a> {
 
 impl<'a> Mounted<'a> {
     /// `mount(2)` by hand rather than by the library, for the options and for exact errors.
-    fn new(dir: &'a Path) -> Result<(Self, OwnedFd), LoopedError> {
+    fn new(dir: &'a Path, writable: bool) -> Result<(Self, OwnedFd), LoopedError> {
         let path = Path::new(DEVICE);
         let device = OpenOptions::new().read(true).write(true).open(path);
         let device: OwnedFd = device.map_err(step("open", path))?.into();
@@ -468,8 +558,10 @@ impl<'a> Mounted<'a> {
         );
         let options =
             CString::new(options).map_err(io::Error::other).map_err(step("mount", dir))?;
-        let flags =
-            MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        if !writable {
+            flags |= MountFlags::RDONLY;
+        }
         mount("turbobd", dir, "fuse.turbobd", flags, options.as_c_str())
             .map_err(io::Error::from)
             .map_err(step("mount a FUSE file system at", dir))?;

@@ -88,6 +88,13 @@ pub enum WritableError {
         /// What should hold.
         rule: &'static str,
     },
+    /// A flush failed before: what of the writes since the one before it reached the disk cannot be known,
+    /// as the kernel reports such an error only once.
+    #[error("{path} failed to flush before: detach, look at its disk, and attach again", path = path.display())]
+    Broken {
+        /// The data file.
+        path: PathBuf,
+    },
     /// The log cannot take more.
     #[error(
         "The writable layer has {MAX_RECORDS} records, the most that a reader opens: commit it"
@@ -160,6 +167,8 @@ pub struct WritableLayer {
     pending: Vec<Mapping>,
     /// Bytes that were cut off a torn tail when it was opened.
     cut: u64,
+    /// A flush has failed.
+    broken: bool,
 }
 
 impl WritableLayer {
@@ -245,6 +254,7 @@ impl WritableLayer {
             records: 0,
             pending: Vec::new(),
             cut: 0,
+            broken: false,
         };
         layer.replay()?;
         Ok(layer)
@@ -371,6 +381,9 @@ impl WritableLayer {
 
     /// Notes a run, as records that are written at the next flush.
     fn log(&mut self, lba: u64, count: u64, content: Content) -> Result<(), WritableError> {
+        if self.broken {
+            return Err(WritableError::Broken { path: self.data.path.clone() });
+        }
         if self.records + self.pending.len() as u64 + count.div_ceil(MAX_LEN) > MAX_RECORDS {
             return Err(WritableError::Full);
         }
@@ -395,12 +408,21 @@ impl WritableLayer {
     /// Makes everything written so far durable.
     ///
     /// # Errors
-    /// [`WritableError::Io`]: nothing is known then of what was not flushed before, and the next flush tries
-    /// again.
+    /// [`WritableError::Io`], and [`WritableError::Broken`] on every later call: what was flushed before is
+    /// safe, and of what was not nothing can be known until the layer is opened again.
     pub fn flush(&mut self) -> Result<(), WritableError> {
+        if self.broken {
+            return Err(WritableError::Broken { path: self.data.path.clone() });
+        }
         if self.pending.is_empty() {
             return Ok(());
         }
+        let flushed = self.write_pending();
+        self.broken = flushed.is_err();
+        flushed
+    }
+
+    fn write_pending(&mut self) -> Result<(), WritableError> {
         self.data.file.sync_data().map_err(self.data.error("flush"))?;
         let bytes: Vec<u8> = self.pending.iter().flat_map(Mapping::encode).collect();
         self.index

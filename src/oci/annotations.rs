@@ -20,6 +20,8 @@ pub const BLOB_FS_TYPE: &str = "containerd.io/snapshot/overlaybd/blob-fs-type";
 pub const TARGET_DIGEST: &str = "containerd.io/snapshot/overlaybd/turbo-oci/target-digest";
 /// Media type of the original layer: tells whether it is gzip.
 pub const TARGET_MEDIA_TYPE: &str = "containerd.io/snapshot/overlaybd/turbo-oci/target-media-type";
+/// `yes` on a topmost layer that is no layer but a trace of what a start reads (spec runtime 8).
+pub const ACCELERATION_LAYER: &str = "containerd.io/snapshot/overlaybd/acceleration-layer";
 /// [`TARGET_DIGEST`] under the format's old name.
 pub const LEGACY_TARGET_DIGEST: &str = "containerd.io/snapshot/overlaybd/fastoci/target-digest";
 /// [`TARGET_MEDIA_TYPE`] under the format's old name.
@@ -105,6 +107,19 @@ pub enum AnnotationError {
         /// What the annotation says.
         found: String,
     },
+}
+
+/// The topmost layer, if it is no layer but a trace to prefetch by, and the others.
+#[must_use]
+pub fn split_acceleration(layers: &[Descriptor]) -> (Option<&Descriptor>, &[Descriptor]) {
+    match layers.split_last() {
+        Some((last, rest))
+            if last.annotations.get(ACCELERATION_LAYER).is_some_and(|value| value == "yes") =>
+        {
+            (Some(last), rest)
+        }
+        _ => (None, layers),
+    }
 }
 
 impl LayerKind {
@@ -215,6 +230,17 @@ mod tests {
             LayerKind::of(&layer(legacy.map(|(key, value)| (key.to_owned(), value)).to_vec())),
             Ok(turbo_kind)
         );
+    }
+
+    #[test]
+    fn only_the_topmost_layer_can_be_a_trace() {
+        let accelerates = |value: &str| layer(vec![(ACCELERATION_LAYER.into(), value.into())]);
+        let (plain, trace) = (layer(vec![]), accelerates("yes"));
+        let layers = [plain.clone(), trace.clone()];
+        assert_eq!(split_acceleration(&layers), (Some(&trace), &layers[..1]));
+        for layers in [vec![trace, plain.clone()], vec![plain, accelerates("no")], vec![]] {
+            assert_eq!(split_acceleration(&layers), (None, &layers[..]));
+        }
     }
 
     #[test]

@@ -129,6 +129,8 @@ pub(super) struct Scope {
     pub(super) repository: String,
     /// `pull` or `pull,push`.
     pub(super) actions: &'static str,
+    /// Whether the host stands for another registry.
+    pub(super) is_mirror: bool,
 }
 
 /// Tokens by what they are for.
@@ -209,7 +211,7 @@ fn answer(
     deadline: Instant,
     slot: &mut Slot,
 ) -> Result<HeaderValue, RegistryError> {
-    let (credential, problem) = match services.credentials.find(&scope.host, &scope.repository) {
+    let (credential, problem) = match services.credentials.find(scope) {
         Ok(credential) => (credential, None),
         Err(problem) => {
             tracing::warn!(%problem, "registry: going on without credentials");

@@ -1,5 +1,6 @@
 //! A client, its options, and one authorised exchange.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -10,17 +11,22 @@ use hyper::header::{
 };
 use hyper::http::uri::Authority;
 use hyper::{HeaderMap, Method, Request, Uri};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 
 use super::auth::{Scope, TokenCache, parse_challenges};
+use super::credential_service::CredentialService;
 use super::credentials::{Credential, CredentialStore};
 use super::error::RegistryError;
+use super::host::{Host, Network};
 use super::proxy::{Proxies, is_loopback};
 use super::redirect::{MAX_HOPS, resolve, same_origin};
 use super::repository::Repository;
 use super::retry::{RetryPolicy, parse_retry_after};
 use super::tls::{self, ClientCertificate};
 use super::transport::{Body, Reply, Timeouts, Transport, TransportError};
+use super::wait::block_on;
+use crate::config::{CredentialMode, OnError, ServiceConfig};
 
 /// How to reach registries. The default is what docker would do on this machine.
 #[derive(Clone, Debug)]
@@ -48,6 +54,50 @@ pub struct ClientOptions {
     pub read_retry: RetryPolicy,
     /// What to call ourselves.
     pub user_agent: String,
+    /// Whether hosts of this machine are spoken to without TLS; `None`: unless authorities or a client
+    /// certificate are given.
+    pub plain_loopback: Option<bool>,
+    /// A service that knows credentials, asked before any file.
+    pub credential_service: Option<CredentialService>,
+    /// For a registry's host as it is named, or `*` for any other: URLs to ask first, in order.
+    pub mirrors: BTreeMap<String, Vec<String>>,
+    /// A peer-to-peer proxy for blobs: the actual URL is put behind this one.
+    pub p2p: Option<String>,
+    /// What is shared with other clients of this process.
+    pub network: Arc<Network>,
+}
+
+impl ClientOptions {
+    /// What this host's configuration says, and the defaults.
+    #[must_use]
+    pub fn of_host(service: &ServiceConfig) -> Self {
+        let mut options = Self::default();
+        options.authorities.clone_from(&service.turbobd.authorities);
+        options.certificate =
+            service.certificate.as_ref().map(|pair| ClientCertificate::from(pair.clone()));
+        if let Some(agent) = &service.user_agent {
+            options.user_agent.clone_from(agent);
+        }
+        // Who speaks TLS to a registry elsewhere need not do so to one on this machine.
+        options.plain_loopback = Some(true);
+        match &service.credential.mode {
+            CredentialMode::File(path) => {
+                options.credential_files.retain(|known| known != path);
+                options.credential_files.insert(0, path.clone());
+            }
+            _ => options.credential_service = CredentialService::of_host(&service.credential),
+        }
+        options.mirrors.clone_from(&service.turbobd.mirrors);
+        options.p2p = service.p2p.enable.then(|| service.p2p.address.clone());
+        options.read_retry = match service.turbobd.on_error {
+            OnError::Eio => {
+                RetryPolicy { deadline: service.turbobd.read_deadline, ..RetryPolicy::READ }
+            }
+            OnError::Wait => RetryPolicy::FOR_EVER,
+        };
+        options.network = Arc::new(Network::new(service));
+        options
+    }
 }
 
 impl Default for ClientOptions {
@@ -64,6 +114,11 @@ impl Default for ClientOptions {
             retry: RetryPolicy::COMMAND,
             read_retry: RetryPolicy::READ,
             user_agent: concat!("turbobd/", env!("CARGO_PKG_VERSION")).to_owned(),
+            plain_loopback: None,
+            credential_service: None,
+            mirrors: BTreeMap::new(),
+            p2p: None,
+            network: Arc::default(),
         }
     }
 }
@@ -86,6 +141,15 @@ pub(super) struct Services {
     plain: bool,
     /// Speak plainly to this machine without being asked.
     plain_loopback: bool,
+    pub(super) network: Arc<Network>,
+    mirrors: BTreeMap<String, Vec<String>>,
+    pub(super) p2p: Option<P2p>,
+}
+
+/// The peer-to-peer proxy.
+pub(super) struct P2p {
+    pub(super) address: String,
+    pub(super) host: Arc<Host>,
 }
 
 impl Client {
@@ -112,18 +176,46 @@ impl Client {
         Ok(self.services.get_or_init(|| made))
     }
 
+    /// What is known of the hosts that were asked.
+    #[must_use]
+    pub fn network(&self) -> &Arc<Network> {
+        &self.options.network
+    }
+
     /// The repository `name` on `host`: `registry.example`, `127.0.0.1:5000`, `docker.io`. A host may be
     /// given as `http://…` or `https://…` to settle whether TLS is spoken.
     ///
     /// # Errors
     /// [`RegistryError::BadName`] when the two cannot be part of a URL; [`RegistryError::Setup`].
     pub fn repository(&self, host: &str, name: &str) -> Result<Repository, RegistryError> {
-        Ok(Repository::new(Arc::new(Place::new(self.services()?.clone(), host, name)?)))
+        let services = self.services()?;
+        let place = Arc::new(Place::new(services.clone(), host, name)?);
+        let urls = services.mirrors.get(&place.host).or_else(|| services.mirrors.get("*"));
+        let mirrors = urls.into_iter().flatten().map(|url| place.mirror(url).map(Arc::new));
+        Ok(Repository::new(place.clone(), mirrors.collect::<Result<_, _>>()?))
+    }
+}
+
+impl P2p {
+    fn new(address: &str, network: &Network) -> Result<Self, RegistryError> {
+        let address = address.trim_end_matches('/').to_owned();
+        let authority = address.parse::<Uri>().ok().and_then(|uri| uri.into_parts().authority);
+        let Some(authority) = authority else {
+            return Err(RegistryError::BadName { text: address, expected: "the URL of a proxy" });
+        };
+        Ok(Self { host: network.host(authority.as_str()), address })
+    }
+
+    /// Where `url` is asked for at the proxy.
+    pub(super) fn wrap(&self, url: &Uri) -> Result<Uri, RegistryError> {
+        let text = format!("{}/{url}", self.address);
+        text.parse().map_err(|_| RegistryError::BadName { text, expected: "a URL" })
     }
 }
 
 impl Services {
     fn new(options: &ClientOptions) -> Result<Self, RegistryError> {
+        let network = &options.network;
         let tls =
             tls::configure(&options.authorities, options.certificate.as_ref(), options.insecure)?;
         let user_agent = HeaderValue::try_from(&options.user_agent).map_err(|_| {
@@ -133,6 +225,7 @@ impl Services {
             transport: Transport::new(tls, &options.proxies, options.timeouts),
             credentials: CredentialStore {
                 explicit: options.credential.clone(),
+                service: options.credential_service.clone(),
                 files: options.credential_files.clone(),
             },
             tokens: TokenCache::default(),
@@ -140,7 +233,12 @@ impl Services {
             retry: options.retry,
             read_retry: options.read_retry,
             plain: options.plain,
-            plain_loopback: options.authorities.is_empty() && options.certificate.is_none(),
+            plain_loopback: options
+                .plain_loopback
+                .unwrap_or(options.authorities.is_empty() && options.certificate.is_none()),
+            p2p: options.p2p.as_deref().map(|address| P2p::new(address, network)).transpose()?,
+            mirrors: options.mirrors.clone(),
+            network: network.clone(),
         })
     }
 
@@ -168,6 +266,14 @@ pub(super) struct Place {
     /// Scheme and authority to connect to.
     pub(super) origin: Uri,
     pub(super) name: String,
+    /// What a mirror must be told of the registry it stands for.
+    query: String,
+    /// Whether this is somebody who stands for the registry, who must not see its passwords.
+    pub(super) is_mirror: bool,
+    /// URL below which repositories lie, such as `https://registry.example/v2`.
+    base: String,
+    /// How the host fares.
+    pub(super) state: Arc<Host>,
 }
 
 impl Place {
@@ -196,13 +302,54 @@ impl Place {
             let expected = "a repository name (lower-case letters, digits, and . _ - between them, parts separated by /)";
             return Err(RegistryError::BadName { text: name, expected });
         }
-        let origin = format!("{scheme}://{connect}/").parse().map_err(|_| bad_host())?;
-        Ok(Self { services, host: bare.to_owned(), origin, name })
+        let base = format!("{scheme}://{connect}/");
+        let origin = base.parse().map_err(|_| bad_host())?;
+        let state = services.network.host(bare);
+        Ok(Self {
+            services,
+            host: bare.to_owned(),
+            origin,
+            name,
+            query: String::new(),
+            is_mirror: false,
+            base: format!("{base}v2"),
+            state,
+        })
+    }
+
+    /// The same repository at the mirror `url`. A path with a part `v2` stands for the registry's `/v2`;
+    /// behind any other, `/v2` is added (as containerd's `override_path` decides).
+    fn mirror(&self, url: &str) -> Result<Self, RegistryError> {
+        let bad = || RegistryError::BadName {
+            text: url.to_owned(),
+            expected: "the http:// or https:// URL of a mirror",
+        };
+        let uri: Uri = url.parse().map_err(|_| bad())?;
+        let authority = uri.authority().ok_or_else(bad)?;
+        let scheme = uri.scheme_str().filter(|scheme| matches!(*scheme, "http" | "https"));
+        let scheme = scheme.ok_or_else(bad)?;
+        if authority.as_str().contains('@') || uri.query().is_some() {
+            return Err(bad());
+        }
+        let path = uri.path().trim_end_matches('/');
+        let whole = path.split('/').any(|part| part == "v2");
+        let end = if whole { "" } else { "/v2" };
+        Ok(Self {
+            services: self.services.clone(),
+            host: authority.as_str().to_owned(),
+            origin: format!("{scheme}://{authority}/").parse().map_err(|_| bad())?,
+            name: self.name.clone(),
+            // containerd tells mirrors so; those that serve several registries need it.
+            query: format!("?ns={}", utf8_percent_encode(&self.host, NON_ALPHANUMERIC)),
+            is_mirror: true,
+            base: format!("{scheme}://{authority}{path}{end}"),
+            state: self.services.network.host(authority.as_str()),
+        })
     }
 
     /// A URL below `/v2/<name>/`. `path` holds only characters that need no encoding.
     pub(super) fn url(&self, path: &str) -> Result<Uri, RegistryError> {
-        let text = format!("{}v2/{}/{path}", self.origin, self.name);
+        let text = format!("{}/{}/{path}{}", self.base, self.name, self.query);
         text.parse().map_err(|_| RegistryError::BadName { text, expected: "a URL" })
     }
 
@@ -218,12 +365,27 @@ impl Place {
             scheme.unwrap_or("https"),
             authority.map_or("", |authority| authority.as_str())
         );
-        Scope { origin, host: self.host.clone(), repository: self.name.clone(), actions }
+        Scope {
+            origin,
+            host: self.host.clone(),
+            repository: self.name.clone(),
+            actions,
+            is_mirror: self.is_mirror,
+        }
     }
 
     /// Sends `call`, proves who we are when asked, and follows redirects. Any other answer is returned
     /// as it is.
     pub(super) fn exchange(
+        &self,
+        call: &Call,
+        deadline: Option<Instant>,
+    ) -> Result<Landed, RegistryError> {
+        block_on(self.exchange_async(call, deadline))
+    }
+
+    /// As `exchange`; blocks only while a token is fetched.
+    pub(super) async fn exchange_async(
         &self,
         call: &Call,
         deadline: Option<Instant>,
@@ -243,7 +405,7 @@ impl Place {
                 None
             };
             let request = self.request(call, &url, header.as_ref())?;
-            let sent = self.services.transport.send(request, deadline);
+            let sent = self.services.transport.send_async(request, deadline).await;
             let reply =
                 sent.map_err(|error| self.services.broken(&call.what, authority(&url), &error))?;
             if at_home && !renewed && matches!(reply.status.as_u16(), 401 | 403) {
@@ -257,13 +419,13 @@ impl Place {
                     token_deadline,
                 )?;
                 if fresh.is_some() {
-                    reply.body.discard();
+                    reply.body.discard_async().await;
                     continue;
                 }
             } else if is_redirect(&reply) && matches!(call.method, Method::GET | Method::HEAD) {
                 hops += 1;
                 let next = self.next_hop(call, &url, &reply, hops)?;
-                reply.body.discard();
+                reply.body.discard_async().await;
                 at_home = at_home && same_origin(&next, &url);
                 url = next;
                 continue;

@@ -1,7 +1,8 @@
 //! Who we are to which registry.
 //!
-//! Three sources, in this order: what the command line gave (`-u user:password`), then files of
-//! docker's form, the first that knows the repository. A file is
+//! Sources, in this order: what the command line gave (`-u user:password`), a credential service
+//! ([`credential_service`](super::credential_service)), then files of docker's form, the first that knows
+//! the repository. A file is
 //! `{"auths": {"host" | "host/path": {"auth": base64} | {"username", "password"}}}`; overlaybd's
 //! `/opt/overlaybd/cred.json` is the same (spec runtime 3). Within a file the **longest** key that is the
 //! repository or a folder above it wins, whatever the order; docker's credential programs
@@ -21,6 +22,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use serde::Deserialize;
 use thiserror::Error;
+
+use super::auth::Scope;
+use super::credential_service::CredentialService;
 
 /// A credential program that has not answered by then is stopped. They may ask a cloud's metadata server.
 const HELPER_TIMEOUT: Duration = Duration::from_secs(15);
@@ -80,6 +84,14 @@ pub enum CredentialError {
         /// What is wrong with it.
         rule: String,
     },
+    /// A credential service failed.
+    #[error("The credential service {address} failed: {reason}")]
+    Service {
+        /// Its URL or socket.
+        address: String,
+        /// What happened.
+        reason: String,
+    },
     /// A credential program failed.
     #[error("The credential program docker-credential-{name} (named in {}) failed: {reason}", .path.display())]
     Helper {
@@ -97,6 +109,8 @@ pub enum CredentialError {
 pub struct CredentialStore {
     /// What the command line gave; used for every registry that is asked.
     pub explicit: Option<Credential>,
+    /// A service to ask before any file.
+    pub service: Option<CredentialService>,
     /// Files of docker's form; those that do not exist are passed over.
     pub files: Vec<PathBuf>,
 }
@@ -119,19 +133,24 @@ impl CredentialStore {
             .collect()
     }
 
-    /// The credential for `repository` on `host` (with its port, if any), or `None`: be anonymous.
+    /// The credential for a repository of a host, or `None`: be anonymous. What was given for the
+    /// registry is not for its mirrors.
     ///
     /// # Errors
     /// The first source that could not be used, when no other had an answer.
-    pub fn find(
-        &self,
-        host: &str,
-        repository: &str,
-    ) -> Result<Option<Credential>, CredentialError> {
-        if let Some(credential) = &self.explicit {
+    pub(super) fn find(&self, scope: &Scope) -> Result<Option<Credential>, CredentialError> {
+        let (host, repository) = (scope.host.as_str(), scope.repository.as_str());
+        if let Some(credential) = self.explicit.as_ref().filter(|_| !scope.is_mirror) {
             return Ok(Some(credential.clone()));
         }
         let mut problem = None;
+        if let Some(service) = &self.service {
+            match service.find(scope) {
+                Ok(None) => {}
+                Ok(found) => return Ok(found),
+                Err(error) => problem = Some(error),
+            }
+        }
         for path in &self.files {
             match find_in_file(path, host, repository) {
                 Ok(None) => {}
@@ -226,6 +245,21 @@ fn normal_key(key: &str) -> &str {
     let key = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key);
     let key = key.trim_end_matches('/');
     key.strip_suffix("/v1").or_else(|| key.strip_suffix("/v2")).unwrap_or(key)
+}
+
+/// The credential in `auths` of docker's form; `name` is where they come from.
+pub(super) fn find_in_auths(
+    name: &Path,
+    auths: serde_json::Value,
+    scope: &Scope,
+) -> Result<Option<Credential>, CredentialError> {
+    let auths: std::collections::BTreeMap<String, AuthEntry> = serde_json::from_value(auths)
+        .map_err(|_| CredentialError::Malformed {
+            path: name.to_owned(),
+            rule: "auths is no object of credentials".to_owned(),
+        })?;
+    longest_match(&auths, &scope.host, &scope.repository)
+        .map_or(Ok(None), |entry| read_entry(name, entry))
 }
 
 fn read_entry(path: &Path, entry: &AuthEntry) -> Result<Option<Credential>, CredentialError> {
@@ -346,9 +380,24 @@ mod tests {
             folder,
             CredentialStore {
                 explicit: None,
+                service: None,
                 files: vec![PathBuf::from("/nowhere/at/all.json"), path],
             },
         )
+    }
+
+    fn find(
+        store: &CredentialStore,
+        host: &str,
+        repository: &str,
+    ) -> Result<Option<Credential>, CredentialError> {
+        store.find(&Scope {
+            origin: format!("https://{host}"),
+            host: host.into(),
+            repository: repository.into(),
+            actions: "pull",
+            is_mirror: false,
+        })
     }
 
     fn password(user: &str, password: &str) -> Option<Credential> {
@@ -367,7 +416,7 @@ mod tests {
                 "id.example": {"identitytoken": "refresh"}
             }, "unknown": [1]}"#,
         );
-        let find = |host: &str, name: &str| store.find(host, name).unwrap();
+        let find = |host: &str, name: &str| find(&store, host, name).unwrap();
         assert_eq!(find("r.example", "other"), password("host", "p:1"));
         assert_eq!(find("r.example", "team/app"), password("app", "p"));
         assert_eq!(find("r.example", "team/app2"), password("team", "p"));
@@ -382,7 +431,7 @@ mod tests {
         let credential = Credential::from_user_password("user:hunter2");
         assert!(!format!("{credential:?}").contains("hunter2"));
         let (_folder, broken) = store(r#"{"auths": {"r": {"auth": "hunter2"}}}"#);
-        let error = broken.find("r", "a").unwrap_err();
+        let error = find(&broken, "r", "a").unwrap_err();
         assert!(
             error
                 .to_string()
@@ -391,7 +440,7 @@ mod tests {
             "{error}"
         );
         let (_folder, broken) = store(r#"{"auths": {"r": "hunter2"}}"#);
-        let error = broken.find("r", "a").unwrap_err();
+        let error = find(&broken, "r", "a").unwrap_err();
         assert!(!format!("{error} {error:?}").contains("hunter2"), "{error}");
     }
 
@@ -399,14 +448,14 @@ mod tests {
     fn the_command_line_comes_first() {
         let (_folder, mut store) = store(r#"{"auths": {"r": {"auth": "dGVhbTpw"}}}"#);
         store.explicit = Some(Credential::from_user_password("me:a:b"));
-        assert_eq!(store.find("r", "x").unwrap(), password("me", "a:b"));
+        assert_eq!(find(&store, "r", "x").unwrap(), password("me", "a:b"));
     }
 
     #[test]
     fn a_helper_with_a_path_in_its_name_is_not_run() {
         let (_folder, store) = store(r#"{"credHelpers": {"r": "../../bin/sh"}}"#);
         assert!(
-            store.find("r", "x").unwrap_err().to_string().contains("its name may hold letters")
+            find(&store, "r", "x").unwrap_err().to_string().contains("its name may hold letters")
         );
     }
 

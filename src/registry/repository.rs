@@ -50,11 +50,13 @@ pub struct Manifest {
 #[derive(Clone)]
 pub struct Repository {
     place: Arc<Place>,
+    /// Who is asked first.
+    mirrors: Arc<[Arc<Place>]>,
 }
 
 impl Repository {
-    pub(super) fn new(place: Arc<Place>) -> Self {
-        Self { place }
+    pub(super) fn new(place: Arc<Place>, mirrors: Vec<Arc<Place>>) -> Self {
+        Self { place, mirrors: mirrors.into() }
     }
 
     #[cfg(test)]
@@ -78,7 +80,7 @@ impl Repository {
         &self,
         attempt: impl FnMut(Instant) -> Result<T, RegistryError>,
     ) -> Result<T, RegistryError> {
-        Budget::new(self.place.services.retry).run(attempt)
+        Budget::new(self.place.services.retry, &self.place).run(attempt)
     }
 
     /// Sends `call` until it is answered with one of `accepted`.
@@ -262,7 +264,7 @@ impl Repository {
     /// # Errors
     /// [`RegistryError::BadName`] never happens for a digest, but the URL is built here.
     pub fn blob(&self, digest: &Digest, size: u64) -> Result<RemoteBlob, RegistryError> {
-        RemoteBlob::new(self.place.clone(), digest, size)
+        RemoteBlob::new(&self.place, &self.mirrors, digest, size)
     }
 
     /// A blob of `size` bytes from front to end. The caller verifies the digest.
@@ -270,7 +272,7 @@ impl Repository {
     /// # Errors
     /// As [`Repository::blob`]; the first read asks the registry.
     pub fn blob_stream(&self, digest: &Digest, size: u64) -> Result<BlobReader, RegistryError> {
-        BlobReader::new(self.place.clone(), digest, size)
+        BlobReader::new(&self.place, &self.mirrors, digest, size)
     }
 
     /// Takes over a blob of the repository `from` of the same registry without sending it; says whether the
@@ -326,7 +328,7 @@ impl Repository {
         };
         let policy = RetryPolicy { deadline: UPLOAD_DEADLINE, ..self.place.services.retry };
         let mut in_one = true;
-        Budget::new(policy).run(|_| {
+        Budget::new(policy, &self.place).run(|_| {
             if in_one {
                 match upload.whole(open)? {
                     Stored::Yes => return Ok(()),

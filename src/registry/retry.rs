@@ -1,14 +1,19 @@
 //! When to try again, and when to stop.
 //!
-//! Pauses double from a short first one up to a bound, without jitter: a read that fails takes the
-//! same time on every run, and a host has few enough clients of one registry that they need not be
-//! spread. A server's `Retry-After` is obeyed when the deadline allows it; when it does not, the
-//! read fails at once instead of sleeping into a certain failure.
+//! Pauses double from a short first one up to a bound, each a quarter shorter or longer by chance: the
+//! hosts of a fleet must not come back to their registry all at once. The readers of one host take turns
+//! besides ([`host`](super::host)), so that an outage is no storm. A server's `Retry-After` is obeyed
+//! when the deadline allows it; when it does not, the read fails at once instead of sleeping into a
+//! certain failure.
 
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::client::Place;
 use super::error::RegistryError;
+use super::host::{Host, Network};
 
 /// How often and how long one operation is tried.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +39,24 @@ impl RetryPolicy {
     };
 
     /// For a read behind which processes wait: a registry that restarts is waited for, a minute long.
-    pub const READ: Self = Self { max_tries: 30, ..Self::COMMAND };
+    pub const READ: Self = Self { max_tries: u32::MAX, ..Self::COMMAND };
+
+    /// For readers that shall hang rather than fail: seven days, as overlaybd has it (spec runtime 11).
+    pub const FOR_EVER: Self = Self {
+        deadline: Duration::from_secs(7 * 86_400),
+        max_pause: Duration::from_secs(30),
+        ..Self::READ
+    };
+
+    fn is_for_ever(&self) -> bool {
+        self.deadline >= Self::FOR_EVER.deadline
+    }
+}
+
+/// `pause`, a quarter shorter to a quarter longer.
+fn by_chance(pause: Duration) -> Duration {
+    let chance = RandomState::new().hash_one(()) >> 32;
+    pause.mul_f64(0.75 + chance as f64 / (1_u64 << 33) as f64)
 }
 
 /// Tries of a request whose answers break the rules. Such a server may be one bad node of many, but
@@ -46,11 +68,17 @@ pub(super) struct Budget {
     policy: RetryPolicy,
     started: Instant,
     tries: u32,
+    host: Arc<Host>,
+    network: Arc<Network>,
 }
 
 impl Budget {
-    pub(super) fn new(policy: RetryPolicy) -> Self {
-        Self { policy, started: Instant::now(), tries: 0 }
+    pub(super) fn new(policy: RetryPolicy, place: &Place) -> Self {
+        Self::of(policy, place.state.clone(), place.services.network.clone())
+    }
+
+    fn of(policy: RetryPolicy, host: Arc<Host>, network: Arc<Network>) -> Self {
+        Self { policy, started: Instant::now(), tries: 0, host, network }
     }
 
     /// When everything must be done.
@@ -60,7 +88,8 @@ impl Budget {
 
     /// Starts the count anew, after progress.
     pub(super) fn renew(&mut self) {
-        *self = Self::new(self.policy);
+        self.started = Instant::now();
+        self.tries = 0;
     }
 
     /// Takes note of a failed try and sleeps before the next one.
@@ -68,20 +97,33 @@ impl Budget {
     /// # Errors
     /// `error` itself when it is final, [`RegistryError::GaveUp`] when the budget is used up.
     pub(super) fn pause(&mut self, error: RegistryError) -> Result<(), RegistryError> {
+        self.pause_telling(error, |_, _| ())
+    }
+
+    /// The same; `tell` is told of the error and the time until the next try before it sleeps.
+    pub(super) fn pause_telling(
+        &mut self,
+        error: RegistryError,
+        mut tell: impl FnMut(&RegistryError, Duration),
+    ) -> Result<(), RegistryError> {
         self.tries += 1;
-        if !error.is_transient() {
+        if !error.is_transient() || self.network.is_ending() {
             return Err(self.give_up(error));
         }
         let doubled = self.policy.first_pause.saturating_mul(1 << (self.tries - 1).min(20));
-        let wait = doubled.min(self.policy.max_pause).max(error.retry_after().unwrap_or_default());
+        let wait = by_chance(doubled.min(self.policy.max_pause))
+            .max(error.retry_after().unwrap_or_default())
+            .max(self.host.retry_after());
         let elapsed = self.started.elapsed();
-        let nonsense = matches!(error, RegistryError::Protocol { .. });
+        let nonsense =
+            matches!(error, RegistryError::Protocol { .. }) && !self.policy.is_for_ever();
         let most =
             if nonsense { MAX_TRIES_OF_NONSENSE } else { u32::MAX }.min(self.policy.max_tries);
         if self.tries >= most || elapsed + wait >= self.policy.deadline {
             return Err(self.give_up(error));
         }
         tracing::debug!(tries = self.tries, ?wait, %error, "registry: trying again");
+        tell(&error, wait);
         thread::sleep(wait);
         Ok(())
     }
@@ -156,6 +198,11 @@ mod tests {
         }
     }
 
+    fn budget(policy: RetryPolicy) -> Budget {
+        let network = Arc::new(Network::default());
+        Budget::of(policy, network.host("h"), network)
+    }
+
     fn quick(max_tries: u32) -> RetryPolicy {
         let pause = Duration::from_millis(1);
         RetryPolicy {
@@ -169,7 +216,7 @@ mod tests {
     #[test]
     fn tries_are_counted_and_the_last_reason_is_told() {
         let mut calls = 0;
-        let error = Budget::new(quick(3))
+        let error = budget(quick(3))
             .run(|_| -> Result<(), _> {
                 calls += 1;
                 Err(flaky())
@@ -188,7 +235,7 @@ mod tests {
     #[test]
     fn what_can_never_succeed_is_tried_once() {
         let mut calls = 0;
-        let error = Budget::new(quick(9)).run(|_| -> Result<(), _> {
+        let error = budget(quick(9)).run(|_| -> Result<(), _> {
             calls += 1;
             Err(RegistryError::NotFound { what: "blob".into() })
         });
@@ -200,7 +247,7 @@ mod tests {
     fn a_retry_after_past_the_deadline_fails_at_once() {
         let wait = Some(Duration::from_secs(3600));
         let started = Instant::now();
-        let error = Budget::new(quick(9)).run(|_| -> Result<(), _> {
+        let error = budget(quick(9)).run(|_| -> Result<(), _> {
             Err(RegistryError::RateLimited { what: "b".into(), retry_after: wait })
         });
         assert!(matches!(error, Err(RegistryError::RateLimited { .. })));

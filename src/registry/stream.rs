@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use bytes::{Buf as _, Bytes};
 
-use super::blob::{BlobAddress, RangeBody};
 use super::client::Place;
 use super::error::RegistryError;
 use super::retry::Budget;
+use super::way::{BlobAddress, RangeBody};
 use crate::oci::Digest;
 
 /// Progress after which the count of tries starts anew: a link that gives less between two breaks is
@@ -36,13 +36,14 @@ pub struct BlobReader {
 
 impl BlobReader {
     pub(super) fn new(
-        place: Arc<Place>,
+        place: &Arc<Place>,
+        mirrors: &[Arc<Place>],
         digest: &Digest,
         size: u64,
     ) -> Result<Self, RegistryError> {
         let what = place.describe(&format!("blob {digest}"));
-        let budget = Budget::new(place.services.read_retry);
-        let blob = BlobAddress::new(place, digest, size, what)?;
+        let budget = Budget::new(place.services.read_retry, place);
+        let blob = BlobAddress::new(place, mirrors, digest, size, &what)?;
         Ok(Self {
             blob,
             body: None,
@@ -89,10 +90,11 @@ impl BlobReader {
             None => {
                 let from = if self.ranges_ignored { 0 } else { self.received };
                 self.skip = self.received - from;
-                self.blob.open(from..self.blob.size, None)?
+                self.blob.open(&(from..self.blob.size), None)?
             }
         };
-        let Some(mut frame) = body.next_frame()? else { return Ok(()) };
+        let frame = body.next_frame().inspect_err(|_| body.source.failed(None))?;
+        let Some(mut frame) = frame else { return Ok(()) };
         let known = self.skip.min(frame.len() as u64);
         frame.advance(usize::try_from(known).unwrap_or(frame.len()));
         self.skip -= known;

@@ -13,6 +13,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use super::error::RegistryError;
+use crate::config::CertificateConfig;
 
 /// A certificate that this client shows to registries that ask for one.
 #[derive(Clone, Debug)]
@@ -21,6 +22,12 @@ pub struct ClientCertificate {
     pub certificate: PathBuf,
     /// PEM file with its private key.
     pub key: PathBuf,
+}
+
+impl From<CertificateConfig> for ClientCertificate {
+    fn from(pair: CertificateConfig) -> Self {
+        Self { certificate: pair.certificate, key: pair.key }
+    }
 }
 
 /// Builds the TLS side of a client.

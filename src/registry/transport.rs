@@ -13,6 +13,7 @@ use std::error::Error as StdError;
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,7 @@ use tokio::time::{Instant as IoInstant, sleep_until, timeout, timeout_at};
 
 use super::payload::{Gauge, Payload};
 use super::proxy::{Proxies, Route};
+use super::wait::block_on;
 
 /// Frames of a body between the I/O thread and its reader. hyper's frames are at most some 400 KiB, so
 /// a stream holds a few MiB in the worst case; fewer frames would make the two threads wait in turns.
@@ -128,6 +130,16 @@ impl IoThreads {
     }
 }
 
+/// Runs `task` on an I/O thread and waits for it. For what is no request, such as a socket of another kind.
+///
+/// # Errors
+/// [`TransportError::Broken`] when there is no I/O thread, or the task panicked.
+pub(super) fn on_io_thread<T: Send + 'static>(
+    task: impl Future<Output = T> + Send + 'static,
+) -> Result<T, TransportError> {
+    block_on(io_threads()?.pick().spawn(task)).map_err(|_| gave_up())
+}
+
 type Connector = HttpsConnector<Route>;
 
 /// A pool of connections with one idea of trust, proxies and time.
@@ -161,6 +173,14 @@ impl Body {
         self.frames.blocking_recv()
     }
 
+    /// As [`Body::next_frame`], without blocking.
+    pub fn poll_frame(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, TransportError>>> {
+        self.frames.poll_recv(context)
+    }
+
     /// All of it, when it has at most `limit` bytes.
     ///
     /// # Errors
@@ -178,9 +198,14 @@ impl Body {
     }
 
     /// Reads what is left when that is little, so that the connection can be used again.
-    pub fn discard(mut self) {
+    pub fn discard(self) {
+        block_on(self.discard_async());
+    }
+
+    /// As [`Body::discard`], without blocking.
+    pub async fn discard_async(mut self) {
         let mut left = 64 << 10;
-        while let Some(Ok(frame)) = self.next_frame() {
+        while let Some(Ok(frame)) = self.frames.recv().await {
             if frame.len() > left {
                 return;
             }
@@ -218,8 +243,20 @@ impl Transport {
         request: Request<Bytes>,
         deadline: Option<Instant>,
     ) -> Result<Reply, TransportError> {
+        block_on(self.send_async(request, deadline))
+    }
+
+    /// As [`Transport::send`], without blocking. Who drops this future ends the exchange.
+    ///
+    /// # Errors
+    /// As [`Transport::send`].
+    pub async fn send_async(
+        &self,
+        request: Request<Bytes>,
+        deadline: Option<Instant>,
+    ) -> Result<Reply, TransportError> {
         let mut answer = self.start(request.map(Payload::Memory), None, deadline)?;
-        answer.wait()
+        answer.0.recv().await.unwrap_or_else(|| Err(gave_up()))
     }
 
     /// Sends `length` bytes of `reader` as the body of a request, and waits for the head of the answer.
@@ -310,9 +347,16 @@ impl Exchange {
         gauge: Option<Arc<Gauge>>,
         head: mpsc::Sender<Result<Reply, TransportError>>,
     ) {
-        let answer = match gauge {
-            None => self.answer(request).await,
-            Some(gauge) => self.answer_upload(request, &gauge).await,
+        let answer = async {
+            match gauge {
+                None => self.answer(request).await,
+                Some(gauge) => self.answer_upload(request, &gauge).await,
+            }
+        };
+        let answer = tokio::select! {
+            answer = answer => answer,
+            // Nobody wants it any more: somebody else was quicker.
+            () = head.closed() => return,
         };
         let (sender, frames) = mpsc::channel(FRAMES_AHEAD);
         match answer {

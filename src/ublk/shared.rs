@@ -70,26 +70,34 @@ impl SharedThreads {
         control.set_params(self.id, &options.params(&**volume))?;
         let node = Arc::new(open_node(self.id)?);
         let (armed, arming) = channel();
-        for number in 0..info.nr_hw_queues {
-            self.mux.serve(NewQueue {
-                number,
-                depth: info.queue_depth,
-                longest: options.chunk as usize,
-                encoded: info.flags & u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) != 0,
-                node: node.clone(),
-                volume: volume.clone(),
-                counters: counters.clone(),
-                cpus: control.affinity(self.id, number),
-                armed: armed.clone(),
-                gone: gone.clone(),
-            })?;
+        let queue = |number, cpus| NewQueue {
+            number,
+            depth: info.queue_depth,
+            longest: options.chunk as usize,
+            encoded: info.flags & u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) != 0,
+            node: node.clone(),
+            volume: volume.clone(),
+            counters: counters.clone(),
+            cpus,
+            armed: armed.clone(),
+            gone: gone.clone(),
+        };
+        let mut result = Ok(());
+        let mut given = 0;
+        while given < info.nr_hw_queues && result.is_ok() {
+            result = self.mux.serve(queue(given, control.affinity(self.id, given)));
+            given += u16::from(result.is_ok());
         }
         drop((armed, gone, node));
-        // START waits until all tags are armed, so it must not be sent when one is missing.
-        for queue in 0..info.nr_hw_queues {
+        // START waits until all tags are armed, so it must not be sent when one is missing; and a STOP that
+        // comes before a tag is armed does not take it back (6.12), so all are waited for even then.
+        for queue in 0..given {
             let armed = arming.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()));
-            armed.map_err(|source| UblkError::Queue { queue, what: "arming its tags", source })?;
+            let armed =
+                armed.map_err(|source| UblkError::Queue { queue, what: "arming its tags", source });
+            result = result.and(armed);
         }
+        result?;
         control.start(self.id)?;
         wait_for_node(self.id)?;
         without_scheduler(self.id);

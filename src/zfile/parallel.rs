@@ -212,7 +212,7 @@ mod tests {
 
     fn sample(len: usize) -> Vec<u8> {
         (0..len)
-            .map(|at| if at % 9000 < 5000 { (at / 31) as u8 } else { (at * at >> 7) as u8 })
+            .map(|at| if at % 9000 < 5000 { (at / 31) as u8 } else { ((at * at) >> 7) as u8 })
             .collect()
     }
 

@@ -100,6 +100,13 @@ seed('manifest', 'config', ('{"os":"linux", "rootfs": {"type":"layers","diff_ids
 seed('config', 'upstream', b'{"repoBlobUrl":"u","lowers":[{"dir":"d","digest":"sha256:1","size":5,"targetFile":"t",'
      b'"gzipIndex":"g"}],"upper":{"index":"i"},"resultFile":"r"}')
 
+# One byte in front of `trace`: whose format. Ours without its checksum, which the target appends.
+head = b'turbotrc' + struct.pack('<HHIII', 1, 0, 1, 1, 2) + bytes(range(32))
+ours = head + b'\0\x80\x80\x80\x02\x80\x80\x40\0\x02' + b'\0\0\x80\x80\x40\x05\x01'
+seed('trace', 'ours', b'\xfe' + ours)
+seed('trace', 'twice', b'\x80' + ours + ours)
+records = struct.pack('<cxxxIQq', b'R', 0, 4096, 512) + struct.pack('<cxxxIQq', b'W', 1, 1, 1)
+seed('trace', 'upstream', b'\1' + struct.pack('<IxxxxQIxxxx', 0xC2EF1820, len(records), 0) + records)
 # `ext4` takes a sparse disk, of 8 MiB here: block and length in 16 bits, then the block. mke2fs fills it without a mount.
 import shutil, subprocess, tempfile
 if mke2fs := shutil.which('mke2fs', path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin'):

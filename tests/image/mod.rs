@@ -33,6 +33,11 @@ pub fn turbobd() -> Command {
     command
         .env_remove("RUST_LOG")
         .env("DOCKER_CONFIG", "/nonexistent")
+        // What one test's start reads must not be fetched ahead for another's.
+        .env(
+            "TURBOBD_SERVICE_CONFIG",
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/host/service.json"),
+        )
         .env_remove("http_proxy")
         .env_remove("HTTP_PROXY");
     command

@@ -21,8 +21,7 @@ fn read_all(layer: &WritableLayer) -> Vec<u8> {
         let at = (run.lba.0 * SECTOR) as usize;
         let part = &mut disk[at..at + (run.len.0 * SECTOR) as usize];
         match run.place {
-            WrittenPlace::Below => part.fill(0),
-            WrittenPlace::Zero => part.fill(0),
+            WrittenPlace::Below | WrittenPlace::Zero => part.fill(0),
             WrittenPlace::Data(at) => layer.read_data(at, part).unwrap(),
         }
     }
@@ -235,7 +234,7 @@ fn files_that_are_no_writable_layer_are_refused_by_name() {
 fn a_commit_holds_no_garbage_and_its_entries_are_cut_as_upstreams_are() {
     let dir = tempfile::tempdir().unwrap();
     let mut layer = layer(dir.path());
-    let noise: Vec<u8> = (0..100 * 4096_u32).map(|at| (at * 7919 >> 5) as u8 | 1).collect();
+    let noise: Vec<u8> = (0..100 * 4096_u32).map(|at| ((at * 7919) >> 5) as u8 | 1).collect();
     for _ in 0..5 {
         layer.write(0, &noise).unwrap();
     }

@@ -1,0 +1,96 @@
+//! `cargo bench --bench framework`: Python imports a large framework from a registry 5 ms away, cold.
+
+#![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
+
+#[path = "line.rs"]
+mod line;
+#[path = "python.rs"]
+mod python;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use line::Line;
+use python::{FRAMEWORK, SERVICE, Watched};
+use turbobd::cache::{Cache, CacheOptions};
+use turbobd::disk::image::{host_manifest, open_image};
+use turbobd::fetch::FetchOptions;
+use turbobd::registry::{Client, ClientOptions};
+use turbobd::store;
+use turbobd::trace::{LearnOptions, Traces};
+
+const DELAY: Duration = Duration::from_millis(5);
+const GIGABIT: f64 = 1e9 / 8.0;
+const BUDGET: u64 = 256 << 20;
+
+/// A start: what it took and what it asked for.
+fn start(line: &Line, traces: Option<&Arc<Traces>>, program: &str, name: &str) {
+    let fetch = FetchOptions::default();
+    let cache = Cache::with(CacheOptions { budget: BUDGET, fetch });
+    let client = Client::new(ClientOptions::default()).unwrap();
+    let image = format!("{}/perf:turbo", line.host);
+    let (store, selector) = store::open(&image.parse().unwrap(), &client).unwrap();
+    let (_, manifest) = host_manifest(&*store, &selector).unwrap();
+    let disk = open_image(&*store, &*store, &manifest, cache.clone()).unwrap().disk;
+    let recorders = disk.recorders().clone();
+    let before = asked(line);
+    if let Some(traces) = traces {
+        traces.begin(&recorders, &cache, None);
+    }
+    let recording = recorders.begin();
+    let disk = Arc::new(Watched { disk, reads: Mutex::default() });
+    let time = python::run(&disk, &["/usr/bin/python3.11", "-W", "ignore", "-c", program]);
+    let now = asked(line);
+    let trace = recorders.end(&recording);
+    let mut segments = BTreeSet::new();
+    let mut touched = 0;
+    for touch in &trace.touches {
+        let blobs = disk.disk.blobs();
+        let named = |source: &dyn turbobd::chunk::ChunkSource| {
+            turbobd::trace::blob_name(source) == trace.blobs[touch.blob as usize]
+        };
+        let blob = blobs.iter().flatten().find(|blob| named(&**blob.source())).unwrap();
+        let chunk = blob.source().chunk_at(touch.start).unwrap().index;
+        if segments.insert(blob.key(chunk)) {
+            touched += blob.source().encoded(chunk).unwrap().len() as u64;
+        }
+    }
+    let (requests, bytes) = (now.0 - before.0, now.1 - before.1);
+    let counters = cache.fetched();
+    println!(
+        "{name:<28} {:>6.2} s  {:>4} segments {:>6.1} MB touched  {requests:>4} requests ({:.2} a segment)  {:>6.1} MB ({:.2} of touched)  demand {}",
+        time.as_secs_f64(),
+        segments.len(),
+        touched as f64 / 1e6,
+        requests as f64 / segments.len() as f64,
+        bytes as f64 / 1e6,
+        bytes as f64 / touched as f64,
+        counters.demand_requests.load(Ordering::Relaxed),
+    );
+    if std::env::var_os("TURBOBD_BENCH_VERBOSE").is_some() {
+        let blobs: Vec<_> = trace.touches.iter().map(|t| (t.at, t.blob, t.start >> 20)).collect();
+        eprintln!("{blobs:?}");
+    }
+}
+
+fn asked(line: &Line) -> (u64, u64) {
+    let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    (read(&line.asked.ranges), read(&line.asked.bytes))
+}
+
+fn main() {
+    let line = Line::start(&python::layout(), DELAY, GIGABIT);
+    println!(
+        "bar for the framework, first start: 0.25 requests a segment, 1.30 of the bytes touched"
+    );
+    for (name, program) in [("framework", FRAMEWORK), ("service", SERVICE)] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = LearnOptions { dir: dir.path().to_owned(), ..LearnOptions::default() };
+        let traces = Traces::new(options);
+        start(&line, None, program, &format!("{name}, first start"));
+        start(&line, Some(&traces), program, &format!("{name}, learned"));
+        start(&line, Some(&traces), program, &format!("{name}, by its trace"));
+    }
+}

@@ -1,0 +1,111 @@
+//! One thread that looks after the waits of all devices when one of them is due.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::waits::Waits;
+
+/// Wakes whoever is due. Dropping it ends its thread.
+pub(super) struct Alarm {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// When the thread must look next.
+    at: Option<Instant>,
+    waits: Vec<Weak<Waits>>,
+    ending: bool,
+}
+
+/// Where one device's waits say when they are due.
+#[derive(Clone)]
+pub(super) struct Bell(Weak<Shared>);
+
+impl Bell {
+    /// Somebody is due at `at`, or before.
+    pub(super) fn by(&self, at: Instant) {
+        let Some(shared) = self.0.upgrade() else { return };
+        let mut state = shared.lock();
+        if state.at.is_none_or(|before| at < before) {
+            state.at = Some(at);
+            shared.wake.notify_one();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Body of the thread.
+    fn run(&self) {
+        let mut state = self.lock();
+        while !state.ending {
+            let now = Instant::now();
+            state = match state.at {
+                None => self.wake.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(at) if at > now => {
+                    let waited = self.wake.wait_timeout(state, at - now);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                Some(_) => {
+                    state.at = None;
+                    state.waits.retain(|waits| waits.strong_count() > 0);
+                    let all: Vec<_> = state.waits.iter().filter_map(Weak::upgrade).collect();
+                    // Without the lock: what is due makes new waits, which ring the bell.
+                    drop(state);
+                    let next = all.iter().filter_map(|waits| waits.due(now)).min();
+                    drop(all);
+                    let mut state = self.lock();
+                    state.at = [state.at, next].into_iter().flatten().min();
+                    state
+                }
+            };
+        }
+    }
+}
+
+impl Alarm {
+    /// Its thread is started by the first device: see [`watch`](Self::watch).
+    pub(super) fn new() -> Self {
+        Self { shared: Arc::default(), thread: Mutex::default() }
+    }
+
+    /// Where the waits of a device ring.
+    pub(super) fn bell(&self) -> Bell {
+        Bell(Arc::downgrade(&self.shared))
+    }
+
+    /// Looks after these waits too, as long as they live.
+    pub(super) fn watch(&self, waits: &Arc<Waits>) -> std::io::Result<()> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if thread.is_none() {
+            let shared = self.shared.clone();
+            let body = move || shared.run();
+            *thread = Some(std::thread::Builder::new().name("deadlines".into()).spawn(body)?);
+        }
+        self.shared.lock().waits.push(Arc::downgrade(waits));
+        Ok(())
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        self.shared.lock().ending = true;
+        self.shared.wake.notify_one();
+        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}

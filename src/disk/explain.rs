@@ -1,0 +1,155 @@
+//! Where a byte of a disk comes from, for people: the same look-up that a read makes, without reading.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Disk, Opened};
+use crate::fetch::Blob;
+use crate::lsmt::Place;
+use crate::units::{SECTOR, Sectors};
+use crate::volume::Volume as _;
+
+/// What a part of a disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum What {
+    /// No layer has anything here: zeros.
+    Hole,
+    /// Filesystem metadata of a TurboOCI layer: in memory, always.
+    Metadata,
+    /// Data of a layer, in a chunk.
+    Data,
+    /// Behind the end of an original layer: the padding of its last file, zeros.
+    Padding,
+}
+
+/// Where a chunk's bytes are now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Held {
+    /// Decoded, in the memory cache.
+    Memory,
+    /// Near: in a local file, or in the disk tier.
+    Disk,
+    /// Nowhere near: a read makes a request.
+    Remote,
+}
+
+/// A part of a disk that lies in one place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placed {
+    /// First byte on the disk.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+    /// What is there.
+    pub what: What,
+    /// Which layer has it, 0 lowest.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub layer: Option<usize>,
+    /// What of which blob holds it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub chunk: Option<ChunkPlace>,
+}
+
+/// The chunk behind a part of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChunkPlace {
+    /// The blob, as the cache knows it: its digest, and how it is cut.
+    pub blob: String,
+    /// Byte of the decoded blob, for a TurboOCI layer of the uncompressed tar.
+    pub at: u64,
+    /// Number of the chunk (the segment of a gzip layer).
+    pub index: u32,
+    /// Its first byte in the blob as it is stored.
+    pub start: u64,
+    /// One past its last byte in the blob as it is stored.
+    pub end: u64,
+    /// Its length decoded, in bytes.
+    pub decoded: u64,
+    /// Where it is now.
+    pub held: Held,
+}
+
+impl Disk {
+    /// Where bytes `range` of the disk come from, cut at layers and chunks; at most `most` parts. What lies
+    /// past the end of the disk is left out.
+    #[must_use]
+    pub fn explain(&self, range: Range<u64>, most: usize) -> Vec<Placed> {
+        let end = range.end.min(self.size());
+        let mut parts = Vec::new();
+        if range.start >= end {
+            return parts;
+        }
+        let first = range.start / SECTOR;
+        let count = Sectors(end.div_ceil(SECTOR) - first);
+        for run in self.stack.look_up(Sectors(first), count) {
+            if parts.len() >= most {
+                break;
+            }
+            let start = run.lba.bytes().0.max(range.start);
+            let skip = start - run.lba.bytes().0;
+            let len = (run.lba + run.len).bytes().0.min(end) - start;
+            let layer = usize::from(run.layer);
+            let part = |what, layer| Placed { offset: start, len, what, layer, chunk: None };
+            match (run.place, &self.layers[layer]) {
+                (Place::Zero, _) => parts.push(part(What::Hole, None)),
+                (Place::Own(_), Opened::Turbo { .. }) => {
+                    parts.push(part(What::Metadata, Some(layer)));
+                }
+                (Place::Remote(sector), Opened::Turbo { target: Some(blob), .. })
+                | (Place::Own(sector) | Place::Remote(sector), Opened::Native { chunks: blob }) => {
+                    let at = sector.bytes().0 + skip;
+                    self.explain_chunks(blob, layer, start, at..at + len, most, &mut parts);
+                }
+                // Refused when the disk was opened.
+                (Place::Remote(_), Opened::Turbo { target: None, .. }) => {}
+            }
+        }
+        parts
+    }
+
+    fn explain_chunks(
+        &self,
+        blob: &Blob,
+        layer: usize,
+        offset: u64,
+        range: Range<u64>,
+        most: usize,
+        parts: &mut Vec<Placed>,
+    ) {
+        let source = blob.source();
+        let mut at = range.start;
+        while at < range.end && parts.len() < most {
+            let offset = offset + (at - range.start);
+            let Some(span) = source.chunk_at(at).filter(|span| super::holds(*span, at)) else {
+                let len = range.end - at;
+                let what = What::Padding;
+                parts.push(Placed { offset, len, what, layer: Some(layer), chunk: None });
+                return;
+            };
+            let len = (span.start + u64::from(span.len)).min(range.end) - at;
+            let place = source.encoded(span.index).map_or(0..0, |place| place.range);
+            let held = if self.cache.holds(blob, span.index) {
+                Held::Memory
+            } else if blob.is_near(span.index) {
+                Held::Disk
+            } else {
+                Held::Remote
+            };
+            let chunk = ChunkPlace {
+                blob: source.id().to_owned(),
+                at,
+                index: span.index,
+                start: place.start,
+                end: place.end,
+                decoded: span.len.into(),
+                held,
+            };
+            let (what, layer) = (What::Data, Some(layer));
+            parts.push(Placed { offset, len, what, layer, chunk: Some(chunk) });
+            at += len;
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! A disk that can be written: a writable layer over one that cannot.
+//!
+//! What was written is read from the layer's data file, which the page cache holds; the rest comes from
+//! the disk below, as it would without the layer. Payload is never overwritten in place, so a read needs
+//! the layer's lock only to find where its bytes are.
+
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::lsmt::writable::{DATA_NAME, WrittenPlace};
+use crate::lsmt::writer::Identity;
+use crate::lsmt::{Uuid, WritableError, WritableLayer};
+use crate::units::{Bytes, SECTOR, Sectors};
+use crate::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
+
+/// A writable disk.
+pub struct UpperVolume {
+    lower: Arc<dyn Volume>,
+    layer: RwLock<WritableLayer>,
+}
+
+impl UpperVolume {
+    /// The layer in the folder `dir`, made if there is none, over `lower`.
+    ///
+    /// # Errors
+    /// [`WritableError`], also when the layer is of a disk of another size.
+    pub fn open(dir: &Path, lower: Arc<dyn Volume>) -> Result<Self, WritableError> {
+        let size = lower.size();
+        let layer = if dir.join(DATA_NAME).exists() {
+            WritableLayer::open(dir)?
+        } else {
+            let identity = Identity { uuid: random_uuid(), ..Identity::default() };
+            WritableLayer::create(dir, Bytes(size), identity)?
+        };
+        let own = layer.virtual_size();
+        if own != Bytes::ZERO && own != Bytes(size) {
+            let rule = "its disk has another size than the image's: it belongs to another image";
+            return Err(WritableError::Invalid { path: dir.join(DATA_NAME), rule });
+        }
+        if layer.cut() > 0 {
+            tracing::warn!(
+                "{}: {} bytes at the end of the index were never flushed and are left out",
+                dir.display(),
+                layer.cut()
+            );
+        }
+        Ok(Self { lower, layer: RwLock::new(layer) })
+    }
+
+    fn change(
+        &self,
+        offset: u64,
+        what: impl FnOnce(&mut WritableLayer) -> Result<(), WritableError>,
+    ) -> Result<(), VolumeError> {
+        let mut layer = self.layer.write().unwrap_or_else(PoisonError::into_inner);
+        what(&mut layer).map_err(|source| VolumeError::Upper { offset, source: Arc::new(source) })
+    }
+}
+
+/// Version 4, as upstream gives a new layer.
+fn random_uuid() -> Uuid {
+    use std::hash::{BuildHasher as _, RandomState};
+    let halves = [RandomState::new().hash_one(0), RandomState::new().hash_one(1)];
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&halves[0].to_le_bytes());
+    bytes[8..].copy_from_slice(&halves[1].to_le_bytes());
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Uuid(bytes)
+}
+
+impl Volume for UpperVolume {
+    fn size(&self) -> u64 {
+        self.lower.size()
+    }
+
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        waiter: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError> {
+        let end = offset.saturating_add(len as u64);
+        if end > self.size() {
+            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
+        }
+        let first = offset / SECTOR;
+        let count = end.div_ceil(SECTOR) - first;
+        let layer = self.layer.read().unwrap_or_else(PoisonError::into_inner);
+        let mut pieces = Vec::new();
+        for run in layer.look_up(Sectors(first), Sectors(count)) {
+            // The request may begin and end within a sector.
+            let start = (run.lba.0 * SECTOR).max(offset);
+            let stop = ((run.lba.0 + run.len.0) * SECTOR).min(end);
+            let len = (stop - start) as usize;
+            match run.place {
+                WrittenPlace::Zero => pieces.push(Piece::Zero(len)),
+                WrittenPlace::Data(at) => {
+                    let mut sectors = vec![0; (run.len.0 * SECTOR) as usize];
+                    layer.read_data(at, &mut sectors).map_err(|source| VolumeError::Upper {
+                        offset: start,
+                        source: Arc::new(source),
+                    })?;
+                    let from = (start - run.lba.0 * SECTOR) as usize;
+                    let guard = Arc::new(sectors);
+                    pieces.push(Piece::Memory { guard, range: from..from + len });
+                }
+                WrittenPlace::Below => match self.lower.locate(start, len, waiter)? {
+                    Located::Ready(below) => pieces.extend(below),
+                    // The whole request is asked for again.
+                    Located::Pending => return Ok(Located::Pending),
+                },
+            }
+        }
+        Ok(Located::Ready(pieces))
+    }
+
+    fn writable(&self) -> Option<&dyn WritableVolume> {
+        Some(self)
+    }
+}
+
+impl WritableVolume for UpperVolume {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), VolumeError> {
+        self.change(offset, |layer| layer.write(offset, bytes))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        self.change(offset, |layer| layer.discard(offset, len))
+    }
+
+    fn flush(&self) -> Result<(), VolumeError> {
+        self.change(0, WritableLayer::flush)
+    }
+}
+
+impl Drop for UpperVolume {
+    /// A device that was removed in order loses nothing.
+    fn drop(&mut self) {
+        if let Err(error) = self.flush() {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "The last writes to a device could not be made durable"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::volume::{FaultyVolume, MemoryVolume};
+
+    const SIZE: usize = 1 << 20;
+
+    fn below() -> Vec<u8> {
+        (0..SIZE).map(|at| (at / 512) as u8 | 1).collect()
+    }
+
+    #[test]
+    fn reads_see_writes_over_a_slow_disk_and_a_later_opening_sees_them_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let slow = || -> Arc<dyn Volume> {
+            let memory = MemoryVolume::new(below());
+            Arc::new(FaultyVolume::new(memory, Duration::from_millis(2), None))
+        };
+        let mut expected = below();
+        let volume = UpperVolume::open(dir.path(), slow()).unwrap();
+        volume.write_at(&[0xee; 1024], 4096).unwrap();
+        volume.discard(8192, 512).unwrap();
+        volume.write_at(&[0xdd; 512], 4608).unwrap();
+        expected[4096..5120].fill(0xee);
+        expected[8192..8704].fill(0);
+        expected[4608..5120].fill(0xdd);
+        let check = |volume: &UpperVolume| {
+            for (from, to) in [(0, SIZE), (4095, 4097), (4500, 5000), (5119, 8193), (8703, 8705)] {
+                let mut found = vec![0x55; to - from];
+                volume.read_at(&mut found, from as u64).unwrap();
+                assert!(found == expected[from..to], "{from}..{to}");
+            }
+        };
+        check(&volume);
+        // Dropped in order, so nothing is lost although nobody flushed.
+        drop(volume);
+        check(&UpperVolume::open(dir.path(), slow()).unwrap());
+    }
+
+    #[test]
+    fn a_layer_of_another_disk_and_writes_past_the_end_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = UpperVolume::open(dir.path(), Arc::new(MemoryVolume::new(below()))).unwrap();
+        let past = volume.write_at(&[0; 1024], SIZE as u64 - 512);
+        assert!(matches!(past, Err(VolumeError::Upper { .. })));
+        drop(volume);
+        let other = Arc::new(MemoryVolume::new(vec![0; 4096]));
+        let error = UpperVolume::open(dir.path(), other).err().unwrap().to_string();
+        assert!(error.contains("another size"), "{error}");
+    }
+}

@@ -1,0 +1,269 @@
+//! One read of a blob: usually one request, sometimes two that race.
+//!
+//! Most requests for the same kind of thing take about the same time, and a few take many times
+//! longer: a server that collects garbage, a lost packet, a disk that retries. A process that starts makes
+//! hundreds of reads one after the other, so the few decide how long it takes. A demand whose
+//! first byte, or next byte, is later than its host's patience ([`host`](super::host)) is therefore
+//! asked for a second time, at the next way if there is one and else over another connection. Both
+//! are listened to, each byte is taken from whoever brings it first, and the first to reach
+//! the end ends the read; the other connection is closed.
+//!
+//! Nobody waits for a prefetch, so that is never asked for twice. Ways that fail are followed by the
+//! next way at once; only when all have failed does the read fail.
+//!
+//! A frame is taken when there is another behind it or a proper end: an answer that goes on past its
+//! end is not believed.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf as _, Bytes};
+
+use super::blob::{Deliveries, RemoteStats};
+use super::error::RegistryError;
+use super::host::Network;
+use super::wait::{block_on, block_until};
+use super::way::{BlobAddress, RangeBody, Way, tell};
+use crate::source::{Class, Run};
+
+fn count(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+/// A read under way, over all its tries.
+pub(super) struct Reading<'a> {
+    pub(super) blob: &'a BlobAddress,
+    pub(super) network: &'a Network,
+    pub(super) stats: &'a RemoteStats,
+    pub(super) deliveries: &'a Deliveries,
+    /// The next byte that is wanted.
+    pub(super) at: u64,
+    /// One past the last.
+    pub(super) end: u64,
+    pub(super) class: Class,
+    pub(super) run: &'a mut dyn Run,
+}
+
+/// One request of a race.
+struct Lane<'a> {
+    number: usize,
+    way: &'a Way,
+    is_second: bool,
+    begun: Instant,
+    from: u64,
+    /// When the head came, and the last frame.
+    head: Option<Instant>,
+    heard: Option<Instant>,
+    /// The blob's byte behind the last that was handed out.
+    at: u64,
+    held: Option<Bytes>,
+    stage: Stage<'a>,
+}
+
+enum Stage<'a> {
+    Opening(Pin<Box<dyn Future<Output = Result<RangeBody, RegistryError>> + 'a>>),
+    Flowing(RangeBody),
+}
+
+enum Event {
+    Head,
+    /// Bytes that can be taken.
+    Bytes(Bytes),
+    End,
+    Broken(RegistryError),
+}
+
+impl Lane<'_> {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Event> {
+        loop {
+            match &mut self.stage {
+                Stage::Opening(opening) => {
+                    let opened = ready!(opening.as_mut().poll(context));
+                    return Poll::Ready(match opened {
+                        Err(error) => Event::Broken(error),
+                        Ok(body) => {
+                            self.stage = Stage::Flowing(body);
+                            Event::Head
+                        }
+                    });
+                }
+                Stage::Flowing(body) => match ready!(body.poll_frame(context)) {
+                    Ok(Some(frame)) => {
+                        self.heard = Some(Instant::now());
+                        if let Some(bytes) = self.held.replace(frame) {
+                            return Poll::Ready(Event::Bytes(bytes));
+                        }
+                    }
+                    Ok(None) => return Poll::Ready(Event::End),
+                    Err(error) => return Poll::Ready(Event::Broken(error)),
+                },
+            }
+        }
+    }
+
+    fn is_by_peer(&self) -> bool {
+        matches!(&self.stage, Stage::Flowing(body) if body.by_peer)
+    }
+
+    /// When a second request is due.
+    fn patience_ends(&self, end: u64, least: Duration) -> Instant {
+        let host = &self.way.place.state;
+        let patience = host.patience().max(least);
+        let Some(heard) = self.heard.or(self.head) else { return self.begun + patience };
+        let silent = heard + patience;
+        let whole = host.patience_with_body(end - self.at.min(end));
+        whole.map_or(silent, |whole| silent.min(self.begun + patience + whole))
+    }
+}
+
+impl<'a> Reading<'a> {
+    /// Reads on from `at`, every way once; `at` says afterwards how far it came.
+    pub(super) fn once(&mut self, deadline: Instant) -> Result<(), RegistryError> {
+        let order = self.blob.order();
+        let mut next = order.iter().copied();
+        let mut lanes = Vec::with_capacity(2);
+        let mut told = None;
+        let mut patient = self.hedges_after();
+        self.network.earn_hedge();
+        lanes.extend(next.next().map(|number| self.lane(number, deadline, true)));
+        while !lanes.is_empty() {
+            let due = patient
+                .filter(|_| lanes.len() == 1)
+                .map(|least| lanes[0].patience_ends(self.end, least));
+            let event = poll_fn(|context| {
+                for (number, lane) in lanes.iter_mut().enumerate() {
+                    if let Poll::Ready(event) = lane.poll(context) {
+                        return Poll::Ready((number, event));
+                    }
+                }
+                Poll::Pending
+            });
+            let happened = match due {
+                None => Some(block_on(event)),
+                Some(due) => block_until(event, Some(due)),
+            };
+            match happened {
+                None => {
+                    patient = None;
+                    if self.network.take_hedge() {
+                        let second = self.second(&lanes[0], next.next(), deadline);
+                        lanes.push(second);
+                    }
+                }
+                Some((number, Event::Head)) => self.head(&mut lanes[number]),
+                Some((number, Event::Bytes(bytes))) => self.take(&mut lanes[number], bytes),
+                Some((number, Event::End)) => {
+                    let mut lane = lanes.swap_remove(number);
+                    if let Some(bytes) = lane.held.take() {
+                        self.take(&mut lane, bytes);
+                    }
+                    self.whole(&lane);
+                    return Ok(());
+                }
+                Some((number, Event::Broken(error))) => {
+                    let mut lane = lanes.swap_remove(number);
+                    let by_peer = self.broken(&mut lane, &error);
+                    tell(&mut told, error, lane.way);
+                    if lanes.is_empty() {
+                        // What a peer broke off is asked for straight.
+                        let again = by_peer.then_some(lane.number).or_else(|| next.next());
+                        lanes.extend(again.map(|number| self.lane(number, deadline, !by_peer)));
+                    }
+                }
+            }
+        }
+        Err(told.unwrap_or_else(|| RegistryError::NotFound { what: "a blob".to_owned() }))
+    }
+
+    fn hedges_after(&self) -> Option<Duration> {
+        self.network.hedges_after().filter(|_| self.class == Class::Demand)
+    }
+
+    fn lane(&self, number: usize, deadline: Instant, by_peer: bool) -> Lane<'a> {
+        let way = &self.blob.ways[number];
+        count(&self.stats.requests, 1);
+        count(&way.place.state.stats().requests, 1);
+        let opening = way.open(self.at..self.end, Some(deadline), by_peer);
+        Lane {
+            number,
+            way,
+            is_second: false,
+            begun: Instant::now(),
+            from: self.at,
+            head: None,
+            heard: None,
+            at: self.at,
+            held: None,
+            stage: Stage::Opening(Box::pin(opening)),
+        }
+    }
+
+    /// The second request for what `first` takes so long with. A peer has had its chance.
+    fn second(&self, first: &Lane<'_>, next: Option<usize>, deadline: Instant) -> Lane<'a> {
+        tracing::debug!(host = %first.way.place.host, at = self.at, "registry: asking a second time");
+        count(&self.stats.hedges, 1);
+        count(&first.way.place.state.stats().hedges, 1);
+        Lane { is_second: true, ..self.lane(next.unwrap_or(first.number), deadline, false) }
+    }
+
+    fn head(&self, lane: &mut Lane<'_>) {
+        let now = Instant::now();
+        lane.head = Some(now);
+        if !lane.is_by_peer() {
+            lane.way.place.state.heard_after(now - lane.begun);
+        }
+    }
+
+    /// Takes what nobody else has brought yet.
+    fn take(&mut self, lane: &mut Lane<'_>, mut bytes: Bytes) {
+        let arrived = bytes.len() as u64;
+        count(&self.stats.bytes, arrived);
+        let known = (self.at - lane.at).min(arrived);
+        bytes.advance(usize::try_from(known).unwrap_or(bytes.len()));
+        lane.at += arrived;
+        if let Stage::Flowing(body) = &lane.stage {
+            count(&body.source.stats().bytes, arrived);
+        }
+        if !bytes.is_empty() {
+            let range = self.at..lane.at;
+            self.deliveries.add(range, lane.number, lane.is_by_peer());
+            self.run.put(&bytes);
+            self.at = lane.at;
+        }
+    }
+
+    fn whole(&self, lane: &Lane<'_>) {
+        if let Stage::Flowing(body) = &lane.stage {
+            body.source.succeeded();
+        }
+        if lane.is_second {
+            count(&self.stats.hedges_won, 1);
+            count(&lane.way.place.state.stats().hedges_won, 1);
+        } else if let Some(head) = lane.head
+            && !lane.is_by_peer()
+        {
+            lane.way.place.state.brought(lane.at - lane.from, head.elapsed());
+        }
+    }
+
+    /// Keeps what is sure of a broken answer; says whether it was the peer's.
+    fn broken(&mut self, lane: &mut Lane<'_>, error: &RegistryError) -> bool {
+        let Stage::Flowing(body) = &lane.stage else {
+            lane.way.failed(error);
+            return false;
+        };
+        let (by_peer, source, left) = (body.by_peer, body.source.clone(), body.left());
+        if let Some(bytes) = lane.held.take().filter(|_| left > 0) {
+            self.take(lane, bytes);
+        }
+        if by_peer {
+            source.failed(None);
+        } else {
+            lane.way.failed(error);
+        }
+        by_peer
+    }
+}

@@ -1,0 +1,106 @@
+//! Limits on what nobody waits for.
+//!
+//! A bucket of tokens fills at the allowed rate; a read takes as many as it has bytes before it is sent,
+//! and may leave a debt that the next one waits for. So the rate holds over some requests, not within
+//! one, and a request that was begun runs at full speed: a demand that waits for the same bytes is not
+//! held up by the limit. Demand takes nothing and waits for nothing.
+
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::source::Class;
+
+/// Longest sleep for a limit. The rate is at least 1 MB/s and a request some MB, so that this only bounds
+/// a debt that many readers made together.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// A bucket of tokens.
+#[derive(Debug)]
+pub(super) struct Tokens {
+    per_second: f64,
+    most: f64,
+    left: f64,
+    at: Instant,
+}
+
+impl Tokens {
+    /// Full, with room for `most`.
+    pub(super) fn new(per_second: f64, most: f64) -> Self {
+        Self { per_second, most, left: most, at: Instant::now() }
+    }
+
+    /// Takes `count` and says how long to wait until they are really there, at most `longest`.
+    pub(super) fn take(&mut self, count: f64, longest: Duration) -> Duration {
+        let now = Instant::now();
+        let earned = now.duration_since(self.at).as_secs_f64() * self.per_second;
+        self.at = now;
+        let least = -(longest.as_secs_f64() * self.per_second);
+        self.left = ((self.left + earned).min(self.most) - count).max(least);
+        Duration::from_secs_f64((-self.left / self.per_second).max(0.0))
+    }
+
+    pub(super) fn give(&mut self, count: f64) {
+        self.left = (self.left + count).min(self.most);
+    }
+}
+
+/// Bytes a second of reads ahead of demand, and of the background fill alone.
+#[derive(Debug)]
+pub struct RateLimits {
+    ahead: Option<Mutex<Tokens>>,
+    fill: Option<Mutex<Tokens>>,
+}
+
+impl RateLimits {
+    /// In bytes a second; `None`: no limit. A tenth of a second's worth may come at once.
+    #[must_use]
+    pub fn new(ahead: Option<u64>, fill: Option<u64>) -> Self {
+        let bucket = |rate: u64| {
+            let rate = rate.max(1) as f64;
+            Mutex::new(Tokens::new(rate, rate / 10.0))
+        };
+        Self { ahead: ahead.map(bucket), fill: fill.map(bucket) }
+    }
+
+    /// Accounts for `bytes` that are about to be asked for, and says how long to wait with it.
+    #[must_use]
+    pub fn wait(&self, class: Class, bytes: u64) -> Duration {
+        let take = |bucket: &Option<Mutex<Tokens>>| {
+            let bucket = bucket.as_ref()?;
+            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            Some(bucket.take(bytes as f64, LONGEST))
+        };
+        let waits = match class {
+            Class::Demand => [None, None],
+            Class::Prefetch => [take(&self.ahead), None],
+            Class::Fill => [take(&self.ahead), take(&self.fill)],
+        };
+        waits.into_iter().flatten().max().unwrap_or_default()
+    }
+
+    /// Waits until `bytes` may be asked for.
+    pub(super) fn pace(&self, class: Class, bytes: u64) {
+        let wait = self.wait(class, bytes);
+        if !wait.is_zero() {
+            thread::sleep(wait);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_holds_over_requests_and_never_for_demand() {
+        let limits = RateLimits::new(Some(10_000_000), Some(1_000_000));
+        let wait = |class| limits.wait(class, 500_000).as_secs_f64();
+        assert_eq!(wait(Class::Prefetch), 0.0, "within the burst");
+        assert!((0.3..0.5).contains(&wait(Class::Fill)), "half a second's worth, less the burst");
+        assert!((0.8..1.0).contains(&wait(Class::Fill)), "the debt of the one before");
+        assert!(wait(Class::Prefetch) < 0.2, "fill's own limit is not the prefetch's");
+        assert_eq!(wait(Class::Demand), 0.0);
+        assert_eq!(RateLimits::new(None, None).wait(Class::Fill, u64::MAX), Duration::ZERO);
+    }
+}

@@ -1,0 +1,471 @@
+//! Where a blob can be had: at the registry, or at a mirror of it; and through a peer, when there is one.
+//!
+//! When a registry redirects, the final URL is kept ([`redirect::lifetime`]) and the next reads go
+//! straight there, without `Authorization`. When that URL is refused (401, 403, 404, 410) it is dropped and
+//! the registry is asked again within the same try.
+//!
+//! Mirrors come before the registry, in the order of the configuration. One that failed lately is asked
+//! after the others, one that does not have this blob, or lied about it, is asked last for a while. All
+//! ways together are one try: only when the last has failed is there a pause.
+//!
+//! A peer-to-peer proxy is given the *actual* URL, behind its own (spec runtime 6), so that what peers share is
+//! named by where it comes from. Where that is, is asked once, straight. Whether the peer is used is decided
+//! for each request: what it does not answer at once and rightly is asked for straight.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderValue, RANGE};
+use hyper::{HeaderMap, Method, Uri};
+
+use super::client::{Call, Landed, P2p, Place, refusal, unix_now};
+use super::error::RegistryError;
+use super::host::Host;
+use super::redirect::{self, same_origin};
+use super::transport::{Body, TransportError};
+use super::wait::block_on;
+use crate::oci::Digest;
+
+/// A mirror without this blob is asked last for so long, then perhaps it has it.
+const MISSING: Duration = Duration::from_secs(300);
+
+/// Who lied about a blob is asked for it last for so long: the copy itself may be damaged.
+const LIED: Duration = Duration::from_secs(600);
+
+/// A blob, and all ways to it.
+pub(super) struct BlobAddress {
+    pub(super) ways: Vec<Way>,
+    pub(super) size: u64,
+}
+
+impl BlobAddress {
+    /// `place` is the registry; `what` is for messages.
+    pub(super) fn new(
+        place: &Arc<Place>,
+        mirrors: &[Arc<Place>],
+        digest: &Digest,
+        size: u64,
+        what: &str,
+    ) -> Result<Self, RegistryError> {
+        let way = |place: &Arc<Place>| {
+            Ok(Way {
+                url: place.url(&format!("blobs/{digest}"))?,
+                place: place.clone(),
+                size,
+                what: what.to_owned(),
+                moved: Mutex::default(),
+                at_home: AtomicBool::new(false),
+                last_until: Mutex::default(),
+                peer_lied: AtomicBool::new(false),
+            })
+        };
+        let ways = mirrors.iter().chain([place]).map(way).collect::<Result<_, _>>()?;
+        Ok(Self { ways, size })
+    }
+
+    /// The registry itself.
+    pub(super) fn registry(&self) -> &Arc<Place> {
+        &self.ways[self.ways.len() - 1].place
+    }
+
+    /// In which order to ask: who is well first, each in the order of the configuration.
+    pub(super) fn order(&self) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.ways.len()).collect();
+        order.sort_by_key(|way| !self.ways[*way].is_well());
+        order
+    }
+
+    /// The host that the next read will probably ask.
+    pub(super) fn host(&self) -> String {
+        let way = &self.ways[self.order().first().copied().unwrap_or_default()];
+        let moved = way.moved_to().and_then(|moved| moved.url.host().map(str::to_owned));
+        moved.unwrap_or_else(|| way.place.host.clone())
+    }
+
+    /// Asks for `range` (not empty, inside the blob), one way after the other, and checks the head of the
+    /// answer.
+    pub(super) fn open(
+        &self,
+        range: &Range<u64>,
+        deadline: Option<Instant>,
+    ) -> Result<RangeBody, RegistryError> {
+        let mut told = None;
+        for number in self.order() {
+            let way = &self.ways[number];
+            match block_on(way.open(range.clone(), deadline, true)) {
+                Ok(body) => return Ok(body),
+                Err(error) => {
+                    way.failed(&error);
+                    tell(&mut told, error, way);
+                }
+            }
+        }
+        Err(told.unwrap_or_else(|| RegistryError::NotFound { what: "a blob".to_owned() }))
+    }
+}
+
+/// Of several errors, the registry's own is the one that is told.
+pub(super) fn tell(told: &mut Option<RegistryError>, error: RegistryError, way: &Way) {
+    if told.is_none() || !way.place.is_mirror {
+        *told = Some(error);
+    }
+}
+
+/// One way to a blob.
+pub(super) struct Way {
+    pub(super) place: Arc<Place>,
+    url: Uri,
+    size: u64,
+    what: String,
+    moved: Mutex<Option<Moved>>,
+    /// The place itself has the bytes: it was asked, and did not redirect.
+    at_home: AtomicBool,
+    /// Asked last until then.
+    last_until: Mutex<Option<Instant>>,
+    /// The peer has wrong bytes of this blob.
+    peer_lied: AtomicBool,
+}
+
+#[derive(Clone)]
+struct Moved {
+    url: Uri,
+    until: Instant,
+}
+
+impl Way {
+    fn is_well(&self) -> bool {
+        let last_until = *self.last_until.lock().unwrap_or_else(PoisonError::into_inner);
+        self.place.state.is_healthy() && last_until.is_none_or(|until| until <= Instant::now())
+    }
+
+    fn put_last(&self, time: Duration) {
+        let until = Instant::now() + time;
+        *self.last_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
+    }
+
+    /// The blob could not be had here.
+    pub(super) fn failed(&self, error: &RegistryError) {
+        let state = &self.place.state;
+        match error {
+            RegistryError::NotFound { .. }
+            | RegistryError::Denied { .. }
+            | RegistryError::RangeIgnored { .. }
+            | RegistryError::SizeMismatch { .. } => self.put_last(MISSING),
+            RegistryError::RateLimited { retry_after, .. } => {
+                state.stats().limited.fetch_add(1, Ordering::Relaxed);
+                state.failed(*retry_after);
+            }
+            _ => state.failed(None),
+        }
+        if self.place.is_mirror {
+            tracing::warn!(mirror = %self.place.host, %error, "registry: passing over a mirror for a while");
+        }
+    }
+
+    /// Bytes that came this way were wrong.
+    pub(super) fn lied(&self, by_peer: bool) {
+        // Another node may stand behind another URL.
+        self.set_moved(None);
+        if by_peer {
+            self.peer_lied.store(true, Ordering::Relaxed);
+        } else {
+            self.place.state.lied();
+            self.put_last(LIED);
+        }
+    }
+
+    /// Asks for `range` and checks the head of the answer; through the peer first, if that is wanted.
+    pub(super) async fn open(
+        &self,
+        range: Range<u64>,
+        deadline: Option<Instant>,
+        by_peer: bool,
+    ) -> Result<RangeBody, RegistryError> {
+        let peer = self.place.services.p2p.as_ref().filter(|peer| {
+            by_peer && peer.host.is_healthy() && !self.peer_lied.load(Ordering::Relaxed)
+        });
+        if let Some(peer) = peer {
+            let url = match self.known_url() {
+                Some(url) => url,
+                None => {
+                    self.open_straight(&(0..1), deadline).await?.discard().await;
+                    self.known_url().unwrap_or_else(|| self.url.clone())
+                }
+            };
+            match self.ask_peer(peer, &range, &url, deadline).await {
+                Ok(body) => return Ok(body),
+                Err(error) => {
+                    tracing::warn!(peer = %peer.host.name(), %error, "registry: going past a peer");
+                    peer.host.failed(None);
+                    self.set_moved(None); // or it was the URL that has run out
+                }
+            }
+        }
+        self.open_straight(&range, deadline).await
+    }
+
+    async fn open_straight(
+        &self,
+        range: &Range<u64>,
+        deadline: Option<Instant>,
+    ) -> Result<RangeBody, RegistryError> {
+        if let Some(moved) = self.moved_to() {
+            let landed = self.ask(range, moved.url, deadline).await;
+            match landed {
+                // The URL ran out before its time: the registry knows a new one.
+                Ok(landed)
+                    if matches!(landed.reply.status.as_u16(), 400 | 401 | 403 | 404 | 410) =>
+                {
+                    self.set_moved(None);
+                    landed.reply.body.discard_async().await;
+                }
+                Ok(landed) => {
+                    return self.check(range, landed).inspect_err(|_| self.set_moved(None));
+                }
+                Err(error) => {
+                    self.set_moved(None);
+                    return Err(error);
+                }
+            }
+        }
+        let landed = self.ask(range, self.url.clone(), deadline).await?;
+        let moved = landed.away.then(|| landed.url.clone());
+        let body = self.check(range, landed)?;
+        self.at_home.store(moved.is_none(), Ordering::Relaxed);
+        if let Some(url) = moved {
+            let until = Instant::now() + redirect::lifetime(&url, unix_now());
+            self.set_moved(Some(Moved { url, until }));
+        }
+        Ok(body)
+    }
+
+    /// The peer is asked once and believed when it has the range: all else is for the straight way.
+    async fn ask_peer(
+        &self,
+        peer: &P2p,
+        range: &Range<u64>,
+        url: &Uri,
+        deadline: Option<Instant>,
+    ) -> Result<RangeBody, RegistryError> {
+        let services = &self.place.services;
+        let call = self.call(range, url.clone());
+        let header = if same_origin(url, &self.place.origin) {
+            let token_deadline =
+                deadline.unwrap_or_else(|| Instant::now() + services.retry.deadline);
+            services.tokens.current(services, &self.place.scope(call.actions), token_deadline)?
+        } else {
+            None
+        };
+        let wrapped = peer.wrap(url)?;
+        let request = self.place.request(&call, &wrapped, header.as_ref())?;
+        let sent = services.transport.send_async(request, deadline).await;
+        let reply = sent.map_err(|error| services.broken(&self.what, peer.host.name(), &error))?;
+        let body = self.check(range, Landed { reply, url: wrapped, away: true })?;
+        Ok(RangeBody { source: peer.host.clone(), by_peer: true, ..body })
+    }
+
+    fn known_url(&self) -> Option<Uri> {
+        let here = || self.at_home.load(Ordering::Relaxed).then(|| self.url.clone());
+        self.moved_to().map(|moved| moved.url).or_else(here)
+    }
+
+    fn moved_to(&self) -> Option<Moved> {
+        let moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        moved.clone().filter(|moved| moved.until > Instant::now())
+    }
+
+    fn set_moved(&self, to: Option<Moved>) {
+        *self.moved.lock().unwrap_or_else(PoisonError::into_inner) = to;
+    }
+
+    fn whole(&self, range: &Range<u64>) -> bool {
+        range.start == 0 && range.end == self.size
+    }
+
+    fn call(&self, range: &Range<u64>, url: Uri) -> Call {
+        let call = Call { verified: true, ..Call::new(Method::GET, url, self.what.clone()) };
+        let value = HeaderValue::try_from(format!("bytes={}-{}", range.start, range.end - 1));
+        match value {
+            Ok(value) if !self.whole(range) => call.header(RANGE, value),
+            _ => call,
+        }
+    }
+
+    async fn ask(
+        &self,
+        range: &Range<u64>,
+        url: Uri,
+        deadline: Option<Instant>,
+    ) -> Result<Landed, RegistryError> {
+        self.place.exchange_async(&self.call(range, url), deadline).await
+    }
+
+    fn check(&self, range: &Range<u64>, landed: Landed) -> Result<RangeBody, RegistryError> {
+        let host = landed.host().to_owned();
+        let protocol = |rule: String| RegistryError::Protocol {
+            what: self.what.clone(),
+            host: host.clone(),
+            rule,
+        };
+        let headers = &landed.reply.headers;
+        let length = range.end - range.start;
+        match landed.reply.status.as_u16() {
+            206 => {
+                let text = headers
+                    .get(CONTENT_RANGE)
+                    .and_then(|value| value.to_str().ok())
+                    .unwrap_or_default();
+                let (first, last, total) = parse_content_range(text)
+                    .ok_or_else(|| protocol(format!("206 with the Content-Range {text:?}")))?;
+                if total != self.size {
+                    return Err(self.other_size(host, total));
+                }
+                if (first, last) != (range.start, range.end - 1) {
+                    let (start, end) = (range.start, range.end - 1);
+                    return Err(protocol(format!(
+                        "bytes {first}-{last} came instead of {start}-{end}"
+                    )));
+                }
+            }
+            200 if self.whole(range) => {
+                if let Some(stated) = content_length(headers).filter(|stated| *stated != self.size)
+                {
+                    return Err(self.other_size(host, stated));
+                }
+            }
+            200 => return Err(RegistryError::RangeIgnored { what: self.what.clone(), host }),
+            status @ (401 | 403 | 404) if landed.away => {
+                return Err(protocol(format!(
+                    "the URL that the registry redirects to answered {status}"
+                )));
+            }
+            _ => return Err(refusal(&self.what, &host, &self.place.host, landed.reply)),
+        }
+        if let Some(encoding) = headers
+            .get(CONTENT_ENCODING)
+            .filter(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity"))
+        {
+            return Err(protocol(format!(
+                "the body was encoded as {encoding:?} although this was not wanted"
+            )));
+        }
+        if let Some(stated) = content_length(headers).filter(|stated| *stated != length) {
+            return Err(protocol(format!(
+                "a Content-Length of {stated} for a range of {length} bytes"
+            )));
+        }
+        Ok(RangeBody {
+            left: length,
+            what: self.what.clone(),
+            host,
+            place: self.place.clone(),
+            body: landed.reply.body,
+            source: self.place.state.clone(),
+            by_peer: false,
+        })
+    }
+
+    fn other_size(&self, host: String, actual: u64) -> RegistryError {
+        RegistryError::SizeMismatch { what: self.what.clone(), host, expected: self.size, actual }
+    }
+}
+
+/// A body that must have exactly as many bytes as its range.
+pub(super) struct RangeBody {
+    left: u64,
+    what: String,
+    host: String,
+    place: Arc<Place>,
+    body: Body,
+    /// Whose bytes these are.
+    pub(super) source: Arc<Host>,
+    /// Whether they come through the peer.
+    pub(super) by_peer: bool,
+}
+
+impl RangeBody {
+    /// Bytes of the range that have not come yet.
+    pub(super) fn left(&self) -> u64 {
+        self.left
+    }
+
+    /// The next bytes, never more than are left; `None` once all have come. Blocks.
+    pub(super) fn next_frame(&mut self) -> Result<Option<Bytes>, RegistryError> {
+        block_on(std::future::poll_fn(|context| self.poll_frame(context)))
+    }
+
+    /// As `next_frame`, without blocking.
+    pub(super) fn poll_frame(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<Option<Bytes>, RegistryError>> {
+        let frame = std::task::ready!(self.body.poll_frame(context));
+        Poll::Ready(self.accept(frame))
+    }
+
+    fn accept(
+        &mut self,
+        frame: Option<Result<Bytes, TransportError>>,
+    ) -> Result<Option<Bytes>, RegistryError> {
+        let frame = frame.transpose().map_err(|error| self.broken(&error))?;
+        let rule = match &frame {
+            Some(frame) if frame.len() as u64 > self.left => {
+                "the body is longer than the range".to_owned()
+            }
+            None if self.left > 0 => {
+                format!("the body ended {} bytes before the end of the range", self.left)
+            }
+            _ => {
+                self.left -= frame.as_ref().map_or(0, |frame| frame.len() as u64);
+                return Ok(frame);
+            }
+        };
+        Err(RegistryError::Protocol { what: self.what.clone(), host: self.host.clone(), rule })
+    }
+
+    async fn discard(self) {
+        self.body.discard_async().await;
+    }
+
+    fn broken(&self, error: &TransportError) -> RegistryError {
+        self.place.services.broken(&self.what, &self.host, error)
+    }
+}
+
+fn content_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// `bytes 0-99/1000` (RFC 9110 14.4). An unknown size (`*`) is not accepted: it proves nothing.
+fn parse_content_range(text: &str) -> Option<(u64, u64, u64)> {
+    let (range, total) = text.trim().strip_prefix("bytes")?.trim_start().split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let number =
+        |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten();
+    Some((number(first)?, number(last)?, number(total)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_content_range;
+
+    #[test]
+    fn a_content_range_is_three_numbers_or_nothing() {
+        assert_eq!(parse_content_range("bytes 0-99/1000"), Some((0, 99, 1000)));
+        for bad in [
+            "",
+            "bytes */1000",
+            "bytes 0-99/*",
+            "0-99/1000",
+            "bytes 0-/1",
+            "bytes +0-1/2",
+            "bytes 0-99999999999999999999/1",
+        ] {
+            assert_eq!(parse_content_range(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Any bytes as a trace of ours and of upstream's, and what was accepted merged and written again.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use turbobd::trace::{Trace, upstream};
+
+fuzz_target!(|data: &[u8]| {
+    // The first byte says whose format, and where the second start begins.
+    let [first, data @ ..] = data else { return };
+    if first & 1 == 1 {
+        // The checksum of whatever the records are.
+        let mut bytes = data.to_vec();
+        if let Some(sum) = bytes.get(24..).map(|records| !crc32c::crc32c_append(u32::MAX, records))
+        {
+            bytes[16..20].copy_from_slice(&sum.to_le_bytes());
+        }
+        for bytes in [data, &bytes] {
+            if let Ok(reads) = upstream::parse(bytes) {
+                assert_eq!(upstream::parse(&upstream::to_bytes(&reads)).as_ref(), Ok(&reads));
+            }
+        }
+        return;
+    }
+    let (one, two) = data.split_at(data.len() * usize::from(*first) / 256);
+    let mut merged = Trace::default();
+    for part in [one, two] {
+        let mut crc = flate2::Crc::new();
+        crc.update(part);
+        let Ok(trace) = Trace::parse(&[part, &crc.sum().to_le_bytes()].concat()) else { continue };
+        assert_eq!(Trace::parse(&trace.to_bytes()).as_ref(), Ok(&trace));
+        merged.merge(&trace);
+        assert!(trace.touches.is_empty() || !merged.touches.is_empty());
+        assert_eq!(Trace::parse(&merged.to_bytes()).as_ref(), Ok(&merged));
+    }
+});

@@ -1,0 +1,256 @@
+//! Traces by the real program: recorded, learned, kept, replayed, and upstream's read.
+
+mod host;
+mod image;
+mod registry_double;
+mod serve;
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use image::{Ended, Images, OCI_GZIP, OCI_TAR, end, gzip, prose, tar_of};
+use registry_double::Double;
+use serde_json::{Value, json};
+use serve::serve;
+use turbobd::oci::Digest;
+use turbobd::trace::{Trace, upstream};
+
+/// A run directory, and traces that are learned in a folder of it.
+struct Host {
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        host::need_root();
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        fs::create_dir(dir.path().join("mnt")).unwrap();
+        let config =
+            json!({"turbobd": {"traces": {"enable": true, "dir": dir.path().join("traces")}}});
+        fs::write(dir.path().join("service.json"), config.to_string()).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).to_str().unwrap().to_owned()
+    }
+
+    fn turbobd(&self, args: &[&str]) -> Command {
+        let mut command = image::turbobd();
+        command
+            .args(args)
+            .env("TURBOBD_RUN_DIR", self.path("run"))
+            .env("TURBOBD_SERVICE_CONFIG", self.path("service.json"));
+        command
+    }
+
+    #[track_caller]
+    fn done(&self, args: &[&str]) -> Ended {
+        let ended = end(&mut self.turbobd(args));
+        assert_eq!(ended.code, Some(0), "turbobd {args:?}: {}", ended.stderr);
+        ended
+    }
+
+    #[track_caller]
+    fn refused(&self, args: &[&str], needles: &[&str]) {
+        image::is_refusal(&end(&mut self.turbobd(args)), args, needles);
+    }
+
+    /// Attaches and mounts at `mnt`.
+    #[track_caller]
+    fn mount(&self, name: &str) -> String {
+        let line =
+            self.done(&["attach", name, "--frontend", "loop", "--mount", &self.text("mnt")]).stdout;
+        line.split(' ').next().unwrap().to_owned()
+    }
+
+    /// Reads page 100 of a file past the page cache.
+    fn read_page(&self, file: u64) {
+        let input = format!("if={}", self.path(&format!("mnt/file{file}")).display());
+        let args = [&input, "bs=4096", "skip=100", "count=1", "iflag=direct", "status=none"];
+        let read = Command::new("dd").args(args).output().unwrap();
+        let whole = prose(file, 2 << 20);
+        assert_eq!(read.stdout, whole[100 * 4096..101 * 4096]);
+    }
+
+    fn learned(&self) -> Vec<Trace> {
+        let entries = fs::read_dir(self.path("traces")).map(Iterator::collect::<Vec<_>>);
+        let paths = entries.unwrap_or_default().into_iter().map(|entry| entry.unwrap().path());
+        paths.map(|path| Trace::parse(&fs::read(path).unwrap()).unwrap()).collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.path("mnt")).stderr(Stdio::null()).status();
+        let _ = self.turbobd(&["daemon", "--stop"]).stderr(Stdio::null()).status();
+    }
+}
+
+/// An image of one layer with files of 2 MiB, converted with a span in KiB.
+fn files(spans: &[(&str, &str)]) -> Images {
+    let images = Images::new();
+    let contents: Vec<_> = (0..6).map(|seed| prose(seed, 2 << 20)).collect();
+    let names: Vec<_> = (0..6).map(|number| format!("file{number}")).collect();
+    let members = names.iter().map(String::as_str).zip(contents.iter().map(Vec::as_slice));
+    images.add("latest", &[(OCI_GZIP, gzip(&tar_of(&members.collect::<Vec<_>>())))]);
+    for (tag, span) in spans {
+        images.convert(&["--span", span]);
+        images.tag(tag, &images.tagged("turbo"));
+    }
+    images
+}
+
+fn wait(what: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !what() {
+        assert!(start.elapsed() < Duration::from_secs(20), "it does not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn the_second_start_has_what_the_first_read_before_it_reads_by_another_index_too() {
+    let host = Host::new();
+    let images = files(&[("fine", "128"), ("coarse", "512")]);
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    let target: Digest = images.layer("latest", 0).parse().unwrap();
+    let name = |tag: &str| format!("{}/team/app:{tag}", registry.host());
+    host.mount(&name("fine"));
+    assert_eq!(registry.traffic(&target), (0, 0), "nothing is known yet");
+    // Lone pages, so that nothing but the trace fetches ahead: neither the kernel nor the cache.
+    let read = || [0, 3, 5].iter().for_each(|&file| host.read_page(file));
+    read();
+    host.done(&["detach", &host.text("mnt")]);
+    let [trace] = &host.learned()[..] else { panic!("one image, one trace") };
+    assert_eq!((trace.starts, &trace.blobs[..]), (1, &[target][..]));
+    assert!((1..6).contains(&trace.touches.len()), "{:?}", trace.touches);
+    host.done(&["daemon", "--stop"]);
+
+    registry.clear_log();
+    host.mount(&name("coarse"));
+    // Until nothing comes any more.
+    let fetched = || registry.traffic(&target).1;
+    wait(|| {
+        let before = fetched();
+        std::thread::sleep(Duration::from_millis(500));
+        before > 0 && fetched() == before
+    });
+    let bytes = fetched();
+    read();
+    assert_eq!(fetched(), bytes, "it was fetched before it was read");
+    host.done(&["detach", &host.text("mnt")]);
+    let [trace] = &host.learned()[..] else { panic!("it is the same image") };
+    assert_eq!(trace.starts, 2);
+}
+
+#[test]
+fn a_command_in_an_image_a_device_and_what_was_recorded() {
+    let host = Host::new();
+    let images = files(&[("turbo", "128")]);
+    let out = host.text("out.trace");
+    let device = host.mount(&images.name("turbo"));
+    // From now on, of a device that is served already.
+    let head = host.path("mnt/file1");
+    let read = format!("cat {}", head.display());
+    host.done(&["trace", "record", &device, "-o", &out, "--", "sh", "-c", &read]);
+    let trace = Trace::parse(&fs::read(&out).unwrap()).unwrap();
+    assert!((2 << 20..4 << 20).contains(&trace.bytes()), "{}", trace.bytes());
+    let shown: Value =
+        serde_json::from_str(&host.done(&["trace", "show", &out, "--json"]).stdout).unwrap();
+    assert_eq!(shown["blobs"][0], images.layer("latest", 0));
+    assert_eq!(shown["touches"].as_array().unwrap().len(), trace.touches.len());
+    assert!(host.done(&["trace", "show", &out]).stdout.starts_with("SECONDS"));
+    // Whoever records a command learns how it ended; its trace is kept.
+    let ended = end(&mut host.turbobd(&["trace", "record", &device, "-o", &out, "--", "false"]));
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains("exit status: 1"), "{}", ended.stderr);
+    assert_eq!(Trace::parse(&fs::read(&out).unwrap()).unwrap().touches, []);
+    host.refused(&["trace", "record", "/dev/loop9999"], &["/dev/loop9999", "turbobd ls"]);
+    host.refused(&["trace", "record", &images.name("none"), "-o", &out], &["no image \"none\""]);
+    fs::write(&out, b"turbotrc\x09\0").unwrap();
+    host.refused(&["trace", "show", &out], &[&out, "ends within its head"]);
+    fs::write(&out, b"hello").unwrap();
+    host.refused(&["trace", "show", &out], &[&out, "no trace"]);
+}
+
+/// The image of two native layers that upstream built, with an acceleration layer on top if there is one.
+fn native(trace: Option<&[u8]>) -> Images {
+    let images = Images::new();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/blobs");
+    let config =
+        r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
+    let image = images.image(config, &[]);
+    let mut manifest = images.document(&image["digest"]);
+    let mut layers = Vec::new();
+    for number in 0..2 {
+        let blob = fs::read(folder.join(format!("native-2-L{number}-overlaybd.commit"))).unwrap();
+        let mut layer = images.descriptor(OCI_TAR, &blob);
+        layer["annotations"] = json!({
+            "containerd.io/snapshot/overlaybd/version": "0.1.0",
+            "containerd.io/snapshot/overlaybd/blob-digest": layer["digest"],
+        });
+        layers.push(layer);
+    }
+    if let Some(trace) = trace {
+        let archive = tar_of(&[("trace", trace)]);
+        let mut layer = images.descriptor(OCI_TAR, &archive);
+        layer["annotations"] =
+            json!({"containerd.io/snapshot/overlaybd/acceleration-layer": "yes"});
+        layers.push(layer);
+    }
+    manifest["layers"] = layers.into();
+    images.set_manifest("app", &manifest);
+    images
+}
+
+#[test]
+fn upstreams_trace_is_written_and_as_an_acceleration_layer_replayed() {
+    let host = Host::new();
+    let out = host.text("trace");
+    let plain = native(None);
+    let args = ["trace", "record", &plain.name("app"), "-o", &out, "--format", "overlaybd"];
+    let mut command = host.turbobd(&args);
+    let mut recording = command.args(["--seconds", "3"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(recording.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let mount = line.trim_end().split_once(' ').unwrap().1;
+    let largest = Command::new("find")
+        .args([mount, "-type", "f", "-size", "+200k", "-exec", "cat", "{}", "+"])
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(largest.success() && recording.wait().unwrap().success());
+    let bytes = fs::read(&out).unwrap();
+    let reads = upstream::parse(&bytes).unwrap();
+    assert!(reads.iter().any(|read| read.layer == 0), "{reads:?}");
+    assert!(host.done(&["trace", "show", &out]).stdout.starts_with("LAYER"));
+
+    fs::remove_dir_all(host.path("traces")).unwrap();
+    let images = native(Some(&bytes));
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    let layer: Digest = images.layer("app", 0).parse().unwrap();
+    let name = format!("{}/team/app:app", registry.host());
+    // The trace is no layer of the disk.
+    let export = |name: &str| host.done(&["export", name, "--digest"]).stdout;
+    assert_eq!(export(&name), export(&plain.name("app")));
+    registry.clear_log();
+    host.done(&["attach", &name, "--frontend", "loop"]);
+    let wanted: u64 = reads.iter().filter(|read| read.layer == 0).map(|read| read.count).sum();
+    // Packed, it is at least a tenth.
+    wait(|| registry.traffic(&layer).1 as u64 > wanted / 10);
+    host.done(&["detach", &name]);
+
+    // One that is broken is advice that nobody takes.
+    let broken = native(Some(&bytes[..bytes.len() - 1]));
+    assert_eq!(export(&broken.name("app")), export(&plain.name("app")));
+}

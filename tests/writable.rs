@@ -1,0 +1,192 @@
+//! What `turbobd attach --upper` promises: a device that can be written, survives, and becomes a layer. The
+//! kernel's ext4 writes, e2fsck and a copy of the tree are the oracles.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod host;
+mod image;
+mod listing;
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use image::{Images, OCI_GZIP, done, gzip, noise, refused, tar_of, turbobd};
+use listing::{differences, list};
+
+/// A device that is served by a process of its own.
+struct Device {
+    server: Child,
+    path: PathBuf,
+}
+
+impl Device {
+    /// Attaches `image` with the layer in `upper`; mounts it at `dir` if there is one.
+    fn attach(image: &str, upper: &Path, dir: Option<&Path>, run_dir: &Path) -> Self {
+        let mut command = turbobd();
+        command.args(["attach", image, "--foreground", "--upper"]).arg(upper);
+        if let Some(dir) = dir {
+            command.arg("--mount").arg(dir);
+        }
+        command.env("TURBOBD_RUN_DIR", run_dir).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut server = command.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        if line.is_empty() {
+            let mut text = String::new();
+            server.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+            panic!("not attached: {text}");
+        }
+        let path = line.split_whitespace().next().unwrap().into();
+        Self { server, path }
+    }
+
+    /// Ends it in order.
+    fn detach(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.server);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        assert!(self.server.wait().unwrap().success());
+    }
+
+    /// Kills the server, and lets go of the device.
+    fn kill(mut self) {
+        self.server.kill().unwrap();
+        self.server.wait().unwrap();
+        let until = Instant::now() + Duration::from_secs(10);
+        let name = self.path.file_name().unwrap().to_str().unwrap().to_owned();
+        while Path::new("/sys/block").join(&name).join("loop").exists() {
+            assert!(Instant::now() < until, "{name} stays");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn base() -> Images {
+    let images = Images::new();
+    let tar = tar_of(&[
+        ("etc/", b""),
+        ("etc/name", b"old\n"),
+        ("data", &noise(1, 3_000_000)),
+        ("kept", &noise(2, 70_000)),
+    ]);
+    images.add("latest", &[(OCI_GZIP, gzip(&tar))]);
+    let place = images.place();
+    let args = ["convert", "-r", &place, "-i", "latest", "--vsize", "1"];
+    done(&[&args[..], &["--overlaybd", "obd", "--turboOCI", "turbo"]].concat());
+    images
+}
+
+/// Changes a mounted tree in all the ways that a build does.
+fn build(root: &Path) {
+    fs::write(root.join("etc/name"), "new\n").unwrap();
+    fs::remove_file(root.join("data")).unwrap();
+    fs::create_dir_all(root.join("srv/deep")).unwrap();
+    for number in 0..200 {
+        fs::write(root.join(format!("srv/deep/{number}")), noise(number, 100 * number as usize)).unwrap();
+    }
+    fs::write(root.join("srv/large"), noise(7, 20_000_000)).unwrap();
+    fs::hard_link(root.join("kept"), root.join("srv/kept")).unwrap();
+    std::os::unix::fs::symlink("large", root.join("srv/link")).unwrap();
+    fs::rename(root.join("srv/deep/150"), root.join("srv/moved")).unwrap();
+}
+
+fn same_trees(one: &Path, other: &Path) {
+    let (ours, theirs) = (list(one), list(other));
+    let found = differences(&ours, &theirs, &|_| false, &|_, _| false);
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
+fn what_is_written_to_a_device_is_there_again_and_becomes_an_image() {
+    host::need_root();
+    for form in ["turbo", "obd"] {
+        let images = base();
+        let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let at = |name: &str| work.path().join(name);
+        for dir in ["mnt", "run", "copy"] {
+            fs::create_dir(at(dir)).unwrap();
+        }
+        let device = Device::attach(&images.name(form), &at("upper"), Some(&at("mnt")), &at("run"));
+        build(&at("mnt"));
+        host::run(Command::new("cp").arg("-a").arg(at("mnt").join(".")).arg(at("copy")));
+        // Another may not write to the same layer meanwhile.
+        let upper = at("upper");
+        refused(&["commit", upper.to_str().unwrap(), "-o", "/dev/null"], &["in use"]);
+        device.detach();
+
+        // The layer is there at the next attach, and a clean filesystem.
+        let device = Device::attach(&images.name(form), &at("upper"), None, &at("run"));
+        host::run(Command::new("e2fsck").arg("-fn").arg(&device.path));
+        host::run(Command::new("mount").args(["-o", "ro"]).arg(&device.path).arg(at("mnt")));
+        same_trees(&at("mnt"), &at("copy"));
+        host::run(Command::new("umount").arg(at("mnt")));
+        device.detach();
+
+        // And as an image.
+        let place = images.place();
+        done(&["commit", upper.to_str().unwrap(), "-r", &place, "-i", form, "--tag", "built"]);
+        let raw = at("raw");
+        done(&["export", &images.name("built"), "-o", raw.to_str().unwrap()]);
+        host::run(Command::new("e2fsck").arg("-fn").arg(&raw));
+        let mounted = host::Mounted::ext4(&raw);
+        same_trees(mounted.path(), &at("copy"));
+    }
+}
+
+#[test]
+fn what_was_synced_survives_the_death_of_its_server() {
+    host::need_root();
+    let images = base();
+    let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let at = |name: &str| work.path().join(name);
+    fs::create_dir(at("run")).unwrap();
+    // On the device itself: an ext4 without a journal promises nothing of its own after a crash.
+    let write = |device: &Path, seek: u64, byte: u8, sync: bool| {
+        let input = at("input");
+        fs::write(&input, vec![byte; 1 << 20]).unwrap();
+        let mut command = Command::new("dd");
+        command.arg(format!("if={}", input.display())).arg(format!("of={}", device.display()));
+        command.args(["bs=1M", &format!("seek={seek}"), "oflag=direct", "status=none"]);
+        command.args(sync.then_some("conv=fsync"));
+        host::run(&mut command);
+    };
+    let device = Device::attach(&images.name("obd"), &at("upper"), None, &at("run"));
+    write(&device.path, 500, 0xaa, true);
+    write(&device.path, 600, 0xbb, true);
+    write(&device.path, 500, 0xcc, false);
+    device.kill();
+    let device = Device::attach(&images.name("obd"), &at("upper"), None, &at("run"));
+    let read = |seek: u64| {
+        let of = at("output");
+        let mut command = Command::new("dd");
+        command.arg(format!("if={}", device.path.display())).arg(format!("of={}", of.display()));
+        host::run(command.args(["bs=1M", "count=1", &format!("skip={seek}"), "status=none"]));
+        fs::read(of).unwrap()
+    };
+    assert!(read(600) == vec![0xbb; 1 << 20]);
+    // Each block is old or new, never anything else.
+    let mixed = read(500);
+    assert!(mixed.chunks(512).all(|s| s == [0xaa; 512] || s == [0xcc; 512]));
+    // What a discard covers reads as zeros, and the layer below does not show through.
+    host::run(Command::new("blkdiscard").args(["-o", "0", "-l", "1048576"]).arg(&device.path));
+    assert!(read(0) == vec![0; 1 << 20]);
+    device.detach();
+}
+
+#[test]
+fn an_upper_of_another_disk_is_refused_and_ublk_is_not_offered_for_writing() {
+    let images = base();
+    let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let upper = work.path().join("upper");
+    let size = turbobd::units::Bytes(1 << 20);
+    drop(turbobd::lsmt::WritableLayer::create(&upper, size, Default::default()).unwrap());
+    let name = images.name("obd");
+    let args = ["attach", &name, "--foreground", "--upper", upper.to_str().unwrap()];
+    refused(&args, &["another size"]);
+    let fresh = work.path().join("fresh");
+    let args =
+        ["attach", &name, "--foreground", "--frontend", "ublk", "--upper", fresh.to_str().unwrap()];
+    refused(&args, &["ublk", "loop"]);
+}
