@@ -19,7 +19,7 @@ use crate::disk::Disk;
 use crate::disk::image::{ImageError, native_identity, open_layers};
 use crate::ext4::{Image, ReadError, Tree};
 use crate::lsmt::Uuid;
-use crate::oci::annotations::{AnnotationError, LayerKind};
+use crate::oci::annotations::{AnnotationError, LayerKind, split_acceleration};
 use crate::oci::{ConfigError, Descriptor, Digest, ImageConfig, Manifest};
 use crate::store::{ImageStore, StoreError};
 
@@ -106,7 +106,8 @@ impl BaseImage {
 
     /// The part of it that stands for the lowest of these source layers.
     fn matching(&self, sources: &[Digest], uuids: &[Uuid]) -> Result<Base, BaseError> {
-        let layers = &self.manifest.layers[..self.usable];
+        let (_, layers) = split_acceleration(&self.manifest.layers);
+        let layers = &layers[..self.usable.min(layers.len())];
         let shared = layers
             .first()
             .is_some_and(|layer| SHARED_BASE.contains(&layer.digest.to_string().as_str()));

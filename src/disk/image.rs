@@ -242,7 +242,7 @@ pub fn open_image(
     Ok(opened)
 }
 
-/// Opens converted layers, lowest first, each from the store that has it.
+/// Opens converted layers, lowest first, each from the store that has it; no trace is among them.
 ///
 /// # Errors
 /// As [`open_image`].
