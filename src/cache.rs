@@ -28,9 +28,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
 use crate::fetch::{
-    Blob, CONNECTIONS, Delivery, FetchCounters, FetchOptions, Fetcher, Key, Wanted,
+    Blob, Claim, CONNECTIONS, Delivery, FetchCounters, FetchOptions, Fetcher, FillOptions, Filling, Key,
+    Wanted,
 };
 use crate::source::Class;
+use crate::tier::Tiers;
 use arena::Arena;
 use shard::{Found, Shard};
 
@@ -92,6 +94,8 @@ const WORTH: u64 = 8;
 pub struct Cache {
     chunks: Arc<Chunks>,
     fetcher: Fetcher,
+    /// Behind the fetcher, whose threads write to them.
+    tiers: Tiers,
     budget: u64,
     /// Bytes that may be decoded ahead of a reader.
     ahead: u64,
@@ -108,17 +112,36 @@ impl Cache {
     /// A cache of this shape. Its threads start as they are needed.
     #[must_use]
     pub fn with(options: CacheOptions) -> Arc<Self> {
+        Self::over(options, Tiers::default())
+    }
+
+    /// The same with chunks on disk behind it.
+    #[must_use]
+    pub fn over(options: CacheOptions, tiers: Tiers) -> Arc<Self> {
         let chunks = Arc::new(Chunks::new(options.budget));
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
         let budget = options.budget;
-        Arc::new(Self { chunks, fetcher, budget, ahead: budget / AHEAD_SHARE })
+        Arc::new(Self { chunks, fetcher, tiers, budget, ahead: budget / AHEAD_SHARE })
     }
 
     /// The blob whose chunks `source` makes, or the one of the same identity that is open already.
     #[must_use]
     pub fn open(&self, source: Arc<dyn ChunkSource>) -> Arc<Blob> {
         let mut blobs = self.chunks.blobs.lock().unwrap_or_else(PoisonError::into_inner);
-        blobs.open(source)
+        blobs.open(source, &self.tiers)
+    }
+
+    /// What there is on disk.
+    #[must_use]
+    pub fn tiers(&self) -> &Tiers {
+        &self.tiers
+    }
+
+    /// Fetches all chunks of these blobs, in this order, with what is to spare; until the answer is
+    /// dropped.
+    #[must_use]
+    pub fn fill(&self, blobs: Vec<Arc<Blob>>, options: FillOptions) -> Filling {
+        self.fetcher.fill(blobs, options)
     }
 
     /// Begins to ask for chunks that belong together.
@@ -248,12 +271,13 @@ struct Known {
 }
 
 impl Blobs {
-    fn open(&mut self, source: Arc<dyn ChunkSource>) -> Arc<Blob> {
+    fn open(&mut self, source: Arc<dyn ChunkSource>, tiers: &Tiers) -> Arc<Blob> {
         if let Some(known) = self.known.get_mut(source.id()) {
             if let Some(blob) = known.blob.upgrade() {
                 return blob;
             }
-            let blob = Arc::new(Blob::new(known.number, source, known.held.clone()));
+            let stored = tiers.blob(&*source);
+            let blob = Arc::new(Blob::new(known.number, source, stored, known.held.clone()));
             known.blob = Arc::downgrade(&blob);
             return blob;
         }
@@ -265,7 +289,8 @@ impl Blobs {
         let (number, id) = (self.next, source.id().into());
         self.next = self.next.wrapping_add(1);
         let held = Arc::<AtomicU64>::default();
-        let blob = Arc::new(Blob::new(number, source, held.clone()));
+        let stored = tiers.blob(&*source);
+        let blob = Arc::new(Blob::new(number, source, stored, held.clone()));
         self.known.insert(id, Known { number, blob: Arc::downgrade(&blob), held });
         blob
     }
@@ -277,6 +302,7 @@ struct Chunks {
     hasher: RandomState,
     blobs: Mutex<Blobs>,
     arena: Arc<Arena>,
+    budget: u64,
     held: AtomicU64,
     /// Shard where the next eviction begins to look.
     hand: AtomicUsize,
@@ -295,6 +321,7 @@ impl Chunks {
             hasher: RandomState::new(),
             blobs: Mutex::default(),
             arena: Arena::new(budget),
+            budget,
             held: AtomicU64::new(0),
             hand: AtomicUsize::new(0),
             hits: AtomicU64::new(0),
@@ -342,11 +369,31 @@ impl Delivery for Chunks {
         Box::new(vec![0; len])
     }
 
-    fn deliver(&self, key: Key, result: Result<ChunkBytes, Arc<ChunkError>>) {
+    fn spare_room(&self, len: usize) -> Option<Box<dyn Room>> {
+        Some(Box::new(self.arena.take(len)?))
+    }
+
+    fn spare(&self) -> u64 {
+        self.budget.saturating_sub(self.held.load(Ordering::Relaxed))
+    }
+
+    fn claim(&self, blob: &Blob, chunk: u32) -> Claim {
+        let mut shard = self.shard(blob.key(chunk));
+        match shard.peek(blob.key(chunk)) {
+            Some(bytes) => Claim::Held(bytes),
+            None if shard.claim(blob, chunk) => Claim::Claimed,
+            None => Claim::Loading,
+        }
+    }
+
+    fn abandon(&self, key: Key) -> bool {
+        self.shard(key).abandon(key)
+    }
+
+    fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
         if result.is_err() {
             self.errors.fetch_add(1, Ordering::Relaxed);
         }
-        let result = result.map(Arc::new);
         let kept = result.as_ref().ok().filter(|bytes| bytes.held() > 0);
         if let Some(bytes) = kept {
             self.held.fetch_add(bytes.held(), Ordering::Relaxed);

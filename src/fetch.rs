@@ -8,8 +8,10 @@
 //! demand goes first there too. It decodes straight into the cache's memory, after the checksums have
 //! been compared; then everyone who waits is told.
 //!
-//! What is near needs no fetch thread: a chunk of a local file, or one that the disk tier
-//! has, goes to the workers at once, who read it themselves.
+//! What is near needs no fetch thread: a chunk of a local file, or one that a [disk tier](crate::tier)
+//! has, goes to the workers at once, who read it themselves. What the tier turns out not to have, or
+//! not whole, is fetched like anything else. What was fetched is offered to the tier once everyone who
+//! waited is told.
 //!
 //! Bytes that fail their checksum are not an error yet. The tier forgets them, the source is told not
 //! to trust whoever sent them, and they are fetched again; only the third damage of a chunk is given
@@ -22,6 +24,8 @@
 //! * [`blob`]    a blob with everything that is known of where its bytes are
 //! * [`queue`]   what is wanted, and what goes together
 //! * `recent`    the last failures of a blob
+//! * [`fill`]    whole layers, with what is to spare
+//! * `pace`      who has to stand back for whom
 //! * `crew`      the fetch threads
 //! * `run`       the buffers of one request
 //! * `inflate`   the workers
@@ -30,7 +34,9 @@ pub mod ahead;
 pub mod blob;
 mod crew;
 pub mod depth;
+pub mod fill;
 mod inflate;
+mod pace;
 pub mod queue;
 mod recent;
 mod run;
@@ -46,7 +52,9 @@ use crate::source::{Class, SourceError};
 
 pub use blob::{Blob, Key};
 use crew::Crew;
+pub use fill::{FillOptions, FillProgress, Filling};
 use inflate::{Input, Job, Workers};
+use pace::Pace;
 pub use queue::Wanted;
 pub use recent::{Failure, Recent};
 
@@ -55,11 +63,34 @@ pub trait Delivery: Send + Sync {
     /// Memory to decode `len` bytes into.
     fn room(&self, len: usize) -> Box<dyn Room>;
 
+    /// The same if there is some that nothing has to be given up for.
+    fn spare_room(&self, len: usize) -> Option<Box<dyn Room>>;
+
+    /// Bytes that nothing has to be given up for.
+    fn spare(&self) -> u64;
+
+    /// Takes it upon the caller to load a chunk, if it is neither there nor on its way.
+    fn claim(&self, blob: &Blob, chunk: u32) -> Claim;
+
+    /// Ends the load of a chunk without delivering it. False when somebody waits for it by now: then it
+    /// must be delivered.
+    fn abandon(&self, key: Key) -> bool;
+
     /// Ends the wait for a chunk.
-    fn deliver(&self, key: Key, result: Result<ChunkBytes, Arc<ChunkError>>);
+    fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>);
 
     /// Whether somebody waits for a chunk that was wanted ahead of time.
     fn is_awaited(&self, key: Key) -> bool;
+}
+
+/// Answer to [`Delivery::claim`].
+pub enum Claim {
+    /// The caller must see to the load.
+    Claimed,
+    /// Somebody else does.
+    Loading,
+    /// It is there.
+    Held(Arc<ChunkBytes>),
 }
 
 /// How much is done at once.
@@ -105,8 +136,12 @@ pub struct FetchCounters {
     pub damaged: AtomicU64,
     /// Chunks that could not be had.
     pub failed: AtomicU64,
-    /// Chunks filled into the disk tier in the background.
+    /// Range requests made by the background fill.
+    pub fill_requests: AtomicU64,
+    /// Chunks filled in the background.
     pub filled: AtomicU64,
+    /// Encoded bytes of those.
+    pub filled_bytes: AtomicU64,
     /// From a request to its first byte.
     pub first_byte: Histogram,
     /// From a request to its last byte.
@@ -139,6 +174,8 @@ struct Shared {
     counters: Arc<FetchCounters>,
     crew: Crew,
     workers: Workers,
+    fill: fill::Queue,
+    pace: Pace,
 }
 
 impl Fetcher {
@@ -149,6 +186,8 @@ impl Fetcher {
             counters: Arc::default(),
             crew: Crew::new(options.connections.max(1)),
             workers: Workers::new(options.workers.max(1)),
+            fill: fill::Queue::default(),
+            pace: Pace::default(),
         });
         inflate::start(&shared);
         Self { shared }
@@ -166,8 +205,15 @@ impl Fetcher {
         self.shared.want(wanted);
     }
 
+    /// Has whole blobs fetched with what is to spare, until the answer is dropped.
+    #[must_use]
+    pub fn fill(&self, blobs: Vec<Arc<Blob>>, options: FillOptions) -> Filling {
+        fill::begin(&self.shared, blobs, options)
+    }
+
     /// Somebody waits now for a chunk that was wanted ahead of time.
     pub fn urge(&self, key: Key) {
+        self.shared.pace.demand();
         self.shared.crew.urge(key);
         self.shared.workers.urge(key);
     }
@@ -175,6 +221,7 @@ impl Fetcher {
 
 impl Drop for Fetcher {
     fn drop(&mut self) {
+        self.shared.fill.end();
         let left = self.shared.crew.end();
         let rest = self.shared.workers.end();
         for wanted in left {
@@ -186,12 +233,16 @@ impl Drop for Fetcher {
         }
         self.shared.crew.join();
         self.shared.workers.join();
+        self.shared.fill.join();
     }
 }
 
 impl Shared {
     /// To the workers what is near, else to the fetch threads.
     fn want(self: &Arc<Self>, wanted: Vec<Wanted>) {
+        if wanted.iter().any(|wanted| wanted.class == Class::Demand) {
+            self.pace.demand();
+        }
         let (near, far): (Vec<_>, Vec<_>) =
             wanted.into_iter().partition(|wanted| wanted.blob.is_near(wanted.chunk));
         let mut refused = Vec::new();
@@ -200,10 +251,18 @@ impl Shared {
             let job = Job { blob, chunk, class, tries, input: Input::Near };
             refused.extend(self.workers.push(job).err().map(|job| job.wanted()));
         }
-        if !far.is_empty() {
-            refused.extend(crew::want(self, far).err().unwrap_or_default());
-        }
         for wanted in refused {
+            self.fail(&wanted, ended(&wanted.blob));
+        }
+        self.want_far(far);
+    }
+
+    /// To the fetch threads.
+    fn want_far(self: &Arc<Self>, wanted: Vec<Wanted>) {
+        if wanted.is_empty() {
+            return;
+        }
+        for wanted in crew::want(self, wanted).err().unwrap_or_default() {
             self.fail(&wanted, ended(&wanted.blob));
         }
     }
@@ -230,7 +289,8 @@ impl Shared {
     }
 
     /// A waiter that panics must not take a thread with it.
-    fn deliver(&self, key: Key, result: Result<ChunkBytes, Arc<ChunkError>>) {
+    fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
+        self.fill.ended(key, result.is_ok());
         if catch_unwind(AssertUnwindSafe(|| self.delivery.deliver(key, result))).is_err() {
             tracing::error!("The delivery of a chunk panicked");
         }

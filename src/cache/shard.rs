@@ -89,6 +89,25 @@ impl Shard {
         self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Held { .. }))
     }
 
+    /// A chunk that is here, without any trace that it was asked for.
+    pub(super) fn peek(&self, key: Key) -> Option<Arc<ChunkBytes>> {
+        match self.slots.get(&key).map(|slot| &slot.state) {
+            Some(State::Held { bytes, .. }) => Some(bytes.clone()),
+            _ => None,
+        }
+    }
+
+    /// Ends the load of a chunk that nobody waits for; false if somebody does.
+    pub(super) fn abandon(&mut self, key: Key) -> bool {
+        if self.is_awaited(key) {
+            return false;
+        }
+        if self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Loading { .. })) {
+            self.slots.remove(&key);
+        }
+        true
+    }
+
     /// Whether somebody waits for a chunk.
     pub(super) fn is_awaited(&self, key: Key) -> bool {
         self.slots.get(&key).is_some_and(

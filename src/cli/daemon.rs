@@ -12,15 +12,16 @@ use super::attach::UPPER;
 use super::registry::Clients;
 use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
-use crate::config::{ServiceConfig, TracesConfig};
+use crate::config::{CacheConfig, CacheType, DownloadConfig, ServiceConfig, TracesConfig};
 use crate::daemon::{
     self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, ReadPolicy, protocol,
 };
 use crate::disk::upper::UpperVolume;
-use crate::fetch::FetchOptions;
+use crate::fetch::{FetchOptions, FillOptions};
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
+use crate::tier::{Kind, Tier, TierOptions, Tiers, Usage};
 use crate::trace::{LearnOptions, Traces};
 use crate::volume::Volume;
 
@@ -104,7 +105,50 @@ impl HostImages {
 /// One cache for all devices.
 fn new_cache(config: &ServiceConfig) -> Arc<Cache> {
     let fetch = FetchOptions { connections: config.turbobd.connections, ..FetchOptions::default() };
-    Cache::with(CacheOptions { budget: config.turbobd.memory_cache, fetch })
+    let options = CacheOptions { budget: config.turbobd.memory_cache, fetch };
+    Cache::over(options, open_tiers(config))
+}
+
+/// Where the configuration wants chunks on disk, and how many.
+pub(super) fn tier_options(config: &ServiceConfig) -> Vec<(Kind, TierOptions)> {
+    let floor = config.turbobd.free_space_floor;
+    let CacheConfig { kind, dir, size, .. } = &config.cache;
+    let encoded = (*kind == CacheType::File).then(|| (Kind::Encoded, dir.clone(), *size));
+    let gzip = &config.gzip_cache;
+    let decoded = gzip.enable.then(|| (Kind::Decoded, gzip.dir.clone(), gzip.size));
+    let wanted = decoded.into_iter().chain(encoded).filter(|(_, _, capacity)| *capacity > 0);
+    wanted.map(|(kind, dir, capacity)| (kind, TierOptions { dir, capacity, floor })).collect()
+}
+
+/// A tier that cannot be had is missed, not waited for.
+fn open_tiers(config: &ServiceConfig) -> Tiers {
+    let mut tiers = Tiers::default();
+    for (kind, options) in tier_options(config) {
+        match Tier::open(kind, &options) {
+            Ok(tier) => {
+                let Usage { bytes, chunks, .. } = tier.usage();
+                let (name, dir) = (kind.name(), options.dir.display());
+                tracing::info!("The {name} cache in {dir} has {chunks} chunks in {bytes} bytes");
+                let place = match kind {
+                    Kind::Encoded => &mut tiers.encoded,
+                    Kind::Decoded => &mut tiers.decoded,
+                };
+                *place = Some(Arc::new(tier));
+            }
+            Err(error) => {
+                tracing::warn!("No {} cache on disk: {}", kind.name(), super::sentence(&error));
+            }
+        }
+    }
+    tiers
+}
+
+/// How the layers of a device are fetched in the background; `None`: not at all.
+fn fill_options(download: &DownloadConfig) -> Option<FillOptions> {
+    let DownloadConfig { enable, delay, delay_extra, max_bytes_per_second, tries, block } =
+        download.clone();
+    let rate = max_bytes_per_second;
+    enable.then_some(FillOptions { delay, delay_extra, rate, tries, block })
 }
 
 impl ImageOpener for HostImages {
@@ -131,10 +175,12 @@ impl ImageOpener for HostImages {
             Some(dir) => Arc::new(UpperVolume::open(Path::new(dir), disk.clone())?),
             None => disk.clone(),
         };
+        let blobs = disk.blobs().into_iter().flatten().collect();
+        let filling = fill_options(&self.config.download).map(|options| cache.fill(blobs, options));
         Ok(daemon::Opened {
             volume,
             name: request.image.clone(),
-            view: Arc::new(DiskView::new(disk)),
+            view: Arc::new(DiskView::new(disk).filled(filling)),
             recorders: Some(recorders),
         })
     }
@@ -147,6 +193,10 @@ impl ImageOpener for HostImages {
         let Some(cache) = self.cache.get() else { return };
         page.put(names::CACHE, &cache.stats(), &[]);
         page.put(names::FETCH, &**cache.fetched(), &[]);
+        let tiers = cache.tiers();
+        for tier in [&tiers.encoded, &tiers.decoded].into_iter().flatten() {
+            page.put(names::TIER, &**tier, &[("tier", tier.kind().name())]);
+        }
     }
 
     fn downloaded(&self) -> Totals {

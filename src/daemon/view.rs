@@ -8,7 +8,7 @@ use std::time::{Instant, UNIX_EPOCH};
 use super::protocol::{BlobRecord, FailureRecord, RetryRecord};
 use crate::disk::Disk;
 use crate::disk::explain::Placed;
-use crate::fetch::Blob;
+use crate::fetch::{Blob, FillProgress, Filling};
 use crate::source::{Traffic, TryingAgain};
 
 /// What an image's blobs did since it was attached. Blobs that images share count for each of them.
@@ -61,6 +61,8 @@ pub struct DiskView {
     blobs: Vec<Arc<Blob>>,
     /// What the blobs had done already.
     before: IoCounters,
+    /// Fetches the rest of it, as long as the disk is served.
+    filling: Option<Filling>,
 }
 
 impl DiskView {
@@ -70,9 +72,22 @@ impl DiskView {
         let mut blobs: Vec<Arc<Blob>> = disk.blobs().into_iter().flatten().collect();
         blobs.sort_by_key(|blob| blob.key(0));
         blobs.dedup_by_key(|blob| blob.key(0));
-        let mut view = Self { disk, blobs, before: IoCounters::default() };
+        let mut view = Self { disk, blobs, before: IoCounters::default(), filling: None };
         view.before = view.total();
         view
+    }
+
+    /// The same with a background fill that ends with it.
+    #[must_use]
+    pub fn filled(mut self, filling: Option<Filling>) -> Self {
+        self.filling = filling;
+        self
+    }
+
+    /// How far the background fill is, if there is one.
+    #[must_use]
+    pub fn fill_progress(&self) -> Option<FillProgress> {
+        self.filling.as_ref().map(Filling::progress)
     }
 
     fn total(&self) -> IoCounters {

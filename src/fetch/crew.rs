@@ -3,11 +3,15 @@
 //! One at first, and another whenever all are at work, up to a limit. New ones are
 //! started by fetch threads, never by who wants a chunk: a thread inherits the CPUs that it may run on,
 //! and a ublk queue is bound to its own. A quarter of the threads is kept for demand.
+//!
+//! The background fill gets what is left, by [`Pace`](super::pace): large requests, and as many as fill the line,
+//! as long as nobody wants anything; else small ones and few.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::pace::Pace;
 use super::queue::{Limit, Queue, Taken, Wanted};
 use super::run::ChunkRun;
 use super::{Key, Shared, count};
@@ -22,6 +26,9 @@ const MOST_BYTES: u64 = 4 << 20;
 /// what an object store gives one connection. Below it more requests only cost more.
 const LEAST_BYTES: u64 = 1 << 20;
 
+/// How often a fill that is held back is looked at again.
+const HELD_BACK: Duration = Duration::from_millis(50);
+
 /// The threads and what they have to do.
 pub(super) struct Crew {
     state: Mutex<State>,
@@ -34,10 +41,19 @@ struct State {
     queue: Queue,
     /// Threads that wait for work.
     idle: usize,
-    /// Requests under way that nobody waits for.
+    /// Requests under way that nobody waits for, those of the fill included.
     ahead: usize,
+    /// Requests of the fill under way.
+    fill: usize,
     threads: Vec<JoinHandle<()>>,
     ending: bool,
+}
+
+impl State {
+    /// Requests under way for demand or ahead of it.
+    fn threads_at_work(&self) -> usize {
+        (self.threads.len() - self.idle.min(self.threads.len())).saturating_sub(self.fill + 1)
+    }
 }
 
 impl Crew {
@@ -82,7 +98,7 @@ impl Crew {
     }
 
     /// The next request, when there is one; waits for it. `None` at the end.
-    fn next(&self) -> Option<Taken> {
+    fn next(&self, pace: &Pace) -> Option<Taken> {
         let mut state = self.lock();
         loop {
             if state.ending {
@@ -90,13 +106,22 @@ impl Crew {
             }
             let demand_only = state.ahead >= self.most_ahead();
             let free = state.idle + 1 + self.most.saturating_sub(state.threads.len());
-            let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only };
+            let fill = pace.fill(state.threads_at_work(), state.fill);
+            let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };
             if let Some(taken) = state.queue.take(limit) {
                 state.ahead += usize::from(taken.class > Class::Demand);
+                state.fill += usize::from(taken.class == Class::Fill);
                 return Some(taken);
             }
             state.idle += 1;
-            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            // The fill is held back for a time, and nobody tells when it is over.
+            let held_back = state.queue.has_fill();
+            state = if held_back {
+                let waited = self.wake.wait_timeout(state, HELD_BACK);
+                waited.map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state)
+            } else {
+                self.wake.wait(state).unwrap_or_else(PoisonError::into_inner)
+            };
             state.idle -= 1;
         }
     }
@@ -110,6 +135,7 @@ impl Crew {
     fn done(&self, class: Class) {
         let mut state = self.lock();
         state.ahead -= usize::from(class > Class::Demand);
+        state.fill -= usize::from(class == Class::Fill);
         // What this request kept back may go now, on another thread if this one takes demand.
         if !state.queue.is_empty() {
             self.wake.notify_one();
@@ -159,9 +185,12 @@ fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
 /// Body of a fetch thread.
 fn run(shared: &Arc<Shared>) {
     super::mark_io_thread();
-    while let Some(taken) = shared.crew.next() {
+    while let Some(taken) = shared.crew.next(&shared.pace) {
         grow(shared);
         fetch(shared, &taken);
+        if taken.class == Class::Demand {
+            shared.pace.demand();
+        }
         shared.crew.done(taken.class);
     }
 }
@@ -183,9 +212,13 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
             return;
         }
     };
-    let demand = taken.class == Class::Demand;
     let counters = &shared.counters;
-    count(if demand { &counters.demand_requests } else { &counters.ahead_requests }, 1);
+    let requests = match taken.class {
+        Class::Demand => &counters.demand_requests,
+        Class::Prefetch => &counters.ahead_requests,
+        Class::Fill => &counters.fill_requests,
+    };
+    count(requests, 1);
     let (Some(first), Some(last)) = (places.first(), places.last()) else { return };
     let range = first.range.start..last.range.end;
     let bytes = range.end - range.start;
@@ -199,7 +232,9 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
             let whole = begun.elapsed();
             counters.first_byte.add(wait);
             counters.whole.add(whole);
-            taken.blob.measured(bytes, wait, whole, shared.crew.busy() - 1);
+            let beside = shared.crew.busy() - 1;
+            taken.blob.measured(bytes, wait, whole, beside);
+            shared.pace.line(taken.blob.depth());
         }
         Err(error) => {
             let error = Arc::new(ChunkError::from(error));

@@ -1,4 +1,7 @@
 //! The workers that verify and decode: one for each core, demand first.
+//!
+//! What the background fill brings is verified and stored, and decoded only where decoded chunks are kept.
+//! While somebody wants something, one worker is kept free of that.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,10 +12,13 @@ use std::time::Instant;
 use crossbeam_queue::ArrayQueue;
 
 use super::blob::{Blob, Key};
+use super::pace::Pace;
 use super::queue::Wanted;
-use super::{MOST_TRIES, Shared, count, failure};
+use super::{MOST_TRIES, Shared, count, failure, fill};
 use crate::chunk::{ChunkBytes, ChunkError, EncodedChunk};
 use crate::source::Class;
+use crate::tier::Kind;
+use crate::tier::store::Payload;
 
 /// Buffers for encoded chunks that wait to be used again, at most: as many as are usually under way.
 const SPARE_BUFFERS: usize = 32;
@@ -33,6 +39,8 @@ pub(super) enum Input {
     Fetched(EncodedChunk),
     /// In a local file or the disk tier: the worker reads them.
     Near,
+    /// They came from the disk tier.
+    Stored(EncodedChunk),
 }
 
 impl Job {
@@ -58,6 +66,9 @@ pub(super) struct Workers {
 struct State {
     demand: VecDeque<Job>,
     ahead: VecDeque<Job>,
+    fill: VecDeque<Job>,
+    /// Workers that are at work for the fill.
+    filling: usize,
     idle: usize,
     threads: Vec<JoinHandle<()>>,
     ending: bool,
@@ -79,10 +90,10 @@ impl Workers {
         if state.ending || state.threads.is_empty() {
             return Err(job);
         }
-        if job.class == Class::Demand {
-            state.demand.push_back(job);
-        } else {
-            state.ahead.push_back(job);
+        match job.class {
+            Class::Demand => state.demand.push_back(job),
+            Class::Prefetch => state.ahead.push_back(job),
+            Class::Fill => state.fill.push_back(job),
         }
         drop(state);
         self.wake.notify_one();
@@ -91,10 +102,13 @@ impl Workers {
 
     pub(super) fn urge(&self, key: Key) {
         let mut state = self.lock();
-        let at = state.ahead.iter().position(|job| job.key() == key);
-        if let Some(mut job) = at.and_then(|at| state.ahead.remove(at)) {
-            job.class = Class::Demand;
-            state.demand.push_back(job);
+        let State { demand, ahead, fill, .. } = &mut *state;
+        for jobs in [ahead, fill] {
+            let at = jobs.iter().position(|job| job.key() == key);
+            if let Some(mut job) = at.and_then(|at| jobs.remove(at)) {
+                job.class = Class::Demand;
+                demand.push_back(job);
+            }
         }
     }
 
@@ -114,6 +128,7 @@ impl Workers {
         self.wake.notify_all();
         let mut left: Vec<Job> = state.demand.drain(..).collect();
         left.extend(state.ahead.drain(..));
+        left.extend(state.fill.drain(..));
         left
     }
 
@@ -127,13 +142,23 @@ impl Workers {
         }
     }
 
-    fn next(&self) -> Option<Job> {
+    /// The next job. `filled`: the one before was for the fill.
+    fn next(&self, pace: &Pace, filled: bool) -> Option<Job> {
         let mut state = self.lock();
+        state.filling -= usize::from(filled);
         loop {
             if let Some(job) = state.demand.pop_front() {
                 return Some(job);
             }
             if let Some(job) = state.ahead.pop_front() {
+                return Some(job);
+            }
+            // One may always go on, and so it does: nobody has to be told that it is quiet again.
+            let most = if pace.is_quiet() { self.most } else { self.most - 1 }.max(1);
+            if state.filling < most
+                && let Some(job) = state.fill.pop_front()
+            {
+                state.filling += 1;
                 return Some(job);
             }
             if state.ending {
@@ -155,7 +180,8 @@ pub(super) fn start(shared: &Arc<Shared>) {
 fn grow(shared: &Arc<Shared>) {
     let workers = &shared.workers;
     let mut state = workers.lock();
-    let needed = state.idle == 0 && !(state.demand.is_empty() && state.ahead.is_empty());
+    let waiting = state.demand.len() + state.ahead.len() + state.fill.len();
+    let needed = state.idle == 0 && waiting > 0;
     if needed && state.threads.len() < workers.most && !state.ending {
         add_thread(shared, &mut state);
     }
@@ -166,8 +192,10 @@ fn add_thread(shared: &Arc<Shared>, state: &mut State) {
     let own = shared.clone();
     let body = move || {
         super::mark_io_thread();
-        while let Some(job) = own.workers.next() {
+        let mut filled = false;
+        while let Some(job) = own.workers.next(&own.pace, filled) {
             grow(&own);
+            filled = job.class == Class::Fill;
             work(&own, job);
         }
     };
@@ -177,21 +205,34 @@ fn add_thread(shared: &Arc<Shared>, state: &mut State) {
     }
 }
 
+/// What became of a chunk.
+enum Made {
+    /// Decoded, to be delivered.
+    Decoded(ChunkBytes),
+    /// Stored, for nobody: its wait is ended already.
+    Filled,
+    /// What was near is no longer there, or was not whole.
+    Gone,
+}
+
 /// One chunk, from its encoded bytes to everyone who waits for it.
 fn work(shared: &Arc<Shared>, mut job: Job) {
     // A panic is a bug of the decoder; the reader gets an error and the thread lives on.
-    let result = catch_unwind(AssertUnwindSafe(|| decode(shared, &mut job)));
+    let result = catch_unwind(AssertUnwindSafe(|| make(shared, &mut job)));
     let result = result.unwrap_or_else(|_| {
         job.tries = MOST_TRIES;
         Err(failure(&job.blob, "The decoder of this chunk panicked"))
     });
     let error = match result {
-        Ok(bytes) => {
-            let key = job.key();
-            shared.deliver(key, Ok(bytes));
-            if let Input::Fetched(encoded) = job.input {
-                shared.workers.give_back(encoded);
-            }
+        Ok(Made::Decoded(bytes)) => {
+            let bytes = Arc::new(bytes);
+            shared.deliver(job.key(), Ok(bytes.clone()));
+            keep(shared, job, bytes);
+            return;
+        }
+        Ok(Made::Filled) => return,
+        Ok(Made::Gone) => {
+            shared.want_far(vec![job.wanted()]);
             return;
         }
         Err(error) => error,
@@ -214,18 +255,100 @@ fn work(shared: &Arc<Shared>, mut job: Job) {
     shared.fail(&wanted, error);
 }
 
-/// Reads what is near, verifies and decodes.
-fn decode(shared: &Arc<Shared>, job: &mut Job) -> Result<ChunkBytes, Arc<ChunkError>> {
-    let source = job.blob.source();
+/// Offers a chunk that was fetched to the tier that keeps it.
+fn keep(shared: &Arc<Shared>, job: Job, bytes: Arc<ChunkBytes>) {
+    let (Input::Fetched(encoded) | Input::Stored(encoded)) = job.input else { return };
+    let blob = job.blob;
+    match blob.stored().target() {
+        Some((Kind::Encoded, stored)) if !stored.has(job.chunk) => {
+            if let Ok(place) = blob.source().encoded(job.chunk) {
+                let (buffer, data) = encoded.into_parts();
+                stored.offer(job.chunk, place.range.start, Payload::Owned(buffer, data));
+            }
+            return;
+        }
+        Some((Kind::Decoded, stored)) => {
+            if let Some(span) = blob.source().span(job.chunk) {
+                stored.offer(job.chunk, span.start, Payload::Shared(bytes));
+            }
+        }
+        _ => {}
+    }
+    shared.workers.give_back(encoded);
+}
+
+/// Reads what is near, verifies and decodes; or verifies and stores, when nobody waits.
+fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
     if let Input::Near = job.input {
-        let place = source.encoded(job.chunk).map_err(Arc::new)?;
+        if let Some(bytes) = read_decoded(shared, job) {
+            return Ok(Made::Decoded(bytes));
+        }
+        if !read_encoded(shared, job)? {
+            return Ok(Made::Gone);
+        }
+    }
+    if job.class == Class::Fill && fill::store(shared, job)? {
+        return Ok(Made::Filled);
+    }
+    match decode(shared, job) {
+        Err(error) if matches!(job.input, Input::Stored(_)) => {
+            tracing::debug!(%error, "A chunk of the disk tier does not decode");
+            if let Some(stored) = &job.blob.stored().encoded {
+                stored.forget(job.chunk);
+            }
+            job.input = Input::Near;
+            Ok(Made::Gone)
+        }
+        result => result.map(Made::Decoded),
+    }
+}
+
+/// Reads a chunk from the decoded tier, straight into the cache's memory.
+fn read_decoded(shared: &Arc<Shared>, job: &Job) -> Option<ChunkBytes> {
+    let stored = job.blob.stored().decoded.as_ref()?;
+    let len = stored.len_of(job.chunk)?;
+    let source = job.blob.source();
+    if source.span(job.chunk).is_some_and(|span| span.len as usize != len) {
+        stored.forget(job.chunk);
+        return None;
+    }
+    let mut room = shared.delivery.room(len);
+    let verify = |bytes: &[u8]| source.verify_decoded(job.chunk, bytes);
+    stored.read(job.chunk, room.bytes_mut(), &verify).then(|| {
+        count(&shared.counters.stored, 1);
+        ChunkBytes::new(room, 0..len)
+    })
+}
+
+/// Reads the encoded bytes from the tier or the local file; false when they are not there.
+fn read_encoded(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkError>> {
+    let source = job.blob.source();
+    let place = source.encoded(job.chunk).map_err(Arc::new)?;
+    if source.blob().is_local() {
         let mut encoded = EncodedChunk::new(&place, shared.workers.buffer());
         let read = source.blob().read_exact_at(encoded.bytes_mut(), place.range.start);
         read.map_err(|error| Arc::new(ChunkError::from(error)))?;
         count(&shared.counters.local, 1);
         job.input = Input::Fetched(encoded);
+        return Ok(true);
     }
-    let Input::Fetched(encoded) = &mut job.input else {
+    let Some(stored) = job.blob.stored().encoded.as_ref().filter(|file| file.has(job.chunk)) else {
+        return Ok(false);
+    };
+    let mut encoded = EncodedChunk::new(&place, shared.workers.buffer());
+    // Decoding compares the source's checksums; the tier's own tells damage of the disk from any other.
+    if !stored.read(job.chunk, encoded.bytes_mut(), &|_| None) {
+        return Ok(false);
+    }
+    count(&shared.counters.stored, 1);
+    job.input = Input::Stored(encoded);
+    Ok(true)
+}
+
+/// Verifies and decodes what was read.
+fn decode(shared: &Arc<Shared>, job: &mut Job) -> Result<ChunkBytes, Arc<ChunkError>> {
+    let source = job.blob.source();
+    let (Input::Fetched(encoded) | Input::Stored(encoded)) = &mut job.input else {
         return Err(failure(&job.blob, "The chunk has no bytes"));
     };
     let mut room = shared.delivery.room(source.room(job.chunk));

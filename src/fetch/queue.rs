@@ -1,7 +1,7 @@
 //! What is wanted and not yet under way, and what of it goes into one request.
 //!
-//! Chunks are taken in the order of their urgency, and within that in the order in which they were
-//! asked for. What is taken brings its neighbours along: chunks of the same blob that are wanted too
+//! Chunks are taken in the order of their urgency (demand, then what is fetched ahead, then the background
+//! fill), and within that in the order in which they were asked for. What is taken brings its neighbours along: chunks of the same blob that are wanted too
 //! and lie next to it become one range. A request for demand grows only forwards into what is merely
 //! wanted ahead, so that nothing arrives before what somebody waits for.
 //!
@@ -46,6 +46,8 @@ pub struct Limit {
     pub free: usize,
     /// Whether only demand may be taken.
     pub demand_only: bool,
+    /// Most encoded bytes of a request of the background fill; 0: none may be taken.
+    pub fill: u64,
 }
 
 /// Chunks that go into one request.
@@ -65,6 +67,7 @@ pub struct Taken {
 pub struct Queue {
     demand: VecDeque<Key>,
     ahead: VecDeque<Key>,
+    fill: VecDeque<Key>,
     wanted: HashMap<Key, Wanted>,
 }
 
@@ -76,7 +79,11 @@ impl Queue {
     }
 
     fn order(&mut self, class: Class) -> &mut VecDeque<Key> {
-        if class == Class::Demand { &mut self.demand } else { &mut self.ahead }
+        match class {
+            Class::Demand => &mut self.demand,
+            Class::Prefetch => &mut self.ahead,
+            Class::Fill => &mut self.fill,
+        }
     }
 
     /// Makes a chunk demand, if it is still here.
@@ -111,9 +118,15 @@ impl Queue {
         }
     }
 
+    /// Whether chunks are wanted for the background.
+    #[must_use]
+    pub fn has_fill(&self) -> bool {
+        !self.fill.is_empty()
+    }
+
     /// The next request.
     pub fn take(&mut self, limit: Limit) -> Option<Taken> {
-        let first = self.next(limit.demand_only)?;
+        let first = self.next(limit)?;
         let Wanted { blob, chunk, class, tries } = self.wanted.remove(&first)?;
         let size =
             |chunk| blob.source().encoded(chunk).map_or(u64::MAX, |place| place.len() as u64);
@@ -122,11 +135,17 @@ impl Queue {
         };
         // Behind what was asked for first only what is as urgent.
         let first = (0..chunk).rev().take_while(|&before| is_wanted(before, class)).last();
-        let stretch = (chunk..u32::MAX).skip(1).take_while(|&next| is_wanted(next, Class::Fill));
+        // Ahead, what somebody will probably want; the rest of the blob can wait for a quiet line.
+        let most = class.max(Class::Prefetch);
+        let stretch = (chunk..u32::MAX).skip(1).take_while(|&next| is_wanted(next, most));
         let last = stretch.last().unwrap_or(chunk);
         let first = first.unwrap_or(chunk);
         let whole = (first..=last).map(size).fold(0, u64::saturating_add);
-        let share = (whole / limit.free.max(1) as u64).max(limit.least).min(limit.most);
+        let share = match class {
+            // Nobody waits: the fewer requests, the better.
+            Class::Fill => limit.fill,
+            _ => (whole / limit.free.max(1) as u64).max(limit.least).min(limit.most),
+        };
         let (mut start, mut end) = (chunk, chunk + 1);
         let mut bytes = size(chunk);
         while end <= last && bytes.saturating_add(size(end)) <= share {
@@ -149,14 +168,20 @@ impl Queue {
     }
 
     /// The key to begin with; passes over what is gone or has become more urgent.
-    fn next(&mut self, demand_only: bool) -> Option<Key> {
+    fn next(&mut self, limit: Limit) -> Option<Key> {
         while let Some(key) = self.demand.pop_front() {
             if self.wanted.contains_key(&key) {
                 return Some(key);
             }
         }
-        while !demand_only && let Some(key) = self.ahead.pop_front() {
+        while !limit.demand_only && let Some(key) = self.ahead.pop_front() {
             if self.wanted.contains_key(&key) {
+                return Some(key);
+            }
+        }
+        while !limit.demand_only && limit.fill > 0 && let Some(key) = self.fill.pop_front() {
+            // What has become demand meanwhile has its place there.
+            if self.wanted.get(&key).is_some_and(|wanted| wanted.class == Class::Fill) {
                 return Some(key);
             }
         }
@@ -167,6 +192,7 @@ impl Queue {
     pub fn drain(&mut self) -> Vec<Wanted> {
         self.demand.clear();
         self.ahead.clear();
+        self.fill.clear();
         self.wanted.drain().map(|(_, wanted)| wanted).collect()
     }
 }
@@ -207,7 +233,7 @@ mod tests {
     }
 
     const MIB: u64 = 1 << 20;
-    const ALONE: Limit = Limit { most: 4 * MIB, least: MIB, free: 1, demand_only: false };
+    const ALONE: Limit = Limit { most: 4 * MIB, least: MIB, free: 1, demand_only: false, fill: 4 * MIB };
 
     fn take(queue: &mut Queue, limit: Limit) -> Option<Range<u32>> {
         queue.take(limit).map(|taken| taken.chunks)

@@ -7,7 +7,7 @@ use super::inflate::{Input, Job};
 use super::queue::{Taken, Wanted};
 use super::{Shared, count};
 use crate::chunk::{Encoded, EncodedChunk};
-use crate::source::Run;
+use crate::source::{Class, Run};
 
 /// A request's chunks on their way. Whole ones go to the inflate workers while the rest arrives.
 pub(super) struct ChunkRun<'a> {
@@ -65,8 +65,11 @@ impl<'a> ChunkRun<'a> {
         let counters = &self.shared.counters;
         count(&counters.chunks, 1);
         count(&counters.bytes, encoded.bytes().len() as u64);
-        let Wanted { blob, chunk, class, tries } = self.wanted(self.done);
+        let Wanted { blob, chunk, mut class, tries } = self.wanted(self.done);
         self.done += 1;
+        if class > Class::Demand && self.shared.delivery.is_awaited(blob.key(chunk)) {
+            class = Class::Demand;
+        }
         let job = Job { blob, chunk, class, tries, input: Input::Fetched(encoded) };
         if let Err(job) = self.shared.workers.push(job) {
             let wanted = job.wanted();

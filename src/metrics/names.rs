@@ -9,6 +9,7 @@ use crate::cache::CacheStats;
 use crate::daemon::DeviceReading;
 use crate::fetch::FetchCounters;
 use crate::registry::Host;
+use crate::tier::Tier;
 
 /// What only grows.
 const fn counter<T: ?Sized>(
@@ -236,6 +237,12 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
         |fetch: &FetchCounters| (&fetch.ahead_requests).into(),
     )
     .with(&[("class", "ahead")]),
+    counter(
+        "turbobd_fetch_requests_total",
+        "Range requests made, by class",
+        |fetch: &FetchCounters| (&fetch.fill_requests).into(),
+    )
+    .with(&[("class", "fill")]),
     counter("turbobd_fetch_chunks_total", "Chunks that those requests brought", |fetch| {
         (&fetch.chunks).into()
     }),
@@ -244,6 +251,15 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
     }),
     counter("turbobd_fetch_local_total", "Chunks read from local files", |fetch| {
         (&fetch.local).into()
+    }),
+    counter("turbobd_fetch_stored_total", "Chunks read from the disk tiers", |fetch| {
+        (&fetch.stored).into()
+    }),
+    counter("turbobd_fill_chunks_total", "Chunks fetched in the background", |fetch| {
+        (&fetch.filled).into()
+    }),
+    counter("turbobd_fill_bytes_total", "Bytes of those chunks, as they came", |fetch| {
+        (&fetch.filled_bytes).into()
     }),
     counter(
         "turbobd_fetch_damaged_total",
@@ -269,6 +285,58 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
         "turbobd_inflate_seconds",
         "How long a chunk took to verify and decode, on one core",
         |fetch| (&fetch.inflate).into(),
+    ),
+];
+
+/// A disk tier.
+pub const TIER: &[Metric<Tier>] = &[
+    gauge("turbobd_tier_bytes", "Bytes that the disk tier's files take", |tier| {
+        tier.usage().bytes.into()
+    }),
+    gauge("turbobd_tier_capacity_bytes", "Bytes that they may take", |tier| {
+        tier.usage().capacity.into()
+    }),
+    gauge("turbobd_tier_chunks", "Chunks in the disk tier", |tier| {
+        (tier.usage().chunks as u64).into()
+    }),
+    gauge("turbobd_tier_full", "1 while its disk has no space for more", |tier| {
+        u64::from(tier.is_full()).into()
+    }),
+    counter("turbobd_tier_reads_total", "Chunks read from the disk tier", |tier| {
+        (&tier.counters().reads).into()
+    }),
+    counter("turbobd_tier_read_bytes_total", "Bytes of those", |tier| {
+        (&tier.counters().read_bytes).into()
+    }),
+    counter("turbobd_tier_writes_total", "Chunks written to the disk tier", |tier| {
+        (&tier.counters().writes).into()
+    }),
+    counter("turbobd_tier_written_bytes_total", "Bytes of those", |tier| {
+        (&tier.counters().written_bytes).into()
+    }),
+    counter(
+        "turbobd_tier_dropped_total",
+        "Chunks not written because too much was waiting for the disk",
+        |tier: &Tier| (&tier.counters().dropped).into(),
+    ),
+    counter("turbobd_tier_refused_total", "Chunks not written for want of space", |tier| {
+        (&tier.counters().refused).into()
+    }),
+    counter("turbobd_tier_evicted_total", "Chunks given up for others or for the floor", |tier| {
+        (&tier.counters().evicted).into()
+    }),
+    counter(
+        "turbobd_tier_damaged_total",
+        "Chunks on disk that were not what they should be, and were fetched again",
+        |tier: &Tier| (&tier.counters().damaged).into(),
+    ),
+    counter("turbobd_tier_resets_total", "Cache files that were begun anew", |tier| {
+        (&tier.counters().resets).into()
+    }),
+    counter(
+        "turbobd_tier_failures_total",
+        "Reads, writes and syncs of the disk tier that the system refused",
+        |tier: &Tier| (&tier.counters().failures).into(),
     ),
 ];
 
@@ -353,6 +421,7 @@ pub fn all() -> Vec<Description> {
     describe(&mut all, CACHE, &[]);
     describe(&mut all, FETCH, &[]);
     describe(&mut all, HOST, &["host"]);
+    describe(&mut all, TIER, &["tier"]);
     describe(&mut all, EXPORTER, &[]);
     describe(&mut all, UPSTREAM, &["node"]);
     all
@@ -439,6 +508,7 @@ mod tests {
         check(CACHE);
         check(HOST);
         check(FETCH);
+        check(TIER);
         check(EXPORTER);
         check(UPSTREAM);
     }
