@@ -14,9 +14,11 @@
 //! A blob is [opened](Cache::open) before its chunks are asked for, and whoever opens a blob of the same
 //! identity shares it: two images with a common layer have it once.
 //!
-//! Contents: `arena` the memory, `shard` one lock's worth of chunks.
+//! Contents: `arena` the memory, `shard` one lock's worth of chunks, `resident` what images have in memory
+//! beside the cache.
 
 mod arena;
+mod resident;
 mod shard;
 
 use std::collections::HashMap;
@@ -32,6 +34,7 @@ use crate::fetch::{
 };
 use crate::source::Class;
 use arena::Arena;
+pub use resident::Residents;
 use shard::{Found, Shard};
 
 /// Called once with the chunk or the reason why there is none, from any thread.
@@ -95,6 +98,7 @@ pub struct Cache {
     budget: u64,
     /// Bytes that may be decoded ahead of a reader.
     ahead: u64,
+    residents: Residents,
 }
 
 impl Cache {
@@ -111,7 +115,7 @@ impl Cache {
         let chunks = Arc::new(Chunks::new(options.budget));
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
         let budget = options.budget;
-        Arc::new(Self { chunks, fetcher, budget, ahead: budget / AHEAD_SHARE })
+        Arc::new(Self { chunks, fetcher, budget, ahead: budget / AHEAD_SHARE, residents: Residents::default() })
     }
 
     /// The blob whose chunks `source` makes, or the one of the same identity that is open already.
@@ -138,6 +142,12 @@ impl Cache {
     #[must_use]
     pub fn budget(&self) -> u64 {
         self.budget
+    }
+
+    /// What the images that are open have in memory for as long as they are.
+    #[must_use]
+    pub fn residents(&self) -> &Residents {
+        &self.residents
     }
 
     /// What was fetched so far.

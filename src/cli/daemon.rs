@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::live::LiveImages;
 use super::registry::Clients;
 use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
@@ -66,6 +67,8 @@ pub(super) struct HostImages {
     config: Arc<ServiceConfig>,
     /// Connections, tokens and what is known of registries, shared by all devices.
     clients: Clients,
+    /// What devices have open.
+    live: LiveImages,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
 }
@@ -74,7 +77,7 @@ impl HostImages {
     pub(super) fn new(config: Arc<ServiceConfig>) -> Self {
         let TracesConfig { enable, dir } = config.turbobd.traces.clone();
         let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
-        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), config, traces }
+        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), live: LiveImages::default(), config, traces }
     }
 }
 
@@ -109,7 +112,7 @@ impl ImageOpener for HostImages {
         let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
-        let opened = args.open(&self.clients, cache.clone()).map_err(Box::new)?;
+        let opened = args.open_beside(&self.clients, cache.clone(), &self.live).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
         let recorders = opened.disk.recorders().clone();
         if let Some(replayed) = self.traces.begin(&recorders, &cache, opened.trace.as_ref()) {
@@ -133,6 +136,7 @@ impl ImageOpener for HostImages {
     fn observe(&self, page: &mut Page) {
         let Some(cache) = self.cache.get() else { return };
         page.put(names::CACHE, &cache.stats(), &[]);
+        page.put(names::RESIDENT, cache.residents(), &[]);
         page.put(names::FETCH, &**cache.fetched(), &[]);
     }
 

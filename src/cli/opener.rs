@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::live::{Found, LiveImages};
 use super::registry::Clients;
 use super::{Failure, registry};
 use crate::cache::Cache;
@@ -66,8 +67,18 @@ impl Args {
 
     /// Opens it over `cache`.
     pub(super) fn open(&self, clients: &Clients, cache: Arc<Cache>) -> Result<Opened, Failure> {
+        self.open_beside(clients, cache, &LiveImages::default())
+    }
+
+    /// The same for one device of several: what another has open already is shared.
+    pub(super) fn open_beside(
+        &self,
+        clients: &Clients,
+        cache: Arc<Cache>,
+        live: &LiveImages,
+    ) -> Result<Opened, Failure> {
         match (&self.image, &self.config) {
-            (Some(image), _) => self.open_image(image, clients, cache),
+            (Some(image), _) => self.open_image(image, clients, cache, live),
             (None, Some(path)) => {
                 let disk = config::open(path, cache, &GzipTargets).map_err(Failure::because)?;
                 Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None, trace: None })
@@ -83,6 +94,7 @@ impl Args {
         image: &str,
         clients: &Clients,
         cache: Arc<Cache>,
+        live: &LiveImages,
     ) -> Result<Opened, Failure> {
         let client = clients.of(&self.registry)?;
         let image: ImageName = image.parse().map_err(Failure::usage)?;
@@ -95,9 +107,17 @@ impl Args {
                 store::open_repository(&origin, &client).map_err(Failure::because)?
             }
         };
+        let digest = Some(stored.digest);
+        // Reached in the same way, too: a device must not depend on another's credentials.
+        let flags = serde_json::to_string(&self.registry).map_err(Failure::because)?;
+        let name = format!("{} {} {} {flags}", stored.digest, store.name(), targets.name());
+        if let Some(Found { parts, layers, trace }) = live.find(&name) {
+            let disk = Disk::of(parts, cache);
+            return Ok(Opened { disk, layers, digest, targets: Some(targets), trace });
+        }
         let OpenedImage { layers, disk, trace } =
             open_image(&*store, &*targets, &manifest, cache).map_err(Failure::because)?;
-        let digest = Some(stored.digest);
+        live.note(name, &disk, &layers, trace.as_ref());
         Ok(Opened { disk, layers, digest, targets: Some(targets), trace })
     }
 }

@@ -278,7 +278,7 @@ pub fn open(path: &Path, cache: Arc<Cache>, targets: &dyn TargetOpener) -> Resul
         return Err(invalid("lowers", "an image has at least one layer"));
     }
     let folder = path.parent().unwrap_or(Path::new("."));
-    let open = |(number, lower)| open_lower(number, lower, folder, targets);
+    let open = |(number, lower)| open_lower(number, lower, folder, targets, &cache);
     let layers = config.lowers.iter().enumerate().map(open).collect::<Result<_, _>>()?;
     Disk::new(layers, cache)
 }
@@ -333,6 +333,7 @@ fn open_lower(
     lower: &Lower,
     folder: &Path,
     targets: &dyn TargetOpener,
+    cache: &Cache,
 ) -> Result<DiskLayer, DiskError> {
     let path = local_file(number, lower, folder)?;
     let payload = zfile::open(Arc::new(FileSource::open(&path)?))?;
@@ -343,7 +344,9 @@ fn open_lower(
             data: LayerData::Native { chunks: payload.chunks(&identity(&path)?) },
         });
     }
+    // Devices of one file have its metadata once.
     let meta: SharedBytes = Arc::new(payload.read_resident()?);
+    let meta = cache.residents().share(&identity(&path)?, meta);
     let name = path.display().to_string();
     let index = Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
     let target = open_target(number, lower, folder, targets)?;

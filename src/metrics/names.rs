@@ -5,7 +5,7 @@
 
 use super::upstream::Upstream;
 use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
-use crate::cache::CacheStats;
+use crate::cache::{CacheStats, Residents};
 use crate::daemon::DeviceReading;
 use crate::fetch::FetchCounters;
 
@@ -176,6 +176,13 @@ pub const CACHE: &[Metric<CacheStats>] = &[
     ),
 ];
 
+/// What images have in memory beside the cache.
+pub const RESIDENT: &[Metric<Residents>] = &[gauge(
+    "turbobd_meta_bytes",
+    "Filesystem metadata in memory, beside the cache; what images share counts once",
+    |residents| residents.bytes().into(),
+)];
+
 /// Fetching and decoding.
 pub const FETCH: &[Metric<FetchCounters>] = &[
     counter(
@@ -305,6 +312,7 @@ pub fn all() -> Vec<Description> {
     describe(&mut all, PROCESS, &[]);
     describe(&mut all, DEVICE, DEVICE_LABELS);
     describe(&mut all, CACHE, &[]);
+    describe(&mut all, RESIDENT, &[]);
     describe(&mut all, FETCH, &[]);
     describe(&mut all, EXPORTER, &[]);
     describe(&mut all, UPSTREAM, &["node"]);
@@ -390,6 +398,7 @@ mod tests {
         check(PROCESS);
         check(DEVICE);
         check(CACHE);
+        check(RESIDENT);
         check(FETCH);
         check(EXPORTER);
         check(UPSTREAM);
