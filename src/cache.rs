@@ -14,9 +14,11 @@
 //! A blob is [opened](Cache::open) before its chunks are asked for, and whoever opens a blob of the same
 //! identity shares it: two images with a common layer have it once.
 //!
-//! Contents: `arena` the memory, `shard` one lock's worth of chunks.
+//! Contents: `arena` the memory, `shard` one lock's worth of chunks, `resident` what images have in memory
+//! beside the cache.
 
 mod arena;
+mod resident;
 mod shard;
 
 use std::collections::HashMap;
@@ -28,12 +30,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
 use crate::fetch::{
-    Blob, Claim, CONNECTIONS, Delivery, FetchCounters, FetchOptions, Fetcher, FillOptions, Filling, Key,
-    Wanted,
+    Blob, CONNECTIONS, Claim, Delivery, FetchCounters, FetchOptions, Fetcher, FillOptions, Filling,
+    Key, Wanted,
 };
 use crate::source::Class;
 use crate::tier::Tiers;
 use arena::Arena;
+pub use resident::Residents;
 use shard::{Found, Shard};
 
 /// Called once with the chunk or the reason why there is none, from any thread.
@@ -99,6 +102,7 @@ pub struct Cache {
     budget: u64,
     /// Bytes that may be decoded ahead of a reader.
     ahead: u64,
+    residents: Residents,
 }
 
 impl Cache {
@@ -121,7 +125,9 @@ impl Cache {
         let chunks = Arc::new(Chunks::new(options.budget));
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
         let budget = options.budget;
-        Arc::new(Self { chunks, fetcher, tiers, budget, ahead: budget / AHEAD_SHARE })
+        let residents = Residents::default();
+        let ahead = budget / AHEAD_SHARE;
+        Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents })
     }
 
     /// The blob whose chunks `source` makes, or the one of the same identity that is open already.
@@ -161,6 +167,12 @@ impl Cache {
     #[must_use]
     pub fn budget(&self) -> u64 {
         self.budget
+    }
+
+    /// What the images that are open have in memory for as long as they are.
+    #[must_use]
+    pub fn residents(&self) -> &Residents {
+        &self.residents
     }
 
     /// What was fetched so far.

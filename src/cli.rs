@@ -14,6 +14,7 @@ mod doctor;
 mod explain;
 mod export;
 mod inspect;
+mod live;
 mod ls;
 mod opener;
 mod registry;

@@ -15,6 +15,7 @@
 //! * `protocol`  what goes over the socket: one JSON object a line
 //! * `table`     the devices
 //! * `waits`     the reads of a device that wait, and how long they may; `alarm` looks after them
+//! * `trim`      gives back what opening an image has left in the heap
 //! * [`view`]    what is known of an image's traffic and of where its bytes are
 //! * `server`    accepts, answers, ends
 //! * `client`    finds or starts a daemon and asks it
@@ -32,6 +33,7 @@ pub mod protocol;
 pub mod server;
 pub mod signals;
 mod table;
+mod trim;
 pub mod view;
 mod waits;
 

@@ -176,10 +176,15 @@ impl Opened {
     }
 }
 
-/// A virtual disk made of layers.
-pub struct Disk {
+/// What disks of the same image have in common: the index and the metadata.
+pub struct DiskParts {
     stack: Stack,
     layers: Vec<Opened>,
+}
+
+/// A virtual disk made of layers.
+pub struct Disk {
+    parts: Arc<DiskParts>,
     cache: Arc<Cache>,
     leases: Arc<Leases>,
     recorders: Arc<Recorders>,
@@ -198,32 +203,48 @@ impl Disk {
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
         let layers: Vec<Opened> =
             layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
-        let recorders = Recorders::new(layers.iter().map(|layer| layer.blob().cloned()).collect());
-        Ok(Self { stack, layers, cache, leases: Arc::default(), recorders })
+        Ok(Self::of(Arc::new(DiskParts { stack, layers }), cache))
+    }
+
+    /// Another disk of the same parts, for another device: in `cache`, which the parts were opened in.
+    #[must_use]
+    pub fn of(parts: Arc<DiskParts>, cache: Arc<Cache>) -> Self {
+        let blobs = parts.layers.iter().map(|layer| layer.blob().cloned()).collect();
+        Self { parts, cache, leases: Arc::default(), recorders: Recorders::new(blobs) }
+    }
+
+    /// What it has in common with other disks of the same image.
+    #[must_use]
+    pub fn parts(&self) -> &Arc<DiskParts> {
+        &self.parts
     }
 
     /// The merged index.
     #[must_use]
     pub fn stack(&self) -> &Stack {
-        &self.stack
+        &self.parts.stack
     }
 
     /// Number of layers.
     #[must_use]
     pub fn layer_count(&self) -> usize {
-        self.layers.len()
+        self.parts.layers.len()
     }
 
     /// What makes the chunks of each layer's data, the lowest first; none where a layer has no data.
     #[must_use]
     pub fn chunk_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
-        self.layers.iter().map(|layer| layer.blob().map(|blob| blob.source().clone())).collect()
+        self.parts
+            .layers
+            .iter()
+            .map(|layer| layer.blob().map(|blob| blob.source().clone()))
+            .collect()
     }
 
     /// The same as opened in the cache.
     #[must_use]
     pub fn blobs(&self) -> Vec<Option<Arc<Blob>>> {
-        self.layers.iter().map(|layer| layer.blob().cloned()).collect()
+        self.parts.layers.iter().map(|layer| layer.blob().cloned()).collect()
     }
 
     /// The same of the native layers only: what upstream's traces speak of.
@@ -233,7 +254,7 @@ impl Disk {
             Opened::Native { chunks } => Some(chunks.source().clone()),
             Opened::Turbo { .. } => None,
         };
-        self.layers.iter().map(native).collect()
+        self.parts.layers.iter().map(native).collect()
     }
 
     /// Upstream's trace of this disk's layers as one of ours.
@@ -259,8 +280,8 @@ impl Disk {
     /// First sector and length of each run of sectors that some layer has data for, ascending and
     /// joined. All other sectors of the disk are zero.
     pub fn mapped(&self) -> impl Iterator<Item = (Sectors, Sectors)> + '_ {
-        let end = self.stack.virtual_size().sector();
-        let data = self.stack.extents().filter(|extent| extent.place != Place::Zero);
+        let end = self.parts.stack.virtual_size().sector();
+        let data = self.parts.stack.extents().filter(|extent| extent.place != Place::Zero);
         let mut inside = data
             .take_while(move |extent| extent.lba < end)
             .map(move |extent| (extent.lba, Sectors(extent.len.0.min(end.0 - extent.lba.0))))
@@ -369,13 +390,13 @@ impl Disk {
     ) -> Result<(), VolumeError> {
         let first = offset / SECTOR;
         let count = Sectors(end.div_ceil(SECTOR) - first);
-        for run in self.stack.look_up(Sectors(first), count) {
+        for run in self.parts.stack.look_up(Sectors(first), count) {
             // A run is in whole sectors, a request in bytes.
             let start = run.lba.bytes().0.max(offset);
             let skip = start - run.lba.bytes().0;
             let len = ((run.lba + run.len).bytes().0.min(end) - start) as usize;
             let layer = usize::from(run.layer);
-            let (blob, sector) = match (run.place, &self.layers[layer]) {
+            let (blob, sector) = match (run.place, &self.parts.layers[layer]) {
                 (Place::Zero, _) => {
                     push_zero(&mut request.pieces, len);
                     continue;
@@ -470,7 +491,7 @@ fn push_zero(pieces: &mut Vec<Piece>, len: usize) {
 
 impl Volume for Disk {
     fn size(&self) -> u64 {
-        self.stack.virtual_size().0
+        self.parts.stack.virtual_size().0
     }
 
     fn locate(

@@ -311,14 +311,14 @@ impl Tier {
         options: &TierOptions,
         lock: Option<File>,
     ) -> Result<Self, TierError> {
-        let io =
-            |what| move |source| TierError::Io { what, dir: options.dir.clone(), source };
+        let io = |what| move |source| TierError::Io { what, dir: options.dir.clone(), source };
         let (sender, receiver) = channel();
         let shared = Arc::new(Shared::new(kind, store, options.clone(), sender));
         opening::read_directory(&shared).map_err(io("read"))?;
         let own = shared.clone();
         let name = format!("tier-{}", kind.name());
-        let writer = std::thread::Builder::new().name(name).spawn(move || writer::run(own, receiver));
+        let writer =
+            std::thread::Builder::new().name(name).spawn(move || writer::run(own, receiver));
         let writer = Mutex::new(Some(writer.map_err(io("start the writer of"))?));
         Ok(Self { shared, writer, _lock: lock })
     }
@@ -364,9 +364,9 @@ impl Tier {
     #[must_use]
     pub fn file(&self, source: &dyn ChunkSource) -> Option<Stored> {
         let id = source.id();
-        let has_digest = id.split(['#', ':']).any(|part| {
-            part.len() == 64 && part.bytes().all(|byte| byte.is_ascii_hexdigit())
-        });
+        let has_digest = id
+            .split(['#', ':'])
+            .any(|part| part.len() == 64 && part.bytes().all(|byte| byte.is_ascii_hexdigit()));
         let len = match self.shared.kind {
             Kind::Encoded => source.blob().len(),
             Kind::Decoded => source.decoded_len(),
@@ -458,12 +458,7 @@ impl Stored {
     /// Reads a chunk into `buf`, as long as it is. `verify` says whether it is right, or that nothing but
     /// the tier's own checksum does. False when it is not there or not right; it is forgotten then.
     #[must_use]
-    pub fn read(
-        &self,
-        chunk: u32,
-        buf: &mut [u8],
-        verify: &dyn Fn(&[u8]) -> Option<bool>,
-    ) -> bool {
+    pub fn read(&self, chunk: u32, buf: &mut [u8], verify: &dyn Fn(&[u8]) -> Option<bool>) -> bool {
         self.shared.read(self.file, chunk, buf, verify)
     }
 
@@ -478,7 +473,8 @@ impl Stored {
         if payload.bytes().is_empty() || self.has(chunk) {
             return true;
         }
-        let offer = Offer { file: self.file, chunk, at: place(start, chunk), payload: Arc::new(payload) };
+        let offer =
+            Offer { file: self.file, chunk, at: place(start, chunk), payload: Arc::new(payload) };
         self.shared.offer(offer)
     }
 

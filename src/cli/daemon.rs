@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use serde_json::Value;
 
 use super::attach::UPPER;
+use super::live::LiveImages;
 use super::registry::Clients;
 use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
@@ -73,6 +74,8 @@ pub(super) struct HostImages {
     config: Arc<ServiceConfig>,
     /// Connections, tokens and what is known of registries, shared by all devices.
     clients: Clients,
+    /// What devices have open.
+    live: LiveImages,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
 }
@@ -81,7 +84,13 @@ impl HostImages {
     pub(super) fn new(config: Arc<ServiceConfig>) -> Self {
         let TracesConfig { enable, dir } = config.turbobd.traces.clone();
         let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
-        Self { cache: OnceLock::new(), clients: Clients::new(config.clone()), config, traces }
+        Self {
+            cache: OnceLock::new(),
+            clients: Clients::new(config.clone()),
+            live: LiveImages::default(),
+            config,
+            traces,
+        }
     }
 }
 
@@ -159,7 +168,8 @@ impl ImageOpener for HostImages {
         let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
-        let opened = args.open_for_device(&self.clients, cache.clone()).map_err(Box::new)?;
+        let opened =
+            args.open_for_device(&self.clients, cache.clone(), &self.live).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
         let recorders = opened.disk.recorders().clone();
         if let Some(replayed) = self.traces.begin(&recorders, &cache, opened.trace.as_ref()) {
@@ -192,6 +202,7 @@ impl ImageOpener for HostImages {
         }
         let Some(cache) = self.cache.get() else { return };
         page.put(names::CACHE, &cache.stats(), &[]);
+        page.put(names::RESIDENT, cache.residents(), &[]);
         page.put(names::FETCH, &**cache.fetched(), &[]);
         let tiers = cache.tiers();
         for tier in [&tiers.encoded, &tiers.decoded].into_iter().flatten() {

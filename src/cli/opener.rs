@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::live::{Found, LiveImages};
 use super::registry::Clients;
 use super::{Failure, registry, sentence};
 use crate::cache::Cache;
@@ -86,8 +87,18 @@ impl Args {
 
     /// Opens it over `cache`.
     pub(super) fn open(&self, clients: &Clients, cache: Arc<Cache>) -> Result<Opened, Failure> {
+        self.open_beside(clients, cache, &LiveImages::default())
+    }
+
+    /// The same for one device of several: what another has open already is shared.
+    fn open_beside(
+        &self,
+        clients: &Clients,
+        cache: Arc<Cache>,
+        live: &LiveImages,
+    ) -> Result<Opened, Failure> {
         match (&self.image, &self.config) {
-            (Some(image), _) => self.open_image(image, clients, cache),
+            (Some(image), _) => self.open_image(image, clients, cache, live),
             (None, Some(path)) => {
                 let targets = ConfigTargets { clients, registry: &self.registry };
                 let opened = config::open_all(path, cache, &targets).map_err(Failure::because)?;
@@ -111,8 +122,9 @@ impl Args {
         &self,
         clients: &Clients,
         cache: Arc<Cache>,
+        live: &LiveImages,
     ) -> Result<Opened, Failure> {
-        let opened = self.open(clients, cache);
+        let opened = self.open_beside(clients, cache, live);
         if let Some(path) = &self.config {
             let reason = opened.as_ref().err().map(|error| sentence(error));
             config::tell_result(path, reason.as_deref().map_or(Ok(()), Err));
@@ -125,16 +137,18 @@ impl Args {
         image: &str,
         clients: &Clients,
         cache: Arc<Cache>,
+        live: &LiveImages,
     ) -> Result<Opened, Failure> {
         let client = clients.of(&self.registry)?;
         let image: ImageName = image.parse().map_err(Failure::usage)?;
         let (store, selector) = store::open(&image, &client).map_err(Failure::because)?;
         let chosen = choose_manifest(&*store, &selector).map_err(Failure::because)?;
         if is_plain(&chosen.manifest) {
-            return self.open_plain(store, &selector, &chosen, clients, cache);
+            return self.open_plain(store, &selector, &chosen, clients, cache, live);
         }
         let HostManifest { stored, manifest, .. } = chosen;
-        open_converted(&*store.clone(), store, &stored, &manifest, &client, cache)
+        let own = store.clone();
+        self.open_converted((&*own, &stored, &manifest), store, &client, cache, live)
     }
 
     /// Opens a plain image through its meta image, which is built if there is none.
@@ -145,6 +159,7 @@ impl Args {
         chosen: &HostManifest,
         clients: &Clients,
         cache: Arc<Cache>,
+        live: &LiveImages,
     ) -> Result<Opened, Failure> {
         let client = clients.of(&self.registry)?;
         let local = self.meta_dir.clone();
@@ -164,29 +179,40 @@ impl Args {
             manifest: &chosen.manifest,
         };
         let meta = images.of(&plain, &Silent).map_err(Failure::because)?;
-        open_converted(&*meta.store, store, &meta.stored, &meta.manifest, &client, cache)
+        let converted = (&*meta.store, &meta.stored, &meta.manifest);
+        self.open_converted(converted, store, &client, cache, live)
     }
-}
 
-/// Opens a converted image of `store`, whose original layers are in `originals` unless it says otherwise.
-fn open_converted(
-    store: &dyn ImageStore,
-    originals: Arc<dyn ImageStore>,
-    stored: &StoredManifest,
-    manifest: &Manifest,
-    client: &Client,
-    cache: Arc<Cache>,
-) -> Result<Opened, Failure> {
-    let targets = match manifest.annotations.get(annotations::ORIGIN) {
-        None => originals,
-        Some(origin) => {
-            let origin: RepositoryName = origin.parse().map_err(Failure::because)?;
-            store::open_repository(&origin, client).map_err(Failure::because)?
+    /// Opens a converted image (its store, its manifest, the same parsed) whose original layers are in
+    /// `originals` unless it says otherwise.
+    fn open_converted(
+        &self,
+        (store, stored, manifest): (&dyn ImageStore, &StoredManifest, &Manifest),
+        originals: Arc<dyn ImageStore>,
+        client: &Client,
+        cache: Arc<Cache>,
+        live: &LiveImages,
+    ) -> Result<Opened, Failure> {
+        let targets = match manifest.annotations.get(annotations::ORIGIN) {
+            None => originals,
+            Some(origin) => {
+                let origin: RepositoryName = origin.parse().map_err(Failure::because)?;
+                store::open_repository(&origin, client).map_err(Failure::because)?
+            }
+        };
+        let digest = Some(stored.digest);
+        // Reached in the same way, too: a device must not depend on another's credentials.
+        let flags = serde_json::to_string(&self.registry).map_err(Failure::because)?;
+        let name = format!("{} {} {} {flags}", stored.digest, store.name(), targets.name());
+        if let Some(Found { parts, layers, trace }) = live.find(&name) {
+            let disk = Disk::of(parts, cache);
+            return Ok(Opened { disk, layers, digest, targets: Some(targets), trace });
         }
-    };
-    let OpenedImage { layers, disk, trace } =
-        open_image(store, &*targets, manifest, cache).map_err(Failure::because)?;
-    Ok(Opened { disk, layers, digest: Some(stored.digest), targets: Some(targets), trace })
+        let OpenedImage { layers, disk, trace } =
+            open_image(store, &*targets, manifest, cache).map_err(Failure::because)?;
+        live.note(name, &disk, &layers, trace.as_ref());
+        Ok(Opened { disk, layers, digest, targets: Some(targets), trace })
+    }
 }
 
 /// What a device config names and this host must fetch: with the credentials of this host.

@@ -129,6 +129,7 @@ impl Table {
             .opener
             .open(request)
             .map_err(|source| DaemonError::Open { image: request.image.clone(), source })?;
+        super::trim::trim_heap();
         let size = volume.size();
         let dir = self.run_dir.join(format!("fuse-{}-{id}", std::process::id()));
         let opened = start.elapsed();

@@ -364,7 +364,7 @@ pub fn open_all(
         // Before 256 blobs are opened for nothing.
         return Err(invalid("lowers", "an image has at most 255 layers"));
     }
-    let place = Place { file: &file, folder, blobs: &config.repo_blob_url, targets };
+    let place = Place { file: &file, folder, blobs: &config.repo_blob_url, targets, cache: &cache };
     let open = |(number, lower)| place.open_lower(number, lower);
     let layers = config.lowers.iter().enumerate().map(open).collect::<Result<_, _>>()?;
     let disk = Disk::new(layers, cache)?;
@@ -458,6 +458,7 @@ struct Place<'a> {
     folder: &'a Path,
     blobs: &'a str,
     targets: &'a dyn TargetOpener,
+    cache: &'a Cache,
 }
 
 /// A file or a blob, and what a cache knows it as.
@@ -480,7 +481,9 @@ impl Place<'_> {
                 data: LayerData::Native { chunks: payload.chunks(&id) },
             });
         }
+        // Devices of one file have its metadata once.
         let meta: SharedBytes = Arc::new(payload.read_resident()?);
+        let meta = self.cache.residents().share(&id, meta);
         let index = Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
         let target = self.open_target(number, lower)?;
         Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })

@@ -84,7 +84,7 @@ impl Disk {
         }
         let first = range.start / SECTOR;
         let count = Sectors(end.div_ceil(SECTOR) - first);
-        for run in self.stack.look_up(Sectors(first), count) {
+        for run in self.parts.stack.look_up(Sectors(first), count) {
             if parts.len() >= most {
                 break;
             }
@@ -93,7 +93,7 @@ impl Disk {
             let len = (run.lba + run.len).bytes().0.min(end) - start;
             let layer = usize::from(run.layer);
             let part = |what, layer| Placed { offset: start, len, what, layer, chunk: None };
-            match (run.place, &self.layers[layer]) {
+            match (run.place, &self.parts.layers[layer]) {
                 (Place::Zero, _) => parts.push(part(What::Hole, None)),
                 (Place::Own(_), Opened::Turbo { .. }) => {
                     parts.push(part(What::Metadata, Some(layer)));

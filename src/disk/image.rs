@@ -260,8 +260,12 @@ pub fn open_layers<'l>(
             digest: descriptor.digest,
             source: Box::new(error),
         };
-        let (layer, info) =
+        let (mut layer, info) =
             open_layer(store, targets, descriptor, &mut filesystem).map_err(in_layer)?;
+        if let LayerData::Turbo { meta, .. } = &mut layer.data {
+            // Images with a layer in common have its metadata once.
+            *meta = cache.residents().share(&descriptor.digest.to_string(), meta.clone());
+        }
         layers.push(layer);
         infos.push(info);
     }

@@ -174,7 +174,8 @@ impl Queue {
 
     pub(super) fn join(&self) {
         let thread = self.lock().thread.take();
-        if let Some(thread) = thread.filter(|one| one.thread().id() != std::thread::current().id()) {
+        if let Some(thread) = thread.filter(|one| one.thread().id() != std::thread::current().id())
+        {
             let _ = thread.join();
         }
     }
@@ -218,7 +219,8 @@ fn run(shared: &Arc<Shared>) {
         let task = turn.task.clone();
         let whole = fill(shared, &task);
         turn.round += 1;
-        if whole || task.stopped.load(Ordering::Acquire) || turn.round >= task.options.tries.max(1) {
+        if whole || task.stopped.load(Ordering::Acquire) || turn.round >= task.options.tries.max(1)
+        {
             task.ended.store(true, Ordering::Release);
             continue;
         }
@@ -392,7 +394,8 @@ impl Round<'_> {
     /// Waits until `bytes` more are allowed.
     fn keep_to_rate(&mut self, bytes: u64) -> Result<(), Stop> {
         let Some(rate) = self.task.options.rate.filter(|rate| *rate > 0) else { return Ok(()) };
-        self.due = self.due.max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
+        self.due =
+            self.due.max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
         // A request's worth at a time: single chunks would each be a request.
         if self.due.saturating_duration_since(Instant::now()) < Duration::from_millis(50) {
             return Ok(());

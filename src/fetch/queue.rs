@@ -174,12 +174,17 @@ impl Queue {
                 return Some(key);
             }
         }
-        while !limit.demand_only && let Some(key) = self.ahead.pop_front() {
+        while !limit.demand_only
+            && let Some(key) = self.ahead.pop_front()
+        {
             if self.wanted.contains_key(&key) {
                 return Some(key);
             }
         }
-        while !limit.demand_only && limit.fill > 0 && let Some(key) = self.fill.pop_front() {
+        while !limit.demand_only
+            && limit.fill > 0
+            && let Some(key) = self.fill.pop_front()
+        {
             // What has become demand meanwhile has its place there.
             if self.wanted.get(&key).is_some_and(|wanted| wanted.class == Class::Fill) {
                 return Some(key);
@@ -233,7 +238,8 @@ mod tests {
     }
 
     const MIB: u64 = 1 << 20;
-    const ALONE: Limit = Limit { most: 4 * MIB, least: MIB, free: 1, demand_only: false, fill: 4 * MIB };
+    const ALONE: Limit =
+        Limit { most: 4 * MIB, least: MIB, free: 1, demand_only: false, fill: 4 * MIB };
 
     fn take(queue: &mut Queue, limit: Limit) -> Option<Range<u32>> {
         queue.take(limit).map(|taken| taken.chunks)

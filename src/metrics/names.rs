@@ -5,7 +5,7 @@
 
 use super::upstream::Upstream;
 use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
-use crate::cache::CacheStats;
+use crate::cache::{CacheStats, Residents};
 use crate::daemon::DeviceReading;
 use crate::fetch::FetchCounters;
 use crate::registry::Host;
@@ -222,6 +222,12 @@ pub const HOST: &[Metric<Host>] = &[
         |host| u64::from(host.is_healthy()).into(),
     ),
 ];
+/// What images have in memory beside the cache.
+pub const RESIDENT: &[Metric<Residents>] = &[gauge(
+    "turbobd_meta_bytes",
+    "Filesystem metadata in memory, beside the cache; what images share counts once",
+    |residents| residents.bytes().into(),
+)];
 
 /// Fetching and decoding.
 pub const FETCH: &[Metric<FetchCounters>] = &[
@@ -419,6 +425,7 @@ pub fn all() -> Vec<Description> {
     describe(&mut all, PROCESS, &[]);
     describe(&mut all, DEVICE, DEVICE_LABELS);
     describe(&mut all, CACHE, &[]);
+    describe(&mut all, RESIDENT, &[]);
     describe(&mut all, FETCH, &[]);
     describe(&mut all, HOST, &["host"]);
     describe(&mut all, TIER, &["tier"]);
@@ -507,6 +514,7 @@ mod tests {
         check(DEVICE);
         check(CACHE);
         check(HOST);
+        check(RESIDENT);
         check(FETCH);
         check(TIER);
         check(EXPORTER);

@@ -229,7 +229,9 @@ impl Shared {
         if self.full.swap(full, Ordering::Relaxed) != full {
             let (kind, dir) = (self.kind.name(), self.options.dir.display());
             if full {
-                tracing::warn!("The disk of the {kind} cache in {dir} is full: it takes no more for now");
+                tracing::warn!(
+                    "The disk of the {kind} cache in {dir} is full: it takes no more for now"
+                );
             } else {
                 tracing::info!("The disk of the {kind} cache in {dir} has space again");
             }

@@ -69,7 +69,8 @@ fn get(counter: &AtomicU64) -> u64 {
 fn what_was_offered_is_there_after_a_restart_and_is_shared_by_identity() {
     let store = MemoryStore::new(1 << 30);
     let first = tier(Arc::new(store.clone()), 1 << 30, 0);
-    let (one, same, other) = (first.file(&blob(1, 64)), first.file(&blob(1, 64)), first.file(&blob(2, 64)));
+    let (one, same, other) =
+        (first.file(&blob(1, 64)), first.file(&blob(1, 64)), first.file(&blob(2, 64)));
     let (one, same, other) = (one.unwrap(), same.unwrap(), other.unwrap());
     for chunk in 0..40 {
         assert!(offer(&one, 1, chunk));
@@ -424,7 +425,9 @@ fn a_file_that_is_removed_or_cut_off_under_load_costs_only_a_fetch() {
         tier.flush();
         match round {
             10 => std::fs::remove_file(data()).unwrap(),
-            20 => std::fs::OpenOptions::new().write(true).open(data()).unwrap().set_len(5000).unwrap(),
+            20 => {
+                std::fs::OpenOptions::new().write(true).open(data()).unwrap().set_len(5000).unwrap()
+            }
             30 => std::fs::remove_file(data().with_extension("map")).unwrap(),
             40 => {
                 let file = std::fs::OpenOptions::new().write(true).open(data()).unwrap();

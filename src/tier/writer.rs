@@ -122,7 +122,8 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => batch.end = true,
             }
-            let (flushes, prune, end) = (std::mem::take(&mut batch.flushes), batch.prune.take(), batch.end);
+            let (flushes, prune, end) =
+                (std::mem::take(&mut batch.flushes), batch.prune.take(), batch.end);
             let idle = batch.offers.is_empty() && batch.gone.is_empty();
             let to = prune.as_ref().map(|(to, _)| *to);
             self.process(batch, to).await;
@@ -264,7 +265,9 @@ impl Writer {
             match data {
                 Ok(data) => {
                     for gone in &gone {
-                        if let Err(error) = data.punch(gone.extent.at, in_pages(gone.extent.len.into())) {
+                        if let Err(error) =
+                            data.punch(gone.extent.at, in_pages(gone.extent.len.into()))
+                        {
                             self.failed("free a part of", &name, &error);
                         }
                     }
@@ -336,16 +339,17 @@ impl Writer {
 
     /// The data file of `number`, made with its map if need be; none when that fails.
     async fn data(&mut self, number: u32) -> Option<Arc<dyn StoredFile>> {
-        let (name, data, records, end) = self
-            .with_file(number, |file| {
-                (file.data_name(), file.data.clone(), file.records, file.end)
-            })?;
+        let (name, data, records, end) = self.with_file(number, |file| {
+            (file.data_name(), file.data.clone(), file.records, file.end)
+        })?;
         if let Some(records) = records {
             match self.usable(number, data, &name, records, end) {
                 Ok(Some(data)) => return Some(data),
                 Ok(None) => {
                     count(&self.shared.counters.resets, 1);
-                    tracing::warn!("The cache file {name} was removed or cut off, and is begun anew");
+                    tracing::warn!(
+                        "The cache file {name} was removed or cut off, and is begun anew"
+                    );
                     self.shared.lock().reset(number);
                 }
                 Err(error) => {
@@ -423,9 +427,8 @@ impl Writer {
         let mut written = join(writes.collect()).await.into_iter();
         for (number, data, offers) in &mut files {
             let name = self.with_file(*number, FileState::data_name).unwrap_or_default();
-            let (good, bad): (Vec<_>, Vec<_>) = std::mem::take(offers)
-                .into_iter()
-                .partition(|_| match written.next() {
+            let (good, bad): (Vec<_>, Vec<_>) =
+                std::mem::take(offers).into_iter().partition(|_| match written.next() {
                     Some(Err(error)) => {
                         self.failed("write to", &name, &error);
                         false
@@ -492,8 +495,11 @@ impl Writer {
     /// Writes a map anew that is mostly of the past.
     async fn compact(&mut self, number: u32) {
         let known = self.with_file(number, |file| {
-            let present: Vec<_> =
-                file.slots.iter().map(|(chunk, slot)| Record::Present(*chunk, slot.extent)).collect();
+            let present: Vec<_> = file
+                .slots
+                .iter()
+                .map(|(chunk, slot)| Record::Present(*chunk, slot.extent))
+                .collect();
             let header = file.subject.header(file.seed);
             (file.map_name(), header, file.seed, present, file.records.unwrap_or(0))
         });
