@@ -28,6 +28,7 @@ mod leases;
 pub mod scan;
 pub mod upper;
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
@@ -36,7 +37,7 @@ use thiserror::Error;
 use crate::cache::{Batch, Cache, Lookup};
 use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
 use crate::fetch::Blob;
-use crate::lsmt::{self, LayerKind, LsmtError, Mapping, Place, Stack};
+use crate::lsmt::{self, LayerKind, LsmtError, Mapping, Place, Stack, Uuid};
 use crate::source::{SharedBytes, SourceError};
 use crate::trace::{self, Recorders, Trace};
 use crate::units::{SECTOR, Sectors};
@@ -81,6 +82,28 @@ pub enum DiskError {
         /// Its name.
         name: String,
         /// What is missing.
+        rule: String,
+    },
+    /// A mapping lies past the end of the disk.
+    #[error("Layer {layer} ({name}) maps {mapping}, but the disk ends at byte {size}")]
+    PastDisk {
+        /// The layer, 0 lowest.
+        layer: usize,
+        /// Its name.
+        name: String,
+        /// The mapping.
+        mapping: Mapping,
+        /// The largest size that any layer gives the disk, in bytes.
+        size: u64,
+    },
+    /// The layers do not lie on each other in the order in which they were made.
+    #[error("Layer {layer} ({name}) does not belong where it is: {rule}")]
+    Chain {
+        /// The layer, 0 lowest.
+        layer: usize,
+        /// Its name.
+        name: String,
+        /// What its identity says, and what is below it.
         rule: String,
     },
     /// The device configuration breaks a rule.
@@ -200,6 +223,8 @@ impl Disk {
         for (number, layer) in layers.iter().enumerate() {
             check_layer(number, layer)?;
         }
+        check_chain(&layers)?;
+        check_size(&layers)?;
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
         let layers: Vec<Opened> =
             layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
@@ -533,6 +558,65 @@ impl Volume for Disk {
             }
         }
     }
+}
+
+/// Refuses layers that were made on others than those they lie on. A layer may have no identity, and those
+/// of TurboOCI never have one; but what does have one says which layer it was made on (spec lsmt 3). Upstream
+/// can check that and does not when it opens an image: a layer that is missing shows as damaged files.
+fn check_chain(layers: &[DiskLayer]) -> Result<(), DiskError> {
+    let identity = |layer: &DiskLayer| match layer.index.kind() {
+        LayerKind::Plain => {
+            let trailer = layer.index.trailer();
+            (trailer.uuid, trailer.parent)
+        }
+        LayerKind::Warp => (Uuid::NULL, Uuid::NULL),
+    };
+    let mut seen: HashMap<Uuid, usize> = HashMap::new();
+    let mut below = None;
+    for (number, layer) in layers.iter().enumerate() {
+        let (uuid, parent) = identity(layer);
+        let misplaced = |rule: String| DiskError::Chain {
+            layer: number,
+            name: layer.index.name().to_owned(),
+            rule,
+        };
+        if uuid != Uuid::NULL
+            && let Some(other) = seen.insert(uuid, number)
+        {
+            return Err(misplaced(format!(
+                "its UUID {uuid} is that of layer {other} too, and no layer lies on itself"
+            )));
+        }
+        match below {
+            None if parent != Uuid::NULL => {
+                return Err(misplaced(format!("it was made on {parent}, and nothing is below it")));
+            }
+            Some(below) if parent != Uuid::NULL && below != Uuid::NULL && parent != below => {
+                return Err(misplaced(format!("it was made on {parent}, and lies on {below}")));
+            }
+            _ => below = Some(uuid),
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a mapping past the end of the disk. A disk may have been made smaller by a layer: what those
+/// below it have behind its end is only never seen.
+fn check_size(layers: &[DiskLayer]) -> Result<(), DiskError> {
+    let size = layers.iter().map(|layer| layer.index.virtual_size().0).max().unwrap_or(0);
+    for (number, layer) in layers.iter().enumerate() {
+        // Entries are in order: the last ends last.
+        let last = layer.index.mappings().last();
+        if let Some(mapping) = last.filter(|mapping| size > 0 && mapping.end().0 > size / SECTOR) {
+            return Err(DiskError::PastDisk {
+                layer: number,
+                name: layer.index.name().to_owned(),
+                mapping: *mapping,
+                size,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a layer that points to what is not there.
