@@ -372,7 +372,7 @@ fn remote(device: &Device, registry: &Double) -> (Value, String) {
 fn blobs_that_are_not_here_come_from_the_registry_that_the_configuration_names() {
     let (device, registry) = (Device::new(), Double::start());
     let (config, expected) = remote(&device, &registry);
-    registry.set_access(Access::Anonymous);
+    registry.set_access(Access::Open);
     device.config(&config);
     assert_eq!(device.export(), expected);
     assert!(registry.count("/blobs/") > 0);
@@ -394,7 +394,7 @@ fn blobs_that_are_not_here_come_from_the_registry_that_the_configuration_names()
 fn credentials_for_a_device_configuration_are_those_of_this_host() {
     let (device, registry) = (Device::new(), Double::start());
     let (config, expected) = remote(&device, &registry);
-    registry.set_access(Access::Basic { user: "u".into(), password: "p".into() });
+    registry.set_access(Access::Basic("u:p".into()));
     device.config(&config);
     let path = device.path();
     let path = path.to_str().unwrap();

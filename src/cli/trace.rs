@@ -66,7 +66,7 @@ struct ShowArgs {
 /// Records or shows.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     match &args.what {
-        What::Record(args) => record(&*args, service),
+        What::Record(args) => record(args, service),
         What::Show(args) => show(args),
     }
 }

@@ -170,7 +170,8 @@ fn tar_header(name: &str, kind: u8, mode: &str, size: &str) -> Vec<u8> {
 /// Form A of the tar around a layer: a pax header has the size (spec zfile 8).
 pub fn wrap_pax(file: &[u8]) -> Vec<u8> {
     let record = |len: usize| format!("{len} size={}\n", file.len());
-    let record = (1..).map(record).find(|r| r.len() == r[..r.find(' ').unwrap()].parse().unwrap());
+    let record =
+        (1..).map(record).find(|r| r.len() == r[..r.find(' ').unwrap()].parse::<usize>().unwrap());
     let record = record.unwrap();
     let mut tar = tar_header("overlaybd.pax", b'x', "", &format!("{:>11o} ", record.len()));
     tar.extend(record.as_bytes());
