@@ -110,7 +110,7 @@ fn check_layer<B: Blobs + ?Sized>(
     report.hold("annotation.blob-size", note("blob-size") == blob.len().to_string(), || {
         note("blob-size").into()
     });
-    let turbo = note("turbo-oci/target-digest") != "";
+    let turbo = !note("turbo-oci/target-digest").is_empty();
     let version = if turbo { "0.1.0-turbo.ociv1" } else { "0.1.0" };
     report.hold("annotation.version", note("version") == version, || note("version").into());
     if !turbo {

@@ -227,7 +227,10 @@ fn lsmt_rules(seen: &mut Seen, fs_meta: &[u8]) {
             }),
             ("lsmt.entry-has-a-length", &word(own, a(own) & LBA)),
             ("lsmt.entries-are-ordered", &word(entries[1], a(entries[0]))),
-            ("lsmt.entry-lies-on-the-disk", &word(entries[entries.len() - 1], LBA - 100 | 1 << 50)),
+            (
+                "lsmt.entry-lies-on-the-disk",
+                &word(entries[entries.len() - 1], (LBA - 100) | (1 << 50)),
+            ),
             ("lsmt.warp-tags-are-0-and-1", &flip(remote as i64 + 15, 3)),
             ("lsmt.remote-entry-is-not-zeroed", &flip(remote as i64 + 14, 0x80)),
             ("lsmt.entry-points-into-the-payload", &word(own + 8, 7)),
