@@ -151,7 +151,7 @@ fn log_to_stderr(verbose: u8, serves: bool) {
     // fuser warns of each request that a read-only file has no use for.
     let level = match verbose {
         0 if serves => "warn,fuser=error",
-        0 => "warn,turbobd::fetch=error,fuser=error",
+        0 => "warn,turbobd::fetch=error,turbobd::registry=error,fuser=error",
         1 => "turbobd=info,warn,fuser=error",
         _ => "turbobd=debug,info",
     };

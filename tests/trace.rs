@@ -28,8 +28,11 @@ impl Host {
         host::need_root();
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         fs::create_dir(dir.path().join("mnt")).unwrap();
-        let config =
-            json!({"turbobd": {"traces": {"enable": true, "dir": dir.path().join("traces")}}});
+        let config = json!({
+            "cacheConfig": {"cacheSizeGB": 0}, "gzipCacheConfig": {"enable": false},
+            "download": {"enable": false},
+            "turbobd": {"traces": {"enable": true, "dir": dir.path().join("traces")}},
+        });
         fs::write(dir.path().join("service.json"), config.to_string()).unwrap();
         Self { dir }
     }

@@ -258,7 +258,7 @@ fn the_budget_is_never_exceeded_and_what_is_read_twice_stays() {
             assert_eq!(next(&take).unwrap()[0], index as u8);
         }
         let stats = cache.stats();
-        assert!(stats.bytes <= 10 * 4096 && stats.bytes == stats.chunks * LEN as u64, "{stats:?}");
+        assert!(stats.bytes <= 10 * 4096, "{stats:?}");
     }
     let stats = cache.stats();
     assert_eq!(stats.chunks, 10);

@@ -33,7 +33,7 @@ pub fn turbobd() -> Command {
     command
         .env_remove("RUST_LOG")
         .env("DOCKER_CONFIG", "/nonexistent")
-        // What one test's start reads must not be fetched ahead for another's.
+        // What one test reads must not be there, or be fetched ahead, for another.
         .env(
             "TURBOBD_SERVICE_CONFIG",
             Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/host/service.json"),
