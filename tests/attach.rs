@@ -317,7 +317,6 @@ fn what_cannot_be_attached_leaves_no_device_no_mount_and_no_process() {
     mount(&turbo, file.to_str().unwrap(), &[file.to_str().unwrap(), "Not a directory"]);
     let mnt = host.mnt();
     let mnt = mnt.to_str().unwrap();
-    mount(&images.name("latest"), mnt, &["Layer 0", "turbobd convert"]);
     mount(&images.name("none"), mnt, &["no image \"none\""]);
     mount("127.0.0.1:1/no/registry:here", mnt, &["127.0.0.1:1"]);
     images.forge("forged", 0, |members| drop(members.remove(0)));
@@ -558,7 +557,10 @@ fn service_config(host: &Host, seconds: u64, on_error: &str, port: u16) -> Strin
     let path = host.dir.path().join("service.json");
     let text = serde_json::json!({
         "exporterConfig": { "enable": port > 0, "port": port.max(1), "uriPrefix": "/numbers" },
-        // What an earlier run read would be fetched ahead, and nobody would have to wait.
+        // What was read before, fetched ahead or kept on disk, nobody would have to wait for.
+        "cacheConfig": { "cacheSizeGB": 0 },
+        "gzipCacheConfig": { "enable": false },
+        "download": { "enable": false },
         "turbobd": {
             "readDeadlineSeconds": seconds, "onError": on_error, "traces": { "enable": false },
         },

@@ -343,7 +343,12 @@ fn referrers(state: &State, repository: &str, digest: &str) -> Answer {
     });
     let manifests: Vec<_> = found
         .map(|((_, name), stored)| {
-            serde_json::json!({"mediaType": stored.media_type, "digest": name, "size": stored.bytes.len()})
+            let manifest: serde_json::Value = serde_json::from_slice(&stored.bytes).unwrap_or_default();
+            serde_json::json!({
+                "mediaType": stored.media_type, "digest": name, "size": stored.bytes.len(),
+                // Distribution specification, "Listing Referrers": taken from the manifest.
+                "artifactType": manifest["artifactType"],
+            })
         })
         .collect();
     let media_type = "application/vnd.oci.image.index.v1+json";
