@@ -14,7 +14,7 @@ use super::presence::{Extent, HEADER, RECORD, Record};
 use super::state::{FileState, Shared};
 use super::store::{Payload, StoredFile};
 use super::uring::join;
-use super::{count, in_pages};
+use super::{PAGE, count, in_pages};
 
 /// Bytes in a batch at most, 8 MiB: two syncs for it are then a small part of its time.
 const BATCH: u64 = 8 << 20;
@@ -24,6 +24,12 @@ const LINGER: Duration = Duration::from_millis(20);
 const IDLE: Duration = Duration::from_millis(500);
 /// Records of a map from which on it may be written anew, when most of them are of the past.
 const MANY_RECORDS: u64 = 1024;
+
+/// Part of the capacity that is not planned for: a file of many holes takes blocks of its filesystem's own, one
+/// for some 170 pieces in ext4, which are known only when they are there.
+const RESERVE: u64 = 32;
+/// Rounds after which a disk that frees nothing is left alone until the next batch.
+const SETTLING: usize = 4;
 
 /// What the thread is told.
 pub(super) enum Command {
@@ -59,6 +65,10 @@ pub(super) struct Gone {
     pub(super) file: u32,
     pub(super) chunk: u32,
     pub(super) extent: Extent,
+}
+
+fn in_whole_pages(bytes: u64) -> u64 {
+    bytes / PAGE * PAGE
 }
 
 /// Body of the thread.
@@ -153,7 +163,24 @@ impl Writer {
         if !offers.is_empty() {
             self.store(offers).await;
         }
+        self.settle().await;
         self.shared.unqueue(bytes);
+    }
+
+    /// What was written or freed took other pages than planned: holes that the disk refused, blocks in which
+    /// it notes where the others are. More is given up then, before anything else is taken.
+    async fn settle(&mut self) {
+        for _ in 0..SETTLING {
+            if self.shared.lock().used <= self.shared.options.capacity {
+                return;
+            }
+            let mut gone = Vec::new();
+            self.plan(Vec::new(), &mut gone, None);
+            if gone.is_empty() {
+                return;
+            }
+            self.free(&gone).await;
+        }
     }
 
     /// Which of the offers will be written, and adds what has to go for them. Their pages are counted from
@@ -195,7 +222,7 @@ impl Writer {
             });
         }
         shared.set_full(low || refused);
-        let limit = to.unwrap_or(capacity).min(capacity);
+        let limit = to.unwrap_or(capacity).min(capacity - in_whole_pages(capacity / RESERVE));
         loop {
             let mut records = BTreeMap::<u32, u64>::new();
             let numbers = gone.iter().map(|gone| gone.file);

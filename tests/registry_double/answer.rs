@@ -343,7 +343,8 @@ fn referrers(state: &State, repository: &str, digest: &str) -> Answer {
     });
     let manifests: Vec<_> = found
         .map(|((_, name), stored)| {
-            let manifest: serde_json::Value = serde_json::from_slice(&stored.bytes).unwrap_or_default();
+            let manifest: serde_json::Value =
+                serde_json::from_slice(&stored.bytes).unwrap_or_default();
             serde_json::json!({
                 "mediaType": stored.media_type, "digest": name, "size": stored.bytes.len(),
                 // Distribution specification, "Listing Referrers": taken from the manifest.
