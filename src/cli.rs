@@ -5,6 +5,7 @@
 
 mod attach;
 mod bars;
+mod cache;
 mod check;
 mod commit;
 mod convert;
@@ -83,6 +84,8 @@ enum Command {
     Check(check::Args),
     /// Say what this host can do, and the remedy for what it cannot.
     Doctor(doctor::Args),
+    /// Show, verify or prune what is kept on disk.
+    Cache(cache::Args),
     /// Serve the devices of this host.
     Daemon(daemon::Args),
     /// Record what a start reads, or show what was recorded.
@@ -133,6 +136,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => ("inspect", inspect::run(&args, &cli.service)),
         Command::Check(args) => ("check", check::run(&args, &cli.service)),
         Command::Doctor(args) => ("doctor", doctor::run(&args)),
+        Command::Cache(args) => ("cache", cache::run(&args, &cli.service)),
         Command::Daemon(args) => ("daemon", daemon::run(&args, &cli.service)),
         Command::Trace(args) => ("trace", trace::run(&args, &cli.service)),
     };

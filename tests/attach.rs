@@ -726,3 +726,83 @@ fn explain_tells_where_a_file_and_a_byte_of_the_disk_come_from() {
     assert_eq!(behind.code, Some(2), "{}", behind.stderr);
     host.refused(&["explain", "/dev/nosuch"], &["/dev/nosuch", "turbobd ls"]);
 }
+
+/// What a device read, or what was filled in the background, is on disk: the next daemon needs no registry for
+/// it; damage is found by who looks for it; and it can all be given up.
+#[test]
+fn what_is_kept_on_disk_outlives_the_daemon_and_is_verified_and_pruned() {
+    let (host, images) = (Host::new(), Images::converted());
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    let name = format!("{}/team/app:turbo", registry.host());
+    let target = images.layer("latest", 0);
+    let (kept, service) = (host.dir.path().join("kept"), host.dir.path().join("service.json"));
+    let config = serde_json::json!({
+        "cacheConfig": { "cacheSizeGB": 0 },
+        "gzipCacheConfig": { "enable": true, "cacheDir": kept, "cacheSizeGB": 1 },
+        "turbobd": { "traces": { "enable": false }, "freeSpaceFloorGB": 0 },
+    });
+    fs::write(&service, config.to_string()).unwrap();
+    let service = service.to_str().unwrap().to_owned();
+    let mnt = host.mnt();
+    let attach = || {
+        let args = ["attach", &name, "--frontend", "loop", "--service-config", &service, "--mount"];
+        let line = host.done(&[&args[..], &[mnt.to_str().unwrap()]].concat());
+        host.note(line.split_once(' ').unwrap().0);
+        line.split_once(' ').unwrap().0.to_owned()
+    };
+    let detach = |device: &str| {
+        host.done(&["detach", device]);
+        host.wait_for_end();
+    };
+    let device = attach();
+    // Nobody reads; the whole layer comes in the background.
+    let begun = Instant::now();
+    let filled = || {
+        let page = host.done(&["ls", "--metrics"]);
+        sample(&page, "turbobd_tier_writes_total", &[]).unwrap_or_default()
+    };
+    while filled() < 5.0 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{}", host.done(&["ls", "--metrics"]));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let busy = host.refused(&["cache", "--service-config", &service], &["Another process", "ls"]);
+    assert!(busy.contains(kept.to_str().unwrap()), "{busy}");
+    assert_eq!(fs::read(mnt.join("big")).unwrap(), prose(1, 5 << 20));
+    detach(&device);
+
+    let usage = || -> Value {
+        let told = host.done(&["cache", "--json", "--service-config", &service]);
+        serde_json::from_str::<Value>(&told).unwrap()[0].clone()
+    };
+    assert_eq!(usage()["kind"], "decoded");
+    let chunks = usage()["chunks"].as_u64().unwrap();
+    assert!(chunks >= 5 && usage()["bytes"].as_u64().unwrap() > 5 << 20, "{}", usage());
+    registry.fault(&target, Fault::Status(503), 1_000_000);
+    let before = registry.traffic(&target.parse().unwrap());
+    let device = attach();
+    assert_eq!(fs::read(mnt.join("big")).unwrap(), prose(1, 5 << 20));
+    assert_eq!(registry.traffic(&target.parse().unwrap()), before);
+    detach(&device);
+
+    // A byte flips in the largest file.
+    let files = fs::read_dir(&kept).unwrap().map(|entry| entry.unwrap().path());
+    let data = files.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let file = File::options().read(true).write(true).open(data).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 1 << 20).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 1 << 20).unwrap();
+    let verify = ["cache", "verify", "--service-config", &service];
+    let ended = end(&mut host.turbobd(&verify));
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains("1 chunks were damaged"), "{}", ended.stderr);
+    assert_eq!(usage()["chunks"], chunks - 1);
+    host.done(&verify);
+    registry.clear_faults();
+    let device = attach();
+    assert_eq!(fs::read(mnt.join("big")).unwrap(), prose(1, 5 << 20));
+    detach(&device);
+    host.done(&["cache", "prune", "--service-config", &service]);
+    assert_eq!((&usage()["chunks"], &usage()["bytes"]), (&0.into(), &0.into()));
+    host.assert_clean(0);
+}
