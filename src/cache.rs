@@ -14,10 +14,11 @@
 //! A blob is [opened](Cache::open) before its chunks are asked for, and whoever opens a blob of the same
 //! identity shares it: two images with a common layer have it once.
 //!
-//! Contents: `arena` the memory, `shard` one lock's worth of chunks, `resident` what images have in memory
-//! beside the cache.
+//! Contents: `arena` the memory, `shard` one lock's worth of chunks, `queues` which of them goes
+//! first, `resident` what images have in memory beside the cache.
 
 mod arena;
+mod queues;
 mod resident;
 mod shard;
 
@@ -25,7 +26,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
@@ -36,6 +37,7 @@ use crate::fetch::{
 use crate::source::Class;
 use crate::tier::Tiers;
 use arena::Arena;
+use queues::{Clock, Queues};
 pub use resident::Residents;
 use shard::{Found, Shard};
 
@@ -231,7 +233,7 @@ impl Batch<'_> {
     ) -> Lookup {
         let chunks = &self.cache.chunks;
         let key = blob.key(index);
-        let found = chunks.shard(key).look_up(blob, index, waiter);
+        let found = chunks.shard(key).look_up(blob, index, &chunks.clock, waiter);
         match found {
             Found::Held(bytes) => {
                 chunks.hits.fetch_add(1, Ordering::Relaxed);
@@ -316,8 +318,9 @@ struct Chunks {
     arena: Arc<Arena>,
     budget: u64,
     held: AtomicU64,
-    /// Shard where the next eviction begins to look.
-    hand: AtomicUsize,
+    /// The order in which they go.
+    queues: Mutex<Queues>,
+    clock: Clock,
     hits: AtomicU64,
     misses: AtomicU64,
     loads: AtomicU64,
@@ -335,7 +338,8 @@ impl Chunks {
             arena: Arena::new(budget),
             budget,
             held: AtomicU64::new(0),
-            hand: AtomicUsize::new(0),
+            queues: Mutex::default(),
+            clock: Clock::default(),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
             loads: AtomicU64::new(0),
@@ -354,16 +358,17 @@ impl Chunks {
         self.lock(self.hasher.hash_one(key) as usize % SHARDS)
     }
 
-    /// Gives up one chunk, and says how many bytes it took; none if there is none to give up. Never
-    /// holds two locks. A second round over the shards finds as unused what the first has passed; so a
-    /// chunk in use does not fall because it is alone in its shard.
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives up one chunk, and says how many bytes it took; none if there is none to give up. Nobody who has
+    /// a shard's lock takes the queues'.
     fn evict_one(&self) -> Option<u64> {
-        let first = self.hand.fetch_add(1, Ordering::Relaxed);
-        let mut shards = (0..2 * SHARDS).map(|number| first.wrapping_add(number) % SHARDS);
-        let bytes = shards.find_map(|number| self.lock(number).evict())?;
-        self.held.fetch_sub(bytes.held(), Ordering::Relaxed);
+        let bytes = self.queues().evict(self.budget, &mut |key, _| self.shard(key).evict(key))?;
+        self.held.fetch_sub(bytes, Ordering::Relaxed);
         self.evictions.fetch_add(1, Ordering::Relaxed);
-        Some(bytes.held())
+        Some(bytes)
     }
 }
 
@@ -410,7 +415,9 @@ impl Delivery for Chunks {
         if let Some(bytes) = kept {
             self.held.fetch_add(bytes.held(), Ordering::Relaxed);
         }
-        let waiters = self.shard(key).end_load(key, kept.cloned());
+        // Into the queues first: what is in a shard alone could never be given up.
+        let main = kept.is_some_and(|bytes| self.queues().insert(key, bytes.held(), &self.clock));
+        let waiters = self.shard(key).end_load(key, kept.cloned(), self.clock.now(), main);
         for waiter in waiters {
             let result = result.clone();
             if catch_unwind(AssertUnwindSafe(|| waiter(result))).is_err() {

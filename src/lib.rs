@@ -56,6 +56,7 @@ pub mod disk;
 pub mod doctor;
 pub mod ext4;
 pub mod fetch;
+mod flock;
 pub mod gzip;
 pub mod looped;
 pub mod lsmt;

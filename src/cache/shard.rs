@@ -1,10 +1,11 @@
-//! One lock's worth of chunks, and the ring in which the CLOCK hand goes round.
+//! One lock's worth of chunks, with their marks of use.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ChunkWaiter;
+use super::queues::{Clock, MOST_USES, Verdict};
 use crate::chunk::ChunkBytes;
 use crate::fetch::{Blob, Key};
 
@@ -16,8 +17,32 @@ struct Slot {
 }
 
 enum State {
-    Held { bytes: Arc<ChunkBytes>, used: bool },
+    Held(Held),
     Loading { waiters: Vec<ChunkWaiter>, ahead: bool },
+}
+
+/// A chunk that is here.
+struct Held {
+    bytes: Arc<ChunkBytes>,
+    /// When it came.
+    came: u64,
+    /// Uses since its last turn in the queue.
+    uses: u8,
+    /// In which queue it is.
+    main: bool,
+    /// Nobody has asked for it yet: it was fetched for soon.
+    ahead: bool,
+}
+
+impl Held {
+    fn touched(&mut self, clock: &Clock) {
+        // What was fetched ahead came for the burst that begins now.
+        if std::mem::take(&mut self.ahead) {
+            self.came = clock.now();
+        } else if self.main || clock.is_over(self.came) {
+            self.uses = (self.uses + 1).min(MOST_USES);
+        }
+    }
 }
 
 /// Answer to [`Shard::look_up`].
@@ -37,14 +62,13 @@ pub(super) enum Found {
 #[derive(Default)]
 pub(super) struct Shard {
     slots: HashMap<Key, Slot>,
-    /// Keys of the held chunks; the hand is at the front.
-    ring: VecDeque<Key>,
+    held: usize,
 }
 
 impl Shard {
     /// Number of chunks held.
     pub(super) fn len(&self) -> usize {
-        self.ring.len()
+        self.held
     }
 
     /// Finds a chunk, or registers who waits for it.
@@ -52,12 +76,13 @@ impl Shard {
         &mut self,
         blob: &Blob,
         index: u32,
+        clock: &Clock,
         waiter: &mut dyn FnMut() -> ChunkWaiter,
     ) -> Found {
         match self.slots.get_mut(&blob.key(index)).map(|slot| &mut slot.state) {
-            Some(State::Held { bytes, used }) => {
-                *used = true;
-                Found::Held(bytes.clone())
+            Some(State::Held(held)) => {
+                held.touched(clock);
+                Found::Held(held.bytes.clone())
             }
             Some(State::Loading { waiters, ahead }) => {
                 waiters.push(waiter());
@@ -86,13 +111,13 @@ impl Shard {
 
     /// Whether a chunk is here.
     pub(super) fn holds(&self, key: Key) -> bool {
-        self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Held { .. }))
+        self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Held(_)))
     }
 
     /// A chunk that is here, without any trace that it was asked for.
     pub(super) fn peek(&self, key: Key) -> Option<Arc<ChunkBytes>> {
         match self.slots.get(&key).map(|slot| &slot.state) {
-            Some(State::Held { bytes, .. }) => Some(bytes.clone()),
+            Some(State::Held(held)) => Some(held.bytes.clone()),
             _ => None,
         }
     }
@@ -115,47 +140,52 @@ impl Shard {
         )
     }
 
-    /// Puts the loaded chunk, if any, in the place of those who waited for it, and returns them.
+    /// Puts the loaded chunk, if any, in the place of those who waited for it, and returns them. `came` and
+    /// `main`: when, and to which queue.
     pub(super) fn end_load(
         &mut self,
         key: Key,
         bytes: Option<Arc<ChunkBytes>>,
+        came: u64,
+        main: bool,
     ) -> Vec<ChunkWaiter> {
         let Some(slot) = self.slots.get_mut(&key) else { return Vec::new() };
+        let ahead = !matches!(&slot.state, State::Loading { waiters, .. } if !waiters.is_empty());
         let before = match bytes {
             Some(bytes) => {
-                self.ring.push_back(key);
+                self.held += 1;
                 slot.blob_held.fetch_add(bytes.held(), Ordering::Relaxed);
-                Some(std::mem::replace(&mut slot.state, State::Held { bytes, used: false }))
+                let held = Held { bytes, came, uses: 0, main, ahead };
+                Some(std::mem::replace(&mut slot.state, State::Held(held)))
             }
             None => self.slots.remove(&key).map(|slot| slot.state),
         };
         match before {
             Some(State::Loading { waiters, .. }) => waiters,
             // Only the loader that claimed the key ends the load.
-            Some(State::Held { .. }) | None => Vec::new(),
+            Some(State::Held(_)) | None => Vec::new(),
         }
     }
 
-    /// Takes out the first chunk from the hand on that was not used since the hand last passed it;
-    /// none if all were, which are then all taken for unused. A chunk that somebody reads is passed:
-    /// its memory would not come free.
-    pub(super) fn evict(&mut self) -> Option<Arc<ChunkBytes>> {
-        for _ in 0..self.ring.len() {
-            let key = self.ring.pop_front()?;
-            if let Some(Slot { state: State::Held { bytes, used }, .. }) = self.slots.get_mut(&key)
-                && (std::mem::take(used) || Arc::strong_count(bytes) > 1)
-            {
-                self.ring.push_back(key);
-                continue;
-            }
-            if let Some(Slot { state: State::Held { bytes, .. }, blob_held }) =
-                self.slots.remove(&key)
-            {
-                blob_held.fetch_sub(bytes.held(), Ordering::Relaxed);
-                return Some(bytes);
-            }
+    /// Gives a chunk up, unless it was used or is being read.
+    pub(super) fn evict(&mut self, key: Key) -> Verdict {
+        let (held, blob_held) = match self.slots.get_mut(&key) {
+            Some(Slot { state: State::Held(held), blob_held }) => (held, blob_held),
+            // It is in the queues a moment before it is here.
+            Some(_) => return Verdict::InUse,
+            None => return Verdict::Evicted,
+        };
+        if Arc::strong_count(&held.bytes) > 1 {
+            return Verdict::InUse;
         }
-        None
+        if held.uses > 0 || std::mem::take(&mut held.ahead) {
+            held.uses = if held.main { held.uses.saturating_sub(1) } else { 0 };
+            held.main = true;
+            return Verdict::Used;
+        }
+        blob_held.fetch_sub(held.bytes.held(), Ordering::Relaxed);
+        self.held -= 1;
+        self.slots.remove(&key);
+        Verdict::Evicted
     }
 }

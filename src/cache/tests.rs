@@ -410,12 +410,12 @@ fn what_was_fetched_ahead_is_there_when_it_is_asked_for() {
     while !(5..9).all(|index| cache.holds(&source, index)) {
         std::thread::yield_now();
     }
+    assert_eq!(source.held(), 4 * LEN as u64);
     let (give, take) = channel();
     for index in 5..9 {
         assert!(ask(&cache, &source, index, &give));
         assert_eq!(next(&take).unwrap()[0], index as u8);
     }
-    assert_eq!(source.held(), 4 * LEN as u64);
     assert_eq!((cache.stats().hits, cache.stats().misses), (4, 0));
 }
 

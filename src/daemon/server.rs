@@ -11,7 +11,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{FlockOperation, flock};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::UnshareFlags;
 
@@ -123,20 +122,11 @@ fn lock(run_dir: &Path) -> Result<File, DaemonError> {
     let path = run_dir.join("turbobd.lock");
     let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let file = open.map_err(step("open", &path))?;
-    // A daemon that just decided to end still has it for a moment.
-    let until = Instant::now() + Duration::from_secs(2);
-    loop {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file),
-            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(DaemonError::Running(run_dir.to_owned()));
-            }
-            Err(error) => return Err(step("lock", &path)(error.into())),
-        }
+    // A daemon that just decided to end still has it for a while.
+    if !crate::flock::exclusive(&file, Duration::from_secs(2)).map_err(step("lock", &path))? {
+        return Err(DaemonError::Running(run_dir.to_owned()));
     }
+    Ok(file)
 }
 
 /// Tells the waiting client, then lets go of its pipe.

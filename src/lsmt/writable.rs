@@ -25,7 +25,6 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
 use thiserror::Error;
 
 use super::extents::{Content, Extents};
@@ -232,7 +231,7 @@ impl WritableLayer {
             })
         };
         let (data, index) = (open(data)?, open(index)?);
-        if flock(&data.file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if !crate::flock::exclusive(&data.file, crate::flock::MOMENT).unwrap_or(false) {
             return Err(WritableError::Busy { path: data.path });
         }
         let header = data.header()?;

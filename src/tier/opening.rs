@@ -7,10 +7,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::FlockOperation;
-
 use super::presence::Map;
-use super::state::{FileState, Shared, file_name};
+use super::state::{FileState, Shared, file_name, map_bytes};
 use super::store::{DirStore, Store as _, StoredFile};
 use super::{Kind, TierError, count, in_pages};
 
@@ -24,13 +22,10 @@ pub(super) fn lock(kind: Kind, dir: &Path) -> Result<File, TierError> {
     let path = dir.join(format!("turbobd.{}.lock", kind.name()));
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
     let file = file.map_err(io("write to"))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            Err(TierError::InUse { kind: kind.name(), dir: dir.to_owned() })
-        }
-        Err(error) => Err(io("lock")(error.into())),
+    if !crate::flock::exclusive(&file, crate::flock::MOMENT).map_err(io("lock"))? {
+        return Err(TierError::InUse { kind: kind.name(), dir: dir.to_owned() });
     }
+    Ok(file)
 }
 
 /// A write to a filesystem on our own device would wait for a read that waits for the write.
@@ -133,7 +128,7 @@ fn read_file(shared: &Arc<Shared>, stem: &str) -> io::Result<bool> {
         free_gaps(&*data, end, &present)?;
     }
     state.records = Some(records);
-    state.extra = data.allocated()?.saturating_sub(pages);
+    state.extra = extra(&*data, pages)? + extra(&*file, map_bytes(records))?;
     let mut all = shared.lock();
     let number = all.add(state);
     all.used += pages;
@@ -143,6 +138,11 @@ fn read_file(shared: &Arc<Shared>, stem: &str) -> io::Result<bool> {
         all.publish(number, chunk, extent, true);
     }
     Ok(true)
+}
+
+/// What a file takes beyond its `bytes`: blocks in which its filesystem notes where the others are.
+pub(super) fn extra(file: &dyn StoredFile, bytes: u64) -> io::Result<u64> {
+    Ok(file.allocated()?.saturating_sub(bytes))
 }
 
 /// Frees what no chunk has: writes that a crash left without a record.

@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use super::presence::{Extent, HEADER, RECORD, Record};
-use super::state::{FileState, Shared};
+use super::state::{FileState, Shared, map_bytes};
 use super::store::{Payload, StoredFile};
 use super::uring::join;
 use super::{PAGE, count, in_pages};
@@ -310,13 +310,19 @@ impl Writer {
         self.shared.lock().files.get(&number).map(get)
     }
 
-    /// Sets right what the data file really takes.
+    /// Sets right what the two files really take.
     fn measure(&self, number: u32, data: &dyn StoredFile) {
-        let Ok(allocated) = data.allocated() else { return };
+        let Some((map, records)) = self.with_file(number, |file| (file.map_name(), file.records))
+        else {
+            return;
+        };
+        let map = records.map(|_| self.shared.store.open(&map).and_then(|map| map.allocated()));
+        let (Ok(data), Ok(map)) = (data.allocated(), map.unwrap_or(Ok(0))) else { return };
         let mut state = self.shared.lock();
         let Some(file) = state.files.get_mut(&number) else { return };
         let pages: u64 = file.slots.values().map(|slot| in_pages(slot.extent.len.into())).sum();
-        let extra = allocated.saturating_sub(pages);
+        let known = file.records.map_or(0, map_bytes);
+        let extra = data.saturating_sub(pages) + map.saturating_sub(known);
         let before = std::mem::replace(&mut file.extra, extra);
         state.used = state.used + extra - before;
     }
@@ -361,6 +367,9 @@ impl Writer {
         for number in std::mem::take(&mut self.dirty) {
             self.sync_map(number).await;
             self.compact(number).await;
+            if let Some(data) = self.with_file(number, |file| file.data.clone()).flatten() {
+                self.measure(number, &*data);
+            }
         }
     }
 
