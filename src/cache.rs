@@ -15,9 +15,10 @@
 //! identity shares it: two images with a common layer have it once.
 //!
 //! Contents: `arena` the memory, `shard` one lock's worth of chunks, `queues` which of them goes
-//! first, `resident` what images have in memory beside the cache.
+//! first, `backlog` what will be wanted, `resident` what images have in memory beside the cache.
 
 mod arena;
+mod backlog;
 mod queues;
 mod resident;
 mod shard;
@@ -37,6 +38,7 @@ use crate::fetch::{
 use crate::source::Class;
 use crate::tier::Tiers;
 use arena::Arena;
+use backlog::Backlog;
 use queues::{Clock, Queues};
 pub use resident::Residents;
 use shard::{Found, Shard};
@@ -104,6 +106,7 @@ pub struct Cache {
     budget: u64,
     /// Bytes that may be decoded ahead of a reader.
     ahead: u64,
+    backlog: Backlog,
     residents: Residents,
 }
 
@@ -128,8 +131,8 @@ impl Cache {
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
         let budget = options.budget;
         let residents = Residents::default();
-        let ahead = budget / AHEAD_SHARE;
-        Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents })
+        let (ahead, backlog) = (budget / AHEAD_SHARE, Backlog::default());
+        Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents, backlog })
     }
 
     /// The blob whose chunks `source` makes, or the one of the same identity that is open already.
@@ -217,9 +220,11 @@ impl Batch<'_> {
         index: u32,
         waiter: &mut dyn FnMut() -> ChunkWaiter,
     ) -> Lookup {
-        let ahead = blob.touched(index, self.cache.ahead);
+        let before = self.wanted.len();
         let lookup = self.look_up(blob, index, waiter);
-        if !ahead.is_empty() {
+        let claimed = self.wanted.len() > before;
+        if claimed || !blob.is_foreseen() {
+            let ahead = blob.touched(index, self.cache.ahead);
             self.prefetch(blob, ahead);
         }
         lookup
@@ -235,12 +240,18 @@ impl Batch<'_> {
         let key = blob.key(index);
         let found = chunks.shard(key).look_up(blob, index, &chunks.clock, waiter);
         match found {
-            Found::Held(bytes) => {
+            Found::Held { bytes, first } => {
+                if first {
+                    self.follow(bytes.held());
+                }
                 chunks.hits.fetch_add(1, Ordering::Relaxed);
                 return Lookup::Hit(bytes);
             }
             Found::Joined { ahead: false } => {}
-            Found::Joined { ahead: true } => self.cache.fetcher.urge(key),
+            Found::Joined { ahead: true } => {
+                self.cache.fetcher.urge(key);
+                self.follow(blob.source().room(index) as u64);
+            }
             Found::Claimed => self.want(blob, index, Class::Demand),
         }
         chunks.misses.fetch_add(1, Ordering::Relaxed);
@@ -253,6 +264,18 @@ impl Batch<'_> {
             if self.cache.chunks.shard(blob.key(index)).claim(blob, index) {
                 self.want(blob, index, Class::Prefetch);
             }
+        }
+    }
+
+    /// Has a chunk loaded when there is room for it: when what was asked for ahead before has been read.
+    pub fn prefetch_later(&mut self, blob: &Arc<Blob>, chunk: u32) {
+        self.cache.backlog.add(blob, chunk);
+    }
+
+    /// A chunk of so many bytes that was asked for ahead is read now.
+    fn follow(&mut self, bytes: u64) {
+        for (blob, chunk) in self.cache.backlog.read(bytes) {
+            self.prefetch(&blob, chunk..chunk + 1);
         }
     }
 

@@ -48,7 +48,12 @@ impl Held {
 /// Answer to [`Shard::look_up`].
 pub(super) enum Found {
     /// Here it is.
-    Held(Arc<ChunkBytes>),
+    Held {
+        /// The chunk.
+        bytes: Arc<ChunkBytes>,
+        /// Whether it was fetched ahead, and this is the first who asks for it.
+        first: bool,
+    },
     /// It is on its way; the waiter was added.
     Joined {
         /// Whether this is the first who waits for what was asked for ahead of time.
@@ -81,8 +86,9 @@ impl Shard {
     ) -> Found {
         match self.slots.get_mut(&blob.key(index)).map(|slot| &mut slot.state) {
             Some(State::Held(held)) => {
+                let first = held.ahead;
                 held.touched(clock);
-                Found::Held(held.bytes.clone())
+                Found::Held { bytes: held.bytes.clone(), first }
             }
             Some(State::Loading { waiters, ahead }) => {
                 waiters.push(waiter());

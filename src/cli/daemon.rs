@@ -174,10 +174,11 @@ impl ImageOpener for HostImages {
         let recorders = opened.disk.recorders().clone();
         if let Some(replayed) = self.traces.begin(&recorders, &cache, opened.trace.as_ref()) {
             tracing::info!(
-                "{}: {} chunks are fetched ahead by its trace, {} of its pieces left out",
+                "{}: {} chunks are fetched ahead by its trace, {} more follow; {} pieces are of other blobs",
                 request.image,
                 replayed.chunks,
-                replayed.left + replayed.foreign
+                replayed.later,
+                replayed.foreign
             );
         }
         let disk = Arc::new(opened.disk);

@@ -1,7 +1,7 @@
 //! A blob, with everything that is known of where its bytes are.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +30,8 @@ pub struct Blob {
     held: Arc<AtomicU64>,
     /// The chunk that was asked for last.
     last: AtomicU32,
+    /// Whether a trace says what will be read.
+    foreseen: AtomicBool,
     /// What of it is read in order.
     streams: Mutex<Streams>,
     /// What the line to it is like.
@@ -51,6 +53,7 @@ impl Blob {
             stored,
             held,
             last: AtomicU32::new(u32::MAX),
+            foreseen: AtomicBool::new(false),
             streams: Mutex::default(),
             depth: Mutex::default(),
             failures: Recent::default(),
@@ -100,6 +103,16 @@ impl Blob {
     /// Encoded bytes to keep on their way to it.
     pub(super) fn depth(&self) -> u64 {
         lock(&self.depth).bytes()
+    }
+
+    /// What will be read of it is known, and asked for already: nothing needs to be guessed, as long as what is
+    /// read is among it.
+    pub fn foresee(&self) {
+        self.foreseen.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_foreseen(&self) -> bool {
+        self.foreseen.load(Ordering::Relaxed)
     }
 
     /// Notes which chunk is asked for. Says which others will probably be next, if they are not all

@@ -144,7 +144,8 @@ impl Queue {
         let share = match class {
             // Nobody waits: the fewer requests, the better.
             Class::Fill => limit.fill,
-            _ => (whole / limit.free.max(1) as u64).max(limit.least).min(limit.most),
+            Class::Prefetch => limit.most,
+            Class::Demand => (whole / limit.free.max(1) as u64).max(limit.least).min(limit.most),
         };
         let (mut start, mut end) = (chunk, chunk + 1);
         let mut bytes = size(chunk);
