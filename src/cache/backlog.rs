@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::fetch::Blob;
 
-/// Bytes that are read before as much follows, 8 MiB: several chunks at once, so that neighbours among them come
+/// Bytes that are read before as much follows, 32 MiB: many chunks at once, so that neighbours among them come
 /// by one request.
-const STEP: u64 = 8 << 20;
+const STEP: u64 = 32 << 20;
 
 /// Chunks in the order in which they will be read.
 #[derive(Default)]

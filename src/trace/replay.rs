@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::format::Trace;
-use crate::cache::{Batch, Cache};
+use crate::cache::Cache;
 use crate::fetch::{Blob, Key};
 use crate::oci::Digest;
 
@@ -29,9 +29,9 @@ pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u
         blobs.iter().flatten().map(|blob| (super::blob_name(&**blob.source()), blob)).collect();
     let known: Vec<Option<&Arc<Blob>>> =
         trace.blobs.iter().map(|digest| named.get(digest).copied()).collect();
-    let mut batch = cache.batch();
     let mut done = Replayed::default();
-    let mut asked = HashSet::new();
+    let mut listed = HashSet::new();
+    let mut order = Vec::new();
     for touch in &trace.touches {
         let Some(Some(blob)) = known.get(touch.blob as usize) else {
             done.foreign += 1;
@@ -44,53 +44,50 @@ pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u
         {
             // A source that gives chunk after chunk, or nothing at all.
             at = (span.start + u64::from(span.len)).max(at + 1);
-            if !asked.insert(blob.key(span.index)) {
-                continue;
+            if listed.insert(blob.key(span.index)) {
+                order.push((*blob, span.index));
             }
-            let room = source.room(span.index) as u64;
-            if done.bytes + room > most {
-                done.later += 1;
-                batch.prefetch_later(blob, span.index);
-                continue;
-            }
-            done.bytes += room;
-            done.chunks += 1;
-            batch.prefetch(blob, span.index..span.index + 1);
-            blob.foresee();
         }
     }
-    bridge(&mut batch, &asked, blobs, &mut done, most);
-    done
-}
-
-/// Asks for single chunks between others too, so that one request brings both sides: a chunk of some 300 KB comes
-/// sooner than the answer to another request. No more than a fifth of what the trace lists.
-fn bridge(
-    batch: &mut Batch<'_>,
-    asked: &HashSet<Key>,
-    blobs: &[Option<Arc<Blob>>],
-    done: &mut Replayed,
-    most: u64,
-) {
-    let mut left = (done.chunks / BRIDGES, most - done.bytes);
-    for blob in blobs.iter().flatten() {
-        let is_asked = |chunk| asked.contains(&blob.key(chunk));
-        for chunk in 1..blob.source().chunk_count().saturating_sub(1) {
-            if is_asked(chunk) || !is_asked(chunk - 1) || !is_asked(chunk + 1) {
-                continue;
-            }
-            let room = blob.source().room(chunk) as u64;
-            if left.0 == 0 || left.1 < room {
-                return;
-            }
-            left = (left.0 - 1, left.1 - room);
+    let mut batch = cache.batch();
+    let mut full = false;
+    for (blob, chunk) in bridged(order, &listed) {
+        blob.foresee();
+        let room = blob.source().room(chunk) as u64;
+        full |= done.bytes + room > most;
+        if full {
+            done.later += 1;
+            batch.prefetch_later(blob, chunk);
+        } else {
+            done.bytes += room;
+            done.chunks += 1;
             batch.prefetch(blob, chunk..chunk + 1);
         }
     }
+    done
+}
+
+/// Adds single chunks between others, so that one request brings both sides: a chunk of some 300 KB comes
+/// sooner than the answer to another request. No more than one for [`BRIDGES`] that are listed.
+fn bridged<'b>(
+    order: Vec<(&'b Arc<Blob>, u32)>,
+    listed: &HashSet<Key>,
+) -> Vec<(&'b Arc<Blob>, u32)> {
+    let mut left = order.len() / BRIDGES;
+    let mut all = Vec::with_capacity(order.len() + left);
+    for (blob, chunk) in order {
+        all.push((blob, chunk));
+        let has = |chunk: u32| listed.contains(&blob.key(chunk));
+        if left > 0 && chunk < u32::MAX - 1 && !has(chunk + 1) && has(chunk + 2) {
+            all.push((blob, chunk + 1));
+            left -= 1;
+        }
+    }
+    all
 }
 
 /// One bridge for so many chunks at most.
-const BRIDGES: u64 = 5;
+const BRIDGES: usize = 5;
 
 #[cfg(test)]
 mod tests {
