@@ -15,6 +15,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
@@ -26,14 +27,16 @@ const PAGE: usize = 4096;
 
 /// Memory for chunks.
 pub(super) struct Arena {
-    /// Kept for its end; used through `base`.
-    _map: Option<MmapMut>,
+    /// Its bytes are used through `base`.
+    map: Option<MmapMut>,
     base: NonNull<u8>,
     pages: u32,
     free: Mutex<FreeRuns>,
+    /// Pages from here on were never given out.
+    fresh: AtomicU32,
 }
 
-// SAFETY: `base` points into `_map`, which is owned here and which nobody moves or unmaps before the
+// SAFETY: `base` points into `map`, which is owned here and which nobody moves or unmaps before the
 // end. Access to the bytes goes through `Run`s, which do not overlap.
 unsafe impl Send for Arena {}
 // SAFETY: as above; what is shared is behind the mutex.
@@ -60,11 +63,29 @@ impl Arena {
             let _ = map.advise(Advice::HugePage);
             base = NonNull::new(map.as_mut_ptr()).unwrap_or(base);
         }
-        Arc::new(Self { _map: map, base, pages, free: Mutex::new(FreeRuns::new(pages)) })
+        Arc::new(Self {
+            map,
+            base,
+            pages,
+            free: Mutex::new(FreeRuns::new(pages)),
+            fresh: AtomicU32::new(0),
+        })
     }
 
     fn free(&self) -> MutexGuard<'_, FreeRuns> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the kernel back pages that are given out for the first time all at once: a decoder would fault
+    /// on each of them otherwise, which costs more than decoding where faults are dear.
+    fn populate(&self, first: u32, pages: u32) {
+        let before = self.fresh.fetch_max(first + pages, Ordering::Relaxed);
+        let fresh = before.max(first)..first + pages;
+        if let (Some(map), false) = (&self.map, fresh.is_empty()) {
+            let (at, len) = (fresh.start as usize * PAGE, fresh.len() * PAGE);
+            // Since 5.14; where it is not known the decoder faults.
+            let _ = map.advise_range(Advice::PopulateWrite, at, len);
+        }
     }
 
     /// Whether `len` bytes would fit if nothing else were there.
@@ -76,6 +97,7 @@ impl Arena {
     pub(super) fn take(self: &Arc<Self>, len: usize) -> Option<Run> {
         let pages = u32::try_from(len.div_ceil(PAGE)).ok().filter(|pages| *pages > 0)?;
         let first = self.free().take(pages)?;
+        self.populate(first, pages);
         Some(Run { arena: self.clone(), first, pages, len })
     }
 }

@@ -42,10 +42,11 @@ impl RetryPolicy {
     pub const READ: Self = Self { max_tries: u32::MAX, ..Self::COMMAND };
 }
 
-/// `pause`, a quarter shorter to a quarter longer.
+/// `pause` or up to a half less, so that what failed together does not come back together. Never more: a
+/// policy's longest pause is a promise.
 fn by_chance(pause: Duration) -> Duration {
     let chance = RandomState::new().hash_one(()) >> 32;
-    pause.mul_f64(0.75 + chance as f64 / (1_u64 << 33) as f64)
+    pause.mul_f64(0.5 + chance as f64 / (1_u64 << 33) as f64)
 }
 
 /// Tries of a request whose answers break the rules. Such a server may be one bad node of many, but
@@ -218,6 +219,16 @@ mod tests {
             "{error}"
         );
         assert!(matches!(error.root(), RegistryError::Unreachable { .. }));
+    }
+
+    #[test]
+    fn no_pause_is_longer_than_the_policy_says_nor_shorter_than_half() {
+        for pause in [Duration::from_millis(50), Duration::ZERO, Duration::MAX / 2] {
+            for _ in 0..1000 {
+                let wait = by_chance(pause);
+                assert!(wait <= pause && wait >= pause / 2 - pause / 1000, "{pause:?}: {wait:?}");
+            }
+        }
     }
 
     #[test]
