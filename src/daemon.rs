@@ -194,12 +194,6 @@ pub enum DaemonError {
         #[source]
         source: crate::ublk::UblkError,
     },
-    /// The ublk front end cannot write.
-    #[error("Cannot serve {image} for writing through ublk: leave --frontend away, or name loop")]
-    ReadOnlyUblk {
-        /// The image.
-        image: String,
-    },
     /// The loop front end failed.
     #[error("Cannot serve {image} through FUSE and loop")]
     Looped {

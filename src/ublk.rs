@@ -33,10 +33,14 @@
 //!
 //! # Writes
 //!
-//! The disk is read-only, but the kernel's block layer only warns about a write that arrives anyway.
-//! With `UBLK_F_NEED_GET_DATA` a write is announced before its data are copied; it is let into a
-//! dummy buffer and refused. Without the flag it would be copied to the address of the tag's last
-//! commit: into the cache.
+//! With `UBLK_F_NEED_GET_DATA` a write is announced before its data are copied, and we say where to. A
+//! volume that can be written ([`WritableVolume`]) makes a device that can: a write gets a buffer of its own, is
+//! stored by a thread that may wait for the disk, and then committed (`writer`). The same threads flush, and
+//! make zeros of what is discarded.
+//!
+//! Any other disk is read-only, but the kernel's block layer only warns about a write that arrives anyway:
+//! it is let into a dummy buffer and refused. Without the flag it would be copied to the address of the
+//! tag's last commit: into the cache.
 //!
 //! # Contents
 //!
@@ -45,13 +49,16 @@
 //! * `device`     a device's shape and life
 //! * `shared`     a device on the threads of `mux`, set up by the commands of `control`
 //! * `threads`    a device on threads of its own, by libublk; `queue` is their body
+//! * `request`    what the driver asks for
 //! * `answer`     from a request to the address that is committed for it
+//! * `writer`     what a device that can be written has besides: buffers, and threads that store them
 //! * `mailbox`    from waiters to a driver thread
 //! * `counters`   what the queues did
 //!
 //! Only this module names the crate `libublk`, whose interface changes between releases.
 //!
 //! [`Volume::locate`]: crate::volume::Volume::locate
+//! [`WritableVolume`]: crate::volume::WritableVolume
 
 mod answer;
 mod control;
@@ -62,8 +69,10 @@ mod mailbox;
 mod mux;
 pub mod probe;
 mod queue;
+mod request;
 mod shared;
 mod threads;
+mod writer;
 
 pub use counters::{QueueCounters, QueueTotals};
 pub use device::{QueueDriver, UblkDevice, UblkOptions};

@@ -87,6 +87,16 @@ impl VolumeError {
         let Self::Chunk { source, .. } = self else { return false };
         matches!(&**source, ChunkError::Source(SourceError::Remote { lasting: false, .. }))
     }
+
+    /// The error number with which a block device answers: `ENOSPC` when the writable layer has no space, else
+    /// `EIO`.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Upper { source, .. } if source.is_full() => libc::ENOSPC,
+            _ => libc::EIO,
+        }
+    }
 }
 
 /// Called once, from any thread, when a pending range can be asked for again or has failed.
@@ -158,7 +168,8 @@ pub enum Located {
 /// A virtual disk that can be written. Writes and reads may come from any thread; those of the same bytes at
 /// the same time may see either.
 pub trait WritableVolume: Volume {
-    /// Writes whole sectors at byte `offset`. Read at once; durable after the next [`flush`](Self::flush).
+    /// Writes whole sectors at byte `offset`; may wait for the disk, as all changes may. Read at once; durable
+    /// after the next [`flush`](Self::flush).
     ///
     /// # Errors
     /// [`VolumeError`]; then the bytes are as before.

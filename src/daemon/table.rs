@@ -360,6 +360,8 @@ impl Entry {
                     direct: totals.reads.saturating_sub(totals.gathered),
                     gathered: totals.gathered,
                     pending: totals.pending,
+                    writes: totals.writes,
+                    flushes: totals.flushes,
                     errors: totals.errors,
                     ..QueueTotals::default()
                 }
@@ -457,11 +459,7 @@ fn serve(
 ) -> Result<(Served, Option<String>), DaemonError> {
     let image = || request.image.clone();
     let mut note = None;
-    let is_writable = volume.writable().is_some();
-    if is_writable && request.frontend == Frontend::Ublk {
-        return Err(DaemonError::ReadOnlyUblk { image: image() });
-    }
-    if request.frontend != Frontend::Loop && !is_writable {
+    if request.frontend != Frontend::Loop {
         match UblkDevice::start(volume.clone(), &UblkOptions::default()) {
             Ok(device) => return Ok((Served::Ublk(device), None)),
             Err(why @ (UblkError::Unavailable { .. } | UblkError::KnownBadKernel { .. }))

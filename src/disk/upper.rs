@@ -1,22 +1,28 @@
 //! A disk that can be written: a writable layer over one that cannot.
 //!
-//! What was written is read from the layer's data file, which the page cache holds; the rest comes from
-//! the disk below, as it would without the layer. Payload is never overwritten in place, so a read needs
-//! the layer's lock only to find where its bytes are.
+//! What was written is read from the layer's data file: at once if the page cache has it, else by a thread
+//! that may wait for the disk (`cold`). The rest comes from the disk below, as it would without the layer.
+//! Payload is never overwritten in place, so a read needs the layer's lock only to find where its bytes are, and
+//! nobody holds that lock over file I/O ([`SharedLayer`]).
+
+mod cold;
 
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
+use self::cold::ColdReads;
 use crate::lsmt::writable::{DATA_NAME, WrittenPlace};
 use crate::lsmt::writer::Identity;
-use crate::lsmt::{Uuid, WritableError, WritableLayer};
+use crate::lsmt::{SharedLayer, Uuid, WritableError, WritableLayer};
 use crate::units::{Bytes, SECTOR, Sectors};
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 
 /// A writable disk.
 pub struct UpperVolume {
     lower: Arc<dyn Volume>,
-    layer: RwLock<WritableLayer>,
+    // Before the layer: its threads read from it.
+    cold: ColdReads,
+    layer: Arc<SharedLayer>,
 }
 
 impl UpperVolume {
@@ -44,17 +50,18 @@ impl UpperVolume {
                 layer.cut()
             );
         }
-        Ok(Self { lower, layer: RwLock::new(layer) })
+        let layer = Arc::new(SharedLayer::new(layer));
+        let cold = ColdReads::start(&layer).map_err(|source| WritableError::Io {
+            what: "start a thread for",
+            path: dir.join(DATA_NAME),
+            source,
+        })?;
+        Ok(Self { lower, cold, layer })
     }
+}
 
-    fn change(
-        &self,
-        offset: u64,
-        what: impl FnOnce(&mut WritableLayer) -> Result<(), WritableError>,
-    ) -> Result<(), VolumeError> {
-        let mut layer = self.layer.write().unwrap_or_else(PoisonError::into_inner);
-        what(&mut layer).map_err(|source| VolumeError::Upper { offset, source: Arc::new(source) })
-    }
+fn failed(offset: u64) -> impl FnOnce(WritableError) -> VolumeError {
+    move |source| VolumeError::Upper { offset, source: Arc::new(source) }
 }
 
 /// Version 4, as upstream gives a new layer.
@@ -86,9 +93,8 @@ impl Volume for UpperVolume {
         }
         let first = offset / SECTOR;
         let count = end.div_ceil(SECTOR) - first;
-        let layer = self.layer.read().unwrap_or_else(PoisonError::into_inner);
         let mut pieces = Vec::new();
-        for run in layer.look_up(Sectors(first), Sectors(count)) {
+        for run in self.layer.look_up(Sectors(first), Sectors(count)) {
             // The request may begin and end within a sector.
             let start = (run.lba.0 * SECTOR).max(offset);
             let stop = ((run.lba.0 + run.len.0) * SECTOR).min(end);
@@ -96,14 +102,11 @@ impl Volume for UpperVolume {
             match run.place {
                 WrittenPlace::Zero => pieces.push(Piece::Zero(len)),
                 WrittenPlace::Data(at) => {
-                    let mut sectors = vec![0; (run.len.0 * SECTOR) as usize];
-                    layer.read_data(at, &mut sectors).map_err(|source| VolumeError::Upper {
-                        offset: start,
-                        source: Arc::new(source),
-                    })?;
+                    let Some(sectors) = self.cold.read(at, run.len, start, waiter)? else {
+                        return Ok(Located::Pending);
+                    };
                     let from = (start - run.lba.0 * SECTOR) as usize;
-                    let guard = Arc::new(sectors);
-                    pieces.push(Piece::Memory { guard, range: from..from + len });
+                    pieces.push(Piece::Memory { guard: sectors, range: from..from + len });
                 }
                 WrittenPlace::Below => match self.lower.locate(start, len, waiter)? {
                     Located::Ready(below) => pieces.extend(below),
@@ -122,15 +125,15 @@ impl Volume for UpperVolume {
 
 impl WritableVolume for UpperVolume {
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), VolumeError> {
-        self.change(offset, |layer| layer.write(offset, bytes))
+        self.layer.write(offset, bytes).map_err(failed(offset))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
-        self.change(offset, |layer| layer.discard(offset, len))
+        self.layer.discard(offset, len).map_err(failed(offset))
     }
 
     fn flush(&self) -> Result<(), VolumeError> {
-        self.change(0, WritableLayer::flush)
+        self.layer.flush().map_err(failed(0))
     }
 }
 

@@ -183,7 +183,7 @@ impl Shared {
                 "A write of the disk failed"
             );
             self.counters.errors.fetch_add(1, Ordering::Relaxed);
-            Errno::EIO
+            Errno::from_i32(error.errno())
         })
     }
 }

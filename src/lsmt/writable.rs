@@ -17,16 +17,40 @@
 //! which is what a disk with a write cache promises. A torn tail of the index (a partial record, a record
 //! of zeros, one that points past the data) is cut off when the layer is opened again.
 //!
+//! A write is done only when the index file has room for its record (`room`), so what was
+//! acknowledged can still be flushed when the filesystem is full.
+//!
 //! Space of overwritten data is not reclaimed: [`commit`](WritableLayer::commit) copies only what counts.
 //! Upstream opens both files as they are, at any moment after a flush.
+//!
+//! # Steps
+//!
+//! Each change is three steps, and only the middle one does file I/O: a *place* in the data file is taken,
+//! the bytes are written there, the record is noted. A flush is the same: a *batch* of records is taken,
+//! written and made durable, and counted. [`WritableLayer`] does the steps in a row for one thread;
+//! [`SharedLayer`] does them for many and holds its lock for none of the I/O.
+//!
+//! Contents: `place` a change on its way, `room` space for records, `batch` a flush on its way, [`shared`] a
+//! layer for many threads.
+
+mod batch;
+mod place;
+mod room;
+pub mod shared;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use thiserror::Error;
 
+pub use shared::SharedLayer;
+
+use self::batch::{Batch, Failure};
+use self::place::Place;
+use self::room::Room;
 use super::extents::{Content, Extents};
 use super::layer::{FLAG_DATA, FLAG_HEADER, Record, Uuid};
 use super::mapping::{ENTRY, LBA_LIMIT, MAX_LEN, MOFFSET_LIMIT, Mapping};
@@ -43,7 +67,7 @@ pub const INDEX_NAME: &str = "writable_index";
 const MAX_RECORDS: u64 = 128_000_000;
 
 /// Records held back at most: 1 MiB of index.
-const HELD_BACK: usize = 1 << 16;
+const HELD_BACK: u64 = 1 << 16;
 
 /// Bytes copied at a time by a commit, and the grain of its search for zeros.
 const COPY: usize = 1 << 20;
@@ -104,6 +128,20 @@ pub enum WritableError {
     Commit(#[from] LsmtError),
 }
 
+impl WritableError {
+    /// Whether there is no space: on the filesystem, in somebody's share of it, or in the format.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => {
+                matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+            }
+            Self::Full => true,
+            _ => false,
+        }
+    }
+}
+
 /// A file and its name, for messages.
 struct Named {
     file: File,
@@ -154,16 +192,21 @@ pub enum WrittenPlace {
 
 /// An append-only layer.
 pub struct WritableLayer {
-    data: Named,
-    index: Named,
+    data: Arc<Named>,
+    index: Arc<Named>,
+    room: Arc<Room>,
     header: Record,
     extents: Extents,
     /// Sector of the data file where the next payload goes.
     position: u64,
     /// Records in the index file.
     records: u64,
+    /// Records of the batch that is being flushed.
+    leaving: u64,
     /// Records that are not in the index file yet.
     pending: Vec<Mapping>,
+    /// Records of changes whose place was taken and that were not noted yet.
+    promised: u64,
     /// Bytes that were cut off a torn tail when it was opened.
     cut: u64,
     /// A flush has failed.
@@ -244,14 +287,18 @@ impl WritableLayer {
         if log.flags & (FLAG_HEADER | FLAG_DATA) != FLAG_HEADER || log.index_offset != RECORD {
             return Err(index.invalid("its header is not that of an index log at byte 4096"));
         }
+        let (data, index) = (Arc::new(data), Arc::new(index));
         let mut layer = Self {
+            room: Arc::new(Room::new(index.clone())),
             data,
             index,
             header,
             extents: Extents::default(),
             position: FIRST_SECTOR.0,
             records: 0,
+            leaving: 0,
             pending: Vec::new(),
+            promised: 0,
             cut: 0,
             broken: false,
         };
@@ -359,14 +406,9 @@ impl WritableLayer {
     /// # Errors
     /// [`WritableError`]; then nothing has changed.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
-        let (lba, count) = self.check(offset, bytes.len() as u64)?;
-        if self.position + count > MOFFSET_LIMIT {
-            return Err(WritableError::Full);
-        }
-        let at = self.position;
-        self.data.file.write_all_at(bytes, at * SECTOR).map_err(self.data.error("write"))?;
-        self.position += count;
-        self.log(lba.0, count, Content::At(at))
+        let place = self.take_place(offset, bytes.len() as u64)?;
+        let written = place.write(bytes);
+        self.settle(&place, written)
     }
 
     /// Makes whole sectors zero, whatever lies below. Durable after the next flush.
@@ -374,64 +416,126 @@ impl WritableLayer {
     /// # Errors
     /// [`WritableError`].
     pub fn discard(&mut self, offset: u64, len: u64) -> Result<(), WritableError> {
-        let (lba, count) = self.check(offset, len)?;
-        self.log(lba.0, count, Content::Zero)
+        let place = self.take_zeros(offset, len)?;
+        let made = place.make_room();
+        self.settle(&place, made)
     }
 
-    /// Notes a run, as records that are written at the next flush.
-    fn log(&mut self, lba: u64, count: u64, content: Content) -> Result<(), WritableError> {
-        if self.broken {
-            return Err(WritableError::Broken { path: self.data.path.clone() });
+    fn settle(
+        &mut self,
+        place: &Place,
+        written: Result<(), WritableError>,
+    ) -> Result<(), WritableError> {
+        if let Err(error) = written {
+            self.give_back(place);
+            return Err(error);
         }
-        if self.records + self.pending.len() as u64 + count.div_ceil(MAX_LEN) > MAX_RECORDS {
+        if self.note_place(place) { self.flush() } else { Ok(()) }
+    }
+
+    /// Takes the next place in the data file for `len` bytes of the disk from byte `offset` on.
+    fn take_place(&mut self, offset: u64, len: u64) -> Result<Place, WritableError> {
+        let (lba, count) = self.check(offset, len)?;
+        if self.position + count > MOFFSET_LIMIT {
             return Err(WritableError::Full);
         }
-        self.extents.insert(lba, count, content);
-        let mut done = 0;
-        while done < count {
-            let len = (count - done).min(MAX_LEN);
-            let (zeroed, moffset) = match content {
-                // Upstream refuses one that points outside the payload once the layer is sealed.
-                Content::Zero => (true, self.position),
-                Content::At(at) => (false, at + done),
-            };
-            let lba = Sectors(lba + done);
-            let mapping =
-                Mapping { lba, len: len as u16, zeroed, tag: 0, moffset: Sectors(moffset) };
-            self.pending.push(mapping);
-            done += len;
+        let place = self.promise(lba.0, count, Content::At(self.position))?;
+        self.position += count;
+        Ok(place)
+    }
+
+    /// The same for zeros, which need no place but a record.
+    fn take_zeros(&mut self, offset: u64, len: u64) -> Result<Place, WritableError> {
+        let (lba, count) = self.check(offset, len)?;
+        self.promise(lba.0, count, Content::Zero)
+    }
+
+    fn promise(&mut self, lba: u64, count: u64, content: Content) -> Result<Place, WritableError> {
+        if self.broken {
+            return Err(self.is_broken());
         }
-        if self.pending.len() >= HELD_BACK { self.flush() } else { Ok(()) }
+        let records = count.div_ceil(MAX_LEN);
+        let all = self.records + self.leaving + self.pending.len() as u64 + self.promised + records;
+        if all > MAX_RECORDS {
+            return Err(WritableError::Full);
+        }
+        self.promised += records;
+        let (data, room) = (self.data.clone(), self.room.clone());
+        let index_end = RECORD + all * ENTRY;
+        Ok(Place { data, room, index_end, lba, count, records, content })
+    }
+
+    /// A change that failed: as if it had never been asked for, except that its place is lost if another was
+    /// taken meanwhile.
+    fn give_back(&mut self, place: &Place) {
+        self.promised -= place.records;
+        if let Content::At(at) = place.content
+            && at + place.count == self.position
+        {
+            self.position = at;
+        }
+    }
+
+    /// Notes a change whose bytes are in their place. `true`: so many records are held back that it is time
+    /// to flush.
+    fn note_place(&mut self, place: &Place) -> bool {
+        self.promised -= place.records;
+        self.extents.insert(place.lba, place.count, place.content);
+        // Upstream refuses zeros that point outside the payload once the layer is sealed.
+        self.pending.extend(place.mappings(self.position));
+        self.pending.len() as u64 >= HELD_BACK
+    }
+
+    fn is_broken(&self) -> WritableError {
+        WritableError::Broken { path: self.data.path.clone() }
     }
 
     /// Makes everything written so far durable.
     ///
     /// # Errors
-    /// [`WritableError::Io`], and [`WritableError::Broken`] on every later call: what was flushed before is
-    /// safe, and of what was not nothing can be known until the layer is opened again.
+    /// [`WritableError::Io`]; if what failed was to make bytes durable, [`WritableError::Broken`] on every later
+    /// call: what was flushed before is safe, and of what was not nothing can be known until the layer is opened
+    /// again. A flush that failed otherwise, as for want of space, can be repeated.
     pub fn flush(&mut self) -> Result<(), WritableError> {
-        if self.broken {
-            return Err(WritableError::Broken { path: self.data.path.clone() });
-        }
-        if self.pending.is_empty() {
-            return Ok(());
-        }
-        let flushed = self.write_pending();
-        self.broken = flushed.is_err();
-        flushed
+        let Some(batch) = self.take_batch()? else { return Ok(()) };
+        let written = batch.write();
+        self.end_batch(batch, written)
     }
 
-    fn write_pending(&mut self) -> Result<(), WritableError> {
-        self.data.file.sync_data().map_err(self.data.error("flush"))?;
-        let bytes: Vec<u8> = self.pending.iter().flat_map(Mapping::encode).collect();
-        self.index
-            .file
-            .write_all_at(&bytes, RECORD + self.records * ENTRY)
-            .map_err(self.index.error("write"))?;
-        self.index.file.sync_data().map_err(self.index.error("flush"))?;
-        self.records += self.pending.len() as u64;
-        self.pending.clear();
-        Ok(())
+    /// Takes the records that are held back; none if there are none. One batch at a time.
+    fn take_batch(&mut self) -> Result<Option<Batch>, WritableError> {
+        if self.broken {
+            return Err(self.is_broken());
+        }
+        if self.pending.is_empty() {
+            return Ok(None);
+        }
+        let records = std::mem::take(&mut self.pending);
+        self.leaving = records.len() as u64;
+        let (data, index) = (self.data.clone(), self.index.clone());
+        Ok(Some(Batch { data, index, first: self.records, records }))
+    }
+
+    /// Notes how a batch ended.
+    fn end_batch(
+        &mut self,
+        mut batch: Batch,
+        written: Result<(), Failure>,
+    ) -> Result<(), WritableError> {
+        self.leaving = 0;
+        match written {
+            Ok(()) => {
+                self.records += batch.records.len() as u64;
+                Ok(())
+            }
+            Err(failure) => {
+                // In the order in which they were noted.
+                batch.records.append(&mut self.pending);
+                self.pending = batch.records;
+                self.broken |= failure.is_lasting();
+                Err(failure.into())
+            }
+        }
     }
 
     /// The runs that make up `count` sectors from `lba` on, without a gap.

@@ -87,7 +87,25 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
     counter("turbobd_device_waits_total", "Times a read had to wait for its bytes", |device| {
         device.front.pending.into()
     }),
-    counter("turbobd_device_errors_total", "Reads answered with an error", |device| {
+    counter("turbobd_device_writes_total", "Write requests that were stored", |device| {
+        device.front.writes.into()
+    }),
+    counter(
+        "turbobd_device_written_bytes_total",
+        "Bytes of those, as far as ublk served them",
+        |device| device.front.written.into(),
+    ),
+    counter(
+        "turbobd_device_zeroed_total",
+        "Discards and requests for zeros that were done; over FUSE they count as writes",
+        |device| device.front.zeroed.into(),
+    ),
+    counter(
+        "turbobd_device_flushes_total",
+        "Flushes, and writes that were made durable at once",
+        |device| device.front.flushes.into(),
+    ),
+    counter("turbobd_device_errors_total", "Requests answered with an error", |device| {
         device.front.errors.into()
     }),
     counter(

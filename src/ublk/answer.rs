@@ -7,6 +7,8 @@
 use std::sync::Arc;
 
 use super::counters::{QueueCounters, count};
+use super::mailbox::Outcome;
+use super::request::{Op, Request};
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
 
 /// Scratch buffers kept for later: one stays warm, and a burst's worth of them would stay for ever.
@@ -101,15 +103,70 @@ impl Answers {
         self.error(libc::EIO)
     }
 
-    /// What is not a read.
-    pub(super) fn refused(&self, counters: &QueueCounters, errno: i32) -> Verdict {
+    /// What is no read, on a disk that cannot be written; and what no disk can do.
+    pub(super) fn refused(&self, counters: &QueueCounters, request: &Request) -> Verdict {
+        let errno = match request.op {
+            // Nothing is ever dirty.
+            Op::Flush => return self.done(0),
+            Op::Write { .. } => libc::EROFS,
+            _ => libc::EOPNOTSUPP,
+        };
         count(&counters.refused, 1);
         self.error(errno)
     }
 
-    /// Success without data.
-    pub(super) fn done(&self) -> Verdict {
-        Verdict::Commit { address: self.zero_address(), result: 0 }
+    /// A change that has ended. The writer is told of a full disk as such.
+    pub(super) fn changed(
+        &self,
+        counters: &QueueCounters,
+        request: &Request,
+        outcome: &Outcome,
+    ) -> Verdict {
+        let (offset, bytes) = (request.offset, request.len);
+        let errno = match outcome {
+            Outcome::Ready => return self.stored(counters, request),
+            Outcome::Failed(error) => {
+                let errno = error.errno();
+                let error = error as &dyn std::error::Error;
+                tracing::error!(offset, bytes, error, "A change of the disk failed");
+                errno
+            }
+            Outcome::Forgotten => {
+                tracing::error!(
+                    offset,
+                    bytes,
+                    "A change of the disk failed: its threads have ended"
+                );
+                libc::EIO
+            }
+        };
+        count(&counters.errors, 1);
+        self.error(errno)
+    }
+
+    fn stored(&self, counters: &QueueCounters, request: &Request) -> Verdict {
+        match request.op {
+            Op::Write { durable } => {
+                count(&counters.writes, 1);
+                count(&counters.written, request.len);
+                count(&counters.flushes, durable.into());
+                i32::try_from(request.len)
+                    .map_or_else(|_| self.error(libc::EIO), |len| self.done(len))
+            }
+            Op::Zero => {
+                count(&counters.zeroed, 1);
+                self.done(0)
+            }
+            _ => {
+                count(&counters.flushes, 1);
+                self.done(0)
+            }
+        }
+    }
+
+    /// Success of what gives no data.
+    fn done(&self, result: i32) -> Verdict {
+        Verdict::Commit { address: self.zero_address(), result }
     }
 
     /// Where the data of a write go that is let in to be refused.

@@ -196,7 +196,7 @@ fn get_info(bytes: &[u8; size_of::<DeviceInfo>()], info: &mut DeviceInfo) {
     info.flags = u64::from_ne_bytes(flags);
 }
 
-/// Fields of `struct ublk_params` and of its basic part, in their places.
+/// Fields of `struct ublk_params`, of its basic part and of that about discards, in their places.
 fn put_params(bytes: &mut [u8; size_of::<sys::ublk_params>()], params: &sys::ublk_params) {
     let basic = &params.basic;
     let len = bytes.len() as u32;
@@ -213,6 +213,12 @@ fn put_params(bytes: &mut [u8; size_of::<sys::ublk_params>()], params: &sys::ubl
     bytes[20..24].copy_from_slice(&basic.chunk_sectors.to_ne_bytes());
     bytes[24..32].copy_from_slice(&basic.dev_sectors.to_ne_bytes());
     bytes[32..40].copy_from_slice(&basic.virt_boundary_mask.to_ne_bytes());
+    let discard = &params.discard;
+    bytes[40..44].copy_from_slice(&discard.discard_alignment.to_ne_bytes());
+    bytes[44..48].copy_from_slice(&discard.discard_granularity.to_ne_bytes());
+    bytes[48..52].copy_from_slice(&discard.max_discard_sectors.to_ne_bytes());
+    bytes[52..56].copy_from_slice(&discard.max_write_zeroes_sectors.to_ne_bytes());
+    bytes[56..58].copy_from_slice(&discard.max_discard_segments.to_ne_bytes());
 }
 
 #[cfg(test)]
@@ -241,5 +247,10 @@ mod tests {
         assert_eq!(offset_of!(sys::ublk_param_basic, chunk_sectors), 12);
         assert_eq!(offset_of!(sys::ublk_param_basic, dev_sectors), 16);
         assert_eq!(offset_of!(sys::ublk_param_basic, virt_boundary_mask), 24);
+        assert_eq!(offset_of!(sys::ublk_params, discard), 40);
+        assert_eq!(offset_of!(sys::ublk_param_discard, discard_granularity), 4);
+        assert_eq!(offset_of!(sys::ublk_param_discard, max_discard_sectors), 8);
+        assert_eq!(offset_of!(sys::ublk_param_discard, max_write_zeroes_sectors), 12);
+        assert_eq!(offset_of!(sys::ublk_param_discard, max_discard_segments), 16);
     }
 }

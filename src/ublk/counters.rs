@@ -15,8 +15,16 @@ pub struct QueueCounters {
     pub zero: AtomicU64,
     /// Of the reads: gathered in a scratch buffer first, the only case with a second copy.
     pub gathered: AtomicU64,
-    /// Times a request had to wait for the volume.
+    /// Times a read had to wait for the volume.
     pub pending: AtomicU64,
+    /// WRITE requests stored in full.
+    pub writes: AtomicU64,
+    /// Bytes of those.
+    pub written: AtomicU64,
+    /// DISCARD and WRITE_ZEROES requests done.
+    pub zeroed: AtomicU64,
+    /// FLUSH requests done, and writes that were made durable at once (FUA).
+    pub flushes: AtomicU64,
     /// Requests that ended with an error on the volume's account.
     pub errors: AtomicU64,
     /// Writes, discards and unknown operations that were refused.
@@ -41,6 +49,14 @@ pub struct QueueTotals {
     pub zero: u64,
     pub gathered: u64,
     pub pending: u64,
+    #[serde(default)]
+    pub writes: u64,
+    #[serde(default)]
+    pub written: u64,
+    #[serde(default)]
+    pub zeroed: u64,
+    #[serde(default)]
+    pub flushes: u64,
     pub errors: u64,
     pub refused: u64,
     pub wakes: u64,
@@ -61,6 +77,10 @@ impl QueueCounters {
             zero: get(&self.zero),
             gathered: get(&self.gathered),
             pending: get(&self.pending),
+            writes: get(&self.writes),
+            written: get(&self.written),
+            zeroed: get(&self.zeroed),
+            flushes: get(&self.flushes),
             errors: get(&self.errors),
             refused: get(&self.refused),
             wakes: get(&self.wakes),

@@ -9,6 +9,7 @@ use libublk::sys;
 use super::counters::{QueueCounters, QueueTotals};
 use super::shared::SharedThreads;
 use super::threads::OwnThreads;
+use super::writer::{Writer, WriterThreads};
 use super::{UblkError, probe};
 use crate::units::SECTOR;
 use crate::volume::Volume;
@@ -27,6 +28,9 @@ pub enum QueueDriver {
     /// there are cores for them.
     OwnThreads,
 }
+
+/// Sectors of the largest discard, 1 GiB: 129 records of the writable layer.
+const MOST_ZEROED: u32 = 1 << 21;
 
 /// A device that is being served, by either driver.
 pub(super) trait Running: Send + Sync {
@@ -54,8 +58,8 @@ pub struct UblkOptions {
     pub chunk: u32,
     /// Which threads serve the queues.
     pub driver: QueueDriver,
-    /// Whether the kernel may refuse writes before they reach us. Always `true`, but in the test that
-    /// writes which do reach us do no harm.
+    /// Whether the kernel may refuse writes before they reach us, where the volume cannot be written. Always
+    /// `true`, but in the test that writes which do reach us do no harm.
     pub read_only: bool,
 }
 
@@ -89,15 +93,41 @@ impl UblkOptions {
             "a multiple of 512 bytes, not 0",
         )
     }
+}
 
-    /// What the driver is told of a disk.
-    pub(super) fn params(&self, volume: &dyn Volume) -> sys::ublk_params {
-        let chunk_shift = self.chunk.trailing_zeros() as u8;
+/// What a device serves, and in what shape.
+#[derive(Clone)]
+pub(super) struct Backing {
+    /// The disk.
+    pub(super) volume: Arc<dyn Volume>,
+    /// Who changes it, if it can be changed.
+    pub(super) writer: Option<Writer>,
+    /// The shape.
+    pub(super) options: UblkOptions,
+    /// Where the queues count.
+    pub(super) counters: Arc<QueueCounters>,
+}
+
+impl Backing {
+    /// What the driver is told of the disk.
+    ///
+    /// One that can be written has a volatile cache: a write is durable after the next flush, as the writable
+    /// layer's is. It takes FUA, which saves the block layer a flush of its own after such a write. One that
+    /// cannot be written has no cache, so no flush is ever sent.
+    pub(super) fn params(&self) -> sys::ublk_params {
+        let chunk = self.options.chunk;
+        let chunk_shift = chunk.trailing_zeros() as u8;
+        let (attrs, discard) = if self.writer.is_some() {
+            (sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA, sys::UBLK_PARAM_TYPE_DISCARD)
+        } else if self.options.read_only {
+            (sys::UBLK_ATTR_READ_ONLY, 0)
+        } else {
+            (0, 0)
+        };
         sys::ublk_params {
-            types: sys::UBLK_PARAM_TYPE_BASIC,
+            types: sys::UBLK_PARAM_TYPE_BASIC | discard,
             basic: sys::ublk_param_basic {
-                // Read-only; not VOLATILE_CACHE, so no flush is ever sent; not ROTATIONAL.
-                attrs: if self.read_only { sys::UBLK_ATTR_READ_ONLY } else { 0 },
+                attrs, // never ROTATIONAL
                 // 512: images whose size is no multiple of 4 KiB exist, and readers may ask for a sector.
                 logical_bs_shift: 9,
                 // 4 KiB: what a page-cache read asks for at least, and ext4's block size in our images.
@@ -105,11 +135,20 @@ impl UblkOptions {
                 io_min_shift: 12,
                 // Sets the default read-ahead to twice this: 512 KiB at the default chunk.
                 io_opt_shift: chunk_shift,
-                max_sectors: self.chunk >> 9,
+                max_sectors: chunk >> 9,
                 // No request crosses a chunk: it then lies in one decoded piece more often.
-                chunk_sectors: self.chunk >> 9,
-                dev_sectors: volume.size() / SECTOR,
+                chunk_sectors: chunk >> 9,
+                dev_sectors: self.volume.size() / SECTOR,
                 virt_boundary_mask: 0,
+            },
+            discard: sys::ublk_param_discard {
+                discard_alignment: 0,
+                // Any sector can be zeroed; smaller than a block is not worth a record of its own.
+                discard_granularity: 4096,
+                max_discard_sectors: MOST_ZEROED,
+                max_write_zeroes_sectors: MOST_ZEROED,
+                max_discard_segments: 1, // all that the driver takes
+                reserved0: 0,
             },
             ..Default::default()
         }
@@ -122,10 +161,12 @@ pub struct UblkDevice {
     id: u32,
     counters: Arc<QueueCounters>,
     running: Option<Box<dyn Running>>,
+    /// Ends after the queues, which hand it their writes.
+    writers: Option<WriterThreads>,
 }
 
 impl UblkDevice {
-    /// Creates a device for `volume`, starts it and waits for its node. Nothing is left behind on
+    /// Creates a device for `volume`, which can be written if the volume can, starts it and waits for its node. Nothing is left behind on
     /// an error. Needs `CAP_SYS_ADMIN`; loads the module `ublk_drv` if it must.
     ///
     /// # Errors
@@ -135,13 +176,20 @@ impl UblkDevice {
         options.check(&*volume)?;
         probe::examine_and_load().verdict()?;
         let counters = Arc::new(QueueCounters::default());
+        let writers = WriterThreads::start(&volume)?;
+        let backing = Backing {
+            volume,
+            writer: writers.as_ref().map(WriterThreads::writer),
+            options: options.clone(),
+            counters: counters.clone(),
+        };
         let running: Box<dyn Running> = match options.driver {
-            QueueDriver::Shared => Box::new(SharedThreads::start(&volume, options, &counters)?),
-            QueueDriver::OwnThreads => Box::new(OwnThreads::start(volume, options, &counters)?),
+            QueueDriver::Shared => Box::new(SharedThreads::start(&backing)?),
+            QueueDriver::OwnThreads => Box::new(OwnThreads::start(backing)?),
         };
         let id = running.id();
         let path = PathBuf::from(format!("/dev/ublkb{id}"));
-        Ok(Self { path, id, counters, running: Some(running) })
+        Ok(Self { path, id, counters, running: Some(running), writers })
     }
 
     /// `/dev/ublkbN`.
@@ -173,7 +221,9 @@ impl UblkDevice {
     }
 
     fn end(&mut self) -> Result<(), UblkError> {
-        self.running.take().map_or(Ok(()), Running::stop)
+        let stopped = self.running.take().map_or(Ok(()), Running::stop);
+        self.writers = None;
+        stopped
     }
 }
 

@@ -30,8 +30,9 @@ use rustix::thread::CpuSet;
 use super::answer::{Answers, Verdict};
 use super::counters::{QueueCounters, count};
 use super::mailbox::{Letter, Mailbox, Outcome};
+use super::request::{Op, Request};
+use super::writer::{QueueWrites, Writer};
 use super::{UblkError, device};
-use crate::units::SECTOR;
 use crate::volume::Volume;
 
 /// Driver threads at most: one queue's worth of requests keeps a thread below half busy, and a few of
@@ -68,6 +69,8 @@ pub(super) struct NewQueue {
     pub(super) node: Arc<File>,
     /// The disk.
     pub(super) volume: Arc<dyn Volume>,
+    /// Who changes it, if it can be changed.
+    pub(super) writer: Option<Writer>,
     /// Where to count.
     pub(super) counters: Arc<QueueCounters>,
     /// CPUs whose requests come here.
@@ -197,6 +200,7 @@ struct Queue {
     mask: u32,
     requests: Descriptors,
     volume: Arc<dyn Volume>,
+    writes: Option<QueueWrites>,
     counters: Arc<QueueCounters>,
     /// Per tag: the wait that is open, if any.
     waiting: Vec<Option<u32>>,
@@ -210,11 +214,9 @@ impl Queue {
         usize::from(tag) < self.waiting.len()
     }
 
-    /// The range in bytes that a request asks for.
-    fn range(&self, tag: u16) -> (u64, usize) {
-        let request = self.requests.get(tag);
-        let len = request.nr_sectors as usize * SECTOR as usize;
-        (request.start_sector.saturating_mul(SECTOR), len)
+    /// What is asked for.
+    fn request(&self, tag: u16) -> Request {
+        Request::of(&self.requests.get(tag))
     }
 }
 
@@ -324,6 +326,7 @@ impl Driver {
             mask: if new.encoded { u32::MAX } else { 0xff },
             requests,
             volume: new.volume,
+            writes: new.writer.map(|writer| QueueWrites::new(writer, new.depth)),
             counters: new.counters,
             waiting: vec![None; new.depth.into()],
             live: new.depth.into(),
@@ -355,13 +358,18 @@ impl Driver {
         match u32::try_from(result) {
             Ok(sys::UBLK_IO_RES_OK) => self.request(slot, tag),
             Ok(sys::UBLK_IO_RES_NEED_GET_DATA) => {
+                let request = queue.request(tag);
+                let own = queue.writes.as_mut().and_then(|writes| writes.let_in(tag, &request));
                 // A write can only be refused once its data have been taken.
-                let address = self.answers.bin();
+                let address = own.unwrap_or_else(|| self.answers.bin());
                 self.command(slot, tag, sys::UBLK_U_IO_NEED_GET_DATA, address, 0)
             }
             _ => {
                 if result != sys::UBLK_IO_RES_ABORT {
                     tracing::error!(tag, result, "The ublk driver gave a request slot up");
+                }
+                if let Some(writes) = &mut queue.writes {
+                    writes.gave_up(tag);
                 }
                 queue.live -= 1;
                 if queue.live == 0 {
@@ -382,20 +390,25 @@ impl Driver {
 
     /// A new request stands in the tag's descriptor.
     fn request(&mut self, slot: usize, tag: u16) -> io::Result<()> {
-        let Some(queue) = &self.queues[slot] else { return Ok(()) };
-        let verdict = match queue.requests.get(tag).op_flags & 0xff {
-            sys::UBLK_IO_OP_READ => return self.read(slot, tag),
-            // Nothing is ever dirty.
-            sys::UBLK_IO_OP_FLUSH => self.answers.done(),
-            sys::UBLK_IO_OP_WRITE => self.answers.refused(&queue.counters, libc::EROFS),
-            _ => self.answers.refused(&queue.counters, libc::EOPNOTSUPP),
-        };
+        let Some(queue) = self.queues[slot].as_mut() else { return Ok(()) };
+        let request = queue.request(tag);
+        if request.op == Op::Read {
+            return self.read(slot, tag);
+        }
+        self.ticket = self.ticket.wrapping_add(1);
+        let (mailbox, counters, ticket) = (&self.mailbox, &queue.counters, self.ticket);
+        let done = || mailbox.waiter(counters, (slot as u32, tag), ticket);
+        if queue.writes.as_mut().is_some_and(|writes| writes.begin(tag, &request, done)) {
+            queue.waiting[usize::from(tag)] = Some(ticket);
+            return Ok(());
+        }
+        let verdict = self.answers.refused(&queue.counters, &request);
         self.carry_out(slot, tag, &verdict)
     }
 
     fn read(&mut self, slot: usize, tag: u16) -> io::Result<()> {
         let Some(queue) = self.queues[slot].as_mut() else { return Ok(()) };
-        let range = queue.range(tag);
+        let range = queue.request(tag).range();
         self.ticket = self.ticket.wrapping_add(1);
         let (mailbox, ticket) = (&self.mailbox, self.ticket);
         let counters = &queue.counters;
@@ -417,12 +430,13 @@ impl Driver {
             Some(wait) if *wait == Some(letter.ticket) => *wait = None,
             _ => return Ok(()),
         }
-        let error = match letter.outcome {
+        let (request, counters) = (queue.request(tag), &queue.counters);
+        let verdict = match &letter.outcome {
+            outcome if request.op != Op::Read => self.answers.changed(counters, &request, outcome),
             Outcome::Ready => return self.read(slot, tag),
-            Outcome::Failed(error) => Some(error),
-            Outcome::Forgotten => None,
+            Outcome::Failed(error) => self.answers.failed(counters, request.range(), Some(error)),
+            Outcome::Forgotten => self.answers.failed(counters, request.range(), None),
         };
-        let verdict = self.answers.failed(&queue.counters, queue.range(tag), error.as_ref());
         self.carry_out(slot, tag, &verdict)
     }
 
@@ -470,11 +484,13 @@ impl Driver {
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         for _ in 0..2 {
             // SAFETY: the only memory an entry points to is the address of a COMMIT (read by the kernel) or
-            // of NEED_GET_DATA (written), both only while the entry is issued, which happens inside
-            // `enter`. What a COMMIT's address points to is kept by `self.answers` until the submission
-            // queue was seen empty, or is a zero area that lives as long as the thread; so does the bin
-            // that NEED_GET_DATA writes to, which is never read. The poll names the eventfd by number; the
-            // mailbox is dropped after the last enter of this thread. FETCH has no address.
+            // of NEED_GET_DATA (written). The first is read while the entry is issued, which happens inside
+            // `enter`: what it points to is kept by `self.answers` until the submission queue was seen empty,
+            // or is a zero area that lives as long as the thread. The second is written by this thread, in
+            // the kernel, before the tag's completion is seen (at once, or on 6.12 as task work): it is the
+            // tag's buffer, which the queue's `writes` keep until then, or the bin, which lives as long as the
+            // thread and is never read. The poll names the eventfd by number; the mailbox is dropped after
+            // the last enter of this thread. FETCH has no address.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }

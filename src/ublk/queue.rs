@@ -19,8 +19,9 @@ use libublk::sys;
 use super::answer::{Answers, Verdict};
 use super::counters::{QueueCounters, count};
 use super::mailbox::{Letter, Mailbox, Outcome};
+use super::request::{Op, Request};
+use super::writer::{QueueWrites, Writer};
 use super::{UblkError, system_error};
-use crate::units::SECTOR;
 use crate::volume::Volume;
 
 /// `user_data` of the poll on the mailbox's eventfd; a tag is below 4096.
@@ -40,6 +41,8 @@ pub(super) struct QueueContext {
     pub(super) dev: Arc<UblkDev>,
     /// The disk.
     pub(super) volume: Arc<dyn Volume>,
+    /// Who changes it, if it can be changed.
+    pub(super) writer: Option<Writer>,
     /// Where to count.
     pub(super) counters: Arc<QueueCounters>,
     /// As many zeros as a request can ask for, shared by all queues.
@@ -102,6 +105,7 @@ struct Worker<'a> {
     context: &'a QueueContext,
     queue: &'a UblkQueue<'a>,
     mailbox: Arc<Mailbox<Letter>>,
+    writes: Option<QueueWrites>,
     /// Per tag: the wait that is open, if any.
     waiting: Vec<Option<u32>>,
     /// Number of the last wait.
@@ -122,6 +126,7 @@ impl<'a> Worker<'a> {
             context,
             queue,
             mailbox: Arc::new(Mailbox::new()?),
+            writes: context.writer.clone().map(|writer| QueueWrites::new(writer, info.queue_depth)),
             waiting: vec![None; info.queue_depth.into()],
             ticket: 0,
             live: 0,
@@ -147,7 +152,7 @@ impl<'a> Worker<'a> {
             while let Some(letter) = self.mailbox.take() {
                 if self.waiting.get(usize::from(letter.tag)) == Some(&Some(letter.ticket)) {
                     self.waiting[usize::from(letter.tag)] = None;
-                    self.resume(letter.tag, letter.outcome)?;
+                    self.resume(letter.tag, &letter.outcome)?;
                 }
             }
             let sleep = self.mailbox.park();
@@ -184,6 +189,9 @@ impl<'a> Worker<'a> {
                         "The ublk driver gave a request slot up"
                     );
                 }
+                if let Some(writes) = &mut self.writes {
+                    writes.gave_up(tag);
+                }
                 self.live -= 1;
                 Ok(())
             }
@@ -192,26 +200,28 @@ impl<'a> Worker<'a> {
 
     /// A new request stands in the tag's descriptor.
     fn request(&mut self, tag: u16) -> io::Result<()> {
-        let counters = &self.context.counters;
-        let verdict = match self.queue.get_iod(tag).op_flags & 0xff {
-            sys::UBLK_IO_OP_READ => return self.read(tag),
-            // Nothing is ever dirty.
-            sys::UBLK_IO_OP_FLUSH => self.answers.done(),
-            sys::UBLK_IO_OP_WRITE => self.answers.refused(counters, libc::EROFS),
-            _ => self.answers.refused(counters, libc::EOPNOTSUPP),
-        };
+        let asked = self.asked(tag);
+        if asked.op == Op::Read {
+            return self.read(tag);
+        }
+        self.ticket = self.ticket.wrapping_add(1);
+        let (mailbox, counters, ticket) = (&self.mailbox, &self.context.counters, self.ticket);
+        let done = || mailbox.waiter(counters, (0, tag), ticket);
+        if self.writes.as_mut().is_some_and(|writes| writes.begin(tag, &asked, done)) {
+            self.waiting[usize::from(tag)] = Some(ticket);
+            return Ok(());
+        }
+        let verdict = self.answers.refused(counters, &asked);
         self.carry_out(tag, &verdict)
     }
 
-    /// The range in bytes that the tag's descriptor asks for.
-    fn range(&self, tag: u16) -> (u64, usize) {
-        let descriptor = self.queue.get_iod(tag);
-        let len = descriptor.nr_sectors as usize * SECTOR as usize;
-        (descriptor.start_sector.saturating_mul(SECTOR), len)
+    /// What the tag's descriptor asks for.
+    fn asked(&self, tag: u16) -> Request {
+        Request::of(self.queue.get_iod(tag))
     }
 
     fn read(&mut self, tag: u16) -> io::Result<()> {
-        let range = self.range(tag);
+        let range = self.asked(tag).range();
         self.ticket = self.ticket.wrapping_add(1);
         let (mailbox, ticket) = (&self.mailbox, self.ticket);
         let context = self.context;
@@ -225,21 +235,23 @@ impl<'a> Worker<'a> {
     }
 
     /// The volume has answered a wait.
-    fn resume(&mut self, tag: u16, outcome: Outcome) -> io::Result<()> {
-        let error = match outcome {
+    fn resume(&mut self, tag: u16, outcome: &Outcome) -> io::Result<()> {
+        let (asked, counters) = (self.asked(tag), &self.context.counters);
+        let verdict = match outcome {
+            outcome if asked.op != Op::Read => self.answers.changed(counters, &asked, outcome),
             Outcome::Ready => return self.read(tag),
-            Outcome::Failed(error) => Some(error),
-            Outcome::Forgotten => None,
+            Outcome::Failed(error) => self.answers.failed(counters, asked.range(), Some(error)),
+            Outcome::Forgotten => self.answers.failed(counters, asked.range(), None),
         };
-        let range = self.range(tag);
-        let verdict = self.answers.failed(&self.context.counters, range, error.as_ref());
         self.carry_out(tag, &verdict)
     }
 
-    /// A write was announced. It can only be refused once its data have been taken, so they go into
+    /// A write was announced. It can only be refused once its data have been taken; then they go into
     /// a buffer that nobody reads.
     fn let_write_in(&mut self, tag: u16) -> io::Result<()> {
-        let address = self.answers.bin();
+        let asked = self.asked(tag);
+        let own = self.writes.as_mut().and_then(|writes| writes.let_in(tag, &asked));
+        let address = own.unwrap_or_else(|| self.answers.bin());
         self.command(tag, sys::UBLK_U_IO_NEED_GET_DATA, address, 0)
     }
 
@@ -277,12 +289,13 @@ impl<'a> Worker<'a> {
         for _ in 0..2 {
             let pushed = with_task_io_ring_mut(|ring| {
                 // SAFETY: the only memory an entry points to is the address of a COMMIT (read by the
-                // kernel) or of NEED_GET_DATA (written), both only while the entry is issued, which
-                // happens inside `enter`. What a COMMIT's address points to is kept by `self.answers` until
-                // the submission queue was seen empty, or is its zero area, which outlives the worker; so
-                // does the bin that NEED_GET_DATA writes to, which is never resized or read. The poll names the eventfd by
-                // number; the mailbox is dropped after the last enter of this worker, and a closed number
-                // could only wake us for nothing. FETCH has no address.
+                // kernel) or of NEED_GET_DATA (written). The first is read while the entry is issued, which
+                // happens inside `enter`: what it points to is kept by `self.answers` until the submission
+                // queue was seen empty, or is its zero area, which outlives the worker. The second is written
+                // before the tag's completion is seen: it is the tag's buffer, which `self.writes` keeps
+                // until then, or leaks if it never comes; or the bin, which is never resized or read. The poll
+                // names the eventfd by number; the mailbox is dropped after the last enter of this worker, and
+                // a closed number could only wake us for nothing. FETCH has no address.
                 unsafe { ring.submission().push(entry) }
             });
             if pushed.is_ok() {

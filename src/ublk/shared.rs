@@ -11,11 +11,9 @@ use libublk::sys;
 
 use super::UblkError;
 use super::control::{Control, DeviceInfo};
-use super::counters::QueueCounters;
-use super::device::{Running, UblkOptions, wait_for_node, without_scheduler};
+use super::device::{Backing, Running, wait_for_node, without_scheduler};
 use super::features;
 use super::mux::{Mux, NewQueue, wait_until_gone};
-use crate::volume::Volume;
 
 /// How long to wait for the character node: devtmpfs makes it at once, udev on a busy host later.
 const NODE_SECONDS: u64 = 10;
@@ -29,12 +27,9 @@ pub(super) struct SharedThreads {
 
 impl SharedThreads {
     /// Creates and starts a device; nothing is left behind on an error.
-    pub(super) fn start(
-        volume: &Arc<dyn Volume>,
-        options: &UblkOptions,
-        counters: &Arc<QueueCounters>,
-    ) -> Result<Self, UblkError> {
+    pub(super) fn start(backing: &Backing) -> Result<Self, UblkError> {
         let mut control = Control::open()?;
+        let options = &backing.options;
         let mut info = DeviceInfo {
             nr_hw_queues: options.queues,
             queue_depth: options.depth,
@@ -46,7 +41,7 @@ impl SharedThreads {
         control.add(&mut info)?;
         let (gone_sender, gone) = unbounded();
         let device = Self { id: info.dev_id, mux: Mux::shared(), gone };
-        let served = device.serve(&mut control, &info, volume, options, counters, gone_sender);
+        let served = device.serve(&mut control, &info, backing, gone_sender);
         match served {
             Ok(()) => Ok(device),
             Err(error) => {
@@ -61,23 +56,22 @@ impl SharedThreads {
         &self,
         control: &mut Control,
         info: &DeviceInfo,
-        volume: &Arc<dyn Volume>,
-        options: &UblkOptions,
-        counters: &Arc<QueueCounters>,
+        backing: &Backing,
         gone: Sender<()>,
     ) -> Result<(), UblkError> {
         features::check(info.flags)?;
-        control.set_params(self.id, &options.params(&**volume))?;
+        control.set_params(self.id, &backing.params())?;
         let node = Arc::new(open_node(self.id)?);
         let (armed, arming) = channel();
         let queue = |number, cpus| NewQueue {
             number,
             depth: info.queue_depth,
-            longest: options.chunk as usize,
+            longest: backing.options.chunk as usize,
             encoded: info.flags & u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) != 0,
             node: node.clone(),
-            volume: volume.clone(),
-            counters: counters.clone(),
+            volume: backing.volume.clone(),
+            writer: backing.writer.clone(),
+            counters: backing.counters.clone(),
             cpus,
             armed: armed.clone(),
             gone: gone.clone(),

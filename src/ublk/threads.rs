@@ -12,11 +12,9 @@ use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::sys;
 
-use super::counters::QueueCounters;
-use super::device::{Running, UblkOptions, wait_for_node, without_scheduler};
+use super::device::{Backing, Running, wait_for_node, without_scheduler};
 use super::queue::{self, QueueContext};
 use super::{UblkError, system_error};
-use crate::volume::Volume;
 
 /// A device with threads of its own.
 pub(super) struct OwnThreads {
@@ -27,19 +25,10 @@ pub(super) struct OwnThreads {
 
 impl OwnThreads {
     /// Creates and starts a device; nothing is left behind on an error.
-    pub(super) fn start(
-        volume: Arc<dyn Volume>,
-        options: &UblkOptions,
-        counters: &Arc<QueueCounters>,
-    ) -> Result<Self, UblkError> {
+    pub(super) fn start(backing: Backing) -> Result<Self, UblkError> {
         let (stop, stopped) = mpsc::channel();
         let (started, start) = mpsc::channel();
-        let control = {
-            let (options, counters) = (options.clone(), counters.clone());
-            spawn("ublk-control", move || {
-                control(&volume, &options, &counters, &started, &stopped)
-            })?
-        };
+        let control = spawn("ublk-control", move || control(&backing, &started, &stopped))?;
         match start.recv() {
             Ok(id) => Ok(Self { id, stop, control }),
             // The thread ended before it had a device to tell of: its result says why.
@@ -75,15 +64,13 @@ fn joined(thread: JoinHandle<Result<(), UblkError>>) -> Result<(), UblkError> {
 
 /// Body of the control thread.
 fn control(
-    volume: &Arc<dyn Volume>,
-    options: &UblkOptions,
-    counters: &Arc<QueueCounters>,
+    backing: &Backing,
     started: &Sender<u32>,
     stopped: &Receiver<()>,
 ) -> Result<(), UblkError> {
-    let ctrl = add(options)?;
+    let ctrl = add(&backing.options)?;
     let id = ctrl.dev_info().dev_id;
-    let result = serve(&ctrl, volume, options, counters, || {
+    let result = serve(&ctrl, backing, || {
         let _ = started.send(id);
         // Ends when the sender is dropped.
         let _ = stopped.recv();
@@ -101,7 +88,7 @@ fn control(
     }
 }
 
-fn add(options: &UblkOptions) -> Result<UblkCtrl, UblkError> {
+fn add(options: &super::UblkOptions) -> Result<UblkCtrl, UblkError> {
     UblkCtrlBuilder::default()
         .name("turbobd")
         // The kernel chooses the number. Never ask for one: when ADD_DEV fails because the number is taken,
@@ -117,13 +104,7 @@ fn add(options: &UblkOptions) -> Result<UblkCtrl, UblkError> {
 }
 
 /// Runs the device from its parameters to its stop; `live` is called while it serves.
-fn serve(
-    ctrl: &UblkCtrl,
-    volume: &Arc<dyn Volume>,
-    options: &UblkOptions,
-    counters: &Arc<QueueCounters>,
-    live: impl FnOnce(),
-) -> Result<(), UblkError> {
+fn serve(ctrl: &UblkCtrl, backing: &Backing, live: impl FnOnce()) -> Result<(), UblkError> {
     let refused = |what| move |error| UblkError::Control { what, source: system_error(error) };
     let info = ctrl.dev_info();
     if info.flags & u64::from(sys::UBLK_F_NEED_GET_DATA) == 0 {
@@ -131,18 +112,18 @@ fn serve(
         let source = std::io::Error::from_raw_os_error(libc::EOPNOTSUPP);
         return Err(UblkError::Control { what: "announce writes (UBLK_F_NEED_GET_DATA)", source });
     }
-    let params = options.params(&**volume);
+    let params = backing.params();
     let dev = UblkDev::new(
         "turbobd".into(),
         |dev| {
-            dev.tgt.dev_size = volume.size();
+            dev.tgt.dev_size = backing.volume.size();
             dev.tgt.params = params;
             Ok(())
         },
         ctrl,
     );
     let dev = Arc::new(dev.map_err(refused("open the character device"))?);
-    let zeros = Arc::new(vec![0; options.chunk as usize]);
+    let zeros = Arc::new(vec![0; backing.options.chunk as usize]);
     let (ready, readiness) = mpsc::channel();
     let mut threads = Vec::new();
     let mut result = Ok(());
@@ -150,8 +131,9 @@ fn serve(
         let context = QueueContext {
             queue,
             dev: dev.clone(),
-            volume: volume.clone(),
-            counters: counters.clone(),
+            volume: backing.volume.clone(),
+            writer: backing.writer.clone(),
+            counters: backing.counters.clone(),
             zeros: zeros.clone(),
         };
         let ready = ready.clone();

@@ -1,0 +1,51 @@
+//! A flush on its way: records that leave the memory for the index file.
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use super::{ENTRY, Mapping, Named, RECORD, WritableError};
+
+/// Records in the order in which they were noted.
+pub(super) struct Batch {
+    pub(super) data: Arc<Named>,
+    pub(super) index: Arc<Named>,
+    /// Number of the first in the index file.
+    pub(super) first: u64,
+    pub(super) records: Vec<Mapping>,
+}
+
+/// Why a batch was not written.
+pub(super) enum Failure {
+    /// It can be written again, to the same place.
+    Passing(WritableError),
+    /// The kernel could not make bytes durable. It says so once, and forgets which they were.
+    Lasting(WritableError),
+}
+
+impl Failure {
+    pub(super) fn is_lasting(&self) -> bool {
+        matches!(self, Self::Lasting(_))
+    }
+}
+
+impl From<Failure> for WritableError {
+    fn from(failure: Failure) -> Self {
+        let (Failure::Passing(error) | Failure::Lasting(error)) = failure;
+        error
+    }
+}
+
+impl Batch {
+    /// Makes the data durable, then the records: one on disk never points at bytes that are not there.
+    pub(super) fn write(&self) -> Result<(), Failure> {
+        let durable = |named: &Named| {
+            named.file.sync_data().map_err(named.error("flush")).map_err(Failure::Lasting)
+        };
+        durable(&self.data)?;
+        let bytes: Vec<u8> = self.records.iter().flat_map(Mapping::encode).collect();
+        let at = RECORD + self.first * ENTRY;
+        let written = self.index.file.write_all_at(&bytes, at);
+        written.map_err(self.index.error("write")).map_err(Failure::Passing)?;
+        durable(&self.index)
+    }
+}
