@@ -1,8 +1,12 @@
-//! What `turbobd attach --upper` promises: a device that can be written, survives, and becomes a layer. The
-//! kernel's ext4 writes, e2fsck and a copy of the tree are the oracles.
+//! What `turbobd attach --upper` promises over either front end: a device that can be written, survives, and
+//! becomes a layer. The kernel's ext4 writes, e2fsck and a copy of the tree are the oracles.
+//!
+//! Without ublk on this machine, [`in_a_guest_with_ublk`] runs the tests that are named after it inside
+//! `scripts/vm`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod block;
 mod host;
 mod image;
 mod listing;
@@ -13,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use block::{alone, ublk_here};
 use image::{Images, OCI_GZIP, done, gzip, noise, refused, tar_of, turbobd};
 use listing::{differences, list};
 
@@ -23,10 +28,18 @@ struct Device {
 }
 
 impl Device {
-    /// Attaches `image` with the layer in `upper`; mounts it at `dir` if there is one.
-    fn attach(image: &str, upper: &Path, dir: Option<&Path>, run_dir: &Path) -> Self {
+    /// Attaches `image` over `frontend` with the layer in `upper`; mounts it at `dir` if there is one.
+    fn attach(
+        frontend: &str,
+        image: &str,
+        upper: &Path,
+        dir: Option<&Path>,
+        run_dir: &Path,
+    ) -> Self {
         let mut command = turbobd();
-        command.args(["attach", image, "--foreground", "--upper"]).arg(upper);
+        command
+            .args(["attach", image, "--foreground", "--frontend", frontend, "--upper"])
+            .arg(upper);
         if let Some(dir) = dir {
             command.arg("--mount").arg(dir);
         }
@@ -39,7 +52,9 @@ impl Device {
             server.stderr.take().unwrap().read_to_string(&mut text).unwrap();
             panic!("not attached: {text}");
         }
-        let path = line.split_whitespace().next().unwrap().into();
+        let path: PathBuf = line.split_whitespace().next().unwrap().into();
+        let kind = if frontend == "ublk" { "/dev/ublkb" } else { "/dev/loop" };
+        assert!(path.to_str().unwrap().starts_with(kind), "{}", path.display());
         Self { server, path }
     }
 
@@ -55,9 +70,10 @@ impl Device {
         self.server.kill().unwrap();
         self.server.wait().unwrap();
         let until = Instant::now() + Duration::from_secs(10);
-        let name = self.path.file_name().unwrap().to_str().unwrap().to_owned();
-        while Path::new("/sys/block").join(&name).join("loop").exists() {
-            assert!(Instant::now() < until, "{name} stays");
+        let sysfs = block::sys_block(&self.path);
+        let is_loop = sysfs.join("loop").exists();
+        while if is_loop { sysfs.join("loop").exists() } else { sysfs.exists() } {
+            assert!(Instant::now() < until, "{} stays", self.path.display());
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -99,9 +115,7 @@ fn same_trees(one: &Path, other: &Path) {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
-#[test]
-fn what_is_written_to_a_device_is_there_again_and_becomes_an_image() {
-    host::need_root();
+fn is_there_again_and_becomes_an_image(frontend: &str) {
     for form in ["turbo", "obd"] {
         let images = base();
         let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -109,7 +123,13 @@ fn what_is_written_to_a_device_is_there_again_and_becomes_an_image() {
         for dir in ["mnt", "run", "copy"] {
             fs::create_dir(at(dir)).unwrap();
         }
-        let device = Device::attach(&images.name(form), &at("upper"), Some(&at("mnt")), &at("run"));
+        let device = Device::attach(
+            frontend,
+            &images.name(form),
+            &at("upper"),
+            Some(&at("mnt")),
+            &at("run"),
+        );
         build(&at("mnt"));
         host::run(Command::new("cp").arg("-a").arg(at("mnt").join(".")).arg(at("copy")));
         // Another may not write to the same layer meanwhile.
@@ -118,7 +138,7 @@ fn what_is_written_to_a_device_is_there_again_and_becomes_an_image() {
         device.detach();
 
         // The layer is there at the next attach, and a clean filesystem.
-        let device = Device::attach(&images.name(form), &at("upper"), None, &at("run"));
+        let device = Device::attach(frontend, &images.name(form), &at("upper"), None, &at("run"));
         host::run(Command::new("e2fsck").arg("-fn").arg(&device.path));
         host::run(Command::new("mount").args(["-o", "ro"]).arg(&device.path).arg(at("mnt")));
         same_trees(&at("mnt"), &at("copy"));
@@ -136,9 +156,7 @@ fn what_is_written_to_a_device_is_there_again_and_becomes_an_image() {
     }
 }
 
-#[test]
-fn what_was_synced_survives_the_death_of_its_server() {
-    host::need_root();
+fn survives_the_death_of_its_server(frontend: &str) {
     let images = base();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let at = |name: &str| work.path().join(name);
@@ -153,12 +171,13 @@ fn what_was_synced_survives_the_death_of_its_server() {
         command.args(sync.then_some("conv=fsync"));
         host::run(&mut command);
     };
-    let device = Device::attach(&images.name("obd"), &at("upper"), None, &at("run"));
+    let attach = || Device::attach(frontend, &images.name("obd"), &at("upper"), None, &at("run"));
+    let device = attach();
     write(&device.path, 500, 0xaa, true);
     write(&device.path, 600, 0xbb, true);
     write(&device.path, 500, 0xcc, false);
     device.kill();
-    let device = Device::attach(&images.name("obd"), &at("upper"), None, &at("run"));
+    let device = attach();
     let read = |seek: u64| {
         let of = at("output");
         let mut command = Command::new("dd");
@@ -177,7 +196,42 @@ fn what_was_synced_survives_the_death_of_its_server() {
 }
 
 #[test]
-fn an_upper_of_another_disk_is_refused_and_ublk_is_not_offered_for_writing() {
+fn what_is_written_over_loop_is_there_again_and_becomes_an_image() {
+    host::need_root();
+    is_there_again_and_becomes_an_image("loop");
+}
+
+#[test]
+fn what_was_synced_over_loop_survives_the_death_of_its_server() {
+    host::need_root();
+    survives_the_death_of_its_server("loop");
+}
+
+#[test]
+fn what_is_written_over_ublk_is_there_again_and_becomes_an_image() {
+    let _alone = alone();
+    if ublk_here() {
+        is_there_again_and_becomes_an_image("ublk");
+    }
+}
+
+#[test]
+fn what_was_synced_over_ublk_survives_the_death_of_its_server() {
+    let _alone = alone();
+    if ublk_here() {
+        survives_the_death_of_its_server("ublk");
+    }
+}
+
+/// Runs the tests over ublk in a guest that has it.
+#[test]
+fn in_a_guest_with_ublk() {
+    host::need_root();
+    block::in_a_guest(&["over_ublk"], 2);
+}
+
+#[test]
+fn an_upper_of_another_disk_is_refused() {
     let images = base();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let upper = work.path().join("upper");
@@ -186,8 +240,4 @@ fn an_upper_of_another_disk_is_refused_and_ublk_is_not_offered_for_writing() {
     let name = images.name("obd");
     let args = ["attach", &name, "--foreground", "--upper", upper.to_str().unwrap()];
     refused(&args, &["another size"]);
-    let fresh = work.path().join("fresh");
-    let args =
-        ["attach", &name, "--foreground", "--frontend", "ublk", "--upper", fresh.to_str().unwrap()];
-    refused(&args, &["ublk", "loop"]);
 }

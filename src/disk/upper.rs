@@ -102,7 +102,7 @@ impl Volume for UpperVolume {
             match run.place {
                 WrittenPlace::Zero => pieces.push(Piece::Zero(len)),
                 WrittenPlace::Data(at) => {
-                    let Some(sectors) = self.cold.read(at, run.len, start, waiter)? else {
+                    let Some(sectors) = self.cold.read(at, run.len, start, waiter) else {
                         return Ok(Located::Pending);
                     };
                     let from = (start - run.lba.0 * SECTOR) as usize;

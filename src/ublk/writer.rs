@@ -278,7 +278,7 @@ mod tests {
         let announced = writes.let_in(3, &request).is_some();
         assert_eq!(announced, matches!(op, Op::Write { .. }));
         let (sender, receiver) = channel();
-        let done = || -> Waiter { Box::new(move |result| drop(sender.send(result.is_ok()))) };
+        let done = || -> Waiter { Box::new(move |result| sender.send(result.is_ok()).unwrap()) };
         writes.begin(3, &request, done).then(|| receiver.recv().unwrap())
     }
 

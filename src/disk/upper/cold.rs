@@ -100,22 +100,25 @@ impl ColdReads {
         len: Sectors,
         offset: u64,
         waiter: &mut dyn FnMut() -> Waiter,
-    ) -> Result<Option<Arc<Vec<u8>>>, VolumeError> {
+    ) -> Option<Arc<Vec<u8>>> {
         let part = Part { at, len };
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take(part);
         if kept.is_some() {
-            return Ok(kept);
+            return kept;
         }
         let mut sectors = vec![0; (len.0 * SECTOR) as usize];
         if self.layer.read_cached(at, &mut sectors) {
-            return Ok(Some(Arc::new(sectors)));
+            return Some(Arc::new(sectors));
         }
-        // There is a sender until the drop, and a thread that receives; or the waiter is dropped with the job.
+        self.fetch(Job { part, offset, waiter: waiter() });
+        None
+    }
+
+    fn fetch(&self, job: Job) {
         if let Some(jobs) = &self.jobs {
-            let _ = jobs.send(Job { part, offset, waiter: waiter() });
-            return Ok(None);
+            // There is a sender until the drop, and threads that receive; else the waiter is dropped with the job.
+            let _ = jobs.send(job);
         }
-        Err(VolumeError::Closed { offset })
     }
 }
 
@@ -144,5 +147,52 @@ fn serve(layer: &SharedLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
             }
             Err(source) => Err(VolumeError::Upper { offset, source: Arc::new(source) }),
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::lsmt::WritableLayer;
+    use crate::lsmt::writer::Identity;
+    use crate::units::Bytes;
+
+    #[test]
+    fn what_a_thread_has_read_is_kept_for_the_one_who_asks_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut layer =
+            WritableLayer::create(dir.path(), Bytes(1 << 20), Identity::default()).unwrap();
+        let bytes: Vec<u8> = (0..4096_u32).map(|at| (at / 7) as u8).collect();
+        layer.write(0, &bytes).unwrap();
+        let cold = ColdReads::start(&Arc::new(SharedLayer::new(layer))).unwrap();
+        let fetch = |at, len| {
+            let (sender, receiver) = channel();
+            let waiter: Waiter = Box::new(move |result| sender.send(result).unwrap());
+            let part = Part { at: Sectors(at), len: Sectors(len) };
+            cold.fetch(Job { part, offset: 512, waiter });
+            receiver.recv().unwrap()
+        };
+        fetch(8 + 2, 3).unwrap();
+        assert_eq!(cold.kept.lock().unwrap().bytes, 3 * 512);
+        let mut unasked = || -> Waiter { panic!("it was kept") };
+        let found = cold.read(Sectors(8 + 2), Sectors(3), 512, &mut unasked).unwrap();
+        assert_eq!(found[..], bytes[2 * 512..5 * 512]);
+        assert_eq!(cold.kept.lock().unwrap().bytes, 0);
+        let error = fetch(1 << 30, 1).unwrap_err();
+        assert!(matches!(error, VolumeError::Upper { offset: 512, .. }), "{error}");
+    }
+
+    #[test]
+    fn what_nobody_asks_for_again_does_not_stay_for_ever() {
+        let mut kept = Kept::default();
+        for at in 0..100 {
+            let part = Part { at: Sectors(at), len: Sectors(2048) };
+            kept.put(part, vec![0; 1 << 20]);
+        }
+        assert_eq!((kept.bytes, kept.parts.len()), (KEPT, 64));
+        assert!(kept.take(Part { at: Sectors(35), len: Sectors(2048) }).is_none());
+        assert!(kept.take(Part { at: Sectors(36), len: Sectors(2048) }).is_some());
     }
 }

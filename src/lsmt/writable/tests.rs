@@ -247,3 +247,92 @@ fn a_commit_holds_no_garbage_and_its_entries_are_cut_as_upstreams_are() {
         read.mappings().iter().map(|entry| (entry.lba.0, entry.len, entry.zeroed)).collect();
     assert_eq!(shape, [(0, 320, false), (320, 160, true), (480, 320, false)]);
 }
+
+#[test]
+fn threads_that_write_and_flush_at_once_lose_nothing() {
+    const THREADS: u64 = 4;
+    const PART: u64 = SIZE / THREADS;
+    let dir = tempfile::tempdir().unwrap();
+    let shared = SharedLayer::new(layer(dir.path()));
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let shared = &shared;
+            scope.spawn(move || {
+                for round in 0..60 {
+                    let fill = (thread * 60 + round) as u8;
+                    let at = thread * PART + round % 7 * 4096;
+                    shared.write(at, &[fill; 8192]).unwrap();
+                    if round % 5 == 0 {
+                        shared.discard(thread * PART + 65_536, 4096).unwrap();
+                        shared.flush().unwrap();
+                    }
+                    // What was acknowledged is read.
+                    let runs = shared.look_up(Sectors(at / SECTOR), Sectors(16));
+                    for run in runs {
+                        let WrittenPlace::Data(place) = run.place else { panic!("{run:?}") };
+                        let mut found = vec![0; (run.len.0 * SECTOR) as usize];
+                        shared.read_data(place, &mut found).unwrap();
+                        assert!(found.iter().all(|&byte| byte == fill));
+                    }
+                }
+            });
+        }
+    });
+    shared.flush().unwrap();
+    let before = shared.look_up(Sectors(0), Sectors(SIZE / SECTOR));
+    drop(shared);
+    let again = WritableLayer::open(dir.path()).unwrap();
+    assert_eq!(again.cut(), 0);
+    let disk = read_all(&again);
+    for run in before {
+        let (at, len) = ((run.lba.0 * SECTOR) as usize, (run.len.0 * SECTOR) as usize);
+        let mut expected = vec![0; len];
+        if let WrittenPlace::Data(place) = run.place {
+            again.read_data(place, &mut expected).unwrap();
+        }
+        assert!(disk[at..at + len] == expected);
+    }
+    for thread in 0..THREADS {
+        let last = |round: u64| disk[(thread * PART + round % 7 * 4096) as usize];
+        assert_eq!(last(59), (thread * 60 + 59) as u8);
+        assert_eq!(disk[(thread * PART + 65_536) as usize], 0);
+    }
+}
+
+#[test]
+fn a_flush_that_found_no_space_can_be_repeated_and_keeps_the_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = layer(dir.path());
+    first.write(0, &[1; 512]).unwrap();
+    let batch = first.take_batch().unwrap().unwrap();
+    first.write(0, &[2; 512]).unwrap();
+    let full = io::Error::from_raw_os_error(libc::ENOSPC);
+    let failure = Failure::Passing(first.index.error("write")(full));
+    let error = first.end_batch(batch, Err(failure)).unwrap_err();
+    assert!(error.is_full(), "{error}");
+    first.flush().unwrap();
+    drop(first);
+    let mut again = WritableLayer::open(dir.path()).unwrap();
+    assert_eq!(read_all(&again)[..512], [2; 512]);
+    // What could not be made durable is another matter.
+    again.write(0, &[3; 512]).unwrap();
+    let batch = again.take_batch().unwrap().unwrap();
+    let lost = io::Error::from_raw_os_error(libc::EIO);
+    let failure = Failure::Lasting(again.data.error("flush")(lost));
+    assert!(again.end_batch(batch, Err(failure)).is_err());
+    assert!(matches!(again.flush(), Err(WritableError::Broken { .. })));
+    assert!(matches!(again.write(0, &[4; 512]), Err(WritableError::Broken { .. })));
+}
+
+#[test]
+fn a_write_that_fails_leaves_its_place_to_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = layer(dir.path());
+    let failed = first.take_place(0, 1024).unwrap();
+    let other = first.take_place(4096, 512).unwrap();
+    first.give_back(&failed);
+    first.give_back(&other);
+    let next = first.take_place(8192, 512).unwrap();
+    assert_eq!(next.content, other.content, "the last place is free again");
+    assert_eq!((next.index_end, first.promised), (RECORD + ENTRY, 1));
+}

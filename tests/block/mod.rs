@@ -1,0 +1,160 @@
+//! Block devices in tests: bytes to fill them with, how to read them, what they leave behind, and the guest in
+//! which the ublk tests run where this machine has no ublk.
+
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+pub const MIB: usize = 1 << 20;
+
+/// Random numbers, the same in every run.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+}
+
+/// Bytes of which no 8 are like another 8, so that a misplaced read shows.
+pub fn content(len: usize) -> Vec<u8> {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        bytes.extend_from_slice(&random.next().to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// Whether something comes true within some seconds.
+pub fn soon(condition: impl Fn() -> bool) -> bool {
+    let until = Instant::now() + Duration::from_secs(5);
+    while !condition() {
+        if Instant::now() > until {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    true
+}
+
+/// What sysfs says of a device.
+pub fn sys_block(device: &Path) -> PathBuf {
+    Path::new("/sys/block").join(device.file_name().unwrap())
+}
+
+/// Names of this process's threads that start like this.
+pub fn threads(prefix: &str) -> Vec<String> {
+    let found = || -> Vec<String> {
+        std::fs::read_dir("/proc/self/task")
+            .unwrap()
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+            .filter(|name| name.starts_with(prefix) && !name.contains("::"))
+            .collect()
+    };
+    soon(|| found().is_empty()); // a joined thread's entry may linger for a moment
+    found()
+}
+
+/// Opens a device for reading, past the page cache or not.
+pub fn open(path: &Path, direct: bool) -> File {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(if direct { libc::O_DIRECT } else { 0 })
+        .open(path)
+        .unwrap()
+}
+
+/// Reads with a buffer that direct I/O accepts.
+pub fn read(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+    let mut buffer = vec![0xaa; len + 4096];
+    let start = buffer.as_ptr().align_offset(4096);
+    file.read_exact_at(&mut buffer[start..start + len], offset)?;
+    Ok(buffer[start..start + len].to_vec())
+}
+
+/// One device test at a time: they count threads, and measure what is left.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Reads parts of a device in both ways and compares them.
+pub fn random_reads(path: &Path, bytes: &[u8], count: usize) {
+    let size = bytes.len() as u64;
+    for direct in [true, false] {
+        let file = open(path, direct);
+        let mut random = Random(7);
+        for _ in 0..count {
+            let unit = if direct { 512 } else { 1 };
+            let offset = random.below(size / unit) * unit;
+            let most = (size - offset).min(700 * 1024);
+            let len = (random.below(most / unit) + 1) * unit;
+            let got = read(&file, offset, len as usize).unwrap();
+            assert!(
+                got == bytes[offset as usize..][..len as usize],
+                "{len} bytes at {offset}, direct {direct}"
+            );
+        }
+    }
+}
+
+pub fn root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Whether ublk devices can be made here.
+pub fn ublk_here() -> bool {
+    root() && Path::new("/dev/ublk-control").exists()
+}
+
+/// Runs tests of this very binary in a guest that has ublk: those whose names contain one of the words,
+/// `passed` of them. Without a guest it says so and passes, or fails with `TURBOBD_GUEST=1`, which
+/// `scripts/test` sets.
+pub fn in_a_guest(words: &[&str], passed: usize) {
+    if ublk_here() {
+        return; // they run directly
+    }
+    let vm = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/vm");
+    let run = Command::new(&vm)
+        .args(["--timeout", "300", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args(words)
+        .args(["--skip", "in_a_guest", "--test-threads=1", "--nocapture"])
+        .output();
+    let required = std::env::var_os("TURBOBD_GUEST").is_some_and(|value| value == "1");
+    let (status, text) = match &run {
+        Ok(output) => {
+            let text = [&output.stdout[..], &output.stderr].concat();
+            (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+        }
+        Err(error) => (None, error.to_string()),
+    };
+    println!("{text}");
+    if matches!(status, None | Some(125..=127)) && !required {
+        println!(
+            "SKIPPED: no guest with ublk could be started ({}): the ublk tests did not run",
+            vm.display()
+        );
+        return;
+    }
+    assert_eq!(status, Some(0), "the ublk tests fail in the guest");
+    assert!(
+        text.contains(&format!(" {passed} passed")) && !text.contains("SKIPPED"),
+        "the ublk tests did not run in the guest"
+    );
+}
