@@ -65,17 +65,31 @@ impl Device {
         assert!(self.server.wait().unwrap().success());
     }
 
-    /// Kills the server, and lets go of the device.
+    /// Kills the server; the device goes with it.
     fn kill(mut self) {
+        // A loop device stays, for whoever takes it next.
+        let backing = block::sys_block(&self.path).join("loop/backing_file");
+        let before = fs::read(&backing).ok();
+        let path = self.path.clone();
+        let is_there = || match &before {
+            Some(file) => fs::read(&backing).ok().as_ref() == Some(file),
+            None => path.exists(),
+        };
         self.server.kill().unwrap();
         self.server.wait().unwrap();
         let until = Instant::now() + Duration::from_secs(10);
-        let sysfs = block::sys_block(&self.path);
-        let is_loop = sysfs.join("loop").exists();
-        while if is_loop { sysfs.join("loop").exists() } else { sysfs.exists() } {
-            assert!(Instant::now() < until, "{} stays", self.path.display());
+        while is_there() {
+            assert!(Instant::now() < until, "{} stays", path.display());
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+}
+
+/// A folder for what a test makes: one that keeps all that `cp -a` keeps, in a guest too.
+fn work(frontend: &str) -> tempfile::TempDir {
+    match frontend {
+        "ublk" => tempfile::tempdir().unwrap(),
+        _ => tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap(),
     }
 }
 
@@ -118,7 +132,7 @@ fn same_trees(one: &Path, other: &Path) {
 fn is_there_again_and_becomes_an_image(frontend: &str) {
     for form in ["turbo", "obd"] {
         let images = base();
-        let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let work = work(frontend);
         let at = |name: &str| work.path().join(name);
         for dir in ["mnt", "run", "copy"] {
             fs::create_dir(at(dir)).unwrap();
@@ -158,7 +172,7 @@ fn is_there_again_and_becomes_an_image(frontend: &str) {
 
 fn survives_the_death_of_its_server(frontend: &str) {
     let images = base();
-    let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let work = work(frontend);
     let at = |name: &str| work.path().join(name);
     fs::create_dir(at("run")).unwrap();
     // On the device itself: an ext4 without a journal promises nothing of its own after a crash.

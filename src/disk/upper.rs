@@ -10,8 +10,8 @@ mod cold;
 use std::path::Path;
 use std::sync::Arc;
 
-use self::cold::ColdReads;
-use crate::lsmt::writable::{DATA_NAME, WrittenPlace};
+use self::cold::{ColdReads, Part};
+use crate::lsmt::writable::{DATA_NAME, WrittenPlace, WrittenRun};
 use crate::lsmt::writer::Identity;
 use crate::lsmt::{SharedLayer, Uuid, WritableError, WritableLayer};
 use crate::units::{Bytes, SECTOR, Sectors};
@@ -93,26 +93,47 @@ impl Volume for UpperVolume {
         }
         let first = offset / SECTOR;
         let count = end.div_ceil(SECTOR) - first;
-        let mut pieces = Vec::new();
-        for run in self.layer.look_up(Sectors(first), Sectors(count)) {
-            // The request may begin and end within a sector.
+        let runs = self.layer.look_up(Sectors(first), Sectors(count));
+        // The request may begin and end within a sector.
+        let bytes = |run: &WrittenRun| {
             let start = (run.lba.0 * SECTOR).max(offset);
-            let stop = ((run.lba.0 + run.len.0) * SECTOR).min(end);
-            let len = (stop - start) as usize;
+            start..((run.lba.0 + run.len.0) * SECTOR).min(end)
+        };
+        // What is below first: it may have to be waited for, and the whole request is then asked for again.
+        let mut below = Vec::new();
+        let mut parts = Vec::new();
+        for run in &runs {
+            match run.place {
+                WrittenPlace::Zero => {}
+                WrittenPlace::Data(at) => parts.push(Part { at, len: run.len }),
+                WrittenPlace::Below => {
+                    let range = bytes(run);
+                    let len = (range.end - range.start) as usize;
+                    match self.lower.locate(range.start, len, waiter)? {
+                        Located::Ready(pieces) => below.push(pieces),
+                        Located::Pending => return Ok(Located::Pending),
+                    }
+                }
+            }
+        }
+        let Some(read) = self.cold.read(&parts, offset, waiter) else {
+            return Ok(Located::Pending);
+        };
+        let (mut below, mut read) = (below.into_iter(), read.into_iter());
+        let mut pieces = Vec::new();
+        for run in &runs {
+            let range = bytes(run);
+            let len = (range.end - range.start) as usize;
             match run.place {
                 WrittenPlace::Zero => pieces.push(Piece::Zero(len)),
-                WrittenPlace::Data(at) => {
-                    let Some(sectors) = self.cold.read(at, run.len, start, waiter) else {
-                        return Ok(Located::Pending);
-                    };
-                    let from = (start - run.lba.0 * SECTOR) as usize;
-                    pieces.push(Piece::Memory { guard: sectors, range: from..from + len });
+                WrittenPlace::Below => pieces.extend(below.next().into_iter().flatten()),
+                WrittenPlace::Data(_) => {
+                    let from = (range.start - run.lba.0 * SECTOR) as usize;
+                    let sectors = read.next();
+                    pieces.extend(
+                        sectors.map(|guard| Piece::Memory { guard, range: from..from + len }),
+                    );
                 }
-                WrittenPlace::Below => match self.lower.locate(start, len, waiter)? {
-                    Located::Ready(below) => pieces.extend(below),
-                    // The whole request is asked for again.
-                    Located::Pending => return Ok(Located::Pending),
-                },
             }
         }
         Ok(Located::Ready(pieces))

@@ -2,14 +2,17 @@
 //!
 //! Whoever asks a volume where bytes are must not be kept waiting, so a read that would wait for the disk is
 //! done by a thread here. When it is done, the waiter is called, the same read is asked for again, and finds
-//! its bytes kept. They are kept by their place in the data file, whose bytes never change: what was
-//! overwritten meanwhile is never asked for again. That is the one case in which bytes stay, so the oldest go
-//! when there are too many.
+//! its bytes kept. They are kept by their place in the data file, whose bytes never change, and until a request
+//! has all that it needs: one that needed the disk at several places would else never come to its end.
+//!
+//! What was overwritten meanwhile is never asked for again. That is the one case in which bytes stay, so old
+//! ones go when there are many.
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -21,45 +24,67 @@ use crate::volume::{VolumeError, Waiter};
 /// make it faster.
 const THREADS: usize = 2;
 
-/// Bytes kept at most: twice what the queues of a ublk device of the default shape can ask for at a time.
+/// Bytes kept without a look at their age: twice what the queues of a ublk device of the default shape can ask
+/// for at a time.
 const KEPT: usize = 64 << 20;
+
+/// Nobody asks again so late: who was called asks at once.
+const OLD: Duration = Duration::from_secs(10);
 
 /// A part of the data file.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Part {
-    at: Sectors,
-    len: Sectors,
+pub(super) struct Part {
+    pub(super) at: Sectors,
+    pub(super) len: Sectors,
 }
 
-/// Somebody who waits for a part.
+impl Part {
+    fn buffer(self) -> Vec<u8> {
+        vec![0; (self.len.0 * SECTOR) as usize]
+    }
+}
+
+/// Somebody who waits for parts.
 struct Job {
-    part: Part,
+    parts: Vec<Part>,
     /// Byte of the disk, for messages.
     offset: u64,
     waiter: Waiter,
 }
 
+struct KeptPart {
+    part: Part,
+    bytes: Arc<Vec<u8>>,
+    since: Instant,
+}
+
 /// Parts that were read and not asked for again yet, the oldest first.
 #[derive(Default)]
 struct Kept {
-    parts: VecDeque<(Part, Arc<Vec<u8>>)>,
+    parts: VecDeque<KeptPart>,
     bytes: usize,
 }
 
 impl Kept {
-    fn put(&mut self, part: Part, bytes: Vec<u8>) {
-        self.bytes += bytes.len();
-        self.parts.push_back((part, Arc::new(bytes)));
-        while self.bytes > KEPT && self.parts.len() > 1 {
-            self.bytes -= self.parts.pop_front().map_or(0, |(_, bytes)| bytes.len());
+    fn put(&mut self, part: Part, bytes: Vec<u8>, now: Instant) {
+        while self.bytes > KEPT
+            && let Some(oldest) = self.parts.front()
+            && now.saturating_duration_since(oldest.since) > OLD
+        {
+            self.bytes -= oldest.bytes.len();
+            self.parts.pop_front();
         }
+        self.bytes += bytes.len();
+        self.parts.push_back(KeptPart { part, bytes: Arc::new(bytes), since: now });
     }
 
-    fn take(&mut self, part: Part) -> Option<Arc<Vec<u8>>> {
-        let index = self.parts.iter().position(|(own, _)| *own == part)?;
-        let (_, bytes) = self.parts.remove(index)?;
-        self.bytes -= bytes.len();
-        Some(bytes)
+    fn get(&self, part: Part) -> Option<Arc<Vec<u8>>> {
+        self.parts.iter().find(|kept| kept.part == part).map(|kept| kept.bytes.clone())
+    }
+
+    fn forget(&mut self, parts: &[Part]) {
+        self.parts.retain(|kept| !parts.contains(&kept.part));
+        self.bytes = self.parts.iter().map(|kept| kept.bytes.len()).sum();
     }
 }
 
@@ -92,26 +117,44 @@ impl ColdReads {
         Ok(this)
     }
 
-    /// Sectors `at..at + len` of the data file, which are byte `offset` of the disk. `None`: the waiter was
+    /// The bytes of these parts, which are asked for at byte `offset` of the disk. `None`: the waiter was
     /// taken.
     pub(super) fn read(
         &self,
-        at: Sectors,
-        len: Sectors,
+        parts: &[Part],
         offset: u64,
         waiter: &mut dyn FnMut() -> Waiter,
-    ) -> Option<Arc<Vec<u8>>> {
-        let part = Part { at, len };
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take(part);
-        if kept.is_some() {
-            return kept;
+    ) -> Option<Vec<Arc<Vec<u8>>>> {
+        let kept: Vec<_> = {
+            let kept = self.lock();
+            parts.iter().map(|part| kept.get(*part)).collect()
+        };
+        let was_kept = kept.iter().any(Option::is_some);
+        let mut found = Vec::with_capacity(parts.len());
+        let mut missing = Vec::new();
+        for (part, kept) in parts.iter().zip(kept) {
+            match kept.or_else(|| self.cached(*part)) {
+                Some(bytes) => found.push(bytes),
+                None => missing.push(*part),
+            }
         }
-        let mut sectors = vec![0; (len.0 * SECTOR) as usize];
-        if self.layer.read_cached(at, &mut sectors) {
-            return Some(Arc::new(sectors));
+        if !missing.is_empty() {
+            self.fetch(Job { parts: missing, offset, waiter: waiter() });
+            return None;
         }
-        self.fetch(Job { part, offset, waiter: waiter() });
-        None
+        if was_kept {
+            self.lock().forget(parts);
+        }
+        Some(found)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn cached(&self, part: Part) -> Option<Arc<Vec<u8>>> {
+        let mut sectors = part.buffer();
+        self.layer.read_cached(part.at, &mut sectors).then(|| Arc::new(sectors))
     }
 
     fn fetch(&self, job: Job) {
@@ -137,16 +180,20 @@ impl Drop for ColdReads {
 /// Body of a thread.
 fn serve(layer: &SharedLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
     crate::fetch::mark_io_thread();
-    while let Ok(Job { part, offset, waiter }) = queue.recv() {
-        let mut sectors = vec![0; (part.len.0 * SECTOR) as usize];
-        let read: Result<(), WritableError> = layer.read_data(part.at, &mut sectors);
-        waiter(match read {
-            Ok(()) => {
-                kept.lock().unwrap_or_else(PoisonError::into_inner).put(part, sectors);
-                Ok(())
-            }
-            Err(source) => Err(VolumeError::Upper { offset, source: Arc::new(source) }),
+    while let Ok(Job { parts, offset, waiter }) = queue.recv() {
+        let mut read = Vec::with_capacity(parts.len());
+        let result: Result<(), WritableError> = parts.iter().try_for_each(|part| {
+            let mut sectors = part.buffer();
+            layer.read_data(part.at, &mut sectors)?;
+            read.push((*part, sectors));
+            Ok(())
         });
+        {
+            let (mut kept, now) =
+                (kept.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+            read.into_iter().for_each(|(part, sectors)| kept.put(part, sectors, now));
+        }
+        waiter(result.map_err(|source| VolumeError::Upper { offset, source: Arc::new(source) }));
     }
 }
 
@@ -159,40 +206,54 @@ mod tests {
     use crate::lsmt::writer::Identity;
     use crate::units::Bytes;
 
+    fn part(at: u64, len: u64) -> Part {
+        Part { at: Sectors(at), len: Sectors(len) }
+    }
+
     #[test]
-    fn what_a_thread_has_read_is_kept_for_the_one_who_asks_again() {
+    fn what_a_thread_has_read_is_kept_until_a_request_has_all_of_its_parts() {
         let dir = tempfile::tempdir().unwrap();
         let mut layer =
             WritableLayer::create(dir.path(), Bytes(1 << 20), Identity::default()).unwrap();
         let bytes: Vec<u8> = (0..4096_u32).map(|at| (at / 7) as u8).collect();
         layer.write(0, &bytes).unwrap();
         let cold = ColdReads::start(&Arc::new(SharedLayer::new(layer))).unwrap();
-        let fetch = |at, len| {
+        let fetch = |parts: &[Part]| {
             let (sender, receiver) = channel();
             let waiter: Waiter = Box::new(move |result| sender.send(result).unwrap());
-            let part = Part { at: Sectors(at), len: Sectors(len) };
-            cold.fetch(Job { part, offset: 512, waiter });
+            cold.fetch(Job { parts: parts.to_vec(), offset: 512, waiter });
             receiver.recv().unwrap()
         };
-        fetch(8 + 2, 3).unwrap();
-        assert_eq!(cold.kept.lock().unwrap().bytes, 3 * 512);
-        let mut unasked = || -> Waiter { panic!("it was kept") };
-        let found = cold.read(Sectors(8 + 2), Sectors(3), 512, &mut unasked).unwrap();
-        assert_eq!(found[..], bytes[2 * 512..5 * 512]);
-        assert_eq!(cold.kept.lock().unwrap().bytes, 0);
-        let error = fetch(1 << 30, 1).unwrap_err();
+        let (one, two, past) = (part(8 + 2, 3), part(8 + 6, 1), part(1 << 30, 1));
+        fetch(&[one]).unwrap();
+        // Another of its parts cannot be had, so it is kept.
+        let (sender, receiver) = channel();
+        let mut waiter = || -> Waiter {
+            let sender = sender.clone();
+            Box::new(move |result| sender.send(result).unwrap())
+        };
+        assert!(cold.read(&[one, past], 512, &mut waiter).is_none());
+        let error = receiver.recv().unwrap().unwrap_err();
         assert!(matches!(error, VolumeError::Upper { offset: 512, .. }), "{error}");
+        fetch(&[two]).unwrap();
+        assert_eq!(cold.lock().bytes, 4 * 512);
+        let mut unasked = || -> Waiter { panic!("it was kept") };
+        let found = cold.read(&[one, two], 512, &mut unasked).unwrap();
+        assert_eq!(found[0][..], bytes[2 * 512..5 * 512]);
+        assert_eq!(found[1][..], bytes[6 * 512..7 * 512]);
+        assert_eq!(cold.lock().bytes, 0);
     }
 
     #[test]
     fn what_nobody_asks_for_again_does_not_stay_for_ever() {
         let mut kept = Kept::default();
+        let start = Instant::now();
         for at in 0..100 {
-            let part = Part { at: Sectors(at), len: Sectors(2048) };
-            kept.put(part, vec![0; 1 << 20]);
+            kept.put(part(at, 2048), vec![0; 1 << 20], start);
         }
-        assert_eq!((kept.bytes, kept.parts.len()), (KEPT, 64));
-        assert!(kept.take(Part { at: Sectors(35), len: Sectors(2048) }).is_none());
-        assert!(kept.take(Part { at: Sectors(36), len: Sectors(2048) }).is_some());
+        assert_eq!(kept.parts.len(), 100, "all of it is wanted still");
+        kept.put(part(100, 2048), vec![0; 1 << 20], start + 2 * OLD);
+        assert_eq!((kept.bytes, kept.parts.len()), (KEPT + (1 << 20), 65));
+        assert!(kept.get(part(35, 2048)).is_none() && kept.get(part(36, 2048)).is_some());
     }
 }

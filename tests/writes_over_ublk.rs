@@ -136,7 +136,7 @@ impl WritableVolume for Noted {
 }
 
 #[test]
-fn ublk_tells_the_kernel_what_the_device_can_and_passes_each_request_on() {
+fn over_ublk_the_kernel_knows_what_a_device_can_and_each_request_is_passed_on() {
     with_each_driver(|driver| {
         let noted = Noted::new(4 * MIB, Duration::ZERO, None);
         let device = start(noted.clone(), driver);
@@ -160,12 +160,13 @@ fn ublk_tells_the_kernel_what_the_device_can_and_passes_each_request_on() {
         changes.sort();
         assert_eq!(changes, ["write 261120 1024", "write 262144 1024"]);
         write(&open_for_writing(device.path(), true), 512, &[3; 512]).unwrap();
-        assert_eq!(noted.changes(), ["write 512 512", "flush"]);
+        // The kernel's O_DSYNC is a write with FUA, and then a flush for the file's sake.
+        assert_eq!(noted.changes(), ["write 512 512", "flush", "flush"]);
         let zeros = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&file, zeros, MIB as u64, MIB as u64).unwrap();
         assert_eq!(noted.changes(), [format!("zero {MIB} {MIB}")]);
         let discard = Command::new("blkdiscard")
-            .args(["-o", "8192", "-l", "4096"])
+            .args(["-f", "-o", "8192", "-l", "4096"])
             .arg(device.path())
             .status();
         assert!(discard.unwrap().success());
@@ -173,7 +174,7 @@ fn ublk_tells_the_kernel_what_the_device_can_and_passes_each_request_on() {
 
         let totals = device.counters();
         assert_eq!((totals.writes, totals.written), (4, 8192 + 2048 + 512), "{totals:?}");
-        assert_eq!((totals.zeroed, totals.flushes), (2, 2), "{totals:?}");
+        assert_eq!((totals.zeroed, totals.flushes), (2, 3), "{totals:?}");
         assert_eq!((totals.errors, totals.refused), (0, 0), "{totals:?}");
         drop(file);
         device.stop().unwrap();
@@ -181,7 +182,7 @@ fn ublk_tells_the_kernel_what_the_device_can_and_passes_each_request_on() {
 }
 
 #[test]
-fn ublk_fails_a_change_that_the_volume_fails_and_only_that() {
+fn over_ublk_a_change_fails_where_the_volume_fails_and_only_there() {
     with_each_driver(|driver| {
         let noted = Noted::new(MIB, Duration::ZERO, Some(70_000));
         let bytes = content(MIB);
@@ -202,7 +203,7 @@ fn ublk_fails_a_change_that_the_volume_fails_and_only_that() {
 }
 
 #[test]
-fn ublk_keeps_no_reader_waiting_while_changes_wait_for_the_disk() {
+fn over_ublk_no_reader_waits_while_changes_wait_for_the_disk() {
     with_each_driver(|driver| {
         let noted = Noted::new(MIB, Duration::from_millis(1500), None);
         // One queue: the reader's and the writers' requests go to the same thread.
@@ -231,7 +232,7 @@ fn ublk_keeps_no_reader_waiting_while_changes_wait_for_the_disk() {
 }
 
 #[test]
-fn ublk_answers_the_writers_of_a_device_that_is_stopped() {
+fn over_ublk_the_writers_of_a_device_that_is_stopped_are_answered() {
     with_each_driver(|driver| {
         let noted = Noted::new(MIB, Duration::from_millis(400), None);
         let device = start(noted, driver);
@@ -246,7 +247,7 @@ fn ublk_answers_the_writers_of_a_device_that_is_stopped() {
 }
 
 #[test]
-fn ublk_reads_see_every_acknowledged_write() {
+fn over_ublk_reads_see_every_acknowledged_write() {
     with_each_driver(|driver| {
         let dir = tempfile::tempdir().unwrap();
         let device = start(upper(dir.path(), &content(MIB)), driver);
@@ -322,7 +323,8 @@ impl Part<'_> {
             }
             18 if self.random.below(4) == 0 => {
                 let discard = Command::new("blkdiscard")
-                    .args(["-o", &(self.base + at).to_string(), "-l", &len.to_string()])
+                    // Forced, or it wants the device for itself.
+                    .args(["-f", "-o", &(self.base + at).to_string(), "-l", &len.to_string()])
                     .arg(self.path)
                     .status();
                 assert!(discard.unwrap().success());
@@ -334,7 +336,7 @@ impl Part<'_> {
 }
 
 #[test]
-fn ublk_is_the_disk_that_its_writers_wrote_and_so_is_its_layer_later() {
+fn over_ublk_a_disk_is_what_its_writers_wrote_and_so_is_its_layer_later() {
     with_each_driver(|driver| {
         let lower = content(8 * MIB);
         let mut model = lower.clone();
@@ -373,7 +375,7 @@ fn ublk_is_the_disk_that_its_writers_wrote_and_so_is_its_layer_later() {
 }
 
 #[test]
-fn ublk_takes_shapes_from_one_tag_to_many_for_writing() {
+fn over_ublk_shapes_from_one_tag_to_many_can_be_written() {
     with_each_driver(|driver| {
         for (queues, depth, chunk) in [(1, 1, 4096), (2, 7, 1 << 20), (1, 256, 64 * 1024)] {
             let lower = content(2 * MIB);
@@ -448,7 +450,7 @@ fn fill(file: &File, model: &mut [u8], random: &mut Random) -> usize {
 }
 
 #[test]
-fn ublk_says_that_the_layers_disk_is_full_and_loses_nothing_that_was_acknowledged() {
+fn over_ublk_a_full_layer_is_told_as_such_and_nothing_acknowledged_is_lost() {
     with_each_driver(|driver| {
         for kind in ["tmpfs", "ext4"] {
             let small = Small::new(kind);
@@ -487,7 +489,7 @@ fn ublk_says_that_the_layers_disk_is_full_and_loses_nothing_that_was_acknowledge
 }
 
 #[test]
-fn ublk_carries_an_ext4_that_is_made_filled_and_checked_on_it() {
+fn over_ublk_an_ext4_is_made_filled_and_checked() {
     with_each_driver(|driver| {
         let dir = tempfile::tempdir().unwrap();
         let (upper_dir, target) = (dir.path().join("upper"), dir.path().join("mounted"));
@@ -529,5 +531,5 @@ fn ublk_carries_an_ext4_that_is_made_filled_and_checked_on_it() {
 #[test]
 fn in_a_guest_with_ublk() {
     let _alone = alone();
-    block::in_a_guest(&["ublk_"], 9);
+    block::in_a_guest(&["over_ublk"], 9);
 }
