@@ -164,7 +164,15 @@ fn over_ublk_the_kernel_knows_what_a_device_can_and_each_request_is_passed_on() 
         assert_eq!(noted.changes(), ["write 512 512", "flush", "flush"]);
         let zeros = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&file, zeros, MIB as u64, MIB as u64).unwrap();
-        assert_eq!(noted.changes(), [format!("zero {MIB} {MIB}")]);
+        // 7.3 cuts it at the borders of chunks, too.
+        let zeroed: u64 = noted
+            .changes()
+            .iter()
+            .map(|change| change.strip_prefix("zero ").unwrap().split_once(' ').unwrap().1)
+            .map(|len| len.parse::<u64>().unwrap())
+            .sum();
+        assert_eq!(zeroed, MIB as u64);
+        assert_eq!(read(&file, MIB as u64, MIB).unwrap(), vec![0; MIB]);
         let discard = Command::new("blkdiscard")
             .args(["-f", "-o", "8192", "-l", "4096"])
             .arg(device.path())
@@ -174,7 +182,7 @@ fn over_ublk_the_kernel_knows_what_a_device_can_and_each_request_is_passed_on() 
 
         let totals = device.counters();
         assert_eq!((totals.writes, totals.written), (4, 8192 + 2048 + 512), "{totals:?}");
-        assert_eq!((totals.zeroed, totals.flushes), (2, 3), "{totals:?}");
+        assert!(totals.zeroed >= 2 && totals.flushes == 3, "{totals:?}");
         assert_eq!((totals.errors, totals.refused), (0, 0), "{totals:?}");
         drop(file);
         device.stop().unwrap();
