@@ -15,7 +15,7 @@
 //! everything else before it is used.
 //!
 //! Contents: [`mapping`] the sixteen bytes, [`layer`] one file, [`stack`] many layers and the
-//! look-up, [`writer`] the way back, [`writable`] a layer that can still change.
+//! look-up, [`writer`] the way back, [`writable`] a layer that can still change, for one thread or many.
 
 mod extents;
 pub mod layer;

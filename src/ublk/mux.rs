@@ -487,7 +487,7 @@ impl Driver {
             // of NEED_GET_DATA (written). The first is read while the entry is issued, which happens inside
             // `enter`: what it points to is kept by `self.answers` until the submission queue was seen empty,
             // or is a zero area that lives as long as the thread. The second is written by this thread, in
-            // the kernel, before the tag's completion is seen (at once, or on 6.12 as task work): it is the
+            // the kernel, before the tag's completion is seen (at once, or before 6.15 as task work): it is the
             // tag's buffer, which the queue's `writes` keep until then, or the bin, which lives as long as the
             // thread and is never read. The poll names the eventfd by number; the mailbox is dropped after
             // the last enter of this thread. FETCH has no address.
