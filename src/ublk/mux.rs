@@ -277,7 +277,7 @@ impl Driver {
         loop {
             while let Some(post) = self.mailbox.take() {
                 match post {
-                    Post::Letter(letter) => self.resume(letter)?,
+                    Post::Letter(letter) => self.resume(&letter)?,
                     Post::Queue(queue) => self.add(*queue),
                     Post::End => self.ending = true,
                 }
@@ -422,7 +422,7 @@ impl Driver {
     }
 
     /// The volume has answered a wait.
-    fn resume(&mut self, letter: Letter) -> io::Result<()> {
+    fn resume(&mut self, letter: &Letter) -> io::Result<()> {
         let (slot, tag) = (letter.slot as usize, letter.tag);
         let Some(queue) = self.queues.get_mut(slot).and_then(Option::as_mut) else { return Ok(()) };
         // A late letter must not touch a later request.

@@ -125,6 +125,9 @@ impl ColdReads {
         offset: u64,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Option<Vec<Arc<Vec<u8>>>> {
+        if parts.is_empty() {
+            return Some(Vec::new());
+        }
         let kept: Vec<_> = {
             let kept = self.lock();
             parts.iter().map(|part| kept.get(*part)).collect()

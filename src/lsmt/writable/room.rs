@@ -3,8 +3,7 @@
 //! A write is acknowledged when its bytes are in the data file and its record is in memory. Were there no
 //! space for the record at the next flush, the write would be lost although it was acknowledged. So the
 //! space is allocated first, some thousand records at a time, without making the file longer: a reader
-//! sees no difference, and the next opening gives back what was not used. Where the filesystem cannot
-//! do that, nothing is promised.
+//! sees no difference. Where the filesystem cannot do that, nothing is promised.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -5,7 +5,6 @@
 //! finds its records gone with it, most often, and need not do its own.
 
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::io::{ReadWriteFlags, preadv2};
@@ -103,11 +102,5 @@ impl SharedLayer {
         let mut buffers = [std::io::IoSliceMut::new(buf)];
         let read = preadv2(&self.data.file, &mut buffers, at.0 * SECTOR, ReadWriteFlags::NOWAIT);
         read == Ok(len)
-    }
-
-    /// The data file's name, for messages.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.data.path
     }
 }
