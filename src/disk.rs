@@ -17,7 +17,7 @@
 //!
 //! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration,
 //! [`digest`] what a disk contains, independent of how it is stored, [`scan`] reading all of it,
-//! [`explain`] where a byte comes from, for people.
+//! [`explain`] where a byte comes from, for people, [`upper`] a layer on top that can be written.
 
 pub mod config;
 pub mod digest;

@@ -131,7 +131,7 @@ pub fn in_a_guest(words: &[&str], passed: usize) {
     }
     let vm = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/vm");
     let run = Command::new(&vm)
-        .args(["--timeout", "300", "--"])
+        .args(["--timeout", "600", "--"])
         .arg(std::env::current_exe().unwrap())
         .args(words)
         .args(["--skip", "in_a_guest", "--test-threads=1", "--nocapture"])
