@@ -13,7 +13,8 @@
 //! happens without being asked for, for each image that is attached ([`learn`]).
 //!
 //! At the next attach the trace is [replayed](replay()): its chunks are asked for ahead of demand in its
-//! order, as many as the cache can hold; the fetch queue makes few requests of them.
+//! order, as many as the cache can hold and the rest as these are read; what lies near each other comes by
+//! one request.
 //!
 //! # Contents
 //!
@@ -21,9 +22,11 @@
 //! * `merge`       several starts in one trace
 //! * [`recorder`]  the first touches of one disk
 //! * [`replay`](mod@replay)  from a trace to chunks that are asked for
+//! * `clusters`    what of them comes by one request
 //! * [`learn`]     the traces of this host: kept, merged, replayed
 //! * [`upstream`]  overlaybd's own trace files
 
+mod clusters;
 pub mod format;
 pub mod learn;
 mod merge;
