@@ -222,9 +222,11 @@ impl Batch<'_> {
     ) -> Lookup {
         // What no trace has foreseen is a reason to guess what comes next.
         let mut guess = !blob.is_foreseen();
+        let before = self.wanted.len();
         let lookup = self.look_up(blob, index, waiter, &mut guess);
         if guess {
-            let ahead = blob.touched(index, self.cache.ahead);
+            let missed = self.wanted.len() > before;
+            let ahead = blob.touched(index, missed, self.cache.ahead);
             self.prefetch(blob, ahead);
         }
         lookup
