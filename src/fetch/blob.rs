@@ -105,6 +105,11 @@ impl Blob {
         lock(&self.depth).bytes()
     }
 
+    /// Encoded bytes that come sooner with what is asked for than by a request of their own.
+    pub(super) fn worth_a_request(&self) -> u64 {
+        lock(&self.depth).worth_a_request()
+    }
+
     /// What will be read of it is known, and asked for already: nothing needs to be guessed, as long as what is
     /// read is among it.
     pub fn foresee(&self) {
@@ -126,7 +131,7 @@ impl Blob {
             return 0..0;
         }
         let decoded = self.source.room(chunk).max(1) as u64;
-        let (most, around) = if self.source.blob().is_local() {
+        let (most, worth) = if self.source.blob().is_local() {
             (AHEAD_LOCALLY, 0)
         } else {
             let encoded = self.source.encoded(chunk).map_or(1, |place| place.len().max(1)) as u64;
@@ -135,7 +140,7 @@ impl Blob {
         };
         let fit = |chunks: u64| u32::try_from(chunks.min(room / decoded)).unwrap_or(u32::MAX);
         let count = self.source.chunk_count();
-        let touch = Touch { chunk, missed, most: fit(most), around: fit(around), count };
+        let touch = Touch { chunk, missed, most: fit(most), worth: fit(worth), count };
         lock(&self.ahead).touched(touch)
     }
 
