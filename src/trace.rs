@@ -42,11 +42,16 @@ pub use learn::{LearnOptions, Traces};
 pub use recorder::{Recorder, Recorders};
 pub use replay::{Replayed, replay};
 
-/// What a trace calls the blob of `source`: the digest in its name. A local file that no digest names
-/// gets that of its path, size and time: the same file is known again, a changed one is not.
+/// What a trace calls the blob of `source`.
 #[must_use]
 pub fn blob_name(source: &dyn ChunkSource) -> Digest {
-    let id = source.id();
+    digest_of(source.id())
+}
+
+/// What a trace calls the blob that a cache knows by `id`: the digest in it. A local file that no digest names
+/// gets that of its path, size and time: the same file is known again, a changed one is not.
+#[must_use]
+pub fn digest_of(id: &str) -> Digest {
     let named = id.find("sha256:").and_then(|at| id.get(at..at + 71)?.parse().ok());
     named.unwrap_or_else(|| Digest::of(id.split('#').next().unwrap_or(id).as_bytes()))
 }
