@@ -20,6 +20,7 @@
 //! # Contents
 //!
 //! * [`ahead`]   which chunks will probably be asked for next
+//! * `streams`   what is read in order
 //! * [`depth`]   how much to keep on its way
 //! * [`blob`]    a blob with everything that is known of where its bytes are
 //! * [`queue`]   what is wanted, and what goes together
@@ -40,6 +41,7 @@ mod pace;
 pub mod queue;
 mod recent;
 mod run;
+mod streams;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
