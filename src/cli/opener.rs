@@ -11,7 +11,7 @@ use crate::chunk::ChunkSource;
 use crate::convert::{ConvertOptions, Silent};
 use crate::disk::config::TargetOpener;
 use crate::disk::image::{
-    GzipTargets, HostManifest, LayerInfo, OpenedImage, choose_manifest, open_image,
+    IndexedTargets, HostManifest, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
 use crate::disk::{Disk, DiskError, config};
 use crate::meta::{MetaImages, Plain, is_plain};
@@ -246,14 +246,14 @@ impl ConfigTargets<'_> {
 }
 
 impl TargetOpener for ConfigTargets<'_> {
-    fn open_gzip(
+    fn open_indexed(
         &self,
         blob: Arc<dyn ByteSource>,
         index: Option<Vec<u8>>,
         sidecar: Option<Vec<u8>>,
         digest: Option<&str>,
     ) -> Result<Arc<dyn ChunkSource>, DiskError> {
-        GzipTargets.open_gzip(blob, index, sidecar, digest)
+        IndexedTargets.open_indexed(blob, index, sidecar, digest)
     }
 
     fn open_remote(

@@ -149,7 +149,7 @@ impl ChunkSource for SegmentedLayer {
         room: &mut [u8],
     ) -> Result<Range<usize>, ChunkError> {
         let segment = self.segment(index)?;
-        let decode = || {
+        let mut decode = || {
             if self.is_serial(index) {
                 return Err("it decodes only behind those before it".to_owned());
             }

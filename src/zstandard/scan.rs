@@ -10,6 +10,7 @@ use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 
 use super::ZstdError;
 use super::walk::{Edge, Part, Walker};
+use crate::segments::index::MAX_SEGMENT;
 use crate::segments::{Encoding, Entry, Scanned, Segment};
 use crate::units::Bytes;
 
@@ -20,9 +21,9 @@ pub const LONG: Bytes = Bytes(4 << 20);
 /// Frames to be skipped that are longer do not become part of a segment, 64 KiB: they would be fetched for nothing.
 const LONG_GAP: u64 = 64 << 10;
 
-/// Most bytes of a blob before a segment is found in them, 128 MiB. They are kept to be hashed; twice the longest
-/// span is far less, unless hardly anything comes out.
-pub const MOST_INPUT: u64 = 128 << 20;
+/// Most bytes of a blob in which no segment ends: they are kept to be hashed. Twice the longest span is less,
+/// unless hardly anything comes out of them.
+pub const MOST_INPUT: u64 = MAX_SEGMENT.0;
 
 /// Bytes decoded at a time.
 const STEP: usize = 256 << 10;
@@ -110,7 +111,7 @@ impl Scanner {
             let (now, later) = input.split_at(piece.taken);
             input = later;
             match piece.part {
-                Part::Skipped => {}
+                Part::Skipped => self.close_before_gap(),
                 Part::Header => self.begin_frame(sink)?,
                 Part::Body => self.decode(now, sink)?,
             }
@@ -131,14 +132,19 @@ impl Scanner {
         sink: &mut dyn FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let start = self.walker.frame();
-        if self.open.as_ref().is_some_and(|open| start - open.input.end > LONG_GAP) {
-            self.close_open();
-        }
         let stretches = vec![Stretch::begin(start, self.out, Entry::Start)];
         self.frame = Some(Frame { stretches, start: self.out, is_long: false });
         self.decoder.reinit().map_err(ZstdError::Decoder)?;
         let header = self.walker.header().to_vec();
         self.decode(&header, sink)
+    }
+
+    /// Ends the open segment when much was skipped behind it.
+    fn close_before_gap(&mut self) {
+        let at = self.walker.at();
+        if self.open.as_ref().is_some_and(|open| at - open.input.end > LONG_GAP) {
+            self.close_open();
+        }
     }
 
     /// Decodes bytes of the frame.
@@ -251,7 +257,7 @@ impl Scanner {
     pub fn keep_from(&self) -> u64 {
         let open = self.open.as_ref();
         let frame = self.frame.as_ref().and_then(|frame| frame.stretches.first());
-        open.or(frame).map_or(self.walker.frame(), |first| first.input.start)
+        open.or(frame).map_or(self.walker.keep_from(), |first| first.input.start)
     }
 
     /// The segments that have become final since the last call.
@@ -281,7 +287,7 @@ impl Scanner {
     }
 }
 
-/// All lengths are below [`MOST_INPUT`] and what fits [`LONG`] and a span.
+/// All lengths are at most [`MOST_INPUT`], or two spans and a block.
 fn close(stretch: &Stretch) -> Segment {
     Segment {
         start: stretch.input.start,

@@ -111,6 +111,12 @@ impl Walker {
         self.frame
     }
 
+    /// Where the frame began, or the present place if it is skipped.
+    #[must_use]
+    pub fn keep_from(&self) -> u64 {
+        if matches!(self.state, State::Skipped { .. }) { self.at } else { self.frame }
+    }
+
     /// The header of the frame, when [`Part::Header`] was just given.
     #[must_use]
     pub fn header(&self) -> &[u8] {
