@@ -19,6 +19,7 @@ use crate::oci::{Digest, ImageName, Manifest, RepositoryName, annotations};
 use crate::registry::Client;
 use crate::source::ByteSource;
 use crate::store::{self, ImageStore, Selector, StoredManifest};
+use crate::tier::Stored;
 use crate::trace::Trace;
 
 /// An image, by name or by upstream's device config.
@@ -125,6 +126,9 @@ impl Args {
         live: &LiveImages,
     ) -> Result<Opened, Failure> {
         let opened = self.open_beside(clients, cache, live);
+        if let Ok(opened) = &opened {
+            warn_of_long_frames(&self.name(), &opened.disk);
+        }
         if let Some(path) = &self.config {
             let reason = opened.as_ref().err().map(|error| sentence(error));
             config::tell_result(path, reason.as_deref().map_or(Ok(()), Err));
@@ -212,6 +216,24 @@ impl Args {
             open_image(store, &*targets, manifest, cache).map_err(Failure::because)?;
         live.note(name, &disk, &layers, trace.as_ref());
         Ok(Opened { disk, layers, digest, targets: Some(targets), trace })
+    }
+}
+
+/// Says which layers of a device have a zstd frame that no tier on this host holds once it is decoded.
+fn warn_of_long_frames(image: &str, disk: &Disk) {
+    for (number, blob) in disk.blobs().into_iter().enumerate() {
+        let Some(blob) = blob else { continue };
+        let longest = blob.source().longest_serial();
+        let kept = blob.stored().decoded.as_ref().map_or(0, Stored::capacity);
+        if longest > 0 && kept <= longest {
+            tracing::warn!(
+                layer = number,
+                "{image} has a zstd frame of {}, which decodes only from its beginning, and no disk tier holds \
+                 it: reads may be very slow. Enable gzipCacheConfig with more than that, or rebuild the layer as \
+                 zstd:chunked, seekable zstd or gzip",
+                super::table::size(longest)
+            );
+        }
     }
 }
 
