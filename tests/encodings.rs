@@ -10,7 +10,7 @@ mod registry_double;
 mod serve;
 
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -242,7 +242,8 @@ fn a_sidecar_that_breaks_a_rule_is_refused_by_name() {
     images.convert(&[]);
     let forge = |layer: usize, edit: &dyn Fn(&mut Vec<u8>), needles: &[&str]| {
         images.forge("forged", layer, |members| {
-            let (_, file) = members.iter_mut().find(|(name, _)| name == "turbobd.segments").unwrap();
+            let (_, file) =
+                members.iter_mut().find(|(name, _)| name == "turbobd.segments").unwrap();
             file.truncate(file.len() - 4);
             edit(file);
             let crc = crc32(file);
@@ -371,11 +372,7 @@ fn count(counter: &AtomicU64) -> u64 {
 
 #[test]
 fn a_wrong_byte_of_any_encoding_is_fetched_again_counted_and_never_served() {
-    let layers = [
-        (OCI_TAR, tar()),
-        (OCI_ZSTD, frames(&tar(), 300_000)),
-        (OCI_ZSTD, zstd(&tar())),
-    ];
+    let layers = [(OCI_TAR, tar()), (OCI_ZSTD, frames(&tar(), 300_000)), (OCI_ZSTD, zstd(&tar()))];
     for (number, (media_type, layer)) in layers.into_iter().enumerate() {
         let served = Served::new(media_type, layer);
         let disk = served.open(Tiers::default());
@@ -614,4 +611,91 @@ fn a_single_frame_image_attaches_and_its_files_are_read() {
     assert_eq!(Digest::of(&big.unwrap()), Digest::of(&prose(1, 5 << 20)));
     assert_eq!(explained.code, Some(0), "{}", explained.stderr);
     assert!(explained.stdout.contains("5 from 0"), "{}", explained.stdout);
+}
+
+#[test]
+fn what_is_published_of_a_zstd_image_is_found_by_the_next_host() {
+    let (images, registry) = (Images::new(), Double::start());
+    images.add("latest", &[(OCI_ZSTD, frames(&lower(), MIB)), (OCI_ZSTD, zstd(&upper()))]);
+    serve(&images, &registry, "team/app");
+    let name = format!("{}/team/app:latest", registry.host());
+    let export = |store: &Path, more: &[&str]| {
+        let mut command = turbobd();
+        command.args(["-v", "export", &name, "--digest", "--meta-dir"]).arg(store).args(more);
+        let ended = end(&mut command);
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        (ended.stdout, ended.stderr)
+    };
+    let (here, there) = (folder(), folder());
+    let (built, _) = export(here.path(), &["--publish"]);
+    let (found, log) = export(there.path(), &[]);
+    assert_eq!(found, built);
+    assert!(log.contains("found=Referrer"), "{log}");
+}
+
+#[test]
+fn a_device_config_finds_the_sidecar_where_the_snapshotter_unpacks_it() {
+    for (encoded, is_gzip) in [(zstd(&tar()), true), (frames(&tar(), 50_000), true), (tar(), false)]
+    {
+        let (images, dir) = (Images::new(), folder());
+        images.add("latest", &[(if is_gzip { OCI_ZSTD } else { OCI_TAR }, encoded.clone())]);
+        images.convert(&[]);
+        let archive = gunzip(&images.blob(&images.layer("turbo", 0)));
+        for (name, bytes) in members_of(&archive) {
+            fs::write(dir.path().join(name), bytes).unwrap();
+        }
+        fs::write(dir.path().join("layer"), encoded).unwrap();
+        let mut lower = serde_json::json!({"file": "ext4.fs.meta", "targetFile": "layer"});
+        if is_gzip {
+            // What is annotated as gzip: there is no such file.
+            lower["gzipIndex"] = "gzip.meta".into();
+        } else {
+            lower["gzipSidecar"] = "turbobd.segments".into();
+        }
+        let config = dir.path().join("config.v1.json");
+        let write = |lower: &Value| {
+            let text = serde_json::json!({"lowers": [lower], "upper": {}}).to_string();
+            fs::write(&config, text).unwrap();
+        };
+        write(&lower);
+        let export = ["export", "--config", config.to_str().unwrap(), "--digest"];
+        assert_eq!(done(&export), done(&["export", &images.name("turbo"), "--digest"]));
+        if is_gzip {
+            lower.as_object_mut().unwrap().remove("gzipIndex");
+            write(&lower);
+            refused(&export, &["its target is a zstd file"]);
+        }
+    }
+}
+
+#[test]
+fn attach_warns_of_a_frame_that_no_tier_holds_and_says_what_helps() {
+    let (images, host) = (Images::new(), folder());
+    images.add("latest", &[(OCI_ZSTD, zstd(&lower()))]);
+    images.convert(&[]);
+    let with_tier = host.path().join("service.json");
+    let config = serde_json::json!({
+        "gzipCacheConfig": {"enable": true, "cacheDir": host.path().join("cache"), "cacheSizeGB": 1},
+        "turbobd": {"traces": {"enable": false}},
+    });
+    fs::write(&with_tier, config.to_string()).unwrap();
+    for has_tier in [false, true] {
+        let mut attach = turbobd();
+        attach.env("TURBOBD_RUN_DIR", host.path().join("run"));
+        if has_tier {
+            attach.env("TURBOBD_SERVICE_CONFIG", &with_tier);
+        }
+        attach.args(["attach", &images.name("turbo"), "--frontend", "loop", "--foreground"]);
+        let mut server = attach.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        let mut stdout = BufReader::new(server.stdout.take().unwrap());
+        stdout.read_line(&mut line).unwrap();
+        let signalled = Command::new("kill").arg("-INT").arg(server.id().to_string()).status();
+        assert!(signalled.unwrap().success());
+        let output = server.wait_with_output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success() && line.starts_with("/dev/loop"), "{line} {told}");
+        assert_eq!(told.contains("zstd frame"), !has_tier, "{told}");
+        assert!(has_tier || told.contains("gzipCacheConfig") && told.contains("zstd:chunked"));
+    }
 }

@@ -40,8 +40,21 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     println!("digest  {digest}");
     println!("vsize   {}", table::size(opened.disk.size()));
     let head = [
-        "#", "kind", "meta", "size", "target", "size", "as", "tar", "share", "fs", "index",
-        "sidecar", "span", "segments", "long frame",
+        "#",
+        "kind",
+        "meta",
+        "size",
+        "target",
+        "size",
+        "as",
+        "tar",
+        "share",
+        "fs",
+        "index",
+        "sidecar",
+        "span",
+        "segments",
+        "long frame",
     ];
     let rows: Vec<_> =
         opened.layers.iter().enumerate().map(|(number, layer)| row(number, layer)).collect();

@@ -11,7 +11,7 @@ use crate::chunk::ChunkSource;
 use crate::convert::{ConvertOptions, Silent};
 use crate::disk::config::TargetOpener;
 use crate::disk::image::{
-    IndexedTargets, HostManifest, LayerInfo, OpenedImage, choose_manifest, open_image,
+    HostManifest, IndexedTargets, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
 use crate::disk::{Disk, DiskError, config};
 use crate::meta::{MetaImages, Plain, is_plain};

@@ -520,7 +520,8 @@ impl TargetOpener for IndexedTargets {
                 Some(target) if target != layer => Err(LayerError::OtherTarget { layer, target }),
                 _ => Ok(()),
             };
-            if let Some(file) = sidecar.as_ref().filter(|file| segments::sidecar::is_version_2(file))
+            if let Some(file) =
+                sidecar.as_ref().filter(|file| segments::sidecar::is_version_2(file))
             {
                 let index = segments::sidecar::read(file)?;
                 check(index.layer())?;

@@ -32,9 +32,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use super::Shared;
 use super::blob::{Blob, Key};
 use super::queue::Wanted;
-use super::Shared;
 use crate::source::Class;
 
 /// Frames that are decoded at the same time at most.

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use sha2::{Digest as _, Sha256};
 
-use super::index::{Encoding, Entry, Segment, SegmentIndex};
 use super::SegmentsError;
+use super::index::{Encoding, Entry, Segment, SegmentIndex};
 use crate::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk, SerialDecoder};
 use crate::source::ByteSource;
 use crate::zstandard::{FrameDecoder, FramesDecoder};

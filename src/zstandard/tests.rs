@@ -64,7 +64,8 @@ fn scan(layer: &[u8], cut: usize) -> Result<(SegmentIndex, Vec<u8>), ZstdError> 
 }
 
 fn layer_of(blob: &[u8], index: SegmentIndex) -> SegmentedLayer {
-    SegmentedLayer::new("layer", index, Arc::new(MemorySource::new("layer", blob.to_vec()))).unwrap()
+    SegmentedLayer::new("layer", index, Arc::new(MemorySource::new("layer", blob.to_vec())))
+        .unwrap()
 }
 
 /// What must hold of any index: each segment has its digest, and decodes to its part of the output.
@@ -105,7 +106,9 @@ fn check(blob: &[u8], index: &SegmentIndex, out: &[u8]) {
 fn many_frames_are_segments_about_a_span_long_and_each_decodes_alone() {
     let mut layer = Vec::new();
     let mut whole = Vec::new();
-    for (number, len) in [3000, 70_000, 20_000, 30_000, 0, 5, 200_000, 64 << 10, 1].iter().enumerate() {
+    for (number, len) in
+        [3000, 70_000, 20_000, 30_000, 0, 5, 200_000, 64 << 10, 1].iter().enumerate()
+    {
         let part = plain(number as u32 + 1, *len);
         layer.extend(frame(&part));
         layer.extend(skipped(5));
@@ -198,7 +201,12 @@ fn a_window_that_is_too_large_a_dictionary_and_what_is_no_frame_are_refused_by_n
         assert!(refused(&good[..len]).contains("inside a frame"), "{len}");
     }
     assert!(refused(&skipped(9)[..12]).contains("inside a frame"));
-    assert!(is_zstd(&good) && is_zstd(&skipped(0)) && !is_zstd(&[0x28, 0xb5]) && !is_zstd(b"\x60*M\x18"));
+    assert!(
+        is_zstd(&good)
+            && is_zstd(&skipped(0))
+            && !is_zstd(&[0x28, 0xb5])
+            && !is_zstd(b"\x60*M\x18")
+    );
 }
 
 #[test]
@@ -213,7 +221,10 @@ fn a_wrong_byte_never_comes_out() {
         let number = index.segments().iter().position(|one| one.input().contains(&(at as u64)));
         let number = number.unwrap() as u32;
         let error = damaged.load(number).unwrap_err().to_string();
-        assert!(error.contains("SHA-256") && error.contains(&format!("Chunk {number} ")), "{error}");
+        assert!(
+            error.contains("SHA-256") && error.contains(&format!("Chunk {number} ")),
+            "{error}"
+        );
     }
     let short = Arc::new(MemorySource::new("layer", layer[1..].to_vec()));
     assert!(SegmentedLayer::new("layer", index, short).is_err());

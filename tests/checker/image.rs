@@ -194,9 +194,7 @@ fn check_archive(
     }
     let tar = match whole {
         Some(whole) => whole.out,
-        None if is_zstd(target) => {
-            report.ok("blob.is-whole-zstd", zstd::decode_all(target))?
-        }
+        None if is_zstd(target) => report.ok("blob.is-whole-zstd", zstd::decode_all(target))?,
         None => target.to_vec(),
     };
     if let Some(sidecar) = get("turbobd.segments").filter(|_| !gzip) {

@@ -31,9 +31,8 @@ pub fn check_segments(file: &[u8], blob: &[u8], tar: &[u8], encoding: u8, report
     report.hold("segments.knows-the-blobs-size", lens[0] == blob.len() as u64, || {
         lens[0].to_string()
     });
-    report.hold("segments.knows-the-tars-size", lens[1] == tar.len() as u64, || {
-        lens[1].to_string()
-    });
+    report
+        .hold("segments.knows-the-tars-size", lens[1] == tar.len() as u64, || lens[1].to_string());
     let mut reader = Reader { file: body, at: 72 };
     let count = le32(file, 12) as usize;
     let parsed = read(&mut reader, count);
@@ -76,10 +75,7 @@ pub fn check_segments(file: &[u8], blob: &[u8], tar: &[u8], encoding: u8, report
     }
 }
 
-fn read<'a>(
-    reader: &mut Reader<'a>,
-    count: usize,
-) -> Option<(Vec<Segment>, &'a [u8], &'a [u8])> {
+fn read<'a>(reader: &mut Reader<'a>, count: usize) -> Option<(Vec<Segment>, &'a [u8], &'a [u8])> {
     let mut column = || (0..count).map(|_| reader.varint()).collect::<Option<Vec<u64>>>();
     let (gaps, lens, outs) = (column()?, column()?, column()?);
     let kinds = reader.take(count)?;

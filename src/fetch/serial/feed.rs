@@ -105,12 +105,7 @@ fn fetch(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>, class: Clas
 }
 
 /// From the encoded tier.
-fn read_stored(
-    shared: &Arc<Shared>,
-    blob: &Blob,
-    chunk: u32,
-    encoded: &mut EncodedChunk,
-) -> bool {
+fn read_stored(shared: &Arc<Shared>, blob: &Blob, chunk: u32, encoded: &mut EncodedChunk) -> bool {
     let stored = blob.stored().encoded.as_ref().filter(|stored| stored.has(chunk));
     let source = blob.source();
     let len = encoded.bytes().len();

@@ -138,7 +138,8 @@ impl Pass<'_> {
     /// Whether the tier takes the whole frame, so that it is decoded once for all.
     fn keeps_all(&self) -> bool {
         let source = self.blob.source();
-        let end = source.span(self.chunks.end - 1).map_or(0, |last| last.start + u64::from(last.len));
+        let end =
+            source.span(self.chunks.end - 1).map_or(0, |last| last.start + u64::from(last.len));
         let len = end - source.span(self.chunks.start).map_or(end, |first| first.start);
         self.decoded_tier().is_some_and(|stored| !stored.is_full() && stored.capacity() > len)
     }
@@ -326,9 +327,8 @@ impl Pass<'_> {
     /// Forgets what has reached the tier, or never will; without one, all but the last few.
     fn forget_passed(&mut self) {
         if let Some(stored) = &self.blob.stored().decoded {
-            self.passed.retain(|(chunk, when, _)| {
-                !stored.has(*chunk) && when.elapsed() < LONGEST_WRITE
-            });
+            self.passed
+                .retain(|(chunk, when, _)| !stored.has(*chunk) && when.elapsed() < LONGEST_WRITE);
             return;
         }
         let mut bytes: usize = self.passed.iter().map(|(_, _, bytes)| bytes.len()).sum();
