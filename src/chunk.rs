@@ -263,6 +263,12 @@ pub trait ChunkSource: Send + Sync {
         0
     }
 
+    /// Bytes of memory that decoding a frame takes which begins with these encoded bytes: its window.
+    fn serial_memory(&self, first: &[u8]) -> u64 {
+        let _ = first;
+        0
+    }
+
     /// Begins to decode the chunks of a frame, of which `first` is the first.
     ///
     /// # Errors

@@ -50,4 +50,4 @@ pub mod walk;
 pub use decode::{FrameDecoder, FramesDecoder};
 pub use error::ZstdError;
 pub use scan::{LONG, Scanner};
-pub use walk::{MAX_WINDOW, is_zstd};
+pub use walk::{MAX_WINDOW, is_zstd, window};

@@ -293,9 +293,15 @@ struct Served {
     _images: Images,
 }
 
-/// Two files of 6 MiB and small ones.
+/// Some 15 MiB in files large and small.
 fn tar() -> Vec<u8> {
-    tar_of(&[("a", &prose(1, 6 * MIB)), ("b", &noise(2, 6 * MIB)), ("c", b"small"), ("d/", b"")])
+    tar_of(&[
+        ("a", &prose(1, 6 * MIB)),
+        ("b", &noise(2, 6 * MIB)),
+        ("c", b"small"),
+        ("d/", b""),
+        ("d/e", &prose(3, 3 * MIB)),
+    ])
 }
 
 impl Served {
@@ -505,6 +511,49 @@ fn without_a_tier_a_long_frame_is_right_in_any_order_and_decoded_once_in_its_own
     }
     assert!(count(&counters.frames) > 1, "a cache of a few chunks held them all");
     assert_eq!(count(&counters.failed), 0);
+}
+
+/// A tar in frames of 5 MiB with a window of so many bits.
+fn long_frames(tar: &[u8], window_log: u32) -> Vec<u8> {
+    let frame = |part: &[u8]| {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(window_log).unwrap();
+        encoder.write_all(part).unwrap();
+        encoder.finish().unwrap()
+    };
+    tar.chunks(5 * MIB).flat_map(frame).collect()
+}
+
+#[test]
+fn several_long_frames_are_decoded_at_the_same_time_each_once() {
+    let served = Served::new(OCI_ZSTD, long_frames(&tar(), 21));
+    let disk = served.open_in(Tiers::default(), 1 << 20);
+    let order = chunks(&disk);
+    std::thread::scope(|scope| {
+        // One reader for each third, in order; they begin at the same time.
+        for part in order.chunks(order.len().div_ceil(3)) {
+            let (disk, served) = (&disk, &served);
+            scope.spawn(move || part.iter().for_each(|(at, _, _)| served.is_right(disk, *at)));
+        }
+    });
+    let frames = count(&disk.cache().fetched().frames);
+    // Where the thirds meet, two readers are in one frame.
+    assert!((3..=6).contains(&frames), "{frames} decodes of 3 frames");
+}
+
+#[test]
+fn frames_of_the_largest_windows_wait_for_each_others_memory_and_are_all_read() {
+    // Three of 128 MiB, of which two fit.
+    let served = Served::new(OCI_ZSTD, long_frames(&tar(), 27));
+    let disk = served.open_in(Tiers::default(), 64 << 20);
+    let order = chunks(&disk);
+    std::thread::scope(|scope| {
+        for part in order.chunks(order.len().div_ceil(3)) {
+            let (disk, served) = (&disk, &served);
+            scope.spawn(move || part.iter().for_each(|(at, _, _)| served.is_right(disk, *at)));
+        }
+    });
+    assert_eq!(count(&disk.cache().fetched().failed), 0);
 }
 
 #[test]

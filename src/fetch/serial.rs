@@ -15,8 +15,9 @@
 //! what is wanted ahead has been reached. A thread with nothing to do waits [`PARKED`] with its decoder for a
 //! reader that goes on, unless another frame needs the thread.
 //!
-//! Memory: a window (128 MiB at most, 2 to 8 MiB at usual levels) and two requests of bytes for each of at
-//! most [`MOST_THREADS`] frames, and the tier's queue. The lists hold what the cache has claimed.
+//! Memory: windows of [`MOST_WINDOWS`] together (one is 2 to 8 MiB at usual levels, 128 MiB at most), two requests of
+//! bytes for each of at most [`MOST_THREADS`] frames, and the tier's queue. The lists hold what the cache has
+//! claimed.
 //!
 //! # Contents
 //!
@@ -30,15 +31,22 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Shared;
 use super::blob::{Blob, Key};
 use super::queue::Wanted;
 use crate::source::Class;
 
-/// Frames that are decoded at the same time at most.
-const MOST_THREADS: usize = 4;
+/// Frames that are decoded at the same time at most: images have ten layers, and a start reads of most.
+const MOST_THREADS: usize = 16;
+
+/// Bytes of windows of the frames that are decoded at the same time, at most.
+const MOST_WINDOWS: u64 = 256 << 20;
+
+/// How long a thread that another frame needs still waits for somebody who goes on: a reader asks for the next
+/// piece when it has got one.
+const LINGER: Duration = Duration::from_millis(100);
 
 /// How long a decoder waits for somebody who goes on where it stands.
 const PARKED: Duration = Duration::from_secs(20);
@@ -57,6 +65,10 @@ struct State {
     threads: Vec<JoinHandle<()>>,
     /// Threads that have no frame.
     idle: usize,
+    /// Bytes of windows.
+    windows: u64,
+    /// Threads that wait until others give windows back.
+    starved: usize,
     ending: bool,
 }
 
@@ -83,10 +95,11 @@ struct Orders {
 }
 
 impl State {
-    /// Whether a frame that somebody waits for has no thread, and gets none.
+    /// Whether a frame that somebody waits for has no thread or no memory, and gets none.
     fn is_contested(&self) -> bool {
         let waits = |frame: &Frame| !frame.taken && !frame.wanted.is_empty();
-        self.idle == 0 && self.threads.len() >= MOST_THREADS && self.frames.values().any(waits)
+        let full = self.idle == 0 && self.threads.len() >= MOST_THREADS;
+        self.starved > 0 || full && self.frames.values().any(waits)
     }
 }
 
@@ -180,6 +193,37 @@ impl Serials {
         state.ending || state.frames.get(&first).is_some_and(demands)
     }
 
+    /// Waits until a window of so many bytes fits beside the others. One alone always does. False at the end.
+    fn reserve(&self, window: u64) -> bool {
+        let mut state = self.lock();
+        let mut waits = false;
+        let fits = loop {
+            if state.ending {
+                break false;
+            }
+            if state.windows == 0 || state.windows + window <= MOST_WINDOWS {
+                state.windows += window;
+                break true;
+            }
+            if !waits {
+                waits = true;
+                state.starved += 1;
+                self.wake.notify_all();
+            }
+            state = self.wait(state, LINGER);
+        };
+        state.starved -= usize::from(waits);
+        fits
+    }
+
+    /// Gives back what was reserved.
+    fn release(&self, window: u64) {
+        if window > 0 {
+            self.lock().windows -= window;
+            self.wake.notify_all();
+        }
+    }
+
     /// Gives a frame up, with everything on its list.
     fn give_up(&self, first: Key) -> Vec<Wanted> {
         let frame = self.lock().frames.remove(&first);
@@ -189,7 +233,7 @@ impl Serials {
     /// Waits until something is wanted of frame `first`, for `most` or until `is_over`. True if something is; else
     /// the frame is given up.
     fn park(&self, first: Key, most: Duration, is_over: &mut dyn FnMut() -> bool) -> bool {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let mut state = self.lock();
         loop {
             let wanted = state.frames.get(&first).is_some_and(|frame| !frame.wanted.is_empty());
@@ -197,7 +241,8 @@ impl Serials {
                 return !state.ending;
             }
             let left = most.saturating_sub(begun.elapsed());
-            if left.is_zero() || state.is_contested() || is_over() {
+            let yields = state.is_contested() && begun.elapsed() >= LINGER;
+            if left.is_zero() || yields || is_over() {
                 state.frames.remove(&first);
                 return false;
             }

@@ -9,7 +9,7 @@ use super::SegmentsError;
 use super::index::{Encoding, Entry, Segment, SegmentIndex};
 use crate::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk, SerialDecoder};
 use crate::source::ByteSource;
-use crate::zstandard::{FrameDecoder, FramesDecoder};
+use crate::zstandard::{self, FrameDecoder, FramesDecoder};
 
 /// A layer that is not gzip, and its index.
 pub struct SegmentedLayer {
@@ -163,6 +163,10 @@ impl ChunkSource for SegmentedLayer {
 
     fn serial(&self, index: u32) -> Range<u32> {
         self.index.serial(index)
+    }
+
+    fn serial_memory(&self, first: &[u8]) -> u64 {
+        zstandard::window(first).unwrap_or(0)
     }
 
     fn begin_serial(&self, first: u32) -> Result<Box<dyn SerialDecoder>, ChunkError> {

@@ -189,6 +189,9 @@ fn a_window_that_is_too_large_a_dictionary_and_what_is_no_frame_are_refused_by_n
     assert!(refused(&large).contains("needs a window of 268435456 bytes"), "{}", refused(&large));
     let just = frame_with(&plain(1, 100), |encoder| encoder.window_log(27).unwrap());
     assert!(scan(&just, 3).is_ok());
+    assert_eq!(window(&just), Some(MAX_WINDOW));
+    assert_eq!((window(&just[..5]), window(&skipped(3)), window(b"")), (None, None, None));
+    assert_eq!(window(&zstd::bulk::compress(&[7; 5000], 1).unwrap()), Some(5000));
     // A frame of one segment of 1 GiB: it has no window field.
     let single = [0x28, 0xb5, 0x2f, 0xfd, 0xa0, 0, 0, 0, 0x40, 0, 0, 0];
     assert!(refused(&single).contains("window of 1073741824"), "{}", refused(&single));

@@ -242,24 +242,27 @@ impl Walker {
         if descriptor & 8 != 0 {
             return Err(self.damaged("a reserved bit of a frame header is set"));
         }
-        let single = descriptor & 0x20 != 0;
-        let id = 5 + usize::from(!single);
-        let size = id + DICTIONARY_LEN[usize::from(descriptor & 3)];
-        let window = if single {
-            // A frame of one segment has no window field: it needs all that it holds.
-            number(&self.held[size..]).saturating_add(if descriptor >> 6 == 1 { 256 } else { 0 })
-        } else {
-            let (exponent, mantissa) = (self.held[5] >> 3, u64::from(self.held[5] & 7));
-            let base = 1u64 << (10 + exponent);
-            base + base / 8 * mantissa
-        };
+        let window = self.window(descriptor);
         if window > MAX_WINDOW {
             return Err(ZstdError::Window { at: self.frame, window });
         }
-        match number(&self.held[id..size]) as u32 {
+        let id = 5 + usize::from(descriptor & SINGLE == 0);
+        match number(&self.held[id..id + dictionary_len(descriptor)]) as u32 {
             0 => Ok(()),
             dictionary => Err(ZstdError::Dictionary { at: self.frame, dictionary }),
         }
+    }
+
+    /// The window of the frame whose whole header is held.
+    fn window(&self, descriptor: u8) -> u64 {
+        if descriptor & SINGLE != 0 {
+            // It has no window field, for it needs all that it holds.
+            let size = number(&self.held[5 + dictionary_len(descriptor)..]);
+            return size.saturating_add(if descriptor >> 6 == 1 { 256 } else { 0 });
+        }
+        let (exponent, mantissa) = (self.held[5] >> 3, u64::from(self.held[5] & 7));
+        let base = 1u64 << (10 + exponent);
+        base + base / 8 * mantissa
     }
 
     fn block_header(&mut self, input: &[u8]) -> Result<Option<Piece>, ZstdError> {
@@ -282,17 +285,30 @@ impl Walker {
     }
 }
 
-/// Bytes of a dictionary's number, by the two lowest bits of the descriptor.
-const DICTIONARY_LEN: [usize; 4] = [0, 1, 2, 4];
+/// The bit of a descriptor by which a frame is a single segment.
+const SINGLE: u8 = 0x20;
+
+/// Bytes of a dictionary's number.
+fn dictionary_len(descriptor: u8) -> usize {
+    [0, 1, 2, 4][usize::from(descriptor & 3)]
+}
+
+/// The window, in bytes, of the frame that begins there; `None` when none does, or not one that is decoded.
+#[must_use]
+pub fn window(frame: &[u8]) -> Option<u64> {
+    let mut walker = Walker::default();
+    let piece = walker.next(frame).ok()??;
+    (piece.part == Part::Header).then(|| walker.window(walker.held[4]))
+}
 
 /// Bytes of the header of a frame with this descriptor.
 fn header_len(descriptor: u8) -> usize {
-    let single = descriptor & 0x20 != 0;
+    let single = descriptor & SINGLE != 0;
     let size = match descriptor >> 6 {
         0 => usize::from(single),
         flag => 1 << flag,
     };
-    5 + usize::from(!single) + DICTIONARY_LEN[usize::from(descriptor & 3)] + size
+    5 + usize::from(!single) + dictionary_len(descriptor) + size
 }
 
 /// A little-endian number of at most eight bytes.

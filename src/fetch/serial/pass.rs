@@ -43,6 +43,7 @@ pub(super) fn run(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>) {
         at: chunks.start,
         chunks,
         decoder: None,
+        window: 0,
         feed: Feed::default(),
         passed: VecDeque::new(),
         patience: PATIENCE,
@@ -86,6 +87,8 @@ struct Pass<'a> {
     at: u32,
     /// None before the first chunk.
     decoder: Option<Box<dyn SerialDecoder>>,
+    /// Bytes of memory reserved for that.
+    window: u64,
     feed: Feed,
     /// What was given to the decoded tier lately, and may not be there yet; without one, what was passed last.
     passed: VecDeque<(u32, Instant, Arc<ChunkBytes>)>,
@@ -124,9 +127,27 @@ impl Pass<'_> {
     /// From the first chunk on, once more.
     fn begin_again(&mut self) {
         self.at = self.chunks.start;
-        self.decoder = None;
+        self.drop_decoder();
         self.feed = Feed::default();
         self.patience = PATIENCE;
+    }
+
+    fn drop_decoder(&mut self) {
+        self.decoder = None;
+        self.shared.serials.release(std::mem::take(&mut self.window));
+    }
+
+    /// Makes the decoder, when there is memory for it.
+    fn begin(&mut self, first: &EncodedChunk) -> Result<(), Arc<ChunkError>> {
+        let (shared, source) = (self.shared, self.blob.source());
+        let window = source.serial_memory(first.bytes());
+        if !shared.serials.reserve(window) {
+            return Err(super::super::ended(self.blob));
+        }
+        self.window = window;
+        self.decoder = Some(source.begin_serial(self.chunks.start).map_err(Arc::new)?);
+        count(&shared.counters.frames, 1);
+        Ok(())
     }
 
     /// The tier for decoded chunks, if they go there.
@@ -196,12 +217,10 @@ impl Pass<'_> {
     /// Decodes the next chunk, and gives it to everyone who should have it.
     fn produce(&mut self, goal: u32, orders: &Orders) -> Result<(), Arc<ChunkError>> {
         let (shared, blob, chunk) = (self.shared, self.blob, self.at);
-        if self.decoder.is_none() {
-            let decoder = blob.source().begin_serial(self.chunks.start).map_err(Arc::new)?;
-            self.decoder = Some(decoder);
-            count(&shared.counters.frames, 1);
-        }
         let encoded = self.feed.next(shared, blob, chunk, goal, orders.class)?;
+        if self.decoder.is_none() {
+            self.begin(&encoded)?;
+        }
         let wanted = shared.serials.remove(self.first, chunk);
         let (purpose, room) = self.purpose(wanted.as_ref());
         let bytes = match self.decode(&encoded, room) {
@@ -343,7 +362,7 @@ impl Pass<'_> {
     fn park(&mut self) -> bool {
         let at_end = self.at == self.chunks.end;
         if at_end {
-            self.decoder = None;
+            self.drop_decoder();
         }
         let serials = &self.shared.serials;
         let first = self.first;
@@ -351,5 +370,11 @@ impl Pass<'_> {
             self.forget_passed();
             at_end && (self.passed.is_empty() || self.decoded_tier().is_none())
         })
+    }
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        self.drop_decoder();
     }
 }
