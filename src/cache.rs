@@ -220,11 +220,13 @@ impl Batch<'_> {
         index: u32,
         waiter: &mut dyn FnMut() -> ChunkWaiter,
     ) -> Lookup {
+        // What no trace has foreseen is a reason to guess what comes next.
+        let mut guess = !blob.is_foreseen();
         let before = self.wanted.len();
-        let lookup = self.look_up(blob, index, waiter);
-        let claimed = self.wanted.len() > before;
-        if claimed || !blob.is_foreseen() {
-            let ahead = blob.touched(index, self.cache.ahead);
+        let lookup = self.look_up(blob, index, waiter, &mut guess);
+        if guess {
+            let missed = self.wanted.len() > before;
+            let ahead = blob.touched(index, missed, self.cache.ahead);
             self.prefetch(blob, ahead);
         }
         lookup
@@ -235,6 +237,7 @@ impl Batch<'_> {
         blob: &Arc<Blob>,
         index: u32,
         waiter: &mut dyn FnMut() -> ChunkWaiter,
+        guess: &mut bool,
     ) -> Lookup {
         let chunks = &self.cache.chunks;
         let key = blob.key(index);
@@ -252,7 +255,13 @@ impl Batch<'_> {
                 self.cache.fetcher.urge(key);
                 self.follow(blob.source().room(index) as u64);
             }
-            Found::Claimed => self.want(blob, index, Class::Demand),
+            Found::Claimed => {
+                self.want(blob, index, Class::Demand);
+                match self.cache.backlog.taken(blob, index) {
+                    Some(together) => self.prefetch(blob, together),
+                    None => *guess = true,
+                }
+            }
         }
         chunks.misses.fetch_add(1, Ordering::Relaxed);
         Lookup::Pending
@@ -267,15 +276,16 @@ impl Batch<'_> {
         }
     }
 
-    /// Has a chunk loaded when there is room for it: when what was asked for ahead before has been read.
-    pub fn prefetch_later(&mut self, blob: &Arc<Blob>, chunk: u32) {
-        self.cache.backlog.add(blob, chunk);
+    /// Has chunks loaded, all together, when there is room for them: when what was asked for ahead before has
+    /// been read. `read`: bytes of them that will probably be read.
+    pub fn prefetch_later(&mut self, blob: &Arc<Blob>, chunks: Range<u32>, read: u64) {
+        self.cache.backlog.add(blob, chunks, read);
     }
 
     /// A chunk of so many bytes that was asked for ahead is read now.
     fn follow(&mut self, bytes: u64) {
-        for (blob, chunk) in self.cache.backlog.read(bytes) {
-            self.prefetch(&blob, chunk..chunk + 1);
+        for (blob, chunks) in self.cache.backlog.read(bytes) {
+            self.prefetch(&blob, chunks);
         }
     }
 

@@ -17,7 +17,7 @@
 //!
 //! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration,
 //! [`digest`] what a disk contains, independent of how it is stored, [`scan`] reading all of it,
-//! [`explain`] where a byte comes from, for people.
+//! [`explain`] where a byte comes from, for people, `listed` a list of files as a trace.
 
 pub mod config;
 pub mod digest;
@@ -25,6 +25,7 @@ pub mod explain;
 mod gather;
 pub mod image;
 mod leases;
+mod listed;
 pub mod scan;
 pub mod upper;
 

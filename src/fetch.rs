@@ -23,6 +23,7 @@
 //! # Contents
 //!
 //! * [`ahead`]   which chunks will probably be asked for next
+//! * `streams`   what is read in order
 //! * [`depth`]   how much to keep on its way
 //! * [`blob`]    a blob with everything that is known of where its bytes are
 //! * [`queue`]   what is wanted, and what goes together
@@ -45,6 +46,7 @@ pub mod queue;
 mod recent;
 mod run;
 mod serial;
+mod streams;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

@@ -13,7 +13,8 @@
 //! happens without being asked for, for each image that is attached ([`learn`]).
 //!
 //! At the next attach the trace is [replayed](replay()): its chunks are asked for ahead of demand in its
-//! order, as many as the cache can hold; the fetch queue makes few requests of them.
+//! order, as many as the cache can hold and the rest as these are read; what lies near each other comes by
+//! one request.
 //!
 //! # Contents
 //!
@@ -21,9 +22,11 @@
 //! * `merge`       several starts in one trace
 //! * [`recorder`]  the first touches of one disk
 //! * [`replay`](mod@replay)  from a trace to chunks that are asked for
+//! * `clusters`    what of them comes by one request
 //! * [`learn`]     the traces of this host: kept, merged, replayed
 //! * [`upstream`]  overlaybd's own trace files
 
+mod clusters;
 pub mod format;
 pub mod learn;
 mod merge;
@@ -39,11 +42,16 @@ pub use learn::{LearnOptions, Traces};
 pub use recorder::{Recorder, Recorders};
 pub use replay::{Replayed, replay};
 
-/// What a trace calls the blob of `source`: the digest in its name. A local file that no digest names
-/// gets that of its path, size and time: the same file is known again, a changed one is not.
+/// What a trace calls the blob of `source`.
 #[must_use]
 pub fn blob_name(source: &dyn ChunkSource) -> Digest {
-    let id = source.id();
+    digest_of(source.id())
+}
+
+/// What a trace calls the blob that a cache knows by `id`: the digest in it. A local file that no digest names
+/// gets that of its path, size and time: the same file is known again, a changed one is not.
+#[must_use]
+pub fn digest_of(id: &str) -> Digest {
     let named = id.find("sha256:").and_then(|at| id.get(at..at + 71)?.parse().ok());
     named.unwrap_or_else(|| Digest::of(id.split('#').next().unwrap_or(id).as_bytes()))
 }

@@ -27,6 +27,9 @@ use registry_double::{Access, Double};
 use serde_json::{Value, json};
 use serve::serve;
 use sha2::{Digest as _, Sha256};
+use turbobd::cache::Cache;
+use turbobd::disk::config;
+use turbobd::disk::image::GzipTargets;
 use turbobd::oci::Digest;
 use writer::{NOBODY, Way, ZFileOptions, entry, layer, wrap_pax, wrap_ustar, zfile};
 
@@ -456,6 +459,71 @@ fn an_acceleration_layer_is_a_trace_and_no_layer() {
     assert_eq!(device.export(), content(&disk));
     device.config(&json!({"lowers": [{"file": "layer"}], "recordTracePath": "none", "download": {"enable": true, "delay": 3}}));
     assert_eq!(device.export(), content(&disk));
+}
+
+#[test]
+fn a_list_of_files_is_a_trace_of_reading_them() {
+    let file = |seed, len| noise(seed, len);
+    let (big, one, two, other) = (file(1, 700_000), file(2, 5000), file(3, 9000), file(4, 300_000));
+    let mut files = tar_of(&[
+        ("other", &other),
+        ("lib/big", &big),
+        ("dir/", b""),
+        ("dir/one", &one),
+        ("dir/sub/two", &two),
+    ]);
+    files.truncate(files.len() - 1024); // more follows
+    let mut tar = tar::Builder::new(files);
+    let mut link = tar::Header::new_ustar();
+    link.set_entry_type(tar::EntryType::Symlink);
+    link.set_size(0);
+    tar.append_link(&mut link, "usr", "lib").unwrap();
+    tar.append_link(&mut link, "loop", "/loop").unwrap();
+    let tar = tar.into_inner().unwrap();
+    let images = Images::new();
+    images.add("latest", &[(OCI_TAR, tar.clone())]);
+    images.convert(&[]);
+
+    let device = Device::new();
+    for (name, bytes) in image::members_of(&image::gunzip(&images.blob(&images.layer("turbo", 0))))
+    {
+        device.write(&name, &bytes);
+    }
+    device.write("layer.tar", &tar);
+    device.config(&json!({
+        "lowers": [{"file": "ext4.fs.meta", "targetFile": "layer.tar"}],
+        "recordTracePath": "list",
+    }));
+    let listed = |list: &str| {
+        device.write("list", list.as_bytes());
+        let cache = Cache::new(16 << 20, 2);
+        config::open_all(&device.path(), cache, &GzipTargets).unwrap().trace
+    };
+    // Each touch is a range of the tar; whole blocks, as files have them on the disk.
+    let bytes = |list: &str| -> Vec<u8> {
+        let touches = listed(list).unwrap().touches;
+        let range = |at: u64, len: u64| at as usize..tar.len().min((at + len) as usize);
+        touches.iter().flat_map(|touch| tar[range(touch.start, touch.len)].to_vec()).collect()
+    };
+    let begins_with = |got: &[u8], file: &[u8]| {
+        let whole = file.len().next_multiple_of(512);
+        assert!(got.starts_with(file), "{} bytes", got.len());
+        got[whole.min(got.len())..].to_vec()
+    };
+    let rest = begins_with(&bytes("/usr/../usr/big\n\n /dir/one \n/absent\n/loop\n"), &big);
+    assert!(begins_with(&rest, &one).is_empty());
+    // A directory alone is no file; with a slash or a star it is all that is below.
+    assert!(bytes("/dir\n").is_empty());
+    for list in ["/dir/\n", "/dir/*"] {
+        let rest = begins_with(&bytes(list), &one);
+        assert!(begins_with(&rest, &two).is_empty());
+    }
+    // What is no list is passed over, and an image starts all the same.
+    let too_long = "/other\n".repeat(10_000);
+    for none in ["relative\n", "/fine\nrelative\n", "\u{1}", &too_long] {
+        assert!(listed(none).is_none(), "{none:.20}");
+        assert!(device.export().contains("content_sha256="));
+    }
 }
 
 #[test]

@@ -421,6 +421,28 @@ fn layers_are_fetched_by_ranges() {
 }
 
 #[test]
+fn what_is_to_be_skipped_between_frames_is_not_fetched() {
+    let skipped = 300_000_u32;
+    let mut layer = Vec::new();
+    for part in tar().chunks(700_000) {
+        layer.extend(zstd(part));
+        layer.extend([0x51, 0x2a, 0x4d, 0x18]);
+        layer.extend(skipped.to_le_bytes());
+        layer.resize(layer.len() + skipped as usize, 0x33);
+    }
+    let gaps = u64::from(skipped) * tar().len().div_ceil(700_000) as u64;
+    let len = layer.len() as u64;
+    let served = Served::new(OCI_ZSTD, layer);
+    let disk = served.open(Tiers::default());
+    for (at, _, _) in chunks(&disk) {
+        served.is_right(&disk, at);
+    }
+    let counters = disk.cache().fetched();
+    assert_eq!((count(&counters.damaged), count(&counters.failed)), (0, 0));
+    assert!(count(&counters.bytes) <= len - gaps, "{} bytes", count(&counters.bytes));
+}
+
+#[test]
 fn a_long_frame_is_decoded_once_into_the_tier_however_many_read_it_in_whatever_order() {
     let layer = zstd(&tar());
     let len = layer.len() as u64;

@@ -22,7 +22,7 @@ use crate::gzip::SIDECAR_NAME;
 use crate::lsmt::{Layer, LayerKind, MAX_LAYERS};
 use crate::oci::Digest;
 use crate::source::{ByteSource, FileSource, MemorySource, SharedBytes};
-use crate::trace::{Trace, upstream};
+use crate::trace::Trace;
 use crate::{zfile, zstandard};
 
 /// Largest `gzip.meta` or sidecar that is read into memory, in bytes. Upstream's take 4 % of a
@@ -401,16 +401,17 @@ fn trace_file(config: &mut Config, folder: &Path) -> Option<PathBuf> {
     (!path.is_empty()).then(|| folder.join(path))
 }
 
-/// A trace that was recorded, or the empty file into which one is to be. A trace is advice: whatever is wrong
+/// A trace that was recorded, a list of files, or the empty file into which a trace is to be. A trace is advice: whatever is wrong
 /// with it, the image starts as it would without.
 fn read_trace(disk: &Disk, path: PathBuf) -> (Option<Trace>, Option<PathBuf>) {
     match fs::read(&path) {
         Err(_) => (None, None),
         Ok(bytes) if bytes.is_empty() => (None, Some(path)),
-        Ok(bytes) => match upstream::parse(&bytes) {
-            Ok(reads) => (Some(disk.trace_of(&reads)), None),
+        Ok(bytes) => match disk.trace_in(&bytes) {
+            Ok(trace) => (Some(trace), None),
             Err(error) => {
-                tracing::warn!(%error, "The trace {} is passed over", path.display());
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, "The trace {} is passed over", path.display());
                 (None, None)
             }
         },

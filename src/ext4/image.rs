@@ -7,6 +7,7 @@
 //! the superblock.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use super::allocation::{BlockRun, Blocks, Inodes};
 use super::checksum::{Checksums, InodeChecksum};
@@ -127,6 +128,16 @@ impl Image {
     #[must_use]
     pub fn size(&self) -> Bytes {
         Bytes(self.layout.blocks * BLOCK as u64)
+    }
+
+    /// Where on the disk the content of a file is that was laid out or [read](super::read()), in bytes and in the
+    /// order of the file; holes are left out.
+    pub fn blocks_of(&self, node: NodeId) -> impl Iterator<Item = Range<u64>> + '_ {
+        let record = self.records.get(node.index()).and_then(Option::as_ref);
+        record.into_iter().flat_map(|record| &record.extents).map(|extent| {
+            let start = extent.physical * BLOCK as u64;
+            start..start + u64::from(extent.count) * BLOCK as u64
+        })
     }
 
     /// Lays out what changed in `tree`, always the same one, since the last call.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::ahead::Streams;
+use super::ahead::{Ahead, Touch};
 use super::depth::Depth;
 use super::recent::Recent;
 use crate::chunk::ChunkSource;
@@ -32,8 +32,8 @@ pub struct Blob {
     last: AtomicU32,
     /// Whether a trace says what will be read.
     foreseen: AtomicBool,
-    /// What of it is read in order.
-    streams: Mutex<Streams>,
+    /// What was touched of it.
+    ahead: Mutex<Ahead>,
     /// What the line to it is like.
     depth: Mutex<Depth>,
     /// What went wrong with it last.
@@ -54,7 +54,7 @@ impl Blob {
             held,
             last: AtomicU32::new(u32::MAX),
             foreseen: AtomicBool::new(false),
-            streams: Mutex::default(),
+            ahead: Mutex::default(),
             depth: Mutex::default(),
             failures: Recent::default(),
         }
@@ -105,6 +105,11 @@ impl Blob {
         lock(&self.depth).bytes()
     }
 
+    /// Encoded bytes that come sooner with what is asked for than by a request of their own.
+    pub(super) fn worth_a_request(&self) -> u64 {
+        lock(&self.depth).worth_a_request()
+    }
+
     /// What will be read of it is known, and asked for already: nothing needs to be guessed, as long as what is
     /// read is among it.
     pub fn foresee(&self) {
@@ -115,9 +120,10 @@ impl Blob {
         self.foreseen.load(Ordering::Relaxed)
     }
 
-    /// Notes which chunk is asked for. Says which others will probably be next, if they are not all
-    /// asked for already; `room` is what the cache can spare for them in bytes.
-    pub(crate) fn touched(&self, chunk: u32, room: u64) -> Range<u32> {
+    /// Notes which chunk is asked for, and whether it has to be fetched for that. Says which others will
+    /// probably be next, if they are not all asked for already; `room` is what the cache can spare for
+    /// them in bytes.
+    pub(crate) fn touched(&self, chunk: u32, missed: bool, room: u64) -> Range<u32> {
         // A read first: the cache line stays shared between cores as long as nothing moves.
         if self.last.load(Ordering::Relaxed) == chunk
             || self.last.swap(chunk, Ordering::Relaxed) == chunk
@@ -125,14 +131,17 @@ impl Blob {
             return 0..0;
         }
         let decoded = self.source.room(chunk).max(1) as u64;
-        let most = if self.source.blob().is_local() {
-            AHEAD_LOCALLY
+        let (most, worth) = if self.source.blob().is_local() {
+            (AHEAD_LOCALLY, 0)
         } else {
             let encoded = self.source.encoded(chunk).map_or(1, |place| place.len().max(1)) as u64;
-            (lock(&self.depth).bytes() / encoded).max(1)
+            let depth = lock(&self.depth);
+            ((depth.bytes() / encoded).max(1), depth.worth_a_request() / encoded)
         };
-        let most = u32::try_from(most.min(room / decoded)).unwrap_or(u32::MAX);
-        lock(&self.streams).touched(chunk, most, self.source.chunk_count())
+        let fit = |chunks: u64| u32::try_from(chunks.min(room / decoded)).unwrap_or(u32::MAX);
+        let count = self.source.chunk_count();
+        let touch = Touch { chunk, missed, most: fit(most), worth: fit(worth), count };
+        lock(&self.ahead).touched(touch)
     }
 
     /// A request for this blob has ended.

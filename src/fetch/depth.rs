@@ -66,8 +66,20 @@ impl Depth {
         if self.bandwidth == 0.0 || self.delay == Duration::MAX {
             return AT_FIRST;
         }
-        let product = self.bandwidth * self.delay.as_secs_f64();
-        (2.0 * product).clamp(LEAST as f64, MOST as f64) as u64
+        self.twice_the_product().clamp(LEAST as f64, MOST as f64) as u64
+    }
+
+    /// Encoded bytes that come sooner with what is asked for than by a request of their own.
+    #[must_use]
+    pub fn worth_a_request(&self) -> u64 {
+        if self.bandwidth == 0.0 || self.delay == Duration::MAX {
+            return AT_FIRST;
+        }
+        self.twice_the_product() as u64
+    }
+
+    fn twice_the_product(&self) -> f64 {
+        2.0 * self.bandwidth * self.delay.as_secs_f64()
     }
 }
 
@@ -95,6 +107,9 @@ mod tests {
         assert_eq!(after(1_000_000, 20, 28, 1).bytes(), 5_000_000);
         assert_eq!(after(1_000_000, 1, 9, 10).bytes(), LEAST);
         assert_eq!(after(10_000_000, 300, 310, 10).bytes(), MOST);
+        // Where a request is cheap or bytes are dear, little is worth one.
+        assert_eq!(after(1_000_000, 1, 9, 10).worth_a_request(), 250_000);
+        assert_eq!(Depth::default().worth_a_request(), AT_FIRST);
         // Small answers tell the delay only.
         assert_eq!(after(100, 20, 28, 5).bytes(), AT_FIRST);
     }

@@ -1,9 +1,10 @@
 //! What is wanted and not yet under way, and what of it goes into one request.
 //!
 //! Chunks are taken in the order of their urgency (demand, then what is fetched ahead, then the background
-//! fill), and within that in the order in which they were asked for. What is taken brings its neighbours along: chunks of the same blob that are wanted too
-//! and lie next to it become one range. A request for demand grows only forwards into what is merely
-//! wanted ahead, so that nothing arrives before what somebody waits for.
+//! fill), and within that in the order in which they were asked for. What is taken brings its neighbours along:
+//! chunks of the same blob that are wanted too and lie next to it become one range. A request for demand
+//! grows forwards into what is merely wanted ahead; backwards only as far as that comes sooner so than by
+//! a request of its own, since it arrives before what somebody waits for.
 //!
 //! Long stretches are cut so that all free connections get a part; see [`Limit`].
 
@@ -40,7 +41,7 @@ impl Wanted {
 pub struct Limit {
     /// Most encoded bytes of a request; one chunk is always allowed.
     pub most: u64,
-    /// Encoded bytes below which a stretch is not divided.
+    /// Encoded bytes below which a stretch is not divided, unless more come in two round trips.
     pub least: u64,
     /// Connections that are free: a long stretch is divided between them.
     pub free: usize,
@@ -133,11 +134,28 @@ impl Queue {
         let is_wanted = |chunk: u32, most: Class| {
             self.wanted.get(&blob.key(chunk)).is_some_and(|wanted| wanted.class <= most)
         };
+        // Between the chunks of some blobs lie bytes of none; these are not asked for.
+        let place = |chunk| blob.source().encoded(chunk).map_or(0..0, |place| place.range);
+        let adjoins = |chunk: u32| place(chunk).end >= place(chunk.saturating_add(1)).start;
         // Behind what was asked for first only what is as urgent.
-        let first = (0..chunk).rev().take_while(|&before| is_wanted(before, class)).last();
+        let first = (0..chunk)
+            .rev()
+            .take_while(|&before| is_wanted(before, class) && adjoins(before))
+            .last();
+        // But a neighbour or two may come before it: that takes less than another request would.
+        let worth = blob.worth_a_request();
+        let mut before = 0;
+        let near = (0..chunk).rev().take_while(|&chunk| {
+            before += size(chunk).min(worth + 1);
+            let is_near = class == Class::Demand && before <= worth / 2;
+            is_near && is_wanted(chunk, Class::Prefetch) && adjoins(chunk)
+        });
+        let first = near.last().into_iter().chain(first).min();
         // Ahead, what somebody will probably want; the rest of the blob can wait for a quiet line.
         let most = class.max(Class::Prefetch);
-        let stretch = (chunk..u32::MAX).skip(1).take_while(|&next| is_wanted(next, most));
+        let stretch = (chunk..u32::MAX)
+            .skip(1)
+            .take_while(|&next| is_wanted(next, most) && adjoins(next - 1));
         let last = stretch.last().unwrap_or(chunk);
         let first = first.unwrap_or(chunk);
         let whole = (first..=last).map(size).fold(0, u64::saturating_add);
@@ -145,7 +163,10 @@ impl Queue {
             // Nobody waits: the fewer requests, the better.
             Class::Fill => limit.fill,
             Class::Prefetch => limit.most,
-            Class::Demand => (whole / limit.free.max(1) as u64).max(limit.least).min(limit.most),
+            Class::Demand => {
+                let least = limit.least.max(worth);
+                (whole / limit.free.max(1) as u64).max(least).min(limit.most)
+            }
         };
         let (mut start, mut end) = (chunk, chunk + 1);
         let mut bytes = size(chunk);
@@ -247,14 +268,15 @@ mod tests {
     }
 
     #[test]
-    fn a_request_grows_forwards_into_what_is_ahead_and_backwards_only_into_demand() {
+    fn a_request_grows_forwards_into_what_is_ahead_and_backwards_only_into_demand_and_near() {
         let blob = blob(0, 64);
         let mut queue = Queue::default();
-        for chunk in [10, 11, 13, 14, 15] {
+        for chunk in [10, 11, 12, 13, 14, 15, 17, 18, 19] {
             queue.push(wanted(&blob, chunk, Class::Prefetch));
         }
-        queue.push(wanted(&blob, 12, Class::Demand));
-        assert_eq!(take(&mut queue, ALONE), Some(12..16));
+        queue.push(wanted(&blob, 16, Class::Demand));
+        // 1.25 MB come in a round trip, as long as nothing else is known: four chunks.
+        assert_eq!(take(&mut queue, ALONE), Some(12..20));
         queue.push(wanted(&blob, 31, Class::Demand));
         queue.push(wanted(&blob, 30, Class::Demand));
         assert_eq!(take(&mut queue, ALONE), Some(30..32));
@@ -265,7 +287,7 @@ mod tests {
     #[test]
     fn a_long_stretch_is_divided_between_the_connections_that_are_free() {
         let blob = blob(0, 64);
-        for (free, first, requests) in [(1, 16, 2), (4, 8, 7), (100, 4, 8)] {
+        for (free, first, requests) in [(1, 16, 2), (3, 10, 4), (100, 9, 4)] {
             let mut queue = Queue::default();
             (0..32).for_each(|chunk| queue.push(wanted(&blob, chunk, Class::Demand)));
             let limit = Limit { free, ..ALONE };

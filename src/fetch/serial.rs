@@ -186,6 +186,13 @@ impl Serials {
         self.lock().frames.get_mut(&first)?.wanted.remove(&chunk)
     }
 
+    /// Puts a chunk on the list of frame `first` again.
+    fn put_back(&self, first: Key, wanted: Wanted) {
+        if let Some(frame) = self.lock().frames.get_mut(&first) {
+            frame.wanted.entry(wanted.chunk).or_insert(wanted);
+        }
+    }
+
     /// Whether somebody waits for something of frame `first`, or everything ends.
     fn is_urgent(&self, first: Key) -> bool {
         let state = self.lock();

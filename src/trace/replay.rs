@@ -3,15 +3,16 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use super::clusters::clusters;
 use super::format::Trace;
 use crate::cache::Cache;
-use crate::fetch::{Blob, Key};
+use crate::fetch::Blob;
 use crate::oci::Digest;
 
 /// What became of a trace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Replayed {
-    /// Chunks asked for, those that were here already included.
+    /// Chunks asked for, those that were here already and what lies between them included.
     pub chunks: u64,
     /// Bytes of the cache that they take.
     pub bytes: u64,
@@ -21,9 +22,9 @@ pub struct Replayed {
     pub later: u64,
 }
 
-/// Asks for the chunks of `trace` ahead of demand, in its order. Up to `most` bytes of the cache they are
-/// all wanted at once, so that neighbours come by one request, and demand overtakes them; the rest
-/// follows as these are read. Returns at once.
+/// Asks for the chunks of `trace` ahead of demand, in its order, near ones [together](super::clusters). Up to
+/// `most` bytes of the cache they are all wanted at once, and demand overtakes them; the rest follows as these
+/// are read. Returns at once.
 pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u64) -> Replayed {
     let named: HashMap<Digest, &Arc<Blob>> =
         blobs.iter().flatten().map(|blob| (super::blob_name(&**blob.source()), blob)).collect();
@@ -51,43 +52,23 @@ pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u
     }
     let mut batch = cache.batch();
     let mut full = false;
-    for (blob, chunk) in bridged(order, &listed) {
+    for cluster in clusters(&order) {
+        let blob = &cluster.blob;
         blob.foresee();
-        let room = blob.source().room(chunk) as u64;
+        let room = cluster.room();
         full |= done.bytes + room > most;
         if full {
-            done.later += 1;
-            batch.prefetch_later(blob, chunk);
+            done.later += u64::from(cluster.listed);
+            let read = room * u64::from(cluster.listed) / cluster.chunks.len() as u64;
+            batch.prefetch_later(blob, cluster.chunks, read);
         } else {
             done.bytes += room;
-            done.chunks += 1;
-            batch.prefetch(blob, chunk..chunk + 1);
+            done.chunks += cluster.chunks.len() as u64;
+            batch.prefetch(blob, cluster.chunks);
         }
     }
     done
 }
-
-/// Adds single chunks between others, so that one request brings both sides: a chunk of some 300 KB comes
-/// sooner than the answer to another request. No more than one for [`BRIDGES`] that are listed.
-fn bridged<'b>(
-    order: Vec<(&'b Arc<Blob>, u32)>,
-    listed: &HashSet<Key>,
-) -> Vec<(&'b Arc<Blob>, u32)> {
-    let mut left = order.len() / BRIDGES;
-    let mut all = Vec::with_capacity(order.len() + left);
-    for (blob, chunk) in order {
-        all.push((blob, chunk));
-        let has = |chunk: u32| listed.contains(&blob.key(chunk));
-        if left > 0 && chunk < u32::MAX - 1 && !has(chunk + 1) && has(chunk + 2) {
-            all.push((blob, chunk + 1));
-            left -= 1;
-        }
-    }
-    all
-}
-
-/// One bridge for so many chunks at most.
-const BRIDGES: usize = 5;
 
 #[cfg(test)]
 mod tests {
@@ -95,7 +76,7 @@ mod tests {
 
     use super::super::Touch;
     use super::*;
-    use crate::cache::CacheOptions;
+    use crate::cache::{CacheOptions, Lookup};
     use crate::chunk::PlainChunks;
     use crate::fetch::FetchOptions;
     use crate::source::{ByteSource, SourceError};
@@ -170,10 +151,27 @@ mod tests {
         let mut trace = trace(&blob, &[(50 * CHUNK, 4 * CHUNK), (3 * CHUNK, 1)]);
         trace.blob(super::super::blob_name(&**other.source()));
         trace.touches.push(Touch { blob: 1, ..trace.touches[0] });
-        let done = replay(&trace, &cache, &[Some(blob.clone())], 3 * CHUNK);
-        let expected = Replayed { chunks: 3, bytes: 3 * CHUNK, foreign: 1, later: 2 };
+        let done = replay(&trace, &cache, &[Some(blob.clone())], 4 * CHUNK);
+        let expected = Replayed { chunks: 4, bytes: 4 * CHUNK, foreign: 1, later: 1 };
         assert_eq!(done, expected);
-        wait(&cache, &blob, &[50, 51, 52]);
-        assert!(!cache.holds(&blob, 53) && !cache.holds(&blob, 3));
+        wait(&cache, &blob, &[50, 51, 52, 53]);
+        assert!(!cache.holds(&blob, 3));
+    }
+
+    #[test]
+    fn what_is_read_before_its_turn_brings_along_what_comes_with_it() {
+        let (cache, blob) = cache_and_blob("a");
+        let trace = trace(&blob, &[(0, 1), (30 * CHUNK, 4 * CHUNK), (60 * CHUNK, 2 * CHUNK)]);
+        let done = replay(&trace, &cache, &[Some(blob.clone())], CHUNK);
+        assert_eq!((done.chunks, done.later), (1, 6));
+        wait(&cache, &blob, &[0]);
+        let asked = cache.batch().get(&blob, 32, &mut || Box::new(|_| ()));
+        assert!(matches!(asked, Lookup::Pending));
+        wait(&cache, &blob, &[30, 31, 32, 33]);
+        assert!(!cache.holds(&blob, 60));
+        // All of them by one request more than the first chunk took; what was asked for goes ahead of it.
+        let fetched = cache.fetched();
+        let requests = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        assert!(requests(&fetched.demand_requests) == 1 && requests(&fetched.ahead_requests) <= 2);
     }
 }

@@ -103,7 +103,8 @@ impl Pass<'_> {
         if orders.ending {
             return Ok(false);
         }
-        let missed = orders.behind.iter().filter(|wanted| !self.serve_passed(wanted)).count() > 0;
+        let lost = orders.behind.iter().filter(|wanted| !self.serve_passed(wanted)).count();
+        let missed = lost > 0;
         if missed {
             let ahead = orders.last.is_some() && orders.class == Class::Demand;
             if !ahead || self.patience == 0 {
@@ -171,7 +172,8 @@ impl Pass<'_> {
         (self.at..self.chunks.end).rev().find(|&chunk| !stored.has(chunk))
     }
 
-    /// Delivers a chunk that was passed, from the tier or on its way there. False when it is lost.
+    /// Delivers a chunk that was passed, from the tier or on its way there. False when it is lost and the frame has
+    /// to be begun again for it; which a guess is not worth.
     fn serve_passed(&self, wanted: &Wanted) -> bool {
         let (shared, chunk) = (self.shared, wanted.chunk);
         let passed = self.passed.iter().find(|(number, ..)| *number == chunk);
@@ -184,7 +186,7 @@ impl Pass<'_> {
             return true;
         }
         if !self.blob.stored().decoded.as_ref().is_some_and(|stored| stored.has(chunk)) {
-            return false;
+            return wanted.class == Class::Prefetch && self.drop_guess(chunk);
         }
         if let Some(wanted) = shared.serials.remove(self.first, chunk)
             && !self.is_for_nobody(&wanted)
@@ -199,6 +201,18 @@ impl Pass<'_> {
             }
         }
         true
+    }
+
+    /// Takes a chunk off the list that was asked for ahead of time; not if somebody waits for it by now.
+    fn drop_guess(&self, chunk: u32) -> bool {
+        let serials = &self.shared.serials;
+        // Off the list first: once the load has ended, the next reader puts it there again.
+        let Some(wanted) = serials.remove(self.first, chunk) else { return true };
+        if self.shared.abandon(wanted.key()) {
+            return true;
+        }
+        serials.put_back(self.first, Wanted { class: Class::Demand, ..wanted });
+        false
     }
 
     /// Ends the wait of the background fill for a chunk that the tier has, unless somebody waits for it by now.

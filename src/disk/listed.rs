@@ -1,0 +1,134 @@
+//! A list of files as a trace: overlaybd's "dynamic" prefetch list (spec runtime 8).
+//!
+//! Where `recordTracePath` names a text instead of a trace, its lines are absolute paths of the image; one that
+//! ends in `/` or `*` means every file below. The filesystem says where the files' blocks are, the stack
+//! of layers which pieces of which blobs these are. Nothing of the files is read for that.
+//!
+//! A list is advice like any trace: a line that names nothing is counted and passed over.
+
+use super::Disk;
+use super::explain::What;
+use crate::ext4::{self, Image, Kind, NodeId, ReadError, Tree};
+use crate::trace::{self, Touch, Trace, TraceError};
+
+/// Longest list, as upstream has it: 64 KiB.
+const MAX_LIST: usize = 64 << 10;
+/// Links followed on the way to one file, as Linux does.
+const MAX_LINKS: u32 = 40;
+/// Directories below each other at most: no path of a filesystem that can be used is deeper.
+const MAX_DEPTH: u32 = 2048;
+/// Pieces of one file at most; a trace has no more in all.
+const MAX_PIECES: usize = 1 << 20;
+
+/// Why a trace file is no use.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ListError {
+    /// Recorded reads that break a rule.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// Anything else.
+    #[error("It is neither a recorded trace nor a list of absolute paths")]
+    NoList,
+    /// More than upstream takes.
+    #[error("The list has {0} bytes, and may have {MAX_LIST}")]
+    TooLong(usize),
+    /// Where the files are cannot be read.
+    #[error("The filesystem in which the files are listed cannot be read")]
+    Filesystem(#[from] ReadError),
+}
+
+/// The paths that `bytes` lists.
+fn lines(bytes: &[u8]) -> Result<Vec<&str>, ListError> {
+    if bytes.len() > MAX_LIST {
+        return Err(ListError::TooLong(bytes.len()));
+    }
+    let text = std::str::from_utf8(bytes).map_err(|_| ListError::NoList)?;
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    if lines.iter().any(|line| !line.starts_with('/')) {
+        return Err(ListError::NoList);
+    }
+    Ok(lines)
+}
+
+/// The trace of reading the files that `bytes` lists, in their order.
+fn trace_of(disk: &Disk, bytes: &[u8]) -> Result<Trace, ListError> {
+    let lines = lines(bytes)?;
+    let (tree, image) = ext4::read(disk, disk.mapped())?;
+    let files = Files { tree: &tree, image: &image };
+    let mut trace = Trace::default();
+    let mut missing = 0;
+    for line in lines {
+        let below = line.ends_with(['/', '*']);
+        let path = line.trim_end_matches('*');
+        match files.find(tree.root(), path, &mut { MAX_LINKS }) {
+            Some(node) => files.touch(disk, node, if below { MAX_DEPTH } else { 0 }, &mut trace),
+            None => missing += 1,
+        }
+    }
+    if missing > 0 {
+        tracing::warn!("{missing} of the files that are listed for prefetch are not in the image");
+    }
+    Ok(trace)
+}
+
+struct Files<'a> {
+    tree: &'a Tree,
+    image: &'a Image,
+}
+
+impl Files<'_> {
+    /// The file or directory at `path`, from `start` or, where it is absolute, from the root; links are followed.
+    fn find(&self, start: NodeId, path: &str, links: &mut u32) -> Option<NodeId> {
+        let mut node = if path.starts_with('/') { self.tree.root() } else { start };
+        for name in path.split('/').filter(|name| !name.is_empty() && *name != ".") {
+            let found = match name {
+                ".." => self.tree.parent(node),
+                name => self.tree.lookup(node, name.as_bytes())?,
+            };
+            node = match self.tree.kind(found) {
+                Kind::Symlink(target) => {
+                    *links = links.checked_sub(1)?;
+                    self.find(node, std::str::from_utf8(target).ok()?, links)?
+                }
+                _ => found,
+            };
+        }
+        Some(node)
+    }
+
+    /// Adds the blocks of a file, or of the files below a directory down to `depth`.
+    fn touch(&self, disk: &Disk, node: NodeId, depth: u32, trace: &mut Trace) {
+        match self.tree.kind(node) {
+            Kind::Directory if depth > 0 => {
+                for (_, child) in self.tree.children(node) {
+                    self.touch(disk, child, depth - 1, trace);
+                }
+            }
+            Kind::Regular { .. } => {
+                for range in self.image.blocks_of(node) {
+                    add(disk, range, trace);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Adds bytes `range` of the disk.
+fn add(disk: &Disk, range: std::ops::Range<u64>, trace: &mut Trace) {
+    for part in disk.explain(range, MAX_PIECES) {
+        let (What::Data, Some(chunk)) = (part.what, part.chunk) else { continue };
+        let Some(blob) = trace.blob(trace::digest_of(&chunk.blob)) else { continue };
+        trace.touches.push(Touch { blob, start: chunk.at, len: part.len, at: 0, weight: 1 });
+    }
+}
+
+impl Disk {
+    /// The trace in a file of upstream's: recorded reads, or a list of files.
+    pub(super) fn trace_in(&self, bytes: &[u8]) -> Result<Trace, ListError> {
+        if trace::upstream::is_trace(bytes) {
+            return Ok(self.trace_of(&trace::upstream::parse(bytes)?));
+        }
+        trace_of(self, bytes)
+    }
+}
