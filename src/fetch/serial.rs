@@ -186,10 +186,18 @@ impl Serials {
         self.lock().frames.get_mut(&first)?.wanted.remove(&chunk)
     }
 
-    /// Puts a chunk on the list of frame `first` again.
-    fn put_back(&self, first: Key, wanted: Wanted) {
-        if let Some(frame) = self.lock().frames.get_mut(&first) {
-            frame.wanted.entry(wanted.chunk).or_insert(wanted);
+    /// Puts a chunk on the list of frame `first` again; or gives it back, at the end.
+    fn put_back(&self, first: Key, wanted: Wanted) -> Option<Wanted> {
+        let mut state = self.lock();
+        if state.ending {
+            return Some(wanted);
+        }
+        match state.frames.get_mut(&first) {
+            Some(frame) => {
+                frame.wanted.entry(wanted.chunk).or_insert(wanted);
+                None
+            }
+            None => Some(wanted),
         }
     }
 

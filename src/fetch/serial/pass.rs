@@ -211,7 +211,10 @@ impl Pass<'_> {
         if self.shared.abandon(wanted.key()) {
             return true;
         }
-        serials.put_back(self.first, Wanted { class: Class::Demand, ..wanted });
+        let wanted = Wanted { class: Class::Demand, ..wanted };
+        if let Some(wanted) = serials.put_back(self.first, wanted) {
+            self.shared.fail(&wanted, super::super::ended(self.blob));
+        }
         false
     }
 
