@@ -5,7 +5,11 @@
 //! chunks lie and decodes one on request; the [`cache`](crate::cache) decides when, and
 //! [`fetch`](crate::fetch) in which company.
 //!
-//! Real: [`gzip::IndexedLayer`](crate::gzip), the `ZFile` reader and [`PlainChunks`]. In memory and
+//! A chunk decodes alone, but for those of a long zstd frame, which decode one after the other from its
+//! beginning: see [`ChunkSource::serial`].
+//!
+//! Real: [`gzip::IndexedLayer`](crate::gzip), [`segments::SegmentedLayer`](crate::segments), the `ZFile`
+//! reader and [`PlainChunks`]. In memory and
 //! faulty: build one from [`MemorySource`](crate::source::MemorySource) or
 //! [`FaultySource`](crate::source::FaultySource) under [`PlainChunks`].
 
@@ -191,6 +195,15 @@ pub struct ChunkSpan {
     pub len: u32,
 }
 
+/// Decodes chunks that lie in one long frame: one after the other, from the frame's beginning.
+pub trait SerialDecoder: Send {
+    /// Verifies and decodes the next chunk into `room`, of [`ChunkSource::room`] bytes.
+    ///
+    /// # Errors
+    /// [`ChunkError::Damaged`]; then nothing of `room` may be used, and the decoder is of no further use.
+    fn decode_next(&mut self, encoded: &EncodedChunk, room: &mut [u8]) -> Result<(), ChunkError>;
+}
+
 /// A blob whose decoded bytes come in chunks.
 ///
 /// Fetching and decoding are separate steps, for they happen on different threads: whoever fetches
@@ -233,6 +246,39 @@ pub trait ChunkSource: Send + Sync {
         room: &mut [u8],
     ) -> Result<Range<usize>, ChunkError>;
 
+    /// The chunks that are decoded one after the other to get at chunk `index` or at others of the same frame: of
+    /// most blobs only itself, and [`decode`](Self::decode) decodes it alone. If there are more, it does
+    /// not, and they are decoded from the first on by [`begin_serial`](Self::begin_serial).
+    fn serial(&self, index: u32) -> Range<u32> {
+        index..index.saturating_add(1)
+    }
+
+    /// Whether chunk `index` is one of several that are decoded one after the other.
+    fn is_serial(&self, index: u32) -> bool {
+        self.serial(index).len() > 1
+    }
+
+    /// Decoded length in bytes of the longest frame whose chunks are decoded one after the other, 0 if there is none.
+    fn longest_serial(&self) -> u64 {
+        0
+    }
+
+    /// Bytes of memory that decoding a frame takes which begins with these encoded bytes: its window.
+    fn serial_memory(&self, first: &[u8]) -> u64 {
+        let _ = first;
+        0
+    }
+
+    /// Begins to decode the chunks of a frame, of which `first` is the first.
+    ///
+    /// # Errors
+    /// [`ChunkError`] when it is not, or there is no memory for a decoder.
+    fn begin_serial(&self, first: u32) -> Result<Box<dyn SerialDecoder>, ChunkError> {
+        let blob = self.blob().name().to_owned();
+        let reason = "it is not the first of a frame".to_owned();
+        Err(ChunkError::Damaged { blob, chunk: first, start: 0, end: 0, reason })
+    }
+
     /// Where chunk `index` lies in the decoded bytes; `None` when that cannot be told by its number.
     fn span(&self, index: u32) -> Option<ChunkSpan> {
         let _ = index;
@@ -257,11 +303,21 @@ pub trait ChunkSource: Send + Sync {
         None
     }
 
-    /// Fetches, verifies and decodes a chunk on this thread, twice if it is damaged the first time.
+    /// Fetches, verifies and decodes a chunk on this thread, twice if it is damaged the first time. In a long frame
+    /// everything before it is decoded too.
     ///
     /// # Errors
     /// [`ChunkError`]; nothing unverified is ever returned.
     fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {
+        let serial = self.serial(index);
+        if serial.len() > 1 {
+            let mut wanted = Vec::new();
+            self.load_serial(serial.start..index.saturating_add(1), &mut |bytes| {
+                wanted.clear();
+                wanted.extend_from_slice(bytes);
+            })?;
+            return Ok(wanted.into());
+        }
         let place = self.encoded(index)?;
         let mut encoded = EncodedChunk::new(&place, Vec::new());
         let mut room = vec![0; self.room(index)];
@@ -279,6 +335,33 @@ pub trait ChunkSource: Send + Sync {
             result => result?,
         };
         Ok(ChunkBytes::new(Box::new(room), data))
+    }
+
+    /// The same for chunks of one long frame from its first on, each given to `each`.
+    ///
+    /// # Errors
+    /// [`ChunkError`].
+    fn load_serial(
+        &self,
+        chunks: Range<u32>,
+        each: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), ChunkError> {
+        let mut decoder = self.begin_serial(chunks.start)?;
+        let (mut buffer, mut room) = (Vec::new(), Vec::new());
+        for index in chunks {
+            let place = self.encoded(index)?;
+            let mut encoded = EncodedChunk::new(&place, buffer);
+            self.blob().read_exact_at(encoded.bytes_mut(), place.range.start)?;
+            if self.verify(index, encoded.bytes()) == Some(false) {
+                self.blob().distrust(place.range.clone());
+                self.blob().read_exact_at(encoded.bytes_mut(), place.range.start)?;
+            }
+            room.resize(self.room(index), 0);
+            decoder.decode_next(&encoded, &mut room)?;
+            each(&room);
+            buffer = encoded.into_buffer();
+        }
+        Ok(())
     }
 }
 

@@ -3,14 +3,14 @@
 //! For each layer, bottom to top, the compressed blob passes through this program **once**:
 //!
 //! ```text
-//! store ── pieces ──▶ scan (gzip) ──▶ tar ──▶ apply ──▶ tree          one thread: layer.rs
+//! store ── pieces ──▶ scan (gzip, zstd) ──▶ tar ──▶ apply ──▶ tree    one thread: layer.rs
 //!                       │ boundaries
 //!                       ▼
 //!                     SHA-256 of the blob and of each segment         another
 //! ```
 //!
 //! For a TurboOCI image nothing of the layer is kept: what remains is the in-memory tree of files ([`crate::ext4`]) and the
-//! gzip index. The tree lives on from layer to layer, so that each layer's ext4 image is the merged
+//! index of its segments. The tree lives on from layer to layer, so that each layer's ext4 image is the merged
 //! filesystem a container would see, written as *only the blocks that this layer changed*, with file
 //! data as mappings into the layer's own tar.
 //!
@@ -38,7 +38,6 @@ pub mod index;
 pub mod layer;
 pub mod native;
 pub mod progress;
-mod unzstd;
 
 use std::path::PathBuf;
 
@@ -189,13 +188,15 @@ pub enum LayerError {
     },
     /// A compression that this conversion cannot read.
     #[error(
-        "The layer is compressed with {0}, which TurboOCI cannot index: rebuild the image with gzip layers{hint}",
-        hint = if *.0 == "zstd" { ", or make a native image alone (--overlaybd)" } else { "" }
+        "The layer is compressed with {0}, which no image specification knows: rebuild the image with gzip or zstd layers"
     )]
     Compression(&'static str),
-    /// The zstd stream is broken.
-    #[error("The zstd stream is damaged")]
-    Zstd(#[source] std::io::Error),
+    /// The zstd stream is broken, or needs what it may not.
+    #[error(transparent)]
+    Zstd(#[from] crate::zstandard::ZstdError),
+    /// The segments of the layer cannot be indexed.
+    #[error(transparent)]
+    Segments(#[from] crate::segments::SegmentsError),
     /// There is no room for work files.
     #[error("Cannot make a work file in {dir} (see --dir)", dir = dir.display())]
     WorkFile {

@@ -119,7 +119,7 @@ pub enum DiskError {
         rule: String,
     },
     /// The target of a layer cannot be opened; said by a [`config::TargetOpener`].
-    #[error("Cannot open the gzip layer {name}")]
+    #[error("Cannot open the compressed layer {name}")]
     Target {
         /// The blob.
         name: String,

@@ -13,6 +13,9 @@
 //! not whole, is fetched like anything else. What was fetched is offered to the tier once everyone who
 //! waited is told.
 //!
+//! A long zstd frame decodes only from its beginning, so its chunks go another way: what the tier does not have is
+//! decoded by the frame's own thread, for everyone who wants some of it ([`serial`]).
+//!
 //! Bytes that fail their checksum are not an error yet. The tier forgets them, the source is told not
 //! to trust whoever sent them, and they are fetched again; only the third damage of a chunk is given
 //! to those who wait. A failed prefetch for which somebody waits by now is repeated as demand.
@@ -30,6 +33,7 @@
 //! * `crew`      the fetch threads
 //! * `run`       the buffers of one request
 //! * `inflate`   the workers
+//! * `serial`    frames that decode only from their beginning
 
 pub mod ahead;
 pub mod blob;
@@ -41,6 +45,7 @@ mod pace;
 pub mod queue;
 mod recent;
 mod run;
+mod serial;
 mod streams;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -51,6 +56,7 @@ use std::time::Instant;
 use crate::chunk::{ChunkBytes, ChunkError, Room};
 use crate::metrics::Histogram;
 use crate::source::{Class, SourceError};
+use crate::tier::Kind;
 
 pub use blob::{Blob, Key};
 use crew::Crew;
@@ -59,6 +65,7 @@ use inflate::{Input, Job, Workers};
 use pace::Pace;
 pub use queue::Wanted;
 pub use recent::{Failure, Recent};
+use serial::Serials;
 
 /// Where decoded chunks go: the cache.
 pub trait Delivery: Send + Sync {
@@ -154,6 +161,8 @@ pub struct FetchCounters {
     pub inflate_out: AtomicU64,
     /// How long a chunk took to verify and decode.
     pub inflate: Histogram,
+    /// Long zstd frames begun to be decoded, the same one perhaps several times.
+    pub frames: AtomicU64,
 }
 
 impl FetchCounters {
@@ -176,6 +185,7 @@ struct Shared {
     counters: Arc<FetchCounters>,
     crew: Crew,
     workers: Workers,
+    serials: Serials,
     fill: fill::Queue,
     pace: Pace,
 }
@@ -188,6 +198,7 @@ impl Fetcher {
             counters: Arc::default(),
             crew: Crew::new(options.connections.max(1)),
             workers: Workers::new(options.workers.max(1)),
+            serials: Serials::default(),
             fill: fill::Queue::default(),
             pace: Pace::default(),
         });
@@ -218,13 +229,15 @@ impl Fetcher {
         self.shared.pace.demand();
         self.shared.crew.urge(key);
         self.shared.workers.urge(key);
+        self.shared.serials.urge(key);
     }
 }
 
 impl Drop for Fetcher {
     fn drop(&mut self) {
         self.shared.fill.end();
-        let left = self.shared.crew.end();
+        let mut left = self.shared.crew.end();
+        left.extend(self.shared.serials.end());
         let rest = self.shared.workers.end();
         for wanted in left {
             self.shared.fail(&wanted, ended(&wanted.blob));
@@ -234,19 +247,24 @@ impl Drop for Fetcher {
             self.shared.fail(&wanted, ended(&wanted.blob));
         }
         self.shared.crew.join();
+        self.shared.serials.join();
         self.shared.workers.join();
         self.shared.fill.join();
     }
 }
 
 impl Shared {
-    /// To the workers what is near, else to the fetch threads.
+    /// To the workers what is near or perhaps is, else to the fetch threads.
     fn want(self: &Arc<Self>, wanted: Vec<Wanted>) {
         if wanted.iter().any(|wanted| wanted.class == Class::Demand) {
             self.pace.demand();
         }
-        let (near, far): (Vec<_>, Vec<_>) =
-            wanted.into_iter().partition(|wanted| wanted.blob.is_near(wanted.chunk));
+        // A worker looks for a chunk of a long frame in the tier first, and passes it on if it is not there.
+        let is_near = |wanted: &Wanted| {
+            let Wanted { blob, chunk, .. } = wanted;
+            blob.is_near(*chunk) || blob.source().is_serial(*chunk)
+        };
+        let (near, far): (Vec<_>, Vec<_>) = wanted.into_iter().partition(is_near);
         let mut refused = Vec::new();
         for wanted in near {
             let Wanted { blob, chunk, class, tries } = wanted;
@@ -259,12 +277,23 @@ impl Shared {
         self.want_far(far);
     }
 
-    /// To the fetch threads.
+    /// To the fetch threads, or to those of long frames.
     fn want_far(self: &Arc<Self>, wanted: Vec<Wanted>) {
-        if wanted.is_empty() {
-            return;
+        // To be kept as it comes, a chunk need not be decoded.
+        let is_serial = |wanted: &Wanted| {
+            let encoded = matches!(wanted.blob.stored().target(), Some((Kind::Encoded, _)));
+            wanted.blob.source().is_serial(wanted.chunk)
+                && !(wanted.class == Class::Fill && encoded)
+        };
+        let (serial, far): (Vec<_>, Vec<_>) = wanted.into_iter().partition(is_serial);
+        let mut refused = Vec::new();
+        if !serial.is_empty() {
+            refused.extend(serial::want(self, serial).err().unwrap_or_default());
         }
-        for wanted in crew::want(self, wanted).err().unwrap_or_default() {
+        if !far.is_empty() {
+            refused.extend(crew::want(self, far).err().unwrap_or_default());
+        }
+        for wanted in refused {
             self.fail(&wanted, ended(&wanted.blob));
         }
     }

@@ -13,6 +13,8 @@
 //! * [`oci`]      digests, references, manifests, the image layout directory
 //! * [`tar`]      a strict header iterator with exact data offsets; an archive writer
 //! * [`gzip`]     scan a layer once; later decode any segment of it alone
+//! * [`zstandard`] the same for zstd layers, of many frames or of one
+//! * [`segments`] where the segments of a zstd or uncompressed layer are, and what they must be
 //! * [`zfile`]    overlaybd's seekable compressed container
 //! * [`lsmt`]     overlaybd's layer format: which disk sector lives where
 //! * [`ext4`]     an in-memory tree of files, and the ext4 blocks that describe it
@@ -64,6 +66,7 @@ pub mod meta;
 pub mod metrics;
 pub mod oci;
 pub mod registry;
+pub mod segments;
 pub mod source;
 pub mod store;
 pub mod tar;
@@ -73,3 +76,4 @@ pub mod ublk;
 pub mod units;
 pub mod volume;
 pub mod zfile;
+pub mod zstandard;

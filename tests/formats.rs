@@ -126,6 +126,21 @@ fn images_of_every_kind_of_layer_keep_every_rule_at_every_layer() {
 }
 
 #[test]
+fn images_of_zstd_layers_of_one_frame_and_of_many_keep_every_rule() {
+    let frames = |tar: Vec<u8>, len: usize| -> Vec<u8> {
+        tar.chunks(len).flat_map(|part| zstd::encode_all(part, 3).unwrap()).collect()
+    };
+    let kind = "application/vnd.oci.image.layer.v1.tar+zstd";
+    for len in [usize::MAX, 1 << 20, 50_000] {
+        let images = Images::new();
+        let layers = [(kind, frames(image::lower(), len)), (kind, frames(image::upper(), len))];
+        images.add("latest", &layers);
+        images.convert(&["--oci"]);
+        check_image(&images, "turbo");
+    }
+}
+
+#[test]
 fn a_referrer_and_a_finely_cut_image_keep_every_rule() {
     let images = Images::sample();
     images.convert(&["--referrer"]);

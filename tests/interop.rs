@@ -25,7 +25,7 @@ use turbobd::volume::Volume as _;
 struct Inflated;
 
 impl TargetOpener for Inflated {
-    fn open_gzip(
+    fn open_indexed(
         &self,
         blob: Arc<dyn ByteSource>,
         _index: Option<Vec<u8>>,

@@ -54,9 +54,14 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Decodes all chunks, on all cores.
+/// Decodes all chunks, on all cores; those of a long frame on one.
 fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
     let next = AtomicU32::new(0);
+    let load = |index: u32| match source.serial(index) {
+        serial if serial.len() <= 1 => source.load(index).map(drop),
+        serial if serial.start == index => source.load_serial(serial, &mut |_| ()),
+        _ => Ok(()), // whoever has the first of them has them all
+    };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..export::loader_threads())
             .map(|_| {
@@ -66,7 +71,7 @@ fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
                         if index >= source.chunk_count() {
                             return Ok(());
                         }
-                        source.load(index)?;
+                        load(index)?;
                     }
                 })
             })

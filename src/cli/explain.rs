@@ -171,7 +171,10 @@ fn print_parts(parts: &[Part], blobs: &[BlobRecord]) {
             what(place.what).into(),
             text(chunk.map(|chunk| table::short(&chunk.blob))),
             text(chunk.map(|chunk| chunk.at.to_string())),
-            text(chunk.map(|chunk| chunk.index.to_string())),
+            text(chunk.map(|chunk| match chunk.decoded_from {
+                Some(first) => format!("{} from {first}", chunk.index),
+                None => chunk.index.to_string(),
+            })),
             text(chunk.map(|chunk| format!("{}..{}", chunk.start, chunk.end))),
             text(chunk.map(|chunk| held(chunk.held).to_owned())),
             text(host),

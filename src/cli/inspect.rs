@@ -40,8 +40,21 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     println!("digest  {digest}");
     println!("vsize   {}", table::size(opened.disk.size()));
     let head = [
-        "#", "kind", "meta", "size", "target", "size", "tar", "share", "fs", "index", "sidecar",
-        "span", "segments",
+        "#",
+        "kind",
+        "meta",
+        "size",
+        "target",
+        "size",
+        "as",
+        "tar",
+        "share",
+        "fs",
+        "index",
+        "sidecar",
+        "span",
+        "segments",
+        "long frame",
     ];
     let rows: Vec<_> =
         opened.layers.iter().enumerate().map(|(number, layer)| row(number, layer)).collect();
@@ -60,6 +73,7 @@ fn row(number: usize, layer: &LayerInfo) -> Vec<String> {
         row.extend([
             table::short(&target.digest),
             table::size(target.size),
+            target.encoding.into(),
             table::size(target.uncompressed),
             table::percent(layer.size, target.size),
             table::size(target.fs_meta),
@@ -67,6 +81,10 @@ fn row(number: usize, layer: &LayerInfo) -> Vec<String> {
             table::size(target.sidecar),
             table::size(target.span),
             target.segments.to_string(),
+            match target.longest_frame {
+                0 => "-".into(),
+                len => table::size(len),
+            },
         ]);
     }
     row

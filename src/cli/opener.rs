@@ -11,7 +11,7 @@ use crate::chunk::ChunkSource;
 use crate::convert::{ConvertOptions, Silent};
 use crate::disk::config::TargetOpener;
 use crate::disk::image::{
-    GzipTargets, HostManifest, LayerInfo, OpenedImage, choose_manifest, open_image,
+    HostManifest, IndexedTargets, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
 use crate::disk::{Disk, DiskError, config};
 use crate::meta::{MetaImages, Plain, is_plain};
@@ -19,6 +19,7 @@ use crate::oci::{Digest, ImageName, Manifest, RepositoryName, annotations};
 use crate::registry::Client;
 use crate::source::ByteSource;
 use crate::store::{self, ImageStore, Selector, StoredManifest};
+use crate::tier::Stored;
 use crate::trace::Trace;
 
 /// An image, by name or by upstream's device config.
@@ -125,6 +126,9 @@ impl Args {
         live: &LiveImages,
     ) -> Result<Opened, Failure> {
         let opened = self.open_beside(clients, cache, live);
+        if let Ok(opened) = &opened {
+            warn_of_long_frames(&self.name(), &opened.disk);
+        }
         if let Some(path) = &self.config {
             let reason = opened.as_ref().err().map(|error| sentence(error));
             config::tell_result(path, reason.as_deref().map_or(Ok(()), Err));
@@ -215,6 +219,24 @@ impl Args {
     }
 }
 
+/// Says which layers of a device have a zstd frame that no tier on this host holds once it is decoded.
+fn warn_of_long_frames(image: &str, disk: &Disk) {
+    for (number, blob) in disk.blobs().into_iter().enumerate() {
+        let Some(blob) = blob else { continue };
+        let longest = blob.source().longest_serial();
+        let kept = blob.stored().decoded.as_ref().map_or(0, Stored::capacity);
+        if longest > 0 && kept <= longest {
+            tracing::warn!(
+                layer = number,
+                "{image} has a zstd frame of {}, which decodes only from its beginning, and no disk tier holds \
+                 it: reads may be very slow. Enable gzipCacheConfig with more than that, or rebuild the layer as \
+                 zstd:chunked, seekable zstd or gzip",
+                super::table::size(longest)
+            );
+        }
+    }
+}
+
 /// What a device config names and this host must fetch: with the credentials of this host.
 struct ConfigTargets<'a> {
     clients: &'a Clients,
@@ -246,14 +268,14 @@ impl ConfigTargets<'_> {
 }
 
 impl TargetOpener for ConfigTargets<'_> {
-    fn open_gzip(
+    fn open_indexed(
         &self,
         blob: Arc<dyn ByteSource>,
         index: Option<Vec<u8>>,
         sidecar: Option<Vec<u8>>,
         digest: Option<&str>,
     ) -> Result<Arc<dyn ChunkSource>, DiskError> {
-        GzipTargets.open_gzip(blob, index, sidecar, digest)
+        IndexedTargets.open_indexed(blob, index, sidecar, digest)
     }
 
     fn open_remote(

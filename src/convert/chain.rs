@@ -43,6 +43,9 @@ pub const CHAINS: &str = "dev.turbobd.chains";
 /// that no layer is put on lower ones which it does not fit.
 const LAYOUT: u32 = 1;
 
+/// The same of a TurboOCI layer: 2 since uncompressed layers have a sidecar too.
+const TURBO_LAYOUT: u32 = 2;
+
 /// Deepest nesting of indexes that is looked into.
 const MAX_DEPTH: usize = 8;
 
@@ -117,7 +120,7 @@ fn recipe(format: Format, options: &ConvertOptions) -> String {
         }
         (Format::Native, None) => format!("overlaybd layout={LAYOUT} disk={disk}\n"),
         (Format::Turbo, _) => {
-            format!("turboOCI layout={LAYOUT} disk={disk} span={}\n", options.span.get())
+            format!("turboOCI layout={TURBO_LAYOUT} disk={disk} span={}\n", options.span.get())
         }
     }
 }
@@ -333,7 +336,7 @@ impl LocalLayers {
             digest: layer.digest.to_string(),
             size: layer.size,
             diff_id: diff_id.to_string(),
-            gzip: target != TargetEncoding::Plain,
+            gzip: target.is_annotated_gzip(),
         };
         let mut file = tempfile::NamedTempFile::new_in(&self.chains)?;
         file.write_all(&serde_json::to_vec(&entry)?)?;

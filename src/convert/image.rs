@@ -564,7 +564,7 @@ fn layer_descriptor(source: &Descriptor, layer: &Done, format: Format, types: Ty
     let notes = match format {
         Format::Native => annotations::native(&digest, size),
         Format::Turbo => {
-            let is_gzip = layer.target == TargetEncoding::Gzip;
+            let is_gzip = layer.target.is_annotated_gzip();
             let target_type = match (media::is_docker(&source.media_type), is_gzip) {
                 (true, true) => media::DOCKER_LAYER_GZIP,
                 (true, false) => media::DOCKER_LAYER,

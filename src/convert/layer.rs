@@ -4,6 +4,8 @@
 //! hashes. The hasher gets each piece *after* the scan, together with the segment boundaries that
 //! became final meanwhile, because it needs them to know where a segment ends.
 //!
+//! How the layer is compressed is seen in its first bytes; media types lie (spec turbooci 3.5).
+//!
 //! One pass makes any of two things of it: a TurboOCI layer, and a [native](super::native) one, whose
 //! compression takes threads of its own. With neither, the layer still changes the tree, for the layers
 //! above it: that is all it is read for when it was converted before.
@@ -12,19 +14,20 @@
 //! damaged transfer is the error to report, not the nonsense it led to.
 
 use std::io::{Cursor, Read, Write as _};
+use std::ops::Range;
 use std::thread;
 
 use super::apply::{ApplyReport, LayerApply};
 use super::native::{Hashing, NativeBlob, NativeBuilder, NativeLayer};
-use super::unzstd::Unzstd;
 use super::{ConvertOptions, LayerError, Progress};
 use crate::ext4::{Image, LayerBlocks, Run, Tree};
-use crate::gzip::{self, Boundary, GZIP_META_NAME, SIDECAR_NAME, Scanner, SegmentHasher, Sidecar};
+use crate::gzip::{self, Boundary, GZIP_META_NAME, SIDECAR_NAME, Sidecar};
 use crate::lsmt::WarpWriter;
 use crate::oci::{Descriptor, Digest};
+use crate::segments::{self, PlainScanner};
 use crate::tar::{self, Event};
 use crate::units::Bytes;
-use crate::zfile;
+use crate::{zfile, zstandard};
 use bytes::{Bytes as Piece, BytesMut};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use sha2::{Digest as _, Sha256};
@@ -46,8 +49,17 @@ pub enum TargetEncoding {
     Gzip,
     /// A bare tar.
     Plain,
-    /// zstd, which a TurboOCI layer cannot point into.
+    /// zstd, which upstream's TurboOCI does not know: its index is in our sidecar alone.
     Zstd,
+}
+
+impl TargetEncoding {
+    /// Whether the target is annotated as gzip (else as a plain tar): whatever is not plain, for upstream
+    /// would take anything else for plain.
+    #[must_use]
+    pub fn is_annotated_gzip(self) -> bool {
+        self != Self::Plain
+    }
 }
 
 /// What to make of a layer.
@@ -107,9 +119,42 @@ struct Streamed {
 struct Parsed {
     native: Option<NativeBuilder>,
     encoding: TargetEncoding,
-    index: Option<gzip::Index>,
+    index: LayerIndex,
     tar_len: Bytes,
     applied: ApplyReport,
+}
+
+/// Where the segments of the layer are, if that is wanted.
+enum LayerIndex {
+    None,
+    Gzip(gzip::Index),
+    Segments(segments::Scanned),
+}
+
+/// The same with the digest of each.
+enum SealedIndex {
+    None,
+    Gzip(gzip::Index),
+    Segments(segments::SegmentIndex),
+}
+
+impl LayerIndex {
+    fn seal(self, hasher: BlobHasher) -> Result<SealedIndex, LayerError> {
+        Ok(match (self, hasher) {
+            (Self::Gzip(mut index), BlobHasher::Gzip(hasher)) => {
+                hasher.finish(&mut index)?;
+                SealedIndex::Gzip(index)
+            }
+            (Self::Segments(scanned), BlobHasher::Segments(hasher)) => {
+                SealedIndex::Segments(scanned.with_digests(hasher)?)
+            }
+            // An empty blob has no piece that says which hasher it needs.
+            (Self::Segments(scanned), BlobHasher::Whole(..)) if scanned.segments.is_empty() => {
+                SealedIndex::Segments(scanned.with_digests(segments::SegmentHasher::new())?)
+            }
+            _ => SealedIndex::None,
+        })
+    }
 }
 
 /// Reads `blob`, applies it to `tree` and makes a `TurboOCI` layer of what changed.
@@ -126,7 +171,8 @@ pub fn build_layer(
 ) -> Result<BuiltLayer, LayerError> {
     let wanted = Wanted { turbo: true, native: None };
     let converted = convert_layer(blob, descriptor, wanted, tree, image, options, progress)?;
-    converted.turbo.ok_or(LayerError::Compression("zstd")) // it is there, or the pass has failed
+    let lost = || LayerError::Read(std::io::Error::other("no TurboOCI layer was made"));
+    converted.turbo.ok_or_else(lost) // it is there, or the pass has failed
 }
 
 /// Reads `blob`, applies it to `tree` and makes a native layer of what changed.
@@ -167,9 +213,7 @@ pub(super) fn convert_layer(
         return Err(LayerError::Mismatch { got, got_size, want_size: descriptor.size });
     }
     let mut parsed = streamed.parsed?;
-    if let (Some(index), BlobHasher::Segments(hasher)) = (&mut parsed.index, streamed.hasher) {
-        hasher.finish(index)?;
-    }
+    let index = std::mem::replace(&mut parsed.index, LayerIndex::None).seal(streamed.hasher)?;
     let tar_len = parsed.tar_len.get();
     let blocks = image.commit_layer(tree)?;
     let native = match parsed.native.take() {
@@ -177,7 +221,7 @@ pub(super) fn convert_layer(
         None => None,
     };
     let turbo = if wanted.turbo {
-        Some(write_archive(&write_fs_meta(&blocks, options)?, parsed, descriptor)?)
+        Some(write_archive(&write_fs_meta(&blocks, options)?, parsed, &index, descriptor)?)
     } else {
         None
     };
@@ -231,41 +275,66 @@ fn read_pieces(mut blob: Box<dyn Read + Send>, pieces: &Sender<Piece>) -> std::i
     }
 }
 
-/// A piece that the scan has passed, and the segment boundaries it made final.
+/// A piece that the scan has passed, and what it made final.
 struct Scanned {
     piece: Piece,
-    /// Whether there will be boundaries.
-    indexed: bool,
-    boundaries: Vec<Boundary>,
+    cuts: Cuts,
+}
+
+/// Where segments end.
+enum Cuts {
+    /// Nowhere: no index is wanted.
+    None,
+    /// At these boundaries, in bits.
+    Gzip(Vec<Boundary>),
+    /// These are segments; none to come begins before that byte.
+    Segments(Vec<Range<u64>>, u64),
 }
 
 /// The SHA-256 of a blob, and of its segments where they are wanted. Finding segments keeps the pieces
 /// until the next boundary, so a blob without boundaries must not be hashed that way.
 enum BlobHasher {
-    Segments(SegmentHasher),
+    Gzip(gzip::SegmentHasher),
+    Segments(segments::SegmentHasher),
     Whole(Sha256, u64),
 }
 
 impl BlobHasher {
-    /// Digest and length in bytes.
-    fn whole(&self) -> (Digest, u64) {
-        match self {
-            BlobHasher::Segments(hasher) => hasher.whole(),
-            BlobHasher::Whole(hasher, len) => (Digest::from_hasher(hasher.clone()), *len),
+    fn new(cuts: &Cuts) -> Self {
+        match cuts {
+            Cuts::Gzip(_) => Self::Gzip(gzip::SegmentHasher::new()),
+            Cuts::Segments(..) => Self::Segments(segments::SegmentHasher::new()),
+            Cuts::None => Self::Whole(Sha256::new(), 0),
         }
     }
 
-    fn push(&mut self, scanned: Scanned) {
+    /// Digest and length in bytes.
+    fn whole(&self) -> (Digest, u64) {
         match self {
-            BlobHasher::Segments(hasher) => {
-                hasher.push(scanned.piece);
-                for boundary in scanned.boundaries {
-                    hasher.boundary(boundary);
+            Self::Gzip(hasher) => hasher.whole(),
+            Self::Segments(hasher) => hasher.whole(),
+            Self::Whole(hasher, len) => (Digest::from_hasher(hasher.clone()), *len),
+        }
+    }
+
+    fn push(&mut self, Scanned { piece, cuts }: Scanned) {
+        match self {
+            Self::Gzip(hasher) => {
+                hasher.push(piece);
+                if let Cuts::Gzip(boundaries) = cuts {
+                    boundaries.into_iter().for_each(|boundary| hasher.boundary(boundary));
                 }
             }
-            BlobHasher::Whole(hasher, len) => {
-                hasher.update(&scanned.piece);
-                *len += scanned.piece.len() as u64;
+            Self::Segments(hasher) => {
+                hasher.push(piece);
+                if let Cuts::Segments(segments, keep_from) = cuts {
+                    segments.iter().for_each(|range| hasher.segment(range));
+                    hasher.forget_before(keep_from);
+                }
+            }
+            Self::Whole(hasher, len) => {
+                hasher.update(&piece);
+                *len += piece.len() as u64;
             }
         }
     }
@@ -275,14 +344,9 @@ impl BlobHasher {
 fn hash_pieces(scanned: &Receiver<Scanned>) -> BlobHasher {
     let mut hasher = None;
     for scanned in scanned {
-        let indexed = scanned.indexed;
-        let hasher = hasher.get_or_insert_with(|| match indexed {
-            true => BlobHasher::Segments(SegmentHasher::new()),
-            false => BlobHasher::Whole(Sha256::new(), 0),
-        });
-        hasher.push(scanned);
+        hasher.get_or_insert_with(|| BlobHasher::new(&scanned.cuts)).push(scanned);
     }
-    hasher.unwrap_or_else(|| BlobHasher::Whole(Sha256::new(), 0))
+    hasher.unwrap_or_else(|| BlobHasher::new(&Cuts::None))
 }
 
 /// Thread 2, the caller's: scan, parse, apply; then pass the piece on.
@@ -296,15 +360,14 @@ fn parse_pieces(
     let mut failed = None;
     for piece in pieces {
         progress.advance(&descriptor.digest, piece.len() as u64);
-        let mut boundaries = Vec::new();
+        let mut cuts = Cuts::None;
         if failed.is_none() {
             match parser.feed(&piece) {
-                Ok(()) => boundaries = parser.take_boundaries(),
+                Ok(()) => cuts = parser.take_cuts(),
                 Err(error) => failed = Some(error),
             }
         }
-        let indexed = parser.indexes();
-        let _ = hashed.send(Scanned { piece, indexed, boundaries }); // gone only if it panicked, which join tells
+        let _ = hashed.send(Scanned { piece, cuts }); // gone only if it panicked, which join tells
     }
     if let Some(error) = failed {
         return Err(error);
@@ -314,14 +377,68 @@ fn parse_pieces(
 
 /// From compressed pieces to entries in the tree, and to the native layer's data.
 struct LayerParser<'t> {
-    encoding: Option<TargetEncoding>,
-    /// Whether a `TurboOCI` layer is wanted, which not every encoding allows.
+    /// How the layer is decoded, once its first piece has come.
+    scan: Option<Scan>,
+    /// Whether a `TurboOCI` layer is wanted: then the segments are to be hashed.
     turbo: bool,
-    scanner: Scanner,
-    unzstd: Option<Unzstd>,
+    span: Bytes,
     tar: tar::Parser,
     apply: LayerApply<'t>,
     native: Option<NativeBuilder>,
+}
+
+/// The scan of a layer, by its encoding.
+enum Scan {
+    Gzip(Box<gzip::Scanner>),
+    Plain(PlainScanner),
+    Zstd(Box<zstandard::Scanner>),
+}
+
+impl Scan {
+    /// Of the layer that begins with `piece`.
+    fn begin(piece: &[u8], span: Bytes) -> Result<Self, LayerError> {
+        Ok(match detect(piece)? {
+            TargetEncoding::Gzip => {
+                Self::Gzip(Box::new(gzip::Scanner::new(gzip::ScanOptions { span })))
+            }
+            TargetEncoding::Plain => Self::Plain(PlainScanner::default()),
+            TargetEncoding::Zstd => Self::Zstd(Box::new(zstandard::Scanner::new(span)?)),
+        })
+    }
+
+    fn feed(
+        &mut self,
+        piece: &[u8],
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), LayerError>,
+    ) -> Result<(), LayerError> {
+        match self {
+            Self::Gzip(scanner) => scanner.feed(piece, sink),
+            Self::Zstd(scanner) => scanner.feed(piece, sink),
+            Self::Plain(scanner) => {
+                scanner.feed(piece);
+                sink(piece)
+            }
+        }
+    }
+
+    fn take_cuts(&mut self) -> Cuts {
+        match self {
+            Self::Gzip(scanner) => Cuts::Gzip(scanner.take_boundaries()),
+            Self::Zstd(scanner) => {
+                let segments = scanner.take_segments();
+                Cuts::Segments(segments, scanner.keep_from())
+            }
+            Self::Plain(scanner) => Cuts::Segments(scanner.take_segments(), 0),
+        }
+    }
+
+    fn finish(self) -> Result<(TargetEncoding, LayerIndex), LayerError> {
+        Ok(match self {
+            Self::Gzip(scanner) => (TargetEncoding::Gzip, LayerIndex::Gzip(scanner.finish()?)),
+            Self::Zstd(scanner) => (TargetEncoding::Zstd, LayerIndex::Segments(scanner.finish()?)),
+            Self::Plain(scanner) => (TargetEncoding::Plain, LayerIndex::Segments(scanner.finish())),
+        })
+    }
 }
 
 impl<'t> LayerParser<'t> {
@@ -332,13 +449,10 @@ impl<'t> LayerParser<'t> {
         options: &ConvertOptions,
     ) -> Self {
         Self {
-            encoding: None,
+            scan: None,
             turbo,
             // Without an index there is no need to look for its checkpoints.
-            scanner: Scanner::new(gzip::ScanOptions {
-                span: if turbo { options.span } else { gzip::MAX_SPAN },
-            }),
-            unzstd: None,
+            span: if turbo { options.span } else { gzip::MAX_SPAN },
             tar: tar::Parser::with_data(),
             apply: LayerApply::new(tree),
             native,
@@ -346,10 +460,6 @@ impl<'t> LayerParser<'t> {
     }
 
     fn feed(&mut self, piece: &[u8]) -> Result<(), LayerError> {
-        let encoding = match self.encoding {
-            Some(encoding) => encoding,
-            None => *self.encoding.insert(detect(piece, self.turbo)?),
-        };
         let (tar, apply, native) = (&mut self.tar, &mut self.apply, &mut self.native);
         let mut sink = |bytes: &[u8]| -> Result<(), LayerError> {
             tar.feed(bytes, &mut |event| match event {
@@ -365,34 +475,22 @@ impl<'t> LayerParser<'t> {
                 }
             })
         };
-        match encoding {
-            TargetEncoding::Gzip => self.scanner.feed(piece, &mut sink),
-            TargetEncoding::Plain => sink(piece),
-            TargetEncoding::Zstd => match &mut self.unzstd {
-                Some(unzstd) => unzstd.feed(piece, &mut sink),
-                none => none.insert(Unzstd::new()?).feed(piece, &mut sink),
-            },
-        }
+        let scan = match &mut self.scan {
+            Some(scan) => scan,
+            none => none.insert(Scan::begin(piece, self.span)?),
+        };
+        scan.feed(piece, &mut sink)
     }
 
-    /// Whether the layer gets an index, so that its segments are to be hashed.
-    fn indexes(&self) -> bool {
-        self.turbo && self.encoding == Some(TargetEncoding::Gzip)
-    }
-
-    fn take_boundaries(&mut self) -> Vec<Boundary> {
-        self.scanner.take_boundaries()
+    /// What the scan made final, where the segments are to be hashed.
+    fn take_cuts(&mut self) -> Cuts {
+        self.scan.as_mut().filter(|_| self.turbo).map_or(Cuts::None, Scan::take_cuts)
     }
 
     fn finish(self) -> Result<Parsed, LayerError> {
-        let encoding = self.encoding.unwrap_or(TargetEncoding::Plain);
-        let index = match encoding {
-            TargetEncoding::Gzip => Some(self.scanner.finish()?),
-            TargetEncoding::Plain | TargetEncoding::Zstd => None,
-        };
-        if let Some(unzstd) = &self.unzstd {
-            unzstd.finish()?;
-        }
+        let scan = self.scan.unwrap_or_else(|| Scan::Plain(PlainScanner::default()));
+        let (encoding, index) = scan.finish()?;
+        let index = if self.turbo { index } else { LayerIndex::None };
         let tar_len = self.tar.finish()?;
         let applied = self.apply.finish()?;
         Ok(Parsed { native: self.native, encoding, index, tar_len, applied })
@@ -400,16 +498,10 @@ impl<'t> LayerParser<'t> {
 }
 
 /// The compression of a layer by its first bytes (media types lie: spec turbooci 3.5).
-fn detect(piece: &[u8], turbo: bool) -> Result<TargetEncoding, LayerError> {
+fn detect(piece: &[u8]) -> Result<TargetEncoding, LayerError> {
     match piece {
         [0x1f, 0x8b, ..] => Ok(TargetEncoding::Gzip),
-        // A zstd frame, or one to be skipped in front of it.
-        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] if !turbo => {
-            Ok(TargetEncoding::Zstd)
-        }
-        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
-            Err(LayerError::Compression("zstd"))
-        }
+        _ if zstandard::is_zstd(piece) => Ok(TargetEncoding::Zstd),
         [b'B', b'Z', b'h', ..] => Err(LayerError::Compression("bzip2")),
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Err(LayerError::Compression("xz")),
         _ => Ok(TargetEncoding::Plain),
@@ -443,17 +535,19 @@ const FS_META_ZFILE: zfile::Options =
 fn write_archive(
     fs_meta: &[u8],
     parsed: Parsed,
+    index: &SealedIndex,
     descriptor: &Descriptor,
 ) -> Result<BuiltLayer, LayerError> {
-    let (gzip_meta, sidecar) = match &parsed.index {
-        Some(index) => {
+    let (gzip_meta, sidecar) = match index {
+        SealedIndex::Gzip(index) => {
             // Without a gzip.meta upstream refuses the layer at open; with one that cannot say what is
             // needed it would serve zeros.
             let gzip_meta = gzip::ddgzidx::write(index).ok();
             let sidecar = Sidecar::write(index, descriptor.digest, gzip_meta.is_some())?;
             (gzip_meta, Some(sidecar))
         }
-        None => (None, None),
+        SealedIndex::Segments(index) => (None, Some(segments::sidecar::write(index))),
+        SealedIndex::None => (None, None),
     };
     let mut members: Vec<(&str, &[u8])> = vec![(FS_META_NAME, fs_meta), (MARKER_NAME, b"")];
     if let Some(bytes) = &gzip_meta {

@@ -1,8 +1,8 @@
 //! Upstream's device configuration, `config.v1.json` (spec runtime 1 and 2), and the disk it describes.
 //!
 //! A layer is the first of its local files that exists, else a blob of the registry at `repoBlobUrl`; the
-//! original layer of a TurboOCI layer is a local file or such a blob. How a registry is reached and how gzip
-//! is read is not decided here: a [`TargetOpener`] does both.
+//! original layer of a TurboOCI layer is a local file or such a blob. How a registry is reached and how a
+//! compressed layer is read is not decided here: a [`TargetOpener`] does both.
 //!
 //! Keys that nobody knows are ignored with a warning, as upstream ignores them. A value of the wrong
 //! type is an error that names the key, where upstream aborts. Relative paths count from the folder
@@ -23,22 +23,22 @@ use crate::lsmt::{Layer, LayerKind, MAX_LAYERS};
 use crate::oci::Digest;
 use crate::source::{ByteSource, FileSource, MemorySource, SharedBytes};
 use crate::trace::Trace;
-use crate::zfile;
+use crate::{zfile, zstandard};
 
 /// Largest `gzip.meta` or sidecar that is read into memory, in bytes. Upstream's take 4 % of a
 /// layer, ours less than 1 %: this is a layer of hundreds of GB.
 const MAX_INDEX: u64 = 8 << 30;
 
-/// Opens what a configuration only names. The gzip part of this program and its registry client implement
+/// Opens what a configuration only names. The decoders of this program and its registry client implement
 /// it; so may tests.
 pub trait TargetOpener {
-    /// The uncompressed tar of `blob`, a gzip stream that `index` (a `gzip.meta`) gives access to.
+    /// The uncompressed tar of `blob`, to which `index` (a `gzip.meta`) gives access if it is a gzip stream.
     /// `sidecar` holds what upstream's index cannot, or all of it; `digest` is what the configuration calls
     /// the blob.
     ///
     /// # Errors
     /// [`DiskError::Target`], or any other.
-    fn open_gzip(
+    fn open_indexed(
         &self,
         blob: Arc<dyn ByteSource>,
         index: Option<Vec<u8>>,
@@ -557,7 +557,7 @@ impl Place<'_> {
         let index = index.map_or(Ok(None), |path| read(&path))?;
         let sidecar = sidecar.map_or(Ok(None), |path| read(&path))?;
         let digest = Some(lower.target_digest.as_str()).filter(|digest| !digest.is_empty());
-        self.targets.open_gzip(blob, index, sidecar, digest)
+        self.targets.open_indexed(blob, index, sidecar, digest)
     }
 
     /// Refuses a compressed local file that is given for a plain tar: its bytes would be served as data.
@@ -567,16 +567,20 @@ impl Place<'_> {
         lower: &Lower,
         blob: &dyn ByteSource,
     ) -> Result<(), DiskError> {
-        if !blob.is_local() || blob.len() < 2 {
+        if !blob.is_local() || blob.len() < 4 {
             return Ok(());
         }
-        let mut magic = [0; 2];
+        let mut magic = [0; 4];
         blob.read_exact_at(&mut magic, 0)?;
-        if magic == [0x1f, 0x8b] {
-            let rule = "its target is a gzip file, and there is no gzipIndex".to_owned();
-            return Err(DiskError::Layer { layer: number, name: lower.target_file.clone(), rule });
-        }
-        Ok(())
+        let rule = match magic {
+            [0x1f, 0x8b, ..] => "its target is a gzip file, and there is no gzipIndex",
+            _ if zstandard::is_zstd(&magic) => {
+                "its target is a zstd file, and there is no gzipSidecar that says where its frames are"
+            }
+            _ => return Ok(()),
+        };
+        let (layer, name, rule) = (number, lower.target_file.clone(), rule.to_owned());
+        Err(DiskError::Layer { layer, name, rule })
     }
 }
 
@@ -626,7 +630,7 @@ mod tests {
     struct NoGzip;
 
     impl TargetOpener for NoGzip {
-        fn open_gzip(
+        fn open_indexed(
             &self,
             blob: Arc<dyn ByteSource>,
             index: Option<Vec<u8>>,
@@ -699,7 +703,7 @@ mod tests {
             ),
             (
                 r#"{"lowers": [{"file": "meta", "targetFile": "layer.tar", "gzipIndex": "index", "gzipSidecar": "sidecar"}]}"#,
-                "Cannot open the gzip layer 1024 bytes, Some([1, 2]), Some([3]), None",
+                "Cannot open the compressed layer 1024 bytes, Some([1, 2]), Some([3]), None",
             ),
         ];
         for (text, message) in cases {

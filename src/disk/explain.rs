@@ -60,8 +60,11 @@ pub struct ChunkPlace {
     pub blob: String,
     /// Byte of the decoded blob, for a TurboOCI layer of the uncompressed tar.
     pub at: u64,
-    /// Number of the chunk (the segment of a gzip layer).
+    /// Number of the chunk (the segment of a compressed layer).
     pub index: u32,
+    /// The chunk that decoding begins with, if that is another: the first of a long zstd frame.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub decoded_from: Option<u32>,
     /// Its first byte in the blob as it is stored.
     pub start: u64,
     /// One past its last byte in the blob as it is stored.
@@ -142,6 +145,8 @@ impl Disk {
                 blob: source.id().to_owned(),
                 at,
                 index: span.index,
+                decoded_from: Some(source.serial(span.index).start)
+                    .filter(|&first| first != span.index),
                 start: place.start,
                 end: place.end,
                 decoded: span.len.into(),

@@ -20,6 +20,7 @@ use crate::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
 use crate::lsmt::{self, LayerKind};
 use crate::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind, split_acceleration};
 use crate::oci::{Descriptor, Digest, Document, Index, Manifest, ManifestError, Platform};
+use crate::segments::{self, Encoding, SegmentIndex, SegmentedLayer, SegmentsError};
 use crate::source::{ByteSource, MemorySource, SharedBytes};
 use crate::store::{ImageStore, Selector, StoreError, StoredManifest};
 use crate::tar;
@@ -107,6 +108,19 @@ pub enum LayerError {
     /// The gzip index is broken or belongs to another blob.
     #[error(transparent)]
     Gzip(#[from] GzipError),
+    /// The index of a layer that is not gzip is broken or belongs to another blob.
+    #[error(transparent)]
+    Segments(#[from] SegmentsError),
+    /// The index says one thing and the annotations another.
+    #[error(
+        "The index says that the target is {encoding}, and the annotations say that it is {annotated}"
+    )]
+    OtherEncoding {
+        /// In the index.
+        encoding: &'static str,
+        /// In the annotations.
+        annotated: &'static str,
+    },
     /// The `ZFile` is broken.
     #[error(transparent)]
     ZFile(#[from] zfile::ZFileError),
@@ -159,12 +173,16 @@ pub struct TargetInfo {
     pub gzip_meta: u64,
     /// See `fs_meta`.
     pub sidecar: u64,
-    /// Distance of checkpoints, 0 for an uncompressed layer.
+    /// Wanted length of segments, 0 for an uncompressed layer without an index.
     pub span: u64,
-    /// Segments, each decoded alone.
+    /// Segments: what is fetched and verified as a whole.
     pub segments: u32,
     /// Whether every segment can be verified before it is used.
     pub verified: bool,
+    /// How it is encoded: `gzip`, `zstd` or `tar`.
+    pub encoding: &'static str,
+    /// Output of its longest zstd frame that must be decoded from its beginning, 0 if there is none.
+    pub longest_frame: u64,
 }
 
 /// The manifest of an image for this host.
@@ -340,22 +358,7 @@ fn open_turbo(
 ) -> Result<(DiskLayer, LayerInfo), LayerError> {
     let members = Members::unpack(&store.read_blob(descriptor)?)?;
     let fs_meta = members.fs_meta(filesystem)?;
-    let (source, mut info) = if is_gzip {
-        let index = gzip::merge(members.get(GZIP_META_NAME), members.get(SIDECAR_NAME))?;
-        if let Some(layer) = index.layer.filter(|layer| layer != target) {
-            return Err(LayerError::OtherTarget { layer, target: *target });
-        }
-        let blob = targets.blob_source(target, Some(index.compressed_len.get()))?;
-        let info = TargetInfo::indexed(target, &index);
-        (
-            Arc::new(IndexedLayer::new(&target.to_string(), index, blob)?) as Arc<dyn ChunkSource>,
-            info,
-        )
-    } else {
-        let blob = targets.blob_source(target, None)?;
-        let info = TargetInfo::plain(target, blob.len());
-        (Arc::new(PlainChunks::new(target.to_string(), blob)) as Arc<dyn ChunkSource>, info)
-    };
+    let (source, mut info) = open_target(&members, targets, target, is_gzip)?;
     let len = |name| members.get(name).map_or(0, |bytes| bytes.len() as u64);
     info.fs_meta = fs_meta.len() as u64;
     info.gzip_meta = len(GZIP_META_NAME);
@@ -375,6 +378,44 @@ fn open_turbo(
     Ok((DiskLayer { index, data: LayerData::Turbo { meta, target: Some(source) } }, info))
 }
 
+/// The original layer, by what index the archive has of it.
+fn open_target(
+    members: &Members,
+    targets: &dyn ImageStore,
+    target: &Digest,
+    is_gzip: bool,
+) -> Result<(Arc<dyn ChunkSource>, TargetInfo), LayerError> {
+    let other = |layer| LayerError::OtherTarget { layer, target: *target };
+    let sidecar = members.get(SIDECAR_NAME);
+    if let Some(file) = sidecar.filter(|file| segments::sidecar::is_version_2(file)) {
+        let index = segments::sidecar::read(file)?;
+        if index.layer() != *target {
+            return Err(other(index.layer()));
+        }
+        let encoding = index.scanned().encoding;
+        // What is not plain calls itself gzip, for upstream's sake.
+        if is_gzip == (encoding == Encoding::Plain) {
+            let annotated = if is_gzip { "gzip" } else { "tar" };
+            return Err(LayerError::OtherEncoding { encoding: encoding.name(), annotated });
+        }
+        let blob = targets.blob_source(target, Some(index.scanned().compressed_len.get()))?;
+        let info = TargetInfo::segmented(target, &index);
+        return Ok((Arc::new(SegmentedLayer::new(&target.to_string(), index, blob)?), info));
+    }
+    if !is_gzip {
+        let blob = targets.blob_source(target, None)?;
+        let info = TargetInfo::plain(target, blob.len());
+        return Ok((Arc::new(PlainChunks::new(target.to_string(), blob)), info));
+    }
+    let index = gzip::merge(members.get(GZIP_META_NAME), sidecar)?;
+    if let Some(layer) = index.layer.filter(|layer| layer != target) {
+        return Err(other(layer));
+    }
+    let blob = targets.blob_source(target, Some(index.compressed_len.get()))?;
+    let info = TargetInfo::indexed(target, &index);
+    Ok((Arc::new(IndexedLayer::new(&target.to_string(), index, blob)?), info))
+}
+
 impl TargetInfo {
     fn plain(digest: &Digest, size: u64) -> Self {
         Self {
@@ -387,6 +428,22 @@ impl TargetInfo {
             span: 0,
             segments: size.div_ceil(PlainChunks::CHUNK) as u32,
             verified: false,
+            encoding: Encoding::Plain.name(),
+            longest_frame: 0,
+        }
+    }
+
+    fn segmented(digest: &Digest, index: &SegmentIndex) -> Self {
+        let scanned = index.scanned();
+        Self {
+            size: scanned.compressed_len.get(),
+            uncompressed: scanned.uncompressed_len.get(),
+            span: scanned.span.get(),
+            segments: scanned.segments.len() as u32,
+            verified: true,
+            encoding: scanned.encoding.name(),
+            longest_frame: index.longest_serial().get(),
+            ..Self::plain(digest, 0)
         }
     }
 
@@ -397,6 +454,7 @@ impl TargetInfo {
             span: index.span.get(),
             segments: index.segments() as u32,
             verified: index.sha256.is_some() && index.crc32.is_some(),
+            encoding: "gzip",
             ..Self::plain(digest, 0)
         }
     }
@@ -444,11 +502,11 @@ impl Members {
     }
 }
 
-/// Opens the gzip targets that upstream's device configuration names.
-pub struct GzipTargets;
+/// Opens the targets with an index that upstream's device configuration names.
+pub struct IndexedTargets;
 
-impl TargetOpener for GzipTargets {
-    fn open_gzip(
+impl TargetOpener for IndexedTargets {
+    fn open_indexed(
         &self,
         blob: Arc<dyn ByteSource>,
         index: Option<Vec<u8>>,
@@ -456,20 +514,23 @@ impl TargetOpener for GzipTargets {
         digest: Option<&str>,
     ) -> Result<Arc<dyn ChunkSource>, DiskError> {
         let name = digest.unwrap_or_else(|| blob.name()).to_owned();
-        let refused = |source: Arc<dyn std::error::Error + Send + Sync>| DiskError::Target {
-            name: name.clone(),
-            source,
-        };
-        let index = gzip::merge(index.as_deref(), sidecar.as_deref())
-            .map_err(|error| refused(Arc::new(error)))?;
         let target = digest.and_then(|digest| digest.parse::<Digest>().ok());
-        if let (Some(layer), Some(target)) = (index.layer, target)
-            && layer != target
-        {
-            return Err(refused(Arc::new(LayerError::OtherTarget { layer, target })));
-        }
-        let layer = IndexedLayer::new(&name, index, blob.clone())
-            .map_err(|error| refused(Arc::new(error)))?;
-        Ok(Arc::new(layer))
+        let open = || -> Result<Arc<dyn ChunkSource>, LayerError> {
+            let check = |layer: Digest| match target {
+                Some(target) if target != layer => Err(LayerError::OtherTarget { layer, target }),
+                _ => Ok(()),
+            };
+            if let Some(file) =
+                sidecar.as_ref().filter(|file| segments::sidecar::is_version_2(file))
+            {
+                let index = segments::sidecar::read(file)?;
+                check(index.layer())?;
+                return Ok(Arc::new(SegmentedLayer::new(&name, index, blob.clone())?));
+            }
+            let index = gzip::merge(index.as_deref(), sidecar.as_deref())?;
+            index.layer.map_or(Ok(()), check)?;
+            Ok(Arc::new(IndexedLayer::new(&name, index, blob.clone())?))
+        };
+        open().map_err(|error| DiskError::Target { name: name.clone(), source: Arc::new(error) })
     }
 }

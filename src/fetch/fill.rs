@@ -465,13 +465,13 @@ impl Round<'_> {
 }
 
 impl Shared {
-    fn filled(&self, bytes: usize) {
+    pub(super) fn filled(&self, bytes: usize) {
         count(&self.counters.filled, 1);
         count(&self.counters.filled_bytes, bytes as u64);
     }
 
     /// Ends the load of a chunk that was filled; false when somebody waits for it by now.
-    fn abandon(&self, key: Key) -> bool {
+    pub(super) fn abandon(&self, key: Key) -> bool {
         let abandoned = self.delivery.abandon(key);
         if abandoned {
             self.fill.ended(key, true);

@@ -211,7 +211,7 @@ enum Made {
     Decoded(ChunkBytes),
     /// Stored, for nobody: its wait is ended already.
     Filled,
-    /// What was near is no longer there, or was not whole.
+    /// What was near is no longer there, or was not whole; or it decodes only in its frame.
     Gone,
 }
 
@@ -279,16 +279,20 @@ fn keep(shared: &Arc<Shared>, job: Job, bytes: Arc<ChunkBytes>) {
 
 /// Reads what is near, verifies and decodes; or verifies and stores, when nobody waits.
 fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
+    let is_serial = job.blob.source().is_serial(job.chunk);
     if let Input::Near = job.input {
         if let Some(bytes) = read_decoded(shared, job) {
             return Ok(Made::Decoded(bytes));
         }
-        if !read_encoded(shared, job)? {
+        if is_serial || !read_encoded(shared, job)? {
             return Ok(Made::Gone);
         }
     }
     if job.class == Class::Fill && fill::store(shared, job)? {
         return Ok(Made::Filled);
+    }
+    if is_serial {
+        return Ok(Made::Gone); // it came for the tier as it is, and somebody waits for it by now
     }
     match decode(shared, job) {
         Err(error) if matches!(job.input, Input::Stored(_)) => {

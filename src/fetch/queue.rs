@@ -134,19 +134,28 @@ impl Queue {
         let is_wanted = |chunk: u32, most: Class| {
             self.wanted.get(&blob.key(chunk)).is_some_and(|wanted| wanted.class <= most)
         };
+        // Between the chunks of some blobs lie bytes of none; these are not asked for.
+        let place = |chunk| blob.source().encoded(chunk).map_or(0..0, |place| place.range);
+        let adjoins = |chunk: u32| place(chunk).end >= place(chunk.saturating_add(1)).start;
         // Behind what was asked for first only what is as urgent.
-        let first = (0..chunk).rev().take_while(|&before| is_wanted(before, class)).last();
+        let first = (0..chunk)
+            .rev()
+            .take_while(|&before| is_wanted(before, class) && adjoins(before))
+            .last();
         // But a neighbour or two may come before it: that takes less than another request would.
         let worth = blob.worth_a_request();
         let mut before = 0;
         let near = (0..chunk).rev().take_while(|&chunk| {
             before += size(chunk).min(worth + 1);
-            class == Class::Demand && before <= worth / 2 && is_wanted(chunk, Class::Prefetch)
+            let is_near = class == Class::Demand && before <= worth / 2;
+            is_near && is_wanted(chunk, Class::Prefetch) && adjoins(chunk)
         });
         let first = near.last().into_iter().chain(first).min();
         // Ahead, what somebody will probably want; the rest of the blob can wait for a quiet line.
         let most = class.max(Class::Prefetch);
-        let stretch = (chunk..u32::MAX).skip(1).take_while(|&next| is_wanted(next, most));
+        let stretch = (chunk..u32::MAX)
+            .skip(1)
+            .take_while(|&next| is_wanted(next, most) && adjoins(next - 1));
         let last = stretch.last().unwrap_or(chunk);
         let first = first.unwrap_or(chunk);
         let whole = (first..=last).map(size).fold(0, u64::saturating_add);

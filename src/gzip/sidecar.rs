@@ -7,7 +7,7 @@
 //! | Offset | Size | Field |
 //! |---|---|---|
 //! | 0 | 8 | magic, `TBDSEGS` and NUL |
-//! | 8 | 2 | version, 1 |
+//! | 8 | 2 | version, 1 ([version 2](crate::segments::sidecar) is of layers that are not gzip) |
 //! | 10 | 2 | flags: bit 0, windows of block checkpoints lie in `gzip.meta`; bit 1, SHA-256 given; bit 2, CRC-32 given |
 //! | 12 | 4 | number of checkpoints, *n*, at least 1 |
 //! | 16 | 32 | SHA-256 of the layer blob |
@@ -31,6 +31,7 @@ use super::marks::WINDOW;
 use super::window::{SparseWindow, WindowPacker};
 use super::{GzipError, ddgzidx};
 use crate::oci::Digest;
+use crate::segments::columns::{Broken, Cursor, put_varint};
 use crate::units::{Bits, Bytes};
 
 /// Name of the file in a layer archive.
@@ -51,64 +52,16 @@ pub struct Sidecar {
     needs_meta: bool,
 }
 
-fn put_varint(file: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        file.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    file.push(value as u8);
+/// A length and that many bytes, at most `limit`.
+fn sized<'a>(cursor: &mut Cursor<'a>, limit: usize) -> Result<&'a [u8], GzipError> {
+    let len = usize::try_from(cursor.varint()?).ok().filter(|&len| len <= limit);
+    let len = len.ok_or(cursor.broken("a window is impossibly long"))?;
+    Ok(cursor.take(len)?)
 }
 
-/// Reads on, never past the end.
-struct Cursor<'a> {
-    file: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Cursor<'a> {
-    fn broken(&self, rule: &'static str) -> GzipError {
-        GzipError::Sidecar { offset: self.at as u64, rule }
-    }
-
-    fn take(&mut self, len: usize) -> Result<&'a [u8], GzipError> {
-        let end = self.at.checked_add(len).filter(|&end| end <= self.file.len());
-        let end = end.ok_or(self.broken("the file ends too early"))?;
-        let taken = &self.file[self.at..end];
-        self.at = end;
-        Ok(taken)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], GzipError> {
-        let mut array = [0; N];
-        array.copy_from_slice(self.take(N)?);
-        Ok(array)
-    }
-
-    fn u64(&mut self) -> Result<u64, GzipError> {
-        Ok(u64::from_le_bytes(self.array()?))
-    }
-
-    fn varint(&mut self) -> Result<u64, GzipError> {
-        let mut value = 0u64;
-        for shift in (0..64).step_by(7) {
-            let [byte] = self.array()?;
-            let bits = u64::from(byte & 0x7f);
-            if bits << shift >> shift != bits || (byte == 0 && shift > 0) {
-                break;
-            }
-            value |= bits << shift;
-            if byte < 0x80 {
-                return Ok(value);
-            }
-        }
-        Err(self.broken("a number is not in its shortest form or has more than 64 bits"))
-    }
-
-    /// A length and that many bytes, at most `limit`.
-    fn sized(&mut self, limit: usize) -> Result<&'a [u8], GzipError> {
-        let len = usize::try_from(self.varint()?).ok().filter(|&len| len <= limit);
-        let len = len.ok_or(self.broken("a window is impossibly long"))?;
-        self.take(len)
+impl From<Broken> for GzipError {
+    fn from(Broken { offset, rule }: Broken) -> Self {
+        Self::Sidecar { offset, rule }
     }
 }
 
@@ -191,7 +144,7 @@ impl Sidecar {
         let Some((body, &crc)) = file.split_last_chunk::<4>() else {
             return Err(at_end("the file is empty"));
         };
-        let mut cursor = Cursor { file: body, at: 0 };
+        let mut cursor = Cursor::new(body);
         if cursor.array::<8>()? != *MAGIC {
             return Err(GzipError::Sidecar { offset: 0, rule: "the magic is not TBDSEGS" });
         }
@@ -203,7 +156,7 @@ impl Sidecar {
         }
         let flags = u16::from_le_bytes(cursor.array()?);
         if flags & !(WINDOWS_IN_META | HAS_SHA256 | HAS_CRC32) != 0 {
-            return Err(cursor.broken("unknown flags are set"));
+            return Err(cursor.broken("unknown flags are set").into());
         }
         let count = u32::from_le_bytes(cursor.array()?) as usize;
         let layer = Digest(cursor.array()?);
@@ -211,13 +164,13 @@ impl Sidecar {
         let (span, members) = (cursor.u64()?, cursor.u64()?);
         // Each checkpoint takes three bytes at least.
         if count == 0 || count > (body.len() - HEADER) / 3 {
-            return Err(cursor.broken("the number of checkpoints does not fit the file"));
+            return Err(cursor.broken("the number of checkpoints does not fit the file").into());
         }
         if members == 0
             || compressed_len >= u64::MAX / 2048
             || uncompressed_len > compressed_len * 1032
         {
-            return Err(cursor.broken("the lengths are impossible"));
+            return Err(cursor.broken("the lengths are impossible").into());
         }
         let bits = column(&mut cursor, count, compressed_len * 8)?;
         let outs = column(&mut cursor, count, uncompressed_len)?;
@@ -228,11 +181,11 @@ impl Sidecar {
             || outs[0] != 0
             || (last >= uncompressed_len && last > 0)
         {
-            return Err(cursor.broken("the checkpoints are not in order"));
+            return Err(cursor.broken("the checkpoints are not in order").into());
         }
         let kinds = cursor.take(count)?;
         if kinds[0] != 0 || kinds.iter().any(|&kind| kind > 2) {
-            return Err(cursor.broken("a checkpoint is of an unknown kind"));
+            return Err(cursor.broken("a checkpoint is of an unknown kind").into());
         }
         let mut sha256 = None;
         if flags & HAS_SHA256 != 0 {
@@ -260,11 +213,11 @@ impl Sidecar {
         let needs_meta = flags & WINDOWS_IN_META != 0;
         for checkpoint in &mut checkpoints {
             if has_window_here(&checkpoint.kind, needs_meta) {
-                checkpoint.window = SparseWindow::from_zlib(cursor.sized(2 * WINDOW)?);
+                checkpoint.window = SparseWindow::from_zlib(sized(&mut cursor, 2 * WINDOW)?);
             }
         }
-        if cursor.at != body.len() {
-            return Err(cursor.broken("bytes follow the last window"));
+        if !cursor.is_at_end() {
+            return Err(cursor.broken("bytes follow the last window").into());
         }
         let index = Index {
             layer: Some(layer),
@@ -313,7 +266,7 @@ fn read_header(cursor: &mut Cursor<'_>) -> Result<BlockHeader, GzipError> {
     let bytes = cursor.take(bits.div_ceil(8))?;
     let header = BlockHeader::from_bits(bytes, 0, bits);
     if header.end_of_block().is_none() || header.bytes() != bytes {
-        return Err(cursor.broken("a block header is not one"));
+        return Err(cursor.broken("a block header is not one").into());
     }
     Ok(header)
 }

@@ -299,6 +299,11 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
     times("turbobd_fetch_seconds", "From a request to its last byte", |fetch| {
         (&fetch.whole).into()
     }),
+    counter(
+        "turbobd_long_frames_begun_total",
+        "Long zstd frames begun to be decoded from their beginning",
+        |fetch| (&fetch.frames).into(),
+    ),
     counter("turbobd_inflate_in_bytes_total", "Bytes that were decoded", |fetch| {
         (&fetch.inflate_in).into()
     }),

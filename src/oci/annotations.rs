@@ -64,7 +64,8 @@ pub enum LayerKind {
         target: Digest,
         /// Its media type.
         target_media_type: String,
-        /// Whether the original is gzip (else a plain tar).
+        /// Whether the original calls itself gzip, as whatever is not a plain tar does: see
+        /// [`segments`](crate::segments).
         is_gzip: bool,
     },
 }

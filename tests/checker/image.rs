@@ -11,6 +11,7 @@ use super::field::digest;
 use super::index::{check_meta, check_sidecar};
 use super::inflate;
 use super::lsmt::{self, Made};
+use super::segments::check_segments;
 use super::stack::Stacked;
 use super::zfile;
 
@@ -135,7 +136,8 @@ fn check_layer<B: Blobs + ?Sized>(
     )?;
     let media_type = note("turbo-oci/target-media-type");
     let gzip = target.starts_with(&[0x1f, 0x8b]);
-    let right = if gzip { GZIP_TYPES } else { TAR_TYPES }.contains(&media_type);
+    // Upstream takes whatever is not gzip for a bare tar, and refuses gzip without a gzip.meta.
+    let right = if gzip || is_zstd(&target) { GZIP_TYPES } else { TAR_TYPES }.contains(&media_type);
     report.hold("annotation.target-media-type-is-of-the-content", right, || media_type.into());
     check_archive(&blob, &target, gzip, diff_id, report)
 }
@@ -177,7 +179,7 @@ fn check_archive(
         ("ext4.fs.meta", true),
         (".turbo.ociv1", true),
         ("gzip.meta", one_member),
-        ("turbobd.segments", gzip),
+        ("turbobd.segments", true),
     ]
     .iter()
     .filter_map(|(name, there)| there.then_some(*name))
@@ -190,10 +192,21 @@ fn check_archive(
             check_sidecar(sidecar, target, whole, meta.as_deref(), report);
         }
     }
+    let tar = match whole {
+        Some(whole) => whole.out,
+        None if is_zstd(target) => report.ok("blob.is-whole-zstd", zstd::decode_all(target))?,
+        None => target.to_vec(),
+    };
+    if let Some(sidecar) = get("turbobd.segments").filter(|_| !gzip) {
+        check_segments(sidecar, target, &tar, 1 + u8::from(is_zstd(target)), report);
+    }
     let layer = check_fs_meta(get("ext4.fs.meta")?, report)?;
     report.hold("lsmt.warp-gives-the-disks-size", layer.vsize > 0, || "0".into());
-    let tar = whole.map_or_else(|| target.to_vec(), |whole| whole.out);
     Some(Stacked { layer, target: Some(tar) })
+}
+
+fn is_zstd(blob: &[u8]) -> bool {
+    blob.starts_with(&[0x28, 0xb5, 0x2f, 0xfd])
 }
 
 /// The metadata of a TurboOCI layer: a bare ZFile.

@@ -135,19 +135,19 @@ fn read_entry(entry: &[u8], file: &[u8], windows_end: u64, report: &mut Report) 
 }
 
 /// Takes numbers off the front.
-struct Reader<'a> {
-    file: &'a [u8],
-    at: usize,
+pub(super) struct Reader<'a> {
+    pub(super) file: &'a [u8],
+    pub(super) at: usize,
 }
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+    pub(super) fn take(&mut self, len: usize) -> Option<&'a [u8]> {
         let taken = self.file.get(self.at..self.at.checked_add(len)?)?;
         self.at += len;
         Some(taken)
     }
 
-    fn varint(&mut self) -> Option<u64> {
+    pub(super) fn varint(&mut self) -> Option<u64> {
         let mut value = 0;
         for shift in (0..64).step_by(7) {
             let byte = self.take(1)?[0];

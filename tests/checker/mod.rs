@@ -6,7 +6,7 @@
 //! as it can, so that a test of the checker sees which rules fire.
 //!
 //! Contents: [`writer`] the other way round, for what turbobd does not write, [`mutations`] that every rule fires, [`field`] numbers and checksums, [`inflate`] deflate by the book (RFC 1951), [`archive`] tar archives,
-//! [`zfile`] and [`lsmt`] the containers, [`index`] the gzip index and our sidecar, [`stack`] layers as one disk,
+//! [`zfile`] and [`lsmt`] the containers, [`index`] the gzip index and our sidecar, [`segments`] the sidecar of other layers, [`stack`] layers as one disk,
 //! [`image`] manifests.
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -18,6 +18,7 @@ pub mod index;
 pub mod inflate;
 pub mod lsmt;
 mod mutations;
+pub mod segments;
 pub mod stack;
 pub mod writer;
 pub mod zfile;

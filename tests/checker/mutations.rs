@@ -12,6 +12,7 @@ use super::image::{Blobs, check_fs_meta, check_manifest, check_native};
 use super::index::{check_meta, check_sidecar};
 use super::inflate;
 use super::lsmt::{self, Made, Mapping};
+use super::segments::check_segments;
 use super::stack::{Stacked, content};
 use super::zfile;
 use crate::image::{Images, gunzip, gzip, members_of, prose, tar_of};
@@ -132,6 +133,7 @@ fn every_rule_of_the_checker_fires_on_a_change() {
     wrap_rules(&mut seen, &native);
     meta_rules(&mut seen, &sample.parts["gzip.meta"], &sample.target);
     sidecar_rules(&mut seen, &sample);
+    segments_rules(&mut seen);
     manifest_rules(&mut seen, &sample);
     native_rules(&mut seen, &native);
     stack_rules(&mut seen, &sample.parts["ext4.fs.meta"]);
@@ -427,6 +429,57 @@ fn sidecar_rules(seen: &mut Seen, sample: &Sample) {
             ("sidecar.shared-window-is-in-gzip-meta", &flip(outs as i64, 1)),
         ],
     );
+}
+
+/// The sidecar of a layer of one long frame, behind a small one.
+fn segments_rules(seen: &mut Seen) {
+    let images = Images::new();
+    let tar = tar_of(&[("a", &prose(5, 5 << 20)), ("b", b"b\n")]);
+    let (small, long) = tar.split_at(600);
+    let blob = [zstd::encode_all(small, 3).unwrap(), zstd::encode_all(long, 3).unwrap()].concat();
+    images.add("latest", &[("application/vnd.oci.image.layer.v1.tar+zstd", blob.clone())]);
+    images.convert(&[]);
+    let archive = gunzip(&images.blob(&images.layer("turbo", 0)));
+    let parts: HashMap<_, _> = members_of(&archive).into_iter().collect();
+    let file = &parts["turbobd.segments"];
+    let check = |bytes: &[u8], report: &mut Report| check_segments(bytes, &blob, &tar, 2, report);
+    let count = u32::from_le_bytes(file[12..16].try_into().unwrap()) as usize;
+    let columns = |n: usize| (0..n * count).fold(72, |at, _| varint_end(file, at));
+    let kinds = columns(3);
+    let (sha, crc) = (kinds + count, kinds + count + 32 * count);
+    seen.all(
+        file,
+        &check,
+        &[
+            ("segments.has-room-for-a-header", &|bytes| bytes.truncate(75)),
+            ("segments.crc", &flip(-1, 1)),
+            ("segments.magic", &flip(0, 1)),
+            ("segments.version-is-2", &flip(8, 3)),
+            ("segments.encoding-is-the-blobs", &flip(10, 3)),
+            ("segments.names-the-blob", &flip(16, 1)),
+            ("segments.knows-the-blobs-size", &flip(48, 1)),
+            ("segments.knows-the-tars-size", &flip(56, 1)),
+            ("segments.has-all-columns", &put(12, &u32::MAX.to_le_bytes())),
+            ("segments.ends-with-its-crc", &|bytes| bytes.insert(bytes.len() - 4, 0)),
+            ("segments.cover-the-tar-and-lie-in-the-blob", &flip(columns(2) as i64, 1)),
+            ("segments.first-decodes-alone", &put(kinds as i64, &[1])),
+            ("segments.sha256", &flip(sha as i64, 1)),
+            ("segments.crc32", &flip(crc as i64, 1)),
+            ("segments.decode-to-the-tar", &put(kinds as i64 + 2, &[0])),
+        ],
+    );
+    // The whole image, for what only a zstd layer is asked.
+    let mut blobs = Memory(HashMap::new());
+    for entry in std::fs::read_dir(images.path().join("blobs/sha256")).unwrap() {
+        blobs.put(&std::fs::read(entry.unwrap().path()).unwrap());
+    }
+    let manifest = images.manifest("turbo").to_string();
+    seen.good("a zstd image", |report| drop(check_manifest(&blobs, manifest.as_bytes(), report)));
+    let cut = &blob[..blob.len() - 5];
+    blobs.0.insert(digest(&blob), cut.to_vec());
+    seen.fires("blob.is-whole-zstd", |report| {
+        drop(check_manifest(&blobs, manifest.as_bytes(), report));
+    });
 }
 
 fn manifest_rules(seen: &mut Seen, sample: &Sample) {

@@ -1,4 +1,5 @@
-//! Any bytes as upstream's gzip.meta and as our sidecar, and a layer decoded by what was accepted.
+//! Any bytes as upstream's gzip.meta and as our sidecar of either version, and a layer decoded by what was
+//! accepted.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use flate2::Crc;
 use turbobd::chunk::ChunkSource as _;
 use turbobd::gzip::{Index, IndexedLayer, merge};
+use turbobd::segments::{SegmentIndex, SegmentedLayer, sidecar};
 use turbobd::source::MemorySource;
 
 /// Bytes of a segment worth decoding here.
@@ -15,19 +17,38 @@ const SEGMENT: u64 = 1 << 20;
 fuzz_target!(|data: &[u8]| {
     // The first two bytes say where the sidecar begins.
     let [low, high, data @ ..] = data else { return };
-    let (meta, sidecar) =
+    let (meta, file) =
         data.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(data.len()));
     let mut crc = Crc::new();
-    crc.update(sidecar);
-    let sidecar = [sidecar, &crc.sum().to_le_bytes()].concat();
-    for (meta, sidecar) in
-        [(Some(meta), None), (None, Some(&sidecar[..])), (Some(meta), Some(&sidecar))]
-    {
-        if let Ok(index) = merge(meta, sidecar) {
+    crc.update(file);
+    let file = [file, &crc.sum().to_le_bytes()].concat();
+    for (meta, file) in [(Some(meta), None), (None, Some(&file[..])), (Some(meta), Some(&file))] {
+        if let Ok(index) = merge(meta, file) {
             decode(index, data);
         }
     }
+    if let Ok(index) = sidecar::read(&file) {
+        assert!(sidecar::is_version_2(&file));
+        assert!(sidecar::write(&index) == file);
+        decode_segments(index, data);
+    }
 });
+
+/// The same of a layer that is not gzip: hardly any of its segments has its SHA-256.
+fn decode_segments(index: SegmentIndex, filling: &[u8]) {
+    let len = index.scanned().compressed_len.get();
+    if len > 1 << 20 || index.scanned().uncompressed_len.get() > 8 << 20 {
+        return;
+    }
+    let blob: Vec<u8> = filling.iter().copied().cycle().take(len as usize).collect();
+    let blob = Arc::new(MemorySource::new("fuzz", blob));
+    let Ok(layer) = SegmentedLayer::new("fuzz", index, blob) else { return };
+    for segment in 0..layer.chunk_count().min(8) {
+        let serial = layer.serial(segment);
+        assert!(serial.contains(&segment) && serial.end <= layer.chunk_count());
+        let _ = layer.load(segment);
+    }
+}
 
 /// Decodes whatever `index` says of a blob of the right length.
 fn decode(index: Index, filling: &[u8]) {

@@ -76,6 +76,22 @@ seed('gzip_index', 'both', struct.pack('<H', len(meta)) + meta + sidecar[:-4])
 alone = bytearray(sidecar[:-4])
 alone[10] &= 0xfe
 seed('gzip_index', 'sidecar', b'\0\0' + alone)
+# Of version 2: two segments of a zstd layer, the second goes on from the first.
+seed('gzip_index', 'segments', b'\0\0TBDSEGS\0' + struct.pack('<HBBI', 2, 2, 0, 2) + bytes(32)
+     + struct.pack('<QQQ', 30, 200, 1 << 20) + b'\0\3' + b'\x0a\x0b' + b'\x64\x64' + b'\0\1' + bytes(2 * 36))
+
+# A byte in front of `zstd_scan`: the size of the pieces.
+def zstd_frame(*blocks):
+    """A frame without a checksum; each block raw (bytes) or repeated (a byte, how often)."""
+    frame = b'\x28\xb5\x2f\xfd\0\x58'
+    for number, block in enumerate(blocks):
+        last = number == len(blocks) - 1
+        kind, size, content = (0, len(block), block) if isinstance(block, bytes) else (1, block[1], block[0])
+        frame += struct.pack('<I', last | kind << 1 | size << 3)[:3] + content
+    return frame
+skipped = b'\x5a\x2a\x4d\x18' + struct.pack('<I', 3) + b'abc'
+seed('zstd_scan', 'small', b'\x10' + zstd_frame(b'hello', (b'x', 90000)) + skipped + zstd_frame(b'world'))
+seed('zstd_scan', 'long', b'\x03' + zstd_frame(*[(b'y', 1 << 17)] * 40, b'end'))
 
 
 def entry(lba, count, place, zeroed=0, file=0):

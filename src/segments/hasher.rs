@@ -1,0 +1,95 @@
+//! The SHA-256 of each segment's bytes of the blob, behind a scan.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use bytes::{Buf as _, Bytes};
+use sha2::{Digest as _, Sha256};
+
+use crate::oci::Digest;
+
+/// What was hashed.
+pub(super) struct Hashed {
+    /// Digest of all bytes.
+    pub(super) layer: Digest,
+    /// Their number.
+    pub(super) len: u64,
+    /// Digest of each segment.
+    pub(super) segments: Vec<[u8; 32]>,
+}
+
+/// Hashes the bytes of each segment, and the whole layer.
+///
+/// It gets the pieces that the scan gets, each before what the scan made of it; it can run on another
+/// thread. What may yet become a segment is kept.
+#[derive(Default)]
+pub struct SegmentHasher {
+    pieces: VecDeque<Bytes>,
+    /// Blob offset of the first kept byte.
+    at: u64,
+    received: u64,
+    done: Vec<[u8; 32]>,
+    whole: Sha256,
+}
+
+impl SegmentHasher {
+    /// At the first byte of a layer.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The next bytes.
+    pub fn push(&mut self, piece: Bytes) {
+        self.whole.update(&piece);
+        self.received += piece.len() as u64;
+        if !piece.is_empty() {
+            self.pieces.push_back(piece);
+        }
+    }
+
+    /// These bytes are the next segment; they were pushed, and not forgotten.
+    pub fn segment(&mut self, range: &Range<u64>) {
+        self.forget_before(range.start);
+        let mut hasher = Sha256::new();
+        let mut left = range.end.saturating_sub(self.at) as usize;
+        for piece in &self.pieces {
+            let n = left.min(piece.len());
+            hasher.update(&piece[..n]);
+            left -= n;
+            if left == 0 {
+                break;
+            }
+        }
+        self.done.push(hasher.finalize().into());
+    }
+
+    /// No segment to come begins before blob offset `start`.
+    pub fn forget_before(&mut self, start: u64) {
+        while let Some(piece) = self.pieces.front_mut() {
+            let surplus = start.saturating_sub(self.at).min(piece.len() as u64);
+            piece.advance(surplus as usize);
+            self.at += surplus;
+            if !piece.is_empty() || surplus == 0 {
+                break;
+            }
+            self.pieces.pop_front();
+        }
+    }
+
+    /// Number of segments so far.
+    pub(super) fn count(&self) -> usize {
+        self.done.len()
+    }
+
+    /// Digest and length in bytes of what was pushed so far: of the blob, once all of it was.
+    #[must_use]
+    pub fn whole(&self) -> (Digest, u64) {
+        (Digest::from_hasher(self.whole.clone()), self.received)
+    }
+
+    pub(super) fn finish(self) -> Hashed {
+        let layer = Digest::from_hasher(self.whole);
+        Hashed { layer, len: self.received, segments: self.done }
+    }
+}

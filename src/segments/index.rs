@@ -1,0 +1,200 @@
+//! What a layer's segments are.
+
+use std::ops::Range;
+
+use super::hasher::Hashed;
+use super::{SegmentHasher, SegmentsError};
+use crate::oci::Digest;
+use crate::units::Bytes;
+
+/// Longest segment, stored or decoded: memory is taken for it whole. A scan stays far below; a number from a
+/// file must not decide how much memory is taken.
+pub const MAX_SEGMENT: Bytes = Bytes(256 << 20);
+
+/// How a layer is encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// Not at all: a bare tar.
+    Plain,
+    /// zstd frames.
+    Zstd,
+}
+
+impl Encoding {
+    /// What it is called.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "tar",
+            Self::Zstd => "zstd",
+        }
+    }
+}
+
+/// Where decoding of a segment begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// At a frame, or in a bare tar: it needs nothing else.
+    Start,
+    /// At a block inside a frame: it goes on where the segment before has ended.
+    Inside,
+}
+
+/// A segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Its first byte in the blob.
+    pub start: u64,
+    /// Its length in the blob, never 0.
+    pub len: u32,
+    /// Its first byte in the output.
+    pub out: u64,
+    /// Its length in the output, never 0.
+    pub out_len: u32,
+    /// Where decoding begins.
+    pub entry: Entry,
+    /// CRC-32 of its output.
+    pub crc32: u32,
+}
+
+impl Segment {
+    /// Its bytes of the blob.
+    #[must_use]
+    pub fn input(&self) -> Range<u64> {
+        self.start..self.start + u64::from(self.len)
+    }
+
+    /// Its bytes of the output.
+    #[must_use]
+    pub fn output(&self) -> Range<u64> {
+        self.out..self.out + u64::from(self.out_len)
+    }
+}
+
+/// What a scan says of a layer; its digests are the [`SegmentHasher`]'s.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scanned {
+    /// How the layer is encoded.
+    pub encoding: Encoding,
+    /// Wanted length of a segment's output.
+    pub span: Bytes,
+    /// Length of the blob.
+    pub compressed_len: Bytes,
+    /// Length of its output.
+    pub uncompressed_len: Bytes,
+    /// In order; their outputs follow each other without a gap.
+    pub segments: Vec<Segment>,
+}
+
+impl Scanned {
+    /// The index, with the digests that `hasher` made of the same bytes. Segments that became final only at the
+    /// end are hashed here.
+    ///
+    /// # Errors
+    /// [`SegmentsError::OtherLayer`] when the hasher got other bytes or segments,
+    /// [`SegmentsError::TooMany`].
+    pub fn with_digests(self, mut hasher: SegmentHasher) -> Result<SegmentIndex, SegmentsError> {
+        for segment in self.segments.iter().skip(hasher.count()) {
+            hasher.segment(&segment.input());
+        }
+        let Hashed { layer, len, segments: sha256 } = hasher.finish();
+        let other = |what, ours, theirs| Err(SegmentsError::OtherLayer { what, ours, theirs });
+        let count = self.segments.len();
+        if len != self.compressed_len.0 {
+            return other("the length", self.compressed_len.0, len);
+        }
+        if sha256.len() != count {
+            return other("the number of segments", count as u64, sha256.len() as u64);
+        }
+        if u32::try_from(count).is_err() {
+            return Err(SegmentsError::TooMany { count });
+        }
+        Ok(SegmentIndex::new(layer, self, sha256))
+    }
+}
+
+/// Everything needed to fetch, verify and decode any segment of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SegmentIndex {
+    layer: Digest,
+    scanned: Scanned,
+    sha256: Vec<[u8; 32]>,
+    /// The stretches of more than one segment that decode only from their first on, in order.
+    serial: Vec<Range<u32>>,
+}
+
+impl SegmentIndex {
+    /// `sha256` has one digest for each segment, of which there are less than 2³².
+    pub(super) fn new(layer: Digest, scanned: Scanned, sha256: Vec<[u8; 32]>) -> Self {
+        let mut serial: Vec<Range<u32>> = Vec::new();
+        for (number, segment) in (0u32..).zip(&scanned.segments) {
+            if segment.entry == Entry::Inside {
+                match serial.last_mut().filter(|last| last.end == number) {
+                    Some(last) => last.end = number + 1,
+                    None => serial.push(number.saturating_sub(1)..number + 1),
+                }
+            }
+        }
+        Self { layer, scanned, sha256, serial }
+    }
+
+    /// The layer's digest.
+    #[must_use]
+    pub fn layer(&self) -> Digest {
+        self.layer
+    }
+
+    /// What the scan said.
+    #[must_use]
+    pub fn scanned(&self) -> &Scanned {
+        &self.scanned
+    }
+
+    /// The segments.
+    #[must_use]
+    pub fn segments(&self) -> &[Segment] {
+        &self.scanned.segments
+    }
+
+    /// SHA-256 of each segment's bytes of the blob.
+    #[must_use]
+    pub fn sha256(&self) -> &[[u8; 32]] {
+        &self.sha256
+    }
+
+    /// The segment that holds output position `out`, or `None` past the end.
+    #[must_use]
+    pub fn segment_at(&self, out: u64) -> Option<usize> {
+        (out < self.scanned.uncompressed_len.0).then(|| {
+            self.segments().partition_point(|segment| segment.out <= out).saturating_sub(1)
+        })
+    }
+
+    /// The segments that must be decoded one after the other to get at segment `number` or at others of the
+    /// same frame: only itself, unless it is one of several in a long frame.
+    #[must_use]
+    pub fn serial(&self, number: u32) -> Range<u32> {
+        let at = self.serial.partition_point(|stretch| stretch.end <= number);
+        let stretch = self.serial.get(at).filter(|stretch| stretch.start <= number);
+        stretch.map_or(number..number.saturating_add(1), Clone::clone)
+    }
+
+    /// Length of the output of the longest frame that has several segments, 0 if none has.
+    #[must_use]
+    pub fn longest_serial(&self) -> Bytes {
+        let len = |stretch: &Range<u32>| {
+            let part = self.segments().get(stretch.start as usize..stretch.end as usize);
+            part.unwrap_or_default().iter().map(|segment| u64::from(segment.out_len)).sum()
+        };
+        Bytes(self.serial.iter().map(len).max().unwrap_or(0))
+    }
+
+    /// A number for where the segments are: what is cut differently has a different one.
+    #[must_use]
+    pub fn cuts(&self) -> u32 {
+        self.segments().iter().fold(0, |crc, segment| {
+            let crc = crc32c::crc32c_append(crc, &segment.start.to_le_bytes());
+            crc32c::crc32c_append(crc, &segment.out.to_le_bytes())
+        })
+    }
+}

@@ -1,0 +1,300 @@
+//! Where to cut a layer into segments, found while it is decoded for the first time.
+//!
+//! A segment is as many whole frames as fit into the span, or one frame that is longer; only a frame longer
+//! than [`LONG`] is cut inside, at the first end of a block behind each span. Whether a frame is that long is
+//! known when it has been so long; until then the places inside it are only noted.
+
+use std::ops::Range;
+
+use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+
+use super::ZstdError;
+use super::walk::{Edge, Part, Walker};
+use crate::segments::index::MAX_SEGMENT;
+use crate::segments::{Encoding, Entry, Scanned, Segment};
+use crate::units::Bytes;
+
+/// Output of a frame from which on it is cut inside, 4 MiB, or the span if that is longer. Decoding so much for one
+/// read takes some milliseconds.
+pub const LONG: Bytes = Bytes(4 << 20);
+
+/// Frames to be skipped that are longer do not become part of a segment, 64 KiB: they would be fetched for nothing.
+const LONG_GAP: u64 = 64 << 10;
+
+/// Most bytes of a blob in which no segment ends: they are kept to be hashed. Twice the longest span is less,
+/// unless hardly anything comes out of them.
+pub const MOST_INPUT: u64 = MAX_SEGMENT.0;
+
+/// Bytes decoded at a time.
+const STEP: usize = 256 << 10;
+
+/// What may become a segment, or a part of one.
+struct Stretch {
+    input: Range<u64>,
+    output: Range<u64>,
+    entry: Entry,
+    crc: crc32fast::Hasher,
+}
+
+impl Stretch {
+    fn begin(input: u64, output: u64, entry: Entry) -> Self {
+        Self { input: input..input, output: output..output, entry, crc: crc32fast::Hasher::new() }
+    }
+
+    fn out_len(&self) -> u64 {
+        self.output.end - self.output.start
+    }
+
+    /// The two together; `next` follows at once, or behind bytes that are skipped.
+    fn join(&mut self, next: &Stretch) {
+        self.input.end = next.input.end;
+        self.output.end = next.output.end;
+        self.crc.combine(&next.crc);
+    }
+}
+
+/// The frame that the scan is in.
+struct Frame {
+    /// Stretches between the places at which it may be cut; the last is still being decoded.
+    stretches: Vec<Stretch>,
+    start: u64,
+    is_long: bool,
+}
+
+/// Decodes a layer as it arrives, and cuts it.
+pub struct Scanner {
+    span: u64,
+    long: u64,
+    walker: Walker,
+    decoder: Decoder<'static>,
+    buffer: Vec<u8>,
+    /// Output so far.
+    out: u64,
+    /// Whole frames that are not a segment yet.
+    open: Option<Stretch>,
+    frame: Option<Frame>,
+    segments: Vec<Segment>,
+    /// Segments that were given out.
+    taken: usize,
+}
+
+impl Scanner {
+    /// At the first byte of a layer, for segments of about `span`.
+    ///
+    /// # Errors
+    /// [`ZstdError::Decoder`].
+    pub fn new(span: Bytes) -> Result<Self, ZstdError> {
+        Ok(Self {
+            span: span.0.max(1),
+            long: span.0.max(LONG.0),
+            walker: Walker::default(),
+            decoder: Decoder::new().map_err(ZstdError::Decoder)?,
+            buffer: vec![0; STEP],
+            out: 0,
+            open: None,
+            frame: None,
+            segments: Vec::new(),
+            taken: 0,
+        })
+    }
+
+    /// Decodes all of `input` into `sink`.
+    ///
+    /// # Errors
+    /// [`ZstdError`], or what `sink` says.
+    pub fn feed<E: From<ZstdError>>(
+        &mut self,
+        mut input: &[u8],
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        while let Some(piece) = self.walker.next(input)? {
+            let (now, later) = input.split_at(piece.taken);
+            input = later;
+            match piece.part {
+                Part::Skipped => self.close_before_gap(),
+                Part::Header => self.begin_frame(sink)?,
+                Part::Body => self.decode(now, sink)?,
+            }
+            match piece.edge {
+                Edge::None => {}
+                Edge::Block => self.end_block(),
+                Edge::Frame => self.end_frame()?,
+            }
+        }
+        if self.walker.at() - self.keep_from() > MOST_INPUT {
+            return Err(ZstdError::Empty { at: self.walker.at() }.into());
+        }
+        Ok(())
+    }
+
+    fn begin_frame<E: From<ZstdError>>(
+        &mut self,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let start = self.walker.frame();
+        let stretches = vec![Stretch::begin(start, self.out, Entry::Start)];
+        self.frame = Some(Frame { stretches, start: self.out, is_long: false });
+        self.decoder.reinit().map_err(ZstdError::Decoder)?;
+        let header = self.walker.header().to_vec();
+        self.decode(&header, sink)
+    }
+
+    /// Ends the open segment when much was skipped behind it.
+    fn close_before_gap(&mut self) {
+        let at = self.walker.at();
+        if self.open.as_ref().is_some_and(|open| at - open.input.end > LONG_GAP) {
+            self.close_open();
+        }
+    }
+
+    /// Decodes bytes of the frame.
+    fn decode<E: From<ZstdError>>(
+        &mut self,
+        bytes: &[u8],
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut input = InBuffer::around(bytes);
+        loop {
+            let mut output = OutBuffer::around(&mut self.buffer[..]);
+            let (before, capacity) = (input.pos(), output.capacity());
+            let run = self.decoder.run(&mut input, &mut output);
+            run.map_err(|source| ZstdError::Frame { at: self.walker.frame(), source })?;
+            let filled = output.pos();
+            self.out += filled as u64;
+            if let Some(stretch) = self.frame.as_mut().and_then(|frame| frame.stretches.last_mut())
+            {
+                stretch.crc.update(&self.buffer[..filled]);
+                stretch.output.end = self.out;
+            }
+            sink(&self.buffer[..filled])?;
+            // A full buffer may have left more inside the decoder.
+            if filled < capacity && input.pos() == bytes.len() {
+                return Ok(());
+            }
+            if filled == 0 && input.pos() == before {
+                let at = self.walker.frame();
+                let rule = "a frame goes on behind its end";
+                return Err(ZstdError::Damaged { at, rule }.into());
+            }
+        }
+    }
+
+    /// Notes a place at which the frame may be cut, and cuts it there if it is a long one.
+    fn end_block(&mut self) {
+        let (at, out) = (self.walker.at(), self.out);
+        let Some(frame) = &mut self.frame else { return };
+        let Some(last) = frame.stretches.last_mut() else { return };
+        last.input.end = at;
+        if last.out_len() >= self.span {
+            frame.stretches.push(Stretch::begin(at, out, Entry::Inside));
+        }
+        if !frame.is_long && out - frame.start > self.long {
+            frame.is_long = true;
+            self.close_open();
+        }
+        self.close_inside();
+    }
+
+    /// The stretches of a long frame become segments, all but the last two: the one that is being decoded, and
+    /// the one that it will be joined to if nothing comes out of it.
+    fn close_inside(&mut self) {
+        let Some(frame) = self.frame.as_mut().filter(|frame| frame.is_long) else { return };
+        let whole = frame.stretches.len().saturating_sub(2);
+        let done: Vec<Stretch> = frame.stretches.drain(..whole).collect();
+        self.segments.extend(done.iter().map(close));
+    }
+
+    fn end_frame(&mut self) -> Result<(), ZstdError> {
+        // Header and checksum have gone through the decoder; it must agree that this is the end.
+        let Some(mut frame) = self.frame.take() else { return Ok(()) };
+        if let Some(last) = frame.stretches.last_mut() {
+            last.input.end = self.walker.at();
+        }
+        // What yields nothing belongs to what is before it.
+        while let [.., before, last] = &mut frame.stretches[..]
+            && last.out_len() == 0
+        {
+            before.join(last);
+            frame.stretches.pop();
+        }
+        if frame.is_long || self.out - frame.start > self.long {
+            self.close_open();
+            self.segments.extend(frame.stretches.iter().map(close));
+            return Ok(());
+        }
+        let mut stretches = frame.stretches.into_iter();
+        let Some(mut whole) = stretches.next() else { return Ok(()) };
+        stretches.for_each(|next| whole.join(&next));
+        self.add(whole);
+        Ok(())
+    }
+
+    /// Adds a whole frame to what is open.
+    fn add(&mut self, frame: Stretch) {
+        let fits = |open: &&mut Stretch| open.out_len() + frame.out_len() <= self.span;
+        match self.open.as_mut().filter(fits) {
+            Some(open) => open.join(&frame),
+            None => {
+                self.close_open();
+                // An empty frame alone is no segment.
+                self.open = Some(frame).filter(|frame| frame.out_len() > 0);
+            }
+        }
+        let open = self.open.as_ref();
+        if open.is_some_and(|open| {
+            open.out_len() >= self.span || open.input.end - open.input.start > MOST_INPUT / 2
+        }) {
+            self.close_open();
+        }
+    }
+
+    fn close_open(&mut self) {
+        self.segments.extend(self.open.take().as_ref().map(close));
+    }
+
+    /// Blob offset before which no further segment begins.
+    #[must_use]
+    pub fn keep_from(&self) -> u64 {
+        let open = self.open.as_ref();
+        let frame = self.frame.as_ref().and_then(|frame| frame.stretches.first());
+        open.or(frame).map_or(self.walker.keep_from(), |first| first.input.start)
+    }
+
+    /// The segments that have become final since the last call.
+    pub fn take_segments(&mut self) -> Vec<Range<u64>> {
+        let new = self.segments[self.taken..].iter().map(Segment::input).collect();
+        self.taken = self.segments.len();
+        new
+    }
+
+    /// Ends the layer.
+    ///
+    /// # Errors
+    /// [`ZstdError::Truncated`] within a frame.
+    pub fn finish(mut self) -> Result<Scanned, ZstdError> {
+        let at = self.walker.at();
+        if self.walker.is_inside() {
+            return Err(ZstdError::Truncated { at });
+        }
+        self.close_open();
+        Ok(Scanned {
+            encoding: Encoding::Zstd,
+            span: Bytes(self.span),
+            compressed_len: Bytes(at),
+            uncompressed_len: Bytes(self.out),
+            segments: self.segments,
+        })
+    }
+}
+
+/// All lengths are at most [`MOST_INPUT`], or two spans and a block.
+fn close(stretch: &Stretch) -> Segment {
+    Segment {
+        start: stretch.input.start,
+        len: (stretch.input.end - stretch.input.start) as u32,
+        out: stretch.output.start,
+        out_len: stretch.out_len() as u32,
+        entry: stretch.entry,
+        crc32: stretch.crc.clone().finalize(),
+    }
+}

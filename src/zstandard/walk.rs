@@ -1,0 +1,317 @@
+//! Frames and blocks by their headers (RFC 8878, 3.1).
+//!
+//! ```text
+//! frame      magic 28 b5 2f fd, descriptor, [window], [dictionary], [content size], blocks, [checksum, 4]
+//! block      3 bytes: last (1 bit), kind (2 bits), size (21 bits); then its content
+//! to skip    magic 5x 2a 4d 18, size (4), that many bytes
+//! ```
+
+use super::ZstdError;
+
+/// Largest window of a frame, 128 MiB: what zstd's own decoder takes unless it is told to take more
+/// (`ZSTD_WINDOWLOG_LIMIT_DEFAULT` is 27).
+pub const MAX_WINDOW: u64 = 1 << 27;
+
+/// Longest frame header: magic, descriptor, window, dictionary, content size.
+const LONGEST_HEADER: usize = 4 + 1 + 1 + 4 + 8;
+const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// Its first byte is 50 to 5f.
+const MAGIC_TO_SKIP: [u8; 3] = [0x2a, 0x4d, 0x18];
+
+/// Whether these are the first bytes of a zstd stream.
+#[must_use]
+pub fn is_zstd(bytes: &[u8]) -> bool {
+    match bytes.first_chunk() {
+        Some(&MAGIC) => true,
+        Some([0x50..=0x5f, rest @ ..]) => *rest == MAGIC_TO_SKIP,
+        _ => false,
+    }
+}
+
+/// What a piece of the stream is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The last of a frame's header, which is whole now: see [`Walker::header`].
+    Header,
+    /// Bytes of a frame behind its header.
+    Body,
+    /// Bytes to be skipped.
+    Skipped,
+}
+
+/// What lies at the end of a piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edge {
+    /// Nothing in particular.
+    None,
+    /// The end of a block, with others behind it.
+    Block,
+    /// The end of a frame.
+    Frame,
+}
+
+/// A piece of the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// What it is.
+    pub part: Part,
+    /// Bytes of the input that it took, perhaps none.
+    pub taken: usize,
+    /// What lies behind it.
+    pub edge: Edge,
+}
+
+/// Where in the grammar the walk is, and how many bytes are left of that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// In the header of either kind of frame; between frames if nothing is held.
+    FrameHeader,
+    BlockHeader,
+    Content {
+        left: u64,
+        last: bool,
+    },
+    Checksum {
+        left: u64,
+    },
+    Skipped {
+        left: u64,
+    },
+}
+
+/// Cuts a stream into [`Piece`]s.
+pub struct Walker {
+    state: State,
+    /// A header that is not whole yet, or was given out last.
+    held: Vec<u8>,
+    /// Blob offset behind the last byte that was walked over.
+    at: u64,
+    /// Where the frame began.
+    frame: u64,
+    has_checksum: bool,
+}
+
+impl Default for Walker {
+    fn default() -> Self {
+        let held = Vec::with_capacity(LONGEST_HEADER);
+        Self { state: State::FrameHeader, held, at: 0, frame: 0, has_checksum: false }
+    }
+}
+
+impl Walker {
+    /// Blob offset behind the last byte that was walked over.
+    #[must_use]
+    pub fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Where the frame began that the walk is in.
+    #[must_use]
+    pub fn frame(&self) -> u64 {
+        self.frame
+    }
+
+    /// Where the frame began, or the present place if it is skipped.
+    #[must_use]
+    pub fn keep_from(&self) -> u64 {
+        if matches!(self.state, State::Skipped { .. }) { self.at } else { self.frame }
+    }
+
+    /// The header of the frame, when [`Part::Header`] was just given.
+    #[must_use]
+    pub fn header(&self) -> &[u8] {
+        &self.held
+    }
+
+    /// Whether a frame of either kind is begun and not at its end.
+    #[must_use]
+    pub fn is_inside(&self) -> bool {
+        self.state != State::FrameHeader || self.at > self.frame
+    }
+
+    fn damaged(&self, rule: &'static str) -> ZstdError {
+        ZstdError::Damaged { at: self.at, rule }
+    }
+
+    /// The next piece of `input`; `None` when there is not enough of it for one, and it was all taken.
+    ///
+    /// # Errors
+    /// [`ZstdError`] when a header breaks a rule.
+    pub fn next(&mut self, input: &[u8]) -> Result<Option<Piece>, ZstdError> {
+        let body = |taken, edge| Some(Piece { part: Part::Body, taken, edge });
+        match self.state {
+            State::FrameHeader => self.frame_header(input),
+            State::BlockHeader => self.block_header(input),
+            State::Content { left, last } => {
+                let (taken, left) = self.advance(left, input);
+                if left > 0 {
+                    self.state = State::Content { left, last };
+                    return Ok(body(taken, Edge::None).filter(|_| taken > 0));
+                }
+                Ok(body(taken, self.end_block(last)))
+            }
+            State::Checksum { left } => {
+                let (taken, left) = self.advance(left, input);
+                if left > 0 {
+                    self.state = State::Checksum { left };
+                    return Ok(body(taken, Edge::None).filter(|_| taken > 0));
+                }
+                Ok(body(taken, self.end_frame()))
+            }
+            State::Skipped { left } => {
+                let (taken, left) = self.advance(left, input);
+                let piece = Piece { part: Part::Skipped, taken, edge: Edge::None };
+                if left > 0 {
+                    self.state = State::Skipped { left };
+                    return Ok(Some(piece).filter(|_| taken > 0));
+                }
+                self.end_frame();
+                Ok(Some(piece))
+            }
+        }
+    }
+
+    /// Takes up to `left` bytes; says how many, and how many are left.
+    fn advance(&mut self, left: u64, input: &[u8]) -> (usize, u64) {
+        let taken = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
+        self.at += taken as u64;
+        (taken, left - taken as u64)
+    }
+
+    fn end_block(&mut self, last: bool) -> Edge {
+        self.held.clear();
+        match (last, self.has_checksum) {
+            (false, _) => {
+                self.state = State::BlockHeader;
+                Edge::Block
+            }
+            (true, true) => {
+                self.state = State::Checksum { left: 4 };
+                Edge::None
+            }
+            (true, false) => self.end_frame(),
+        }
+    }
+
+    fn end_frame(&mut self) -> Edge {
+        self.state = State::FrameHeader;
+        self.held.clear();
+        self.frame = self.at;
+        Edge::Frame
+    }
+
+    /// Holds bytes of a header until there are `len`; says how many it took, and whether that is all.
+    fn hold(&mut self, len: usize, input: &[u8]) -> (usize, bool) {
+        let taken = len.saturating_sub(self.held.len()).min(input.len());
+        self.held.extend_from_slice(&input[..taken]);
+        self.at += taken as u64;
+        (taken, self.held.len() >= len)
+    }
+
+    fn frame_header(&mut self, input: &[u8]) -> Result<Option<Piece>, ZstdError> {
+        let (mut taken, whole) = self.hold(5, input);
+        if !whole {
+            return Ok(None);
+        }
+        let to_skip = self.held[1..4] == MAGIC_TO_SKIP && matches!(self.held[0], 0x50..=0x5f);
+        if !to_skip && self.held[..4] != MAGIC {
+            let rule = "neither a frame nor one to be skipped begins here";
+            return Err(ZstdError::Damaged { at: self.frame, rule });
+        }
+        let descriptor = self.held[4];
+        let len = if to_skip { 8 } else { header_len(descriptor) };
+        let (more, whole) = self.hold(len, &input[taken..]);
+        taken += more;
+        if !whole {
+            return Ok(None);
+        }
+        let part = if to_skip {
+            self.state = State::Skipped { left: number(&self.held[4..]) };
+            Part::Skipped
+        } else {
+            self.check_header(descriptor)?;
+            self.has_checksum = descriptor & 4 != 0;
+            self.state = State::BlockHeader;
+            Part::Header
+        };
+        Ok(Some(Piece { part, taken, edge: Edge::None }))
+    }
+
+    /// Refuses what cannot be decoded in bounded memory, or at all.
+    fn check_header(&self, descriptor: u8) -> Result<(), ZstdError> {
+        if descriptor & 8 != 0 {
+            return Err(self.damaged("a reserved bit of a frame header is set"));
+        }
+        let window = self.window(descriptor);
+        if window > MAX_WINDOW {
+            return Err(ZstdError::Window { at: self.frame, window });
+        }
+        let id = 5 + usize::from(descriptor & SINGLE == 0);
+        match number(&self.held[id..id + dictionary_len(descriptor)]) as u32 {
+            0 => Ok(()),
+            dictionary => Err(ZstdError::Dictionary { at: self.frame, dictionary }),
+        }
+    }
+
+    /// The window of the frame whose whole header is held.
+    fn window(&self, descriptor: u8) -> u64 {
+        if descriptor & SINGLE != 0 {
+            // It has no window field, for it needs all that it holds.
+            let size = number(&self.held[5 + dictionary_len(descriptor)..]);
+            return size.saturating_add(if descriptor >> 6 == 1 { 256 } else { 0 });
+        }
+        let (exponent, mantissa) = (self.held[5] >> 3, u64::from(self.held[5] & 7));
+        let base = 1u64 << (10 + exponent);
+        base + base / 8 * mantissa
+    }
+
+    fn block_header(&mut self, input: &[u8]) -> Result<Option<Piece>, ZstdError> {
+        if self.held.len() >= 3 {
+            self.held.clear(); // the frame's header, which was given out
+        }
+        let (taken, whole) = self.hold(3, input);
+        if whole {
+            let header = number(&self.held);
+            let (last, size) = (header & 1 != 0, header >> 3);
+            let left = match header >> 1 & 3 {
+                1 => 1, // one byte, repeated
+                3 => return Err(self.damaged("a block is of the reserved kind")),
+                _ => size,
+            };
+            self.state = State::Content { left, last };
+        }
+        let piece = Piece { part: Part::Body, taken, edge: Edge::None };
+        Ok(Some(piece).filter(|_| taken > 0))
+    }
+}
+
+/// The bit of a descriptor by which a frame is a single segment.
+const SINGLE: u8 = 0x20;
+
+/// Bytes of a dictionary's number.
+fn dictionary_len(descriptor: u8) -> usize {
+    [0, 1, 2, 4][usize::from(descriptor & 3)]
+}
+
+/// The window, in bytes, of the frame that begins there; `None` when none does, or not one that is decoded.
+#[must_use]
+pub fn window(frame: &[u8]) -> Option<u64> {
+    let mut walker = Walker::default();
+    let piece = walker.next(frame).ok()??;
+    (piece.part == Part::Header).then(|| walker.window(walker.held[4]))
+}
+
+/// Bytes of the header of a frame with this descriptor.
+fn header_len(descriptor: u8) -> usize {
+    let single = descriptor & SINGLE != 0;
+    let size = match descriptor >> 6 {
+        0 => usize::from(single),
+        flag => 1 << flag,
+    };
+    5 + usize::from(!single) + dictionary_len(descriptor) + size
+}
+
+/// A little-endian number of at most eight bytes.
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
+}
