@@ -410,7 +410,7 @@ fn a_registry_and_a_directory_get_the_same_bytes() {
     registry.clear_log();
     assert_eq!(content(&format!("{repository}:turbo")), content(&images.name("turbo")));
     let ranged = registry.log().iter().filter(|seen| seen.status == 206).count();
-    assert!(ranged > 4, "the data was read in {ranged} ranges");
+    assert!(ranged > 1, "the data was read in {ranged} ranges");
 }
 
 #[test]
