@@ -780,5 +780,5 @@ mod daemon {
 #[test]
 fn ublk_in_a_guest() {
     let _alone = alone();
-    block::in_a_guest(&["ublk"], 26);
+    block::in_a_guest_with_ublk(&["ublk"], 26);
 }

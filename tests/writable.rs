@@ -241,7 +241,7 @@ fn what_was_synced_over_ublk_survives_the_death_of_its_server() {
 #[test]
 fn in_a_guest_with_ublk() {
     host::need_root();
-    block::in_a_guest(&["over_ublk"], 2);
+    block::in_a_guest_with_ublk(&["over_ublk"], 2);
 }
 
 #[test]

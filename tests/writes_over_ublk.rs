@@ -539,5 +539,5 @@ fn over_ublk_an_ext4_is_made_filled_and_checked() {
 #[test]
 fn in_a_guest_with_ublk() {
     let _alone = alone();
-    block::in_a_guest(&["over_ublk"], 9);
+    block::in_a_guest_with_ublk(&["over_ublk"], 9);
 }

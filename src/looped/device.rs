@@ -135,6 +135,8 @@ impl LoopDevice {
     /// Detaches the file and waits until the kernel has let go of it.
     pub(super) fn detach(self) -> Result<(), LoopedError> {
         let sysfs = self.sysfs();
+        let sequence = || std::fs::read_to_string(sysfs.with_file_name("diskseq")).ok();
+        let ours = sequence();
         let Self { path, node } = self;
         match control(&node, LOOP_CLR_FD, &Argument::None) {
             Err(error) if error.raw_os_error() != Some(libc::ENXIO) => {
@@ -145,7 +147,8 @@ impl LoopDevice {
         // The last close detaches.
         drop(node);
         let until = Instant::now() + GONE;
-        while sysfs.exists() {
+        // The next user of the device may be there at once: what it shows then has another number (since 5.15).
+        while sysfs.exists() && sequence() == ours {
             if Instant::now() >= until {
                 return Err(LoopedError::Busy { path });
             }

@@ -101,14 +101,16 @@ impl Budget {
             return Err(self.give_up(error));
         }
         let doubled = self.policy.first_pause.saturating_mul(1 << (self.tries - 1).min(20));
+        let left = self.policy.deadline.saturating_sub(self.started.elapsed());
+        // The time is there to be used: what would end past it comes earlier, the last tries close together.
         let wait = by_chance(doubled.min(self.policy.max_pause))
+            .min(left.mul_f64(0.75))
             .max(error.retry_after().unwrap_or_default())
             .max(self.host.retry_after());
-        let elapsed = self.started.elapsed();
         let nonsense = matches!(error, RegistryError::Protocol { .. });
         let most =
             if nonsense { MAX_TRIES_OF_NONSENSE } else { u32::MAX }.min(self.policy.max_tries);
-        if self.tries >= most || elapsed + wait >= self.policy.deadline {
+        if self.tries >= most || wait >= left || left < self.policy.first_pause {
             return Err(self.give_up(error));
         }
         tracing::debug!(tries = self.tries, ?wait, %error, "registry: trying again");
@@ -251,6 +253,17 @@ mod tests {
         });
         assert!(matches!(error, Err(RegistryError::RateLimited { .. })));
         assert!(started.elapsed() < Duration::from_secs(2));
+    }
+
+    #[test]
+    fn the_time_until_the_deadline_is_used_up() {
+        let pause = Duration::from_millis(20);
+        let (max_pause, deadline) = (Duration::from_secs(9), Duration::from_millis(500));
+        let policy = RetryPolicy { max_tries: u32::MAX, deadline, first_pause: pause, max_pause };
+        let started = Instant::now();
+        let error = budget(policy).run(|_| -> Result<(), _> { Err(flaky()) }).unwrap_err();
+        assert!(matches!(error, RegistryError::GaveUp { tries: 5..20, .. }), "{error}");
+        assert!(started.elapsed() >= deadline - pause, "{:?}", started.elapsed());
     }
 
     #[test]
