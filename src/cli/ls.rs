@@ -1,5 +1,6 @@
 //! `turbobd ls`: the devices of this host.
 
+use std::io::{ErrorKind, Write as _};
 use std::process::ExitCode;
 
 use super::{Failure, Outcome, table};
@@ -23,8 +24,12 @@ pub(super) fn run(args: &Args) -> Outcome {
         let Some(mut client) = client else {
             return Err(Failure::Failed("no daemon runs on this host: nothing is counted".into()));
         };
-        print!("{}", client.metrics().map_err(Failure::because)?);
-        return Ok(ExitCode::SUCCESS);
+        let page = client.metrics().map_err(Failure::because)?;
+        return match std::io::stdout().write_all(page.as_bytes()) {
+            // Who reads has seen enough: `turbobd ls --metrics | head`.
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Failure::because(error)),
+            _ => Ok(ExitCode::SUCCESS),
+        };
     }
     let devices = match client {
         Some(mut client) => client.list().map_err(Failure::because)?,
