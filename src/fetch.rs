@@ -60,6 +60,7 @@ use crate::tier::Kind;
 
 pub use blob::{Blob, Key};
 use crew::Crew;
+pub(crate) use crew::MOST_BYTES;
 pub use fill::{FillOptions, FillProgress, Filling};
 use inflate::{Input, Job, Workers};
 use pace::Pace;

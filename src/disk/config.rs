@@ -401,8 +401,8 @@ fn trace_file(config: &mut Config, folder: &Path) -> Option<PathBuf> {
     (!path.is_empty()).then(|| folder.join(path))
 }
 
-/// A trace that was recorded, a list of files, or the empty file into which a trace is to be. A trace is advice: whatever is wrong
-/// with it, the image starts as it would without.
+/// A trace that was recorded, a list of files, or the empty file into which a trace is to be. A trace is
+/// advice: whatever is wrong with it, the image starts as it would without.
 fn read_trace(disk: &Disk, path: PathBuf) -> (Option<Trace>, Option<PathBuf>) {
     match fs::read(&path) {
         Err(_) => (None, None),

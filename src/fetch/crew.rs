@@ -20,7 +20,7 @@ use crate::source::{Class, Run as _};
 
 /// Most encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
 /// continent takes, so that larger ones save nothing, while a broken connection costs no more than this.
-const MOST_BYTES: u64 = 4 << 20;
+pub(crate) const MOST_BYTES: u64 = 4 << 20;
 
 /// Encoded bytes below which a request is not divided between connections, 1 MiB: half a round trip at
 /// what an object store gives one connection. Below it more requests only cost more.

@@ -2,12 +2,12 @@
 
 use std::collections::VecDeque;
 
-use bytes::{Buf as _, Bytes};
-use sha2::{Digest as _, Sha256};
+use bytes::Bytes;
 
 use super::GzipError;
 use super::index::{Boundary, Index};
 use crate::oci::Digest;
+use crate::segments;
 
 /// Hashes the compressed bytes of each segment, and the whole layer.
 ///
@@ -18,19 +18,13 @@ use crate::oci::Digest;
 /// A segment's bytes are all it touches: neighbours share a byte when their boundary lies inside one.
 #[derive(Default)]
 pub struct SegmentHasher {
-    /// Bytes not yet behind a boundary.
-    pieces: VecDeque<Bytes>,
-    /// Blob offset of the first of them.
-    at: u64,
-    received: u64,
+    segments: segments::SegmentHasher,
     /// Bits of boundaries that were not reached yet.
     boundaries: VecDeque<u64>,
     /// Number of boundaries given.
     given: usize,
-    /// A boundary was reached: a segment is open.
-    begun: bool,
-    done: Vec<[u8; 32]>,
-    whole: Sha256,
+    /// Blob offset at which the open segment begins, once a boundary was reached.
+    open: Option<u64>,
 }
 
 impl SegmentHasher {
@@ -42,11 +36,7 @@ impl SegmentHasher {
 
     /// The next compressed bytes.
     pub fn push(&mut self, piece: Bytes) {
-        self.whole.update(&piece);
-        self.received += piece.len() as u64;
-        if !piece.is_empty() {
-            self.pieces.push_back(piece);
-        }
+        self.segments.push(piece);
         self.advance();
     }
 
@@ -60,7 +50,7 @@ impl SegmentHasher {
     /// Digest and length in bytes of what was pushed so far: of the blob, once all of it was.
     #[must_use]
     pub fn whole(&self) -> (Digest, u64) {
-        (Digest::from_hasher(self.whole.clone()), self.received)
+        self.segments.whole()
     }
 
     /// Fills in `index`, whose layer was fed to this hasher, with the digest of each segment and of
@@ -72,65 +62,36 @@ impl SegmentHasher {
         for checkpoint in index.checkpoints.iter().skip(self.given) {
             self.boundary(Boundary { bit: checkpoint.bit, out: checkpoint.out });
         }
-        if self.begun {
-            self.hash_to(self.received);
+        if let Some(start) = self.open {
+            self.segments.segment(&(start..self.segments.received()));
         }
+        let hashed = self.segments.finish();
         let other = |what, ours, theirs| Err(GzipError::OtherLayer { what, ours, theirs });
-        if self.received != index.compressed_len.0 {
-            return other("the compressed length", index.compressed_len.0, self.received);
+        if hashed.len != index.compressed_len.0 {
+            return other("the compressed length", index.compressed_len.0, hashed.len);
         }
-        if self.done.len() != index.checkpoints.len() {
+        if hashed.segments.len() != index.checkpoints.len() {
             return other(
                 "the number of segments",
                 index.checkpoints.len() as u64,
-                self.done.len() as u64,
+                hashed.segments.len() as u64,
             );
         }
-        let digest = Digest::from_hasher(self.whole);
-        index.sha256 = Some(self.done);
-        index.layer = Some(digest);
-        Ok(digest)
+        index.sha256 = Some(hashed.segments);
+        index.layer = Some(hashed.layer);
+        Ok(hashed.layer)
     }
 
     fn advance(&mut self) {
         while let Some(&bit) = self.boundaries.front() {
-            if bit.div_ceil(8) > self.received {
+            if bit.div_ceil(8) > self.segments.received() {
                 break;
             }
             self.boundaries.pop_front();
-            if self.begun {
-                self.hash_to(bit.div_ceil(8));
+            if let Some(start) = self.open.replace(bit / 8) {
+                self.segments.segment(&(start..bit.div_ceil(8)));
             }
-            self.begun = true;
-            self.drop_to(bit / 8);
-        }
-    }
-
-    /// Hashes the kept bytes up to blob offset `end` as one segment, keeping them.
-    fn hash_to(&mut self, end: u64) {
-        let mut hasher = Sha256::new();
-        let mut left = end.saturating_sub(self.at) as usize;
-        for piece in &self.pieces {
-            let n = left.min(piece.len());
-            hasher.update(&piece[..n]);
-            left -= n;
-            if left == 0 {
-                break;
-            }
-        }
-        self.done.push(hasher.finalize().into());
-    }
-
-    /// Forgets bytes before blob offset `start`.
-    fn drop_to(&mut self, start: u64) {
-        while let Some(piece) = self.pieces.front_mut() {
-            let surplus = start.saturating_sub(self.at).min(piece.len() as u64);
-            piece.advance(surplus as usize);
-            self.at += surplus;
-            if !piece.is_empty() || surplus == 0 {
-                break;
-            }
-            self.pieces.pop_front();
+            self.segments.forget_before(bit / 8);
         }
     }
 }

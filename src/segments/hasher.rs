@@ -9,13 +9,13 @@ use sha2::{Digest as _, Sha256};
 use crate::oci::Digest;
 
 /// What was hashed.
-pub(super) struct Hashed {
+pub(crate) struct Hashed {
     /// Digest of all bytes.
-    pub(super) layer: Digest,
+    pub(crate) layer: Digest,
     /// Their number.
-    pub(super) len: u64,
+    pub(crate) len: u64,
     /// Digest of each segment.
-    pub(super) segments: Vec<[u8; 32]>,
+    pub(crate) segments: Vec<[u8; 32]>,
 }
 
 /// Hashes the bytes of each segment, and the whole layer.
@@ -77,8 +77,13 @@ impl SegmentHasher {
         }
     }
 
+    /// Number of bytes so far.
+    pub(crate) fn received(&self) -> u64 {
+        self.received
+    }
+
     /// Number of segments so far.
-    pub(super) fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.done.len()
     }
 
@@ -88,7 +93,7 @@ impl SegmentHasher {
         (Digest::from_hasher(self.whole.clone()), self.received)
     }
 
-    pub(super) fn finish(self) -> Hashed {
+    pub(crate) fn finish(self) -> Hashed {
         let layer = Digest::from_hasher(self.whole);
         Hashed { layer, len: self.received, segments: self.done }
     }

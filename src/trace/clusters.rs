@@ -9,10 +9,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::fetch::Blob;
-
-/// Encoded bytes of a cluster at most, 4 MiB: those of a request (`fetch::crew`).
-const LONGEST: u64 = 4 << 20;
+use crate::fetch::{Blob, MOST_BYTES};
 
 /// Encoded bytes of a gap that is bridged at most, 1 MiB: 8 ms at a gigabit, which is what a request to
 /// a registry nearby takes.
@@ -117,7 +114,7 @@ fn clusters_of_one(listed: &[Listed<'_>]) -> Vec<Cluster> {
     for (number, next) in listed.iter().enumerate() {
         let bridge = if next.joined { gap(&listed[number - 1], next) } else { None };
         let longer = bridge.map(|gap| bytes.saturating_add(gap).saturating_add(next.bytes));
-        match (clusters.last_mut(), longer.filter(|&longer| longer <= LONGEST)) {
+        match (clusters.last_mut(), longer.filter(|&longer| longer <= MOST_BYTES)) {
             (Some(cluster), Some(longer)) => {
                 cluster.chunks.end = next.chunk + 1;
                 cluster.listed += 1;
@@ -208,7 +205,7 @@ mod tests {
             let (mut bytes, mut bridges) = (0, 0);
             for cluster in clusters(&order) {
                 let size: u64 = cluster.chunks.clone().map(|c| encoded(&cluster.blob, c)).sum();
-                prop_assert!(size <= LONGEST || cluster.chunks.len() == 1);
+                prop_assert!(size <= MOST_BYTES || cluster.chunks.len() == 1);
                 let mut of_it = 0;
                 for chunk in cluster.chunks.clone() {
                     let key = cluster.blob.key(chunk);
