@@ -19,15 +19,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use image::{
-    Images, OCI_GZIP, OCI_TAR, done, end, gunzip, gzip, lower, members_of, noise, prose, refused,
-    tar_of, turbobd, upper,
+    Images, OCI_GZIP, OCI_TAR, chunks, done, end, gunzip, gzip, lower, members_of, noise, prose,
+    refused, tar_of, turbobd, upper,
 };
 use registry_double::{Double, Fault};
 use serde_json::Value;
 use serve::serve;
 use turbobd::cache::{Cache, CacheOptions};
 use turbobd::disk::Disk;
-use turbobd::disk::explain::{Placed, What};
 use turbobd::disk::image::{host_manifest, open_image};
 use turbobd::fetch::{FetchOptions, FillOptions};
 use turbobd::oci::Digest;
@@ -344,22 +343,6 @@ impl Served {
         self.truth.read_exact_at(&mut truth, offset).unwrap();
         assert!(read == truth, "wrong bytes at {offset}");
     }
-}
-
-/// The first byte on the disk of each chunk that the layer's data have, its number, and its place in the blob.
-fn chunks(disk: &Disk) -> Vec<(u64, u32, u64)> {
-    let mut found: Vec<(u64, u32, u64)> = Vec::new();
-    for (lba, len) in disk.mapped() {
-        let (start, end) = (lba.bytes().0, (lba + len).bytes().0);
-        for Placed { offset, what, chunk, .. } in disk.explain(start..end, usize::MAX) {
-            if let (What::Data, Some(chunk)) = (what, chunk)
-                && found.iter().all(|(_, index, _)| *index != chunk.index)
-            {
-                found.push((offset, chunk.index, chunk.start));
-            }
-        }
-    }
-    found
 }
 
 /// A tier in a folder.

@@ -12,14 +12,14 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use image::{Images, OCI_GZIP, gzip, prose, tar_of};
+use image::{Images, OCI_GZIP, chunks, gzip, prose, tar_of};
 use registry_double::{Double, Fault};
 use serve::serve;
 use turbobd::cache::Cache;
 use turbobd::chunk::ChunkError;
 use turbobd::daemon::{DiskView, ImageView};
 use turbobd::disk::Disk;
-use turbobd::disk::explain::{Held, Placed, What};
+use turbobd::disk::explain::{Held, What};
 use turbobd::disk::image::{host_manifest, open_image};
 use turbobd::registry::{Client, ClientOptions, RetryPolicy, Timeouts};
 use turbobd::store::{self, ImageStore};
@@ -70,22 +70,6 @@ impl Served {
         image::done(&["export", &self.images.name("turbo"), "-o", raw.to_str().unwrap()]);
         std::fs::read(raw).unwrap()
     }
-}
-
-/// The first byte on the disk of each chunk that the layer's data have, and its place in the blob.
-fn chunks(disk: &Disk) -> Vec<(u64, u32, u64)> {
-    let mut found: Vec<(u64, u32, u64)> = Vec::new();
-    for (lba, len) in disk.mapped() {
-        let (start, end) = (lba.bytes().0, (lba + len).bytes().0);
-        for Placed { offset, what, chunk, .. } in disk.explain(start..end, usize::MAX) {
-            if let (What::Data, Some(chunk)) = (what, chunk)
-                && found.iter().all(|(_, index, _)| *index != chunk.index)
-            {
-                found.push((offset, chunk.index, chunk.start));
-            }
-        }
-    }
-    found
 }
 
 fn sector(disk: &Disk, offset: u64) -> Result<[u8; 512], VolumeError> {

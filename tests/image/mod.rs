@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
+use turbobd::disk::Disk;
+use turbobd::disk::explain::{Placed, What};
 use turbobd::oci::Digest;
 use turbobd::tar::archive::Archive;
 
@@ -360,4 +362,20 @@ pub fn config_of(layers: &[(&str, Vec<u8>)]) -> String {
     });
     let ids: Vec<String> = ids.collect();
     json!({"architecture": host_architecture(), "os": "linux", "rootfs": {"type": "layers", "diff_ids": ids}}).to_string()
+}
+
+/// The first byte on the disk of each chunk that the layer's data have, its number, and its place in the blob.
+pub fn chunks(disk: &Disk) -> Vec<(u64, u32, u64)> {
+    let mut found: Vec<(u64, u32, u64)> = Vec::new();
+    for (lba, len) in disk.mapped() {
+        let (start, end) = (lba.bytes().0, (lba + len).bytes().0);
+        for Placed { offset, what, chunk, .. } in disk.explain(start..end, usize::MAX) {
+            if let (What::Data, Some(chunk)) = (what, chunk)
+                && found.iter().all(|(_, index, _)| *index != chunk.index)
+            {
+                found.push((offset, chunk.index, chunk.start));
+            }
+        }
+    }
+    found
 }
