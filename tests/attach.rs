@@ -232,9 +232,8 @@ fn ls_tells_image_device_mount_point_state_and_traffic() {
     assert_eq!(first["frontend"], "loop");
     assert_eq!(first["errors"], 0);
     assert!(first["bytes_read"].as_u64().unwrap() >= 5 << 20, "{first}");
-    let fetched = first["bytes_fetched"].as_u64().unwrap();
     let target: Digest = images.layer("latest", 0).parse().unwrap();
-    assert_eq!(fetched, registry.traffic(&target).1 as u64, "{first}");
+    registry.until_counted(&target, || host.list()[0]["bytes_fetched"].as_u64().unwrap());
     assert!(first["bytes_cached"].as_u64().unwrap() >= 5 << 20, "{first}");
     assert_eq!((&second["device"], &second["state"]), (&other.into(), &"ready".into()));
     assert_eq!(second["mountpoint"], Value::Null);
@@ -626,6 +625,9 @@ fn a_read_that_waits_is_seen_explained_and_ended_by_its_deadline() {
     registry.clear_faults();
     assert_eq!(fs::read(host.mnt().join("big")).unwrap(), prose(1, 5 << 20));
 
+    let target = target.parse().unwrap();
+    registry.until_counted(&target, || host.list()[0]["bytes_fetched"].as_u64().unwrap());
+
     // The same page over HTTP, and upstream's names on it.
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
     std::io::Write::write_all(&mut stream, b"GET /numbers HTTP/1.0\r\n\r\n").unwrap();
@@ -639,7 +641,7 @@ fn a_read_that_waits_is_seen_explained_and_ended_by_its_deadline() {
     assert!(counts("turbobd_device_wait_seconds_count") >= 1.0);
     assert_eq!(
         counts("turbobd_device_fetched_bytes_total"),
-        registry.traffic(&target.parse().unwrap()).1 as f64
+        registry.traffic(&target).1 as f64
     );
     assert!(sample(&page, "turbobd_inflate_out_bytes_total", &[]).unwrap() >= f64::from(5 << 20));
     assert!(sample(&page, "turbobd_cache_misses_total", &[]).unwrap() >= 1.0);

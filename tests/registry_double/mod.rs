@@ -286,6 +286,21 @@ impl Double {
         });
         served.fold((0, 0), |(requests, bytes), seen| (requests + 1, bytes + seen.sent))
     }
+
+    /// Waits until `counted` tells as many bytes as were sent of a blob: what is read ahead may
+    /// still be on its way when a reader has what it asked for.
+    #[track_caller]
+    pub fn until_counted(&self, digest: &Digest, counted: impl Fn() -> u64) {
+        let begun = Instant::now();
+        loop {
+            let (counted, (_, sent)) = (counted(), self.traffic(digest));
+            if counted == sent as u64 {
+                return;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(10), "{counted} counted, {sent} sent");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 impl Drop for Double {
