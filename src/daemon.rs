@@ -17,6 +17,7 @@
 //! * `waits`     the reads of a device that wait, and how long they may; `alarm` looks after them
 //! * `trim`      gives back what opening an image has left in the heap
 //! * [`view`]    what is known of an image's traffic and of where its bytes are
+//! * `snapshots` upstream's interface for making one of a device in use
 //! * `server`    accepts, answers, ends
 //! * `client`    finds or starts a daemon and asks it
 //! * `extents`   where a file of a mounted image lies on its device
@@ -32,6 +33,7 @@ pub mod mounts;
 pub mod protocol;
 pub mod server;
 pub mod signals;
+mod snapshots;
 mod table;
 mod trim;
 pub mod view;
@@ -64,6 +66,20 @@ pub struct Opened {
     pub view: Arc<dyn ImageView>,
     /// Who watches what is touched of it, if that can be watched.
     pub recorders: Option<Arc<Recorders>>,
+    /// Who makes snapshots of it, if it can be written.
+    pub snapshots: Option<Arc<dyn Snapshots>>,
+}
+
+/// A disk that can be continued on a new writable layer.
+pub trait Snapshots: Send + Sync {
+    /// Continues on the layer that the configuration at `config` names, which becomes the device's.
+    ///
+    /// # Errors
+    /// Whatever the client should read; the disk is then as it was.
+    fn take(
+        &self,
+        config: &std::path::Path,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
 }
 
 /// Makes a volume of what a client asked for.
@@ -202,6 +218,23 @@ pub enum DaemonError {
         /// Why.
         #[source]
         source: crate::looped::LoopedError,
+    },
+    /// Another device has this name.
+    #[error("{device} is called {name} already: detach it, or choose another --dev-id", device = device.display())]
+    Taken {
+        /// The name.
+        name: String,
+        /// The device.
+        device: PathBuf,
+    },
+    /// No snapshot was made.
+    #[error("There is no snapshot of {device}", device = device.display())]
+    Snapshot {
+        /// The device.
+        device: PathBuf,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// What is read of a device cannot be recorded, or was not begun to be.
     #[error("What is read of {device} is not recorded: {why}", device = device.display())]

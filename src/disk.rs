@@ -118,6 +118,9 @@ pub enum DiskError {
         /// What should hold, and what was found.
         rule: String,
     },
+    /// The writable layer cannot be read.
+    #[error("Cannot open the writable layer")]
+    Upper(#[source] Arc<lsmt::WritableError>),
     /// The target of a layer cannot be opened; said by a [`config::TargetOpener`].
     #[error("Cannot open the compressed layer {name}")]
     Target {

@@ -41,6 +41,7 @@
 //! * [`daemon`]   the devices of this host and the socket to ask for more
 //! * [`metrics`]  what all of them count, and the page on which others read it
 //! * [`doctor`]   what this host can do, and the remedy for what it cannot
+//! * [`endpoint`] a small HTTP server, for the metrics and for snapshots
 //! * [`config`]   the service configuration: overlaybd's keys and ours
 //! * [`cli`]      one file a command
 
@@ -56,6 +57,7 @@ pub mod convert;
 pub mod daemon;
 pub mod disk;
 pub mod doctor;
+pub mod endpoint;
 pub mod ext4;
 pub mod fetch;
 mod flock;

@@ -32,7 +32,7 @@ use thiserror::Error;
 pub use layer::{Layer, LayerKind, Uuid};
 pub use mapping::Mapping;
 pub use stack::{Extent, Place, Run, Stack};
-pub use writable::{SharedLayer, WritableError, WritableLayer};
+pub use writable::{SharedLayer, SparseLayer, WritableError, WritableFiles, WritableLayer};
 pub use writer::{Identity, NativeWriter, ScatteredWriter, WarpWriter};
 
 use crate::source::SourceError;

@@ -67,6 +67,14 @@ pub enum VolumeError {
         #[source]
         source: Arc<crate::lsmt::WritableError>,
     },
+    /// The writable layer is of the kind that has no record of zeros.
+    #[error(
+        "Byte {offset} of the disk cannot be discarded: a sparse writable layer takes zeros only as data"
+    )]
+    NoDiscards {
+        /// Byte of the volume.
+        offset: u64,
+    },
     /// A volume made for tests was told to fail.
     #[error("Injected failure at byte {offset}")]
     Injected {
@@ -88,12 +96,13 @@ impl VolumeError {
         matches!(&**source, ChunkError::Source(SourceError::Remote { lasting: false, .. }))
     }
 
-    /// The error number with which a block device answers: `ENOSPC` when the writable layer has no space, else
-    /// `EIO`.
+    /// The error number with which a block device answers: `ENOSPC` when the writable layer has no space,
+    /// `EOPNOTSUPP` to a discard that it cannot do, else `EIO`.
     #[must_use]
     pub fn errno(&self) -> i32 {
         match self {
             Self::Upper { source, .. } if source.is_full() => libc::ENOSPC,
+            Self::NoDiscards { .. } => libc::EOPNOTSUPP,
             _ => libc::EIO,
         }
     }
@@ -174,6 +183,11 @@ pub trait WritableVolume: Volume {
     /// # Errors
     /// [`VolumeError`]; then the bytes are as before.
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), VolumeError>;
+
+    /// Whether it takes [`discard`](Self::discard); else zeros are written as other bytes are.
+    fn discards(&self) -> bool {
+        true
+    }
 
     /// Makes whole sectors zero.
     ///

@@ -12,7 +12,7 @@ use std::process::Command;
 
 use image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of, turbobd};
 use serde_json::json;
-use turbobd::lsmt::{Identity, WritableLayer};
+use turbobd::lsmt::{Identity, WritableFiles, WritableLayer};
 use turbobd::units::Bytes;
 
 const DISK: u64 = 1 << 30;
@@ -47,7 +47,9 @@ fn change(image: &str, raw: &Path, upper: &Path) {
     host::run(Command::new("umount").arg(dir.path()));
     host::run(Command::new("e2fsck").arg("-fn").arg(raw));
 
-    let mut layer = WritableLayer::create(upper, Bytes(DISK), Identity::default()).unwrap();
+    let mut layer =
+        WritableLayer::create(&WritableFiles::in_dir(upper), Bytes(DISK), Identity::default())
+            .unwrap();
     let (old, new) = (File::open(&before).unwrap(), File::open(raw).unwrap());
     let (mut a, mut b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     for at in (0..DISK).step_by(1 << 20) {
@@ -71,7 +73,9 @@ fn change(image: &str, raw: &Path, upper: &Path) {
 /// The line of `export --digest` of a raw disk, by an image that holds nothing else.
 fn content_of_raw(raw: &Path, work: &Path) -> String {
     let upper = work.join("whole");
-    let mut layer = WritableLayer::create(&upper, Bytes(DISK), Identity::default()).unwrap();
+    let mut layer =
+        WritableLayer::create(&WritableFiles::in_dir(&upper), Bytes(DISK), Identity::default())
+            .unwrap();
     let file = File::open(raw).unwrap();
     let mut bytes = vec![0; 1 << 20];
     for at in (0..DISK).step_by(1 << 20) {
@@ -133,7 +137,9 @@ fn a_committed_layer_on_top_of_its_image_is_the_disk_that_was_written() {
 fn a_layer_goes_to_a_file_that_is_not_replaced_by_accident() {
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (upper, out) = (work.path().join("upper"), work.path().join("layer"));
-    let mut layer = WritableLayer::create(&upper, Bytes(DISK), Identity::default()).unwrap();
+    let mut layer =
+        WritableLayer::create(&WritableFiles::in_dir(&upper), Bytes(DISK), Identity::default())
+            .unwrap();
     layer.write(4096, &noise(3, 40_960)).unwrap();
     layer.flush().unwrap();
     let (upper, out) = (upper.to_str().unwrap(), out.to_str().unwrap());
@@ -160,7 +166,14 @@ fn a_layer_goes_to_a_file_that_is_not_replaced_by_accident() {
 fn a_layer_does_not_go_on_top_of_a_plain_image() {
     let images = base();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    drop(WritableLayer::create(work.path(), Bytes(DISK), Identity::default()).unwrap());
+    drop(
+        WritableLayer::create(
+            &WritableFiles::in_dir(work.path()),
+            Bytes(DISK),
+            Identity::default(),
+        )
+        .unwrap(),
+    );
     let place = images.place();
     let upper = work.path().to_str().unwrap();
     refused(

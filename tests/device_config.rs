@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 use serve::serve;
 use sha2::{Digest as _, Sha256};
 use turbobd::cache::Cache;
-use turbobd::disk::config;
+use turbobd::disk::config::{self, Purpose};
 use turbobd::disk::image::IndexedTargets;
 use turbobd::oci::Digest;
 use writer::{NOBODY, Way, ZFileOptions, entry, layer, wrap_pax, wrap_ustar, zfile};
@@ -498,7 +498,7 @@ fn a_list_of_files_is_a_trace_of_reading_them() {
     let listed = |list: &str| {
         device.write("list", list.as_bytes());
         let cache = Cache::new(16 << 20, 2);
-        config::open_all(&device.path(), cache, &IndexedTargets).unwrap().trace
+        config::open_all(&device.path(), cache, &IndexedTargets, Purpose::Read).unwrap().trace
     };
     // Each touch is a range of the tar; whole blocks, as files have them on the disk.
     let bytes = |list: &str| -> Vec<u8> {

@@ -250,7 +250,8 @@ fn an_upper_of_another_disk_is_refused() {
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let upper = work.path().join("upper");
     let size = turbobd::units::Bytes(1 << 20);
-    drop(turbobd::lsmt::WritableLayer::create(&upper, size, Default::default()).unwrap());
+    let files = WritableFiles::in_dir(&upper);
+    drop(WritableLayer::create(&files, size, Default::default()).unwrap());
     let name = images.name("obd");
     let args = ["attach", &name, "--foreground", "--upper", upper.to_str().unwrap()];
     refused(&args, &["another size"]);

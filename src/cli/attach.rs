@@ -22,7 +22,10 @@ pub(super) struct Args {
     /// stays there, and `turbobd commit` makes an image layer of it.
     #[arg(long, value_name = "DIR")]
     upper: Option<PathBuf>,
-    /// Mount the device at this directory, read-only unless it has an --upper.
+    /// What the device is called by who asks for a snapshot of it.
+    #[arg(long, value_name = "ID")]
+    dev_id: Option<String>,
+    /// Mount the device at this directory, read-only unless it has a writable layer.
     #[arg(long, value_name = "DIR")]
     mount: Option<PathBuf>,
     /// How the device is made: ublk, or a loop device over FUSE where the kernel has no ublk.
@@ -50,6 +53,7 @@ impl Args {
         }
         Ok(AttachRequest {
             image: image.name(),
+            dev_id: self.dev_id.clone(),
             frontend: match self.frontend {
                 FrontendName::Auto => Frontend::Auto,
                 FrontendName::Ublk => Frontend::Ublk,

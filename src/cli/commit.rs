@@ -12,7 +12,7 @@ use super::{Failure, Outcome, Service, convert, registry};
 use crate::convert::chain::CHAINS;
 use crate::convert::native::{NativeBlob, commit_layer};
 use crate::disk::image::host_manifest;
-use crate::lsmt::{Identity, Uuid, WritableLayer};
+use crate::lsmt::{Identity, Uuid, WritableFiles, WritableLayer};
 use crate::oci::manifest::media;
 use crate::oci::{Descriptor, ImageConfig, RepositoryName, annotations};
 use crate::registry::Client;
@@ -70,7 +70,8 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     if message.len() > 256 {
         return Err(Failure::Usage("the message has more than 256 bytes".into()));
     }
-    let mut layer = WritableLayer::open(&args.upper).map_err(Failure::because)?;
+    let mut layer =
+        WritableLayer::open(&WritableFiles::in_dir(&args.upper)).map_err(Failure::because)?;
     if layer.cut() > 0 {
         eprintln!(
             "turbobd: commit: {} bytes at the end of the index were not flushed and are left out",

@@ -11,14 +11,18 @@ use serde_json::Value;
 use super::attach::UPPER;
 use super::live::LiveImages;
 use super::registry::Clients;
+use super::snapshots::ConfigSnapshots;
 use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
 use crate::config::{CacheConfig, CacheType, DownloadConfig, ServiceConfig, TracesConfig};
 use crate::daemon::{
-    self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, ReadPolicy, protocol,
+    self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, ReadPolicy, Snapshots,
+    protocol,
 };
-use crate::disk::upper::UpperVolume;
+use crate::disk::Disk;
+use crate::disk::upper::{LiveVolume, UpperVolume};
 use crate::fetch::{FetchOptions, FillOptions};
+use crate::lsmt::WritableFiles;
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
@@ -60,6 +64,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
         auto: args.auto,
         reads: images.read_policy(),
         exporter: images.exporter(),
+        snapshots: images.config.api.enable.then_some(images.config.api.address),
     };
     daemon::run(&options, images).map_err(Failure::because)?;
     Ok(ExitCode::SUCCESS)
@@ -160,6 +165,32 @@ fn fill_options(download: &DownloadConfig) -> Option<FillOptions> {
     enable.then_some(FillOptions { delay, delay_extra, rate, tries, block })
 }
 
+/// A disk to be served, and who makes snapshots of it.
+type Served = (Arc<dyn Volume>, Option<Arc<dyn Snapshots>>);
+
+/// The disk with its writable layer: that of `--upper`, or the one that the device config names.
+fn writable(
+    request: &AttachRequest,
+    args: &opener::Args,
+    disk: &Arc<Disk>,
+    upper: Option<WritableFiles>,
+) -> Result<Served, Box<dyn Error + Send + Sync>> {
+    let dir = request.options.get(UPPER).and_then(Value::as_str);
+    Ok(match (dir, upper, &args.config) {
+        (Some(_), Some(_), _) => {
+            return Err("the device config names a writable layer, and --upper another".into());
+        }
+        (Some(dir), None, _) => (Arc::new(UpperVolume::open(Path::new(dir), disk.clone())?), None),
+        (None, Some(files), Some(config)) => {
+            let volume = UpperVolume::open_files(files, disk.clone())?;
+            let live = Arc::new(LiveVolume::new(volume));
+            let snapshots = ConfigSnapshots { volume: live.clone(), config: config.clone() };
+            (live, Some(Arc::new(snapshots)))
+        }
+        (None, _, _) => (disk.clone(), None),
+    })
+}
+
 impl ImageOpener for HostImages {
     fn open(
         &self,
@@ -182,10 +213,7 @@ impl ImageOpener for HostImages {
             );
         }
         let disk = Arc::new(opened.disk);
-        let volume: Arc<dyn Volume> = match request.options.get(UPPER).and_then(Value::as_str) {
-            Some(dir) => Arc::new(UpperVolume::open(Path::new(dir), disk.clone())?),
-            None => disk.clone(),
-        };
+        let (volume, snapshots) = writable(request, &args, &disk, opened.upper)?;
         let blobs = disk.blobs().into_iter().flatten().collect();
         let filling = fill_options(&self.config.download).map(|options| cache.fill(blobs, options));
         Ok(daemon::Opened {
@@ -193,6 +221,7 @@ impl ImageOpener for HostImages {
             name: request.image.clone(),
             view: Arc::new(DiskView::new(disk).filled(filling)),
             recorders: Some(recorders),
+            snapshots,
         })
     }
 

@@ -9,11 +9,12 @@ use super::{Failure, registry, sentence};
 use crate::cache::Cache;
 use crate::chunk::ChunkSource;
 use crate::convert::{ConvertOptions, Silent};
-use crate::disk::config::TargetOpener;
+use crate::disk::config::{Purpose, TargetOpener};
 use crate::disk::image::{
     HostManifest, IndexedTargets, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
 use crate::disk::{Disk, DiskError, config};
+use crate::lsmt::WritableFiles;
 use crate::meta::{MetaImages, Plain, is_plain};
 use crate::oci::{Digest, ImageName, Manifest, RepositoryName, annotations};
 use crate::registry::Client;
@@ -57,6 +58,8 @@ pub(super) struct Opened {
     pub(super) targets: Option<Arc<dyn ImageStore>>,
     /// What a start reads, if the image brought a trace with it.
     pub(super) trace: Option<Trace>,
+    /// The writable layer that the device config names for a device, which is not in the disk.
+    pub(super) upper: Option<WritableFiles>,
 }
 
 impl Args {
@@ -88,7 +91,7 @@ impl Args {
 
     /// Opens it over `cache`.
     pub(super) fn open(&self, clients: &Clients, cache: Arc<Cache>) -> Result<Opened, Failure> {
-        self.open_beside(clients, cache, &LiveImages::default())
+        self.open_beside(clients, cache, &LiveImages::default(), Purpose::Read)
     }
 
     /// The same for one device of several: what another has open already is shared.
@@ -97,20 +100,22 @@ impl Args {
         clients: &Clients,
         cache: Arc<Cache>,
         live: &LiveImages,
+        purpose: Purpose,
     ) -> Result<Opened, Failure> {
         match (&self.image, &self.config) {
             (Some(image), _) => self.open_image(image, clients, cache, live),
             (None, Some(path)) => {
                 let targets = ConfigTargets { clients, registry: &self.registry };
-                let opened = config::open_all(path, cache, &targets).map_err(Failure::because)?;
+                let opened =
+                    config::open_all(path, cache, &targets, purpose).map_err(Failure::because)?;
                 if let Some(file) = opened.record {
                     tracing::warn!(
                         "{} is empty and stays so: record with `turbobd trace record`",
                         file.display()
                     );
                 }
-                let (disk, trace) = (opened.disk, opened.trace);
-                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None, trace })
+                let (disk, trace, upper) = (opened.disk, opened.trace, opened.upper);
+                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None, trace, upper })
             }
             (None, None) => {
                 Err(Failure::Usage("name an IMAGE, or a device config with --config FILE".into()))
@@ -125,7 +130,7 @@ impl Args {
         cache: Arc<Cache>,
         live: &LiveImages,
     ) -> Result<Opened, Failure> {
-        let opened = self.open_beside(clients, cache, live);
+        let opened = self.open_beside(clients, cache, live, Purpose::Serve);
         if let Ok(opened) = &opened {
             warn_of_long_frames(&self.name(), &opened.disk);
         }
@@ -210,12 +215,12 @@ impl Args {
         let name = format!("{} {} {} {flags}", stored.digest, store.name(), targets.name());
         if let Some(Found { parts, layers, trace }) = live.find(&name) {
             let disk = Disk::of(parts, cache);
-            return Ok(Opened { disk, layers, digest, targets: Some(targets), trace });
+            return Ok(Opened { disk, layers, digest, targets: Some(targets), trace, upper: None });
         }
         let OpenedImage { layers, disk, trace } =
             open_image(store, &*targets, manifest, cache).map_err(Failure::because)?;
         live.note(name, &disk, &layers, trace.as_ref());
-        Ok(Opened { disk, layers, digest, targets: Some(targets), trace })
+        Ok(Opened { disk, layers, digest, targets: Some(targets), trace, upper: None })
     }
 }
 

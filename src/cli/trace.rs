@@ -144,6 +144,7 @@ fn record_image(
     let request = AttachRequest {
         image: image.name(),
         frontend: Frontend::Auto,
+        dev_id: None,
         options: serde_json::to_value(&image).map_err(Failure::because)?,
     };
     let mount =

@@ -1,5 +1,6 @@
 //! overlaybd's sections (spec runtime 3), with its names, meanings and defaults.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -426,19 +427,34 @@ impl AuditConfig {
 pub struct ApiConfig {
     /// `enable`.
     pub enable: bool,
-    /// `address`.
-    pub address: String,
+    /// `address`: of `http://127.0.0.1:9862`, what follows the scheme.
+    pub address: SocketAddr,
 }
 
 impl ApiConfig {
+    /// Port of the address when it names none.
+    const PORT: u16 = 9862;
+
     pub(super) fn take(root: &mut Object<'_>) -> Taken<Self> {
         let mut section = root.section("serviceConfig")?;
-        let address = section.text("address")?;
-        let api = Self {
-            enable: section.bool("enable")?.unwrap_or(false),
-            address: address.unwrap_or_else(|| "http://127.0.0.1:9862".to_owned()),
+        let enable = section.bool("enable")?.unwrap_or(false);
+        let address = match section.text("address")? {
+            None => SocketAddr::from((Ipv4Addr::LOCALHOST, Self::PORT)),
+            Some(text) => Self::address(&text).ok_or_else(|| {
+                let rule = format!(
+                    "it is like http://127.0.0.1:9862, with a numeric address, not {text:?}"
+                );
+                section.error("address", rule)
+            })?,
         };
         section.end();
-        Ok(api)
+        Ok(Self { enable, address })
+    }
+
+    fn address(text: &str) -> Option<SocketAddr> {
+        let place = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+        let place = place.replace("localhost", "127.0.0.1");
+        let alone = |_| place.parse().map(|ip: IpAddr| SocketAddr::from((ip, Self::PORT)));
+        place.parse().or_else(alone).ok()
     }
 }

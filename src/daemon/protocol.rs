@@ -57,6 +57,9 @@ pub struct AttachRequest {
     /// The front end wished for.
     #[serde(default)]
     pub frontend: Frontend,
+    /// What the device is called beside its node, by who asks for snapshots.
+    #[serde(default)]
+    pub dev_id: Option<String>,
     /// For the opener alone, untouched on the way.
     #[serde(default)]
     pub options: serde_json::Value,
@@ -407,8 +410,12 @@ mod tests {
         let (mut one, mut two) =
             (Connection::new(one, "one".into()), Connection::new(two, "two".into()));
         let options = serde_json::json!({"z": [1, null, "\n"], "a": {"deep": 1.5}});
-        let request =
-            Request::Attach(AttachRequest { image: "i".into(), frontend: Frontend::Ublk, options });
+        let request = Request::Attach(AttachRequest {
+            image: "i".into(),
+            frontend: Frontend::Ublk,
+            dev_id: Some("d".into()),
+            options,
+        });
         one.send(&request).unwrap();
         assert_eq!(two.receive::<Request>().unwrap(), Some(request));
         drop(one);

@@ -2,6 +2,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -17,7 +18,8 @@ use rustix::thread::UnshareFlags;
 use super::protocol::{Connection, Reply, Request, VERSION, socket};
 use super::signals::Signals;
 use super::table::Table;
-use super::{DaemonError, ImageOpener, ReadPolicy, step, with_causes};
+use super::{DaemonError, ImageOpener, ReadPolicy, snapshots, step, with_causes};
+use crate::endpoint::Endpoint;
 use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
 use crate::metrics::{Page, Process, names};
 
@@ -41,6 +43,8 @@ pub struct DaemonOptions {
     pub reads: ReadPolicy,
     /// Where the metrics are served over HTTP; they are on the socket in any case.
     pub exporter: Option<ExporterOptions>,
+    /// Where snapshots are asked for over HTTP.
+    pub snapshots: Option<SocketAddr>,
 }
 
 /// Runs the daemon until it is asked to end. Call it on the main thread before any other thread exists:
@@ -84,11 +88,12 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
     });
     watch_signals(&server)?;
     let exporter = options.exporter.as_ref().and_then(|options| export(&server, options));
+    let snapshots = options.snapshots.and_then(|address| take_snapshots(&server, address));
     if options.auto {
         announce().map_err(step("report readiness for", run_dir))?;
     }
     let result = server.accept(&listener, options.auto);
-    drop(exporter);
+    drop((exporter, snapshots));
     let _ = std::fs::remove_file(&server.path);
     result
 }
@@ -149,6 +154,24 @@ fn export(server: &Arc<Server>, options: &ExporterOptions) -> Option<Exporter> {
             tracing::warn!(
                 "The metrics are not served at {}: {error}; choose another port (exporterConfig.port)",
                 options.address
+            );
+            None
+        }
+    }
+}
+
+/// Listens for who wants snapshots; nor is this a reason to serve no devices.
+fn take_snapshots(server: &Arc<Server>, address: SocketAddr) -> Option<Endpoint> {
+    let taker = server.clone();
+    let take = move |device: &str, config: &Path| taker.table.snapshot(device, config);
+    match snapshots::serve(address, Arc::new(take)) {
+        Ok(endpoint) => {
+            tracing::info!("Snapshots are made at http://{}/snapshot", endpoint.address());
+            Some(endpoint)
+        }
+        Err(error) => {
+            tracing::warn!(
+                "Snapshots cannot be asked for at {address}: {error}; choose another (serviceConfig.address)"
             );
             None
         }

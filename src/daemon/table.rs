@@ -12,7 +12,7 @@ use super::protocol::{Explanation, State, WaitingRecord};
 use super::waits::{Waits, Watched};
 use super::{
     AttachRequest, DaemonError, DeviceRecord, Frontend, ImageOpener, ImageView, IoCounters, Opened,
-    ReadPolicy, WaitReading, mounts, step,
+    ReadPolicy, Snapshots, WaitReading, mounts, step,
 };
 use crate::looped::{LoopedDevice, LoopedError};
 use crate::metrics::upstream::{Rates, Totals};
@@ -33,6 +33,8 @@ struct Entry {
     view: Arc<dyn ImageView>,
     waits: Arc<Waits>,
     recorders: Option<Arc<Recorders>>,
+    dev_id: Option<String>,
+    snapshots: Option<Arc<dyn Snapshots>>,
     /// What somebody has asked to be recorded.
     recording: Option<Arc<Recorder>>,
 }
@@ -106,6 +108,7 @@ impl Table {
             if devices.closed {
                 return Err(DaemonError::Ending);
             }
+            devices.check_name(request.dev_id.as_deref())?;
             devices.coming += 1;
             devices.last += 1;
             devices.last
@@ -114,6 +117,12 @@ impl Table {
         let mut devices = self.lock();
         devices.coming -= 1;
         let (entry, note) = result?;
+        if let Err(error) = devices.check_name(request.dev_id.as_deref()) {
+            // Another has taken the name meanwhile.
+            drop(devices);
+            entry.stop()?;
+            return Err(error);
+        }
         let record = entry.record.clone();
         devices.entries.insert(id, entry);
         Ok((record, note))
@@ -125,7 +134,7 @@ impl Table {
         id: u64,
     ) -> Result<(Entry, Option<String>), DaemonError> {
         let start = Instant::now();
-        let Opened { volume, name, view, recorders } = self
+        let Opened { volume, name, view, recorders, snapshots } = self
             .opener
             .open(request)
             .map_err(|source| DaemonError::Open { image: request.image.clone(), source })?;
@@ -165,7 +174,10 @@ impl Table {
             making: made.as_micros() as u64,
         };
         tracing::info!(device = %record.device.display(), "{}: opened in {opened:.1?}, device made in {made:.1?}", record.image);
-        Ok((Entry { served, record, view, waits, recorders, recording: None }, note))
+        let dev_id = request.dev_id.clone();
+        let entry =
+            Entry { served, record, view, waits, recorders, dev_id, snapshots, recording: None };
+        Ok((entry, note))
     }
 
     /// The devices now, in the order in which they came.
@@ -186,6 +198,31 @@ impl Table {
             .ok_or_else(|| DaemonError::NotFound(format!("number {id}")))?;
         entry.record.mountpoint = mountpoint;
         Ok(())
+    }
+
+    /// Continues a device on the writable layer that the configuration at `config` names. The device is called by
+    /// its `--dev-id` or its node.
+    ///
+    /// # Errors
+    /// [`DaemonError::NotFound`]; [`DaemonError::Snapshot`], and the device goes on as it was.
+    pub fn snapshot(&self, name: &str, config: &Path) -> Result<(), DaemonError> {
+        let (device, snapshots) = {
+            let devices = self.lock();
+            let is_it = |entry: &&Entry| {
+                entry.dev_id.as_deref() == Some(name) || entry.record.device == Path::new(name)
+            };
+            let entry = devices.entries.values().find(is_it);
+            let entry = entry.ok_or_else(|| DaemonError::NotFound(name.to_owned()))?;
+            (entry.record.device.clone(), entry.snapshots.clone())
+        };
+        let taken = match snapshots {
+            Some(snapshots) => snapshots.take(config),
+            None => {
+                Err("it has no writable layer of a device config, so nothing of it can change"
+                    .into())
+            }
+        };
+        taken.map_err(|source| DaemonError::Snapshot { device, source })
     }
 
     /// Begins to record what is touched of a device. A recording that was begun before is given up.
@@ -339,6 +376,18 @@ impl Table {
 }
 
 impl Devices {
+    /// Refuses a name that a device has.
+    fn check_name(&self, name: Option<&str>) -> Result<(), DaemonError> {
+        let Some(name) = name else { return Ok(()) };
+        match self.entries.values().find(|entry| entry.dev_id.as_deref() == Some(name)) {
+            None => Ok(()),
+            Some(entry) => Err(DaemonError::Taken {
+                name: name.to_owned(),
+                device: entry.record.device.clone(),
+            }),
+        }
+    }
+
     /// What a device that goes has read still counts.
     fn forget(&mut self, entry: &Entry) {
         let front = entry.front();

@@ -2,27 +2,40 @@
 //!
 //! What was written is read from the layer's data file: at once if the page cache has it, else by a thread
 //! that may wait for the disk (`cold`). The rest comes from the disk below, as it would without the layer.
-//! Payload is never overwritten in place, so a read needs the layer's lock only to find where its bytes are, and
-//! nobody holds that lock over file I/O ([`SharedLayer`]).
+//! A read needs the layer's lock only to find where its bytes are, and nobody holds that lock over file I/O
+//! ([`SharedLayer`](crate::lsmt::SharedLayer)).
+//!
+//! The layer is of one of two kinds (`layer`). A sparse one takes whole blocks: what a write leaves of a block that
+//! the layer does not have yet is read from below and written with it. So that two writes to one block do
+//! not undo each other, such a write is alone.
+//!
+//! While it is in use, such a disk can be continued on a new layer ([`live`]).
 
 mod cold;
+mod layer;
+pub mod live;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use self::cold::{ColdReads, Part};
-use crate::lsmt::writable::{DATA_NAME, WrittenPlace, WrittenRun};
-use crate::lsmt::writer::Identity;
-use crate::lsmt::{SharedLayer, Uuid, WritableError, WritableLayer};
+use self::layer::UpperLayer;
+use crate::lsmt::writable::{WrittenPlace, WrittenRun};
+use crate::lsmt::{SparseLayer, WritableError, WritableFiles};
 use crate::units::{Bytes, SECTOR, Sectors};
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
+pub use live::{LiveError, LiveVolume};
 
 /// A writable disk.
 pub struct UpperVolume {
     lower: Arc<dyn Volume>,
+    size: u64,
     // Before the layer: its threads read from it.
     cold: ColdReads,
-    layer: Arc<SharedLayer>,
+    layer: Arc<UpperLayer>,
+    files: WritableFiles,
+    /// Held alone by a write that also writes what it has read.
+    completing: RwLock<()>,
 }
 
 impl UpperVolume {
@@ -31,32 +44,103 @@ impl UpperVolume {
     /// # Errors
     /// [`WritableError`], also when the layer is of a disk of another size.
     pub fn open(dir: &Path, lower: Arc<dyn Volume>) -> Result<Self, WritableError> {
-        let size = lower.size();
-        let layer = if dir.join(DATA_NAME).exists() {
-            WritableLayer::open(dir)?
+        let (files, size) = (WritableFiles::in_dir(dir), Bytes(lower.size()));
+        let layer = if files.data.exists() {
+            UpperLayer::open(&files, size)?
         } else {
-            let identity = Identity { uuid: random_uuid(), ..Identity::default() };
-            WritableLayer::create(dir, Bytes(size), identity)?
+            UpperLayer::create(&files, size)?
         };
         let own = layer.virtual_size();
-        if own != Bytes::ZERO && own != Bytes(size) {
+        if own != Bytes::ZERO && own != size {
             let rule = "its disk has another size than the image's: it belongs to another image";
-            return Err(WritableError::Invalid { path: dir.join(DATA_NAME), rule });
+            return Err(WritableError::Invalid { path: files.data, rule });
         }
-        if layer.cut() > 0 {
-            tracing::warn!(
-                "{}: {} bytes at the end of the index were never flushed and are left out",
-                dir.display(),
-                layer.cut()
-            );
-        }
-        let layer = Arc::new(SharedLayer::new(layer));
+        Self::over(lower, layer, files)
+    }
+
+    /// The layer in `files`, which exist, over `lower`. The disk is as large as the layer says, if it does: a layer
+    /// may enlarge the disk, with zeros, or make it smaller.
+    ///
+    /// # Errors
+    /// [`WritableError`].
+    pub fn open_files(files: WritableFiles, lower: Arc<dyn Volume>) -> Result<Self, WritableError> {
+        let layer = UpperLayer::open(&files, Bytes(lower.size()))?;
+        Self::over(lower, layer, files)
+    }
+
+    fn over(
+        lower: Arc<dyn Volume>,
+        layer: UpperLayer,
+        files: WritableFiles,
+    ) -> Result<Self, WritableError> {
+        let size = match layer.virtual_size() {
+            Bytes::ZERO => lower.size(),
+            Bytes(size) => size / SECTOR * SECTOR,
+        };
+        let layer = Arc::new(layer);
         let cold = ColdReads::start(&layer).map_err(|source| WritableError::Io {
             what: "start a thread for",
-            path: dir.join(DATA_NAME),
+            path: files.data.clone(),
             source,
         })?;
-        Ok(Self { lower, cold, layer })
+        Ok(Self { lower, size, cold, layer, files, completing: RwLock::default() })
+    }
+
+    /// The files of its layer.
+    #[must_use]
+    pub fn files(&self) -> &WritableFiles {
+        &self.files
+    }
+
+    /// Where bytes of the disk below are: it may be shorter.
+    fn locate_below(
+        &self,
+        range: &std::ops::Range<u64>,
+        waiter: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError> {
+        let there = range.end.min(self.lower.size()).saturating_sub(range.start);
+        let mut located = match there {
+            0 => Located::Ready(Vec::new()),
+            there => self.lower.locate(range.start, there as usize, waiter)?,
+        };
+        let behind = (range.end - range.start - there) as usize;
+        if let Located::Ready(pieces) = &mut located
+            && behind > 0
+        {
+            pieces.push(Piece::Zero(behind));
+        }
+        Ok(located)
+    }
+
+    /// Writes to a sparse layer: whole blocks of it.
+    fn write_blocks(
+        &self,
+        layer: &SparseLayer,
+        bytes: &[u8],
+        offset: u64,
+    ) -> Result<(), VolumeError> {
+        let end = offset.saturating_add(bytes.len() as u64);
+        let (first, last) =
+            (offset - offset % layer.block(), end.next_multiple_of(layer.block()).min(self.size));
+        let has = |from: u64, to: u64| {
+            let runs = layer.look_up(Sectors(from / SECTOR), Sectors((to - from) / SECTOR));
+            runs.iter().all(|run| run.place != WrittenPlace::Below)
+        };
+        let whole = end > self.size || (has(first, offset) && has(end, last));
+        if whole {
+            let _shared = self.completing.read().unwrap_or_else(PoisonError::into_inner);
+            layer.write(offset, bytes).map_err(failed(offset))?;
+        } else {
+            let _alone = self.completing.write().unwrap_or_else(PoisonError::into_inner);
+            let mut blocks = vec![0; (last - first) as usize];
+            let (head, tail) = ((offset - first) as usize, (end - first) as usize);
+            self.read_at(&mut blocks[..head], first)?;
+            self.read_at(&mut blocks[tail..], end)?;
+            blocks[head..tail].copy_from_slice(bytes);
+            layer.write(first, &blocks).map_err(failed(first))?;
+        }
+        self.cold.overwritten(first..last);
+        Ok(())
     }
 }
 
@@ -64,21 +148,9 @@ fn failed(offset: u64) -> impl FnOnce(WritableError) -> VolumeError {
     move |source| VolumeError::Upper { offset, source: Arc::new(source) }
 }
 
-/// Version 4, as upstream gives a new layer.
-fn random_uuid() -> Uuid {
-    use std::hash::{BuildHasher as _, RandomState};
-    let halves = [RandomState::new().hash_one(0), RandomState::new().hash_one(1)];
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&halves[0].to_le_bytes());
-    bytes[8..].copy_from_slice(&halves[1].to_le_bytes());
-    bytes[6] = bytes[6] & 0x0f | 0x40;
-    bytes[8] = bytes[8] & 0x3f | 0x80;
-    Uuid(bytes)
-}
-
 impl Volume for UpperVolume {
     fn size(&self) -> u64 {
-        self.lower.size()
+        self.size
     }
 
     fn locate(
@@ -106,14 +178,10 @@ impl Volume for UpperVolume {
             match run.place {
                 WrittenPlace::Zero => {}
                 WrittenPlace::Data(at) => parts.push(Part { at, len: run.len }),
-                WrittenPlace::Below => {
-                    let range = bytes(run);
-                    let len = (range.end - range.start) as usize;
-                    match self.lower.locate(range.start, len, waiter)? {
-                        Located::Ready(pieces) => below.push(pieces),
-                        Located::Pending => return Ok(Located::Pending),
-                    }
-                }
+                WrittenPlace::Below => match self.locate_below(&bytes(run), waiter)? {
+                    Located::Ready(pieces) => below.push(pieces),
+                    Located::Pending => return Ok(Located::Pending),
+                },
             }
         }
         let Some(read) = self.cold.read(&parts, offset, waiter) else {
@@ -146,11 +214,21 @@ impl Volume for UpperVolume {
 
 impl WritableVolume for UpperVolume {
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), VolumeError> {
-        self.layer.write(offset, bytes).map_err(failed(offset))
+        match &*self.layer {
+            UpperLayer::Appended(layer) => layer.write(offset, bytes).map_err(failed(offset)),
+            UpperLayer::Sparse(layer) => self.write_blocks(layer, bytes, offset),
+        }
+    }
+
+    fn discards(&self) -> bool {
+        matches!(*self.layer, UpperLayer::Appended(_))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
-        self.layer.discard(offset, len).map_err(failed(offset))
+        match &*self.layer {
+            UpperLayer::Appended(layer) => layer.discard(offset, len).map_err(failed(offset)),
+            UpperLayer::Sparse(_) => Err(VolumeError::NoDiscards { offset }),
+        }
     }
 
     fn flush(&self) -> Result<(), VolumeError> {
@@ -221,5 +299,42 @@ mod tests {
         let other = Arc::new(MemoryVolume::new(vec![0; 4096]));
         let error = UpperVolume::open(dir.path(), other).err().unwrap().to_string();
         assert!(error.contains("another size"), "{error}");
+    }
+
+    #[test]
+    fn small_writes_to_a_sparse_layer_hide_nothing_of_what_is_around_them() {
+        use crate::lsmt::layer::{Record, Uuid};
+        let dir = tempfile::tempdir().unwrap();
+        let files = WritableFiles::in_dir(dir.path());
+        let header = Record {
+            flags: 0x13,
+            index_offset: 0,
+            index_size: 0,
+            virtual_size: 2 * SIZE as u64,
+            uuid: Uuid::NULL,
+            parent: Uuid::NULL,
+            user_tag: Vec::new(),
+        };
+        std::fs::write(&files.data, header.encode()).unwrap();
+        let lower = || Arc::new(MemoryVolume::new(below()));
+        let volume = UpperVolume::open_files(files.clone(), lower()).unwrap();
+        // Larger than what is below it: the rest is zeros.
+        let mut expected = [below(), vec![0; SIZE]].concat();
+        assert_eq!(volume.size(), expected.len() as u64);
+        let places =
+            [(512, 512), (4096 * 5 - 1024, 2048), (SIZE - 512, 1024), (2 * SIZE - 512, 512)];
+        for (at, len) in places {
+            volume.write_at(&vec![0xee; len], at as u64).unwrap();
+            expected[at..at + len].fill(0xee);
+        }
+        assert!(matches!(volume.discard(0, 512), Err(VolumeError::NoDiscards { .. })));
+        let check = |volume: &UpperVolume| {
+            let mut found = vec![0x55; expected.len()];
+            volume.read_at(&mut found, 0).unwrap();
+            assert!(found == expected);
+        };
+        check(&volume);
+        drop(volume);
+        check(&UpperVolume::open_files(files, lower()).unwrap());
     }
 }

@@ -179,6 +179,26 @@ impl Layer {
         Ok(layer)
     }
 
+    /// A layer whose index is not in its file: that of one that can still change.
+    ///
+    /// # Errors
+    /// [`LsmtError::Entry`].
+    pub(super) fn of_mappings(
+        name: String,
+        trailer: Record,
+        mappings: Vec<Mapping>,
+    ) -> Result<Self, LsmtError> {
+        let layer = Self { name, kind: LayerKind::Plain, trailer, mappings };
+        layer.check_mappings()?;
+        Ok(layer)
+    }
+
+    /// A layer that says how large the disk is, and nothing else.
+    #[must_use]
+    pub fn emptied(self) -> Self {
+        Self { mappings: Vec::new(), ..self }
+    }
+
     /// What the layer is called in messages.
     #[must_use]
     pub fn name(&self) -> &str {

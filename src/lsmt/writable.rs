@@ -30,13 +30,20 @@
 //! written and made durable, and counted. [`WritableLayer`] does the steps in a row for one thread;
 //! [`SharedLayer`] does them for many and holds its lock for none of the I/O.
 //!
-//! Contents: `place` a change on its way, `room` space for records, `batch` a flush on its way, [`shared`] a
-//! layer for many threads.
+//! Upstream has a second kind, [`sparse`], whose payload lies in one file in its place on the disk.
+//!
+//! Contents: `log` the index file as read, `place` a change on its way, `room` space for records, `batch` a flush on
+//! its way, [`shared`] a layer for many threads, `seal` a layer that becomes one of the layers below, [`view`] one
+//! that is only looked at.
 
 mod batch;
+mod log;
 mod place;
 mod room;
+mod seal;
 pub mod shared;
+pub mod sparse;
+mod view;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -44,18 +51,22 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::io::{ReadWriteFlags, preadv2};
 use thiserror::Error;
 
 pub use shared::SharedLayer;
+pub use sparse::SparseLayer;
+pub use view::view;
 
 use self::batch::{Batch, Failure};
+use self::log::Log;
 use self::place::Place;
 use self::room::Room;
 use super::extents::{Content, Extents};
 use super::layer::{FLAG_DATA, FLAG_HEADER, Record, Uuid};
 use super::mapping::{ENTRY, LBA_LIMIT, MAX_LEN, MOFFSET_LIMIT, Mapping};
 use super::writer::{Identity, NativeWriter};
-use super::{FIRST_SECTOR, LsmtError, RECORD};
+use super::{LsmtError, RECORD};
 use crate::units::{Bytes, SECTOR, Sectors};
 
 /// The data file in a layer's folder, as containerd's snapshotter names it.
@@ -142,6 +153,23 @@ impl WritableError {
     }
 }
 
+/// The two files of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WritableFiles {
+    /// Its payload.
+    pub data: PathBuf,
+    /// Its index log; of a sparse layer, a file that nobody reads.
+    pub index: PathBuf,
+}
+
+impl WritableFiles {
+    /// As containerd's snapshotter names them in a layer's folder.
+    #[must_use]
+    pub fn in_dir(dir: &Path) -> Self {
+        Self { data: dir.join(DATA_NAME), index: dir.join(INDEX_NAME) }
+    }
+}
+
 /// A file and its name, for messages.
 struct Named {
     file: File,
@@ -158,6 +186,43 @@ impl Named {
         WritableError::Invalid { path: self.path.clone(), rule }
     }
 
+    fn open(path: &Path, options: &OpenOptions) -> Result<Self, WritableError> {
+        let path = path.to_path_buf();
+        match options.open(&path) {
+            Ok(file) => Ok(Self { file, path }),
+            Err(source) => Err(WritableError::Io { what: "open", path, source }),
+        }
+    }
+
+    fn open_to_read(path: &Path) -> Result<Self, WritableError> {
+        Self::open(path, OpenOptions::new().read(true))
+    }
+
+    fn open_to_write(path: &Path) -> Result<Self, WritableError> {
+        Self::open(path, OpenOptions::new().read(true).write(true))
+    }
+
+    fn lock(&self) -> Result<(), WritableError> {
+        if crate::flock::exclusive(&self.file, crate::flock::MOMENT).unwrap_or(false) {
+            Ok(())
+        } else {
+            Err(WritableError::Busy { path: self.path.clone() })
+        }
+    }
+
+    /// Bytes of the file.
+    fn len(&self) -> Result<u64, WritableError> {
+        self.file.metadata().map(|meta| meta.len()).map_err(self.error("look at"))
+    }
+
+    /// Reads from sector `at` of the file on, if the page cache has all of it.
+    fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
+        let len = buf.len();
+        let mut buffers = [io::IoSliceMut::new(buf)];
+        let read = preadv2(&self.file, &mut buffers, at.0 * SECTOR, ReadWriteFlags::NOWAIT);
+        read == Ok(len)
+    }
+
     fn header(&self) -> Result<Record, WritableError> {
         let mut bytes = [0; RECORD as usize];
         self.file.read_exact_at(&mut bytes, 0).map_err(|source| match source.kind() {
@@ -166,6 +231,33 @@ impl Named {
         })?;
         Record::parse(&bytes).map_err(|rule| self.invalid(rule))
     }
+}
+
+/// Refuses a data file that is not that of an append-only layer, or not any more.
+fn check_appended(data: &Named, header: &Record) -> Result<(), WritableError> {
+    if header.flags != FLAG_HEADER | FLAG_DATA {
+        return Err(data.invalid(
+            "its header is not that of an append-only layer; a sparse one becomes a layer when it is sealed",
+        ));
+    }
+    seal::check_unsealed(data)
+}
+
+/// First sector and number of sectors of a range of bytes of a disk of `size` bytes (0: of any).
+fn whole_sectors(size: u64, offset: u64, len: u64) -> Result<(Sectors, u64), WritableError> {
+    let end = offset.saturating_add(len);
+    let limit = match size {
+        0 => LBA_LIMIT.saturating_mul(SECTOR),
+        size => size,
+    };
+    let rule = if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
+        "they are no whole sectors of 512 bytes"
+    } else if end > limit {
+        "the disk ends before"
+    } else {
+        return Ok((Sectors(offset / SECTOR), len / SECTOR));
+    };
+    Err(WritableError::Range { offset, end, rule })
 }
 
 /// Where a run of disk sectors is, as the layer alone knows.
@@ -214,17 +306,18 @@ pub struct WritableLayer {
 }
 
 impl WritableLayer {
-    /// Makes an empty layer of a disk of `virtual_size` (0: as large as the layer below says) in the folder
-    /// `dir`, which is made if need be.
+    /// Makes an empty layer of a disk of `virtual_size` (0: as large as the layer below says) in
+    /// `files`; their folder is made if need be.
     ///
     /// # Errors
     /// [`WritableError`], also when there is one already.
     pub fn create(
-        dir: &Path,
+        files: &WritableFiles,
         virtual_size: Bytes,
         identity: Identity,
     ) -> Result<Self, WritableError> {
-        let (data_path, index_path) = (dir.join(DATA_NAME), dir.join(INDEX_NAME));
+        let WritableFiles { data: data_path, index: index_path } = files;
+        let dir = data_path.parent().unwrap_or(Path::new("."));
         let io = |what, path: &Path| {
             let path = path.to_path_buf();
             move |source| WritableError::Io { what, path, source }
@@ -241,123 +334,56 @@ impl WritableLayer {
         };
         // The index first: with a data file there is a layer, and then it is whole.
         let index_header = Record { flags: FLAG_HEADER, index_offset: RECORD, ..header.clone() };
-        for (path, record) in [(&index_path, &index_header), (&data_path, &header)] {
-            if path == &index_path && data_path.exists() {
+        for (path, record) in [(index_path, &index_header), (data_path, &header)] {
+            if path == index_path && data_path.exists() {
                 let source = io::Error::from(io::ErrorKind::AlreadyExists);
-                return Err(io("make", &data_path)(source));
+                return Err(io("make", data_path)(source));
             }
             let mut file = File::create(path).map_err(io("make", path))?;
             file.write_all(&record.encode()).map_err(io("write", path))?;
             file.sync_all().map_err(io("write", path))?;
         }
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(io("write", dir))?;
-        Self::open(dir)
-    }
-
-    /// Opens the layer in `dir`, and cuts a torn tail off.
-    ///
-    /// # Errors
-    /// [`WritableError`].
-    pub fn open(dir: &Path) -> Result<Self, WritableError> {
-        Self::open_files(&dir.join(DATA_NAME), &dir.join(INDEX_NAME))
+        Self::open(files)
     }
 
     /// Opens a layer by its two files, and cuts a torn tail off.
     ///
     /// # Errors
     /// [`WritableError`].
-    pub fn open_files(data: &Path, index: &Path) -> Result<Self, WritableError> {
-        let open = |path: &Path| {
-            let opened = OpenOptions::new().read(true).write(true).open(path);
-            opened.map(|file| Named { file, path: path.to_path_buf() }).map_err(|source| {
-                WritableError::Io { what: "open", path: path.to_path_buf(), source }
-            })
-        };
-        let (data, index) = (open(data)?, open(index)?);
-        if !crate::flock::exclusive(&data.file, crate::flock::MOMENT).unwrap_or(false) {
-            return Err(WritableError::Busy { path: data.path });
-        }
+    pub fn open(files: &WritableFiles) -> Result<Self, WritableError> {
+        let (data, index) =
+            (Named::open_to_write(&files.data)?, Named::open_to_write(&files.index)?);
+        data.lock()?;
         let header = data.header()?;
-        if header.flags != FLAG_HEADER | FLAG_DATA {
-            return Err(data.invalid(
-                "its header is not that of an append-only layer; sparse ones are not supported",
-            ));
-        }
-        let log = index.header()?;
-        if log.flags & (FLAG_HEADER | FLAG_DATA) != FLAG_HEADER || log.index_offset != RECORD {
-            return Err(index.invalid("its header is not that of an index log at byte 4096"));
-        }
+        check_appended(&data, &header)?;
+        let log = Log::read(&index, &data)?;
         let (data, index) = (Arc::new(data), Arc::new(index));
-        let mut layer = Self {
+        let layer = Self {
             room: Arc::new(Room::new(index.clone())),
             data,
             index,
             header,
-            extents: Extents::default(),
-            position: FIRST_SECTOR.0,
-            records: 0,
+            extents: log.extents,
+            position: log.position,
+            records: log.records,
             leaving: 0,
             pending: Vec::new(),
             promised: 0,
-            cut: 0,
+            cut: log.torn,
             broken: false,
         };
-        layer.replay()?;
+        layer.cut_tails()?;
         Ok(layer)
     }
 
-    /// Reads the log up to the first record that cannot be, and cuts the rest off.
-    fn replay(&mut self) -> Result<(), WritableError> {
-        let len = |named: &Named| {
-            named.file.metadata().map(|meta| meta.len()).map_err(named.error("look at"))
-        };
-        let (index_len, data_len) = (len(&self.index)?, len(&self.data)?);
-        let total = (index_len - RECORD) / ENTRY;
-        if total > MAX_RECORDS {
-            return Err(self.index.invalid("it has more than 128000000 records"));
-        }
-        let whole_sectors = data_len / SECTOR;
-        let mut step = vec![0; COPY];
-        'log: while self.records < total {
-            let bytes = ((total - self.records) * ENTRY).min(COPY as u64) as usize;
-            let at = RECORD + self.records * ENTRY;
-            self.index
-                .file
-                .read_exact_at(&mut step[..bytes], at)
-                .map_err(self.index.error("read"))?;
-            for entry in step[..bytes].as_chunks::<{ ENTRY as usize }>().0 {
-                if let Some(mapping) = Mapping::decode(*entry) {
-                    if !mapping.zeroed && mapping.len > 0 && mapping.moffset < FIRST_SECTOR {
-                        return Err(self.index.invalid("a record points into the data's header"));
-                    }
-                    let past_end = !mapping.zeroed && mapping.moffset_end().0 > whole_sectors;
-                    if mapping.len == 0 || past_end {
-                        break 'log;
-                    }
-                    self.note(&mapping);
-                }
-                self.records += 1;
-            }
-        }
-        let kept = RECORD + self.records * ENTRY;
-        self.cut = index_len - kept;
+    /// Cuts off what was not flushed: the end of the log, and payload that no record speaks of.
+    fn cut_tails(&self) -> Result<(), WritableError> {
         if self.cut > 0 {
+            let kept = RECORD + self.records * ENTRY;
             self.index.file.set_len(kept).map_err(self.index.error("shorten"))?;
         }
-        // What no record speaks of was not flushed.
-        self.data.file.set_len(self.position * SECTOR).map_err(self.data.error("shorten"))?;
-        Ok(())
-    }
-
-    /// Takes a record into the memory's view.
-    fn note(&mut self, mapping: &Mapping) {
-        let (lba, len) = (mapping.lba.0, u64::from(mapping.len));
-        if mapping.zeroed {
-            self.extents.insert(lba, len, Content::Zero);
-        } else {
-            self.extents.insert(lba, len, Content::At(mapping.moffset.0));
-            self.position = self.position.max(mapping.moffset_end().0);
-        }
+        self.data.file.set_len(self.position * SECTOR).map_err(self.data.error("shorten"))
     }
 
     /// Size of the disk as the layer says, or 0.
@@ -382,23 +408,6 @@ impl WritableLayer {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.extents.is_empty()
-    }
-
-    /// Whole sectors within the disk.
-    fn check(&self, offset: u64, len: u64) -> Result<(Sectors, u64), WritableError> {
-        let end = offset.saturating_add(len);
-        let limit = match self.header.virtual_size {
-            0 => LBA_LIMIT.saturating_mul(SECTOR),
-            size => size,
-        };
-        let rule = if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
-            "they are no whole sectors of 512 bytes"
-        } else if end > limit {
-            "the disk ends before"
-        } else {
-            return Ok((Sectors(offset / SECTOR), len / SECTOR));
-        };
-        Err(WritableError::Range { offset, end, rule })
     }
 
     /// Writes whole sectors at byte `offset` of the disk. Durable after the next [`flush`](Self::flush).
@@ -435,7 +444,7 @@ impl WritableLayer {
 
     /// Takes the next place in the data file for `len` bytes of the disk from byte `offset` on.
     fn take_place(&mut self, offset: u64, len: u64) -> Result<Place, WritableError> {
-        let (lba, count) = self.check(offset, len)?;
+        let (lba, count) = whole_sectors(self.header.virtual_size, offset, len)?;
         if self.position + count > MOFFSET_LIMIT {
             return Err(WritableError::Full);
         }
@@ -446,7 +455,7 @@ impl WritableLayer {
 
     /// The same for zeros, which need no place but a record.
     fn take_zeros(&mut self, offset: u64, len: u64) -> Result<Place, WritableError> {
-        let (lba, count) = self.check(offset, len)?;
+        let (lba, count) = whole_sectors(self.header.virtual_size, offset, len)?;
         self.promise(lba.0, count, Content::Zero)
     }
 
@@ -454,21 +463,21 @@ impl WritableLayer {
         if self.broken {
             return Err(self.is_broken());
         }
-        let records = count.div_ceil(MAX_LEN);
-        let all = self.records + self.leaving + self.pending.len() as u64 + self.promised + records;
+        let needs = count.div_ceil(MAX_LEN);
+        let all = self.records + self.leaving + self.pending.len() as u64 + self.promised + needs;
         if all > MAX_RECORDS {
             return Err(WritableError::Full);
         }
-        self.promised += records;
+        self.promised += needs;
         let (data, room) = (self.data.clone(), self.room.clone());
         let index_end = RECORD + all * ENTRY;
-        Ok(Place { data, room, index_end, lba, count, records, content })
+        Ok(Place { data, room, index_end, lba, count, needs, content })
     }
 
     /// A change that failed: as if it had never been asked for, except that its place is lost if another was
     /// taken meanwhile.
     fn give_back(&mut self, place: &Place) {
-        self.promised -= place.records;
+        self.promised -= place.needs;
         if let Content::At(at) = place.content
             && at + place.count == self.position
         {
@@ -479,10 +488,9 @@ impl WritableLayer {
     /// Notes a change whose bytes are in their place. `true`: so many records are held back that it is time
     /// to flush.
     fn note_place(&mut self, place: &Place) -> bool {
-        self.promised -= place.records;
+        self.promised -= place.needs;
         self.extents.insert(place.lba, place.count, place.content);
-        // Upstream refuses zeros that point outside the payload once the layer is sealed.
-        self.pending.extend(place.mappings(self.position));
+        self.pending.extend(place.records(self.position));
         self.pending.len() as u64 >= HELD_BACK
     }
 
@@ -541,25 +549,7 @@ impl WritableLayer {
     /// The runs that make up `count` sectors from `lba` on, without a gap.
     #[must_use]
     pub fn look_up(&self, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
-        let mut runs = Vec::new();
-        let mut at = lba.0;
-        let end = lba.0.saturating_add(count.0);
-        let mut add = |from: u64, to: u64, place| {
-            if from < to {
-                runs.push(WrittenRun { lba: Sectors(from), len: Sectors(to - from), place });
-            }
-        };
-        for (start, len, content) in self.extents.within(lba.0, end) {
-            add(at, start, WrittenPlace::Below);
-            let place = match content {
-                Content::Zero => WrittenPlace::Zero,
-                Content::At(place) => WrittenPlace::Data(Sectors(place)),
-            };
-            add(start, start + len, place);
-            at = start + len;
-        }
-        add(at, end, WrittenPlace::Below);
-        runs
+        runs(&self.extents, lba, count)
     }
 
     /// Reads payload from sector `at` of the data file on.
@@ -605,6 +595,29 @@ impl WritableLayer {
         }
         Ok(writer.finish()?)
     }
+}
+
+/// The runs that make up `count` sectors from `lba` on, without a gap.
+fn runs(extents: &Extents, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
+    let mut runs = Vec::new();
+    let mut at = lba.0;
+    let end = lba.0.saturating_add(count.0);
+    let mut add = |from: u64, to: u64, place| {
+        if from < to {
+            runs.push(WrittenRun { lba: Sectors(from), len: Sectors(to - from), place });
+        }
+    };
+    for (start, len, content) in extents.within(lba.0, end) {
+        add(at, start, WrittenPlace::Below);
+        let place = match content {
+            Content::Zero => WrittenPlace::Zero,
+            Content::At(place) => WrittenPlace::Data(Sectors(place)),
+        };
+        add(start, start + len, place);
+        at = start + len;
+    }
+    add(at, end, WrittenPlace::Below);
+    runs
 }
 
 /// Adds sectors from `lba` on, whole blocks of zeros as such.

@@ -12,7 +12,7 @@ use super::threads::OwnThreads;
 use super::writer::{Writer, WriterThreads};
 use super::{UblkError, probe};
 use crate::units::SECTOR;
-use crate::volume::Volume;
+use crate::volume::{Volume, WritableVolume};
 
 /// How long to wait for the block node after the device was started. devtmpfs makes it at once; udev
 /// may need a while on a busy host.
@@ -118,7 +118,9 @@ impl Backing {
         let chunk = self.options.chunk;
         let chunk_shift = chunk.trailing_zeros() as u8;
         let (attrs, discard) = if self.writer.is_some() {
-            (sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA, sys::UBLK_PARAM_TYPE_DISCARD)
+            let discards = self.volume.writable().is_some_and(WritableVolume::discards);
+            let discard = if discards { sys::UBLK_PARAM_TYPE_DISCARD } else { 0 };
+            (sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA, discard)
         } else if self.options.read_only {
             (sys::UBLK_ATTR_READ_ONLY, 0)
         } else {

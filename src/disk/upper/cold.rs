@@ -2,21 +2,27 @@
 //!
 //! Whoever asks a volume where bytes are must not be kept waiting, so a read that would wait for the disk is
 //! done by a thread here. When it is done, the waiter is called, the same read is asked for again, and finds
-//! its bytes kept. They are kept by their place in the data file, whose bytes never change, and until a request
-//! has all that it needs: one that needed the disk at several places would else never come to its end.
+//! its bytes kept. They are kept by their place in the data file, and until a request has all that it needs: one
+//! that needed the disk at several places would else never come to its end.
+//!
+//! The bytes of an append-only layer never change. Those of a sparse one do, and then nobody who asks after the
+//! write may get what was read before it: what is kept of the place is dropped, and what a thread is reading
+//! now is read again ([`ColdReads::overwritten`]).
 //!
 //! What was overwritten meanwhile is never asked for again. That is the one case in which bytes stay, so old
 //! ones go when there are many.
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use crate::lsmt::{SharedLayer, WritableError};
+use super::layer::UpperLayer;
+use crate::lsmt::{FIRST_SECTOR, WritableError};
 use crate::units::{SECTOR, Sectors};
 use crate::volume::{VolumeError, Waiter};
 
@@ -58,11 +64,13 @@ struct KeptPart {
     since: Instant,
 }
 
-/// Parts that were read and not asked for again yet, the oldest first.
+/// Parts that were read and not asked for again yet, the oldest first; and those that are being read.
 #[derive(Default)]
 struct Kept {
     parts: VecDeque<KeptPart>,
     bytes: usize,
+    /// Whether the part was overwritten since its reading began.
+    reading: Vec<(Part, bool)>,
 }
 
 impl Kept {
@@ -82,6 +90,23 @@ impl Kept {
         self.parts.iter().find(|kept| kept.part == part).map(|kept| kept.bytes.clone())
     }
 
+    fn begin(&mut self, part: Part) {
+        self.reading.push((part, false));
+    }
+
+    /// Ends a reading. `false`: what was read was overwritten meanwhile.
+    fn end(&mut self, part: Part) -> bool {
+        let at = self.reading.iter().position(|(reading, _)| *reading == part);
+        at.is_none_or(|at| !self.reading.swap_remove(at).1)
+    }
+
+    fn overwritten(&mut self, place: &Range<u64>) {
+        let touches = |part: &Part| part.at.0 < place.end && place.start < part.at.0 + part.len.0;
+        self.parts.retain(|kept| !touches(&kept.part));
+        self.bytes = self.parts.iter().map(|kept| kept.bytes.len()).sum();
+        self.reading.iter_mut().filter(|(part, _)| touches(part)).for_each(|(_, was)| *was = true);
+    }
+
     fn forget(&mut self, parts: &[Part]) {
         self.parts.retain(|kept| !parts.contains(&kept.part));
         self.bytes = self.parts.iter().map(|kept| kept.bytes.len()).sum();
@@ -90,7 +115,7 @@ impl Kept {
 
 /// The threads.
 pub(super) struct ColdReads {
-    layer: Arc<SharedLayer>,
+    layer: Arc<UpperLayer>,
     kept: Arc<Mutex<Kept>>,
     jobs: Option<Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
@@ -98,7 +123,7 @@ pub(super) struct ColdReads {
 
 impl ColdReads {
     /// Threads that read from `layer`.
-    pub(super) fn start(layer: &Arc<SharedLayer>) -> io::Result<Self> {
+    pub(super) fn start(layer: &Arc<UpperLayer>) -> io::Result<Self> {
         let (jobs, queue) = unbounded();
         let kept = Arc::default();
         let mut this = Self {
@@ -151,6 +176,12 @@ impl ColdReads {
         Some(found)
     }
 
+    /// Bytes `range` of the disk of a sparse layer were written over.
+    pub(super) fn overwritten(&self, range: Range<u64>) {
+        let sector = |byte: u64| FIRST_SECTOR.0 + byte / SECTOR;
+        self.lock().overwritten(&(sector(range.start)..sector(range.end)));
+    }
+
     fn lock(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -181,22 +212,29 @@ impl Drop for ColdReads {
 }
 
 /// Body of a thread.
-fn serve(layer: &SharedLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
+fn serve(layer: &UpperLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
     crate::fetch::mark_io_thread();
     while let Ok(Job { parts, offset, waiter }) = queue.recv() {
-        let mut read = Vec::with_capacity(parts.len());
-        let result: Result<(), WritableError> = parts.iter().try_for_each(|part| {
-            let mut sectors = part.buffer();
-            layer.read_data(part.at, &mut sectors)?;
-            read.push((*part, sectors));
-            Ok(())
-        });
-        {
-            let (mut kept, now) =
-                (kept.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
-            read.into_iter().for_each(|(part, sectors)| kept.put(part, sectors, now));
-        }
+        let result: Result<(), WritableError> =
+            parts.iter().try_for_each(|part| read(layer, kept, *part));
         waiter(result.map_err(|source| VolumeError::Upper { offset, source: Arc::new(source) }));
+    }
+}
+
+/// Reads a part until nobody has written over it meanwhile, and keeps it.
+fn read(layer: &UpperLayer, kept: &Mutex<Kept>, part: Part) -> Result<(), WritableError> {
+    let lock = || kept.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut sectors = part.buffer();
+    loop {
+        lock().begin(part);
+        let read = layer.read_data(part.at, &mut sectors);
+        let mut kept = lock();
+        let is_current = kept.end(part);
+        read?;
+        if is_current {
+            kept.put(part, sectors, Instant::now());
+            return Ok(());
+        }
     }
 }
 
@@ -205,8 +243,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
-    use crate::lsmt::WritableLayer;
-    use crate::lsmt::writer::Identity;
+    use crate::lsmt::WritableFiles;
     use crate::units::Bytes;
 
     fn part(at: u64, len: u64) -> Part {
@@ -216,11 +253,12 @@ mod tests {
     #[test]
     fn what_a_thread_has_read_is_kept_until_a_request_has_all_of_its_parts() {
         let dir = tempfile::tempdir().unwrap();
-        let mut layer =
-            WritableLayer::create(dir.path(), Bytes(1 << 20), Identity::default()).unwrap();
+        let files = WritableFiles::in_dir(dir.path());
+        let layer = UpperLayer::create(&files, Bytes(1 << 20)).unwrap();
         let bytes: Vec<u8> = (0..4096_u32).map(|at| (at / 7) as u8).collect();
-        layer.write(0, &bytes).unwrap();
-        let cold = ColdReads::start(&Arc::new(SharedLayer::new(layer))).unwrap();
+        let UpperLayer::Appended(appended) = &layer else { panic!("it is append-only") };
+        appended.write(0, &bytes).unwrap();
+        let cold = ColdReads::start(&Arc::new(layer)).unwrap();
         let fetch = |parts: &[Part]| {
             let (sender, receiver) = channel();
             let waiter: Waiter = Box::new(move |result| sender.send(result).unwrap());
@@ -258,5 +296,21 @@ mod tests {
         kept.put(part(100, 2048), vec![0; 1 << 20], start + 2 * OLD);
         assert_eq!((kept.bytes, kept.parts.len()), (KEPT + (1 << 20), 65));
         assert!(kept.get(part(35, 2048)).is_none() && kept.get(part(36, 2048)).is_some());
+    }
+
+    #[test]
+    fn what_was_read_before_a_write_to_its_place_is_never_kept_after_it() {
+        let mut kept = Kept::default();
+        let (one, two) = (part(8, 8), part(16, 8));
+        for part in [one, two] {
+            kept.put(part, vec![0; 4096], Instant::now());
+            kept.begin(part);
+        }
+        kept.overwritten(&(12..16));
+        assert!(kept.get(one).is_none() && kept.get(two).is_some());
+        assert_eq!(kept.bytes, 4096);
+        assert!(!kept.end(one) && kept.end(two));
+        kept.begin(one);
+        assert!(kept.end(one), "it was read again");
     }
 }

@@ -17,8 +17,8 @@ pub(super) struct Place {
     pub(super) lba: u64,
     /// Number of sectors.
     pub(super) count: u64,
-    /// Records that they need.
-    pub(super) records: u64,
+    /// Number of records that they need.
+    pub(super) needs: u64,
     pub(super) content: Content,
 }
 
@@ -37,16 +37,26 @@ impl Place {
         self.room.make(self.index_end)
     }
 
-    /// The records. Those of zeros point to `position`.
-    pub(super) fn mappings(&self, position: u64) -> impl Iterator<Item = Mapping> + use<> {
-        let (lba, count, content) = (self.lba, self.count, self.content);
-        (0..count).step_by(MAX_LEN as usize).map(move |done| {
-            let (zeroed, moffset) = match content {
-                Content::Zero => (true, position),
-                Content::At(at) => (false, at + done),
-            };
-            let len = (count - done).min(MAX_LEN) as u16;
-            Mapping { lba: Sectors(lba + done), len, zeroed, tag: 0, moffset: Sectors(moffset) }
-        })
+    /// The records.
+    pub(super) fn records(&self, position: u64) -> impl Iterator<Item = Mapping> + use<> {
+        records(self.lba, self.count, self.content, position)
     }
+}
+
+/// The records of a run, each as long as one can be. Those of zeros point to `position`, the end of the payload:
+/// upstream refuses zeros that point outside it once the layer is sealed.
+pub(super) fn records(
+    lba: u64,
+    count: u64,
+    content: Content,
+    position: u64,
+) -> impl Iterator<Item = Mapping> {
+    (0..count).step_by(MAX_LEN as usize).map(move |done| {
+        let (zeroed, moffset) = match content {
+            Content::Zero => (true, position),
+            Content::At(at) => (false, at + done),
+        };
+        let len = (count - done).min(MAX_LEN) as u16;
+        Mapping { lba: Sectors(lba + done), len, zeroed, tag: 0, moffset: Sectors(moffset) }
+    })
 }

@@ -7,11 +7,9 @@
 use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use rustix::io::{ReadWriteFlags, preadv2};
-
 use super::place::Place;
-use super::{Named, WritableError, WritableLayer, WrittenRun};
-use crate::units::{SECTOR, Sectors};
+use super::{Named, WritableError, WritableLayer, WrittenRun, seal, view};
+use crate::units::{Bytes, SECTOR, Sectors};
 
 /// See the module.
 pub struct SharedLayer {
@@ -98,9 +96,37 @@ impl SharedLayer {
     /// is then unspecified.
     #[must_use]
     pub fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
-        let len = buf.len();
-        let mut buffers = [std::io::IoSliceMut::new(buf)];
-        let read = preadv2(&self.data.file, &mut buffers, at.0 * SECTOR, ReadWriteFlags::NOWAIT);
-        read == Ok(len)
+        self.data.read_cached(at, buf)
+    }
+
+    /// Makes the layer one of the layers below: see `seal`. Nobody writes meanwhile, nor afterwards.
+    ///
+    /// # Errors
+    /// [`WritableError`]; the layer is then as it was.
+    pub fn seal(&self) -> Result<(), WritableError> {
+        self.flush()?;
+        let layer = self.read();
+        let mappings = view::mappings(&layer.extents, layer.position);
+        seal::seal(&self.data, &layer.header, layer.position * SECTOR, &mappings)
+    }
+
+    /// Takes the seal off again.
+    ///
+    /// # Errors
+    /// [`WritableError::Io`].
+    pub fn unseal(&self) -> Result<(), WritableError> {
+        seal::unseal(&self.data, self.read().position * SECTOR)
+    }
+
+    /// As [`WritableLayer::virtual_size`].
+    #[must_use]
+    pub fn virtual_size(&self) -> Bytes {
+        self.read().virtual_size()
+    }
+
+    /// As [`WritableLayer::is_empty`].
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.read().is_empty()
     }
 }

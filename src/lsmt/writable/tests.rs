@@ -10,8 +10,12 @@ use crate::source::{ByteSource as _, MemorySource};
 
 const SIZE: u64 = 1 << 20;
 
+fn files(dir: &Path) -> WritableFiles {
+    WritableFiles::in_dir(dir)
+}
+
 fn layer(dir: &Path) -> WritableLayer {
-    WritableLayer::create(dir, Bytes(SIZE), Identity::default()).unwrap()
+    WritableLayer::create(&files(dir), Bytes(SIZE), Identity::default()).unwrap()
 }
 
 /// The whole disk over nothing.
@@ -46,6 +50,35 @@ fn read_committed(bytes: &[u8]) -> Vec<u8> {
         }
     }
     disk
+}
+
+/// The whole disk as who only looks at the files sees it.
+fn read_viewed(files: &WritableFiles) -> Vec<u8> {
+    let source = MemorySource::new("viewed", fs::read(&files.data).unwrap());
+    let layer = view(files).unwrap();
+    let mut disk = vec![0; SIZE as usize];
+    for mapping in layer.mappings().iter().filter(|mapping| !mapping.zeroed) {
+        let at = (mapping.lba.0 * SECTOR) as usize;
+        let part = &mut disk[at..at + usize::from(mapping.len) * SECTOR as usize];
+        source.read_exact_at(part, mapping.moffset.0 * SECTOR).unwrap();
+    }
+    disk
+}
+
+/// As upstream makes one: a header, and a hole behind it.
+fn sparse_layer(dir: &Path, size: u64) -> SparseLayer {
+    let header = Record {
+        flags: 0x13,
+        index_offset: 0,
+        index_size: 0,
+        virtual_size: 0,
+        uuid: Uuid::NULL,
+        parent: Uuid::NULL,
+        user_tag: Vec::new(),
+    };
+    fs::write(dir.join(DATA_NAME), header.encode()).unwrap();
+    fs::write(dir.join(INDEX_NAME), b"").unwrap();
+    SparseLayer::open(&dir.join(DATA_NAME), Bytes(size)).unwrap()
 }
 
 #[derive(Clone, Debug)]
@@ -90,17 +123,88 @@ proptest! {
                 Step::Reopen => {
                     layer.flush().unwrap();
                     drop(layer);
-                    layer = WritableLayer::open(dir.path()).unwrap();
+                    layer = WritableLayer::open(&files(dir.path())).unwrap();
                     prop_assert_eq!(layer.cut(), 0);
                 }
             }
             prop_assert!(read_all(&layer) == model);
         }
+        layer.flush().unwrap();
+        prop_assert!(read_viewed(&files(dir.path())) == model);
         let once = committed(&mut layer);
         prop_assert!(read_committed(&once) == model);
         // The same content by another way is the same layer.
         prop_assert!(committed(&mut layer) == once);
+        // And so is what it is when it is sealed where it lies.
+        SharedLayer::new(layer).seal().unwrap();
+        prop_assert!(read_committed(&fs::read(dir.path().join(DATA_NAME)).unwrap()) == model);
     }
+
+    #[test]
+    fn a_sparse_layer_reads_as_a_disk_would_and_so_when_it_is_sealed(
+        writes in prop::collection::vec((0_u64..250, 1_u64..6, 1_u8..), 1..30),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let layer = sparse_layer(dir.path(), SIZE);
+        let mut model = vec![0_u8; SIZE as usize];
+        let block = layer.block();
+        prop_assume!(block == 4096);
+        let mut layer = layer;
+        for (at, len, fill) in writes {
+            let bytes = vec![fill; (len * block) as usize];
+            layer.write(at * block, &bytes).unwrap();
+            model[(at * block) as usize..][..bytes.len()].copy_from_slice(&bytes);
+            drop(layer);
+            let again = SparseLayer::open(&dir.path().join(DATA_NAME), Bytes::ZERO).unwrap();
+            // What was never written is nothing of it.
+            for run in again.look_up(Sectors(0), Sectors(SIZE / SECTOR)) {
+                let place = (run.lba.0 * SECTOR) as usize;
+                let part = &model[place..][..(run.len.0 * SECTOR) as usize];
+                let expected = match run.place {
+                    WrittenPlace::Data(at) => {
+                        let mut found = vec![0; part.len()];
+                        again.read_data(at, &mut found).unwrap();
+                        found
+                    }
+                    WrittenPlace::Below => vec![0; part.len()],
+                    WrittenPlace::Zero => panic!("a hole is no zeros"),
+                };
+                prop_assert!(part == expected);
+            }
+            layer = again;
+        }
+        prop_assert!(read_viewed(&files(dir.path())) == model);
+        layer.seal().unwrap();
+        prop_assert!(read_committed(&fs::read(dir.path().join(DATA_NAME)).unwrap()) == model);
+        layer.unseal().unwrap();
+        prop_assert!(read_viewed(&files(dir.path())) == model);
+    }
+}
+
+#[test]
+fn a_sealed_layer_takes_no_writes_and_one_whose_seal_was_taken_off_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = layer(dir.path());
+    first.write(0, &[1; 8192]).unwrap();
+    let shared = SharedLayer::new(first);
+    shared.seal().unwrap();
+    let bytes = fs::read(dir.path().join(DATA_NAME)).unwrap();
+    drop(shared);
+    let error = WritableLayer::open(&files(dir.path())).err().unwrap().to_string();
+    assert!(error.contains("sealed: name it as the last of the lowers"), "{error}");
+    assert!(fs::read(dir.path().join(DATA_NAME)).unwrap() == bytes, "it was changed");
+
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = layer(dir.path());
+    first.write(0, &[1; 8192]).unwrap();
+    let shared = SharedLayer::new(first);
+    shared.seal().unwrap();
+    shared.unseal().unwrap();
+    shared.write(4096, &[2; 512]).unwrap();
+    shared.flush().unwrap();
+    drop(shared);
+    let found = read_all(&WritableLayer::open(&files(dir.path())).unwrap());
+    assert!(found[..4096] == [1; 4096] && found[4096..4608] == [2; 512]);
 }
 
 #[test]
@@ -125,7 +229,7 @@ fn what_was_flushed_survives_any_cut_of_what_came_after() {
         for data_len in [kept[0], kept[0] + 700, whole[0].len() as u64 - 1, whole[0].len() as u64] {
             fs::write(&data, &whole[0][..data_len as usize]).unwrap();
             fs::write(&index, &whole[1][..index_len as usize]).unwrap();
-            let mut again = WritableLayer::open(dir.path()).unwrap();
+            let mut again = WritableLayer::open(&files(dir.path())).unwrap();
             let found = read_all(&again);
             // Writes are whole or not there, in their order.
             let mut steps = vec![flushed.clone()];
@@ -144,7 +248,7 @@ fn what_was_flushed_survives_any_cut_of_what_came_after() {
             let mut expected = found;
             expected[8192..8704].fill(9);
             drop(again);
-            assert!(read_all(&WritableLayer::open(dir.path()).unwrap()) == expected);
+            assert!(read_all(&WritableLayer::open(&files(dir.path())).unwrap()) == expected);
         }
     }
     assert!(seen[0] > 0 && seen[1] > 0);
@@ -164,7 +268,7 @@ fn records_of_zeros_that_a_crash_leaves_behind_are_cut_off() {
     log.extend_from_slice(&[0; 32]);
     log.extend_from_slice(&record);
     fs::write(&index, &log).unwrap();
-    let again = WritableLayer::open(dir.path()).unwrap();
+    let again = WritableLayer::open(&files(dir.path())).unwrap();
     assert_eq!((again.cut(), fs::metadata(&index).unwrap().len()), (48, 4112));
     assert!(read_all(&again) == disk);
 }
@@ -177,17 +281,17 @@ fn unflushed_writes_are_read_but_not_in_the_log() {
     assert_eq!(read_all(&first)[512..1024], [7; 512]);
     assert_eq!(fs::metadata(dir.path().join(INDEX_NAME)).unwrap().len(), 4096);
     drop(first);
-    assert!(WritableLayer::open(dir.path()).unwrap().is_empty());
+    assert!(WritableLayer::open(&files(dir.path())).unwrap().is_empty());
 }
 
 #[test]
 fn a_layer_is_one_process_s_at_a_time_and_is_made_once() {
     let dir = tempfile::tempdir().unwrap();
     let first = layer(dir.path());
-    assert!(matches!(WritableLayer::open(dir.path()), Err(WritableError::Busy { .. })));
+    assert!(matches!(WritableLayer::open(&files(dir.path())), Err(WritableError::Busy { .. })));
     drop(first);
-    WritableLayer::open(dir.path()).unwrap();
-    let again = WritableLayer::create(dir.path(), Bytes(SIZE), Identity::default());
+    WritableLayer::open(&files(dir.path())).unwrap();
+    let again = WritableLayer::create(&files(dir.path()), Bytes(SIZE), Identity::default());
     assert!(again.is_err_and(|error| error.to_string().contains(DATA_NAME)));
 }
 
@@ -209,13 +313,13 @@ fn ranges_off_the_sectors_or_off_the_disk_are_refused() {
 fn files_that_are_no_writable_layer_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let (data, index) = (dir.path().join(DATA_NAME), dir.path().join(INDEX_NAME));
-    assert!(WritableLayer::open(dir.path()).is_err());
+    assert!(WritableLayer::open(&files(dir.path())).is_err());
     drop(layer(dir.path()));
     let whole = [fs::read(&data).unwrap(), fs::read(&index).unwrap()];
     let refused = |data_bytes: &[u8], index_bytes: &[u8], needle: &str| {
         fs::write(&data, data_bytes).unwrap();
         fs::write(&index, index_bytes).unwrap();
-        let error = WritableLayer::open(dir.path()).err().unwrap().to_string();
+        let error = WritableLayer::open(&files(dir.path())).err().unwrap().to_string();
         assert!(error.contains(needle), "{error}");
     };
     refused(&whole[0][..4000], &whole[1], "shorter than its header");
@@ -281,7 +385,7 @@ fn threads_that_write_and_flush_at_once_lose_nothing() {
     shared.flush().unwrap();
     let before = shared.look_up(Sectors(0), Sectors(SIZE / SECTOR));
     drop(shared);
-    let again = WritableLayer::open(dir.path()).unwrap();
+    let again = WritableLayer::open(&files(dir.path())).unwrap();
     assert_eq!(again.cut(), 0);
     let disk = read_all(&again);
     for run in before {
@@ -312,7 +416,7 @@ fn a_flush_that_found_no_space_can_be_repeated_and_keeps_the_order() {
     assert!(error.is_full(), "{error}");
     first.flush().unwrap();
     drop(first);
-    let mut again = WritableLayer::open(dir.path()).unwrap();
+    let mut again = WritableLayer::open(&files(dir.path())).unwrap();
     assert_eq!(read_all(&again)[..512], [2; 512]);
     // What could not be made durable is another matter.
     again.write(0, &[3; 512]).unwrap();

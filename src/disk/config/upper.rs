@@ -1,0 +1,58 @@
+//! The layer that can be written: two files of this host.
+//!
+//! Who only reads the disk gets it as the topmost layer of the stack, and changes nothing of it. Who serves the disk
+//! opens it by himself, above the others.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::lowers::identity;
+use super::{Upper, WritableFiles};
+use crate::chunk::PlainChunks;
+use crate::disk::{DiskError, DiskLayer, LayerData};
+use crate::lsmt::writable::view;
+use crate::lsmt::{Layer, WritableError};
+use crate::source::{FileSource, MemorySource};
+
+/// The files that a configuration names; none if it does not name both, which upstream takes for none at all.
+///
+/// # Errors
+/// What should hold.
+pub(super) fn files(upper: &Upper, folder: &Path) -> Result<Option<WritableFiles>, &'static str> {
+    if !upper.target.is_empty() {
+        return Err("a TurboOCI layer that is being built is no disk yet: commit it first");
+    }
+    match (upper.data.as_str(), upper.index.as_str()) {
+        ("", "") => Ok(None),
+        ("", _) | (_, "") => {
+            tracing::warn!(
+                "Only one of upper.data and upper.index is given: the disk is read-only"
+            );
+            Ok(None)
+        }
+        (data, index) => {
+            Ok(Some(WritableFiles { data: folder.join(data), index: folder.join(index) }))
+        }
+    }
+}
+
+fn opened(files: &WritableFiles) -> Result<Layer, DiskError> {
+    view(files).map_err(|source: WritableError| DiskError::Upper(Arc::new(source)))
+}
+
+/// The layer as one of those that are read.
+pub(super) fn as_layer(files: &WritableFiles) -> Result<DiskLayer, DiskError> {
+    let index = opened(files)?;
+    let source = Arc::new(FileSource::open(&files.data)?);
+    let id = format!("upper:{}", identity(&files.data)?);
+    let data = LayerData::Native { chunks: Arc::new(PlainChunks::new(id, source)) };
+    Ok(DiskLayer { index, data })
+}
+
+/// A disk of zeros, as large as the layer says: what is below one that lies on nothing.
+pub(super) fn below_nothing(files: &WritableFiles) -> Result<DiskLayer, DiskError> {
+    let index = opened(files)?.emptied();
+    let nothing = Arc::new(MemorySource::new("nothing", Vec::new()));
+    let chunks = Arc::new(PlainChunks::new("nothing".to_owned(), nothing));
+    Ok(DiskLayer { index, data: LayerData::Native { chunks } })
+}

@@ -1,0 +1,114 @@
+//! A writable layer of either kind.
+
+use crate::lsmt::writable::{WrittenRun, sparse};
+use crate::lsmt::writer::Identity;
+use crate::lsmt::{SharedLayer, SparseLayer, Uuid, WritableError, WritableFiles, WritableLayer};
+use crate::units::{Bytes, Sectors};
+
+/// See the module.
+pub(super) enum UpperLayer {
+    /// Payload in the order of the writes, which is never written over, and an index of it.
+    Appended(SharedLayer),
+    /// Payload in its place on the disk.
+    Sparse(SparseLayer),
+}
+
+impl UpperLayer {
+    /// Opens what is in `files`, for a disk of `below` bytes if the layer does not say how large its own is.
+    pub(super) fn open(files: &WritableFiles, below: Bytes) -> Result<Self, WritableError> {
+        if sparse::is_sparse_file(&files.data)? {
+            return SparseLayer::open(&files.data, below).map(Self::Sparse);
+        }
+        Self::appended(WritableLayer::open(files)?, files)
+    }
+
+    /// Makes a new one of the first kind.
+    pub(super) fn create(files: &WritableFiles, size: Bytes) -> Result<Self, WritableError> {
+        let identity = Identity { uuid: random_uuid(), ..Identity::default() };
+        Self::appended(WritableLayer::create(files, size, identity)?, files)
+    }
+
+    fn appended(layer: WritableLayer, files: &WritableFiles) -> Result<Self, WritableError> {
+        if layer.cut() > 0 {
+            tracing::warn!(
+                "{}: {} bytes at the end were never flushed and are left out",
+                files.index.display(),
+                layer.cut()
+            );
+        }
+        Ok(Self::Appended(SharedLayer::new(layer)))
+    }
+
+    /// Size of its disk, or 0.
+    pub(super) fn virtual_size(&self) -> Bytes {
+        match self {
+            Self::Appended(layer) => layer.virtual_size(),
+            Self::Sparse(layer) => layer.virtual_size(),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Self::Appended(layer) => layer.is_empty(),
+            Self::Sparse(layer) => layer.is_empty(),
+        }
+    }
+
+    pub(super) fn look_up(&self, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
+        match self {
+            Self::Appended(layer) => layer.look_up(lba, count),
+            Self::Sparse(layer) => layer.look_up(lba, count),
+        }
+    }
+
+    /// Reads payload from sector `at` of the data file on; may wait for the disk.
+    pub(super) fn read_data(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
+        match self {
+            Self::Appended(layer) => layer.read_data(at, buf),
+            Self::Sparse(layer) => layer.read_data(at, buf),
+        }
+    }
+
+    /// The same, if the page cache has all of it.
+    pub(super) fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
+        match self {
+            Self::Appended(layer) => layer.read_cached(at, buf),
+            Self::Sparse(layer) => layer.read_cached(at, buf),
+        }
+    }
+
+    pub(super) fn flush(&self) -> Result<(), WritableError> {
+        match self {
+            Self::Appended(layer) => layer.flush(),
+            Self::Sparse(layer) => layer.flush(),
+        }
+    }
+
+    /// Makes it one of the layers below.
+    pub(super) fn seal(&self) -> Result<(), WritableError> {
+        match self {
+            Self::Appended(layer) => layer.seal(),
+            Self::Sparse(layer) => layer.seal(),
+        }
+    }
+
+    /// Takes the seal off again.
+    pub(super) fn unseal(&self) -> Result<(), WritableError> {
+        match self {
+            Self::Appended(layer) => layer.unseal(),
+            Self::Sparse(layer) => layer.unseal(),
+        }
+    }
+}
+
+/// Version 4, as upstream gives a new layer.
+fn random_uuid() -> Uuid {
+    use std::hash::{BuildHasher as _, RandomState};
+    let halves = [RandomState::new().hash_one(0), RandomState::new().hash_one(1)];
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&halves[0].to_le_bytes());
+    bytes[8..].copy_from_slice(&halves[1].to_le_bytes());
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Uuid(bytes)
+}
