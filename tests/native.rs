@@ -321,7 +321,7 @@ fn a_native_layer_is_its_own_diff_id_and_carries_upstreams_annotations_and_ident
         for at in [0, lsmt.len() - 4096] {
             assert_eq!(&lsmt[at + 56..at + 92], own.as_bytes());
             assert_eq!(&lsmt[at + 93..at + 129], parent.as_bytes());
-            assert_eq!(le64(&lsmt, at + 48), if number == 0 { 1 << 30 } else { 0 });
+            assert_eq!(le64(&lsmt, at + 48), 1 << 30, "as upstream, every layer says the size");
         }
     }
     native(&images, &["--referrer"]);

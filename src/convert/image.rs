@@ -13,7 +13,6 @@ use crate::lsmt;
 use crate::oci::manifest::media;
 use crate::oci::{Descriptor, Digest, Document, ImageConfig, Manifest, annotations};
 use crate::store::{ImageStore, StoreError, StoredManifest};
-use crate::units::Bytes;
 
 /// An image in one converted format, not yet published.
 pub struct ConvertedImage {
@@ -372,7 +371,8 @@ impl Stream<'_> {
     ) -> Wanted {
         let lacks = |format| tracks.iter().any(|track| track.format == format && track.lacks(nth));
         let native = options.native.filter(|_| lacks(Format::Native)).map(|zfile| NativeLayer {
-            virtual_size: if number == 0 { options.disk_size } else { Bytes::ZERO },
+            // Of every layer: upstream's `overlaybd-merge` asks the topmost alone.
+            virtual_size: options.disk_size,
             identity: lsmt::Identity {
                 uuid: self.uuids[number],
                 parent: number.checked_sub(1).map_or(lsmt::Uuid::NULL, |below| self.uuids[below]),

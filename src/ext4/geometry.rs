@@ -3,8 +3,8 @@
 //! ```text
 //! block 0      superblock (at byte 1024)
 //! 1 ..         group descriptors, 64 bytes a group
+//! ..           inode bitmaps, one block a group, the last group's first
 //! ..           block bitmaps, one block a group
-//! ..           inode bitmaps, one block a group
 //! ..           inode tables: one contiguous array, inode n at (n - 1) * 256
 //! ..           metadata region: directories, extent trees, attributes, long symbolic links
 //! ..           data region: file data in the order of the tar
@@ -13,6 +13,15 @@
 //! flex_bg allows all of a group's tables anywhere; putting them all in front makes everything that
 //! is metadata one short range of the disk, and leaves the rest to data that read-ahead may run
 //! through.
+//!
+//! # Why the last inode bitmaps come first
+//!
+//! Upstream's `overlaybd-apply` may write a native layer on top of ours. It goes through a cache with lines of
+//! 128 KiB that only whole 4 KiB blocks pass; what is larger or smaller, as the superblock and the descriptors of more than 8 GiB are,
+//! goes around it, and is overwritten when a line comes back with old bytes
+//! (upstream `buffer_file.h:BufferFile`; e2fsck then finds groups counted wrong). It has to be kept from
+//! writing any single block near the descriptors. The inode bitmap of a group without inodes is such a block:
+//! it is marked as uninitialised, and nobody writes it. Upstream's own disks have reserved descriptor blocks there.
 
 use super::Ext4Error;
 use crate::units::{Bytes, Sectors};
@@ -100,16 +109,16 @@ impl Layout {
         let blocks = size.0 / BLOCK as u64;
         let groups = blocks.div_ceil(GROUP_BLOCKS);
         let descriptors = 1;
-        let block_bitmaps = descriptors + (groups * DESCRIPTOR as u64).div_ceil(BLOCK as u64);
-        let inode_bitmaps = block_bitmaps + groups;
-        let inode_tables = inode_bitmaps + groups;
+        let inode_bitmaps = descriptors + (groups * DESCRIPTOR as u64).div_ceil(BLOCK as u64);
+        let block_bitmaps = inode_bitmaps + groups;
+        let inode_tables = block_bitmaps + groups;
         let metadata = inode_tables + groups * TABLE_BLOCKS;
         // A sixteenth for metadata; each region overflows into the other, so this is no limit. The
         // data region starts on a 1 MiB boundary.
         let data = (metadata + blocks / 16).next_multiple_of(256);
         let places = |group| GroupPlaces {
             block_bitmap: block_bitmaps + group,
-            inode_bitmap: inode_bitmaps + group,
+            inode_bitmap: inode_bitmaps + (groups - 1 - group),
             inode_table: inode_tables + group * TABLE_BLOCKS,
         };
         Ok(Layout {
@@ -118,7 +127,7 @@ impl Layout {
             group_inodes: GROUP_INODES,
             inode_size: INODE,
             descriptor_size: DESCRIPTOR,
-            descriptors: (descriptors..block_bitmaps).collect(),
+            descriptors: (descriptors..inode_bitmaps).collect(),
             groups: (0..groups).map(places).collect(),
             metadata,
             data,
