@@ -639,10 +639,7 @@ fn a_read_that_waits_is_seen_explained_and_ended_by_its_deadline() {
     assert!(counts("turbobd_device_read_bytes_total") >= f64::from(5 << 20));
     assert_eq!(counts("turbobd_device_oldest_wait_seconds"), 0.0);
     assert!(counts("turbobd_device_wait_seconds_count") >= 1.0);
-    assert_eq!(
-        counts("turbobd_device_fetched_bytes_total"),
-        registry.traffic(&target).1 as f64
-    );
+    assert_eq!(counts("turbobd_device_fetched_bytes_total"), registry.traffic(&target).1 as f64);
     assert!(sample(&page, "turbobd_inflate_out_bytes_total", &[]).unwrap() >= f64::from(5 << 20));
     assert!(sample(&page, "turbobd_cache_misses_total", &[]).unwrap() >= 1.0);
     assert_eq!(sample(&page, "OverlayBD_Alive", &["node="]), Some(1.0));
