@@ -19,6 +19,7 @@ mod live;
 mod ls;
 mod opener;
 mod registry;
+mod stdout;
 mod table;
 mod trace;
 
