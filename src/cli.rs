@@ -20,6 +20,7 @@ mod ls;
 mod opener;
 mod registry;
 mod snapshots;
+mod stdout;
 mod table;
 mod trace;
 

@@ -45,8 +45,11 @@
 //! * [`config`]   the service configuration: overlaybd's keys and ours
 //! * [`cli`]      one file a command
 
-// Tests may unwrap and panic; what input can reach may not.
-#![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+// Tests may unwrap and panic; what input can reach may not. `println!` panics when nobody reads: see `cli/stdout.rs`.
+#![cfg_attr(
+    not(test),
+    warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)
+)]
 #![warn(unreachable_pub)]
 
 pub mod cache;

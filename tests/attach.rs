@@ -212,6 +212,32 @@ fn a_mounted_image_is_the_exported_one() {
 }
 
 #[test]
+fn a_device_is_made_and_served_though_nobody_reads_its_name() {
+    let (host, images) = (Host::new(), Images::converted());
+    let name = images.name("turbo");
+    let unread = |args: &[&str]| {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let child = host.turbobd(args).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(0), "turbobd {args:?}: {stderr}");
+        assert!(!stderr.contains("panicked"), "turbobd {args:?}: {stderr}");
+    };
+    let mnt = host.mnt();
+    let mnt = mnt.to_str().unwrap();
+    unread(&["attach", &name, "--frontend", "loop", "--mount", mnt]);
+    let device = host.list()[0]["device"].as_str().unwrap().to_owned();
+    host.note(&device);
+    for args in [&["ls"][..], &["ls", "--metrics"], &["explain", mnt], &["explain", mnt, "big"]] {
+        unread(args);
+    }
+    assert_eq!(fs::read(host.mnt().join("etc/first")).unwrap(), b"second\n");
+    unread(&["detach", &device]);
+    host.assert_clean(1);
+}
+
+#[test]
 fn ls_tells_image_device_mount_point_state_and_traffic() {
     let (host, images) = (Host::new(), Images::converted());
     assert_eq!(host.list(), Vec::<Value>::new());

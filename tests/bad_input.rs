@@ -677,7 +677,7 @@ fn a_stalled_answer_is_asked_for_again() {
 }
 
 #[test]
-#[ignore = "takes a minute and a half: the deadline of a read"]
+#[ignore = "takes a minute: the deadline of a read"]
 fn a_stalled_answer_for_ever_fails_in_bounded_time() {
     let served = served();
     let target = served.0.layer("latest", 0);

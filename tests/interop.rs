@@ -1,18 +1,31 @@
-//! Disks that upstream's own tools built read as upstream reads them, byte for byte.
+//! Disks that upstream's own tools built read as upstream reads them, byte for byte, and mount as the same tree.
 //!
 //! `tests/interop/cases.json` lists them with a digest of their content. One case needs a layer that
 //! is not stored here (upstream's base layer `ext4_64`): it runs when `TURBOBD_INTEROP_EXTRA` names a
 //! folder that has it.
+//!
+//! The tree that a disk must show is that of its raw file, which the kernel mounts without any of our devices,
+//! once the file has the digest that upstream's reading gave.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod block;
+mod host;
+mod image;
+mod listing;
+
 use std::env;
-use std::fs;
+use std::fs::{self, File};
 use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use flate2::read::MultiGzDecoder;
+use host::Mounted;
+use rustix::fs::SeekFrom;
+use sha2::{Digest as _, Sha256};
 use turbobd::cache::Cache;
 use turbobd::chunk::{ChunkSource, PlainChunks};
 use turbobd::disk::config::{self, TargetOpener};
@@ -83,17 +96,13 @@ fn digest_of(disk: &Disk) -> (String, u64) {
     (digest.hex(), size)
 }
 
-#[test]
-fn every_disk_of_upstream_reads_as_upstream_reads_it() {
+/// Runs a test of each case that has its files, says which have not, and sees to it that most have.
+fn with_each_case(test: impl Fn(&str, &serde_json::Value)) {
     let mut ran = 0;
     for (name, case) in &cases() {
-        match open(case, 64 << 20) {
-            Ok(disk) => {
-                let expected = (
-                    case["content_sha256"].as_str().unwrap().to_owned(),
-                    case["vsize"].as_u64().unwrap(),
-                );
-                assert_eq!(digest_of(&disk), expected, "{name}");
+        match config_of(case) {
+            Ok(_) => {
+                test(name, case);
                 ran += 1;
             }
             Err(file) => {
@@ -102,6 +111,127 @@ fn every_disk_of_upstream_reads_as_upstream_reads_it() {
         }
     }
     assert!(ran >= 4, "only {ran} cases ran");
+}
+
+/// What upstream's reading of a case gave: the digest of the content, and the size.
+fn expected_of(case: &serde_json::Value) -> (String, u64) {
+    (case["content_sha256"].as_str().unwrap().to_owned(), case["vsize"].as_u64().unwrap())
+}
+
+#[test]
+fn every_disk_of_upstream_reads_as_upstream_reads_it() {
+    with_each_case(|name, case| {
+        assert_eq!(digest_of(&open(case, 64 << 20).unwrap()), expected_of(case), "{name}");
+    });
+}
+
+/// The digest and the size of a raw disk, by the rule of `cases.json` and none of our code: each block of 4 KiB
+/// that is not zero, behind its place.
+fn digest_of_file(path: &Path) -> (String, u64) {
+    let file = File::open(path).unwrap();
+    let (mut hasher, mut block) = (Sha256::new(), [0; 4096]);
+    let mut at = 0;
+    // It fails where only a hole is left.
+    while let Ok(data) = rustix::fs::seek(&file, SeekFrom::Data(at)) {
+        at = rustix::fs::seek(&file, SeekFrom::Hole(data)).unwrap();
+        for offset in (data..at).step_by(block.len()) {
+            file.read_exact_at(&mut block, offset).unwrap();
+            if block.iter().any(|&byte| byte != 0) {
+                hasher.update(offset.to_le_bytes());
+                hasher.update(block);
+            }
+        }
+    }
+    let digest = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    (digest, file.metadata().unwrap().len())
+}
+
+/// A daemon of our own and the place at which its device is mounted, removed when dropped.
+struct Attached {
+    dir: tempfile::TempDir,
+}
+
+impl Attached {
+    /// Attaches and mounts as a user does it.
+    fn new(config: &Path, frontend: &str) -> Self {
+        let attached = Self { dir: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap() };
+        fs::create_dir(attached.place()).unwrap();
+        let line = host::run(
+            attached
+                .turbobd(&["attach", "--frontend", frontend, "--config"])
+                .arg(config)
+                .arg("--mount")
+                .arg(attached.place()),
+        );
+        let device = if frontend == "ublk" { "/dev/ublkb" } else { "/dev/loop" };
+        assert!(line.starts_with(device), "{line}");
+        attached
+    }
+
+    fn place(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    fn turbobd(&self, args: &[&str]) -> Command {
+        let mut command = image::turbobd();
+        command.args(args).env("TURBOBD_RUN_DIR", self.dir.path().join("run"));
+        command
+    }
+
+    fn detach(&self) {
+        host::run(self.turbobd(&["detach"]).arg(self.place()));
+        assert_eq!(host::run(&mut self.turbobd(&["ls", "--json"])), "[]");
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        // After a failure the device may still be mounted.
+        let _ = Command::new("umount").arg("-q").arg(self.place()).stderr(Stdio::null()).status();
+        let _ = self.turbobd(&["daemon", "--stop"]).stderr(Stdio::null()).status();
+    }
+}
+
+/// Attaches and mounts each case by this front end, and compares all that is there with what its raw file shows.
+fn every_disk_mounts(frontend: &str) {
+    host::need_root();
+    let _alone = block::alone();
+    with_each_case(|name, case| {
+        // Where holes are holes: in a guest, the working directory is a filesystem of the host's.
+        let work = tempfile::tempdir().unwrap();
+        let (config, raw) = (work.path().join("config.v1.json"), work.path().join("raw"));
+        fs::write(&config, config_of(case).unwrap().to_string()).unwrap();
+        host::run(image::turbobd().args(["export", "--config"]).arg(&config).arg("-o").arg(&raw));
+        assert_eq!(digest_of_file(&raw), expected_of(case), "{name}");
+
+        let attached = Attached::new(&config, frontend);
+        let exported = Mounted::ext4(&raw);
+        let (ours, theirs) = (listing::list(&attached.place()), listing::list(exported.path()));
+        let found = listing::differences(&ours, &theirs, &|_| false, &|_, _| false);
+        assert!(found.is_empty(), "{name} over {frontend}:\n{}", found.join("\n"));
+        assert!(ours.len() > 500, "{name}: only {} names", ours.len());
+        attached.detach();
+        println!("{name} over {frontend}: {} names agree", ours.len());
+    });
+}
+
+#[test]
+fn over_loop_every_disk_of_upstream_mounts_as_the_tree_of_its_raw_file() {
+    every_disk_mounts("loop");
+}
+
+#[test]
+fn over_ublk_every_disk_of_upstream_mounts_as_the_tree_of_its_raw_file() {
+    if block::ublk_here() {
+        every_disk_mounts("ublk");
+    } else {
+        println!("SKIPPED here: every_disk_of_upstream_mounts_in_a_guest_with_ublk does it");
+    }
+}
+
+#[test]
+fn every_disk_of_upstream_mounts_in_a_guest_with_ublk() {
+    block::in_a_guest_with_ublk(&["over_ublk_"], 1);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::ValueEnum;
 
 use super::daemon::HostImages;
-use super::{Failure, Outcome, Service, opener};
+use super::{Failure, Outcome, Service, opener, stdout};
 use crate::daemon::{AttachRequest, Client, Frontend, Table, mounts, protocol, signals::Signals};
 
 /// Key of a request's options beside those of the image: the folder of the writable layer.
@@ -87,11 +87,16 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
         eprintln!("turbobd: attach: {note}");
     }
     tracing::info!("attached after {:.1?}", start.elapsed());
-    match &device.mountpoint {
-        Some(dir) => println!("{} {}", device.device.display(), dir.display()),
-        None => println!("{}", device.device.display()),
-    }
+    announce(&device.device, device.mountpoint.as_deref())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tells the device, and where it is mounted.
+fn announce(device: &Path, mountpoint: Option<&Path>) -> Result<(), Failure> {
+    match mountpoint {
+        Some(dir) => stdout::line(format_args!("{} {}", device.display(), dir.display())),
+        None => stdout::line(device.display()),
+    }
 }
 
 /// What the client starts when no daemon runs. One that runs keeps the configuration it has.
@@ -117,19 +122,19 @@ fn serve_here(args: &Args, request: &AttachRequest, service: &Service, start: In
     if let Some(note) = note {
         eprintln!("turbobd: attach: {note}");
     }
-    match &args.mount {
-        Some(dir) => {
-            // On failure the table goes, and the device with it.
-            mounts::mount_image(&device.device, dir).map_err(Failure::because)?;
-            println!("{} {}", device.device.display(), dir.display());
-        }
-        None => println!("{}", device.device.display()),
+    if let Some(dir) = &args.mount {
+        // On failure the table goes, and the device with it.
+        mounts::mount_image(&device.device, dir).map_err(Failure::because)?;
     }
     tracing::info!("attached after {:.1?}", start.elapsed());
-    signals.wait();
+    // A device that nobody can be told of is taken back as one that is not wanted any more.
+    let told = announce(&device.device, args.mount.as_deref());
+    if told.is_ok() {
+        signals.wait();
+    }
     for place in mounts::mounted_from(&device.device).map_err(Failure::because)?.iter().rev() {
         mounts::unmount_dir(place).map_err(Failure::because)?;
     }
     table.detach(device.id).map_err(Failure::because)?;
-    Ok(ExitCode::SUCCESS)
+    told.map(|()| ExitCode::SUCCESS)
 }

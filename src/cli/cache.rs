@@ -71,7 +71,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
             ]
         };
         let head = ["KIND", "BYTES", "CAPACITY", "BLOBS", "CHUNKS", "DIRECTORY"];
-        table::print(&head, &rows.iter().map(row).collect::<Vec<_>>());
+        table::print(&head, &rows.iter().map(row).collect::<Vec<_>>())?;
     }
     if damaged > 0 {
         return Err(Failure::Failed(format!("{damaged} chunks were damaged and are forgotten")));

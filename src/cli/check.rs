@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use sha2::{Digest as _, Sha256};
 
 use super::registry::Clients;
-use super::{Failure, Outcome, Service, export, opener, table};
+use super::{Failure, Outcome, Service, export, opener, stdout, table};
 use crate::cache::Cache;
 use crate::chunk::ChunkSource;
 use crate::oci::{Descriptor, Digest};
@@ -32,23 +32,23 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let clients = Clients::new(service.load()?);
     let cache = Cache::new(clients.service().turbobd.memory_cache, 1);
     let opened = args.image.open(&clients, cache)?;
-    println!("meta image: ok ({} layers)", opened.disk.layer_count());
+    stdout::line(format_args!("meta image: ok ({} layers)", opened.disk.layer_count()))?;
     if !args.data {
         return Ok(ExitCode::SUCCESS);
     }
     for (number, source) in opened.disk.chunk_sources().into_iter().enumerate() {
         let Some(source) = source else { continue };
         load_every_chunk(&source)?;
-        println!(
+        stdout::line(format_args!(
             "layer {number}: {} in {} chunks: ok",
             table::size(source.decoded_len()),
             source.chunk_count()
-        );
+        ))?;
     }
     if let Some(targets) = &opened.targets {
         for target in opened.layers.iter().filter_map(|layer| layer.target.as_ref()) {
             verify_blob(&**targets, &target.digest, target.size)?;
-            println!("{}: ok", target.digest);
+            stdout::line(format_args!("{}: ok", target.digest))?;
         }
     }
     Ok(ExitCode::SUCCESS)

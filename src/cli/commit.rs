@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::{Failure, Outcome, Service, convert, registry};
+use super::{Failure, Outcome, Service, convert, registry, stdout};
 use crate::convert::chain::CHAINS;
 use crate::convert::native::{NativeBlob, commit_layer};
 use crate::disk::image::host_manifest;
@@ -96,9 +96,9 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     match (&args.repository, &args.input_tag, &args.tag) {
         (Some(repository), Some(base), Some(tag)) => {
             let client = args.registry.client(&*service.load()?)?;
-            println!("{}", publish(repository, base, tag, &message, &blob, &client)?);
+            stdout::line(publish(repository, base, tag, &message, &blob, &client)?)?;
         }
-        _ => println!("{}", blob.digest()),
+        _ => stdout::line(blob.digest())?,
     }
     Ok(ExitCode::SUCCESS)
 }

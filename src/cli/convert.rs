@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::bars::Bars;
-use super::{Failure, Outcome, Service, registry, table};
+use super::{Failure, Outcome, Service, registry, stdout, table};
 use crate::convert::{ConvertOptions, KnownLayers, LocalLayers, Tags, convert};
 use crate::oci::{Digest, ImageName, RepositoryName};
 use crate::registry::Client;
@@ -268,9 +268,9 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
         table::print_json(&done)?;
     } else {
         report(&done);
-        println!("{}", done.digest);
+        stdout::line(done.digest)?;
         if let Some(native) = done.native.filter(|native| *native != done.digest) {
-            println!("{native}");
+            stdout::line(native)?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::{Outcome, table};
+use super::{Outcome, stdout, table};
 use crate::doctor;
 
 #[derive(Debug, clap::Args)]
@@ -18,7 +18,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     if args.json {
         table::print_json(&report)?;
     } else {
-        print!("{report}");
+        stdout::lines(&report)?;
     }
     Ok(ExitCode::from(report.exit_status()))
 }

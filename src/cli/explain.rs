@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{Failure, Outcome, ls, table};
+use super::{Failure, Outcome, ls, stdout, table};
 use crate::daemon::protocol::{
     self, BlobRecord, Explanation, FailureRecord, RetryRecord, WaitingRecord,
 };
@@ -80,7 +80,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         return table::print_json(&Told { parts, explanation }).map(|()| ExitCode::SUCCESS);
     }
     if args.path.is_some() || args.offset.is_some() {
-        print_parts(&parts, &explanation.blobs);
+        print_parts(&parts, &explanation.blobs)?;
         if parts.is_empty() {
             eprintln!("turbobd: explain: it has no blocks: its content, if any, is in its inode");
         }
@@ -94,9 +94,9 @@ pub(super) fn run(args: &Args) -> Outcome {
         };
         explanation.blobs.retain(about);
     } else {
-        print_device(&explanation);
+        print_device(&explanation)?;
     }
-    print_blobs(&explanation.blobs);
+    print_blobs(&explanation.blobs)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -141,7 +141,7 @@ fn file_offset(of_file: &[FileRange], byte: u64) -> Option<u64> {
     Some(part.2 + (byte - part.0))
 }
 
-fn print_parts(parts: &[Part], blobs: &[BlobRecord]) {
+fn print_parts(parts: &[Part], blobs: &[BlobRecord]) -> Result<(), Failure> {
     let head = [
         "FILE",
         "DISK",
@@ -180,7 +180,7 @@ fn print_parts(parts: &[Part], blobs: &[BlobRecord]) {
             text(host),
         ]
     };
-    table::print(&head, &parts.iter().map(row).collect::<Vec<_>>());
+    table::print(&head, &parts.iter().map(row).collect::<Vec<_>>())
 }
 
 fn what(what: What) -> &'static str {
@@ -200,25 +200,27 @@ fn held(held: Held) -> &'static str {
     }
 }
 
-fn print_device(told: &Explanation) {
+fn print_device(told: &Explanation) -> Result<(), Failure> {
     let device = &told.device;
-    println!("{}: {}, {}", device.device.display(), device.image, ls::state(device));
-    println!(
+    let state = ls::state(device);
+    stdout::line(format_args!("{}: {}, {state}", device.device.display(), device.image))?;
+    stdout::line(format_args!(
         "read {}, fetched {}, cached {}; {} retries, {} errors",
         table::size(device.bytes_read),
         table::size(device.bytes_fetched),
         table::size(device.bytes_cached),
         device.retries,
         device.errors
-    );
+    ))?;
     match told.device.waiting {
-        0 => println!("no read waits"),
-        1 => println!("1 read waits:"),
-        many => println!("{many} reads wait:"),
+        0 => stdout::line("no read waits")?,
+        1 => stdout::line("1 read waits:")?,
+        many => stdout::line(format_args!("{many} reads wait:"))?,
     }
     for read in &told.waiting {
-        println!("  {}", waiting(read));
+        stdout::line(format_args!("  {}", waiting(read)))?;
     }
+    Ok(())
 }
 
 fn waiting(read: &WaitingRecord) -> String {
@@ -242,30 +244,31 @@ fn waiting(read: &WaitingRecord) -> String {
     text
 }
 
-fn print_blobs(blobs: &[BlobRecord]) {
+fn print_blobs(blobs: &[BlobRecord]) -> Result<(), Failure> {
     for blob in blobs {
-        println!("{}", blob.source);
-        println!(
+        stdout::line(&blob.source)?;
+        stdout::line(format_args!(
             "  from {}: {} in {} requests, {} of them repeated; {} in memory",
             blob.host.as_deref().unwrap_or("a local file"),
             table::size(blob.fetched),
             blob.requests,
             blob.retries,
             table::size(blob.cached)
-        );
+        ))?;
         for RetryRecord { start, end, waits, tries, error, next } in &blob.trying_again {
-            println!(
+            stdout::line(format_args!(
                 "  trying again: bytes {start}..{end}, for {}, {tries} failed tries, next in {}: {error}",
                 table::duration(*waits),
                 table::duration(*next)
-            );
+            ))?;
         }
         for FailureRecord { at, chunk, again, reason } in &blob.failures {
             let ago = table::duration(now().saturating_sub(*at));
             let then = if *again { ", fetched again" } else { "" };
-            println!("  {ago} ago, segment {chunk}{then}: {reason}");
+            stdout::line(format_args!("  {ago} ago, segment {chunk}{then}: {reason}"))?;
         }
     }
+    Ok(())
 }
 
 /// Milliseconds since 1970.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use super::registry::Clients;
-use super::{Failure, Outcome, Service, opener};
+use super::{Failure, Outcome, Service, opener, stdout};
 use crate::cache::Cache;
 use crate::disk::{Disk, digest};
 
@@ -34,7 +34,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     if args.digest {
         let (digest, size) =
             digest::content_digest(&opened.disk, opened.disk.mapped()).map_err(Failure::because)?;
-        println!("content_sha256={} vsize={size}", digest.hex());
+        stdout::line(format_args!("content_sha256={} vsize={size}", digest.hex()))?;
     }
     tracing::info!("read in {:.2?}", start.elapsed());
     Ok(ExitCode::SUCCESS)

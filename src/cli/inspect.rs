@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use super::registry::Clients;
-use super::{Failure, Outcome, Service, opener, table};
+use super::{Failure, Outcome, Service, opener, stdout, table};
 use crate::cache::Cache;
 use crate::disk::image::LayerInfo;
 use crate::volume::Volume as _;
@@ -37,8 +37,8 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
         }))?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("digest  {digest}");
-    println!("vsize   {}", table::size(opened.disk.size()));
+    stdout::line(format_args!("digest  {digest}"))?;
+    stdout::line(format_args!("vsize   {}", table::size(opened.disk.size())))?;
     let head = [
         "#",
         "kind",
@@ -58,7 +58,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     ];
     let rows: Vec<_> =
         opened.layers.iter().enumerate().map(|(number, layer)| row(number, layer)).collect();
-    table::print(&head, &rows);
+    table::print(&head, &rows)?;
     Ok(ExitCode::SUCCESS)
 }
 

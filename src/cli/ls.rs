@@ -1,9 +1,8 @@
 //! `turbobd ls`: the devices of this host.
 
-use std::io::{ErrorKind, Write as _};
 use std::process::ExitCode;
 
-use super::{Failure, Outcome, table};
+use super::{Failure, Outcome, stdout, table};
 use crate::daemon::protocol::{self, State};
 use crate::daemon::{Client, DeviceRecord};
 
@@ -25,11 +24,8 @@ pub(super) fn run(args: &Args) -> Outcome {
             return Err(Failure::Failed("no daemon runs on this host: nothing is counted".into()));
         };
         let page = client.metrics().map_err(Failure::because)?;
-        return match std::io::stdout().write_all(page.as_bytes()) {
-            // Who reads has seen enough: `turbobd ls --metrics | head`.
-            Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Failure::because(error)),
-            _ => Ok(ExitCode::SUCCESS),
-        };
+        stdout::lines(page)?;
+        return Ok(ExitCode::SUCCESS);
     }
     let devices = match client {
         Some(mut client) => client.list().map_err(Failure::because)?,
@@ -49,7 +45,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             "RETRIES",
             "ERRORS",
         ];
-        table::print(&head, &devices.iter().map(row).collect::<Vec<_>>());
+        table::print(&head, &devices.iter().map(row).collect::<Vec<_>>())?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -2,33 +2,33 @@
 
 use serde::Serialize;
 
-use super::Failure;
+use super::{Failure, stdout};
 
 /// Prints `rows` under `head`, columns aligned; the last column is not padded.
-pub(super) fn print(head: &[&str], rows: &[Vec<String>]) {
+pub(super) fn print(head: &[&str], rows: &[Vec<String>]) -> Result<(), Failure> {
     let mut widths: Vec<usize> = head.iter().map(|cell| cell.chars().count()).collect();
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
-    let line = |cells: &mut dyn Iterator<Item = &str>| {
-        let mut text = String::new();
-        for (cell, width) in cells.zip(&widths) {
-            text.push_str(&format!("{cell:<width$}  "));
-        }
-        println!("{}", text.trim_end());
+    let mut text = String::new();
+    let mut line = |cells: &mut dyn Iterator<Item = &str>| {
+        let padded: String =
+            cells.zip(&widths).map(|(cell, width)| format!("{cell:<width$}  ")).collect();
+        text.push_str(padded.trim_end());
+        text.push('\n');
     };
     line(&mut head.iter().copied());
     for row in rows {
         line(&mut row.iter().map(String::as_str));
     }
+    stdout::lines(text)
 }
 
 /// Prints `value` as JSON.
 pub(super) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    println!("{}", serde_json::to_string_pretty(value).map_err(Failure::because)?);
-    Ok(())
+    stdout::line(serde_json::to_string_pretty(value).map_err(Failure::because)?)
 }
 
 /// A size for people: three significant digits and a binary unit.

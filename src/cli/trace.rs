@@ -10,7 +10,7 @@ use clap::{Subcommand, ValueEnum};
 
 use super::daemon::HostImages;
 use super::registry::Clients;
-use super::{Failure, Outcome, Service, opener, table};
+use super::{Failure, Outcome, Service, opener, stdout, table};
 use crate::cache::Cache;
 use crate::daemon::{AttachRequest, Client, Frontend, Table, find, mounts, protocol};
 use crate::disk::Disk;
@@ -180,7 +180,7 @@ fn wait(
     if args.command.is_empty() {
         let seconds = args.seconds.unwrap_or(SECONDS);
         if let Some(place) = announce {
-            println!("{place}");
+            stdout::line(place)?;
         }
         eprintln!("turbobd: trace: recording for {seconds} s");
         let until = Instant::now() + Duration::from_secs(seconds);
@@ -229,8 +229,7 @@ fn show_upstream(reads: &[upstream::Record], json: bool) -> Result<(), Failure> 
     let row = |read: &upstream::Record| {
         vec![read.layer.to_string(), read.offset.to_string(), read.count.to_string()]
     };
-    table::print(&["LAYER", "OFFSET", "COUNT"], &reads.iter().map(row).collect::<Vec<_>>());
-    Ok(())
+    table::print(&["LAYER", "OFFSET", "COUNT"], &reads.iter().map(row).collect::<Vec<_>>())
 }
 
 fn show_ours(trace: &Trace, file: &Path, json: bool) -> Result<(), Failure> {
@@ -256,6 +255,5 @@ fn show_ours(trace: &Trace, file: &Path, json: bool) -> Result<(), Failure> {
         ]
     };
     let rows: Vec<_> = trace.touches.iter().map(row).collect();
-    table::print(&["SECONDS", "BLOB", "START", "BYTES", "WEIGHT"], &rows);
-    Ok(())
+    table::print(&["SECONDS", "BLOB", "START", "BYTES", "WEIGHT"], &rows)
 }

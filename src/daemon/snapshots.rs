@@ -60,7 +60,7 @@ fn parameter(query: &str, name: &str) -> Option<String> {
     let decode = |text: &str| percent_decode_str(text).decode_utf8().ok().map(String::from);
     let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
     let values = pairs.filter(|(key, _)| decode(key).as_deref() == Some(name));
-    values.filter_map(|(_, value)| decode(value)).filter(|value| !value.is_empty()).last()
+    values.filter_map(|(_, value)| decode(value)).rfind(|value| !value.is_empty())
 }
 
 #[cfg(test)]
@@ -70,7 +70,10 @@ mod tests {
     #[test]
     fn a_request_is_answered_as_upstream_answers_it() {
         let take = |device: &str, config: &Path| match device {
-            "here" => Ok(assert_eq!(config, Path::new("/a b/c.json"))),
+            "here" => {
+                assert_eq!(config, Path::new("/a b/c.json"));
+                Ok(())
+            }
             "broken" => Err(DaemonError::Ending),
             _ => Err(DaemonError::NotFound(device.to_owned())),
         };

@@ -9,8 +9,8 @@ use std::sync::{Arc, LazyLock};
 use proptest::prelude::*;
 
 use super::disk::{Disk, tar_bytes, written};
+use super::fixture::{MIB, TarOffsets, attributes, with_xattrs};
 use super::random::{Step, apply, step};
-use super::{MIB, TarOffsets, attributes, with_xattrs};
 use crate::ext4::{Kind, LayerBlocks, NodeId, Run, Tree, read};
 use crate::units::Sectors;
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};

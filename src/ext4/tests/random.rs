@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::disk::Disk;
-use super::{MIB, TarOffsets, attributes, with_xattrs};
+use super::fixture::{MIB, TarOffsets, attributes, with_xattrs};
 use crate::ext4::{Kind, NodeId, Tree};
 
 #[derive(Clone, Debug)]

@@ -1,0 +1,71 @@
+//! Who reads what a command prints may stop at any time: `turbobd inspect … | head -1`.
+//!
+//! The command does not panic and does not complain, and its status is what it is when all is read. What else
+//! stands in the way of its output is a failure in one sentence.
+
+mod image;
+
+use std::fs::File;
+use std::process::{Command, Stdio};
+
+use image::{Ended, Images, end, turbobd};
+
+/// Runs a command of whose output nobody reads a byte.
+fn unread(command: &mut Command) -> Ended {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+    let output = output.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    Ended { code: output.status.code(), stdout: String::new(), stderr }
+}
+
+#[test]
+fn a_reader_who_stops_reading_is_no_failure_of_any_command() {
+    let images = Images::converted();
+    let run_dir = tempfile::tempdir().unwrap();
+    let (turbo, place) = (images.name("turbo"), images.place());
+    let commands: [&[&str]; 15] = [
+        &["--help"],
+        &["--version"],
+        &["attach", "--help"],
+        &["inspect", &turbo],
+        &["inspect", &turbo, "--json"],
+        &["export", &turbo, "--digest"],
+        &["check", &turbo],
+        &["check", &turbo, "--data"],
+        &["convert", "-r", &place, "-i", "latest", "--turboOCI", "again", "--vsize", "1"],
+        &["convert", "-r", &place, "-i", "latest", "--turboOCI", "again", "--vsize", "1", "--json"],
+        &["ls"],
+        &["ls", "--json"],
+        &["doctor"],
+        &["doctor", "--json"],
+        &["cache"],
+    ];
+    for args in commands {
+        let run = || {
+            let mut command = turbobd();
+            command.args(args).env("TURBOBD_RUN_DIR", run_dir.path());
+            command
+        };
+        let (unread, read) = (unread(&mut run()), end(&mut run()));
+        assert!(!read.stdout.is_empty(), "turbobd {args:?} prints nothing");
+        assert_eq!(unread.code, read.code, "turbobd {args:?}: {}", unread.stderr);
+        for word in ["panicked", "pipe", "stdout"] {
+            assert!(!unread.stderr.contains(word), "turbobd {args:?}: {}", unread.stderr);
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_behind_stdout_is_a_failure_in_one_sentence() {
+    let images = Images::converted();
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    for args in [&["inspect"][..], &["inspect", "--json"], &["export", "--digest"], &["check"]] {
+        let output =
+            turbobd().args(args).arg(images.name("turbo")).stdout(full()).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let ended = Ended { code: output.status.code(), stdout: String::new(), stderr };
+        image::is_refusal(&ended, args, &["Cannot write to stdout", "No space left"]);
+    }
+}
