@@ -563,6 +563,7 @@ mod daemon {
             name: format!("raw {}", request.image),
             view,
             recorders: None,
+            snapshots: None,
         })
     }
 
@@ -623,7 +624,7 @@ mod daemon {
 
         fn request(&self, image: &str) -> AttachRequest {
             let options = serde_json::json!({ "file": self.dir.path().join("image") });
-            AttachRequest { image: image.into(), frontend: Frontend::Auto, options }
+            AttachRequest { image: image.into(), frontend: Frontend::Auto, dev_id: None, options }
         }
 
         fn left(&self) -> Vec<String> {
