@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use block::{alone, ublk_here};
 use image::{Images, OCI_GZIP, done, gzip, noise, refused, tar_of, turbobd};
 use listing::{differences, list};
+use turbobd::lsmt::{WritableFiles, WritableLayer};
 
 /// A device that is served by a process of its own.
 struct Device {
