@@ -788,8 +788,8 @@ fn a_device_config_with_a_fault_is_told_by_file_and_key() {
     case(with("targetFile", json!("1-layer")), &["1-layer", "belongs to another layer"]);
     case(with("file", json!("0-gzip.meta")), &["0-gzip.meta"]);
     case(
-        json!({"lowers": [lower_of(0)], "upper": {"index": "a", "data": "b"}}),
-        &["upper", "no writable layers"],
+        json!({"lowers": [lower_of(0)], "upper": {"index": "a", "data": "absent"}}),
+        &["Cannot open the writable layer", "absent"],
     );
     fs::write(&file, "{\"lowers\": ").unwrap();
     refused(&args, &[&name, "not JSON"]);
