@@ -19,7 +19,7 @@ use std::process::Command;
 use block::{alone, ublk_here};
 use host::run;
 use image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of, turbobd};
-use listing::{differences, list};
+use listing::same_trees;
 use serde_json::{Value, json};
 use turbobd::lsmt::layer::Record;
 use turbobd::lsmt::{Identity, Uuid, WritableFiles, WritableLayer};
@@ -144,11 +144,6 @@ impl Drop for Disks {
 fn copy(from: &Path, to: &Path) {
     fs::create_dir(to).unwrap();
     run(Command::new("cp").arg("-a").arg(from.join(".")).arg(to));
-}
-
-fn same_trees(one: &Path, other: &Path) {
-    let found = differences(&list(one), &list(other), &|_| false, &|_, _| false);
-    assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
 fn is_written_and_read_again(frontend: &str) {

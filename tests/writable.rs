@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use block::{alone, ublk_here};
 use image::{Images, OCI_GZIP, done, gzip, noise, refused, tar_of, turbobd};
-use listing::{differences, list};
+use listing::same_trees;
 use turbobd::lsmt::{WritableFiles, WritableLayer};
 
 /// A device that is served by a process of its own.
@@ -122,12 +122,6 @@ fn build(root: &Path) {
     fs::hard_link(root.join("kept"), root.join("srv/kept")).unwrap();
     std::os::unix::fs::symlink("large", root.join("srv/link")).unwrap();
     fs::rename(root.join("srv/deep/150"), root.join("srv/moved")).unwrap();
-}
-
-fn same_trees(one: &Path, other: &Path) {
-    let (ours, theirs) = (list(one), list(other));
-    let found = differences(&ours, &theirs, &|_| false, &|_, _| false);
-    assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
 fn is_there_again_and_becomes_an_image(frontend: &str) {

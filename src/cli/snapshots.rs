@@ -18,7 +18,7 @@ pub(super) struct ConfigSnapshots {
 impl Snapshots for ConfigSnapshots {
     fn take(&self, config: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
         let next = config::read(config)?;
-        let files = config::upper_files(config)?.ok_or_else(|| {
+        let files = next.upper_files(config)?.ok_or_else(|| {
             format!("{} names no new writable layer: upper.data and upper.index", config.display())
         })?;
         if config.parent() != self.config.parent()

@@ -173,16 +173,18 @@ pub fn read(path: &Path) -> Result<Config, DiskError> {
     Config::parse(&text, &file)
 }
 
-/// The files of the writable layer that the configuration at `path` names.
-///
-/// # Errors
-/// [`DiskError`].
-pub fn upper_files(path: &Path) -> Result<Option<WritableFiles>, DiskError> {
-    upper::files(&read(path)?.upper, folder_of(path)).map_err(|rule| DiskError::Config {
-        file: path.display().to_string(),
-        key: "upper".to_owned(),
-        rule: rule.to_owned(),
-    })
+impl Config {
+    /// The files of the writable layer that this configuration, which is at `path`, names.
+    ///
+    /// # Errors
+    /// [`DiskError::Config`].
+    pub fn upper_files(&self, path: &Path) -> Result<Option<WritableFiles>, DiskError> {
+        upper::files(&self.upper, folder_of(path)).map_err(|rule| DiskError::Config {
+            file: path.display().to_string(),
+            key: "upper".to_owned(),
+            rule: rule.to_owned(),
+        })
+    }
 }
 
 fn folder_of(path: &Path) -> &Path {
@@ -210,7 +212,7 @@ pub fn open_all(
         return Err(invalid("accelerationLayer", "it excludes recordTracePath"));
     }
     let folder = folder_of(path);
-    let upper = upper::files(&config.upper, folder).map_err(|rule| invalid("upper", rule))?;
+    let upper = config.upper_files(path)?;
     let trace_file = trace_file(&mut config, folder);
     if config.lowers.is_empty() && upper.is_none() {
         return Err(invalid("lowers", "an image has at least one layer"));

@@ -86,12 +86,6 @@ impl UpperVolume {
         Ok(Self { lower, size, cold, layer, files, completing: RwLock::default() })
     }
 
-    /// The files of its layer.
-    #[must_use]
-    pub fn files(&self) -> &WritableFiles {
-        &self.files
-    }
-
     /// Where bytes of the disk below are: it may be shorter.
     fn locate_below(
         &self,
@@ -303,19 +297,11 @@ mod tests {
 
     #[test]
     fn small_writes_to_a_sparse_layer_hide_nothing_of_what_is_around_them() {
-        use crate::lsmt::layer::{Record, Uuid};
+        use crate::lsmt::writable::sparse;
         let dir = tempfile::tempdir().unwrap();
         let files = WritableFiles::in_dir(dir.path());
-        let header = Record {
-            flags: 0x13,
-            index_offset: 0,
-            index_size: 0,
-            virtual_size: 2 * SIZE as u64,
-            uuid: Uuid::NULL,
-            parent: Uuid::NULL,
-            user_tag: Vec::new(),
-        };
-        std::fs::write(&files.data, header.encode()).unwrap();
+        let empty = sparse::empty_file(Bytes(2 * SIZE as u64));
+        std::fs::write(&files.data, empty).unwrap();
         let lower = || Arc::new(MemoryVolume::new(below()));
         let volume = UpperVolume::open_files(files.clone(), lower()).unwrap();
         // Larger than what is below it: the rest is zeros.

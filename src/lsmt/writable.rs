@@ -215,7 +215,12 @@ impl Named {
         self.file.metadata().map(|meta| meta.len()).map_err(self.error("look at"))
     }
 
-    /// Reads from sector `at` of the file on, if the page cache has all of it.
+    /// Reads from sector `at` of the file on; may wait for the disk.
+    fn read(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
+        self.file.read_exact_at(buf, at.0 * SECTOR).map_err(self.error("read"))
+    }
+
+    /// The same, if the page cache has all of it.
     fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
         let len = buf.len();
         let mut buffers = [io::IoSliceMut::new(buf)];
@@ -557,7 +562,7 @@ impl WritableLayer {
     /// # Errors
     /// [`WritableError::Io`].
     pub fn read_data(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
-        self.data.file.read_exact_at(buf, at.0 * SECTOR).map_err(self.data.error("read"))
+        self.data.read(at, buf)
     }
 
     /// Writes what the layer holds now as a committed layer (spec lsmt 8.1): without what was overwritten,

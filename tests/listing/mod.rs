@@ -104,6 +104,13 @@ fn xattrs(path: &Path) -> BTreeMap<String, String> {
     found
 }
 
+/// Two trees that are alike in all that is listed.
+#[track_caller]
+pub fn same_trees(ours: &Path, theirs: &Path) {
+    let found = differences(&list(ours), &list(theirs), &|_| false, &|_, _| false);
+    assert!(found.is_empty(), "{}:\n{}", ours.display(), found.join("\n"));
+}
+
 /// Differences of two listings, empty when they agree. `skip` names paths that are not compared, and
 /// `loose_mtime` says for which names of the first listing any time will do.
 pub fn differences(

@@ -4,7 +4,6 @@
 //! flush, which may take as long as the disk wants. Flushes take turns: whoever has waited for one
 //! finds its records gone with it, most often, and need not do its own.
 
-use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::place::Place;
@@ -89,7 +88,7 @@ impl SharedLayer {
     /// # Errors
     /// [`WritableError::Io`].
     pub fn read_data(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
-        self.data.file.read_exact_at(buf, at.0 * SECTOR).map_err(self.data.error("read"))
+        self.data.read(at, buf)
     }
 
     /// The same, if the page cache has all of it. `false`: it has not, or the filesystem cannot tell; `buf`

@@ -45,6 +45,22 @@ pub fn is_sparse_file(path: &Path) -> Result<bool, WritableError> {
     Named::open_to_read(path)?.header().map(|header| is_sparse(&header))
 }
 
+/// The data file of an empty sparse layer, as upstream's `overlaybd-create -s` begins one.
+#[cfg(test)]
+pub(crate) fn empty_file(virtual_size: Bytes) -> Vec<u8> {
+    use crate::lsmt::Uuid;
+    let record = Record {
+        flags: 0x13, // as the spec has it, not as we name it
+        index_offset: 0,
+        index_size: 0,
+        virtual_size: virtual_size.get(),
+        uuid: Uuid::NULL,
+        parent: Uuid::NULL,
+        user_tag: Vec::new(),
+    };
+    record.encode()
+}
+
 /// What a file of `end` sectors has of its disk, as its file system says.
 pub(super) fn written(data: &Named, end: u64) -> Result<Extents, WritableError> {
     let mut extents = Extents::default();
@@ -159,7 +175,7 @@ impl SparseLayer {
     /// # Errors
     /// [`WritableError::Io`].
     pub fn read_data(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
-        self.data.file.read_exact_at(buf, at.0 * SECTOR).map_err(self.data.error("read"))
+        self.data.read(at, buf)
     }
 
     /// As [`SharedLayer::read_cached`](super::SharedLayer::read_cached).

@@ -67,16 +67,7 @@ fn read_viewed(files: &WritableFiles) -> Vec<u8> {
 
 /// As upstream makes one: a header, and a hole behind it.
 fn sparse_layer(dir: &Path, size: u64) -> SparseLayer {
-    let header = Record {
-        flags: 0x13,
-        index_offset: 0,
-        index_size: 0,
-        virtual_size: 0,
-        uuid: Uuid::NULL,
-        parent: Uuid::NULL,
-        user_tag: Vec::new(),
-    };
-    fs::write(dir.join(DATA_NAME), header.encode()).unwrap();
+    fs::write(dir.join(DATA_NAME), sparse::empty_file(Bytes::ZERO)).unwrap();
     fs::write(dir.join(INDEX_NAME), b"").unwrap();
     SparseLayer::open(&dir.join(DATA_NAME), Bytes(size)).unwrap()
 }
