@@ -212,6 +212,20 @@ fn a_window_that_is_too_large_a_dictionary_and_what_is_no_frame_are_refused_by_n
     );
 }
 
+/// libzstd's two decoders disagree about this one, so the scan would take what a reader refuses.
+#[test]
+fn an_empty_compressed_block_is_refused_by_name() {
+    let header = [0x28, 0xb5, 0x2f, 0xfd, 0, 0x58];
+    let block = |kind: u8, size: u8| [size << 3 | kind << 1, 0, 0];
+    let last_raw = [1, 0, 0];
+    let empty = [&header[..], &block(2, 0), &last_raw].concat();
+    let refused = scan(&empty, 4).unwrap_err().to_string();
+    assert!(refused.contains("a compressed block is empty"), "{refused}");
+    // Where the content is stored it may be empty.
+    let stored = [&header[..], &block(0, 0), &block(0, 2), b"hi", &last_raw].concat();
+    assert_eq!(scan(&stored, 4).unwrap().1, b"hi");
+}
+
 #[test]
 fn a_wrong_byte_never_comes_out() {
     let long = frame(&plain(4, (LONG.0 as usize) + 100_000));

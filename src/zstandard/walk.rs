@@ -275,6 +275,8 @@ impl Walker {
             let (last, size) = (header & 1 != 0, header >> 3);
             let left = match header >> 1 & 3 {
                 1 => 1, // one byte, repeated
+                // libzstd reads over it when streaming, and refuses it when it has the frame as a whole.
+                2 if size == 0 => return Err(self.damaged("a compressed block is empty")),
                 3 => return Err(self.damaged("a block is of the reserved kind")),
                 _ => size,
             };
