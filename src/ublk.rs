@@ -80,7 +80,7 @@ pub use device::{QueueDriver, UblkDevice, UblkOptions};
 use thiserror::Error;
 
 /// Stops many devices, several at a time: for most of the time that a device takes to stop, the kernel
-/// waits (for readers of freed memory), and it can wait for several at once.
+/// waits (for readers of freed memory), and it can wait for several at once, if nobody holds its lock.
 ///
 /// # Errors
 /// The first refusal; the other devices are stopped all the same.

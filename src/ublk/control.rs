@@ -89,11 +89,14 @@ impl Control {
         self.ask("stop the device", sys::UBLK_U_CMD_STOP_DEV, id, 0, &mut [])
     }
 
-    /// Deletes a device. Where the kernel can (6.6+), somebody who still has the block node open is not
-    /// waited for.
-    pub(super) fn delete(&mut self, id: u32) -> Result<(), UblkError> {
-        let deleted = self.command(sys::UBLK_U_CMD_DEL_DEV_ASYNC, id, 0, &mut []);
-        let deleted = deleted.or_else(|_| self.command(sys::UBLK_U_CMD_DEL_DEV, id, 0, &mut []));
+    /// Deletes a device, then lets go of `held`, its open node. Where the kernel can (6.6+), somebody who still
+    /// has a node open is not waited for; elsewhere `held` must go first.
+    pub(super) fn delete<T>(&mut self, id: u32, held: T) -> Result<(), UblkError> {
+        let mut deleted = self.command(sys::UBLK_U_CMD_DEL_DEV_ASYNC, id, 0, &mut []);
+        drop(held);
+        if deleted.is_err() {
+            deleted = self.command(sys::UBLK_U_CMD_DEL_DEV, id, 0, &mut []);
+        }
         match deleted {
             Err(error) if error.raw_os_error() != Some(libc::ENODEV) => {
                 Err(UblkError::Control { what: "delete the device", source: error })

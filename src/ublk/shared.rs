@@ -2,8 +2,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -23,6 +23,8 @@ pub(super) struct SharedThreads {
     id: u32,
     mux: Arc<Mux>,
     gone: Receiver<()>,
+    /// Held beyond the deletion, see [`SharedThreads::end`]; none before the queues are served.
+    node: OnceLock<Arc<File>>,
 }
 
 impl SharedThreads {
@@ -40,7 +42,7 @@ impl SharedThreads {
         };
         control.add(&mut info)?;
         let (gone_sender, gone) = unbounded();
-        let device = Self { id: info.dev_id, mux: Mux::shared(), gone };
+        let device = Self { id: info.dev_id, mux: Mux::shared(), gone, node: OnceLock::new() };
         let served = device.serve(&mut control, &info, backing, gone_sender);
         match served {
             Ok(()) => Ok(device),
@@ -62,6 +64,7 @@ impl SharedThreads {
         features::check(info.flags)?;
         control.set_params(self.id, &backing.params())?;
         let node = Arc::new(open_node(self.id)?);
+        let _ = self.node.set(node.clone());
         let (armed, arming) = channel();
         let queue = |number, cpus| NewQueue {
             number,
@@ -99,13 +102,18 @@ impl SharedThreads {
     }
 
     /// Also for a device that never started: STOP takes the armed tags back.
+    ///
+    /// A deletion holds a lock of the whole driver, and whoever lets go of a device last frees its tags, for
+    /// which the kernel waits some 80 ms (`blk_mq_free_tag_set` has an SRCU barrier since 6.18). So the character
+    /// node is closed behind the deletion: many devices then wait at the same time, and outside of the lock.
     fn end(self, control: &mut Control) -> Result<(), UblkError> {
-        let stopped = control.stop(self.id);
+        let Self { id, gone, node, .. } = self;
+        let stopped = control.stop(id);
         if stopped.is_ok() {
-            // The deletion would wait for whoever has the character node open or mapped.
-            wait_until_gone(&self.gone);
+            // What is mapped or armed is not ours to let go of before the queues have.
+            wait_until_gone(&gone);
         }
-        let deleted = control.delete(self.id);
+        let deleted = control.delete(id, node);
         stopped.and(deleted)
     }
 }
