@@ -21,7 +21,7 @@ use turbobd::cache::Cache;
 use turbobd::chunk::{ChunkSource, EncodedChunk};
 use turbobd::disk::Disk;
 use turbobd::disk::image::{host_manifest, open_image};
-use turbobd::disk::scan::{scan, steps};
+use turbobd::disk::scan::{self, scan, steps};
 use turbobd::gzip::{self, GZIP_META_NAME, IndexedLayer, SIDECAR_NAME};
 use turbobd::lsmt::Place;
 use turbobd::registry::{Client, ClientOptions};
@@ -33,7 +33,6 @@ const ROUNDS: usize = 5;
 /// A near registry.
 const DELAY: Duration = Duration::from_millis(20);
 const GIGABIT: f64 = 1e9 / 8.0;
-const BUDGET: u64 = 96 << 20;
 
 fn seconds(work: impl FnOnce()) -> f64 {
     let start = Instant::now();
@@ -177,7 +176,7 @@ fn whole_disk(layer: &Path, image: &str, rate: f64) {
     let (mut ratios, mut of_gzip) = (vec![], vec![]);
     for _ in 0..ROUNDS {
         let gzip = gzip_dc(layer).as_secs_f64();
-        let disk = open(image, Cache::new(BUDGET, cores));
+        let disk = open(image, Cache::new(scan::MEMORY, cores));
         let tar = disk.chunk_sources()[0].as_ref().unwrap().decoded_len() as f64;
         let read = discard(&disk);
         ratios.push(read / (tar / (cores as f64 * rate)));
@@ -196,7 +195,7 @@ fn over_the_line(layout: &Path) {
     let mut ratios = vec![];
     let (mut requests, mut chunks) = (0, 0);
     for _ in 0..3 {
-        let cache = Cache::new(BUDGET, 2);
+        let cache = Cache::new(scan::MEMORY_FAR, 2);
         let disk = open(&image, cache.clone());
         let blob = disk.chunk_sources()[0].as_ref().unwrap().blob().len();
         let read = discard(&disk);
@@ -213,7 +212,7 @@ fn over_the_line(layout: &Path) {
     let (mut most, mut segments) = (0, 0);
     let mut page = [0; 4096];
     for number in 0..20 {
-        let disk = open(&image, Cache::new(BUDGET, 2));
+        let disk = open(&image, Cache::new(scan::MEMORY_FAR, 2));
         let files: Vec<_> = disk
             .stack()
             .extents()
@@ -242,7 +241,7 @@ fn main() {
     let image = format!("oci:{}:turbo", layout.display());
     let gzip = std::fs::read(&layer).unwrap();
     println!("a layer of {} MB", gzip.len() / 1_000_000);
-    let rate = decoding(&layout, &open(&image, Cache::new(BUDGET, 2)), &gzip);
+    let rate = decoding(&layout, &open(&image, Cache::new(scan::MEMORY_FAR, 2)), &gzip);
     drop(gzip);
     whole_disk(&layer, &image, rate);
     over_the_line(&layout);

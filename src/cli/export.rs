@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::registry::Clients;
 use super::{Failure, Outcome, Service, opener, stdout};
 use crate::cache::Cache;
-use crate::disk::{Disk, digest};
+use crate::disk::{Disk, digest, scan};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -24,7 +24,9 @@ pub(super) struct Args {
 /// Exports.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let clients = Clients::new(service.load()?);
-    let cache = Cache::new(clients.service().turbobd.memory_cache, loader_threads());
+    let used = if args.image.is_local() { scan::MEMORY } else { scan::MEMORY_FAR };
+    let budget = clients.service().turbobd.memory_cache.min(used);
+    let cache = Cache::new(budget, loader_threads());
     let start = Instant::now();
     let opened = args.image.open(&clients, cache)?;
     tracing::info!("opened in {:.2?}", start.elapsed());

@@ -72,6 +72,12 @@ impl Args {
         }
     }
 
+    /// Whether all of it is in a layout on this host. A device config may name layers of registries.
+    pub(super) fn is_local(&self) -> bool {
+        let name = self.image.as_ref().and_then(|image| image.parse().ok());
+        matches!(name, Some(ImageName::Layout(_)))
+    }
+
     /// The same with absolute paths, for a daemon whose working directory is another.
     pub(super) fn absolute(&self) -> Result<Self, Failure> {
         let mut args = self.clone();
