@@ -20,6 +20,7 @@ mod ls;
 mod opener;
 mod registry;
 mod snapshots;
+mod stderr;
 mod stdout;
 mod table;
 mod trace;
@@ -145,7 +146,7 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(failure) => {
-            eprintln!("turbobd: {name}: {}", sentence(&failure));
+            stderr::line(format_args!("turbobd: {name}: {}", sentence(&failure)));
             ExitCode::from(if matches!(failure, Failure::Usage(_)) { 2 } else { 1 })
         }
     }
@@ -168,6 +169,8 @@ fn log_to_stderr(verbose: u8, serves: bool) {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        // It would tell of a log that nobody reads by a macro that panics then.
+        .log_internal_errors(false)
         .try_init();
 }
 

@@ -45,10 +45,17 @@
 //! * [`config`]   the service configuration: overlaybd's keys and ours
 //! * [`cli`]      one file a command
 
-// Tests may unwrap and panic; what input can reach may not. `println!` panics when nobody reads: see `cli/stdout.rs`.
+// Tests may unwrap and panic; what input can reach may not. `println!` and `eprintln!` panic when nobody reads: see
+// `cli/stdout.rs` and `cli/stderr.rs`.
 #![cfg_attr(
     not(test),
-    warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)
+    warn(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::print_stdout,
+        clippy::print_stderr
+    )
 )]
 #![warn(unreachable_pub)]
 

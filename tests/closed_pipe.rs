@@ -58,6 +58,32 @@ fn a_reader_who_stops_reading_is_no_failure_of_any_command() {
 }
 
 #[test]
+fn a_log_and_remarks_that_nobody_reads_change_nothing_of_what_is_done() {
+    let images = Images::converted();
+    let (turbo, place) = (images.name("turbo"), images.place());
+    let missing = format!("{turbo}-missing");
+    let commands: [&[&str]; 3] = [
+        &["convert", "-r", &place, "-i", "latest", "--turboOCI", "again", "--vsize", "1"],
+        &["export", &turbo, "--digest"],
+        &["check", &missing],
+    ];
+    for args in commands {
+        let run = || {
+            let mut command = turbobd();
+            command.args(args).env("RUST_LOG", "trace").stdout(Stdio::piped());
+            command
+        };
+        let read = end(&mut run());
+        assert!(!read.stderr.is_empty(), "turbobd {args:?} says nothing");
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let unread = run().stderr(writer).spawn().unwrap().wait_with_output().unwrap();
+        assert_eq!(unread.status.code(), read.code, "turbobd {args:?}");
+        assert_eq!(String::from_utf8(unread.stdout).unwrap(), read.stdout, "turbobd {args:?}");
+    }
+}
+
+#[test]
 fn a_full_disk_behind_stdout_is_a_failure_in_one_sentence() {
     let images = Images::converted();
     let full = || File::options().write(true).open("/dev/full").unwrap();

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::ValueEnum;
 
 use super::daemon::HostImages;
-use super::{Failure, Outcome, Service, opener, stdout};
+use super::{Failure, Outcome, Service, opener, stderr, stdout};
 use crate::daemon::{AttachRequest, Client, Frontend, Table, mounts, protocol, signals::Signals};
 
 /// Key of a request's options beside those of the image: the folder of the writable layer.
@@ -84,7 +84,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     }
     .map_err(Failure::because)?;
     if let Some(note) = note {
-        eprintln!("turbobd: attach: {note}");
+        stderr::line(format_args!("turbobd: attach: {note}"));
     }
     tracing::info!("attached after {:.1?}", start.elapsed());
     announce(&device.device, device.mountpoint.as_deref())?;
@@ -120,7 +120,7 @@ fn serve_here(args: &Args, request: &AttachRequest, service: &Service, start: In
     let table = Table::new(run_dir, images, policy);
     let (device, note) = table.attach(request).map_err(Failure::because)?;
     if let Some(note) = note {
-        eprintln!("turbobd: attach: {note}");
+        stderr::line(format_args!("turbobd: attach: {note}"));
     }
     if let Some(dir) = &args.mount {
         // On failure the table goes, and the device with it.

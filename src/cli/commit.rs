@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::{Failure, Outcome, Service, convert, registry, stdout};
+use super::{Failure, Outcome, Service, convert, registry, stderr, stdout};
 use crate::convert::chain::CHAINS;
 use crate::convert::native::{NativeBlob, commit_layer};
 use crate::disk::image::host_manifest;
@@ -73,10 +73,10 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let mut layer =
         WritableLayer::open(&WritableFiles::in_dir(&args.upper)).map_err(Failure::because)?;
     if layer.cut() > 0 {
-        eprintln!(
+        stderr::line(format_args!(
             "turbobd: commit: {} bytes at the end of the index were not flushed and are left out",
             layer.cut()
-        );
+        ));
     }
     let (uuid, parent) = layer.uuids();
     let identity = Identity {

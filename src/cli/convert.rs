@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::bars::Bars;
-use super::{Failure, Outcome, Service, registry, stdout, table};
+use super::{Failure, Outcome, Service, registry, stderr, stdout, table};
 use crate::convert::{ConvertOptions, KnownLayers, LocalLayers, Tags, convert};
 use crate::oci::{Digest, ImageName, RepositoryName};
 use crate::registry::Client;
@@ -282,11 +282,11 @@ fn report(done: &crate::convert::Conversion) {
         for layer in &image.layers {
             let sizes = &layer.sizes;
             if layer.reused {
-                eprintln!(
+                stderr::line(format_args!(
                     "{} {}: converted before, used again",
                     image.platform,
                     table::short(&layer.source)
-                );
+                ));
                 continue;
             }
             let mut made = Vec::new();
@@ -297,15 +297,15 @@ fn report(done: &crate::convert::Conversion) {
             if let Some(native) = &layer.native {
                 made.push(format!("native {}", table::size(native.size)));
             }
-            eprintln!(
+            stderr::line(format_args!(
                 "{} {}: {} -> {}, tar {}, {} ms",
                 image.platform,
                 table::short(&layer.source),
                 table::size(sizes.blob),
                 made.join(", "),
                 table::size(sizes.tar),
-                layer.millis,
-            );
+                layer.millis
+            ));
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{Failure, Outcome, ls, stdout, table};
+use super::{Failure, Outcome, ls, stderr, stdout, table};
 use crate::daemon::protocol::{
     self, BlobRecord, Explanation, FailureRecord, RetryRecord, WaitingRecord,
 };
@@ -82,10 +82,14 @@ pub(super) fn run(args: &Args) -> Outcome {
     if args.path.is_some() || args.offset.is_some() {
         print_parts(&parts, &explanation.blobs)?;
         if parts.is_empty() {
-            eprintln!("turbobd: explain: it has no blocks: its content, if any, is in its inode");
+            stderr::line(format_args!(
+                "turbobd: explain: it has no blocks: its content, if any, is in its inode"
+            ));
         }
         if cut {
-            eprintln!("turbobd: explain: only the first {MOST_PLACES} parts are shown");
+            stderr::line(format_args!(
+                "turbobd: explain: only the first {MOST_PLACES} parts are shown"
+            ));
         }
         let about = |blob: &BlobRecord| {
             parts

@@ -10,7 +10,7 @@ use clap::{Subcommand, ValueEnum};
 
 use super::daemon::HostImages;
 use super::registry::Clients;
-use super::{Failure, Outcome, Service, opener, stdout, table};
+use super::{Failure, Outcome, Service, opener, stderr, stdout, table};
 use crate::cache::Cache;
 use crate::daemon::{AttachRequest, Client, Frontend, Table, find, mounts, protocol};
 use crate::disk::Disk;
@@ -93,12 +93,12 @@ fn record(args: &RecordArgs, service: &Service) -> Outcome {
     learn::write(&args.output, &bytes).map_err(|error| {
         Failure::Failed(format!("Cannot write {}: {error}", args.output.display()))
     })?;
-    eprintln!(
+    stderr::line(format_args!(
         "turbobd: trace: {} pieces, {}, in {}",
         trace.touches.len(),
         table::size(trace.bytes()),
         args.output.display()
-    );
+    ));
     match status {
         Some(status) if !status.success() => {
             Err(Failure::Failed(format!("The command ended with {status}; its trace is kept")))
@@ -182,7 +182,7 @@ fn wait(
         if let Some(place) = announce {
             stdout::line(place)?;
         }
-        eprintln!("turbobd: trace: recording for {seconds} s");
+        stderr::line(format_args!("turbobd: trace: recording for {seconds} s"));
         let until = Instant::now() + Duration::from_secs(seconds);
         std::thread::sleep(until.saturating_duration_since(Instant::now()));
         return Ok(None);
@@ -236,14 +236,14 @@ fn show_ours(trace: &Trace, file: &Path, json: bool) -> Result<(), Failure> {
     if json {
         return table::print_json(trace);
     }
-    eprintln!(
+    stderr::line(format_args!(
         "{}: {} pieces of {} blobs, {}, from {} starts",
         file.display(),
         trace.touches.len(),
         trace.blobs.len(),
         table::size(trace.bytes()),
         trace.starts
-    );
+    ));
     let row = |touch: &crate::trace::Touch| {
         let blob = trace.blobs.get(touch.blob as usize).map(ToString::to_string);
         vec![

@@ -167,6 +167,9 @@ proptest! {
         prop_assert!(read_viewed(&files(dir.path())) == model);
         layer.seal().unwrap();
         prop_assert!(read_committed(&fs::read(dir.path().join(DATA_NAME)).unwrap()) == model);
+        // A layer that was sealed is none to look at as one that can be written.
+        let refused = view(&files(dir.path())).err().unwrap().to_string();
+        prop_assert!(refused.contains("sealed: name it as the last of the lowers"), "{refused}");
         layer.unseal().unwrap();
         prop_assert!(read_viewed(&files(dir.path())) == model);
     }

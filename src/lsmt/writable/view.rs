@@ -23,6 +23,7 @@ pub fn view(files: &WritableFiles) -> Result<Layer, WritableError> {
     let header = data.header()?;
     let end = data.len()? / SECTOR;
     let (extents, end) = if is_sparse(&header) {
+        super::seal::check_unsealed(&data)?;
         (sparse::written(&data, end)?, end)
     } else {
         super::check_appended(&data, &header)?;
