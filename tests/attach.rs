@@ -6,6 +6,7 @@ mod host;
 mod image;
 mod listing;
 mod registry_double;
+mod run_dir;
 mod serve;
 
 use std::fs::{self, File};
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 use host::Mounted;
 use image::{Ended, Images, OCI_GZIP, done, end, gzip, noise, prose, tar_of};
 use registry_double::{Double, Fault};
+use run_dir::RunDir;
 use serde_json::Value;
 use serve::serve;
 use turbobd::oci::Digest;
@@ -28,7 +30,7 @@ use turbobd::oci::Digest;
 /// One at a time: where mounts are private, a daemon that starts while another's image is mounted holds that
 /// device until it ends.
 struct Host {
-    dir: tempfile::TempDir,
+    dir: RunDir,
     /// Devices that were made, and the kernel's number of each use of a device.
     devices: Mutex<Vec<(String, String)>>,
     _turn: MutexGuard<'static, ()>,
@@ -46,13 +48,11 @@ impl Host {
     fn new() -> Self {
         host::need_root();
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        fs::create_dir(dir.path().join("mnt")).unwrap();
-        Self { dir, devices: Mutex::default(), _turn: turn }
+        Self { dir: RunDir::new(), devices: Mutex::default(), _turn: turn }
     }
 
     fn mnt(&self) -> PathBuf {
-        self.dir.path().join("mnt")
+        self.dir.mnt()
     }
 
     /// Another mount point.
@@ -63,9 +63,7 @@ impl Host {
     }
 
     fn turbobd(&self, args: &[&str]) -> Command {
-        let mut command = image::turbobd();
-        command.args(args).env("TURBOBD_RUN_DIR", self.dir.path().join("run"));
-        command
+        self.dir.turbobd(args)
     }
 
     #[track_caller]

@@ -12,19 +12,21 @@ mod erofs;
 mod field;
 mod image;
 mod registry_double;
+mod run_dir;
 mod serve;
 #[path = "checker/writer.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod writer;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use image::{
     Images, OCI_GZIP, OCI_TAR, done, end, gzip, is_refusal, noise, refused, tar_of, turbobd,
 };
 use registry_double::{Access, Double};
+use run_dir::RunDir;
 use serde_json::{Value, json};
 use serve::serve;
 use sha2::{Digest as _, Sha256};
@@ -415,23 +417,14 @@ fn credentials_for_a_device_configuration_are_those_of_this_host() {
     assert_eq!(with.stdout.trim_end(), expected, "{}", with.stderr);
 }
 
-/// A `turbobd` whose daemon is in this folder.
-fn in_host(dir: &Path) -> Command {
-    let mut command = turbobd();
-    command.env("TURBOBD_RUN_DIR", dir.join("run"));
-    command
-}
-
 #[test]
 fn the_result_file_says_how_the_device_was_come_by() {
-    let (device, host) = (Device::new(), Device::new());
+    let (device, host) = (Device::new(), RunDir::new());
     let (file, disk) = sample(Way::Committed);
     device.write("layer", &file);
     let attach = |config: &Value| {
         device.config(config);
-        end(in_host(host.0.path())
-            .args(["attach", "--frontend", "loop", "--config"])
-            .arg(device.path()))
+        end(host.turbobd(&["attach", "--frontend", "loop", "--config"]).arg(device.path()))
     };
     let result = || fs::read_to_string(device.0.path().join("init-debug.log")).unwrap();
     let ended = attach(&json!({"lowers": [{"file": "none"}], "resultFile": "init-debug.log"}));
@@ -444,7 +437,7 @@ fn the_result_file_says_how_the_device_was_come_by() {
     assert_eq!(result(), "success");
     let bytes = fs::read(ended.stdout.trim_end()).unwrap();
     assert!(bytes == disk, "the device has other bytes");
-    let detached = end(in_host(host.0.path()).args(["detach", ended.stdout.trim_end()]));
+    let detached = end(&mut host.turbobd(&["detach", ended.stdout.trim_end()]));
     assert_eq!(detached.code, Some(0), "{}", detached.stderr);
 }
 
@@ -577,18 +570,17 @@ fn erofs_is_mounted_in_a_guest() {
 
 /// Mounts an erofs image by way of a loop device, and reads `hello`.
 fn mount_and_compare(name: &str, data: &[u8]) {
-    let host = Device::new();
-    let place = host.0.path().join("mnt");
-    fs::create_dir(&place).unwrap();
+    let host = RunDir::new();
+    let place = host.mnt();
     if !kernel_has_erofs() {
         println!("SKIPPED here: erofs_is_mounted_in_a_guest does it");
         return;
     }
     let attach = ["attach", name, "--frontend", "loop", "--mount", place.to_str().unwrap()];
-    let ended = end(in_host(host.0.path()).args(attach));
+    let ended = end(&mut host.turbobd(&attach));
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let read = fs::read(place.join("hello"));
-    let detached = end(in_host(host.0.path()).args(["detach", place.to_str().unwrap()]));
+    let detached = end(&mut host.turbobd(&["detach", place.to_str().unwrap()]));
     assert_eq!(detached.code, Some(0), "{}", detached.stderr);
     assert!(read.unwrap() == data, "the file has other bytes");
 }

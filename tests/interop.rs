@@ -13,17 +13,18 @@ mod block;
 mod host;
 mod image;
 mod listing;
+mod run_dir;
 
 use std::env;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use flate2::read::MultiGzDecoder;
 use host::Mounted;
+use run_dir::RunDir;
 use rustix::fs::SeekFrom;
 use sha2::{Digest as _, Sha256};
 use turbobd::cache::Cache;
@@ -146,49 +147,31 @@ fn digest_of_file(path: &Path) -> (String, u64) {
     (digest, file.metadata().unwrap().len())
 }
 
-/// A daemon of our own and the place at which its device is mounted, removed when dropped.
-struct Attached {
-    dir: tempfile::TempDir,
-}
+/// A device that a daemon of our own has mounted.
+struct Attached(RunDir);
 
 impl Attached {
     /// Attaches and mounts as a user does it.
     fn new(config: &Path, frontend: &str) -> Self {
-        let attached = Self { dir: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap() };
-        fs::create_dir(attached.place()).unwrap();
+        let host = RunDir::new();
         let line = host::run(
-            attached
-                .turbobd(&["attach", "--frontend", frontend, "--config"])
+            host.turbobd(&["attach", "--frontend", frontend, "--config"])
                 .arg(config)
                 .arg("--mount")
-                .arg(attached.place()),
+                .arg(host.mnt()),
         );
         let device = if frontend == "ublk" { "/dev/ublkb" } else { "/dev/loop" };
         assert!(line.starts_with(device), "{line}");
-        attached
+        Self(host)
     }
 
     fn place(&self) -> PathBuf {
-        self.dir.path().join("mnt")
-    }
-
-    fn turbobd(&self, args: &[&str]) -> Command {
-        let mut command = image::turbobd();
-        command.args(args).env("TURBOBD_RUN_DIR", self.dir.path().join("run"));
-        command
+        self.0.mnt()
     }
 
     fn detach(&self) {
-        host::run(self.turbobd(&["detach"]).arg(self.place()));
-        assert_eq!(host::run(&mut self.turbobd(&["ls", "--json"])), "[]");
-    }
-}
-
-impl Drop for Attached {
-    fn drop(&mut self) {
-        // After a failure the device may still be mounted.
-        let _ = Command::new("umount").arg("-q").arg(self.place()).stderr(Stdio::null()).status();
-        let _ = self.turbobd(&["daemon", "--stop"]).stderr(Stdio::null()).status();
+        host::run(self.0.turbobd(&["detach"]).arg(self.place()));
+        assert_eq!(host::run(&mut self.0.turbobd(&["ls", "--json"])), "[]");
     }
 }
 

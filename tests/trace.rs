@@ -3,6 +3,7 @@
 mod host;
 mod image;
 mod registry_double;
+mod run_dir;
 mod serve;
 
 use std::fs;
@@ -13,32 +14,30 @@ use std::time::{Duration, Instant};
 
 use image::{Ended, Images, OCI_GZIP, OCI_TAR, end, gzip, prose, tar_of};
 use registry_double::Double;
+use run_dir::RunDir;
 use serde_json::{Value, json};
 use serve::serve;
 use turbobd::oci::Digest;
 use turbobd::trace::{Trace, upstream};
 
 /// A run directory, and traces that are learned in a folder of it.
-struct Host {
-    dir: tempfile::TempDir,
-}
+struct Host(RunDir);
 
 impl Host {
     fn new() -> Self {
         host::need_root();
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        fs::create_dir(dir.path().join("mnt")).unwrap();
+        let dir = RunDir::new();
         let config = json!({
             "cacheConfig": {"cacheSizeGB": 0}, "gzipCacheConfig": {"enable": false},
             "download": {"enable": false},
-            "turbobd": {"traces": {"enable": true, "dir": dir.path().join("traces")}},
+            "turbobd": {"traces": {"enable": true, "dir": dir.at("traces")}},
         });
-        fs::write(dir.path().join("service.json"), config.to_string()).unwrap();
-        Self { dir }
+        fs::write(dir.at("service.json"), config.to_string()).unwrap();
+        Self(dir)
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.0.at(name)
     }
 
     fn text(&self, name: &str) -> String {
@@ -46,11 +45,8 @@ impl Host {
     }
 
     fn turbobd(&self, args: &[&str]) -> Command {
-        let mut command = image::turbobd();
-        command
-            .args(args)
-            .env("TURBOBD_RUN_DIR", self.path("run"))
-            .env("TURBOBD_SERVICE_CONFIG", self.path("service.json"));
+        let mut command = self.0.turbobd(args);
+        command.env("TURBOBD_SERVICE_CONFIG", self.path("service.json"));
         command
     }
 
@@ -87,13 +83,6 @@ impl Host {
         let entries = fs::read_dir(self.path("traces")).map(Iterator::collect::<Vec<_>>);
         let paths = entries.unwrap_or_default().into_iter().map(|entry| entry.unwrap().path());
         paths.map(|path| Trace::parse(&fs::read(path).unwrap()).unwrap()).collect()
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.path("mnt")).stderr(Stdio::null()).status();
-        let _ = self.turbobd(&["daemon", "--stop"]).stderr(Stdio::null()).status();
     }
 }
 

@@ -9,6 +9,7 @@ mod block;
 mod host;
 mod image;
 mod listing;
+mod run_dir;
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -18,8 +19,9 @@ use std::process::Command;
 
 use block::{alone, ublk_here};
 use host::run;
-use image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of, turbobd};
+use image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of};
 use listing::same_trees;
+use run_dir::RunDir;
 use serde_json::{Value, json};
 use turbobd::lsmt::layer::Record;
 use turbobd::lsmt::{Identity, Uuid, WritableFiles, WritableLayer};
@@ -36,7 +38,7 @@ enum Kind {
 
 /// A native image unpacked into layer files, and device configs over them.
 struct Disks {
-    work: tempfile::TempDir,
+    work: RunDir,
     images: Images,
 }
 
@@ -53,12 +55,11 @@ impl Disks {
         images.add("latest", &[(OCI_GZIP, gzip(&tar_of(files)))]);
         let place = images.place();
         done(&["convert", "-r", &place, "-i", "latest", "--vsize", "1", "--overlaybd", "obd"]);
-        fs::create_dir(work.path().join("mnt")).unwrap();
-        Self { work, images }
+        Self { work: RunDir::of(work), images }
     }
 
     fn at(&self, name: &str) -> PathBuf {
-        self.work.path().join(name)
+        self.work.at(name)
     }
 
     /// The image's layers.
@@ -103,23 +104,16 @@ impl Disks {
         path.to_str().unwrap().to_owned()
     }
 
-    fn command(&self) -> Command {
-        let mut command = turbobd();
-        command.env("TURBOBD_RUN_DIR", self.at("run"));
-        command
-    }
-
     /// Attaches and mounts; gives the device.
     fn attach(&self, frontend: &str, config: &str, more: &[&str]) -> String {
-        let mut command = self.command();
-        command.args(["attach", "--frontend", frontend, "--config", config, "--mount"]);
-        let ended = end(command.arg(self.at("mnt")).args(more));
+        let args = ["attach", "--frontend", frontend, "--config", config, "--mount"];
+        let ended = end(self.work.turbobd(&args).arg(self.at("mnt")).args(more));
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
         ended.stdout.split_whitespace().next().unwrap().to_owned()
     }
 
     fn detach(&self, device: &str) {
-        let ended = end(self.command().args(["detach", device]));
+        let ended = end(&mut self.work.turbobd(&["detach", device]));
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     }
 
@@ -131,13 +125,6 @@ impl Disks {
             run(Command::new("e2fsck").arg("-fn").arg(&raw));
         }
         host::Mounted::ext4(&raw)
-    }
-}
-
-impl Drop for Disks {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.at("mnt")).output();
-        let _ = self.command().args(["daemon", "--stop"]).output();
     }
 }
 
@@ -253,8 +240,8 @@ fn continues_on_another(frontend: &str) {
         same_trees(&mnt, &disks.at("second"));
         disks.detach(&device);
         let sealed = disks.config("sealed.json", &disks.lowers(), Some(&one));
-        let ended =
-            end(disks.command().args(["attach", "--frontend", frontend, "--config", &sealed]));
+        let args = ["attach", "--frontend", frontend, "--config", &sealed];
+        let ended = end(&mut disks.work.turbobd(&args));
         assert_eq!(ended.code, Some(1));
         assert!(ended.stderr.contains("it was sealed"), "{}", ended.stderr);
     }
