@@ -25,6 +25,27 @@ pub struct Asked {
     pub bytes: AtomicU64,
 }
 
+/// One bandwidth for all who send.
+pub struct Clock {
+    /// Bytes a second.
+    rate: f64,
+    /// When the line is free again.
+    free: Mutex<Instant>,
+}
+
+impl Clock {
+    pub fn new(rate: f64) -> Self {
+        Self { rate, free: Mutex::new(Instant::now()) }
+    }
+
+    /// When the line will have carried so many bytes, behind what was sent before.
+    pub fn carry(&self, bytes: usize) -> Instant {
+        let mut free = self.free.lock().unwrap();
+        *free = (*free).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / self.rate);
+        *free
+    }
+}
+
 /// The registry. It serves until the process ends.
 pub struct Line {
     /// `127.0.0.1:port`.
@@ -36,10 +57,7 @@ struct Served {
     layout: PathBuf,
     tags: HashMap<String, (String, String)>,
     delay: Duration,
-    /// Bytes a second.
-    rate: f64,
-    /// When the line is free again.
-    free: Mutex<Instant>,
+    clock: Clock,
     asked: Arc<Asked>,
 }
 
@@ -61,8 +79,7 @@ impl Line {
             layout: layout.to_owned(),
             tags,
             delay,
-            rate,
-            free: Mutex::new(Instant::now()),
+            clock: Clock::new(rate),
             asked: asked.clone(),
         });
         std::thread::spawn(move || {
@@ -141,21 +158,11 @@ impl Served {
         while left > 0 {
             let now = piece.len().min(left as usize);
             file.read_exact_at(&mut piece[..now], at).ok()?;
-            self.wait(now);
+            std::thread::sleep(self.clock.carry(now).saturating_duration_since(Instant::now()));
             stream.write_all(&piece[..now]).ok()?;
             at += now as u64;
             left -= now as u64;
         }
         Some(())
-    }
-
-    /// Waits for the line to have carried what was sent before.
-    fn wait(&self, bytes: usize) {
-        let until = {
-            let mut free = self.free.lock().unwrap();
-            *free = (*free).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / self.rate);
-            *free
-        };
-        std::thread::sleep(until.saturating_duration_since(Instant::now()));
     }
 }

@@ -10,11 +10,14 @@ use std::process::{Command, Stdio};
 
 use image::{Ended, Images, end, turbobd};
 
+/// A pipe from which nobody reads.
+fn nobody() -> std::io::PipeWriter {
+    std::io::pipe().unwrap().1
+}
+
 /// Runs a command of whose output nobody reads a byte.
 fn unread(command: &mut Command) -> Ended {
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    let output = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+    let output = command.stdout(nobody()).stderr(Stdio::piped()).spawn().unwrap();
     let output = output.wait_with_output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     Ended { code: output.status.code(), stdout: String::new(), stderr }
@@ -75,9 +78,7 @@ fn a_log_and_remarks_that_nobody_reads_change_nothing_of_what_is_done() {
         };
         let read = end(&mut run());
         assert!(!read.stderr.is_empty(), "turbobd {args:?} says nothing");
-        let (reader, writer) = std::io::pipe().unwrap();
-        drop(reader);
-        let unread = run().stderr(writer).spawn().unwrap().wait_with_output().unwrap();
+        let unread = run().stderr(nobody()).spawn().unwrap().wait_with_output().unwrap();
         assert_eq!(unread.status.code(), read.code, "turbobd {args:?}");
         assert_eq!(String::from_utf8(unread.stdout).unwrap(), read.stdout, "turbobd {args:?}");
     }

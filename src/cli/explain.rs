@@ -82,9 +82,9 @@ pub(super) fn run(args: &Args) -> Outcome {
     if args.path.is_some() || args.offset.is_some() {
         print_parts(&parts, &explanation.blobs)?;
         if parts.is_empty() {
-            stderr::line(format_args!(
-                "turbobd: explain: it has no blocks: its content, if any, is in its inode"
-            ));
+            stderr::line(
+                "turbobd: explain: it has no blocks: its content, if any, is in its inode",
+            );
         }
         if cut {
             stderr::line(format_args!(

@@ -10,6 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libublk::sys;
@@ -89,11 +90,11 @@ impl Control {
         self.ask("stop the device", sys::UBLK_U_CMD_STOP_DEV, id, 0, &mut [])
     }
 
-    /// Deletes a device, then lets go of `held`, its open node. Where the kernel can (6.6+), somebody who still
-    /// has a node open is not waited for; elsewhere `held` must go first.
-    pub(super) fn delete<T>(&mut self, id: u32, held: T) -> Result<(), UblkError> {
+    /// Deletes a device, then closes its character node, if we have it. Where the kernel can (6.6+), somebody who
+    /// still has a node open is not waited for; elsewhere ours must be closed first.
+    pub(super) fn delete(&mut self, id: u32, node: Option<Arc<File>>) -> Result<(), UblkError> {
         let mut deleted = self.command(sys::UBLK_U_CMD_DEL_DEV_ASYNC, id, 0, &mut []);
-        drop(held);
+        drop(node);
         if deleted.is_err() {
             deleted = self.command(sys::UBLK_U_CMD_DEL_DEV, id, 0, &mut []);
         }

@@ -2,8 +2,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -23,8 +23,8 @@ pub(super) struct SharedThreads {
     id: u32,
     mux: Arc<Mux>,
     gone: Receiver<()>,
-    /// Held beyond the deletion, see [`SharedThreads::end`]; none before the queues are served.
-    node: OnceLock<Arc<File>>,
+    /// The character node, held beyond the deletion: see [`SharedThreads::end`].
+    node: Option<Arc<File>>,
 }
 
 impl SharedThreads {
@@ -42,7 +42,7 @@ impl SharedThreads {
         };
         control.add(&mut info)?;
         let (gone_sender, gone) = unbounded();
-        let device = Self { id: info.dev_id, mux: Mux::shared(), gone, node: OnceLock::new() };
+        let mut device = Self { id: info.dev_id, mux: Mux::shared(), gone, node: None };
         let served = device.serve(&mut control, &info, backing, gone_sender);
         match served {
             Ok(()) => Ok(device),
@@ -55,7 +55,7 @@ impl SharedThreads {
     }
 
     fn serve(
-        &self,
+        &mut self,
         control: &mut Control,
         info: &DeviceInfo,
         backing: &Backing,
@@ -64,7 +64,7 @@ impl SharedThreads {
         features::check(info.flags)?;
         control.set_params(self.id, &backing.params())?;
         let node = Arc::new(open_node(self.id)?);
-        let _ = self.node.set(node.clone());
+        self.node = Some(node.clone());
         let (armed, arming) = channel();
         let queue = |number, cpus| NewQueue {
             number,
@@ -103,9 +103,9 @@ impl SharedThreads {
 
     /// Also for a device that never started: STOP takes the armed tags back.
     ///
-    /// A deletion holds a lock of the whole driver, and whoever lets go of a device last frees its tags, for
-    /// which the kernel waits some 80 ms (`blk_mq_free_tag_set` has an SRCU barrier since 6.18). So the character
-    /// node is closed behind the deletion: many devices then wait at the same time, and outside of the lock.
+    /// A deletion holds a lock of the whole driver, and whoever lets go of a device last frees its tags, which
+    /// takes some kernels 80 ms (kernel-notes/ublk.md). So the character node is closed behind the deletion: many
+    /// devices then wait at the same time, and outside of the lock.
     fn end(self, control: &mut Control) -> Result<(), UblkError> {
         let Self { id, gone, node, .. } = self;
         let stopped = control.stop(id);
