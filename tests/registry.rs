@@ -12,7 +12,8 @@ mod tls_front;
 use std::error::Error as _;
 use std::io::{self, Cursor, Read, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -786,6 +787,32 @@ fn read_head(stream: &mut TcpStream) -> io::Result<String> {
         head.push(byte[0]);
     }
     Ok(String::from_utf8(head).unwrap())
+}
+
+/// The program, asked for an image that no registry has, with `file` as this machine's authorities.
+fn ask_for_nothing(image: &str, file: &Path, proxy: Option<&str>) -> String {
+    let mut asked = Command::new(env!("CARGO_BIN_EXE_turbobd"));
+    asked.args(["-v", "inspect", image]).env("SSL_CERT_FILE", file).env_remove("SSL_CERT_DIR");
+    asked.envs(proxy.map(|proxy| ("HTTPS_PROXY", format!("http://{proxy}"))));
+    String::from_utf8(asked.output().unwrap().stderr).unwrap()
+}
+
+#[test]
+fn this_machines_authorities_are_believed_and_read_only_for_tls() {
+    let Some(authority) = tls_front::Authority::make() else { return };
+    let registry = Double::start();
+    let front = tls_front::TlsFront::start(&authority, &registry.host(), false);
+    let tls = |file: &Path| {
+        let (proxy, _) = tunnel_to(front.host());
+        ask_for_nothing("registry.invalid/app:none", file, Some(&proxy))
+    };
+    let said = tls(&authority.certificate());
+    assert!(said.contains("Not found") && !said.contains("authorities"), "{said}");
+    let missing = Path::new("/nowhere/ca.pem");
+    let said = tls(missing);
+    assert!(said.contains("/nowhere/ca.pem") && said.contains("is not trusted"), "{said}");
+    let said = ask_for_nothing(&format!("{}/app:none", registry.host()), missing, None);
+    assert!(said.contains("Not found") && !said.contains("/nowhere/ca.pem"), "{said}");
 }
 
 #[test]

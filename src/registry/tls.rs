@@ -2,15 +2,22 @@
 //!
 //! The cryptography is named explicitly (ring): two providers in one program without a default make
 //! rustls panic at its first handshake.
+//!
+//! The platform's authorities are hundreds of files, which take longer to read than a small image to open, and
+//! a registry in clear text or one behind a proxy that ends TLS needs none: they are read at the first
+//! handshake ([`Believed`]). The user's own are read at once, so that a wrong path is an error of the setting.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+};
 
 use super::error::RegistryError;
 use crate::config::CertificateConfig;
@@ -44,11 +51,12 @@ pub(super) fn configure(
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|error| setup(error.to_string()))?;
-    let builder = if insecure {
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(BelieveAnyone(provider)))
+    let verifier: Arc<dyn ServerCertVerifier> = if insecure {
+        Arc::new(BelieveAnyone(provider))
     } else {
-        builder.with_root_certificates(roots(authorities)?)
+        Arc::new(Believed { own: named(authorities)?, provider, verifier: OnceLock::new() })
     };
+    let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
     let Some(ClientCertificate { certificate, key }) = certificate else {
         return Ok(builder.with_no_client_auth());
     };
@@ -61,10 +69,9 @@ pub(super) fn configure(
     })
 }
 
-/// The platform's authorities and those in `files`: PEM bundles, or directories of `*.crt` and `*.pem`.
-fn roots(files: &[PathBuf]) -> Result<RootCertStore, RegistryError> {
+/// The authorities in `files`: PEM bundles, or directories of `*.crt` and `*.pem`.
+fn named(files: &[PathBuf]) -> Result<RootCertStore, RegistryError> {
     let mut store = RootCertStore::empty();
-    store.add_parsable_certificates(platform_roots().iter().cloned());
     for path in files {
         for file in bundle_files(path)? {
             for authority in certificates(&file)? {
@@ -120,6 +127,69 @@ fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, RegistryErr
         return Err(setup(&"it is empty"));
     }
     Ok(chain)
+}
+
+/// Whoever an authority vouches for: one of the user's, or of the platform's.
+#[derive(Debug)]
+struct Believed {
+    own: RootCertStore,
+    provider: Arc<CryptoProvider>,
+    /// Made at the first handshake; none when there are no authorities at all.
+    verifier: OnceLock<Option<Arc<WebPkiServerVerifier>>>,
+}
+
+impl Believed {
+    fn verifier(&self) -> Result<&WebPkiServerVerifier, rustls::Error> {
+        let verifier = self.verifier.get_or_init(|| {
+            let mut roots = self.own.clone();
+            roots.add_parsable_certificates(platform_roots().iter().cloned());
+            let builder =
+                WebPkiServerVerifier::builder_with_provider(roots.into(), self.provider.clone());
+            builder.build().ok()
+        });
+        verifier.as_deref().ok_or_else(|| CertificateError::UnknownIssuer.into())
+    }
+}
+
+impl ServerCertVerifier for Believed {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.verifier()?.verify_server_cert(
+            end_entity,
+            intermediates,
+            server_name,
+            ocsp_response,
+            now,
+        )
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier()?.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier()?.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// `--insecure`: any certificate will do. Signatures of the handshake are still checked.
