@@ -3,7 +3,7 @@
 //! The cryptography is named explicitly (ring): two providers in one program without a default make
 //! rustls panic at its first handshake.
 //!
-//! The platform's authorities are hundreds of files, which take longer to read than a small image to open, and
+//! The platform's authorities are some 150 files, which take as long to read as a small image to open, and
 //! a registry in clear text or one behind a proxy that ends TLS needs none: they are read at the first
 //! handshake ([`Believed`]). The user's own are read at once, so that a wrong path is an error of the setting.
 
@@ -104,7 +104,7 @@ fn bundle_files(path: &Path) -> Result<Vec<PathBuf>, RegistryError> {
     Ok(files)
 }
 
-/// Read once a process: some platforms have hundreds of files of them.
+/// Read once a process: some platforms have a file for each.
 fn platform_roots() -> &'static [CertificateDer<'static>] {
     static ROOTS: OnceLock<Vec<CertificateDer<'static>>> = OnceLock::new();
     ROOTS.get_or_init(|| {
