@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod host;
 mod registry_double;
 
 #[path = "registry_double/real.rs"]
@@ -13,7 +14,6 @@ use std::error::Error as _;
 use std::io::{self, Cursor, Read, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -791,10 +791,13 @@ fn read_head(stream: &mut TcpStream) -> io::Result<String> {
 
 /// The program, asked for an image that no registry has, with `file` as this machine's authorities.
 fn ask_for_nothing(image: &str, file: &Path, proxy: Option<&str>) -> String {
-    let mut asked = Command::new(env!("CARGO_BIN_EXE_turbobd"));
-    asked.args(["-v", "inspect", image]).env("SSL_CERT_FILE", file).env_remove("SSL_CERT_DIR");
+    let mut asked = host::turbobd();
+    asked.args(["-v", "inspect", image]).env("SSL_CERT_FILE", file);
+    for other in ["SSL_CERT_DIR", "https_proxy", "NO_PROXY", "no_proxy"] {
+        asked.env_remove(other);
+    }
     asked.envs(proxy.map(|proxy| ("HTTPS_PROXY", format!("http://{proxy}"))));
-    String::from_utf8(asked.output().unwrap().stderr).unwrap()
+    String::from_utf8(host::output(&mut asked).stderr).unwrap()
 }
 
 #[test]

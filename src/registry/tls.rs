@@ -3,9 +3,9 @@
 //! The cryptography is named explicitly (ring): two providers in one program without a default make
 //! rustls panic at its first handshake.
 //!
-//! The platform's authorities are some 150 files, which take as long to read as a small image to open, and
-//! a registry in clear text or one behind a proxy that ends TLS needs none: they are read at the first
-//! handshake ([`Believed`]). The user's own are read at once, so that a wrong path is an error of the setting.
+//! The platform's authorities (on Debian some 150 files) take as long to read as a small image to open, and a
+//! registry in clear text needs none: they are read at the first handshake. The user's own are read at once,
+//! so that a wrong path is an error of the setting.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -51,11 +51,12 @@ pub(super) fn configure(
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|error| setup(error.to_string()))?;
-    let verifier: Arc<dyn ServerCertVerifier> = if insecure {
-        Arc::new(BelieveAnyone(provider))
+    let authorities = if insecure {
+        None
     } else {
-        Arc::new(Believed { own: named(authorities)?, provider, verifier: OnceLock::new() })
+        Some(Authorities { own: read_roots(authorities)?, verifier: OnceLock::new() })
     };
+    let verifier = Arc::new(Verifier { provider, authorities });
     let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
     let Some(ClientCertificate { certificate, key }) = certificate else {
         return Ok(builder.with_no_client_auth());
@@ -70,7 +71,7 @@ pub(super) fn configure(
 }
 
 /// The authorities in `files`: PEM bundles, or directories of `*.crt` and `*.pem`.
-fn named(files: &[PathBuf]) -> Result<RootCertStore, RegistryError> {
+fn read_roots(files: &[PathBuf]) -> Result<RootCertStore, RegistryError> {
     let mut store = RootCertStore::empty();
     for path in files {
         for file in bundle_files(path)? {
@@ -129,44 +130,49 @@ fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, RegistryErr
     Ok(chain)
 }
 
-/// Whoever an authority vouches for: one of the user's, or of the platform's.
+/// Who vouches for servers.
 #[derive(Debug)]
-struct Believed {
+struct Authorities {
+    /// The user's.
     own: RootCertStore,
-    provider: Arc<CryptoProvider>,
-    /// Made at the first handshake; none when there are no authorities at all.
+    /// Of those and the platform's, made at the first handshake; none when there are no authorities at all.
     verifier: OnceLock<Option<Arc<WebPkiServerVerifier>>>,
 }
 
-impl Believed {
-    fn verifier(&self) -> Result<&WebPkiServerVerifier, rustls::Error> {
-        let verifier = self.verifier.get_or_init(|| {
+impl Authorities {
+    fn verifier(&self, provider: &Arc<CryptoProvider>) -> Option<&WebPkiServerVerifier> {
+        let make = || {
             let mut roots = self.own.clone();
             roots.add_parsable_certificates(platform_roots().iter().cloned());
-            let builder =
-                WebPkiServerVerifier::builder_with_provider(roots.into(), self.provider.clone());
-            builder.build().ok()
-        });
-        verifier.as_deref().ok_or_else(|| CertificateError::UnknownIssuer.into())
+            WebPkiServerVerifier::builder_with_provider(roots.into(), provider.clone()).build().ok()
+        };
+        self.verifier.get_or_init(make).as_deref()
     }
 }
 
-impl ServerCertVerifier for Believed {
+/// Whom to believe. The signatures of a handshake are checked in any case.
+#[derive(Debug)]
+struct Verifier {
+    provider: Arc<CryptoProvider>,
+    /// None with `--insecure`: any certificate will do.
+    authorities: Option<Authorities>,
+}
+
+impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.verifier()?.verify_server_cert(
-            end_entity,
-            intermediates,
-            server_name,
-            ocsp_response,
-            now,
-        )
+        let Some(authorities) = &self.authorities else {
+            return Ok(ServerCertVerified::assertion());
+        };
+        let verifier =
+            authorities.verifier(&self.provider).ok_or(CertificateError::UnknownIssuer)?;
+        verifier.verify_server_cert(end_entity, intermediates, name, ocsp, now)
     }
 
     fn verify_tls12_signature(
@@ -175,7 +181,7 @@ impl ServerCertVerifier for Believed {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verifier()?.verify_tls12_signature(message, cert, dss)
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -184,49 +190,10 @@ impl ServerCertVerifier for Believed {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verifier()?.verify_tls13_signature(message, cert, dss)
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-/// `--insecure`: any certificate will do. Signatures of the handshake are still checked.
-#[derive(Debug)]
-struct BelieveAnyone(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for BelieveAnyone {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
     }
 }
