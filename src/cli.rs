@@ -155,10 +155,11 @@ pub fn main() -> ExitCode {
 /// `RUST_LOG` wins over `-v`. What was mended by fetching it again is news for who keeps the log of a server;
 /// a command that reads an image tells only what it could not mend, as its one error.
 fn log_to_stderr(verbose: u8, serves: bool) {
-    // fuser warns of each request that a read-only file has no use for.
+    // fuser warns of each request that a read-only file has no use for, and calls it an error when the answer
+    // of a read ahead comes after the last close has ended the connection.
     let level = match verbose {
-        0 if serves => "warn,fuser=error",
-        0 => "warn,turbobd::fetch=error,turbobd::registry=error,fuser=error",
+        0 if serves => "warn,fuser=error,fuser::reply=off",
+        0 => "warn,turbobd::fetch=error,turbobd::registry=error,fuser=error,fuser::reply=off",
         1 => "turbobd=info,warn,fuser=error",
         _ => "turbobd=debug,info",
     };

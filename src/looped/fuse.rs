@@ -12,9 +12,9 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use fuser::{
-    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
-    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
@@ -299,9 +299,12 @@ impl Filesystem for DiskFile {
         }
     }
 
+    /// The disk has nothing to keep per open file, which an answer of `ENOSYS` says: the kernel opens the file
+    /// by itself, keeps its pages (a loop device that reads buffered must find a page cache), and sends no
+    /// RELEASE. That would be under way when the last close ends the connection, and its answer would then
+    /// meet nobody.
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Not FOPEN_DIRECT_IO: a loop device that reads buffered must find a page cache.
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+        reply.error(Errno::ENOSYS);
     }
 
     fn read(
