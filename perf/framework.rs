@@ -19,7 +19,7 @@ use turbobd::disk::image::{host_manifest, open_image};
 use turbobd::fetch::FetchOptions;
 use turbobd::registry::{Client, ClientOptions};
 use turbobd::store;
-use turbobd::trace::{LearnOptions, Traces};
+use turbobd::trace::{Given, LearnOptions, Traces};
 
 const DELAY: Duration = Duration::from_millis(5);
 const GIGABIT: f64 = 1e9 / 8.0;
@@ -37,7 +37,7 @@ fn start(line: &Line, traces: Option<&Arc<Traces>>, program: &str, name: &str) {
     let recorders = disk.recorders().clone();
     let before = asked(line);
     if let Some(traces) = traces {
-        traces.begin(&recorders, &cache, None);
+        traces.begin(&recorders, &cache, Given::Nothing);
     }
     let recording = recorders.begin();
     let disk = Arc::new(Watched { disk, reads: Mutex::default() });

@@ -4,7 +4,7 @@
 //! is looked for, where it costs least to look first:
 //!
 //! 1. the *local store*: an image layout directory of this host, with meta images that were built here,
-//!    each under the tag `sha256-<digest of the plain manifest>`;
+//!    each under the tag `sha256-<digest of the plain manifest>` (the one of OCI's fallback);
 //! 2. the image's own *index*, if it has one: an entry of our artifact type beside the plain manifest;
 //! 3. the repository's *referrers* of the plain manifest (OCI 1.1), or, in a registry that has no such
 //!    list, the index under the fallback tag `sha256-<digest>`;
@@ -29,8 +29,8 @@ use thiserror::Error;
 use crate::convert::image::{ConvertedImage, convert_image};
 use crate::convert::{ConvertError, ConvertOptions, KnownLayers, Progress};
 use crate::oci::annotations::{ARTIFACT_TYPE_TURBO, LayerKind};
-use crate::oci::manifest::media;
 use crate::oci::{Descriptor, Digest, Document, Index, Manifest};
+use crate::store::referrers::{self, fallback_tag};
 use crate::store::{ImageStore, LayoutStore, Selector, StoreError, StoredManifest};
 
 /// What people put behind a tag for its converted form: upstream's documentation and ours.
@@ -155,7 +155,7 @@ impl MetaImages {
             .inspect_err(|error| tracing::warn!(%error, "The local store is passed over"))
             .ok()?;
         let store: Arc<dyn ImageStore> = Arc::new(store);
-        let stored = store.manifest(&Selector::Tag(local_tag(&plain.stored.digest))).ok()?;
+        let stored = store.manifest(&Selector::Tag(fallback_tag(&plain.stored.digest))).ok()?;
         fitting(plain, &store, stored, Found::Local)
     }
 
@@ -183,7 +183,7 @@ impl MetaImages {
             source: io::Error::other("what was built does not fit the image"),
         };
         let built = built.turbo.ok_or_else(unfit)?;
-        put(&**store, Some(&local_tag(&plain.stored.digest)), &built).map_err(keep)?;
+        put(&**store, Some(&fallback_tag(&plain.stored.digest)), &built).map_err(keep)?;
         let stored = StoredManifest {
             media_type: built.media_type.to_owned(),
             digest: Digest::of(&built.manifest),
@@ -216,11 +216,6 @@ impl Drop for Lock {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
     }
-}
-
-/// Tag of a meta image in the local store; the same as OCI's fallback tag for referrers.
-fn local_tag(plain: &Digest) -> String {
-    format!("sha256-{}", plain.hex())
 }
 
 /// A manifest as a meta image of `plain`, if it is one.
@@ -258,15 +253,10 @@ fn in_index(plain: &Plain<'_>) -> Option<MetaImage> {
 }
 
 fn among_referrers(plain: &Plain<'_>) -> Option<MetaImage> {
-    let listed = plain
-        .store
-        .referrers(&plain.stored.digest)
+    let listed = referrers::list(&**plain.store, &plain.stored.digest)
         .inspect_err(|error| tracing::debug!(%error, "The referrers cannot be listed"))
-        .ok()??;
-    match Document::parse(&listed.bytes, Some(&listed.media_type)) {
-        Ok(Document::Index(index)) => among(plain, &index.manifests, Found::Referrer),
-        _ => None,
-    }
+        .ok()?;
+    among(plain, &listed, Found::Referrer)
 }
 
 fn by_tag(plain: &Plain<'_>) -> Option<MetaImage> {
@@ -294,8 +284,7 @@ fn put(
     store.put_manifest(tag, built.media_type, &built.manifest)
 }
 
-/// Pushes what was built here beside the plain image. A registry that does not list it among the referrers
-/// of its subject gets it listed under the fallback tag, as OCI 1.1 asks of clients.
+/// Pushes what was built here beside the plain image, as a referrer of it.
 fn publish(plain: &Plain<'_>, built: &MetaImage) -> Result<(), StoreError> {
     let store = &**plain.store;
     for blob in built.manifest.layers.iter().chain([&built.manifest.config]) {
@@ -304,19 +293,7 @@ fn publish(plain: &Plain<'_>, built: &MetaImage) -> Result<(), StoreError> {
     store.put_manifest(None, &built.stored.media_type, &built.stored.bytes)?;
     let mut entry = Descriptor::of(&built.stored.media_type, &built.stored.bytes);
     entry.artifact_type = Some(ARTIFACT_TYPE_TURBO.to_owned());
-    let listed = store.referrers(&plain.stored.digest)?;
-    let index =
-        listed.and_then(|listed| match Document::parse(&listed.bytes, Some(&listed.media_type)) {
-            Ok(Document::Index(index)) => Some(index),
-            _ => None,
-        });
-    let mut index = index.unwrap_or_else(|| Index::of(Vec::new()));
-    if index.manifests.iter().any(|other| other.digest == entry.digest) {
-        return Ok(());
-    }
-    index.manifests.push(entry);
-    let tag = local_tag(&plain.stored.digest);
-    store.put_manifest(Some(&tag), media::OCI_INDEX, &index.to_bytes())
+    referrers::add(store, &plain.stored.digest, entry, |_| false)
 }
 
 /// The local store's place when nobody names one.

@@ -11,6 +11,7 @@
 
 mod layout;
 mod memory;
+pub mod referrers;
 mod repository;
 
 use std::io::Read;

@@ -12,6 +12,8 @@
 //! starts have left ([`Trace::merge`]): what recurs gains weight, what does not fades and goes. All that
 //! happens without being asked for, for each image that is attached ([`learn`]).
 //!
+//! A host that has learned nothing of an image yet takes the trace that was [published] beside it, if one was.
+//!
 //! At the next attach the trace is [replayed](replay()): its chunks are asked for ahead of demand in its
 //! order, as many as the cache can hold and the rest as these are read; what lies near each other comes by
 //! one request.
@@ -24,12 +26,14 @@
 //! * [`replay`](mod@replay)  from a trace to chunks that are asked for
 //! * `clusters`    what of them comes by one request
 //! * [`learn`]     the traces of this host: kept, merged, replayed
+//! * [`published`] traces that travel with an image
 //! * [`upstream`]  overlaybd's own trace files
 
 mod clusters;
 pub mod format;
 pub mod learn;
 mod merge;
+pub mod published;
 pub mod recorder;
 pub mod replay;
 pub mod upstream;
@@ -38,7 +42,7 @@ use crate::chunk::ChunkSource;
 use crate::oci::Digest;
 
 pub use format::{Touch, Trace, TraceError};
-pub use learn::{LearnOptions, Traces};
+pub use learn::{Given, LearnOptions, Traces};
 pub use recorder::{Recorder, Recorders};
 pub use replay::{Replayed, replay};
 

@@ -2,6 +2,8 @@
 
 mod host;
 mod image;
+#[path = "registry_double/real.rs"]
+mod real;
 mod registry_double;
 mod run_dir;
 mod serve;
@@ -10,6 +12,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use image::{Ended, Images, OCI_GZIP, OCI_TAR, end, gzip, prose, tar_of};
@@ -19,6 +22,13 @@ use serde_json::{Value, json};
 use serve::serve;
 use turbobd::oci::Digest;
 use turbobd::trace::{Trace, upstream};
+
+/// A daemon that starts while another test has something mounted may keep that: where mounts are private, its copy
+/// of them does not learn of their end.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A run directory, and traces that are learned in a folder of it.
 struct Host(RunDir);
@@ -110,6 +120,7 @@ fn wait(what: impl Fn() -> bool) {
 
 #[test]
 fn the_second_start_has_what_the_first_read_before_it_reads_by_another_index_too() {
+    let _alone = alone();
     let host = Host::new();
     let images = files(&[("fine", "128"), ("coarse", "512")]);
     let registry = Double::start();
@@ -146,6 +157,7 @@ fn the_second_start_has_what_the_first_read_before_it_reads_by_another_index_too
 
 #[test]
 fn a_command_in_an_image_a_device_and_what_was_recorded() {
+    let _alone = alone();
     let host = Host::new();
     let images = files(&[("turbo", "128")]);
     let out = host.text("out.trace");
@@ -206,6 +218,7 @@ fn native(trace: Option<&[u8]>) -> Images {
 
 #[test]
 fn upstreams_trace_is_written_and_as_an_acceleration_layer_replayed() {
+    let _alone = alone();
     let host = Host::new();
     let out = host.text("trace");
     let plain = native(None);
@@ -245,4 +258,167 @@ fn upstreams_trace_is_written_and_as_an_acceleration_layer_replayed() {
     // One that is broken is advice that nobody takes.
     let broken = native(Some(&bytes[..bytes.len() - 1]));
     assert_eq!(export(&broken.name("app")), export(&plain.name("app")));
+}
+
+impl Host {
+    /// Records what reading the middle of `file1` of the image touches.
+    fn record(&self, name: &str) -> String {
+        let out = self.text("published.trace");
+        let device = self.mount(name);
+        let read = format!("dd if={} bs=4k skip=100 count=1", self.text("mnt/file1"));
+        self.done(&["trace", "record", &device, "-o", &out, "--", "sh", "-c", &read]);
+        self.done(&["detach", &self.text("mnt")]);
+        self.done(&["daemon", "--stop"]);
+        out
+    }
+
+    /// A counter of the daemon's cache.
+    fn counter(&self, name: &str) -> u64 {
+        let page = self.done(&["ls", "--metrics"]).stdout;
+        let line = page.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().parse().unwrap()
+    }
+
+    /// Attaches, reads nothing, and waits until something was loaded and nothing comes any more.
+    fn mount_and_wait(&self, name: &str, more: &[&str]) {
+        let (mnt, at) = (self.text("mnt"), ["attach", name, "--frontend", "loop", "--mount"]);
+        self.done(&[&at[..], &[&mnt], more].concat());
+        let loads = || self.counter("turbobd_cache_loads_total");
+        wait(|| {
+            let before = loads();
+            std::thread::sleep(Duration::from_millis(300));
+            before > 0 && loads() == before
+        });
+    }
+
+    /// Reads what was recorded; it must be there.
+    fn read_without_a_miss(&self) {
+        let misses = || self.counter("turbobd_cache_misses_total");
+        let before = misses();
+        self.read_page(1);
+        assert_eq!(misses(), before, "it was fetched before it was read");
+    }
+}
+
+#[test]
+fn a_published_trace_spares_other_hosts_the_start_that_knows_nothing() {
+    let _alone = alone();
+    let images = files(&[("turbo", "128")]);
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    let target: Digest = images.layer("latest", 0).parse().unwrap();
+    let name = |tag: &str| format!("{}/team/app:{tag}", registry.host());
+    let first = Host::new();
+    let trace = first.record(&name("turbo"));
+    // The image itself stays what it is, and whoever publishes the same again changes nothing.
+    let manifest = registry.manifest("team/app", "turbo");
+    for said in ["published beside", "published already beside"] {
+        let told = first.done(&["trace", "publish", &name("turbo"), "--trace", &trace]).stderr;
+        assert!(told.contains(said), "{told}");
+    }
+    assert_eq!(registry.manifest("team/app", "turbo"), manifest);
+
+    let next = Host::new();
+    registry.clear_log();
+    next.mount_and_wait(&name("turbo"), &[]);
+    let fetched = registry.traffic(&target);
+    next.read_without_a_miss();
+    assert_eq!(registry.traffic(&target), fetched);
+    next.done(&["detach", &next.text("mnt")]);
+    // What others have learned is the beginning of what this host learns; then nobody is asked any more.
+    let [learned] = &next.learned()[..] else { panic!("one image, one trace") };
+    assert_eq!(learned.starts, 2);
+    registry.clear_log();
+    next.mount_and_wait(&name("turbo"), &[]);
+    assert_eq!(registry.count("/referrers/"), 0);
+    next.done(&["detach", &next.text("mnt")]);
+
+    // The plain image has none of its own, and the next host builds what it is read through.
+    first.done(&[
+        "trace",
+        "publish",
+        &name("latest"),
+        "--trace",
+        &trace,
+        "--meta-dir",
+        &first.text("meta"),
+    ]);
+    let plain = Host::new();
+    plain.mount_and_wait(&name("latest"), &["--meta-dir", &first.text("meta")]);
+    plain.read_without_a_miss();
+    plain.done(&["detach", &plain.text("mnt")]);
+}
+
+#[test]
+fn who_does_not_want_published_traces_does_not_ask_for_them() {
+    let _alone = alone();
+    let images = files(&[("turbo", "128")]);
+    let registry = Double::start();
+    serve(&images, &registry, "team/app");
+    let name = format!("{}/team/app:turbo", registry.host());
+    let host = Host::new();
+    let trace = host.record(&name);
+    host.done(&["trace", "publish", &name, "--trace", &trace]);
+    let next = Host::new();
+    let path = next.path("service.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["turbobd"]["traces"]["published"] = false.into();
+    fs::write(&path, config.to_string()).unwrap();
+    registry.clear_log();
+    next.mount(&name);
+    next.read_page(1);
+    next.done(&["detach", &next.text("mnt")]);
+    assert_eq!(registry.count("/referrers/"), 0);
+}
+
+#[test]
+fn the_reference_registry_and_a_layout_keep_a_trace_without_a_list_of_their_own() {
+    let _alone = alone();
+    let Some(registry) = real::start() else { return };
+    let images = files(&[("turbo", "128")]);
+    let host = Host::new();
+    let trace = host.record(&images.name("turbo"));
+    let app = format!("{}/team/app", registry.host());
+    let from = format!("oci:{}:latest", images.path().display());
+    let to = format!("docker://{app}:latest");
+    let copied = Command::new("skopeo")
+        .args(["copy", "--quiet", "--dest-tls-verify=false", &from, &to])
+        .status();
+    assert!(copied.unwrap().success());
+    host.done(&["convert", "-r", &app, "-i", "latest", "--turboOCI", "turbo"]);
+    for name in [format!("{app}:turbo"), images.name("turbo")] {
+        host.done(&["trace", "publish", &name, "--trace", &trace]);
+        let next = Host::new();
+        next.mount_and_wait(&name, &[]);
+        next.read_without_a_miss();
+        next.done(&["detach", &next.text("mnt")]);
+    }
+}
+
+#[test]
+fn what_is_no_trace_of_the_image_is_not_published() {
+    let _alone = alone();
+    let host = Host::new();
+    let images = files(&[("turbo", "128")]);
+    let name = images.name("turbo");
+    let before = images.snapshot();
+    let file = host.text("some.trace");
+    let refused = |image: &str, needles: &[&str]| {
+        host.refused(&["trace", "publish", image, "--trace", &file], needles);
+    };
+    refused(&name, &["some.trace", "No such file"]);
+    fs::write(&file, b"hello").unwrap();
+    refused(&name, &["some.trace", "no trace"]);
+    fs::write(&file, Trace::default().to_bytes()).unwrap();
+    refused(&name, &["None of the 0 pieces", &name]);
+    let other = turbobd::trace::Touch { blob: 0, start: 0, len: 1, at: 0, weight: 1 };
+    let other = Trace { starts: 1, blobs: vec![Digest::of(b"other")], touches: vec![other] };
+    fs::write(&file, other.to_bytes()).unwrap();
+    refused(&name, &["None of the 1 pieces", &name]);
+    fs::write(&file, upstream::to_bytes(&[])).unwrap();
+    refused(&name, &["overlaybd's format", "--format turbobd"]);
+    let usage = end(&mut host.turbobd(&["trace", "publish", "/dev/loop0", "--trace", &file]));
+    assert_eq!(usage.code, Some(2));
+    assert!(usage.stderr.contains("name the image rather than /dev/loop0"), "{}", usage.stderr);
+    assert_eq!(images.snapshot(), before);
 }

@@ -26,8 +26,10 @@ use crate::lsmt::WritableFiles;
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
+use crate::oci::Digest;
+use crate::store::ImageStore;
 use crate::tier::{Kind, Tier, TierOptions, Tiers, Usage};
-use crate::trace::{LearnOptions, Traces};
+use crate::trace::{Given, LearnOptions, Trace, Traces, published};
 use crate::volume::Volume;
 
 #[derive(Debug, clap::Args)]
@@ -87,7 +89,7 @@ pub(super) struct HostImages {
 
 impl HostImages {
     pub(super) fn new(config: Arc<ServiceConfig>) -> Self {
-        let TracesConfig { enable, dir } = config.turbobd.traces.clone();
+        let TracesConfig { enable, dir, .. } = config.turbobd.traces.clone();
         let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
         Self {
             cache: OnceLock::new(),
@@ -191,6 +193,18 @@ fn writable(
     })
 }
 
+/// The trace that was published beside a manifest. That there is none, or nobody who can say so, is no fault.
+fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
+    published::find(store, manifest)
+        .inspect_err(|error| {
+            tracing::debug!(
+                error = super::sentence(error),
+                "Published traces cannot be looked for"
+            );
+        })
+        .ok()?
+}
+
 impl ImageOpener for HostImages {
     fn open(
         &self,
@@ -203,7 +217,14 @@ impl ImageOpener for HostImages {
             args.open_for_device(&self.clients, cache.clone(), &self.live).map_err(Box::new)?;
         tracing::info!("{}: opened in {:.1?}", request.image, start.elapsed());
         let recorders = opened.disk.recorders().clone();
-        if let Some(replayed) = self.traces.begin(&recorders, &cache, opened.trace.as_ref()) {
+        let given = match (opened.trace, opened.named) {
+            (Some(trace), _) => Given::Here(trace),
+            (None, Some((store, manifest))) if self.config.turbobd.traces.published => {
+                Given::Sought(Box::new(move || seek(&*store, &manifest)))
+            }
+            (None, _) => Given::Nothing,
+        };
+        if let Some(replayed) = self.traces.begin(&recorders, &cache, given) {
             tracing::info!(
                 "{}: {} chunks are fetched ahead by its trace, {} more follow; {} pieces are of other blobs",
                 request.image,

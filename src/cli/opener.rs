@@ -58,6 +58,8 @@ pub(super) struct Opened {
     pub(super) targets: Option<Arc<dyn ImageStore>>,
     /// What a start reads, if the image brought a trace with it.
     pub(super) trace: Option<Trace>,
+    /// The manifest that was named, and where it is; none for a device config. It may be a plain image's.
+    pub(super) named: Option<(Arc<dyn ImageStore>, Digest)>,
     /// The writable layer that the device config names for a device, which is not in the disk.
     pub(super) upper: Option<WritableFiles>,
 }
@@ -121,7 +123,8 @@ impl Args {
                     );
                 }
                 let (disk, trace, upper) = (opened.disk, opened.trace, opened.upper);
-                Ok(Opened { disk, layers: Vec::new(), digest: None, targets: None, trace, upper })
+                let (layers, digest, targets, named) = (Vec::new(), None, None, None);
+                Ok(Opened { disk, layers, digest, targets, trace, named, upper })
             }
             (None, None) => {
                 Err(Failure::Usage("name an IMAGE, or a device config with --config FILE".into()))
@@ -158,12 +161,15 @@ impl Args {
         let image: ImageName = image.parse().map_err(Failure::usage)?;
         let (store, selector) = store::open(&image, &client).map_err(Failure::because)?;
         let chosen = choose_manifest(&*store, &selector).map_err(Failure::because)?;
-        if is_plain(&chosen.manifest) {
-            return self.open_plain(store, &selector, &chosen, clients, cache, live);
-        }
-        let HostManifest { stored, manifest, .. } = chosen;
-        let own = store.clone();
-        self.open_converted((&*own, &stored, &manifest), store, &client, cache, live)
+        let named = Some((store.clone(), chosen.stored.digest));
+        let opened = if is_plain(&chosen.manifest) {
+            self.open_plain(store, &selector, &chosen, clients, cache, live)?
+        } else {
+            let HostManifest { stored, manifest, .. } = chosen;
+            let own = store.clone();
+            self.open_converted((&*own, &stored, &manifest), store, &client, cache, live)?
+        };
+        Ok(Opened { named, ..opened })
     }
 
     /// Opens a plain image through its meta image, which is built if there is none.
@@ -219,14 +225,17 @@ impl Args {
         // Reached in the same way, too: a device must not depend on another's credentials.
         let flags = serde_json::to_string(&self.registry).map_err(Failure::because)?;
         let name = format!("{} {} {} {flags}", stored.digest, store.name(), targets.name());
-        if let Some(Found { parts, layers, trace }) = live.find(&name) {
-            let disk = Disk::of(parts, cache);
-            return Ok(Opened { disk, layers, digest, targets: Some(targets), trace, upper: None });
-        }
-        let OpenedImage { layers, disk, trace } =
-            open_image(store, &*targets, manifest, cache).map_err(Failure::because)?;
-        live.note(name, &disk, &layers, trace.as_ref());
-        Ok(Opened { disk, layers, digest, targets: Some(targets), trace, upper: None })
+        let (disk, layers, trace) = match live.find(&name) {
+            Some(Found { parts, layers, trace }) => (Disk::of(parts, cache), layers, trace),
+            None => {
+                let OpenedImage { layers, disk, trace } =
+                    open_image(store, &*targets, manifest, cache).map_err(Failure::because)?;
+                live.note(name, &disk, &layers, trace.as_ref());
+                (disk, layers, trace)
+            }
+        };
+        let targets = Some(targets);
+        Ok(Opened { disk, layers, digest, targets, trace, named: None, upper: None })
     }
 }
 

@@ -1,4 +1,6 @@
-//! `turbobd trace`: record what a start reads, and show what was recorded.
+//! `turbobd trace`: record what a start reads, show what was recorded, and [publish] it.
+
+mod publish;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,6 +30,8 @@ enum What {
     Record(Box<RecordArgs>),
     /// Show what a trace lists.
     Show(ShowArgs),
+    /// Push a trace beside its image: a host that has learned nothing of the image yet fetches ahead by it.
+    Publish(Box<publish::PublishArgs>),
 }
 
 #[derive(Debug, clap::Args)]
@@ -63,11 +67,12 @@ struct ShowArgs {
     json: bool,
 }
 
-/// Records or shows.
+/// Records, shows or publishes.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     match &args.what {
         What::Record(args) => record(args, service),
         What::Show(args) => show(args),
+        What::Publish(args) => publish::run(args, service),
     }
 }
 

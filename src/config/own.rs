@@ -80,6 +80,8 @@ pub struct TracesConfig {
     pub enable: bool,
     /// `dir`.
     pub dir: PathBuf,
+    /// `published`: whether to look for one beside an image of which nothing was learned here.
+    pub published: bool,
 }
 
 impl TurbobdConfig {
@@ -156,6 +158,7 @@ impl TracesConfig {
         let config = Self {
             enable: traces.bool("enable")?.unwrap_or(true),
             dir: dir.unwrap_or_else(|| "/var/lib/turbobd/traces".into()),
+            published: traces.bool("published")?.unwrap_or(true),
         };
         traces.end();
         Ok(config)

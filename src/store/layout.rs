@@ -76,7 +76,7 @@ impl ImageStore for LayoutStore {
     /// Nobody lists them in a directory: those of its tagged manifests that say so themselves, and what
     /// stands under the fallback tag.
     fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
-        let fallback = self.manifest(&Selector::Tag(format!("sha256-{}", digest.hex()))).ok();
+        let fallback = self.manifest(&Selector::Tag(super::referrers::fallback_tag(digest))).ok();
         if fallback.is_some() {
             return Ok(fallback);
         }

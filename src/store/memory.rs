@@ -66,6 +66,11 @@ impl ImageStore for MemoryStore {
         Ok(StoredManifest { media_type, digest, bytes: self.blob(&digest)?.to_vec() })
     }
 
+    /// As a registry without the list has them.
+    fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
+        Ok(self.manifest(&Selector::Tag(super::referrers::fallback_tag(digest))).ok())
+    }
+
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
         Ok(Box::new(Cursor::new(self.blob(&blob.digest)?)))
     }

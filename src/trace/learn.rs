@@ -15,7 +15,7 @@
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -68,6 +68,19 @@ pub fn default_dir() -> &'static Path {
     Path::new("/var/lib/turbobd/traces")
 }
 
+/// Finds a trace, and may take its time.
+pub type Seek = Box<dyn FnOnce() -> Option<Trace> + Send>;
+
+/// What others have learned of an image.
+pub enum Given {
+    /// Nothing.
+    Nothing,
+    /// It came with the image.
+    Here(Trace),
+    /// It may be found somewhere; that is not waited for.
+    Sought(Seek),
+}
+
 /// The traces of this host.
 pub struct Traces {
     options: LearnOptions,
@@ -94,28 +107,37 @@ impl Traces {
     }
 
     /// A disk is about to be served: has what its image will read fetched ahead, and records its start.
-    /// `given` is a trace that came with the image; it counts as long as none was learned. Says what was
-    /// asked for, if there was a trace.
+    /// `given` is what others have learned of the image; it counts as long as nothing was learned here. Says what
+    /// was asked for, if there was a trace by now.
     pub fn begin(
         self: &Arc<Self>,
-        recorders: &Recorders,
-        cache: &Cache,
-        given: Option<&Trace>,
+        recorders: &Arc<Recorders>,
+        cache: &Arc<Cache>,
+        given: Given,
     ) -> Option<Replayed> {
         if !self.options.enable {
             return None;
         }
         let path = self.path(recorders);
         let learned = read(&path).filter(|trace| !trace.touches.is_empty());
-        let trace = learned.as_ref().or(given);
         let most = cache.budget() / REPLAY_SHARE;
-        let replayed = trace.map(|trace| replay(trace, cache, recorders.blobs(), most));
+        // What others have learned is the beginning of ours.
+        let others = Arc::new(OnceLock::new());
+        let mut replayed = None;
+        match (&learned, given) {
+            (Some(trace), _) => {
+                replayed = Some(replay(trace, cache, recorders.blobs(), most));
+            }
+            (None, Given::Nothing) => {}
+            (None, Given::Here(trace)) => {
+                replayed = Some(replay(&trace, cache, recorders.blobs(), most));
+                let _ = others.set(trace);
+            }
+            (None, Given::Sought(seek)) => seek_and_replay(seek, recorders, cache, &others),
+        }
         let own = self.clone();
-        // The trace that came with the image is what others have learned: it is the beginning of ours.
-        let given = given.filter(|_| learned.is_none()).cloned();
-        if let Some(recorder) =
-            recorders.learn(move |start| own.keep(&path, given.as_ref(), &start))
-        {
+        let keep = move |start: Trace| own.keep(&path, others.get(), &start);
+        if let Some(recorder) = recorders.learn(keep) {
             self.watch(&recorder);
         }
         replayed
@@ -194,6 +216,30 @@ impl Traces {
                 tracing::warn!(%error, "The trace of a start cannot be kept in {}", path.display());
             }
         }
+    }
+}
+
+/// Looks for the trace of others while the device is already used, and replays it if the device is still there.
+fn seek_and_replay(
+    seek: Seek,
+    recorders: &Arc<Recorders>,
+    cache: &Arc<Cache>,
+    others: &Arc<OnceLock<Trace>>,
+) {
+    let (recorders, cache, others) = (Arc::downgrade(recorders), cache.clone(), others.clone());
+    let body = move || {
+        let Some(trace) = seek() else { return };
+        let Some(recorders) = recorders.upgrade() else { return };
+        let trace = others.get_or_init(|| trace);
+        let most = cache.budget() / REPLAY_SHARE;
+        let Replayed { chunks, later, foreign, .. } =
+            replay(trace, &cache, recorders.blobs(), most);
+        tracing::info!(
+            "{chunks} chunks are fetched ahead by a published trace, {later} more follow; {foreign} pieces are of other blobs"
+        );
+    };
+    if let Err(error) = thread::Builder::new().name("trace-seek".into()).spawn(body) {
+        tracing::warn!(%error, "No thread looks for a published trace");
     }
 }
 
@@ -284,7 +330,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (traces, cache) = (traces(dir.path()), Cache::new(64 * CHUNK, 1));
         let first = disk(&cache);
-        assert_eq!(traces.begin(&first, &cache, None), None);
+        assert_eq!(traces.begin(&first, &cache, Given::Nothing), None);
         [3, 30, 4].iter().for_each(|&chunk| first.touched(0, chunk));
         let path = traces.path(&first);
         // While the device goes on.
@@ -294,7 +340,7 @@ mod tests {
 
         let other = Cache::new(64 * CHUNK, 1);
         let second = disk(&other);
-        let replayed = traces.begin(&second, &other, None).unwrap();
+        let replayed = traces.begin(&second, &other, Given::Nothing).unwrap();
         assert_eq!((replayed.chunks, replayed.bytes), (3, 3 * CHUNK));
         let blob = second.blobs()[0].as_ref().unwrap();
         wait(|| [3, 4, 30].iter().all(|&chunk| other.holds(blob, chunk)));
@@ -313,11 +359,11 @@ mod tests {
         let path = traces.path(&first);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, b"turbotrc, or not").unwrap();
-        assert_eq!(traces.begin(&first, &cache, None), None);
+        assert_eq!(traces.begin(&first, &cache, Given::Nothing), None);
         drop(first);
         assert_eq!(fs::read(&path).unwrap(), b"turbotrc, or not");
         let second = disk(&cache);
-        traces.begin(&second, &cache, None);
+        traces.begin(&second, &cache, Given::Nothing);
         second.touched(0, 1);
         drop(second);
         assert_eq!(read(&path).unwrap().touches.len(), 1);
@@ -333,12 +379,24 @@ mod tests {
         recorder.touched(0, 7);
         let given = recorder.trace();
         let first = disk(&cache);
-        assert_eq!(traces.begin(&first, &cache, Some(&given)).unwrap().chunks, 1);
+        assert_eq!(traces.begin(&first, &cache, Given::Here(given.clone())).unwrap().chunks, 1);
         first.touched(0, 8);
         let path = traces.path(&first);
         drop(first);
         assert_eq!(read(&path).unwrap().touches.len(), 2);
+        // And one that is found when the device is up already.
+        let (later, sought) = (self::traces(&dir.path().join("later")), given.clone());
+        let empty = Cache::new(64 * CHUNK, 1);
+        let second = disk(&empty);
+        let seek = Given::Sought(Box::new(move || Some(sought)));
+        assert_eq!(later.begin(&second, &empty, seek), None);
+        let blob = second.blobs()[0].clone().unwrap();
+        wait(|| empty.holds(&blob, 7));
+        second.touched(0, 8);
+        let path = later.path(&second);
+        drop(second);
+        wait(|| read(&path).is_some_and(|trace| trace.touches.len() == 2));
         let off = LearnOptions { enable: false, ..traces.options.clone() };
-        assert_eq!(Traces::new(off).begin(&disk(&cache), &cache, Some(&given)), None);
+        assert_eq!(Traces::new(off).begin(&disk(&cache), &cache, Given::Here(given.clone())), None);
     }
 }

@@ -348,7 +348,7 @@ fn referrers(state: &State, repository: &str, digest: &str) -> Answer {
             serde_json::json!({
                 "mediaType": stored.media_type, "digest": name, "size": stored.bytes.len(),
                 // Distribution specification, "Listing Referrers": taken from the manifest.
-                "artifactType": manifest["artifactType"],
+                "artifactType": manifest["artifactType"], "annotations": manifest["annotations"],
             })
         })
         .collect();
