@@ -8,6 +8,7 @@ mod line;
 mod python;
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -18,26 +19,34 @@ use turbobd::cache::{Cache, CacheOptions};
 use turbobd::disk::image::{host_manifest, open_image};
 use turbobd::fetch::FetchOptions;
 use turbobd::registry::{Client, ClientOptions};
-use turbobd::store;
-use turbobd::trace::{Given, LearnOptions, Traces};
+use turbobd::store::{self, LayoutStore, Selector};
+use turbobd::trace::{Given, LearnOptions, Trace, Traces, published};
 
 const DELAY: Duration = Duration::from_millis(5);
 const GIGABIT: f64 = 1e9 / 8.0;
 const BUDGET: u64 = 256 << 20;
 
-/// A start: what it took and what it asked for.
-fn start(line: &Line, traces: Option<&Arc<Traces>>, program: &str, name: &str) {
+/// A start: what it took and what it asked for. `published`: it looks for a trace beside the image.
+fn start(
+    line: &Line,
+    traces: Option<&Arc<Traces>>,
+    published: bool,
+    program: &str,
+    name: &str,
+) -> Trace {
     let fetch = FetchOptions::default();
     let cache = Cache::with(CacheOptions { budget: BUDGET, fetch });
     let client = Client::new(ClientOptions::default()).unwrap();
     let image = format!("{}/perf:turbo", line.host);
     let (store, selector) = store::open(&image.parse().unwrap(), &client).unwrap();
-    let (_, manifest) = host_manifest(&*store, &selector).unwrap();
+    let (stored, manifest) = host_manifest(&*store, &selector).unwrap();
     let disk = open_image(&*store, &*store, &manifest, cache.clone()).unwrap().disk;
     let recorders = disk.recorders().clone();
     let before = asked(line);
     if let Some(traces) = traces {
-        traces.begin(&recorders, &cache, Given::Nothing);
+        let seek = move || published::find(&*store, &stored.digest).unwrap();
+        let given = if published { Given::Sought(Box::new(seek)) } else { Given::Nothing };
+        traces.begin(&recorders, &cache, given);
     }
     let recording = recorders.begin();
     let disk = Arc::new(Watched { disk, reads: Mutex::default() });
@@ -73,6 +82,15 @@ fn start(line: &Line, traces: Option<&Arc<Traces>>, program: &str, name: &str) {
         let blobs: Vec<_> = trace.touches.iter().map(|t| (t.at, t.blob, t.start >> 20)).collect();
         eprintln!("{blobs:?}");
     }
+    trace
+}
+
+/// Puts `trace` beside the image, and serves that anew.
+fn publish(layout: &Path, trace: &Trace) -> Line {
+    let store = LayoutStore::open(layout).unwrap();
+    let (subject, _) = host_manifest(&store, &Selector::Tag("turbo".to_owned())).unwrap();
+    published::publish(&store, &subject, trace, jiff::Timestamp::now()).unwrap();
+    Line::start(layout, DELAY, GIGABIT)
 }
 
 fn asked(line: &Line) -> (u64, u64) {
@@ -81,16 +99,25 @@ fn asked(line: &Line) -> (u64, u64) {
 }
 
 fn main() {
-    let line = Line::start(&python::layout(), DELAY, GIGABIT);
+    let layout = python::layout();
+    let line = Line::start(&layout, DELAY, GIGABIT);
     println!(
         "bar for the framework, first start: 0.25 requests a segment, 1.30 of the bytes touched"
     );
     for (name, program) in [("framework", FRAMEWORK), ("service", SERVICE)] {
-        let dir = tempfile::tempdir().unwrap();
-        let options = LearnOptions { dir: dir.path().to_owned(), ..LearnOptions::default() };
-        let traces = Traces::new(options);
-        start(&line, None, program, &format!("{name}, first start"));
-        start(&line, Some(&traces), program, &format!("{name}, learned"));
-        start(&line, Some(&traces), program, &format!("{name}, by its trace"));
+        let start = |line: &Line, traces, published, how| {
+            start(line, traces, published, program, &format!("{name}, {how}"))
+        };
+        let (here, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let traces = |dir: &Path| {
+            Traces::new(LearnOptions { dir: dir.to_owned(), ..LearnOptions::default() })
+        };
+        let (here, elsewhere) = (traces(here.path()), traces(elsewhere.path()));
+        start(&line, None, false, "first start");
+        let trace = start(&line, Some(&here), false, "learned");
+        start(&line, Some(&here), false, "by its trace");
+        // On another host.
+        let line = publish(&layout, &trace);
+        start(&line, Some(&elsewhere), true, "first, published");
     }
 }

@@ -97,6 +97,10 @@ impl Repository {
                     mirror.state.succeeded();
                     return Ok(done);
                 }
+                // A mirror of a part, or one without a list of referrers, is well.
+                Err(error @ RegistryError::NotFound { .. }) => {
+                    tracing::info!(mirror = %mirror.host, %error, "registry: going past a mirror");
+                }
                 Err(error) => {
                     tracing::warn!(mirror = %mirror.host, %error, "registry: going past a mirror");
                     if error.is_transient() {
