@@ -2,6 +2,7 @@
 //!
 //! Through the loop front end, which every machine has; `frontends.rs` holds ublk against the same.
 
+mod block;
 mod host;
 mod image;
 mod listing;
@@ -14,7 +15,7 @@ use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use host::Mounted;
@@ -27,16 +28,13 @@ use turbobd::oci::Digest;
 
 /// A run directory of our own, and everything that serves out of it: ended when dropped.
 ///
-/// One at a time: where mounts are private, a daemon that starts while another's image is mounted holds that
-/// device until it ends.
+/// [One at a time](block::alone).
 struct Host {
     dir: RunDir,
     /// Devices that were made, and the kernel's number of each use of a device.
     devices: Mutex<Vec<(String, String)>>,
     _turn: MutexGuard<'static, ()>,
 }
-
-static TURN: Mutex<()> = Mutex::new(());
 
 /// Which use of the loop device this is.
 fn diskseq(device: &str) -> String {
@@ -47,7 +45,7 @@ fn diskseq(device: &str) -> String {
 impl Host {
     fn new() -> Self {
         host::need_root();
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = block::alone();
         Self { dir: RunDir::new(), devices: Mutex::default(), _turn: turn }
     }
 

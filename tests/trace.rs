@@ -1,5 +1,6 @@
 //! Traces by the real program: recorded, learned, kept, replayed, and upstream's read.
 
+mod block;
 mod host;
 mod image;
 #[path = "registry_double/real.rs"]
@@ -12,9 +13,9 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use block::alone;
 use image::{Ended, Images, OCI_GZIP, OCI_TAR, end, gzip, prose, tar_of};
 use registry_double::Double;
 use run_dir::RunDir;
@@ -22,13 +23,6 @@ use serde_json::{Value, json};
 use serve::serve;
 use turbobd::oci::Digest;
 use turbobd::trace::{Trace, upstream};
-
-/// A daemon that starts while another test has something mounted may keep that: where mounts are private, its copy
-/// of them does not learn of their end.
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A run directory, and traces that are learned in a folder of it.
 struct Host(RunDir);

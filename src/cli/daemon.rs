@@ -225,13 +225,7 @@ impl ImageOpener for HostImages {
             (None, _) => Given::Nothing,
         };
         if let Some(replayed) = self.traces.begin(&recorders, &cache, given) {
-            tracing::info!(
-                "{}: {} chunks are fetched ahead by its trace, {} more follow; {} pieces are of other blobs",
-                request.image,
-                replayed.chunks,
-                replayed.later,
-                replayed.foreign
-            );
+            tracing::info!("{}: by its trace {replayed}", request.image);
         }
         let disk = Arc::new(opened.disk);
         let (volume, snapshots) = writable(request, &args, &disk, opened.upper)?;

@@ -120,21 +120,19 @@ impl Traces {
         }
         let path = self.path(recorders);
         let learned = read(&path).filter(|trace| !trace.touches.is_empty());
-        let most = cache.budget() / REPLAY_SHARE;
         // What others have learned is the beginning of ours.
         let others = Arc::new(OnceLock::new());
-        let mut replayed = None;
-        match (&learned, given) {
-            (Some(trace), _) => {
-                replayed = Some(replay(trace, cache, recorders.blobs(), most));
-            }
-            (None, Given::Nothing) => {}
+        let replayed = match (&learned, given) {
+            (Some(trace), _) => Some(fetch_ahead(trace, recorders, cache)),
+            (None, Given::Nothing) => None,
             (None, Given::Here(trace)) => {
-                replayed = Some(replay(&trace, cache, recorders.blobs(), most));
-                let _ = others.set(trace);
+                Some(fetch_ahead(others.get_or_init(|| trace), recorders, cache))
             }
-            (None, Given::Sought(seek)) => seek_and_replay(seek, recorders, cache, &others),
-        }
+            (None, Given::Sought(seek)) => {
+                seek_and_replay(seek, recorders, cache, &others);
+                None
+            }
+        };
         let own = self.clone();
         let keep = move |start: Trace| own.keep(&path, others.get(), &start);
         if let Some(recorder) = recorders.learn(keep) {
@@ -219,6 +217,11 @@ impl Traces {
     }
 }
 
+/// Replays a trace into its share of the cache.
+fn fetch_ahead(trace: &Trace, recorders: &Recorders, cache: &Cache) -> Replayed {
+    replay(trace, cache, recorders.blobs(), cache.budget() / REPLAY_SHARE)
+}
+
 /// Looks for the trace of others while the device is already used, and replays it if the device is still there.
 fn seek_and_replay(
     seek: Seek,
@@ -230,13 +233,8 @@ fn seek_and_replay(
     let body = move || {
         let Some(trace) = seek() else { return };
         let Some(recorders) = recorders.upgrade() else { return };
-        let trace = others.get_or_init(|| trace);
-        let most = cache.budget() / REPLAY_SHARE;
-        let Replayed { chunks, later, foreign, .. } =
-            replay(trace, &cache, recorders.blobs(), most);
-        tracing::info!(
-            "{chunks} chunks are fetched ahead by a published trace, {later} more follow; {foreign} pieces are of other blobs"
-        );
+        let replayed = fetch_ahead(others.get_or_init(|| trace), &recorders, &cache);
+        tracing::info!("By a published trace {replayed}");
     };
     if let Err(error) = thread::Builder::new().name("trace-seek".into()).spawn(body) {
         tracing::warn!(%error, "No thread looks for a published trace");

@@ -12,10 +12,11 @@
 //! A trace names blobs and decoded bytes, so one of the plain image serves its meta image too, whatever its span.
 
 use jiff::Timestamp;
+use thiserror::Error;
 
-use super::format::{MAX_FILE, Trace};
+use super::format::{MAX_FILE, Trace, TraceError};
 use crate::oci::manifest::media;
-use crate::oci::{Descriptor, Digest, Document, Manifest};
+use crate::oci::{Descriptor, Digest, Document, Manifest, ManifestError};
 use crate::store::{ImageStore, Selector, StoreError, StoredManifest, referrers};
 
 /// `artifactType` of the manifest, and media type of its one layer.
@@ -29,6 +30,25 @@ const EMPTY: &[u8] = b"{}";
 
 /// Of several, the newest so many are tried: broken ones are passed over, but not without end.
 const TRIED: usize = 3;
+
+/// Why a published trace is passed over.
+#[derive(Debug, Error)]
+enum Unusable {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    #[error("What is said to be its manifest is an index")]
+    Index,
+    #[error("Its manifest has {0} blobs instead of one")]
+    Blobs(usize),
+    #[error("Its blob is of the type {0:?}")]
+    Type(String),
+    #[error("Its blob has {0} bytes, and {MAX_FILE} are read")]
+    Large(u64),
+}
 
 /// What became of a trace that was to be published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +73,8 @@ pub fn publish(
     let bytes = trace.to_bytes();
     let layer = Descriptor::of(ARTIFACT_TYPE, &bytes);
     let known = entries(store, &subject.digest)?;
-    if known.first().is_some_and(|newest| layer_of(store, newest).as_ref() == Ok(&layer)) {
+    if known.first().is_some_and(|newest| layer_of(store, newest).is_ok_and(|known| known == layer))
+    {
         return Ok(Published::Before);
     }
     store.put_blob(&bytes)?;
@@ -86,7 +107,8 @@ pub fn find(store: &dyn ImageStore, subject: &Digest) -> Result<Option<Trace>, S
     Ok(entries.iter().take(TRIED).find_map(|entry| {
         read(store, entry)
             .inspect_err(|error| {
-                tracing::warn!(trace = %entry.digest, "A published trace is passed over: {error}");
+                let error = error as &dyn std::error::Error;
+                tracing::warn!(trace = %entry.digest, error, "A published trace is passed over");
             })
             .ok()
     }))
@@ -107,28 +129,24 @@ fn entries(store: &dyn ImageStore, subject: &Digest) -> Result<Vec<Descriptor>, 
     Ok(entries)
 }
 
-fn read(store: &dyn ImageStore, entry: &Descriptor) -> Result<Trace, String> {
-    let bytes = store.read_blob(&layer_of(store, entry)?).map_err(|error| error.to_string())?;
-    Trace::parse(&bytes).map_err(|error| error.to_string())
+fn read(store: &dyn ImageStore, entry: &Descriptor) -> Result<Trace, Unusable> {
+    Ok(Trace::parse(&store.read_blob(&layer_of(store, entry)?)?)?)
 }
 
 /// The blob with the trace.
-fn layer_of(store: &dyn ImageStore, entry: &Descriptor) -> Result<Descriptor, String> {
-    let stored =
-        store.manifest(&Selector::Digest(entry.digest)).map_err(|error| error.to_string())?;
-    let document = Document::parse(&stored.bytes, Some(&stored.media_type));
-    let Ok(Document::Manifest(manifest)) = document else {
-        return Err("what refers to the image is no manifest".to_owned());
+fn layer_of(store: &dyn ImageStore, entry: &Descriptor) -> Result<Descriptor, Unusable> {
+    let stored = store.manifest(&Selector::Digest(entry.digest))?;
+    let Document::Manifest(manifest) = Document::parse(&stored.bytes, Some(&stored.media_type))?
+    else {
+        return Err(Unusable::Index);
     };
     match &manifest.layers[..] {
         [layer] if layer.media_type != ARTIFACT_TYPE => {
-            Err(format!("its blob is of the type {:?}", layer.media_type))
+            Err(Unusable::Type(layer.media_type.clone()))
         }
-        [layer] if layer.size > MAX_FILE as u64 => {
-            Err(format!("it has {} bytes, and {MAX_FILE} are read", layer.size))
-        }
+        [layer] if layer.size > MAX_FILE as u64 => Err(Unusable::Large(layer.size)),
         [layer] => Ok(layer.clone()),
-        layers => Err(format!("its manifest has {} blobs instead of one", layers.len())),
+        layers => Err(Unusable::Blobs(layers.len())),
     }
 }
 

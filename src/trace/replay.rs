@@ -1,6 +1,7 @@
 //! From a trace to chunks that are asked for.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::sync::Arc;
 
 use super::clusters::clusters;
@@ -20,6 +21,14 @@ pub struct Replayed {
     pub foreign: u64,
     /// Chunks that follow as the others are read, since the cache should not hold them all at once.
     pub later: u64,
+}
+
+impl fmt::Display for Replayed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { chunks, later, foreign, .. } = self;
+        write!(f, "{chunks} chunks are fetched ahead, {later} more follow; ")?;
+        write!(f, "{foreign} pieces are of other blobs")
+    }
 }
 
 /// Asks for the chunks of `trace` ahead of demand, in its order, near ones [together](super::clusters). Up to

@@ -87,7 +87,8 @@ pub fn read(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     Ok(buffer[start..start + len].to_vec())
 }
 
-/// One device test at a time: they count threads, and measure what is left.
+/// One device test at a time: they count threads, and measure what is left. A daemon that starts while another test has
+/// something mounted may keep that, too: where mounts are private, its copy of them does not learn of their end.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
