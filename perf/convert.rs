@@ -6,12 +6,12 @@ mod layer;
 use std::fs::File;
 use std::time::Instant;
 
+use convert::layer::{BuiltLayer, build_layer};
+use convert::{ConvertOptions, Silent};
+use formats::ext4::{Geometry, Identity, Image, Tree};
+use formats::oci::Descriptor;
+use formats::units::Bytes;
 use layer::{gzip_dc, median};
-use turbobd::convert::layer::{BuiltLayer, build_layer};
-use turbobd::convert::{ConvertOptions, Silent};
-use turbobd::ext4::{Geometry, Identity, Image, Tree};
-use turbobd::oci::Descriptor;
-use turbobd::units::Bytes;
 
 fn main() {
     let path = layer::layer();

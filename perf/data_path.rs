@@ -15,19 +15,19 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blobs::cache::Cache;
+use disk::Disk;
+use disk::image::{host_manifest, open_image};
+use disk::scan::{self, scan, steps};
+use disk::volume::{Volume, VolumeError};
+use formats::gzip::{self, GZIP_META_NAME, IndexedLayer, SIDECAR_NAME};
+use formats::lsmt::Place;
+use formats::tar;
 use layer::{gzip_dc, median};
 use line::Line;
-use turbobd::cache::Cache;
-use turbobd::chunk::{ChunkSource, EncodedChunk};
-use turbobd::disk::Disk;
-use turbobd::disk::image::{host_manifest, open_image};
-use turbobd::disk::scan::{self, scan, steps};
-use turbobd::gzip::{self, GZIP_META_NAME, IndexedLayer, SIDECAR_NAME};
-use turbobd::lsmt::Place;
-use turbobd::registry::{Client, ClientOptions};
-use turbobd::store::{self, ImageStore as _, LayoutStore, Selector};
-use turbobd::tar;
-use turbobd::volume::{Volume, VolumeError};
+use registry::store::{self, ImageStore as _, LayoutStore, Selector};
+use registry::{Client, ClientOptions};
+use source::chunk::{ChunkSource, EncodedChunk};
 
 const ROUNDS: usize = 5;
 /// A near registry.

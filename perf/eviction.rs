@@ -12,14 +12,14 @@ mod python;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex};
 
+use blobs::cache::Cache;
+use disk::Disk;
+use disk::image::{host_manifest, open_image};
+use formats::lsmt::Place;
+use formats::units::{SECTOR, Sectors};
 use python::{FRAMEWORK, SERVICE, Watched};
-use turbobd::cache::Cache;
-use turbobd::disk::Disk;
-use turbobd::disk::image::{host_manifest, open_image};
-use turbobd::lsmt::Place;
-use turbobd::registry::{Client, ClientOptions};
-use turbobd::store;
-use turbobd::units::{SECTOR, Sectors};
+use registry::store;
+use registry::{Client, ClientOptions};
 
 /// A chunk: its layer and number. Its bytes in the cache.
 type Key = (u8, u32);

@@ -13,14 +13,15 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use blobs::cache::{Cache, CacheOptions};
+use blobs::fetch::FetchOptions;
+use blobs::trace::{Given, LearnOptions, Traces, published};
+use disk::image::{host_manifest, open_image};
+use formats::trace::Trace;
 use line::Line;
 use python::{FRAMEWORK, SERVICE, Watched};
-use turbobd::cache::{Cache, CacheOptions};
-use turbobd::disk::image::{host_manifest, open_image};
-use turbobd::fetch::FetchOptions;
-use turbobd::registry::{Client, ClientOptions};
-use turbobd::store::{self, LayoutStore, Selector};
-use turbobd::trace::{Given, LearnOptions, Trace, Traces, published};
+use registry::store::{self, LayoutStore, Selector};
+use registry::{Client, ClientOptions};
 
 const DELAY: Duration = Duration::from_millis(5);
 const GIGABIT: f64 = 1e9 / 8.0;
@@ -57,8 +58,8 @@ fn start(
     let mut touched = 0;
     for touch in &trace.touches {
         let blobs = disk.disk.blobs();
-        let named = |source: &dyn turbobd::chunk::ChunkSource| {
-            turbobd::trace::blob_name(source) == trace.blobs[touch.blob as usize]
+        let named = |source: &dyn source::chunk::ChunkSource| {
+            blobs::trace::blob_name(source) == trace.blobs[touch.blob as usize]
         };
         let blob = blobs.iter().flatten().find(|blob| named(&**blob.source())).unwrap();
         let chunk = blob.source().chunk_at(touch.start).unwrap().index;

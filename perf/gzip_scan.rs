@@ -7,12 +7,12 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use turbobd::chunk::ChunkSource as _;
-use turbobd::gzip::{
+use formats::gzip::{
     GzipError, IndexedLayer, ScanOptions, Scanner, SegmentHasher, Sidecar, ddgzidx,
 };
-use turbobd::source::MemorySource;
-use turbobd::units::Bytes;
+use formats::units::Bytes;
+use source::MemorySource;
+use source::chunk::ChunkSource as _;
 
 /// CPU time of this thread: other work on the machine does not count.
 fn cpu() -> Duration {

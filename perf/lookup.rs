@@ -8,9 +8,9 @@ mod layer;
 use std::hint::black_box;
 use std::time::Instant;
 
-use turbobd::lsmt::{Layer, LayerKind, Stack, WarpWriter};
-use turbobd::source::MemorySource;
-use turbobd::units::{Bytes, Sectors};
+use formats::lsmt::{Layer, LayerKind, Stack, WarpWriter};
+use formats::units::{Bytes, Sectors};
+use source::MemorySource;
 
 const LAYERS: usize = 10;
 const MAPPINGS: u64 = 10_000; // each

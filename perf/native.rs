@@ -7,14 +7,14 @@ mod layer;
 use std::fs::File;
 use std::time::Instant;
 
+use convert::ConvertOptions;
+use convert::layer::{Wanted, build_native_layer};
+use convert::native::{NativeBlob, NativeLayer};
+use formats::ext4::{Geometry, Identity, Image, Tree};
+use formats::lsmt;
+use formats::oci::Descriptor;
+use formats::zfile::{Algo, Options};
 use layer::{gzip_dc, median};
-use turbobd::convert::ConvertOptions;
-use turbobd::convert::layer::{Wanted, build_native_layer};
-use turbobd::convert::native::{NativeBlob, NativeLayer};
-use turbobd::ext4::{Geometry, Identity, Image, Tree};
-use turbobd::lsmt;
-use turbobd::oci::Descriptor;
-use turbobd::zfile::{Algo, Options};
 
 /// What a run took.
 struct Run {

@@ -7,10 +7,10 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use turbobd::daemon::mounts;
-use turbobd::disk::Disk;
-use turbobd::looped::LoopedDevice;
-use turbobd::volume::{Located, Volume, VolumeError, Waiter};
+use client::mounts;
+use disk::Disk;
+use disk::volume::{Located, Volume, VolumeError, Waiter};
+use frontends::looped::LoopedDevice;
 
 /// What a data scientist's program begins with: about 1,500 files.
 pub const FRAMEWORK: &str = "import numpy, scipy.stats, pandas, sklearn.linear_model";

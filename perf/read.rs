@@ -11,20 +11,22 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blobs::cache::Cache;
+use convert::layer::{BuiltLayer, build_layer};
+use convert::{ConvertOptions, Silent};
+use disk::resident::read_resident;
+use disk::volume::Volume as _;
+use disk::{Disk, DiskLayer, LayerData, digest};
+use formats::archive::FS_META_NAME;
+use formats::ext4::{Geometry, Identity, Image, Tree};
+use formats::gzip::{self, DEFAULT_SPAN, GZIP_META_NAME, IndexedLayer, SIDECAR_NAME};
+use formats::lsmt::{self, LayerKind, Place};
+use formats::oci::Descriptor;
+use formats::units::Bytes;
+use formats::{tar, zfile};
 use layer::{gzip_dc, median};
-use turbobd::cache::Cache;
-use turbobd::chunk::ChunkSource as _;
-use turbobd::convert::layer::{BuiltLayer, FS_META_NAME, build_layer};
-use turbobd::convert::{ConvertOptions, Silent};
-use turbobd::disk::{Disk, DiskLayer, LayerData, digest};
-use turbobd::ext4::{Geometry, Identity, Image, Tree};
-use turbobd::gzip::{self, DEFAULT_SPAN, GZIP_META_NAME, IndexedLayer, SIDECAR_NAME};
-use turbobd::lsmt::{self, LayerKind, Place};
-use turbobd::oci::Descriptor;
-use turbobd::source::{ByteSource, FileSource, MemorySource, SharedBytes, SourceError};
-use turbobd::units::Bytes;
-use turbobd::volume::Volume as _;
-use turbobd::{tar, zfile};
+use source::chunk::ChunkSource as _;
+use source::{ByteSource, FileSource, MemorySource, SharedBytes, SourceError};
 
 /// Reads of distinct places, cold.
 const READS: usize = 300;
@@ -92,7 +94,7 @@ impl Converted {
     fn disk(&self, cache: Arc<Cache>) -> Disk {
         let fs_meta = MemorySource::new("fs", self.member(FS_META_NAME).unwrap());
         let meta: SharedBytes =
-            Arc::new(zfile::open(Arc::new(fs_meta)).unwrap().read_resident().unwrap());
+            Arc::new(read_resident(&zfile::open(Arc::new(fs_meta)).unwrap()).unwrap());
         let index =
             lsmt::Layer::open(&MemorySource::shared("fs", meta.clone()), LayerKind::Warp).unwrap();
         let data = LayerData::Turbo { meta, target: Some(Arc::new(self.target())) };

@@ -14,18 +14,18 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use blobs::cache::Cache;
+use disk::volume::{MemoryVolume, Volume};
+use disk::{Disk, DiskLayer, LayerData};
+use formats::lsmt::{Layer, LayerKind, WarpWriter};
+use formats::units::{Bytes, Sectors};
+use frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
 use io_uring::{IoUring, opcode, types};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::{BufDescList, UblkDev, UblkIOCtx, UblkQueue};
 use libublk::{BufDesc, UblkFlags, UblkIORes};
-use turbobd::cache::Cache;
-use turbobd::chunk::{ChunkSource, PlainChunks};
-use turbobd::disk::{Disk, DiskLayer, LayerData};
-use turbobd::lsmt::{Layer, LayerKind, WarpWriter};
-use turbobd::source::{MemorySource, SharedBytes};
-use turbobd::ublk::{QueueDriver, UblkDevice, UblkOptions};
-use turbobd::units::{Bytes, Sectors};
-use turbobd::volume::{MemoryVolume, Volume};
+use source::chunk::{ChunkSource, PlainChunks};
+use source::{MemorySource, SharedBytes};
 
 const MIB: u64 = 1 << 20;
 /// Bytes that are read from, on every contestant: all of them fit into the cache.
@@ -233,7 +233,7 @@ fn status(key: &str) -> u64 {
 }
 
 fn many(count: usize) {
-    let _ = turbobd::daemon::server::raise_descriptor_limit();
+    let _ = host::daemon::server::raise_descriptor_limit();
     let bytes =
         Arc::new(MemoryVolume::new((0..MIB as usize).map(|at| (at / 4096) as u8).collect()));
     let (rss, begun) = (status("VmRSS"), Instant::now());
@@ -261,7 +261,7 @@ fn many(count: usize) {
         begun.elapsed().as_secs_f64()
     );
     let begun = Instant::now();
-    turbobd::ublk::stop_all(devices).unwrap();
+    frontends::ublk::stop_all(devices).unwrap();
     println!("all detached in {:.1} s (bar: 60 s)", begun.elapsed().as_secs_f64());
     let left = std::fs::read_dir("/sys/block").unwrap().flatten();
     let left =

@@ -18,13 +18,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use formats::oci::Digest;
 use host::Mounted;
 use image::{Ended, Images, OCI_GZIP, done, end, gzip, noise, prose, tar_of};
 use registry_double::{Double, Fault};
 use run_dir::RunDir;
 use serde_json::Value;
 use serve::serve;
-use turbobd::oci::Digest;
 
 /// A run directory of our own, and everything that serves out of it: ended when dropped.
 ///

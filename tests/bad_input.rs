@@ -10,6 +10,7 @@ mod serve;
 use std::fs;
 use std::time::{Duration, Instant};
 
+use formats::oci::Digest;
 use image::{
     Images, OCI_CONFIG, OCI_GZIP, OCI_INDEX, OCI_MANIFEST, config_of, done, end, gunzip, gzip,
     is_refusal, lower, members_of, noise, refused, tar_of, turbobd, upper,
@@ -17,7 +18,6 @@ use image::{
 use registry_double::{Access, Double, Fault};
 use serde_json::{Value, json};
 use serve::serve;
-use turbobd::oci::Digest;
 
 /// Converts `latest`, which must be refused and change nothing in the layout.
 #[track_caller]

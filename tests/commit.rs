@@ -10,10 +10,11 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
 
+use disk::writable::{WritableFiles, WritableLayer};
+use formats::lsmt::Identity;
+use formats::units::Bytes;
 use image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of, turbobd};
 use serde_json::json;
-use turbobd::lsmt::{Identity, WritableFiles, WritableLayer};
-use turbobd::units::Bytes;
 
 const DISK: u64 = 1 << 30;
 
@@ -147,7 +148,7 @@ fn a_layer_goes_to_a_file_that_is_not_replaced_by_accident() {
     drop(layer);
     let digest = done(&["commit", upper, "-o", out]);
     let bytes = fs::read(out).unwrap();
-    assert_eq!(digest, turbobd::oci::Digest::of(&bytes).to_string());
+    assert_eq!(digest, formats::oci::Digest::of(&bytes).to_string());
     refused(&["commit", upper, "-o", out], &["layer", "exists"]);
     let uuid = "0123ABCD-89AB-CDEF-0123-456789ABCDEF";
     let more = ["--algorithm", "zstd", "--bs", "16", "--uuid", uuid, "-p", uuid, "-m", "hello"];

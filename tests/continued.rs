@@ -19,35 +19,32 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use convert::apply::LayerApply;
+use formats::ext4::{Image, ReadError, Run, Tree, read};
+use formats::oci::Digest;
+use formats::tar::{Event, Parser};
+use formats::units::Sectors;
 use host::{Mounted, need_root, output, run};
 use image::{Images, OCI_GZIP, done, gzip, lower, refused, tar_of, upper};
 use listing::{differences, list};
 use serde_json::{Value, json};
-use turbobd::convert::apply::LayerApply;
-use turbobd::ext4::{Image, ReadError, Run, Tree, read};
-use turbobd::oci::Digest;
-use turbobd::tar::{Event, Parser};
-use turbobd::units::Sectors;
-use turbobd::volume::{Located, Piece, Volume, VolumeError, Waiter};
+use source::{ByteSource, SourceError};
 
-/// A file as a volume.
-struct FileVolume(File);
+/// A file as the bytes of a disk.
+struct FileBytes(File);
 
-impl Volume for FileVolume {
-    fn size(&self) -> u64 {
+impl ByteSource for FileBytes {
+    fn len(&self) -> u64 {
         self.0.metadata().unwrap().len()
     }
 
-    fn locate(
-        &self,
-        offset: u64,
-        len: usize,
-        _: &mut dyn FnMut() -> Waiter,
-    ) -> Result<Located, VolumeError> {
-        let mut bytes = vec![0; len];
-        self.0.read_exact_at(&mut bytes, offset).unwrap();
-        let guard = Arc::new(bytes);
-        Ok(Located::Ready(vec![Piece::Memory { guard, range: 0..len }]))
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        self.0.read_exact_at(buf, offset).unwrap();
+        Ok(())
+    }
+
+    fn name(&self) -> &str {
+        "a file"
     }
 }
 
@@ -109,7 +106,7 @@ impl Lower {
         in_rw_mount(&copy, |root| unpack(&tar, root));
 
         let file = File::options().read(true).write(true).open(&self.disk).unwrap();
-        let volume = FileVolume(file.try_clone().unwrap());
+        let volume = FileBytes(file.try_clone().unwrap());
         let (mut tree, mut image) = read(&volume, written(&file)).unwrap();
         apply_and_write(&mut tree, &mut image, &fs::read(&tar).unwrap(), &file);
         drop(file);
@@ -132,7 +129,7 @@ fn apply_and_write(tree: &mut Tree, image: &mut Image, tar: &[u8], disk: &File) 
         .feed(tar, &mut |event| match event {
             Event::Entry(entry) => {
                 layer.entry(entry).unwrap();
-                Ok::<(), turbobd::tar::TarError>(())
+                Ok::<(), formats::tar::TarError>(())
             }
             Event::Data(bytes) => {
                 layer.data(bytes);
@@ -359,7 +356,7 @@ fn what_cannot_be_continued_is_refused_by_name() {
         File::create(&disk).unwrap().set_len(64 << 20).unwrap();
         run(Command::new("mkfs.ext4").args(["-q", "-F"]).args(options).arg(&disk));
         let file = File::open(&disk).unwrap();
-        read(&FileVolume(file.try_clone().unwrap()), written(&file)).unwrap_err().to_string()
+        read(&FileBytes(file.try_clone().unwrap()), written(&file)).unwrap_err().to_string()
     };
     for (options, expected) in [
         (&["-b", "1024"][..], "blocks of 1024 B"),
@@ -378,7 +375,7 @@ fn what_cannot_be_continued_is_refused_by_name() {
     }
     let zeros = tempfile::tempfile().unwrap();
     zeros.set_len(1 << 20).unwrap();
-    assert!(matches!(read(&FileVolume(zeros), []), Err(ReadError::NotExt4)));
+    assert!(matches!(read(&FileBytes(zeros), []), Err(ReadError::NotExt4)));
 }
 
 #[test]
@@ -392,7 +389,7 @@ fn a_disk_that_is_still_mounted_is_refused() {
         fs::copy(&lower.disk, &copy).unwrap();
     });
     let file = File::open(&copy).unwrap();
-    let error = read(&FileVolume(file.try_clone().unwrap()), written(&file)).unwrap_err();
+    let error = read(&FileBytes(file.try_clone().unwrap()), written(&file)).unwrap_err();
     assert!(error.to_string().contains("not unmounted cleanly"), "{error}");
 }
 

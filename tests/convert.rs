@@ -13,17 +13,17 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use formats::oci::{Digest, RepositoryName};
 use image::{
     Images, OCI_CONFIG, OCI_GZIP, OCI_INDEX, OCI_MANIFEST, OCI_TAR, config_of, done, end, gunzip,
     gzip, host_architecture, lower, members_of, prose, refused, tar_of, turbobd, upper,
 };
+use registry::store;
+use registry::{Client, ClientOptions};
 use registry_double::{Access, Double, Fault};
 use serde_json::{Value, json};
 use serve::serve;
 use sha2::{Digest as _, Sha256};
-use turbobd::oci::{Digest, RepositoryName};
-use turbobd::registry::{Client, ClientOptions};
-use turbobd::store;
 
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";

@@ -22,6 +22,10 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
+use blobs::cache::Cache;
+use disk::config::{self, Purpose};
+use disk::image::IndexedTargets;
+use formats::oci::Digest;
 use image::{
     Images, OCI_GZIP, OCI_TAR, done, end, gzip, is_refusal, noise, refused, tar_of, turbobd,
 };
@@ -30,10 +34,6 @@ use run_dir::RunDir;
 use serde_json::{Value, json};
 use serve::serve;
 use sha2::{Digest as _, Sha256};
-use turbobd::cache::Cache;
-use turbobd::disk::config::{self, Purpose};
-use turbobd::disk::image::IndexedTargets;
-use turbobd::oci::Digest;
 use writer::{NOBODY, Way, ZFileOptions, entry, layer, wrap_pax, wrap_ustar, zfile};
 
 const MIB: u64 = 1 << 20;

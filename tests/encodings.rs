@@ -18,22 +18,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use blobs::cache::{Cache, CacheOptions};
+use blobs::fetch::{FetchOptions, FillOptions};
+use blobs::tier::{Kind, Tier, TierOptions, Tiers};
+use disk::Disk;
+use disk::image::{host_manifest, open_image};
+use disk::volume::Volume as _;
+use formats::oci::Digest;
 use image::{
     Images, OCI_GZIP, OCI_TAR, chunks, done, end, gunzip, gzip, lower, members_of, noise, prose,
     refused, tar_of, turbobd, upper,
 };
+use registry::store::{self, ImageStore};
+use registry::{Client, ClientOptions};
 use registry_double::{Double, Fault};
 use serde_json::Value;
 use serve::serve;
-use turbobd::cache::{Cache, CacheOptions};
-use turbobd::disk::Disk;
-use turbobd::disk::image::{host_manifest, open_image};
-use turbobd::fetch::{FetchOptions, FillOptions};
-use turbobd::oci::Digest;
-use turbobd::registry::{Client, ClientOptions};
-use turbobd::store::{self, ImageStore};
-use turbobd::tier::{Kind, Tier, TierOptions, Tiers};
-use turbobd::volume::Volume as _;
 
 const OCI_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 const MIB: usize = 1 << 20;
@@ -638,7 +638,7 @@ fn a_chunk_of_a_long_frame_loads_alone_by_decoding_what_is_before_it() {
         assert!(source.load(chunk).unwrap()[..] == tar[range], "chunk {chunk}");
     }
     let mut decoder = source.begin_serial(0).unwrap();
-    let wrong = turbobd::chunk::EncodedChunk::new(&source.encoded(0).unwrap(), Vec::new());
+    let wrong = source::chunk::EncodedChunk::new(&source.encoded(0).unwrap(), Vec::new());
     assert!(decoder.decode_next(&wrong, &mut vec![0; source.room(0)]).is_err());
 }
 

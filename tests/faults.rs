@@ -12,18 +12,18 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use blobs::cache::Cache;
+use disk::Disk;
+use disk::explain::{Held, What};
+use disk::image::{host_manifest, open_image};
+use disk::volume::{Volume as _, VolumeError};
+use host::daemon::{DiskView, ImageView};
 use image::{Images, OCI_GZIP, chunks, gzip, prose, tar_of};
+use registry::store::{self, ImageStore};
+use registry::{Client, ClientOptions, RetryPolicy, Timeouts};
 use registry_double::{Double, Fault};
 use serve::serve;
-use turbobd::cache::Cache;
-use turbobd::chunk::ChunkError;
-use turbobd::daemon::{DiskView, ImageView};
-use turbobd::disk::Disk;
-use turbobd::disk::explain::{Held, What};
-use turbobd::disk::image::{host_manifest, open_image};
-use turbobd::registry::{Client, ClientOptions, RetryPolicy, Timeouts};
-use turbobd::store::{self, ImageStore};
-use turbobd::volume::{Volume as _, VolumeError};
+use source::chunk::ChunkError;
 
 const MIB: usize = 1 << 20;
 
@@ -232,7 +232,7 @@ fn a_registry_that_dies_and_comes_back_is_waited_for_and_meanwhile_it_is_said_wh
         std::thread::sleep(Duration::from_millis(5));
     };
     assert!(retry.error.contains("refused"), "{retry:?}");
-    assert!(retry.next <= 50 && retry.start < retry.end, "{retry:?}");
+    assert!(retry.next_ms <= 50 && retry.start_bytes < retry.end_bytes, "{retry:?}");
     assert_eq!(view.trouble().as_deref(), Some(retry.error.as_str()));
     assert!(!reader.is_finished());
     let _line = Line::open(address, &served.registry.host());
@@ -289,5 +289,5 @@ fn the_places_of_a_disk_are_told_without_a_gap_and_as_they_are_read() {
     }
     let view = DiskView::new(disk.clone());
     let target = served.target.parse().unwrap();
-    served.registry.until_counted(&target, || view.blobs().remove(0).fetched);
+    served.registry.until_counted(&target, || view.blobs().remove(0).fetched_bytes);
 }

@@ -16,12 +16,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use block::{
-    MIB, Random, alone, content, open, random_reads, read, root, soon, sys_block, threads,
-    ublk_here,
+    MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, root, soon,
+    sys_block, threads, ublk_here,
 };
-use turbobd::looped::LoopedDevice;
-use turbobd::ublk::{QueueDriver, UblkDevice, UblkOptions};
-use turbobd::volume::{FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter};
+use disk::volume::{FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter};
+use frontends::looped::LoopedDevice;
+use frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
 
 /// Answers every read in pieces of uneven length, each in memory of its own, with holes.
 struct Scattered {
@@ -137,10 +137,6 @@ impl Device {
             }
         }
     }
-}
-
-fn mounts() -> String {
-    std::fs::read_to_string("/proc/self/mountinfo").unwrap()
 }
 
 fn serves_every_byte(kind: Kind) {
@@ -364,10 +360,6 @@ macro_rules! device_tests {
     };
 }
 
-fn loop_here() -> bool {
-    root() && Path::new("/dev/fuse").exists() && Path::new("/dev/loop-control").exists()
-}
-
 device_tests!(looped, Kind::Looped, loop_here());
 device_tests!(ublk, Kind::Ublk(QueueDriver::Shared), ublk_here());
 device_tests!(own_ublk, Kind::Ublk(QueueDriver::OwnThreads), ublk_here());
@@ -537,243 +529,10 @@ mod ublk_only {
         if !ublk_here() {
             return;
         }
-        let findings = turbobd::ublk::probe::examine();
+        let findings = frontends::ublk::probe::examine();
         assert!(findings.verdict().is_ok(), "{findings:?}");
-        let names = turbobd::ublk::probe::feature_names(findings.features.unwrap_or_default());
+        let names = frontends::ublk::probe::feature_names(findings.features.unwrap_or_default());
         assert!(names.iter().any(|name| name == "need-get-data"), "{names:?}");
-    }
-}
-
-/// The daemon, as processes: this binary is the daemon too.
-mod daemon {
-    use super::*;
-    use turbobd::daemon::protocol::{Frontend, State};
-    use turbobd::daemon::{
-        AttachRequest, Client, DaemonError, DaemonOptions, DeviceRecord, IoCounters, Opened,
-    };
-
-    type Error = Box<dyn std::error::Error + Send + Sync>;
-
-    /// The image is a raw file.
-    fn open_image(request: &AttachRequest) -> Result<Opened, Error> {
-        let bytes = std::fs::read(request.options["file"].as_str().ok_or("no file")?)?;
-        let view = Arc::new(|| IoCounters { fetched: 5, cached: 6, ..IoCounters::default() });
-        Ok(Opened {
-            volume: Arc::new(MemoryVolume::new(bytes)),
-            name: format!("raw {}", request.image),
-            view,
-            recorders: None,
-            snapshots: None,
-        })
-    }
-
-    /// Not a test: the body of the daemon that the tests start.
-    #[test]
-    fn process() {
-        if std::env::var_os("TURBOBD_TEST_DAEMON").is_some() {
-            let options = DaemonOptions {
-                run_dir: turbobd::daemon::protocol::run_dir(),
-                auto: true,
-                ..DaemonOptions::default()
-            };
-            turbobd::daemon::run(&options, Arc::new(open_image)).unwrap();
-        }
-    }
-
-    struct Host {
-        dir: tempfile::TempDir,
-        tree: Vec<u8>,
-    }
-
-    impl Host {
-        /// A run directory and an ext4 with one file in it.
-        fn new() -> Option<Self> {
-            let dir = tempfile::tempdir().unwrap();
-            let tree = content(MIB);
-            std::fs::create_dir(dir.path().join("tree")).unwrap();
-            std::fs::create_dir(dir.path().join("mnt")).unwrap();
-            std::fs::write(dir.path().join("tree/file"), &tree).unwrap();
-            let image = dir.path().join("image");
-            File::create(&image).unwrap().set_len(8 * MIB as u64).unwrap();
-            let made = Command::new("mkfs.ext4")
-                .args(["-q", "-F", "-d"])
-                .arg(dir.path().join("tree"))
-                .arg(image)
-                .status();
-            made.is_ok_and(|status| status.success()).then_some(Self { dir, tree })
-        }
-
-        fn run_dir(&self) -> PathBuf {
-            self.dir.path().join("run")
-        }
-
-        fn mountpoint(&self) -> PathBuf {
-            self.dir.path().join("mnt")
-        }
-
-        fn client(&self) -> Client {
-            Client::connect_or_spawn(&self.run_dir(), || {
-                let mut command = Command::new(std::env::current_exe().unwrap());
-                command
-                    .args(["daemon::process", "--exact", "--nocapture"])
-                    .env("TURBOBD_TEST_DAEMON", "1");
-                command
-            })
-            .unwrap()
-        }
-
-        fn request(&self, image: &str) -> AttachRequest {
-            let options = serde_json::json!({ "file": self.dir.path().join("image") });
-            AttachRequest { image: image.into(), frontend: Frontend::Auto, dev_id: None, options }
-        }
-
-        fn left(&self) -> Vec<String> {
-            let names = std::fs::read_dir(self.run_dir()).unwrap().flatten();
-            names
-                .map(|entry| entry.file_name().into_string().unwrap())
-                .filter(|name| name.contains("fuse-"))
-                .collect()
-        }
-    }
-
-    fn alive(pid: u32) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        !stat.is_empty() && !stat.contains(") Z ")
-    }
-
-    fn gone(record: &DeviceRecord) -> bool {
-        let sysfs = sys_block(&record.device);
-        soon(|| {
-            if record.frontend == Frontend::Loop {
-                !sysfs.join("loop").exists()
-            } else {
-                !sysfs.exists()
-            }
-        })
-    }
-
-    fn signal(pid: u32, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-        rustix::process::kill_process(pid, signal).unwrap();
-    }
-
-    fn with_host(test: impl FnOnce(&Host)) {
-        let _alone = alone();
-        match (ublk_here() || loop_here()).then(Host::new).flatten() {
-            Some(host) => test(&host),
-            None => println!("SKIPPED: needs root, a front end and mkfs.ext4"),
-        }
-    }
-
-    #[test]
-    fn ublk_or_loop_attach_mount_list_detach_and_the_daemon_ends_when_idle() {
-        with_host(|host| {
-            let mut client = host.client();
-            let pid = client.pid();
-            let (record, note) =
-                client.attach_and_mount(host.request("a:1"), &host.mountpoint()).unwrap();
-            assert_eq!(note.is_some(), record.frontend == Frontend::Loop, "{note:?}");
-            assert!(std::fs::read(host.mountpoint().join("file")).unwrap() == host.tree);
-            // Here the daemon runs on a thread of the test harness, whose first thread stays in our namespace.
-            let namespace = |task: &Path| std::fs::read_link(task.join("ns/mnt")).unwrap();
-            let ours = namespace(Path::new("/proc/thread-self"));
-            let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))
-                .unwrap()
-                .map(|task| task.unwrap().path());
-            let serving = tasks.filter(|task| {
-                std::fs::read_to_string(task.join("comm")).unwrap().starts_with("connection")
-            });
-            assert!(serving.map(|task| namespace(&task)).all(|theirs| theirs != ours));
-            let listed = host.client().list().unwrap();
-            assert_eq!(listed.len(), 1);
-            assert_eq!((listed[0].state, listed[0].image.as_str()), (State::InUse, "raw a:1"));
-            assert_eq!(listed[0].mountpoint.as_deref(), Some(host.mountpoint().as_path()));
-            assert!(listed[0].bytes_read >= MIB as u64 && listed[0].bytes_fetched == 5);
-            // In use: neither a stop nor a bare detach takes it away.
-            assert_eq!(client.stop().unwrap().len(), 1);
-            assert!(std::fs::read(host.mountpoint().join("file")).unwrap() == host.tree);
-            let open = File::open(host.mountpoint().join("file")).unwrap();
-            let busy = client.detach("a:1").unwrap_err();
-            assert!(matches!(busy, DaemonError::Busy { .. }), "{busy:?}");
-            drop(open);
-            client.detach(host.mountpoint().to_str().unwrap()).unwrap();
-            assert!(gone(&record) && client.list().unwrap().is_empty());
-            assert!(!mounts().contains(host.mountpoint().to_str().unwrap()));
-            assert!(matches!(client.detach("a:1"), Err(DaemonError::NotFound(_))));
-            drop(client);
-            std::thread::sleep(turbobd::daemon::server::IDLE);
-            assert!(soon(|| !alive(pid)), "the idle daemon stays");
-            assert!(Client::connect(&host.run_dir()).unwrap().is_none());
-            assert_eq!(host.left(), Vec::<String>::new());
-        });
-    }
-
-    #[test]
-    fn ublk_or_loop_failures_leave_nothing_and_name_their_cause() {
-        with_host(|host| {
-            let mut client = host.client();
-            let mut request = host.request("b:1");
-            request.options = serde_json::json!({ "file": "/nonexistent" });
-            let error = client.attach(request).unwrap_err().to_string();
-            assert!(error.contains("Cannot open b:1: No such file"), "{error}");
-            // A disk without a file system: attached, but not mounted.
-            let zeros = host.dir.path().join("zeros");
-            std::fs::write(&zeros, vec![0; MIB]).unwrap();
-            let mut request = host.request("c:1");
-            request.options = serde_json::json!({ "file": zeros });
-            let error = client.attach_and_mount(request, &host.mountpoint()).unwrap_err();
-            assert!(
-                matches!(error, DaemonError::Step { what: "mount an ext4 at", .. }),
-                "{error:?}"
-            );
-            assert!(
-                client.attach_and_mount(host.request("d:1"), Path::new("/nonexistent")).is_err()
-            );
-            assert_eq!(client.list().unwrap(), []);
-            assert_eq!(client.stop().unwrap(), []);
-            assert!(soon(|| !alive(client.pid())));
-        });
-    }
-
-    #[test]
-    fn ublk_or_loop_clients_at_once_share_one_daemon_and_sigterm_ends_it() {
-        with_host(|host| {
-            let records = std::thread::scope(|scope| {
-                let attach = |number: usize| {
-                    let mut client = host.client();
-                    (client.pid(), client.attach(host.request(&format!("{number}:1"))).unwrap().0)
-                };
-                let threads: Vec<_> =
-                    (0..4).map(|number| scope.spawn(move || attach(number))).collect();
-                threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
-            });
-            let pid = records[0].0;
-            assert!(records.iter().all(|record| record.0 == pid));
-            assert_eq!(host.client().list().unwrap().len(), 4);
-            for (_, record) in &records {
-                assert_eq!(read(&open(&record.device, false), 1024, 4096).unwrap().len(), 4096);
-            }
-            signal(pid, rustix::process::Signal::TERM);
-            assert!(soon(|| !alive(pid)), "SIGTERM does not end the daemon");
-            assert!(records.iter().all(|(_, record)| gone(record)));
-            assert_eq!(host.left(), Vec::<String>::new());
-        });
-    }
-
-    #[test]
-    fn ublk_or_loop_a_killed_daemon_leaves_no_device_and_no_mount() {
-        with_host(|host| {
-            let mut client = host.client();
-            let (record, _) = client.attach(host.request("e:1")).unwrap();
-            signal(client.pid(), rustix::process::Signal::KILL);
-            assert!(soon(|| !alive(client.pid())));
-            assert!(gone(&record), "{} is left", record.device.display());
-            assert!(!mounts().contains(host.run_dir().to_str().unwrap()));
-            // The next client starts another daemon over the dead one's socket.
-            let mut next = host.client();
-            assert_ne!(next.pid(), client.pid());
-            assert_eq!(next.stop().unwrap(), []);
-        });
     }
 }
 
@@ -781,5 +540,5 @@ mod daemon {
 #[test]
 fn ublk_in_a_guest() {
     let _alone = alone();
-    block::in_a_guest_with_ublk(&["ublk"], 26);
+    block::in_a_guest_with_ublk(&["ublk"], 22);
 }

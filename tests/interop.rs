@@ -22,18 +22,18 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blobs::cache::Cache;
+use disk::config::{self, TargetOpener};
+use disk::digest::{content_digest, export_raw};
+use disk::volume::Volume as _;
+use disk::{Disk, DiskError};
 use flate2::read::MultiGzDecoder;
 use host::Mounted;
 use run_dir::RunDir;
 use rustix::fs::SeekFrom;
 use sha2::{Digest as _, Sha256};
-use turbobd::cache::Cache;
-use turbobd::chunk::{ChunkSource, PlainChunks};
-use turbobd::disk::config::{self, TargetOpener};
-use turbobd::disk::digest::{content_digest, export_raw};
-use turbobd::disk::{Disk, DiskError};
-use turbobd::source::{ByteSource, MemorySource};
-use turbobd::volume::Volume as _;
+use source::chunk::{ChunkSource, PlainChunks};
+use source::{ByteSource, MemorySource};
 
 /// Inflates a target whole with zlib's rules: an oracle that does not know the index.
 struct Inflated;

@@ -5,14 +5,14 @@ mod image;
 use std::path::Path;
 use std::sync::Arc;
 
+use convert::meta::{Found, MetaError, MetaImage, MetaImages, Plain, is_plain};
+use convert::{ConvertOptions, Silent};
+use disk::image::host_manifest;
+use formats::oci::annotations::ARTIFACT_TYPE_TURBO;
+use formats::oci::manifest::media;
+use formats::oci::{Descriptor, Index, Manifest};
 use image::Images;
-use turbobd::convert::{ConvertOptions, Silent};
-use turbobd::disk::image::host_manifest;
-use turbobd::meta::{Found, MetaError, MetaImage, MetaImages, Plain, is_plain};
-use turbobd::oci::annotations::ARTIFACT_TYPE_TURBO;
-use turbobd::oci::manifest::media;
-use turbobd::oci::{Descriptor, Index, Manifest};
-use turbobd::store::{ImageStore, LayoutStore, Selector, StoredManifest};
+use registry::store::{ImageStore, LayoutStore, Selector, StoredManifest};
 
 /// A layout, and a local store that is empty at first.
 struct Host {
@@ -47,7 +47,7 @@ impl Host {
         };
         let local = self.local.path().join("meta");
         let options = ConvertOptions {
-            disk_size: turbobd::units::Bytes(1 << 30),
+            disk_size: formats::units::Bytes(1 << 30),
             ..ConvertOptions::default()
         };
         MetaImages { local, publish, options }.of(&plain, &Silent)

@@ -16,17 +16,17 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use formats::oci::{Digest, RepositoryName};
 use image::{
     Images, OCI_CONFIG, OCI_GZIP, OCI_MANIFEST, OCI_TAR, done, gunzip, gzip, lower, noise, prose,
     refused, tar_of, upper,
 };
 use listing::{differences, list};
+use registry::store;
+use registry::{Client, ClientOptions};
 use registry_double::Double;
 use serde_json::{Value, json};
 use serve::serve;
-use turbobd::oci::{Digest, RepositoryName};
-use turbobd::registry::{Client, ClientOptions};
-use turbobd::store;
 
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_TAR: &str = "application/vnd.docker.image.rootfs.diff.tar";

@@ -20,13 +20,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use registry_double::{Access, Double, Fault};
-use turbobd::oci::Digest;
-use turbobd::registry::{
+use formats::oci::Digest;
+use registry::{
     Client, ClientCertificate, ClientOptions, Credential, Proxies, RegistryError, RemoteBlob,
     Repository, RetryPolicy, Timeouts,
 };
-use turbobd::source::{ByteSource as _, SourceError};
+use registry_double::{Access, Double, Fault};
+use source::{ByteSource as _, SourceError};
 
 const REPOSITORY: &str = "team/app";
 

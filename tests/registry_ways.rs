@@ -15,13 +15,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use registry_double::{Access, Double, Fault};
-use turbobd::config::ServiceConfig;
-use turbobd::oci::Digest;
-use turbobd::registry::{
+use formats::oci::Digest;
+use host::config::ServiceConfig;
+use host::images::Registries;
+use registry::{
     Client, ClientOptions, Credential, Network, Proxies, RemoteBlob, RetryPolicy, Timeouts,
 };
-use turbobd::source::{ByteSource as _, Class, OneBuffer, SourceError};
+use registry_double::{Access, Double, Fault};
+use source::{ByteSource as _, Class, OneBuffer, SourceError};
 
 const REPOSITORY: &str = "team/app";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -50,7 +51,7 @@ fn options(text: &str) -> ClientOptions {
             head: Duration::from_secs(5),
             idle: Duration::from_secs(5),
         },
-        ..ClientOptions::of_host(&settings(text))
+        ..Registries::new(Arc::new(settings(text))).options()
     }
 }
 
@@ -608,7 +609,7 @@ fn a_file_is_asked_for_credentials() {
         serde_json::json!({"credentialFilePath": path}).to_string(),
     ] {
         let given = ClientOptions {
-            credential_files: ClientOptions::of_host(&settings(&text)).credential_files,
+            credential_files: Registries::new(Arc::new(settings(&text))).options().credential_files,
             ..options(&text)
         };
         assert_eq!(given.credential_files[0], file.path());

@@ -15,14 +15,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use blobs::trace::upstream;
 use block::alone;
+use formats::oci::Digest;
+use formats::trace::Trace;
 use image::{Ended, Images, OCI_GZIP, OCI_TAR, end, gzip, prose, tar_of};
 use registry_double::Double;
 use run_dir::RunDir;
 use serde_json::{Value, json};
 use serve::serve;
-use turbobd::oci::Digest;
-use turbobd::trace::{Trace, upstream};
 
 /// A run directory, and traces that are learned in a folder of it.
 struct Host(RunDir);
@@ -405,7 +406,7 @@ fn what_is_no_trace_of_the_image_is_not_published() {
     refused(&name, &["some.trace", "no trace"]);
     fs::write(&file, Trace::default().to_bytes()).unwrap();
     refused(&name, &["None of the 0 pieces", &name]);
-    let other = turbobd::trace::Touch { blob: 0, start: 0, len: 1, at: 0, weight: 1 };
+    let other = formats::trace::Touch { blob: 0, start: 0, len: 1, at: 0, weight: 1 };
     let other = Trace { starts: 1, blobs: vec![Digest::of(b"other")], touches: vec![other] };
     fs::write(&file, other.to_bytes()).unwrap();
     refused(&name, &["None of the 1 pieces", &name]);

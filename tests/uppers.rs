@@ -18,14 +18,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use block::{alone, ublk_here};
+use disk::writable::{WritableFiles, WritableLayer};
+use formats::lsmt::layer::Record;
+use formats::lsmt::{Identity, Uuid};
+use formats::units::Bytes;
 use host::run;
 use image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of};
 use listing::same_trees;
 use run_dir::RunDir;
 use serde_json::{Value, json};
-use turbobd::lsmt::layer::Record;
-use turbobd::lsmt::{Identity, Uuid, WritableFiles, WritableLayer};
-use turbobd::units::Bytes;
 
 /// Bytes of the disk.
 const DISK: u64 = 1 << 30;

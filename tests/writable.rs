@@ -18,9 +18,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use block::{alone, ublk_here};
+use disk::writable::{WritableFiles, WritableLayer};
 use image::{Images, OCI_GZIP, done, gzip, noise, refused, tar_of, turbobd};
 use listing::same_trees;
-use turbobd::lsmt::{WritableFiles, WritableLayer};
 
 /// A device that is served by a process of its own.
 struct Device {
@@ -244,7 +244,7 @@ fn an_upper_of_another_disk_is_refused() {
     let images = base();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let upper = work.path().join("upper");
-    let size = turbobd::units::Bytes(1 << 20);
+    let size = formats::units::Bytes(1 << 20);
     let files = WritableFiles::in_dir(&upper);
     drop(WritableLayer::create(&files, size, Default::default()).unwrap());
     let name = images.name("obd");

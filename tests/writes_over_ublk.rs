@@ -16,12 +16,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use block::{MIB, Random, alone, content, open, read, soon, sys_block, threads, ublk_here};
-use rustix::fs::{FallocateFlags, fallocate};
-use turbobd::disk::upper::UpperVolume;
-use turbobd::ublk::{QueueDriver, UblkDevice, UblkOptions};
-use turbobd::volume::{
+use disk::upper::UpperVolume;
+use disk::volume::{
     FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter, WritableVolume,
 };
+use frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
+use rustix::fs::{FallocateFlags, fallocate};
 
 const DRIVERS: [QueueDriver; 2] = [QueueDriver::Shared, QueueDriver::OwnThreads];
 

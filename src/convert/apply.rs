@@ -41,9 +41,9 @@ use std::fmt;
 
 use thiserror::Error;
 
-use crate::ext4::{DataRun, Kind, NodeId, Tree, TreeError};
-use crate::tar::{Content, Entry, EntryKind};
-use crate::units::SECTOR;
+use formats::ext4::{DataRun, Kind, NodeId, Tree, TreeError};
+use formats::tar::{Content, Entry, EntryKind};
+use formats::units::SECTOR;
 
 use attributes::{AttributeError, apply_header};
 use path::{Path, PathError};
@@ -373,7 +373,7 @@ fn regular(entry: &Entry) -> Kind {
     match &entry.content {
         Content::Plain if len.get() == 0 => Kind::Regular { size: len, runs: Vec::new() },
         Content::Plain => {
-            let file_offset = crate::units::Bytes::ZERO;
+            let file_offset = formats::units::Bytes::ZERO;
             Kind::Regular {
                 size: len,
                 runs: vec![DataRun::remote(file_offset, entry.data_offset, len)],

@@ -2,7 +2,7 @@
 //!
 //! The lowest layers of an image are often those of another that was converted already, by this program or
 //! by upstream's, to either format or to a mixture. Then only the layers on top are read and converted:
-//! the filesystem is read back from the stack of the lower ones ([`crate::ext4::read`]) and goes on from
+//! the filesystem is read back from the stack of the lower ones ([`formats::ext4::read`]) and goes on from
 //! there. The converted lower layers become part of the result as they are.
 //!
 //! That a converted layer stands for a source layer is not taken on trust. A TurboOCI layer names its
@@ -14,14 +14,15 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::cache::Cache;
-use crate::disk::Disk;
-use crate::disk::image::{ImageError, native_identity, open_layers};
-use crate::ext4::{Image, ReadError, Tree};
-use crate::lsmt::Uuid;
-use crate::oci::annotations::{AnnotationError, LayerKind, split_acceleration};
-use crate::oci::{ConfigError, Descriptor, Digest, ImageConfig, Manifest};
-use crate::store::{ImageStore, StoreError};
+use blobs::cache::Cache;
+use disk::Disk;
+use disk::image::{ImageError, native_identity, open_layers};
+use disk::volume::VolumeSource;
+use formats::ext4::{Image, ReadError, Tree};
+use formats::lsmt::Uuid;
+use formats::oci::annotations::{AnnotationError, LayerKind, split_acceleration};
+use formats::oci::{ConfigError, Descriptor, Digest, ImageConfig, Manifest};
+use registry::store::{ImageStore, StoreError};
 
 /// Annotation of a converted manifest: how many of its lowest layers were taken from elsewhere.
 pub const BASE: &str = "dev.turbobd.base";
@@ -193,5 +194,5 @@ pub(super) fn read_back(
     let cache = Cache::new(CACHE, 2);
     let stack = layers.iter().map(|layer| (&*layer.from, &layer.descriptor));
     let disk: Disk = open_layers(stack, targets, cache)?.disk;
-    Ok(crate::ext4::read(&disk, disk.mapped())?)
+    Ok(formats::ext4::read(&VolumeSource(&disk), disk.mapped())?)
 }

@@ -30,11 +30,11 @@ use sha2::{Digest as _, Sha256};
 use super::base::BaseImage;
 use super::layer::TargetEncoding;
 use super::{ConvertOptions, Format};
-use crate::oci::annotations::LayerKind;
-use crate::oci::digest::DigestError;
-use crate::oci::{Descriptor, Digest, Document, ImageConfig, Manifest};
-use crate::store::{ImageStore, LayoutStore, Selector, StoreError, StoredManifest};
-use crate::zfile::Algo;
+use formats::oci::annotations::LayerKind;
+use formats::oci::digest::DigestError;
+use formats::oci::{Descriptor, Digest, Document, ImageConfig, Manifest};
+use formats::zfile::Algo;
+use registry::store::{ImageStore, LayoutStore, Selector, StoreError, StoredManifest};
 
 /// Annotation of a converted manifest: the chains of its layers, lowest first, with commas between.
 pub const CHAINS: &str = "dev.turbobd.chains";
@@ -348,8 +348,8 @@ impl LocalLayers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::Bytes;
-    use crate::zfile;
+    use formats::units::Bytes;
+    use formats::zfile;
 
     #[test]
     fn a_chain_depends_on_format_recipe_lower_layers_and_order() {

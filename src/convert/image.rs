@@ -8,11 +8,11 @@ use super::chain::{CHAINS, ChainId, KnownLayer, KnownLayers, LocalLayers};
 use super::layer::{LayerSizes, TargetEncoding, Wanted, convert_layer};
 use super::native::{Hashing, NativeBlob, NativeLayer, layer_uuids};
 use super::{ConvertError, ConvertOptions, Format, LayerError, Progress};
-use crate::ext4::{Geometry, Identity, Image, Tree};
-use crate::lsmt;
-use crate::oci::manifest::media;
-use crate::oci::{Descriptor, Digest, Document, ImageConfig, Manifest, annotations};
-use crate::store::{ImageStore, StoreError, StoredManifest};
+use formats::ext4::{Geometry, Identity, Image, Tree};
+use formats::lsmt;
+use formats::oci::manifest::media;
+use formats::oci::{Descriptor, Digest, Document, ImageConfig, Manifest, annotations};
+use registry::store::{ImageStore, StoreError, StoredManifest};
 
 /// An image in one converted format, not yet published.
 pub struct ConvertedImage {

@@ -13,9 +13,9 @@ use std::thread;
 
 use super::image::{ConvertedFormats, ConvertedImage, LayerReport, convert_image, subject};
 use super::{ConvertError, ConvertOptions, Format, KnownLayers, Progress};
-use crate::oci::manifest::media;
-use crate::oci::{Descriptor, Digest, Document, Index};
-use crate::store::{ImageStore, Selector, StoredManifest};
+use formats::oci::manifest::media;
+use formats::oci::{Descriptor, Digest, Document, Index};
+use registry::store::{ImageStore, Selector, StoredManifest};
 
 /// What was converted and published.
 #[derive(Debug, serde::Serialize)]

@@ -20,27 +20,23 @@ use std::thread;
 use super::apply::{ApplyReport, LayerApply};
 use super::native::{Hashing, NativeBlob, NativeBuilder, NativeLayer};
 use super::{ConvertOptions, LayerError, Progress};
-use crate::ext4::{Image, LayerBlocks, Run, Tree};
-use crate::gzip::{self, Boundary, GZIP_META_NAME, SIDECAR_NAME, Sidecar};
-use crate::lsmt::WarpWriter;
-use crate::oci::{Descriptor, Digest};
-use crate::segments::{self, PlainScanner};
-use crate::tar::{self, Event};
-use crate::units::Bytes;
-use crate::{zfile, zstandard};
 use bytes::{Bytes as Piece, BytesMut};
 use crossbeam_channel::{Receiver, Sender, bounded};
+use formats::archive::{FS_META_NAME, MARKER_NAME};
+use formats::ext4::{Image, LayerBlocks, Run, Tree};
+use formats::gzip::{self, Boundary, GZIP_META_NAME, SIDECAR_NAME, Sidecar};
+use formats::lsmt::WarpWriter;
+use formats::oci::{Descriptor, Digest};
+use formats::segments::{self, PlainScanner};
+use formats::tar::{self, Event};
+use formats::units::Bytes;
+use formats::{zfile, zstandard};
 use sha2::{Digest as _, Sha256};
 
 /// Bytes read at a time: large enough that a piece costs nothing to pass on.
 const PIECE: usize = 256 << 10;
 /// Pieces under way between two threads: 8 MiB, enough to cover a burst of the network.
 const PIECES_AHEAD: usize = 32;
-
-/// Name of the ext4 metadata in the layer archive (spec turbooci 3.1).
-pub const FS_META_NAME: &str = "ext4.fs.meta";
-/// Name of the empty member that marks a `TurboOCI` layer.
-pub const MARKER_NAME: &str = ".turbo.ociv1";
 
 /// How the original blob is compressed, by its content and not by its media type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

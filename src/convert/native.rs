@@ -35,11 +35,13 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest as _, Sha256};
 
 use super::LayerError;
-use crate::ext4::LayerBlocks;
-use crate::lsmt::{Identity, ScatteredWriter, Uuid, WritableLayer};
-use crate::oci::Digest;
-use crate::units::Bytes;
-use crate::zfile::{self, ParallelWriter, wrap};
+use crate::ParallelWriter;
+use disk::writable::WritableLayer;
+use formats::ext4::LayerBlocks;
+use formats::lsmt::{Identity, ScatteredWriter, Uuid};
+use formats::oci::Digest;
+use formats::units::Bytes;
+use formats::zfile::{self, wrap};
 use payload::{Payload, Stored};
 
 /// Bytes in front of the `ZFile` in a tar of form A.

@@ -1,6 +1,6 @@
 //! Who is told how far a conversion is.
 
-use crate::oci::Digest;
+use formats::oci::Digest;
 
 /// Told of every layer's start, advance and end, from several threads.
 pub trait Progress: Sync {

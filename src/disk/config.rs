@@ -22,12 +22,13 @@ use serde_json::Value;
 
 use self::lowers::Place;
 use super::{Disk, DiskError};
-use crate::cache::Cache;
-use crate::chunk::ChunkSource;
-use crate::lsmt::{MAX_LAYERS, WritableFiles};
-use crate::oci::Digest;
-use crate::source::ByteSource;
-use crate::trace::Trace;
+use crate::writable::WritableFiles;
+use blobs::cache::Cache;
+use formats::lsmt::MAX_LAYERS;
+use formats::oci::Digest;
+use formats::trace::Trace;
+use source::ByteSource;
+use source::chunk::ChunkSource;
 
 /// Opens what a configuration only names. The decoders of this program and its registry client implement
 /// it; so may tests.
@@ -308,9 +309,9 @@ mod tests {
 
     #[test]
     fn layers_are_found_where_upstream_finds_them_and_what_is_missing_is_named() {
-        use crate::lsmt::{Identity, NativeWriter, WarpWriter};
-        use crate::units::{Bytes, Sectors};
         use crate::volume::Volume as _;
+        use formats::lsmt::{Identity, NativeWriter, WarpWriter};
+        use formats::units::{Bytes, Sectors};
 
         let folder = tempfile::tempdir().unwrap();
         let write = |name: &str, bytes: &[u8]| {

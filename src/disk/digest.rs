@@ -11,9 +11,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::Disk;
 use super::scan::{BLOCK, blocks, scan, steps};
-use crate::oci::digest::Digest;
-use crate::units::Sectors;
 use crate::volume::{Volume, VolumeError};
+use formats::oci::digest::Digest;
+use formats::units::Sectors;
 
 /// Most bytes written at a time.
 const WRITE: usize = 1 << 20;

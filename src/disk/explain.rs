@@ -2,17 +2,14 @@
 
 use std::ops::Range;
 
-use serde::{Deserialize, Serialize};
-
 use super::{Disk, Opened};
-use crate::fetch::Blob;
-use crate::lsmt::Place;
-use crate::units::{SECTOR, Sectors};
 use crate::volume::Volume as _;
+use blobs::fetch::Blob;
+use formats::lsmt::Place;
+use formats::units::{SECTOR, Sectors};
 
 /// What a part of a disk is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     /// No layer has anything here: zeros.
     Hole,
@@ -25,8 +22,7 @@ pub enum What {
 }
 
 /// Where a chunk's bytes are now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
     /// Decoded, in the memory cache.
     Memory,
@@ -37,7 +33,7 @@ pub enum Held {
 }
 
 /// A part of a disk that lies in one place.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
     /// First byte on the disk.
     pub offset: u64,
@@ -46,15 +42,13 @@ pub struct Placed {
     /// What is there.
     pub what: What,
     /// Which layer has it, 0 lowest.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
     pub layer: Option<usize>,
     /// What of which blob holds it.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
     pub chunk: Option<ChunkPlace>,
 }
 
 /// The chunk behind a part of a disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChunkPlace {
     /// The blob, as the cache knows it: its digest, and how it is cut.
     pub blob: String,
@@ -63,7 +57,6 @@ pub struct ChunkPlace {
     /// Number of the chunk (the segment of a compressed layer).
     pub index: u32,
     /// The chunk that decoding begins with, if that is another: the first of a long zstd frame.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
     pub decoded_from: Option<u32>,
     /// Its first byte in the blob as it is stored.
     pub start: u64,

@@ -3,9 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::leases::{ChunkKey, Leases};
-use crate::cache::ChunkWaiter;
-use crate::chunk::ChunkBytes;
 use crate::volume::{VolumeError, Waiter};
+use blobs::cache::ChunkWaiter;
+use source::chunk::ChunkBytes;
 
 /// Counts the chunks that are still on their way, and calls the request's waiter once: after the last
 /// chunk, or at the first error.

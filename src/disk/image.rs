@@ -13,22 +13,21 @@ use thiserror::Error;
 
 use super::config::TargetOpener;
 use super::{Disk, DiskError, DiskLayer, LayerData};
-use crate::cache::Cache;
-use crate::chunk::{ChunkSource, PlainChunks};
-use crate::convert::layer::FS_META_NAME;
-use crate::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
-use crate::lsmt::{self, LayerKind};
-use crate::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind, split_acceleration};
-use crate::oci::{Descriptor, Digest, Document, Index, Manifest, ManifestError, Platform};
-use crate::segments::{self, Encoding, SegmentIndex, SegmentedLayer, SegmentsError};
-use crate::source::{ByteSource, MemorySource, SharedBytes};
-use crate::store::{ImageStore, Selector, StoreError, StoredManifest};
-use crate::tar;
-use crate::trace::{self, Trace};
-use crate::zfile;
-
-/// Name of erofs metadata in a layer archive: upstream's other form, which is read here and not written.
-const EROFS_META_NAME: &str = "erofs.fs.meta";
+use crate::resident::read_resident;
+use blobs::cache::Cache;
+use blobs::trace;
+use formats::archive::{EROFS_META_NAME, FS_META_NAME};
+use formats::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
+use formats::lsmt::{self, LayerKind};
+use formats::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind, split_acceleration};
+use formats::oci::{Descriptor, Digest, Document, Index, Manifest, ManifestError, Platform};
+use formats::segments::{self, Encoding, SegmentIndex, SegmentedLayer, SegmentsError};
+use formats::tar;
+use formats::trace::Trace;
+use formats::zfile;
+use registry::store::{ImageStore, Selector, StoreError, StoredManifest};
+use source::chunk::{ChunkSource, PlainChunks};
+use source::{ByteSource, MemorySource, SharedBytes};
 
 /// Most bytes that a layer archive may unpack to, 4 GiB: the metadata of a layer of some 400 GB.
 const MAX_ARCHIVE: u64 = 4 << 30;
@@ -129,7 +128,7 @@ pub enum LayerError {
     Lsmt(#[from] lsmt::LsmtError),
     /// The trace is broken.
     #[error(transparent)]
-    Trace(#[from] trace::TraceError),
+    Trace(#[from] formats::trace::TraceError),
 }
 
 /// An image opened for reading.
@@ -366,7 +365,7 @@ fn open_turbo(
 
     let name = format!("{} of {}", filesystem.unwrap_or(FS_META_NAME), descriptor.digest);
     let meta: SharedBytes =
-        Arc::new(zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?.read_resident()?);
+        Arc::new(read_resident(&zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?)?);
     let index = lsmt::Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
     let info = LayerInfo {
         kind: "turbo",

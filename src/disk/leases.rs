@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::chunk::ChunkBytes;
+use source::chunk::ChunkBytes;
 
 /// A layer and a chunk of its file.
 pub(super) type ChunkKey = (u8, u32);

@@ -8,8 +8,10 @@
 
 use super::Disk;
 use super::explain::What;
-use crate::ext4::{self, Image, Kind, NodeId, ReadError, Tree};
-use crate::trace::{self, Touch, Trace, TraceError};
+use super::volume::VolumeSource;
+use blobs::trace;
+use formats::ext4::{self, Image, Kind, NodeId, ReadError, Tree};
+use formats::trace::{Touch, Trace, TraceError};
 
 /// Longest list, as upstream has it: 64 KiB.
 const MAX_LIST: usize = 64 << 10;
@@ -53,7 +55,7 @@ fn lines(bytes: &[u8]) -> Result<Vec<&str>, ListError> {
 /// The trace of reading the files that `bytes` lists, in their order.
 fn trace_of(disk: &Disk, bytes: &[u8]) -> Result<Trace, ListError> {
     let lines = lines(bytes)?;
-    let (tree, image) = ext4::read(disk, disk.mapped())?;
+    let (tree, image) = ext4::read(&VolumeSource(disk), disk.mapped())?;
     let files = Files { tree: &tree, image: &image };
     let mut trace = Trace::default();
     let mut missing = 0;

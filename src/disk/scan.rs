@@ -7,8 +7,8 @@
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use crate::units::Sectors;
 use crate::volume::{Located, Piece, Volume, VolumeError};
+use formats::units::Sectors;
 
 /// Grain of what is told apart as zero or not: ext4's block and the page cache's page.
 pub(super) const BLOCK: u64 = 4096;

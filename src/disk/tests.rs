@@ -7,10 +7,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::chunk::PlainChunks;
-use crate::lsmt::{Identity, Layer, NativeWriter, WarpWriter};
-use crate::source::{ByteSource, Fault, FaultySource, MemorySource};
-use crate::units::Bytes;
+use formats::lsmt::{Identity, Layer, NativeWriter, WarpWriter};
+use formats::units::Bytes;
+use source::chunk::PlainChunks;
+use source::{ByteSource, Fault, FaultySource, MemorySource};
 
 const DISK: u64 = 4096;
 
@@ -241,7 +241,7 @@ fn a_content_digest_skips_zero_blocks_and_counts_none_twice() {
     fed.extend_from_slice(&block);
     fed.extend_from_slice(&(4088_u64 * 512).to_le_bytes());
     fed.extend_from_slice(&[1; 4096]);
-    let expected = (crate::oci::digest::Digest::of(&fed), DISK * 512);
+    let expected = (formats::oci::digest::Digest::of(&fed), DISK * 512);
     assert_eq!(digest::content_digest(&disk, disk.mapped()).unwrap(), expected);
     let everything = std::iter::once((Sectors(0), Sectors(DISK)));
     assert_eq!(digest::content_digest(&disk, everything).unwrap(), expected);

@@ -3,7 +3,7 @@
 //! What was written is read from the layer's data file: at once if the page cache has it, else by a thread
 //! that may wait for the disk (`cold`). The rest comes from the disk below, as it would without the layer.
 //! A read needs the layer's lock only to find where its bytes are, and nobody holds that lock over file I/O
-//! ([`SharedLayer`](crate::lsmt::SharedLayer)).
+//! ([`SharedLayer`](crate::writable::SharedLayer)).
 //!
 //! The layer is of one of two kinds (`layer`). A sparse one takes whole blocks: what a write leaves of a block that
 //! the layer does not have yet is read from below and written with it. So that two writes to one block do
@@ -20,10 +20,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use self::cold::{ColdReads, Part};
 use self::layer::UpperLayer;
-use crate::lsmt::writable::{WrittenPlace, WrittenRun};
-use crate::lsmt::{SparseLayer, WritableError, WritableFiles};
-use crate::units::{Bytes, SECTOR, Sectors};
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
+use crate::writable::{SparseLayer, WritableError, WritableFiles};
+use crate::writable::{WrittenPlace, WrittenRun};
+use formats::units::{Bytes, SECTOR, Sectors};
 pub use live::{LiveError, LiveVolume};
 
 /// A writable disk.
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn small_writes_to_a_sparse_layer_hide_nothing_of_what_is_around_them() {
-        use crate::lsmt::writable::sparse;
+        use crate::writable::sparse;
         let dir = tempfile::tempdir().unwrap();
         let files = WritableFiles::in_dir(dir.path());
         let empty = sparse::empty_file(Bytes(2 * SIZE as u64));

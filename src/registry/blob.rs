@@ -17,8 +17,8 @@ use super::error::RegistryError;
 use super::race::Reading;
 use super::retry::Budget;
 use super::way::BlobAddress;
-use crate::oci::Digest;
-use crate::source::{ByteSource, Class, OneBuffer, Retries, Run, SourceError, Traffic};
+use formats::oci::Digest;
+use source::{ByteSource, Class, OneBuffer, Retries, Run, SourceError, Traffic};
 
 /// What was fetched of a blob so far.
 #[derive(Debug, Default)]

@@ -26,7 +26,6 @@ use super::retry::{RetryPolicy, parse_retry_after};
 use super::tls::{self, ClientCertificate};
 use super::transport::{Body, Reply, Timeouts, Transport, TransportError};
 use super::wait::block_on;
-use crate::config::{CredentialMode, ServiceConfig};
 
 /// How to reach registries. The default is what docker would do on this machine.
 #[derive(Clone, Debug)]
@@ -65,35 +64,6 @@ pub struct ClientOptions {
     pub p2p: Option<String>,
     /// What is shared with other clients of this process.
     pub network: Arc<Network>,
-}
-
-impl ClientOptions {
-    /// What this host's configuration says, and the defaults.
-    #[must_use]
-    pub fn of_host(service: &ServiceConfig) -> Self {
-        let mut options = Self::default();
-        options.authorities.clone_from(&service.turbobd.authorities);
-        options.certificate =
-            service.certificate.as_ref().map(|pair| ClientCertificate::from(pair.clone()));
-        if let Some(agent) = &service.user_agent {
-            options.user_agent.clone_from(agent);
-        }
-        // Who speaks TLS to a registry elsewhere need not do so to one on this machine.
-        options.plain_loopback = Some(true);
-        match &service.credential.mode {
-            CredentialMode::File(path) => {
-                options.credential_files.retain(|known| known != path);
-                options.credential_files.insert(0, path.clone());
-            }
-            _ => options.credential_service = CredentialService::of_host(&service.credential),
-        }
-        options.mirrors.clone_from(&service.turbobd.mirrors);
-        options.p2p = service.p2p.enable.then(|| service.p2p.address.clone());
-        // What happens to a read that is late is decided for each device; here each try of it ends.
-        options.read_retry.deadline = service.turbobd.read_deadline;
-        options.network = Arc::new(Network::new(service));
-        options
-    }
 }
 
 impl Default for ClientOptions {

@@ -25,7 +25,6 @@ use super::error::RegistryError;
 use super::proxy::Proxies;
 use super::tls::{self, ClientCertificate};
 use super::transport::{Timeouts, Transport, on_io_thread};
-use crate::config::{CredentialConfig, CredentialMode};
 
 /// An answer may list many registries.
 const ANSWER_LIMIT: usize = 1 << 20;
@@ -33,7 +32,7 @@ const ANSWER_LIMIT: usize = 1 << 20;
 /// One service. Clones share its connections.
 #[derive(Clone)]
 pub struct CredentialService {
-    place: Place,
+    place: CredentialPlace,
     timeout: Duration,
     certificate: Option<ClientCertificate>,
     authority: Option<PathBuf>,
@@ -47,9 +46,12 @@ impl std::fmt::Debug for CredentialService {
     }
 }
 
-#[derive(Clone)]
-enum Place {
+/// Where a credential service listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CredentialPlace {
+    /// An HTTP or HTTPS URL.
     Url(String),
+    /// A Unix socket.
     Socket(PathBuf),
 }
 
@@ -68,27 +70,22 @@ struct Data {
 }
 
 impl CredentialService {
-    /// The service that the configuration names; `None` in mode `file`.
+    /// A service at `place` that must answer within `timeout`. It is shown `certificate`, and believed if its own
+    /// certificate comes from `authority`; both matter for HTTPS alone.
     #[must_use]
-    pub fn of_host(config: &CredentialConfig) -> Option<Self> {
-        let place = match &config.mode {
-            CredentialMode::File(_) => return None,
-            CredentialMode::Service(url) => Place::Url(url.clone()),
-            CredentialMode::Socket(path) => Place::Socket(path.clone()),
-        };
-        Some(Self {
-            place,
-            timeout: config.timeout,
-            certificate: config.certificate.clone().map(ClientCertificate::from),
-            authority: config.authority.clone(),
-            transport: Arc::default(),
-        })
+    pub fn new(
+        place: CredentialPlace,
+        timeout: Duration,
+        certificate: Option<ClientCertificate>,
+        authority: Option<PathBuf>,
+    ) -> Self {
+        Self { place, timeout, certificate, authority, transport: Arc::default() }
     }
 
     fn address(&self) -> String {
         match &self.place {
-            Place::Url(url) => url.clone(),
-            Place::Socket(path) => path.display().to_string(),
+            CredentialPlace::Url(url) => url.clone(),
+            CredentialPlace::Socket(path) => path.display().to_string(),
         }
     }
 
@@ -102,8 +99,8 @@ impl CredentialService {
         let blobs = format!("{}/v2/{}/blobs/", scope.origin, scope.repository);
         let query = format!("remote_url={}", utf8_percent_encode(&blobs, NON_ALPHANUMERIC));
         let (status, body) = match &self.place {
-            Place::Url(url) => self.ask_url(url, &query),
-            Place::Socket(path) => self.ask_socket(path, &query),
+            CredentialPlace::Url(url) => self.ask_url(url, &query),
+            CredentialPlace::Socket(path) => self.ask_socket(path, &query),
         }
         .map_err(|reason| self.failed(reason))?;
         if status != 200 {

@@ -18,7 +18,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::rate::{RateLimits, Tokens};
-use crate::config::{HedgeConfig, ServiceConfig};
 
 /// Passed over after one failure; doubled for each further one in a row.
 const FIRST_BREAK: Duration = Duration::from_secs(1);
@@ -58,11 +57,40 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// When a second request is made for a read that takes unusually long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hedging {
+    /// False: no second request is made.
+    pub enable: bool,
+    /// No second request is made sooner than this after the first.
+    pub after: Duration,
+    /// Bound of second requests, as a share of all.
+    pub budget_percent: u32,
+}
+
+impl Default for Hedging {
+    /// After 30 ms at the soonest, and for one request in twenty.
+    fn default() -> Self {
+        Self { enable: true, after: Duration::from_millis(30), budget_percent: 5 }
+    }
+}
+
+/// Settings of a [`Network`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NetworkOptions {
+    /// Second requests.
+    pub hedging: Hedging,
+    /// Bytes a second of all reads that no process waits for; `None`: no limit.
+    pub ahead_rate: Option<u64>,
+    /// Bytes a second of the background fill alone; `None`: no limit.
+    pub fill_rate: Option<u64>,
+}
+
 /// What all clients of a process share.
 #[derive(Debug)]
 pub struct Network {
     hosts: Mutex<HashMap<String, Arc<Host>>>,
-    hedge: HedgeConfig,
+    hedge: Hedging,
     hedges: Mutex<f64>,
     limits: RateLimits,
     ending: AtomicBool,
@@ -70,22 +98,19 @@ pub struct Network {
 
 impl Default for Network {
     fn default() -> Self {
-        Self::new(&ServiceConfig::default())
+        Self::new(NetworkOptions::default())
     }
 }
 
 impl Network {
-    /// No host is known yet; hedging and limits are those of `service`.
+    /// A network of which no host is known yet.
     #[must_use]
-    pub fn new(service: &ServiceConfig) -> Self {
+    pub fn new(options: NetworkOptions) -> Self {
         Self {
             hosts: Mutex::default(),
-            hedge: service.turbobd.hedge,
+            hedge: options.hedging,
             hedges: Mutex::new(HEDGE_BURST),
-            limits: RateLimits::new(
-                service.turbobd.rate_limit,
-                service.download.max_bytes_per_second,
-            ),
+            limits: RateLimits::new(options.ahead_rate, options.fill_rate),
             ending: AtomicBool::new(false),
         }
     }

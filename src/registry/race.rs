@@ -27,7 +27,7 @@ use super::error::RegistryError;
 use super::host::Network;
 use super::wait::{block_on, block_until};
 use super::way::{BlobAddress, RangeBody, Way, tell};
-use crate::source::{Class, Run};
+use source::{Class, Run};
 
 fn count(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::source::Class;
+use source::Class;
 
 /// Longest sleep for a limit. The rate is at least 1 MB/s and a request some MB, so that this only bounds
 /// a debt that many readers made together.

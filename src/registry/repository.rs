@@ -18,7 +18,7 @@ use super::redirect::{resolve, same_origin};
 use super::retry::{Budget, RetryPolicy};
 use super::stream::BlobReader;
 use super::transport::Reply;
-use crate::oci::Digest;
+use formats::oci::Digest;
 
 /// Registries must accept manifests of 4 MiB and need not accept larger ones (distribution
 /// specification, "Pushing manifests").

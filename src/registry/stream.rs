@@ -13,7 +13,7 @@ use super::client::Place;
 use super::error::RegistryError;
 use super::retry::Budget;
 use super::way::{BlobAddress, RangeBody};
-use crate::oci::Digest;
+use formats::oci::Digest;
 
 /// Progress after which the count of tries starts anew: a link that gives less between two breaks is
 /// not worth holding on to.

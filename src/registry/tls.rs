@@ -20,7 +20,6 @@ use rustls::{
 };
 
 use super::error::RegistryError;
-use crate::config::CertificateConfig;
 
 /// A certificate that this client shows to registries that ask for one.
 #[derive(Clone, Debug)]
@@ -29,12 +28,6 @@ pub struct ClientCertificate {
     pub certificate: PathBuf,
     /// PEM file with its private key.
     pub key: PathBuf,
-}
-
-impl From<CertificateConfig> for ClientCertificate {
-    fn from(pair: CertificateConfig) -> Self {
-        Self { certificate: pair.certificate, key: pair.key }
-    }
 }
 
 /// Builds the TLS side of a client.

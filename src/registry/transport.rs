@@ -29,6 +29,7 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use rustls::ClientConfig;
+use source::failure::with_causes;
 use thiserror::Error;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::mpsc;
@@ -450,7 +451,7 @@ impl Exchange {
                     Ok(data) => Ok(data),
                     Err(_trailers) => continue,
                 },
-                Some(Err(error)) => Err(TransportError::Broken(chain(&error))),
+                Some(Err(error)) => Err(TransportError::Broken(with_causes(&error))),
             };
             let broken = item.is_err();
             if frames.send(item).await.is_err() || broken {
@@ -473,7 +474,7 @@ fn explain(error: &ClientError) -> TransportError {
         }
         cause = here.source();
     }
-    TransportError::Broken(chain(error))
+    TransportError::Broken(with_causes(error))
 }
 
 fn find_certificate_error<'a>(
@@ -487,19 +488,4 @@ fn find_certificate_error<'a>(
 
 fn is_distrust(error: &rustls::Error) -> bool {
     matches!(error, rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented)
-}
-
-/// An error with everything under it in one line, each text once.
-fn chain(error: &(dyn StdError + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(here) = cause {
-        let more = here.to_string();
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = here.source();
-    }
-    text
 }

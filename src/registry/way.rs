@@ -28,7 +28,7 @@ use super::host::Host;
 use super::redirect::{self, same_origin};
 use super::transport::{Body, TransportError};
 use super::wait::block_on;
-use crate::oci::Digest;
+use formats::oci::Digest;
 
 /// A mirror without this blob is asked last for so long, then perhaps it has it.
 const MISSING: Duration = Duration::from_secs(300);

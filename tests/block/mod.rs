@@ -123,6 +123,16 @@ pub fn ublk_here() -> bool {
     root() && Path::new("/dev/ublk-control").exists()
 }
 
+/// Whether loop devices over FUSE can be made here.
+pub fn loop_here() -> bool {
+    root() && Path::new("/dev/fuse").exists() && Path::new("/dev/loop-control").exists()
+}
+
+/// The mounts that this process sees.
+pub fn mounts() -> String {
+    std::fs::read_to_string("/proc/self/mountinfo").unwrap()
+}
+
 /// Runs tests of this very binary over ublk: here they run directly where there is ublk, else in a guest.
 pub fn in_a_guest_with_ublk(words: &[&str], passed: usize) {
     if !ublk_here() {

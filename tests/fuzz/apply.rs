@@ -4,12 +4,12 @@
 #[path = "checksums.rs"]
 mod checksums;
 
+use convert::apply::{ApplyError, LayerApply};
+use formats::ext4::{Geometry, Identity, Image, Run, Tree};
+use formats::lsmt::{Layer, LayerKind, WarpWriter};
+use formats::tar::{Event, Parser, TarError};
 use libfuzzer_sys::fuzz_target;
-use turbobd::convert::apply::{ApplyError, LayerApply};
-use turbobd::ext4::{Geometry, Identity, Image, Run, Tree};
-use turbobd::lsmt::{Layer, LayerKind, WarpWriter};
-use turbobd::source::MemorySource;
-use turbobd::tar::{Event, Parser, TarError};
+use source::MemorySource;
 
 /// As small as disks get.
 const DISK: Geometry = Geometry { size: Geometry::MIN };

@@ -7,15 +7,15 @@ mod checksums;
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
-use turbobd::gzip::{GZIP_META_NAME, SIDECAR_NAME, merge};
-use turbobd::lsmt::{Layer, LayerKind};
-use turbobd::source::MemorySource;
-use turbobd::zfile;
+use formats::gzip::{GZIP_META_NAME, SIDECAR_NAME, merge};
+use formats::lsmt::{Layer, LayerKind};
+use formats::zfile;
+use source::MemorySource;
 
 fuzz_target!(|data: &[u8]| {
     let mut data = data.to_vec();
     checksums::tar(&mut data);
-    let Ok(members) = turbobd::tar::archive::read_members(&data) else { return };
+    let Ok(members) = formats::tar::archive::read_members(&data) else { return };
     let member = |wanted: &str| {
         let range = members.iter().find(|(name, _)| name == wanted).map(|(_, range)| range.clone());
         range.map(|range| &data[range])

@@ -5,12 +5,11 @@
 #![no_main]
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
+use formats::ext4::{Attributes, Kind, LayerBlocks, NodeId, Run, Tree, read};
+use formats::units::{Bytes, Sectors};
 use libfuzzer_sys::fuzz_target;
-use turbobd::ext4::{Attributes, Kind, LayerBlocks, NodeId, Run, Tree, read};
-use turbobd::units::{Bytes, Sectors};
-use turbobd::volume::{Located, Piece, Volume, VolumeError, Waiter};
+use source::{ByteSource, SourceError};
 
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 2048;
@@ -51,24 +50,26 @@ impl Disk {
     }
 }
 
-impl Volume for Disk {
-    fn size(&self) -> u64 {
+impl ByteSource for Disk {
+    fn len(&self) -> u64 {
         (BLOCKS * BLOCK) as u64
     }
 
-    fn locate(
-        &self,
-        offset: u64,
-        len: usize,
-        _: &mut dyn FnMut() -> Waiter,
-    ) -> Result<Located, VolumeError> {
-        let end = offset.saturating_add(len as u64);
-        if end > self.size() {
-            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        let (name, end) = (self.name().to_owned(), offset.saturating_add(buf.len() as u64));
+        if end > self.len() {
+            return Err(SourceError::PastEnd { name, offset, end, size: self.len() });
         }
         // Only whole blocks are asked for.
-        let bytes = self.0.get(&(offset / BLOCK as u64)).cloned().unwrap_or_else(|| vec![0; len]);
-        Ok(Located::Ready(vec![Piece::Memory { guard: Arc::new(bytes), range: 0..len }]))
+        match self.0.get(&(offset / BLOCK as u64)) {
+            Some(block) => buf.copy_from_slice(block),
+            None => buf.fill(0),
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> &str {
+        "the disk"
     }
 }
 

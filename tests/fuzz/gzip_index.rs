@@ -6,10 +6,10 @@ use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
 use flate2::Crc;
-use turbobd::chunk::ChunkSource as _;
-use turbobd::gzip::{Index, IndexedLayer, merge};
-use turbobd::segments::{SegmentIndex, SegmentedLayer, sidecar};
-use turbobd::source::MemorySource;
+use formats::gzip::{Index, IndexedLayer, merge};
+use formats::segments::{SegmentIndex, SegmentedLayer, sidecar};
+use source::MemorySource;
+use source::chunk::ChunkSource as _;
 
 /// Bytes of a segment worth decoding here.
 const SEGMENT: u64 = 1 << 20;

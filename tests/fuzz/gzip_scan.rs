@@ -9,10 +9,10 @@ use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
 use flate2::{Crc, Decompress, FlushDecompress, Status};
-use turbobd::chunk::ChunkSource as _;
-use turbobd::gzip::{GzipError, Index, IndexedLayer, ScanOptions, Scanner};
-use turbobd::source::MemorySource;
-use turbobd::units::Bytes;
+use formats::gzip::{GzipError, Index, IndexedLayer, ScanOptions, Scanner};
+use formats::units::Bytes;
+use source::MemorySource;
+use source::chunk::ChunkSource as _;
 
 /// A few bytes may inflate to a thousand times as many.
 const MOST: usize = 2 << 20;

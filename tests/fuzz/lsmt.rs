@@ -2,12 +2,12 @@
 //! sector what a walk from the top says.
 #![no_main]
 
+use formats::lsmt::layer::Record;
+use formats::lsmt::mapping::ENTRY;
+use formats::lsmt::{Layer, LayerKind, Place, Stack, Uuid};
+use formats::units::{Bytes, Sectors};
 use libfuzzer_sys::fuzz_target;
-use turbobd::lsmt::layer::Record;
-use turbobd::lsmt::mapping::ENTRY;
-use turbobd::lsmt::{Layer, LayerKind, Place, Stack, Uuid};
-use turbobd::source::MemorySource;
-use turbobd::units::{Bytes, Sectors};
+use source::MemorySource;
 
 /// The sectors that are looked at.
 const SECTORS: u64 = 1 << 12;
@@ -46,7 +46,7 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(at, SECTORS);
 });
 
-fn open(bytes: &[u8], kind: LayerKind) -> Result<Layer, turbobd::lsmt::LsmtError> {
+fn open(bytes: &[u8], kind: LayerKind) -> Result<Layer, formats::lsmt::LsmtError> {
     Layer::open(&MemorySource::new("fuzz", bytes), kind)
 }
 

@@ -1,9 +1,9 @@
 //! Any bytes as a manifest, an index and an image config.
 #![no_main]
 
+use formats::oci::annotations::LayerKind;
+use formats::oci::{Digest, Document, ImageConfig, Platform};
 use libfuzzer_sys::fuzz_target;
-use turbobd::oci::annotations::LayerKind;
-use turbobd::oci::{Digest, Document, ImageConfig, Platform};
 
 fuzz_target!(|data: &[u8]| {
     match Document::parse(data, None) {

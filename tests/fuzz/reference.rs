@@ -1,8 +1,8 @@
 //! Any text as a name of an image, a repository and a digest: what is accepted prints to what reads the same.
 #![no_main]
 
+use formats::oci::{Digest, ImageName, RepositoryName};
 use libfuzzer_sys::fuzz_target;
-use turbobd::oci::{Digest, ImageName, RepositoryName};
 
 fuzz_target!(|data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };

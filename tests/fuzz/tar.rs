@@ -4,8 +4,8 @@
 #[path = "checksums.rs"]
 mod checksums;
 
+use formats::tar::{Event, Parser, TarError};
 use libfuzzer_sys::fuzz_target;
-use turbobd::tar::{Event, Parser, TarError};
 
 /// The entries, each with its data, and how it ended.
 /// What the parser saw of each entry, and how it ended.

@@ -1,8 +1,9 @@
 //! Any bytes as a trace of ours and of upstream's, and what was accepted merged and written again.
 #![no_main]
 
+use blobs::trace::upstream;
+use formats::trace::Trace;
 use libfuzzer_sys::fuzz_target;
-use turbobd::trace::{Trace, upstream};
 
 fuzz_target!(|data: &[u8]| {
     // The first byte says whose format, and where the second start begins.

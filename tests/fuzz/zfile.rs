@@ -4,8 +4,8 @@
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
-use turbobd::source::MemorySource;
-use turbobd::zfile;
+use formats::zfile;
+use source::MemorySource;
 
 /// The flag that says that the digests hold (spec zfile 2).
 const FLAG_DIGEST: u8 = 1 << 4;

@@ -5,11 +5,11 @@
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
-use turbobd::chunk::ChunkSource as _;
-use turbobd::segments::{SegmentHasher, SegmentIndex, SegmentedLayer};
-use turbobd::source::MemorySource;
-use turbobd::units::Bytes;
-use turbobd::zstandard::{Scanner, ZstdError};
+use formats::segments::{SegmentHasher, SegmentIndex, SegmentedLayer};
+use formats::units::Bytes;
+use formats::zstandard::{Scanner, ZstdError};
+use source::MemorySource;
+use source::chunk::ChunkSource as _;
 
 /// A few bytes may decode to many.
 const MOST: usize = 16 << 20;

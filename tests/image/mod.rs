@@ -8,11 +8,11 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use disk::Disk;
+use disk::explain::{Placed, What};
+use formats::oci::Digest;
+use formats::tar::archive::Archive;
 use serde_json::{Value, json};
-use turbobd::disk::Disk;
-use turbobd::disk::explain::{Placed, What};
-use turbobd::oci::Digest;
-use turbobd::tar::archive::Archive;
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
+use formats::oci::Digest;
 use http_body_util::{BodyExt as _, Collected};
 use hyper::body::Incoming;
 use hyper::header::{
@@ -14,7 +15,6 @@ use hyper::header::{
     PROXY_AUTHORIZATION, RANGE, RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use hyper::{Method, Request, Response};
-use turbobd::oci::Digest;
 
 use super::body::{Scripted, Step};
 use super::{Access, Fault, Seen, Shared, State, StoredManifest, lock};

@@ -23,11 +23,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use formats::oci::Digest;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use turbobd::oci::Digest;
 
 /// What to do to a request instead of, or on the way to, answering it.
 #[derive(Clone, Debug)]

@@ -4,8 +4,8 @@
 
 use std::fs;
 
+use formats::oci::Digest;
 use serde_json::Value;
-use turbobd::oci::Digest;
 
 use crate::image::{Images, REF_NAME};
 use crate::registry_double::Double;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use crate::ext4::{Attributes, Kind};
-use crate::tar::{Entry, Timestamp};
+use formats::ext4::{Attributes, Kind};
+use formats::tar::{Entry, Timestamp};
 
 /// Bytes in the name of an extended attribute (Linux: `XATTR_NAME_MAX`).
 const XATTR_NAME_LIMIT: usize = 255;

@@ -1,8 +1,8 @@
 //! The upper laid over the tree, as overlayfs shows it; but for good.
 
-use crate::convert::apply::upper::{FileId, FileSource, Slot, Upper, UpperDir, UpperFile};
-use crate::convert::apply::{ApplyError, quoted};
-use crate::ext4::{Kind, NodeId, Tree, TreeError};
+use crate::apply::upper::{FileId, FileSource, Slot, Upper, UpperDir, UpperFile};
+use crate::apply::{ApplyError, quoted};
+use formats::ext4::{Kind, NodeId, Tree, TreeError};
 
 /// A name of a file that awaits its place: files are made in the order of the tar, so that what lies
 /// together in the layer may lie together on the disk.

@@ -2,8 +2,8 @@
 
 use thiserror::Error;
 
-use crate::convert::apply::quoted;
-use crate::ext4::{Kind, NodeId, Tree};
+use crate::apply::quoted;
+use formats::ext4::{Kind, NodeId, Tree};
 
 /// Bytes in one name, as every Linux filesystem has it.
 const NAME_LIMIT: usize = 255;

@@ -1,8 +1,8 @@
 //! Small stacks of layers and the tree that a container would see.
 
 use super::*;
-use crate::tar::{SparsePiece, Timestamp};
-use crate::units::Bytes;
+use formats::tar::{SparsePiece, Timestamp};
+use formats::units::Bytes;
 
 /// One entry from a line: `KIND PATH [-> TARGET] [key=value…]`, kinds as in `ls -l`, `h` for a hard link.
 pub(super) fn entry(line: &str, number: u64) -> Entry {
@@ -349,28 +349,28 @@ fn the_interop_layers_make_the_tree_that_their_script_describes() {
     let mut tree = Tree::new();
     for layer in ["base.tar.gz", "upper.tar.gz"] {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/interop/blobs")
+            .join("../../tests/interop/blobs")
             .join(layer);
         let mut tar = Vec::new();
         flate2::read::MultiGzDecoder::new(std::fs::File::open(path).unwrap())
             .read_to_end(&mut tar)
             .unwrap();
         let mut apply = LayerApply::new(&mut tree);
-        let mut parser = crate::tar::Parser::new();
+        let mut parser = formats::tar::Parser::new();
         #[derive(Debug)]
         #[allow(dead_code)]
         enum Error {
-            Tar(crate::tar::TarError),
+            Tar(formats::tar::TarError),
             Apply(ApplyError),
         }
-        impl From<crate::tar::TarError> for Error {
-            fn from(error: crate::tar::TarError) -> Self {
+        impl From<formats::tar::TarError> for Error {
+            fn from(error: formats::tar::TarError) -> Self {
                 Self::Tar(error)
             }
         }
-        let mut on = |event: crate::tar::Event<'_>| match event {
-            crate::tar::Event::Entry(entry) => apply.entry(entry).map_err(Error::Apply),
-            crate::tar::Event::Data(_) => Ok(()),
+        let mut on = |event: formats::tar::Event<'_>| match event {
+            formats::tar::Event::Entry(entry) => apply.entry(entry).map_err(Error::Apply),
+            formats::tar::Event::Data(_) => Ok(()),
         };
         tar.chunks(1000).try_for_each(|piece| parser.feed::<Error>(piece, &mut on)).unwrap();
         parser.finish().unwrap();

@@ -5,9 +5,9 @@
 //! What is left of them outside whole sectors is copied into the metadata. GNU tar only makes pieces
 //! of whole blocks, so there is hardly ever something to keep.
 
-use crate::convert::apply::upper::{FileId, Upper};
-use crate::ext4::{DataRun, Kind};
-use crate::units::Bytes;
+use crate::apply::upper::{FileId, Upper};
+use formats::ext4::{DataRun, Kind};
+use formats::units::Bytes;
 
 /// Most bytes that one layer may have outside whole sectors: 64 MiB. They are held in memory until
 /// the image is built, and become metadata that every start of a container downloads.
@@ -91,10 +91,10 @@ impl Wanted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::convert::apply::tests::entry;
-    use crate::convert::apply::{ApplyError, LayerApply, Reason};
-    use crate::ext4::Tree;
-    use crate::tar::{Content, Entry, SparsePiece};
+    use crate::apply::tests::entry;
+    use crate::apply::{ApplyError, LayerApply, Reason};
+    use formats::ext4::Tree;
+    use formats::tar::{Content, Entry, SparsePiece};
 
     /// A sparse file of `size` whose pieces (offset, length) follow each other in the tar from byte 1024 on.
     fn sparse(name: &str, size: u64, pieces: &[(u64, u64)]) -> Entry {

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::convert::apply::path::{Names, Path, Step};
-use crate::ext4::{Attributes, Kind, NodeId, Tree};
+use crate::apply::path::{Names, Path, Step};
+use formats::ext4::{Attributes, Kind, NodeId, Tree};
 
 /// A directory of this layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,8 +8,8 @@ use std::thread::{self, JoinHandle};
 use sha2::{Digest as _, Sha256};
 
 use super::payload::Stored;
-use crate::convert::LayerError;
-use crate::oci::Digest;
+use crate::LayerError;
+use formats::oci::Digest;
 
 /// Bytes hashed at a time.
 const STEP: usize = 1 << 20;

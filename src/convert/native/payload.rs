@@ -2,9 +2,9 @@
 
 use std::io::Write;
 
-use crate::ext4::{LayerBlocks, Run};
-use crate::lsmt::{LsmtError, ScatteredWriter};
-use crate::units::{Bytes, SECTOR, Sectors};
+use formats::ext4::{LayerBlocks, Run};
+use formats::lsmt::{LsmtError, ScatteredWriter};
+use formats::units::{Bytes, SECTOR, Sectors};
 
 /// Bytes of a disk block: what is stored or left out as a whole.
 const BLOCK: usize = 4096;

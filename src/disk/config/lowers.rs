@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Lower, TargetOpener};
-use crate::cache::Cache;
-use crate::chunk::{ChunkSource, PlainChunks};
-use crate::disk::{DiskError, DiskLayer, LayerData};
-use crate::gzip::SIDECAR_NAME;
-use crate::lsmt::{Layer, LayerKind};
-use crate::oci::Digest;
-use crate::source::{ByteSource, FileSource, MemorySource, SharedBytes};
-use crate::{zfile, zstandard};
+use crate::resident::read_resident;
+use crate::{DiskError, DiskLayer, LayerData};
+use blobs::cache::Cache;
+use formats::gzip::SIDECAR_NAME;
+use formats::lsmt::{Layer, LayerKind};
+use formats::oci::Digest;
+use formats::{zfile, zstandard};
+use source::chunk::{ChunkSource, PlainChunks};
+use source::{ByteSource, FileSource, MemorySource, SharedBytes};
 
 /// Largest `gzip.meta` or sidecar that is read into memory, in bytes. Upstream's take 4 % of a
 /// layer, ours less than 1 %: this is a layer of hundreds of GB.
@@ -84,7 +85,7 @@ impl Place<'_> {
             });
         }
         // Devices of one file have its metadata once.
-        let meta: SharedBytes = Arc::new(payload.read_resident()?);
+        let meta: SharedBytes = Arc::new(read_resident(&payload)?);
         let meta = self.cache.residents().share(&id, meta);
         let index = Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
         let target = self.open_target(number, lower)?;

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{Config, Download, Lower, Upper};
-use crate::disk::DiskError;
+use crate::DiskError;
 
 /// An object of the configuration, whose keys are taken one by one.
 struct Object {

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use super::lowers::identity;
 use super::{Upper, WritableFiles};
-use crate::chunk::PlainChunks;
-use crate::disk::{DiskError, DiskLayer, LayerData};
-use crate::lsmt::writable::view;
-use crate::lsmt::{Layer, WritableError};
-use crate::source::{FileSource, MemorySource};
+use crate::writable::WritableError;
+use crate::writable::view;
+use crate::{DiskError, DiskLayer, LayerData};
+use formats::lsmt::Layer;
+use source::chunk::PlainChunks;
+use source::{FileSource, MemorySource};
 
 /// The files that a configuration names; none if it does not name both, which upstream takes for none at all.
 ///

@@ -22,9 +22,10 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::layer::UpperLayer;
-use crate::lsmt::{FIRST_SECTOR, WritableError};
-use crate::units::{SECTOR, Sectors};
 use crate::volume::{VolumeError, Waiter};
+use crate::writable::WritableError;
+use formats::lsmt::FIRST_SECTOR;
+use formats::units::{SECTOR, Sectors};
 
 /// Reads that wait for the disk at a time. Those of one file, most often on one disk: more threads do not
 /// make it faster.
@@ -213,7 +214,7 @@ impl Drop for ColdReads {
 
 /// Body of a thread.
 fn serve(layer: &UpperLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
-    crate::fetch::mark_io_thread();
+    sys::thread::mark_io_thread();
     while let Ok(Job { parts, offset, waiter }) = queue.recv() {
         let result: Result<(), WritableError> =
             parts.iter().try_for_each(|part| read(layer, kept, *part));
@@ -243,8 +244,8 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
-    use crate::lsmt::WritableFiles;
-    use crate::units::Bytes;
+    use crate::writable::WritableFiles;
+    use formats::units::Bytes;
 
     fn part(at: u64, len: u64) -> Part {
         Part { at: Sectors(at), len: Sectors(len) }

@@ -1,9 +1,10 @@
 //! A writable layer of either kind.
 
-use crate::lsmt::writable::{WrittenRun, sparse};
-use crate::lsmt::writer::Identity;
-use crate::lsmt::{SharedLayer, SparseLayer, Uuid, WritableError, WritableFiles, WritableLayer};
-use crate::units::{Bytes, Sectors};
+use crate::writable::{SharedLayer, SparseLayer, WritableError, WritableFiles, WritableLayer};
+use crate::writable::{WrittenRun, sparse};
+use formats::lsmt::Uuid;
+use formats::lsmt::writer::Identity;
+use formats::units::{Bytes, Sectors};
 
 /// See the module.
 pub(super) enum UpperLayer {

@@ -14,8 +14,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use thiserror::Error;
 
 use super::UpperVolume;
-use crate::lsmt::{WritableError, WritableFiles};
 use crate::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
+use crate::writable::{WritableError, WritableFiles};
 
 /// Why a disk cannot be continued on a new layer. It goes on with the one that it has.
 #[derive(Debug, Error)]

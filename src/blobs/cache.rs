@@ -1,0 +1,468 @@
+//! Decoded chunks in memory: bounded, and each loaded once however many wait for it.
+//!
+//! [`Batch::get`] never blocks. It answers at once with the chunk, or puts the caller on the list of
+//! those who wait for it; the first of them has it fetched ([`fetch`](crate::fetch)), and when it is
+//! there, everybody is called back. A failure is delivered to all who waited and then forgotten, so
+//! that the next request tries again. Nobody is left without an answer: not by an error, not by a
+//! decoder that panics, not by the end of the cache.
+//!
+//! Chunks are decoded straight into the cache's own memory, its `arena`, which is exactly as large as the
+//! budget. Room is made *before* a chunk is decoded, by giving up what is least worth keeping; what no
+//! room can be made for is decoded on the heap, served, and not kept. What is given up while
+//! somebody still reads it goes when the last reader has let go.
+//!
+//! A blob is [opened](Cache::open) before its chunks are asked for, and whoever opens a blob of the same
+//! identity shares it: two images with a common layer have it once.
+//!
+//! Contents: `arena` the memory, `shard` one lock's worth of chunks, `queues` which of them goes
+//! first, `backlog` what will be wanted, `resident` what images have in memory beside the cache.
+
+mod arena;
+mod backlog;
+mod queues;
+mod resident;
+mod shard;
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::fetch::{
+    Blob, CONNECTIONS, Claim, Delivery, FetchCounters, FetchOptions, Fetcher, FillOptions, Filling,
+    Key, Wanted,
+};
+use crate::tier::Tiers;
+use arena::Arena;
+use backlog::Backlog;
+use queues::{Clock, Queues};
+pub use resident::Residents;
+use shard::{Found, Shard};
+use source::Class;
+use source::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
+
+/// Called once with the chunk or the reason why there is none, from any thread.
+pub type ChunkWaiter = Box<dyn FnOnce(Result<Arc<ChunkBytes>, Arc<ChunkError>>) + Send>;
+
+/// Answer to [`Batch::get`].
+pub enum Lookup {
+    /// The chunk.
+    Hit(Arc<ChunkBytes>),
+    /// The waiter will be called.
+    Pending,
+}
+
+/// What a cache did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Look-ups answered at once.
+    pub hits: u64,
+    /// Look-ups that had to wait, whoever had the chunk loaded.
+    pub misses: u64,
+    /// Chunks asked of their sources, ahead of demand or for it.
+    pub loads: u64,
+    /// Loads that failed.
+    pub errors: u64,
+    /// Bytes held now, in whole pages.
+    pub bytes: u64,
+    /// Chunks held now.
+    pub chunks: u64,
+    /// Chunks given up for others.
+    pub evictions: u64,
+    /// Chunks that there was no room for.
+    pub unkept: u64,
+}
+
+/// Shape of a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// Bytes of decoded chunks at most.
+    pub budget: u64,
+    /// The threads behind it.
+    pub fetch: FetchOptions,
+}
+
+/// Locks in the map of chunks: enough that the queues of many devices rarely meet at one.
+const SHARDS: usize = 32;
+
+/// Blobs known, open or not, from which on those are forgotten of which nothing is left.
+const MANY_BLOBS: usize = 1024;
+
+/// Share of the budget that one reader's read-ahead may take: several readers fit beside what is used.
+const AHEAD_SHARE: u64 = 8;
+
+/// Bytes given up at most for one chunk, as a multiple of its own: more only means that readers hold
+/// pieces everywhere, and then the heap is cheaper than an empty cache.
+const WORTH: u64 = 8;
+
+/// The cache. Dropping it ends its threads; who still waits gets an error.
+pub struct Cache {
+    chunks: Arc<Chunks>,
+    fetcher: Fetcher,
+    /// Behind the fetcher, whose threads write to them.
+    tiers: Tiers,
+    budget: u64,
+    /// Bytes that may be decoded ahead of a reader.
+    ahead: u64,
+    backlog: Backlog,
+    residents: Residents,
+}
+
+impl Cache {
+    /// A cache that holds at most `budget` bytes, whose chunks `workers` threads decode.
+    #[must_use]
+    pub fn new(budget: u64, workers: usize) -> Arc<Self> {
+        let fetch = FetchOptions { workers, connections: CONNECTIONS };
+        Self::with(CacheOptions { budget, fetch })
+    }
+
+    /// A cache of this shape. Its threads start as they are needed.
+    #[must_use]
+    pub fn with(options: CacheOptions) -> Arc<Self> {
+        Self::over(options, Tiers::default())
+    }
+
+    /// The same with chunks on disk behind it.
+    #[must_use]
+    pub fn over(options: CacheOptions, tiers: Tiers) -> Arc<Self> {
+        let chunks = Arc::new(Chunks::new(options.budget));
+        let fetcher = Fetcher::start(chunks.clone(), options.fetch);
+        let budget = options.budget;
+        let residents = Residents::default();
+        let (ahead, backlog) = (budget / AHEAD_SHARE, Backlog::default());
+        Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents, backlog })
+    }
+
+    /// The blob whose chunks `source` makes, or the one of the same identity that is open already.
+    #[must_use]
+    pub fn open(&self, source: Arc<dyn ChunkSource>) -> Arc<Blob> {
+        let mut blobs = self.chunks.blobs.lock().unwrap_or_else(PoisonError::into_inner);
+        blobs.open(source, &self.tiers)
+    }
+
+    /// What there is on disk.
+    #[must_use]
+    pub fn tiers(&self) -> &Tiers {
+        &self.tiers
+    }
+
+    /// Fetches all chunks of these blobs, in this order, with what is to spare; until the answer is
+    /// dropped.
+    #[must_use]
+    pub fn fill(&self, blobs: Vec<Arc<Blob>>, options: FillOptions) -> Filling {
+        self.fetcher.fill(blobs, options)
+    }
+
+    /// Begins to ask for chunks that belong together.
+    #[must_use]
+    pub fn batch(&self) -> Batch<'_> {
+        Batch { cache: self, wanted: Vec::new() }
+    }
+
+    /// Whether a chunk is here.
+    #[must_use]
+    pub fn holds(&self, blob: &Blob, index: u32) -> bool {
+        let key = blob.key(index);
+        self.chunks.shard(key).holds(key)
+    }
+
+    /// Bytes of decoded chunks that it may hold.
+    #[must_use]
+    pub fn budget(&self) -> u64 {
+        self.budget
+    }
+
+    /// What the images that are open have in memory for as long as they are.
+    #[must_use]
+    pub fn residents(&self) -> &Residents {
+        &self.residents
+    }
+
+    /// What was fetched so far.
+    #[must_use]
+    pub fn fetched(&self) -> &Arc<FetchCounters> {
+        self.fetcher.counters()
+    }
+
+    /// What the cache did so far.
+    #[must_use]
+    pub fn stats(&self) -> CacheStats {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let chunks = &self.chunks;
+        CacheStats {
+            hits: read(&chunks.hits),
+            misses: read(&chunks.misses),
+            loads: read(&chunks.loads),
+            errors: read(&chunks.errors),
+            bytes: read(&chunks.held),
+            chunks: (0..SHARDS).map(|number| chunks.lock(number).len() as u64).sum(),
+            evictions: read(&chunks.evictions),
+            unkept: read(&chunks.unkept),
+        }
+    }
+}
+
+/// Chunks that are asked for together, so that neighbours come by one request. What is missing is
+/// fetched when this is dropped.
+pub struct Batch<'a> {
+    cache: &'a Cache,
+    wanted: Vec<Wanted>,
+}
+
+impl Batch<'_> {
+    /// The chunk, or a promise to call a waiter. `waiter` is called to make one only if the answer is
+    /// [`Lookup::Pending`]; it must not use the cache, one of whose locks is held meanwhile.
+    pub fn get(
+        &mut self,
+        blob: &Arc<Blob>,
+        index: u32,
+        waiter: &mut dyn FnMut() -> ChunkWaiter,
+    ) -> Lookup {
+        // What no trace has foreseen is a reason to guess what comes next.
+        let mut guess = !blob.is_foreseen();
+        let before = self.wanted.len();
+        let lookup = self.look_up(blob, index, waiter, &mut guess);
+        if guess {
+            let missed = self.wanted.len() > before;
+            let ahead = blob.touched(index, missed, self.cache.ahead);
+            self.prefetch(blob, ahead);
+        }
+        lookup
+    }
+
+    fn look_up(
+        &mut self,
+        blob: &Arc<Blob>,
+        index: u32,
+        waiter: &mut dyn FnMut() -> ChunkWaiter,
+        guess: &mut bool,
+    ) -> Lookup {
+        let chunks = &self.cache.chunks;
+        let key = blob.key(index);
+        let found = chunks.shard(key).look_up(blob, index, &chunks.clock, waiter);
+        match found {
+            Found::Held { bytes, first } => {
+                if first {
+                    self.follow(bytes.held());
+                }
+                chunks.hits.fetch_add(1, Ordering::Relaxed);
+                return Lookup::Hit(bytes);
+            }
+            Found::Joined { ahead: false } => {}
+            Found::Joined { ahead: true } => {
+                self.cache.fetcher.urge(key);
+                self.follow(blob.source().room(index) as u64);
+            }
+            Found::Claimed => {
+                self.want(blob, index, Class::Demand);
+                match self.cache.backlog.taken(blob, index) {
+                    Some(together) => self.prefetch(blob, together),
+                    None => *guess = true,
+                }
+            }
+        }
+        chunks.misses.fetch_add(1, Ordering::Relaxed);
+        Lookup::Pending
+    }
+
+    /// Has those of `indices` loaded that are neither here nor on their way, for nobody yet.
+    pub fn prefetch(&mut self, blob: &Arc<Blob>, indices: Range<u32>) {
+        for index in indices {
+            if self.cache.chunks.shard(blob.key(index)).claim(blob, index) {
+                self.want(blob, index, Class::Prefetch);
+            }
+        }
+    }
+
+    /// Has chunks loaded, all together, when there is room for them: when what was asked for ahead before has
+    /// been read. `read`: bytes of them that will probably be read.
+    pub fn prefetch_later(&mut self, blob: &Arc<Blob>, chunks: Range<u32>, read: u64) {
+        self.cache.backlog.add(blob, chunks, read);
+    }
+
+    /// A chunk of so many bytes that was asked for ahead is read now.
+    fn follow(&mut self, bytes: u64) {
+        for (blob, chunks) in self.cache.backlog.read(bytes) {
+            self.prefetch(&blob, chunks);
+        }
+    }
+
+    fn want(&mut self, blob: &Arc<Blob>, chunk: u32, class: Class) {
+        self.cache.chunks.loads.fetch_add(1, Ordering::Relaxed);
+        self.wanted.push(Wanted { blob: blob.clone(), chunk, class, tries: 0 });
+    }
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        if !self.wanted.is_empty() {
+            self.cache.fetcher.want(std::mem::take(&mut self.wanted));
+        }
+    }
+}
+
+/// The blobs by their identities.
+#[derive(Default)]
+struct Blobs {
+    known: HashMap<Box<str>, Known>,
+    next: u32,
+}
+
+/// A blob that is open, or of which chunks are left.
+struct Known {
+    number: u32,
+    blob: Weak<Blob>,
+    held: Arc<AtomicU64>,
+}
+
+impl Blobs {
+    fn open(&mut self, source: Arc<dyn ChunkSource>, tiers: &Tiers) -> Arc<Blob> {
+        if let Some(known) = self.known.get_mut(source.id()) {
+            if let Some(blob) = known.blob.upgrade() {
+                return blob;
+            }
+            let stored = tiers.blob(&*source);
+            let blob = Arc::new(Blob::new(known.number, source, stored, known.held.clone()));
+            known.blob = Arc::downgrade(&blob);
+            return blob;
+        }
+        if self.known.len() >= MANY_BLOBS {
+            self.known.retain(|_, known| {
+                known.blob.strong_count() > 0 || known.held.load(Ordering::Relaxed) > 0
+            });
+        }
+        let (number, id) = (self.next, source.id().into());
+        self.next = self.next.wrapping_add(1);
+        let held = Arc::<AtomicU64>::default();
+        let stored = tiers.blob(&*source);
+        let blob = Arc::new(Blob::new(number, source, stored, held.clone()));
+        self.known.insert(id, Known { number, blob: Arc::downgrade(&blob), held });
+        blob
+    }
+}
+
+/// What the threads share. They do not hold the [`Cache`], so that it can end.
+struct Chunks {
+    shards: Vec<Mutex<Shard>>,
+    hasher: RandomState,
+    blobs: Mutex<Blobs>,
+    arena: Arc<Arena>,
+    budget: u64,
+    held: AtomicU64,
+    /// The order in which they go.
+    queues: Mutex<Queues>,
+    clock: Clock,
+    hits: AtomicU64,
+    misses: AtomicU64,
+    loads: AtomicU64,
+    errors: AtomicU64,
+    evictions: AtomicU64,
+    unkept: AtomicU64,
+}
+
+impl Chunks {
+    fn new(budget: u64) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            hasher: RandomState::new(),
+            blobs: Mutex::default(),
+            arena: Arena::new(budget),
+            budget,
+            held: AtomicU64::new(0),
+            queues: Mutex::default(),
+            clock: Clock::default(),
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+            loads: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+            evictions: AtomicU64::new(0),
+            unkept: AtomicU64::new(0),
+        }
+    }
+
+    /// No code panics while it holds a shard, except a waiter's maker; a shard is whole even then.
+    fn lock(&self, number: usize) -> MutexGuard<'_, Shard> {
+        self.shards[number].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shard(&self, key: Key) -> MutexGuard<'_, Shard> {
+        self.lock(self.hasher.hash_one(key) as usize % SHARDS)
+    }
+
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives up one chunk, and says how many bytes it took; none if there is none to give up. Nobody who has
+    /// a shard's lock takes the queues'.
+    fn evict_one(&self) -> Option<u64> {
+        let bytes = self.queues().evict(self.budget, &mut |key, _| self.shard(key).evict(key))?;
+        self.held.fetch_sub(bytes, Ordering::Relaxed);
+        self.evictions.fetch_add(1, Ordering::Relaxed);
+        Some(bytes)
+    }
+}
+
+impl Delivery for Chunks {
+    fn room(&self, len: usize) -> Box<dyn Room> {
+        let mut given_up = 0;
+        while self.arena.could_hold(len) && given_up <= len as u64 * WORTH {
+            if let Some(run) = self.arena.take(len) {
+                return Box::new(run);
+            }
+            let Some(more) = self.evict_one() else { break };
+            given_up += more;
+        }
+        self.unkept.fetch_add(1, Ordering::Relaxed);
+        Box::new(vec![0; len])
+    }
+
+    fn spare_room(&self, len: usize) -> Option<Box<dyn Room>> {
+        Some(Box::new(self.arena.take(len)?))
+    }
+
+    fn spare(&self) -> u64 {
+        self.budget.saturating_sub(self.held.load(Ordering::Relaxed))
+    }
+
+    fn claim(&self, blob: &Blob, chunk: u32) -> Claim {
+        let mut shard = self.shard(blob.key(chunk));
+        match shard.peek(blob.key(chunk)) {
+            Some(bytes) => Claim::Held(bytes),
+            None if shard.claim(blob, chunk) => Claim::Claimed,
+            None => Claim::Loading,
+        }
+    }
+
+    fn abandon(&self, key: Key) -> bool {
+        self.shard(key).abandon(key)
+    }
+
+    fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
+        if result.is_err() {
+            self.errors.fetch_add(1, Ordering::Relaxed);
+        }
+        let kept = result.as_ref().ok().filter(|bytes| bytes.held() > 0);
+        if let Some(bytes) = kept {
+            self.held.fetch_add(bytes.held(), Ordering::Relaxed);
+        }
+        // Into the queues first: what is in a shard alone could never be given up.
+        let main = kept.is_some_and(|bytes| self.queues().insert(key, bytes.held(), &self.clock));
+        let waiters = self.shard(key).end_load(key, kept.cloned(), self.clock.now(), main);
+        for waiter in waiters {
+            let result = result.clone();
+            if catch_unwind(AssertUnwindSafe(|| waiter(result))).is_err() {
+                tracing::error!("A waiter for a chunk panicked");
+            }
+        }
+    }
+
+    fn is_awaited(&self, key: Key) -> bool {
+        self.shard(key).is_awaited(key)
+    }
+}
+
+#[cfg(test)]
+mod tests;

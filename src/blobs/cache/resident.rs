@@ -1,0 +1,59 @@
+//! Bytes that are in memory as long as somebody needs them: filesystem metadata, by the digest of what it was made from.
+//!
+//! It is no part of the budget, as nothing of it can be given up while a device needs it; but a thousand
+//! devices of one base image need it once.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use source::SharedBytes;
+
+/// Bytes known by name, for as long as somebody has them.
+#[derive(Default)]
+pub struct Residents {
+    known: Mutex<HashMap<Box<str>, Weak<dyn AsRef<[u8]> + Send + Sync>>>,
+}
+
+impl Residents {
+    /// The bytes of this name that somebody has already; else `bytes`, which others then get. Whoever gives
+    /// the name vouches that it means these bytes.
+    #[must_use]
+    pub fn share(&self, name: &str, bytes: SharedBytes) -> SharedBytes {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shared) = known.get(name).and_then(Weak::upgrade)
+            && (*shared).as_ref().len() == (*bytes).as_ref().len()
+        {
+            return shared;
+        }
+        known.retain(|_, bytes| bytes.strong_count() > 0);
+        known.insert(name.into(), Arc::downgrade(&bytes));
+        bytes
+    }
+
+    /// Bytes that are in memory for this, each counted once.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.values().filter_map(Weak::upgrade).map(|bytes| (*bytes).as_ref().len() as u64).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_of_a_name_are_there_once_and_as_long_as_somebody_has_them() {
+        let residents = Residents::default();
+        let bytes = |byte| -> SharedBytes { Arc::new(vec![byte; 10]) };
+        let first = residents.share("a", bytes(1));
+        let second = residents.share("a", bytes(1));
+        assert!(Arc::ptr_eq(&first, &second));
+        let other = residents.share("b", bytes(2));
+        assert_eq!(residents.bytes(), 20);
+        drop((first, second));
+        assert_eq!(residents.bytes(), 10);
+        assert_eq!((*residents.share("a", bytes(3))).as_ref(), [3; 10]);
+        drop(other);
+    }
+}

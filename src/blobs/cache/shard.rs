@@ -1,0 +1,197 @@
+//! One lock's worth of chunks, with their marks of use.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::ChunkWaiter;
+use super::queues::{Clock, MOST_USES, Verdict};
+use crate::fetch::{Blob, Key};
+use source::chunk::ChunkBytes;
+
+/// A chunk that is here, or on its way.
+struct Slot {
+    /// Bytes that the chunks of the blob take together.
+    blob_held: Arc<AtomicU64>,
+    state: State,
+}
+
+enum State {
+    Held(Held),
+    Loading { waiters: Vec<ChunkWaiter>, ahead: bool },
+}
+
+/// A chunk that is here.
+struct Held {
+    bytes: Arc<ChunkBytes>,
+    /// When it came.
+    came: u64,
+    /// Uses since its last turn in the queue.
+    uses: u8,
+    /// In which queue it is.
+    main: bool,
+    /// Nobody has asked for it yet: it was fetched for soon.
+    ahead: bool,
+}
+
+impl Held {
+    fn touched(&mut self, clock: &Clock) {
+        // What was fetched ahead came for the burst that begins now.
+        if std::mem::take(&mut self.ahead) {
+            self.came = clock.now();
+        } else if self.main || clock.is_over(self.came) {
+            self.uses = (self.uses + 1).min(MOST_USES);
+        }
+    }
+}
+
+/// Answer to [`Shard::look_up`].
+pub(super) enum Found {
+    /// Here it is.
+    Held {
+        /// The chunk.
+        bytes: Arc<ChunkBytes>,
+        /// Whether it was fetched ahead, and this is the first who asks for it.
+        first: bool,
+    },
+    /// It is on its way; the waiter was added.
+    Joined {
+        /// Whether this is the first who waits for what was asked for ahead of time.
+        ahead: bool,
+    },
+    /// Nobody loads it; the waiter was added and the caller must see to the load.
+    Claimed,
+}
+
+/// Part of a cache.
+#[derive(Default)]
+pub(super) struct Shard {
+    slots: HashMap<Key, Slot>,
+    held: usize,
+}
+
+impl Shard {
+    /// Number of chunks held.
+    pub(super) fn len(&self) -> usize {
+        self.held
+    }
+
+    /// Finds a chunk, or registers who waits for it.
+    pub(super) fn look_up(
+        &mut self,
+        blob: &Blob,
+        index: u32,
+        clock: &Clock,
+        waiter: &mut dyn FnMut() -> ChunkWaiter,
+    ) -> Found {
+        match self.slots.get_mut(&blob.key(index)).map(|slot| &mut slot.state) {
+            Some(State::Held(held)) => {
+                let first = held.ahead;
+                held.touched(clock);
+                Found::Held { bytes: held.bytes.clone(), first }
+            }
+            Some(State::Loading { waiters, ahead }) => {
+                waiters.push(waiter());
+                Found::Joined { ahead: std::mem::take(ahead) }
+            }
+            None => {
+                self.load(blob, index, vec![waiter()], false);
+                Found::Claimed
+            }
+        }
+    }
+
+    /// Whether the caller must load a chunk that nobody asks for yet: it is neither here nor on its way.
+    pub(super) fn claim(&mut self, blob: &Blob, index: u32) -> bool {
+        let claimed = !self.slots.contains_key(&blob.key(index));
+        if claimed {
+            self.load(blob, index, Vec::new(), true);
+        }
+        claimed
+    }
+
+    fn load(&mut self, blob: &Blob, index: u32, waiters: Vec<ChunkWaiter>, ahead: bool) {
+        let state = State::Loading { waiters, ahead };
+        self.slots.insert(blob.key(index), Slot { blob_held: blob.held_counter().clone(), state });
+    }
+
+    /// Whether a chunk is here.
+    pub(super) fn holds(&self, key: Key) -> bool {
+        self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Held(_)))
+    }
+
+    /// A chunk that is here, without any trace that it was asked for.
+    pub(super) fn peek(&self, key: Key) -> Option<Arc<ChunkBytes>> {
+        match self.slots.get(&key).map(|slot| &slot.state) {
+            Some(State::Held(held)) => Some(held.bytes.clone()),
+            _ => None,
+        }
+    }
+
+    /// Ends the load of a chunk that nobody waits for; false if somebody does.
+    pub(super) fn abandon(&mut self, key: Key) -> bool {
+        if self.is_awaited(key) {
+            return false;
+        }
+        if self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Loading { .. })) {
+            self.slots.remove(&key);
+        }
+        true
+    }
+
+    /// Whether somebody waits for a chunk.
+    pub(super) fn is_awaited(&self, key: Key) -> bool {
+        self.slots.get(&key).is_some_and(
+            |slot| matches!(&slot.state, State::Loading { waiters, .. } if !waiters.is_empty()),
+        )
+    }
+
+    /// Puts the loaded chunk, if any, in the place of those who waited for it, and returns them. `came` and
+    /// `main`: when, and to which queue.
+    pub(super) fn end_load(
+        &mut self,
+        key: Key,
+        bytes: Option<Arc<ChunkBytes>>,
+        came: u64,
+        main: bool,
+    ) -> Vec<ChunkWaiter> {
+        let Some(slot) = self.slots.get_mut(&key) else { return Vec::new() };
+        let ahead = !matches!(&slot.state, State::Loading { waiters, .. } if !waiters.is_empty());
+        let before = match bytes {
+            Some(bytes) => {
+                self.held += 1;
+                slot.blob_held.fetch_add(bytes.held(), Ordering::Relaxed);
+                let held = Held { bytes, came, uses: 0, main, ahead };
+                Some(std::mem::replace(&mut slot.state, State::Held(held)))
+            }
+            None => self.slots.remove(&key).map(|slot| slot.state),
+        };
+        match before {
+            Some(State::Loading { waiters, .. }) => waiters,
+            // Only the loader that claimed the key ends the load.
+            Some(State::Held(_)) | None => Vec::new(),
+        }
+    }
+
+    /// Gives a chunk up, unless it was used or is being read.
+    pub(super) fn evict(&mut self, key: Key) -> Verdict {
+        let (held, blob_held) = match self.slots.get_mut(&key) {
+            Some(Slot { state: State::Held(held), blob_held }) => (held, blob_held),
+            // It is in the queues a moment before it is here.
+            Some(_) => return Verdict::InUse,
+            None => return Verdict::Evicted,
+        };
+        if Arc::strong_count(&held.bytes) > 1 {
+            return Verdict::InUse;
+        }
+        if held.uses > 0 || std::mem::take(&mut held.ahead) {
+            held.uses = if held.main { held.uses.saturating_sub(1) } else { 0 };
+            held.main = true;
+            return Verdict::Used;
+        }
+        blob_held.fetch_sub(held.bytes.held(), Ordering::Relaxed);
+        self.held -= 1;
+        self.slots.remove(&key);
+        Verdict::Evicted
+    }
+}

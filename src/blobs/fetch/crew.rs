@@ -1,0 +1,247 @@
+//! The fetch threads: they wait for the network, so that nobody else does.
+//!
+//! One at first, and another whenever all are at work, up to a limit. New ones are
+//! started by fetch threads, never by who wants a chunk: a thread inherits the CPUs that it may run on,
+//! and a ublk queue is bound to its own. A quarter of the threads is kept for demand.
+//!
+//! The background fill gets what is left, by [`Pace`](super::pace): large requests, and as many as fill the line,
+//! as long as nobody wants anything; else small ones and few.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::pace::Pace;
+use super::queue::{Limit, Queue, Taken, Wanted};
+use super::run::ChunkRun;
+use super::{Key, Shared, count};
+use source::chunk::{ChunkError, Encoded};
+use source::{Class, Run as _};
+
+/// Most encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
+/// continent takes, so that larger ones save nothing, while a broken connection costs no more than this.
+pub(crate) const MOST_BYTES: u64 = 4 << 20;
+
+/// Encoded bytes below which a request is not divided between connections, 1 MiB: half a round trip at
+/// what an object store gives one connection. Below it more requests only cost more.
+const LEAST_BYTES: u64 = 1 << 20;
+
+/// How often a fill that is held back is looked at again.
+const HELD_BACK: Duration = Duration::from_millis(50);
+
+/// The threads and what they have to do.
+pub(super) struct Crew {
+    state: Mutex<State>,
+    wake: Condvar,
+    most: usize,
+}
+
+#[derive(Default)]
+struct State {
+    queue: Queue,
+    /// Threads that wait for work.
+    idle: usize,
+    /// Requests under way that nobody waits for, those of the fill included.
+    ahead: usize,
+    /// Requests of the fill under way.
+    fill: usize,
+    threads: Vec<JoinHandle<()>>,
+    ending: bool,
+}
+
+impl State {
+    /// Requests under way for demand or ahead of it.
+    fn threads_at_work(&self) -> usize {
+        (self.threads.len() - self.idle.min(self.threads.len())).saturating_sub(self.fill + 1)
+    }
+}
+
+impl Crew {
+    pub(super) fn new(most: usize) -> Self {
+        Self { state: Mutex::default(), wake: Condvar::new(), most }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn urge(&self, key: Key) {
+        self.lock().queue.urge(key);
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        self.lock().ending
+    }
+
+    /// Takes no more; returns what was not begun.
+    pub(super) fn end(&self) -> Vec<Wanted> {
+        let mut state = self.lock();
+        state.ending = true;
+        self.wake.notify_all();
+        state.queue.drain()
+    }
+
+    /// Waits for the threads; requests under way end first.
+    pub(super) fn join(&self) {
+        loop {
+            let Some(thread) = self.lock().threads.pop() else { return };
+            // A waiter may hold the last reference to the cache, and drop it on one of these threads.
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    /// Requests under way ahead of demand at most.
+    fn most_ahead(&self) -> usize {
+        (self.most * 3 / 4).max(1)
+    }
+
+    /// The next request, when there is one; waits for it. `None` at the end.
+    fn next(&self, pace: &Pace) -> Option<Taken> {
+        let mut state = self.lock();
+        loop {
+            if state.ending {
+                return None;
+            }
+            let demand_only = state.ahead >= self.most_ahead();
+            let free = state.idle + 1 + self.most.saturating_sub(state.threads.len());
+            let fill = pace.fill(state.threads_at_work(), state.fill);
+            let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };
+            if let Some(taken) = state.queue.take(limit) {
+                state.ahead += usize::from(taken.class > Class::Demand);
+                state.fill += usize::from(taken.class == Class::Fill);
+                return Some(taken);
+            }
+            state.idle += 1;
+            // The fill is held back for a time, and nobody tells when it is over.
+            let held_back = state.queue.has_fill();
+            state = if held_back {
+                let waited = self.wake.wait_timeout(state, HELD_BACK);
+                waited.map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state)
+            } else {
+                self.wake.wait(state).unwrap_or_else(PoisonError::into_inner)
+            };
+            state.idle -= 1;
+        }
+    }
+
+    /// Requests under way, at least the caller's own.
+    fn busy(&self) -> usize {
+        let state = self.lock();
+        (state.threads.len() - state.idle.min(state.threads.len())).max(1)
+    }
+
+    fn done(&self, class: Class) {
+        let mut state = self.lock();
+        state.ahead -= usize::from(class > Class::Demand);
+        state.fill -= usize::from(class == Class::Fill);
+        // What this request kept back may go now, on another thread if this one takes demand.
+        if !state.queue.is_empty() {
+            self.wake.notify_one();
+        }
+    }
+}
+
+/// Adds to what is wanted, all at once; or gives it back, at the end or when there is no thread.
+pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<Wanted>> {
+    let crew = &shared.crew;
+    let mut state = crew.lock();
+    if state.ending || (state.threads.is_empty() && !add_thread(shared, &mut state)) {
+        return Err(wanted);
+    }
+    for wanted in wanted {
+        state.queue.push(wanted);
+    }
+    drop(state);
+    crew.wake.notify_one();
+    Ok(())
+}
+
+/// Starts a thread if none is idle: whoever goes to ask a server may not be back for long, and what is
+/// wanted meanwhile must find somebody.
+fn grow(shared: &Arc<Shared>) {
+    let mut state = shared.crew.lock();
+    if state.idle == 0 && state.threads.len() < shared.crew.most && !state.ending {
+        add_thread(shared, &mut state);
+    }
+}
+
+fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
+    let number = state.threads.len();
+    let own = shared.clone();
+    match thread::Builder::new().name(format!("fetch-{number}")).spawn(move || run(&own)) {
+        Ok(thread) => {
+            state.threads.push(thread);
+            true
+        }
+        Err(error) => {
+            tracing::error!("Cannot start fetch thread {number}: {error}");
+            false
+        }
+    }
+}
+
+/// Body of a fetch thread.
+fn run(shared: &Arc<Shared>) {
+    sys::thread::mark_io_thread();
+    while let Some(taken) = shared.crew.next(&shared.pace) {
+        grow(shared);
+        fetch(shared, &taken);
+        if taken.class == Class::Demand {
+            shared.pace.demand();
+        }
+        shared.crew.done(taken.class);
+    }
+}
+
+/// One request.
+fn fetch(shared: &Arc<Shared>, taken: &Taken) {
+    let source = taken.blob.source();
+    let places: Result<Vec<Encoded>, ChunkError> =
+        taken.chunks.clone().map(|chunk| source.encoded(chunk)).collect();
+    let places = match places {
+        Ok(places) => places,
+        Err(error) => {
+            let error = Arc::new(error);
+            for (chunk, (class, tries)) in taken.chunks.clone().zip(&taken.wanted) {
+                let wanted =
+                    Wanted { blob: taken.blob.clone(), chunk, class: *class, tries: *tries };
+                shared.fail(&wanted, error.clone());
+            }
+            return;
+        }
+    };
+    let counters = &shared.counters;
+    let requests = match taken.class {
+        Class::Demand => &counters.demand_requests,
+        Class::Prefetch => &counters.ahead_requests,
+        Class::Fill => &counters.fill_requests,
+    };
+    count(requests, 1);
+    let (Some(first), Some(last)) = (places.first(), places.last()) else { return };
+    let range = first.range.start..last.range.end;
+    let bytes = range.end - range.start;
+    let begun = Instant::now();
+    let mut run = ChunkRun::new(shared, taken, &places);
+    match source.blob().read_run(range, taken.class, &mut run) {
+        Ok(()) => {
+            // Chunks of nothing but a shared byte are whole by now and must be asked for to be seen.
+            let _ = run.room();
+            let wait = run.first_byte().map_or(begun.elapsed(), |first| first - begun);
+            let whole = begun.elapsed();
+            counters.first_byte.add(wait);
+            counters.whole.add(whole);
+            let beside = shared.crew.busy() - 1;
+            taken.blob.measured(bytes, wait, whole, beside);
+            shared.pace.line(taken.blob.depth());
+        }
+        Err(error) => {
+            let error = Arc::new(ChunkError::from(error));
+            let rest: Vec<Wanted> = run.rest().collect();
+            for wanted in rest {
+                shared.fail(&wanted, error.clone());
+            }
+        }
+    }
+}

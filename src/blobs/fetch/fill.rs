@@ -1,0 +1,540 @@
+//! Background fill: whole layers, with whatever line and cores have to spare.
+//!
+//! Once an image is attached, its layers are fetched from the first to the last, each in the order of its tar,
+//! so that the worst start is a parallel download and later ones need no network. One thread decides what
+//! is fetched next; everything else goes the way of any chunk: it is claimed in the cache, so that a reader
+//! who comes meanwhile waits for the same fetch and makes it demand; it is fetched by large ranges
+//! ([`Pace`](super::pace::Pace) says how large and how many), verified by the inflate workers, and given to
+//! the tier that keeps it. Only there: the memory is for what is read. Without any tier the memory's
+//! free part is filled, and nothing is given up for it.
+//!
+//! No more is under way than the tier's queue has room for, so the fill goes at the disk's pace where that is
+//! the slower one. It rests while the disk is full, ends when its [`Filling`] is dropped, and after a restart
+//! finds what is there already.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::blob::{Blob, Key};
+use super::inflate::{Input, Job};
+use super::queue::Wanted;
+use super::{Claim, Shared, count};
+use crate::tier::store::Payload;
+use crate::tier::{Kind, QUEUE, Stored};
+use source::Class;
+use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room};
+
+/// Bytes under way or waiting for the disk at most: the rest of the tier's queue is for what is read meanwhile.
+const MOST_UNDER_WAY: u64 = QUEUE / 4 * 3;
+
+/// Encoded bytes that are asked for together: a request's worth for each of two connections.
+const STRETCH: u64 = 8 << 20;
+
+/// Failed chunks of a blob in a row after which the next blob has its turn.
+const MOST_FAILURES: u32 = 4;
+
+/// How long a disk without space is left alone, and a rate is waited for at a time.
+const REST: Duration = Duration::from_millis(500);
+
+/// Wait before a blob is tried again; doubled each time.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// How it is done: overlaybd's `download`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FillOptions {
+    /// Wait before it begins.
+    pub delay: Duration,
+    /// Up to so much more, by chance.
+    pub delay_extra: Duration,
+    /// Encoded bytes a second at most.
+    pub rate: Option<u64>,
+    /// Rounds over what could not be had.
+    pub tries: u64,
+    /// Bytes of a request while others want something.
+    pub block: u64,
+}
+
+impl Default for FillOptions {
+    fn default() -> Self {
+        let delay = Duration::ZERO;
+        Self { delay, delay_extra: delay, rate: None, tries: 5, block: 256 << 10 }
+    }
+}
+
+/// How far a fill is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct FillProgress {
+    /// Chunks of all its blobs that are not local.
+    pub chunks: u64,
+    /// Those that are near now.
+    pub near: u64,
+    /// Whether it has ended.
+    pub ended: bool,
+}
+
+/// A fill under way. Dropping it ends it.
+pub struct Filling {
+    task: Arc<Task>,
+    shared: Weak<Shared>,
+}
+
+impl Filling {
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> FillProgress {
+        let mut progress =
+            FillProgress { ended: self.task.ended.load(Ordering::Acquire), ..Default::default() };
+        for blob in &self.task.blobs {
+            let count = blob.source().chunk_count();
+            progress.chunks += u64::from(count);
+            progress.near += (0..count).filter(|&chunk| blob.is_near(chunk)).count() as u64;
+        }
+        progress
+    }
+}
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        self.task.stopped.store(true, Ordering::Release);
+        if let Some(shared) = self.shared.upgrade() {
+            shared.fill.wake.notify_all();
+        }
+    }
+}
+
+/// What one [`Filling`] wants.
+struct Task {
+    blobs: Vec<Arc<Blob>>,
+    options: FillOptions,
+    stopped: AtomicBool,
+    ended: AtomicBool,
+}
+
+/// A task that waits for its turn.
+struct Turn {
+    task: Arc<Task>,
+    due: Instant,
+    round: u64,
+}
+
+/// The thread and what it has to do.
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<State>,
+    wake: Condvar,
+    /// Chunks under way: so that nobody else need lock.
+    under_way: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    turns: VecDeque<Turn>,
+    /// Bytes that each chunk under way will take in the tier's queue.
+    chunks: HashMap<Key, u64>,
+    bytes: u64,
+    failures: u32,
+    thread: Option<JoinHandle<()>>,
+    ending: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
+        let waited = self.wake.wait_timeout(state, most);
+        waited.map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state)
+    }
+
+    /// A chunk's load has ended, whoever wanted it.
+    pub(super) fn ended(&self, key: Key, good: bool) {
+        if self.under_way.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let mut state = self.lock();
+        let Some(bytes) = state.chunks.remove(&key) else { return };
+        state.bytes -= bytes;
+        state.failures = if good { 0 } else { state.failures + 1 };
+        self.under_way.fetch_sub(1, Ordering::Release);
+        drop(state);
+        self.wake.notify_all();
+    }
+
+    pub(super) fn end(&self) {
+        let mut state = self.lock();
+        state.ending = true;
+        state.turns.clear();
+        self.wake.notify_all();
+    }
+
+    pub(super) fn join(&self) {
+        let thread = self.lock().thread.take();
+        if let Some(thread) = thread.filter(|one| one.thread().id() != std::thread::current().id())
+        {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Adds a task, and the thread if there is none.
+pub(super) fn begin(shared: &Arc<Shared>, blobs: Vec<Arc<Blob>>, options: FillOptions) -> Filling {
+    let blobs = blobs.into_iter().filter(|blob| !blob.source().blob().is_local()).collect();
+    let task = Arc::new(Task {
+        blobs,
+        options,
+        stopped: AtomicBool::new(false),
+        ended: AtomicBool::new(false),
+    });
+    let filling = Filling { task: task.clone(), shared: Arc::downgrade(shared) };
+    if task.blobs.is_empty() {
+        task.ended.store(true, Ordering::Release);
+        return filling;
+    }
+    shared.pace.block(options.block);
+    let extra = RandomState::new().hash_one(0) as f64 / u64::MAX as f64;
+    let due = Instant::now() + options.delay + options.delay_extra.mul_f64(extra.clamp(0.0, 1.0));
+    let mut state = shared.fill.lock();
+    state.turns.push_back(Turn { task, due, round: 0 });
+    if state.thread.is_none() && !state.ending {
+        let own = shared.clone();
+        match std::thread::Builder::new().name("fill".into()).spawn(move || run(&own)) {
+            Ok(thread) => state.thread = Some(thread),
+            Err(error) => tracing::error!("Cannot start the background fill: {error}"),
+        }
+    }
+    drop(state);
+    shared.fill.wake.notify_all();
+    filling
+}
+
+/// Body of the thread.
+fn run(shared: &Arc<Shared>) {
+    sys::thread::mark_io_thread();
+    while let Some(mut turn) = next(&shared.fill) {
+        let task = turn.task.clone();
+        let whole = fill(shared, &task);
+        turn.round += 1;
+        if whole || task.stopped.load(Ordering::Acquire) || turn.round >= task.options.tries.max(1)
+        {
+            task.ended.store(true, Ordering::Release);
+            continue;
+        }
+        turn.due = Instant::now() + AGAIN * 2_u32.saturating_pow(turn.round.min(8) as u32 - 1);
+        let mut state = shared.fill.lock();
+        if !state.ending {
+            state.turns.push_back(turn);
+        }
+    }
+}
+
+/// The first task that is due; `None` at the end.
+fn next(queue: &Queue) -> Option<Turn> {
+    let mut state = queue.lock();
+    loop {
+        if state.ending {
+            return None;
+        }
+        state.turns.retain(|turn| !turn.task.stopped.load(Ordering::Acquire));
+        let now = Instant::now();
+        if let Some(at) = state.turns.iter().position(|turn| turn.due <= now) {
+            return state.turns.remove(at);
+        }
+        let due = state.turns.iter().map(|turn| turn.due).min();
+        let most = due.map_or(Duration::from_secs(3600), |due| due.saturating_duration_since(now));
+        state = queue.wait(state, most);
+    }
+}
+
+/// Why a round has to end.
+enum Stop {
+    /// The task or everything ends, or there is nowhere to put more.
+    Now,
+    /// This blob cannot be had now.
+    Blob,
+}
+
+/// One round over all blobs. True when nothing is left to do.
+fn fill(shared: &Arc<Shared>, task: &Task) -> bool {
+    let mut round = Round { shared, task, batch: Vec::new(), bytes: 0, due: Instant::now() };
+    let mut whole = true;
+    let mut capacity = HashMap::from([(Kind::Encoded, u64::MAX), (Kind::Decoded, u64::MAX)]);
+    for blob in &task.blobs {
+        shared.fill.lock().failures = 0;
+        for chunk in 0..blob.source().chunk_count() {
+            if blob.is_near(chunk) {
+                continue;
+            }
+            // What a layer needs beyond the whole tier would only push out its beginning.
+            if let Some((kind, stored)) = blob.stored().target() {
+                let left = capacity.entry(kind).or_insert(u64::MAX);
+                *left = (*left).min(stored.capacity());
+                let Some(rest) = left.checked_sub(size(blob, chunk, kind)) else {
+                    round.send();
+                    return true;
+                };
+                *left = rest;
+            }
+            match round.chunk(blob, chunk) {
+                Ok(()) => {}
+                Err(Stop::Blob) => break,
+                Err(Stop::Now) => {
+                    round.send();
+                    return true;
+                }
+            }
+        }
+        round.send();
+    }
+    if round.settle().is_err() {
+        return true;
+    }
+    for blob in &task.blobs {
+        // Without a tier, what is near is what is in memory, and that comes and goes.
+        whole &= blob.stored().target().is_none()
+            || (0..blob.source().chunk_count()).all(|chunk| blob.is_near(chunk));
+    }
+    whole
+}
+
+/// Bytes that a chunk takes in the tier.
+fn size(blob: &Blob, chunk: u32, kind: Kind) -> u64 {
+    match kind {
+        Kind::Encoded => blob.source().encoded(chunk).map_or(0, |place| place.len() as u64),
+        Kind::Decoded => blob.source().span(chunk).map_or(0, |span| u64::from(span.len)),
+    }
+}
+
+struct Round<'a> {
+    shared: &'a Arc<Shared>,
+    task: &'a Task,
+    /// Claimed, to be asked for together.
+    batch: Vec<Wanted>,
+    bytes: u64,
+    /// When the next byte may come, where the rate is limited.
+    due: Instant,
+}
+
+impl Round<'_> {
+    fn is_over(&self, state: &State) -> bool {
+        state.ending || self.task.stopped.load(Ordering::Acquire)
+    }
+
+    /// Has a chunk fetched that is not near.
+    fn chunk(&mut self, blob: &Arc<Blob>, chunk: u32) -> Result<(), Stop> {
+        let encoded = blob.source().encoded(chunk).map_err(|_| Stop::Blob)?.len() as u64;
+        let target = blob.stored().target();
+        let takes = match target {
+            Some((kind, _)) => size(blob, chunk, kind),
+            None => blob.source().room(chunk) as u64,
+        };
+        self.wait_for_room(blob, takes)?;
+        match self.shared.delivery.claim(blob, chunk) {
+            Claim::Loading => return Ok(()),
+            Claim::Held(bytes) => {
+                self.store_held(blob, chunk, bytes);
+                return Ok(());
+            }
+            Claim::Claimed => {}
+        }
+        let key = blob.key(chunk);
+        {
+            let mut state = self.shared.fill.lock();
+            state.chunks.insert(key, takes);
+            state.bytes += takes;
+            self.shared.fill.under_way.fetch_add(1, Ordering::Release);
+        }
+        self.batch.push(Wanted { blob: blob.clone(), chunk, class: Class::Fill, tries: 0 });
+        self.bytes += encoded;
+        if self.bytes >= STRETCH {
+            self.send();
+        }
+        self.keep_to_rate(encoded)
+    }
+
+    /// Waits until the disk can take more.
+    fn wait_for_room(&mut self, blob: &Blob, takes: u64) -> Result<(), Stop> {
+        let target = blob.stored().target().map(|(_, stored)| stored);
+        loop {
+            let queue = &self.shared.fill;
+            let state = queue.lock();
+            if self.is_over(&state) {
+                return Err(Stop::Now);
+            }
+            if state.failures >= MOST_FAILURES {
+                return Err(Stop::Blob);
+            }
+            let spare = match target {
+                Some(_) => u64::MAX,
+                None => self.shared.delivery.spare().saturating_sub(state.bytes),
+            };
+            if spare < takes && state.bytes == 0 {
+                return Err(Stop::Now);
+            }
+            let full = target.is_some_and(Stored::is_full);
+            let waiting = target.map_or(0, Stored::waiting);
+            let under_way = state.bytes + waiting;
+            if !full && spare >= takes && (under_way == 0 || under_way + takes <= MOST_UNDER_WAY) {
+                return Ok(());
+            }
+            if !self.batch.is_empty() {
+                drop(state);
+                self.send();
+                continue;
+            }
+            // The tier's writer tells nobody; it writes a batch in some tens of milliseconds.
+            drop(queue.wait(state, if full { REST } else { Duration::from_millis(10) }));
+        }
+    }
+
+    /// Waits until `bytes` more are allowed.
+    fn keep_to_rate(&mut self, bytes: u64) -> Result<(), Stop> {
+        let Some(rate) = self.task.options.rate.filter(|rate| *rate > 0) else { return Ok(()) };
+        self.due =
+            self.due.max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
+        // A request's worth at a time: single chunks would each be a request.
+        if self.due.saturating_duration_since(Instant::now()) < Duration::from_millis(50) {
+            return Ok(());
+        }
+        self.send();
+        loop {
+            let state = self.shared.fill.lock();
+            if self.is_over(&state) {
+                return Err(Stop::Now);
+            }
+            let wait = self.due.saturating_duration_since(Instant::now());
+            if wait.is_zero() {
+                return Ok(());
+            }
+            drop(self.shared.fill.wait(state, wait.min(REST)));
+        }
+    }
+
+    fn send(&mut self) {
+        self.bytes = 0;
+        self.shared.want_far(std::mem::take(&mut self.batch));
+    }
+
+    /// Waits for everything that is under way and for the disk.
+    fn settle(&mut self) -> Result<(), Stop> {
+        self.send();
+        loop {
+            let state = self.shared.fill.lock();
+            if self.is_over(&state) {
+                return Err(Stop::Now);
+            }
+            let targets = self.task.blobs.iter().filter_map(|blob| blob.stored().target());
+            let waiting: u64 = targets.map(|(_, stored)| stored.waiting()).sum();
+            if state.chunks.is_empty() && waiting == 0 {
+                return Ok(());
+            }
+            drop(self.shared.fill.wait(state, Duration::from_millis(20)));
+        }
+    }
+
+    /// Stores a chunk that is in memory, but not on disk: it came when too much was waiting.
+    fn store_held(&self, blob: &Blob, chunk: u32, bytes: Arc<ChunkBytes>) {
+        let source = blob.source();
+        let Some((kind, stored)) = blob.stored().target() else { return };
+        if kind == Kind::Decoded {
+            if let Some(span) = source.span(chunk) {
+                stored.offer(chunk, span.start, Payload::Shared(bytes));
+            }
+            return;
+        }
+        // The encoded bytes are gone: this thread fetches them again.
+        let Ok(place) = source.encoded(chunk) else { return };
+        let mut encoded = EncodedChunk::new(&place, Vec::new());
+        if source.blob().read_exact_at(encoded.bytes_mut(), place.range.start).is_err() {
+            return;
+        }
+        let good = source.verify(chunk, encoded.bytes()).unwrap_or_else(|| {
+            let mut room = vec![0; source.room(chunk)];
+            source.decode(chunk, &mut encoded, &mut room).is_ok_and(|data| room[data] == bytes[..])
+        });
+        if good {
+            let (buffer, data) = encoded.into_parts();
+            stored.offer(chunk, place.range.start, Payload::Owned(buffer, data));
+            self.shared.filled(place.len());
+        }
+    }
+}
+
+impl Shared {
+    pub(super) fn filled(&self, bytes: usize) {
+        count(&self.counters.filled, 1);
+        count(&self.counters.filled_bytes, bytes as u64);
+    }
+
+    /// Ends the load of a chunk that was filled; false when somebody waits for it by now.
+    pub(super) fn abandon(&self, key: Key) -> bool {
+        let abandoned = self.delivery.abandon(key);
+        if abandoned {
+            self.fill.ended(key, true);
+        }
+        abandoned
+    }
+}
+
+/// Verifies and stores a chunk that nobody waits for. False when somebody does: then it goes the usual way.
+pub(super) fn store(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkError>> {
+    let key = job.blob.key(job.chunk);
+    let Input::Fetched(encoded) = &mut job.input else { return Ok(false) };
+    if shared.delivery.is_awaited(key) {
+        return Ok(false);
+    }
+    let (blob, chunk) = (job.blob.clone(), job.chunk);
+    let source = blob.source();
+    let place = source.encoded(chunk).map_err(Arc::new)?;
+    match blob.stored().target() {
+        Some((Kind::Encoded, stored)) => {
+            // What cannot be verified as it is must decode.
+            if source.verify(chunk, encoded.bytes()) != Some(true) {
+                let mut room = vec![0; source.room(chunk)];
+                source.decode(chunk, encoded, &mut room).map_err(Arc::new)?;
+            }
+            if !shared.abandon(key) {
+                return Ok(false);
+            }
+            let (buffer, data) = std::mem::take(encoded).into_parts();
+            stored.offer(chunk, place.range.start, Payload::Owned(buffer, data));
+        }
+        Some((Kind::Decoded, stored)) => {
+            let room: Box<dyn Room> = Box::new(vec![0; source.room(chunk)]);
+            let bytes = decoded(shared, job, room)?;
+            if let Some(span) = source.span(chunk) {
+                stored.offer(chunk, span.start, Payload::Shared(bytes.clone()));
+            }
+            if !shared.abandon(key) {
+                shared.deliver(key, Ok(bytes));
+            }
+        }
+        None => {
+            let Some(room) = shared.delivery.spare_room(source.room(chunk)) else {
+                return Ok(shared.abandon(key));
+            };
+            let bytes = decoded(shared, job, room)?;
+            shared.deliver(key, Ok(bytes));
+        }
+    }
+    shared.filled(place.len());
+    Ok(true)
+}
+
+fn decoded(
+    shared: &Arc<Shared>,
+    job: &mut Job,
+    mut room: Box<dyn Room>,
+) -> Result<Arc<ChunkBytes>, Arc<ChunkError>> {
+    let Input::Fetched(encoded) = &mut job.input else {
+        return Err(super::failure(&job.blob, "The chunk has no bytes"));
+    };
+    let begun = Instant::now();
+    let data = job.blob.source().decode(job.chunk, encoded, room.bytes_mut()).map_err(Arc::new)?;
+    shared.counters.inflated(encoded.bytes().len(), data.len(), begun);
+    Ok(Arc::new(ChunkBytes::new(room, data)))
+}

@@ -1,0 +1,363 @@
+//! The workers that verify and decode: one for each core, demand first.
+//!
+//! What the background fill brings is verified and stored, and decoded only where decoded chunks are kept.
+//! While somebody wants something, one worker is kept free of that.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use crossbeam_queue::ArrayQueue;
+
+use super::blob::{Blob, Key};
+use super::pace::Pace;
+use super::queue::Wanted;
+use super::{MOST_TRIES, Shared, count, failure, fill};
+use crate::tier::Kind;
+use crate::tier::store::Payload;
+use source::Class;
+use source::chunk::{ChunkBytes, ChunkError, EncodedChunk};
+
+/// Buffers for encoded chunks that wait to be used again, at most: as many as are usually under way.
+const SPARE_BUFFERS: usize = 32;
+
+/// A chunk to be decoded.
+pub(super) struct Job {
+    pub(super) blob: Arc<Blob>,
+    pub(super) chunk: u32,
+    pub(super) class: Class,
+    /// Damaged deliveries so far.
+    pub(super) tries: u8,
+    pub(super) input: Input,
+}
+
+/// Where its encoded bytes are.
+pub(super) enum Input {
+    /// They came from a server.
+    Fetched(EncodedChunk),
+    /// In a local file or the disk tier: the worker reads them.
+    Near,
+    /// They came from the disk tier.
+    Stored(EncodedChunk),
+}
+
+impl Job {
+    pub(super) fn wanted(&self) -> Wanted {
+        let Self { chunk, class, tries, .. } = *self;
+        Wanted { blob: self.blob.clone(), chunk, class, tries }
+    }
+
+    fn key(&self) -> Key {
+        self.blob.key(self.chunk)
+    }
+}
+
+/// The threads and what they have to do.
+pub(super) struct Workers {
+    state: Mutex<State>,
+    wake: Condvar,
+    most: usize,
+    spare: ArrayQueue<Vec<u8>>,
+}
+
+#[derive(Default)]
+struct State {
+    demand: VecDeque<Job>,
+    ahead: VecDeque<Job>,
+    fill: VecDeque<Job>,
+    /// Workers that are at work for the fill.
+    filling: usize,
+    idle: usize,
+    threads: Vec<JoinHandle<()>>,
+    ending: bool,
+}
+
+impl Workers {
+    pub(super) fn new(most: usize) -> Self {
+        let spare = ArrayQueue::new(SPARE_BUFFERS);
+        Self { state: Mutex::default(), wake: Condvar::new(), most, spare }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a job; or gives it back, at the end or when there is no worker.
+    pub(super) fn push(&self, job: Job) -> Result<(), Job> {
+        let mut state = self.lock();
+        if state.ending || state.threads.is_empty() {
+            return Err(job);
+        }
+        match job.class {
+            Class::Demand => state.demand.push_back(job),
+            Class::Prefetch => state.ahead.push_back(job),
+            Class::Fill => state.fill.push_back(job),
+        }
+        drop(state);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    pub(super) fn urge(&self, key: Key) {
+        let mut state = self.lock();
+        let State { demand, ahead, fill, .. } = &mut *state;
+        for jobs in [ahead, fill] {
+            let at = jobs.iter().position(|job| job.key() == key);
+            if let Some(mut job) = at.and_then(|at| jobs.remove(at)) {
+                job.class = Class::Demand;
+                demand.push_back(job);
+            }
+        }
+    }
+
+    /// A buffer that was used before, or a new one.
+    pub(super) fn buffer(&self) -> Vec<u8> {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    fn give_back(&self, encoded: EncodedChunk) {
+        let _ = self.spare.push(encoded.into_buffer());
+    }
+
+    /// Takes no more; returns what was not begun.
+    pub(super) fn end(&self) -> Vec<Job> {
+        let mut state = self.lock();
+        state.ending = true;
+        self.wake.notify_all();
+        let mut left: Vec<Job> = state.demand.drain(..).collect();
+        left.extend(state.ahead.drain(..));
+        left.extend(state.fill.drain(..));
+        left
+    }
+
+    /// Waits for the threads.
+    pub(super) fn join(&self) {
+        loop {
+            let Some(thread) = self.lock().threads.pop() else { return };
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    /// The next job. `filled`: the one before was for the fill.
+    fn next(&self, pace: &Pace, filled: bool) -> Option<Job> {
+        let mut state = self.lock();
+        state.filling -= usize::from(filled);
+        loop {
+            if let Some(job) = state.demand.pop_front() {
+                return Some(job);
+            }
+            if let Some(job) = state.ahead.pop_front() {
+                return Some(job);
+            }
+            // One may always go on, and so it does: nobody has to be told that it is quiet again.
+            let most = if pace.is_quiet() { self.most } else { self.most - 1 }.max(1);
+            if state.filling < most
+                && let Some(job) = state.fill.pop_front()
+            {
+                state.filling += 1;
+                return Some(job);
+            }
+            if state.ending {
+                return None;
+            }
+            state.idle += 1;
+            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.idle -= 1;
+        }
+    }
+}
+
+/// Starts the first worker. The others are started by workers; see [`Crew`](super::crew).
+pub(super) fn start(shared: &Arc<Shared>) {
+    add_thread(shared, &mut shared.workers.lock());
+}
+
+/// Starts a worker if there is work that no idle one will take.
+fn grow(shared: &Arc<Shared>) {
+    let workers = &shared.workers;
+    let mut state = workers.lock();
+    let waiting = state.demand.len() + state.ahead.len() + state.fill.len();
+    let needed = state.idle == 0 && waiting > 0;
+    if needed && state.threads.len() < workers.most && !state.ending {
+        add_thread(shared, &mut state);
+    }
+}
+
+fn add_thread(shared: &Arc<Shared>, state: &mut State) {
+    let number = state.threads.len();
+    let own = shared.clone();
+    let body = move || {
+        sys::thread::mark_io_thread();
+        let mut filled = false;
+        while let Some(job) = own.workers.next(&own.pace, filled) {
+            grow(&own);
+            filled = job.class == Class::Fill;
+            work(&own, job);
+        }
+    };
+    match thread::Builder::new().name(format!("inflate-{number}")).spawn(body) {
+        Ok(thread) => state.threads.push(thread),
+        Err(error) => tracing::error!("Cannot start inflate worker {number}: {error}"),
+    }
+}
+
+/// What became of a chunk.
+enum Made {
+    /// Decoded, to be delivered.
+    Decoded(ChunkBytes),
+    /// Stored, for nobody: its wait is ended already.
+    Filled,
+    /// What was near is no longer there, or was not whole; or it decodes only in its frame.
+    Gone,
+}
+
+/// One chunk, from its encoded bytes to everyone who waits for it.
+fn work(shared: &Arc<Shared>, mut job: Job) {
+    // A panic is a bug of the decoder; the reader gets an error and the thread lives on.
+    let result = catch_unwind(AssertUnwindSafe(|| make(shared, &mut job)));
+    let result = result.unwrap_or_else(|_| {
+        job.tries = MOST_TRIES;
+        Err(failure(&job.blob, "The decoder of this chunk panicked"))
+    });
+    let error = match result {
+        Ok(Made::Decoded(bytes)) => {
+            let bytes = Arc::new(bytes);
+            shared.deliver(job.key(), Ok(bytes.clone()));
+            keep(shared, job, bytes);
+            return;
+        }
+        Ok(Made::Filled) => return,
+        Ok(Made::Gone) => {
+            shared.want_far(vec![job.wanted()]);
+            return;
+        }
+        Err(error) => error,
+    };
+    let damaged = matches!(*error, ChunkError::Damaged { .. });
+    if damaged {
+        count(&shared.counters.damaged, 1);
+        if job.tries + 1 < MOST_TRIES && !shared.crew.is_ending() {
+            tracing::warn!(%error, "A chunk is fetched again");
+            job.blob.failures().note(job.chunk, true, &*error);
+            if let Ok(place) = job.blob.source().encoded(job.chunk) {
+                job.blob.source().blob().distrust(place.range);
+            }
+            let wanted = job.wanted();
+            shared.want(vec![Wanted { tries: wanted.tries + 1, ..wanted }]);
+            return;
+        }
+    }
+    let wanted = Wanted { tries: MOST_TRIES, ..job.wanted() };
+    shared.fail(&wanted, error);
+}
+
+/// Offers a chunk that was fetched to the tier that keeps it.
+fn keep(shared: &Arc<Shared>, job: Job, bytes: Arc<ChunkBytes>) {
+    let (Input::Fetched(encoded) | Input::Stored(encoded)) = job.input else { return };
+    let blob = job.blob;
+    match blob.stored().target() {
+        Some((Kind::Encoded, stored)) if !stored.has(job.chunk) => {
+            if let Ok(place) = blob.source().encoded(job.chunk) {
+                let (buffer, data) = encoded.into_parts();
+                stored.offer(job.chunk, place.range.start, Payload::Owned(buffer, data));
+            }
+            return;
+        }
+        Some((Kind::Decoded, stored)) => {
+            if let Some(span) = blob.source().span(job.chunk) {
+                stored.offer(job.chunk, span.start, Payload::Shared(bytes));
+            }
+        }
+        _ => {}
+    }
+    shared.workers.give_back(encoded);
+}
+
+/// Reads what is near, verifies and decodes; or verifies and stores, when nobody waits.
+fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
+    let is_serial = job.blob.source().is_serial(job.chunk);
+    if let Input::Near = job.input {
+        if let Some(bytes) = read_decoded(shared, job) {
+            return Ok(Made::Decoded(bytes));
+        }
+        if is_serial || !read_encoded(shared, job)? {
+            return Ok(Made::Gone);
+        }
+    }
+    if job.class == Class::Fill && fill::store(shared, job)? {
+        return Ok(Made::Filled);
+    }
+    if is_serial {
+        return Ok(Made::Gone); // it came for the tier as it is, and somebody waits for it by now
+    }
+    match decode(shared, job) {
+        Err(error) if matches!(job.input, Input::Stored(_)) => {
+            tracing::debug!(%error, "A chunk of the disk tier does not decode");
+            if let Some(stored) = &job.blob.stored().encoded {
+                stored.forget(job.chunk);
+            }
+            job.input = Input::Near;
+            Ok(Made::Gone)
+        }
+        result => result.map(Made::Decoded),
+    }
+}
+
+/// Reads a chunk from the decoded tier, straight into the cache's memory.
+fn read_decoded(shared: &Arc<Shared>, job: &Job) -> Option<ChunkBytes> {
+    let stored = job.blob.stored().decoded.as_ref()?;
+    let len = stored.len_of(job.chunk)?;
+    let source = job.blob.source();
+    if source.span(job.chunk).is_some_and(|span| span.len as usize != len) {
+        stored.forget(job.chunk);
+        return None;
+    }
+    let mut room = shared.delivery.room(len);
+    let verify = |bytes: &[u8]| source.verify_decoded(job.chunk, bytes);
+    stored.read(job.chunk, room.bytes_mut(), &verify).then(|| {
+        count(&shared.counters.stored, 1);
+        ChunkBytes::new(room, 0..len)
+    })
+}
+
+/// Reads the encoded bytes from the tier or the local file; false when they are not there.
+fn read_encoded(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkError>> {
+    let source = job.blob.source();
+    let place = source.encoded(job.chunk).map_err(Arc::new)?;
+    if source.blob().is_local() {
+        let mut encoded = EncodedChunk::new(&place, shared.workers.buffer());
+        let read = source.blob().read_exact_at(encoded.bytes_mut(), place.range.start);
+        read.map_err(|error| Arc::new(ChunkError::from(error)))?;
+        count(&shared.counters.local, 1);
+        job.input = Input::Fetched(encoded);
+        return Ok(true);
+    }
+    let Some(stored) = job.blob.stored().encoded.as_ref().filter(|file| file.has(job.chunk)) else {
+        return Ok(false);
+    };
+    let mut encoded = EncodedChunk::new(&place, shared.workers.buffer());
+    // Decoding compares the source's checksums; the tier's own tells damage of the disk from any other.
+    if !stored.read(job.chunk, encoded.bytes_mut(), &|_| None) {
+        return Ok(false);
+    }
+    count(&shared.counters.stored, 1);
+    job.input = Input::Stored(encoded);
+    Ok(true)
+}
+
+/// Verifies and decodes what was read.
+fn decode(shared: &Arc<Shared>, job: &mut Job) -> Result<ChunkBytes, Arc<ChunkError>> {
+    let source = job.blob.source();
+    let (Input::Fetched(encoded) | Input::Stored(encoded)) = &mut job.input else {
+        return Err(failure(&job.blob, "The chunk has no bytes"));
+    };
+    let mut room = shared.delivery.room(source.room(job.chunk));
+    let begun = Instant::now();
+    let data = source.decode(job.chunk, encoded, room.bytes_mut()).map_err(Arc::new)?;
+    shared.counters.inflated(encoded.bytes().len(), data.len(), begun);
+    Ok(ChunkBytes::new(room, data))
+}

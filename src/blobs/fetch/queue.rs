@@ -1,0 +1,352 @@
+//! What is wanted and not yet under way, and what of it goes into one request.
+//!
+//! Chunks are taken in the order of their urgency (demand, then what is fetched ahead, then the background
+//! fill), and within that in the order in which they were asked for. What is taken brings its neighbours along:
+//! chunks of the same blob that are wanted too and lie next to it become one range. A request for demand
+//! grows forwards into what is merely wanted ahead; backwards only as far as that comes sooner so than by
+//! a request of its own, since it arrives before what somebody waits for.
+//!
+//! Long stretches are cut so that all free connections get a part; see [`Limit`].
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::blob::{Blob, Key};
+use source::Class;
+
+/// A chunk that is wanted.
+#[derive(Clone)]
+pub struct Wanted {
+    /// Of which blob.
+    pub blob: Arc<Blob>,
+    /// Which.
+    pub chunk: u32,
+    /// How urgently.
+    pub class: Class,
+    /// Damaged deliveries so far.
+    pub tries: u8,
+}
+
+impl Wanted {
+    /// Its key.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        self.blob.key(self.chunk)
+    }
+}
+
+/// How much goes into one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// Most encoded bytes of a request; one chunk is always allowed.
+    pub most: u64,
+    /// Encoded bytes below which a stretch is not divided, unless more come in two round trips.
+    pub least: u64,
+    /// Connections that are free: a long stretch is divided between them.
+    pub free: usize,
+    /// Whether only demand may be taken.
+    pub demand_only: bool,
+    /// Most encoded bytes of a request of the background fill; 0: none may be taken.
+    pub fill: u64,
+}
+
+/// Chunks that go into one request.
+pub struct Taken {
+    /// Of which blob.
+    pub blob: Arc<Blob>,
+    /// Which, ascending and without a gap.
+    pub chunks: Range<u32>,
+    /// Urgency and tries of each.
+    pub wanted: Vec<(Class, u8)>,
+    /// The most urgent of them.
+    pub class: Class,
+}
+
+/// The chunks that are wanted and not under way.
+#[derive(Default)]
+pub struct Queue {
+    demand: VecDeque<Key>,
+    ahead: VecDeque<Key>,
+    fill: VecDeque<Key>,
+    wanted: HashMap<Key, Wanted>,
+}
+
+impl Queue {
+    /// Adds a chunk that is not in the queue yet.
+    pub fn push(&mut self, wanted: Wanted) {
+        self.order(wanted.class).push_back(wanted.key());
+        self.wanted.insert(wanted.key(), wanted);
+    }
+
+    fn order(&mut self, class: Class) -> &mut VecDeque<Key> {
+        match class {
+            Class::Demand => &mut self.demand,
+            Class::Prefetch => &mut self.ahead,
+            Class::Fill => &mut self.fill,
+        }
+    }
+
+    /// Makes a chunk demand, if it is still here.
+    pub fn urge(&mut self, key: Key) {
+        if let Some(wanted) =
+            self.wanted.get_mut(&key).filter(|wanted| wanted.class > Class::Demand)
+        {
+            wanted.class = Class::Demand;
+            self.demand.push_back(key); // its old place in the other order is passed over
+        }
+    }
+
+    /// Number of chunks.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.wanted.len()
+    }
+
+    /// Whether nothing is wanted.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.wanted.is_empty()
+    }
+
+    /// Whether there is anything to take under `limit`.
+    #[must_use]
+    pub fn has(&self, demand_only: bool) -> bool {
+        if demand_only {
+            self.demand.iter().any(|key| self.wanted.contains_key(key))
+        } else {
+            !self.wanted.is_empty()
+        }
+    }
+
+    /// Whether chunks are wanted for the background.
+    #[must_use]
+    pub fn has_fill(&self) -> bool {
+        !self.fill.is_empty()
+    }
+
+    /// The next request.
+    pub fn take(&mut self, limit: Limit) -> Option<Taken> {
+        let first = self.next(limit)?;
+        let Wanted { blob, chunk, class, tries } = self.wanted.remove(&first)?;
+        let size =
+            |chunk| blob.source().encoded(chunk).map_or(u64::MAX, |place| place.len() as u64);
+        let is_wanted = |chunk: u32, most: Class| {
+            self.wanted.get(&blob.key(chunk)).is_some_and(|wanted| wanted.class <= most)
+        };
+        // Between the chunks of some blobs lie bytes of none; these are not asked for.
+        let place = |chunk| blob.source().encoded(chunk).map_or(0..0, |place| place.range);
+        let adjoins = |chunk: u32| place(chunk).end >= place(chunk.saturating_add(1)).start;
+        // Behind what was asked for first only what is as urgent.
+        let first = (0..chunk)
+            .rev()
+            .take_while(|&before| is_wanted(before, class) && adjoins(before))
+            .last();
+        // But a neighbour or two may come before it: that takes less than another request would.
+        let worth = blob.worth_a_request();
+        let mut before = 0;
+        let near = (0..chunk).rev().take_while(|&chunk| {
+            before += size(chunk).min(worth + 1);
+            let is_near = class == Class::Demand && before <= worth / 2;
+            is_near && is_wanted(chunk, Class::Prefetch) && adjoins(chunk)
+        });
+        let first = near.last().into_iter().chain(first).min();
+        // Ahead, what somebody will probably want; the rest of the blob can wait for a quiet line.
+        let most = class.max(Class::Prefetch);
+        let stretch = (chunk..u32::MAX)
+            .skip(1)
+            .take_while(|&next| is_wanted(next, most) && adjoins(next - 1));
+        let last = stretch.last().unwrap_or(chunk);
+        let first = first.unwrap_or(chunk);
+        let whole = (first..=last).map(size).fold(0, u64::saturating_add);
+        let share = match class {
+            // Nobody waits: the fewer requests, the better.
+            Class::Fill => limit.fill,
+            Class::Prefetch => limit.most,
+            Class::Demand => {
+                let least = limit.least.max(worth);
+                (whole / limit.free.max(1) as u64).max(least).min(limit.most)
+            }
+        };
+        let (mut start, mut end) = (chunk, chunk + 1);
+        let mut bytes = size(chunk);
+        while end <= last && bytes.saturating_add(size(end)) <= share {
+            bytes += size(end);
+            end += 1;
+        }
+        while end > last && start > first && bytes.saturating_add(size(start - 1)) <= share {
+            bytes += size(start - 1);
+            start -= 1;
+        }
+        let mut wanted = Vec::with_capacity((end - start) as usize);
+        for number in start..end {
+            let own = (class, tries);
+            wanted.push(match self.wanted.remove(&blob.key(number)) {
+                Some(other) => (other.class, other.tries),
+                None => own,
+            });
+        }
+        Some(Taken { blob, chunks: start..end, wanted, class })
+    }
+
+    /// The key to begin with; passes over what is gone or has become more urgent.
+    fn next(&mut self, limit: Limit) -> Option<Key> {
+        while let Some(key) = self.demand.pop_front() {
+            if self.wanted.contains_key(&key) {
+                return Some(key);
+            }
+        }
+        while !limit.demand_only
+            && let Some(key) = self.ahead.pop_front()
+        {
+            if self.wanted.contains_key(&key) {
+                return Some(key);
+            }
+        }
+        while !limit.demand_only
+            && limit.fill > 0
+            && let Some(key) = self.fill.pop_front()
+        {
+            // What has become demand meanwhile has its place there.
+            if self.wanted.get(&key).is_some_and(|wanted| wanted.class == Class::Fill) {
+                return Some(key);
+            }
+        }
+        None
+    }
+
+    /// Everything that is left.
+    pub fn drain(&mut self) -> Vec<Wanted> {
+        self.demand.clear();
+        self.ahead.clear();
+        self.fill.clear();
+        self.wanted.drain().map(|(_, wanted)| wanted).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tier::StoredBlob;
+    use source::chunk::{ChunkSource, PlainChunks};
+    use source::{ByteSource, SourceError};
+
+    /// A source that has a length and is never read.
+    struct Length(u64);
+
+    impl ByteSource for Length {
+        fn name(&self) -> &'static str {
+            "length"
+        }
+        fn len(&self) -> u64 {
+            self.0
+        }
+        fn read_exact_at(&self, _: &mut [u8], _: u64) -> Result<(), SourceError> {
+            unreachable!("nothing is read here")
+        }
+    }
+
+    /// A blob of chunks of 256 KiB.
+    fn blob(number: u32, chunks: u64) -> Arc<Blob> {
+        let source = Arc::new(Length(chunks * PlainChunks::CHUNK));
+        let source: Arc<dyn ChunkSource> = Arc::new(PlainChunks::new("b", source));
+        Arc::new(Blob::new(number, source, StoredBlob::default(), Arc::default()))
+    }
+
+    fn wanted(blob: &Arc<Blob>, chunk: u32, class: Class) -> Wanted {
+        Wanted { blob: blob.clone(), chunk, class, tries: 0 }
+    }
+
+    const MIB: u64 = 1 << 20;
+    const ALONE: Limit =
+        Limit { most: 4 * MIB, least: MIB, free: 1, demand_only: false, fill: 4 * MIB };
+
+    fn take(queue: &mut Queue, limit: Limit) -> Option<Range<u32>> {
+        queue.take(limit).map(|taken| taken.chunks)
+    }
+
+    #[test]
+    fn a_request_grows_forwards_into_what_is_ahead_and_backwards_only_into_demand_and_near() {
+        let blob = blob(0, 64);
+        let mut queue = Queue::default();
+        for chunk in [10, 11, 12, 13, 14, 15, 17, 18, 19] {
+            queue.push(wanted(&blob, chunk, Class::Prefetch));
+        }
+        queue.push(wanted(&blob, 16, Class::Demand));
+        // 1.25 MB come in a round trip, as long as nothing else is known: four chunks.
+        assert_eq!(take(&mut queue, ALONE), Some(12..20));
+        queue.push(wanted(&blob, 31, Class::Demand));
+        queue.push(wanted(&blob, 30, Class::Demand));
+        assert_eq!(take(&mut queue, ALONE), Some(30..32));
+        assert_eq!(take(&mut queue, ALONE), Some(10..12));
+        assert_eq!(take(&mut queue, ALONE), None);
+    }
+
+    #[test]
+    fn a_long_stretch_is_divided_between_the_connections_that_are_free() {
+        let blob = blob(0, 64);
+        for (free, first, requests) in [(1, 16, 2), (3, 10, 4), (100, 9, 4)] {
+            let mut queue = Queue::default();
+            (0..32).for_each(|chunk| queue.push(wanted(&blob, chunk, Class::Demand)));
+            let limit = Limit { free, ..ALONE };
+            let taken: Vec<_> = std::iter::from_fn(|| take(&mut queue, limit)).collect();
+            // What is left is divided anew, and never into less than the least.
+            assert_eq!((taken[0].len(), taken.len()), (first, requests), "{taken:?}");
+        }
+    }
+
+    #[test]
+    fn what_becomes_urgent_is_taken_as_demand_and_once() {
+        let blob = blob(0, 64);
+        let mut queue = Queue::default();
+        for chunk in [1, 20, 40] {
+            queue.push(wanted(&blob, chunk, Class::Prefetch));
+        }
+        assert!(!queue.has(true));
+        queue.urge(blob.key(40));
+        queue.urge(blob.key(41)); // not here
+        assert_eq!(take(&mut queue, Limit { demand_only: true, ..ALONE }), Some(40..41));
+        assert!(!queue.has(true) && queue.len() == 2);
+        assert_eq!(take(&mut queue, Limit { demand_only: true, ..ALONE }), None);
+        assert_eq!(take(&mut queue, ALONE), Some(1..2));
+        assert_eq!(take(&mut queue, ALONE), Some(20..21));
+        assert!(queue.is_empty());
+    }
+
+    proptest! {
+        /// Whatever is asked for in whatever order: each chunk is taken once, in requests that are
+        /// contiguous, of one blob, and not too large; demand first.
+        #[test]
+        fn every_chunk_is_taken_once(
+            asked in proptest::collection::btree_map((0_u32..2, 0_u32..64), 0_u8..3, 1..80),
+            order in any::<u64>(),
+            free in 1_usize..30,
+        ) {
+            let blobs = [blob(0, 64), blob(1, 64)];
+            let mut asked: Vec<_> = asked.into_iter().collect();
+            let shift = order as usize % asked.len();
+            asked.rotate_left(shift);
+            let mut queue = Queue::default();
+            for ((number, chunk), class) in &asked {
+                let class = [Class::Demand, Class::Prefetch, Class::Fill][usize::from(*class)];
+                queue.push(wanted(&blobs[*number as usize], *chunk, class));
+            }
+            let mut taken = Vec::new();
+            let mut ahead = false;
+            while let Some(request) = queue.take(Limit { free, ..ALONE }) {
+                prop_assert_eq!(request.wanted.len(), request.chunks.len());
+                prop_assert!(request.chunks.len() <= 16);
+                prop_assert!(request.class == Class::Demand || request.wanted.iter().all(|(class, _)| *class > Class::Demand));
+                prop_assert!(!ahead || request.class > Class::Demand);
+                ahead |= request.class > Class::Demand;
+                taken.extend(request.chunks.map(|chunk| request.blob.key(chunk)));
+            }
+            let mut expected: Vec<_> = asked.iter().map(|((blob, chunk), _)| Key { blob: *blob, chunk: *chunk }).collect();
+            expected.sort();
+            taken.sort();
+            prop_assert_eq!(taken, expected);
+        }
+    }
+}

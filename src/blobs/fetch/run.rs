@@ -1,0 +1,107 @@
+//! The buffers of one request: each chunk's own, filled one after the other.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::inflate::{Input, Job};
+use super::queue::{Taken, Wanted};
+use super::{Shared, count};
+use source::chunk::{Encoded, EncodedChunk};
+use source::{Class, Run};
+
+/// A request's chunks on their way. Whole ones go to the inflate workers while the rest arrives.
+pub(super) struct ChunkRun<'a> {
+    shared: &'a Arc<Shared>,
+    taken: &'a Taken,
+    places: &'a [Encoded],
+    /// Chunk that is being filled, and how far.
+    current: Option<(EncodedChunk, usize)>,
+    /// Number of chunks that were handed on.
+    done: usize,
+    /// Last byte of the chunk before: chunks begin within a byte where others end, and both have it.
+    seam: Option<u8>,
+    /// When the first byte came.
+    first: Option<Instant>,
+}
+
+impl<'a> ChunkRun<'a> {
+    /// `places` are those of the chunks of `taken`.
+    pub(super) fn new(shared: &'a Arc<Shared>, taken: &'a Taken, places: &'a [Encoded]) -> Self {
+        Self { shared, taken, places, current: None, done: 0, seam: None, first: None }
+    }
+
+    /// When the first byte came.
+    pub(super) fn first_byte(&self) -> Option<Instant> {
+        self.first
+    }
+
+    /// The chunks that were not handed on.
+    pub(super) fn rest(&self) -> impl Iterator<Item = Wanted> + '_ {
+        (self.done..self.places.len()).map(|number| self.wanted(number))
+    }
+
+    fn wanted(&self, number: usize) -> Wanted {
+        let (class, tries) = self.taken.wanted[number];
+        let chunk = self.taken.chunks.start + number as u32;
+        Wanted { blob: self.taken.blob.clone(), chunk, class, tries }
+    }
+
+    /// A buffer for chunk `number`, with the byte that it shares with the one before.
+    fn begin(&self, number: usize) -> (EncodedChunk, usize) {
+        let place = &self.places[number];
+        let mut encoded = EncodedChunk::new(place, self.shared.workers.buffer());
+        let shares = number > 0 && self.places[number - 1].range.end > place.range.start;
+        match (self.seam.filter(|_| shares), encoded.bytes_mut().first_mut()) {
+            (Some(seam), Some(first)) => {
+                *first = seam;
+                (encoded, 1)
+            }
+            _ => (encoded, 0),
+        }
+    }
+
+    fn hand_on(&mut self, encoded: EncodedChunk) {
+        self.seam = encoded.bytes().last().copied();
+        let counters = &self.shared.counters;
+        count(&counters.chunks, 1);
+        count(&counters.bytes, encoded.bytes().len() as u64);
+        let Wanted { blob, chunk, mut class, tries } = self.wanted(self.done);
+        self.done += 1;
+        if class > Class::Demand && self.shared.delivery.is_awaited(blob.key(chunk)) {
+            class = Class::Demand;
+        }
+        let job = Job { blob, chunk, class, tries, input: Input::Fetched(encoded) };
+        if let Err(job) = self.shared.workers.push(job) {
+            let wanted = job.wanted();
+            self.shared.fail(&wanted, super::ended(&wanted.blob));
+        }
+    }
+}
+
+impl Run for ChunkRun<'_> {
+    fn room(&mut self) -> Option<&mut [u8]> {
+        loop {
+            let (encoded, at) = match self.current.take() {
+                Some(current) => current,
+                None if self.done == self.places.len() => return None,
+                None => self.begin(self.done),
+            };
+            if at < encoded.bytes().len() {
+                let (encoded, at) = self.current.insert((encoded, at));
+                return Some(&mut encoded.bytes_mut()[*at..]);
+            }
+            self.hand_on(encoded);
+        }
+    }
+
+    fn filled(&mut self, bytes: usize) {
+        self.first.get_or_insert_with(Instant::now);
+        if let Some((encoded, at)) = self.current.take() {
+            if at + bytes < encoded.bytes().len() {
+                self.current = Some((encoded, at + bytes));
+            } else {
+                self.hand_on(encoded);
+            }
+        }
+    }
+}

@@ -1,0 +1,515 @@
+//! Chunks on disk: what was fetched once need not be fetched again, by whichever device, after a restart.
+//!
+//! One kind of store, used twice. The *encoded* tier (overlaybd's `cacheConfig`) keeps a blob's bytes as
+//! they came; they are verified by their SHA-256 or by decoding them. The *decoded* tier
+//! (`gzipCacheConfig`) keeps what came out, about three times as large and ready to be read; its bytes
+//! are verified by their CRC-32. Where an image has no checksums, the tier's own are compared.
+//!
+//! Each blob has a sparse file, named by its digest and by how it is cut, in which every chunk has a
+//! place that follows from its number, in whole pages that no other chunk shares; and beside it a
+//! [presence map](presence). A chunk is given up alone, by punching a hole, and the capacity is a hard
+//! limit on what the files take.
+//!
+//! # What a crash may leave
+//!
+//! A chunk's record is appended to the map when its bytes are durable, and the record that it is gone is
+//! durable before its hole is punched. So whatever was not made durable is only missing. Nothing rests
+//! on it, though: every chunk is verified whenever it is read, and one that is wrong, for whatever
+//! reason, is forgotten, counted, and fetched again.
+//!
+//! # Who waits for whom
+//!
+//! Nobody waits for a write: what is [offered](Stored::offer) goes into a queue of bounded size, and is dropped
+//! when that is full. One thread writes batches from it: victims out, data in, sync, records. It holds
+//! no lock while it waits for the disk.
+//!
+//! Two processes cannot share a tier: the second goes without, and says so.
+//!
+//! # Page cache or `O_DIRECT`
+//!
+//! The page cache, by measurement; the figures are in `perf/README.md`. What was written is dropped from it
+//! at once: it has just been in memory as a chunk.
+//!
+//! # Contents
+//!
+//! * [`store`]    what is asked of a directory; the real one
+//! * [`memory`]   one in memory, whose power can fail, and a faulty one
+//! * `presence`   the map, on disk
+//! * `fifo`       what to give up first
+//! * `state`      the map of all files, in memory
+//! * `opening`    reading a directory, after a crash or not
+//! * `writer`     the thread
+//! * `uring`      its `io_uring`
+
+mod fifo;
+pub mod memory;
+mod opening;
+mod presence;
+mod state;
+pub mod store;
+#[cfg(test)]
+mod tests;
+mod uring;
+mod writer;
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use thiserror::Error;
+
+use presence::Subject;
+use source::chunk::ChunkSource;
+use state::Shared;
+use store::{DirStore, Payload, Store};
+use writer::{Command, Offer};
+
+/// Grain of the data files: what a filesystem gives and takes.
+const PAGE: u64 = 4096;
+
+/// Bytes that wait to be written, at most. A disk that writes 100 MB/s takes a third of a second for them.
+pub const QUEUE: u64 = 32 << 20;
+
+/// Which bytes of chunks a tier keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// As they came.
+    Encoded,
+    /// As they are read.
+    Decoded,
+}
+
+impl Kind {
+    fn number(self) -> u8 {
+        match self {
+            Self::Encoded => 1,
+            Self::Decoded => 2,
+        }
+    }
+
+    fn of(number: u8) -> Option<Self> {
+        match number {
+            1 => Some(Self::Encoded),
+            2 => Some(Self::Decoded),
+            _ => None,
+        }
+    }
+
+    /// What it is called, and how its files' names end.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Encoded => "encoded",
+            Self::Decoded => "decoded",
+        }
+    }
+}
+
+/// Where a tier is and how large.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TierOptions {
+    /// Its directory; made if it is not there.
+    pub dir: PathBuf,
+    /// Bytes that its files may take.
+    pub capacity: u64,
+    /// Bytes that stay free on the filesystem: below, the tier shrinks and takes no more.
+    pub floor: u64,
+}
+
+/// Why there is no tier.
+#[derive(Debug, Error)]
+pub enum TierError {
+    /// Something with the directory.
+    #[error("Cannot {what} {dir}", dir = dir.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The directory.
+        dir: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process has it.
+    #[error("Another process uses the {kind} cache in {dir}", dir = dir.display())]
+    InUse {
+        /// Of which kind.
+        kind: &'static str,
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// No holes can be punched there.
+    #[error("The filesystem of {dir} cannot free parts of a file: choose another for the cache", dir = dir.display())]
+    NoHoles {
+        /// The directory.
+        dir: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// It lies on a device that we serve.
+    #[error("{dir} lies on {device}, which turbobd itself serves: choose another place for the cache", dir = dir.display())]
+    OwnDevice {
+        /// The directory.
+        dir: PathBuf,
+        /// The device.
+        device: String,
+    },
+}
+
+/// What a tier did so far.
+#[derive(Debug, Default)]
+pub struct TierCounters {
+    /// Chunks read and found good.
+    pub reads: AtomicU64,
+    /// Bytes of those.
+    pub read_bytes: AtomicU64,
+    /// Chunks written.
+    pub writes: AtomicU64,
+    /// Bytes of those.
+    pub written_bytes: AtomicU64,
+    /// Chunks not written because too much was waiting.
+    pub dropped: AtomicU64,
+    /// Chunks not written for want of space: the floor, a full disk, or longer than the capacity.
+    pub refused: AtomicU64,
+    /// Chunks given up for others or for the floor.
+    pub evicted: AtomicU64,
+    /// Chunks that were not what they should be, and are fetched again.
+    pub damaged: AtomicU64,
+    /// Files that were removed, cut off or of another version, and are begun anew.
+    pub resets: AtomicU64,
+    /// Reads, writes and syncs that the system refused.
+    pub failures: AtomicU64,
+}
+
+/// What a tier holds now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Usage {
+    /// Bytes that it takes on the disk.
+    pub bytes: u64,
+    /// Bytes that it may take.
+    pub capacity: u64,
+    /// Blobs.
+    pub blobs: usize,
+    /// Chunks.
+    pub chunks: usize,
+}
+
+/// What became of a [`Tier::verify`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Verified {
+    /// Chunks that are good.
+    pub good: u64,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Chunks that were not, and are forgotten.
+    pub damaged: u64,
+}
+
+/// A tier. Dropping it writes what waits, and lets its directory go.
+pub struct Tier {
+    shared: Arc<Shared>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+    _lock: Option<File>,
+}
+
+/// The tiers of a host.
+#[derive(Clone, Default)]
+pub struct Tiers {
+    /// Chunks as they came.
+    pub encoded: Option<Arc<Tier>>,
+    /// Chunks as they are read.
+    pub decoded: Option<Arc<Tier>>,
+}
+
+/// What the tiers have of one blob.
+#[derive(Default)]
+pub struct StoredBlob {
+    /// As it came.
+    pub encoded: Option<Stored>,
+    /// As it is read.
+    pub decoded: Option<Stored>,
+    /// Where more of it goes: each chunk is kept once.
+    pub target: Option<Kind>,
+}
+
+impl Tiers {
+    /// What there is of the blob of `source`. What is costly to decode goes to the decoded tier, everything
+    /// else to the encoded one; to the other where that one is missing.
+    #[must_use]
+    pub fn blob(&self, source: &dyn ChunkSource) -> StoredBlob {
+        let local = source.blob().is_local();
+        if local && !source.is_costly() {
+            return StoredBlob::default();
+        }
+        let file = |tier: &Option<Arc<Tier>>| tier.as_ref().and_then(|tier| tier.file(source));
+        let encoded = file(&self.encoded).filter(|_| !local);
+        let decoded = file(&self.decoded);
+        let target = match (&encoded, &decoded) {
+            (_, Some(_)) if source.is_costly() => Some(Kind::Decoded),
+            (Some(_), _) => Some(Kind::Encoded),
+            (None, Some(_)) => Some(Kind::Decoded),
+            (None, None) => None,
+        };
+        StoredBlob { encoded, decoded, target }
+    }
+}
+
+impl StoredBlob {
+    /// Whether a chunk is there, in whatever form.
+    #[must_use]
+    pub fn has(&self, chunk: u32) -> bool {
+        [&self.decoded, &self.encoded].into_iter().flatten().any(|stored| stored.has(chunk))
+    }
+
+    /// Where more of it goes.
+    #[must_use]
+    pub fn target(&self) -> Option<(Kind, &Stored)> {
+        match self.target? {
+            Kind::Encoded => self.encoded.as_ref().map(|stored| (Kind::Encoded, stored)),
+            Kind::Decoded => self.decoded.as_ref().map(|stored| (Kind::Decoded, stored)),
+        }
+    }
+}
+
+fn count(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+impl Tier {
+    /// Opens the tier in a directory and finds what an earlier process left there.
+    ///
+    /// # Errors
+    /// [`TierError`]: the directory cannot be used, or another process does.
+    pub fn open(kind: Kind, options: &TierOptions) -> Result<Self, TierError> {
+        let dir = &options.dir;
+        let lock = opening::lock(kind, dir)?;
+        opening::refuse_own_device(dir)?;
+        opening::probe_holes(kind, dir)?;
+        Self::over(kind, Arc::new(DirStore::new(dir)), options, Some(lock))
+    }
+
+    /// Opens a tier in a store.
+    ///
+    /// # Errors
+    /// [`TierError::Io`].
+    pub fn with_store(
+        kind: Kind,
+        store: Arc<dyn Store>,
+        options: &TierOptions,
+    ) -> Result<Self, TierError> {
+        Self::over(kind, store, options, None)
+    }
+
+    fn over(
+        kind: Kind,
+        store: Arc<dyn Store>,
+        options: &TierOptions,
+        lock: Option<File>,
+    ) -> Result<Self, TierError> {
+        let io = |what| move |source| TierError::Io { what, dir: options.dir.clone(), source };
+        let (sender, receiver) = channel();
+        let shared = Arc::new(Shared::new(kind, store, options.clone(), sender));
+        opening::read_directory(&shared).map_err(io("read"))?;
+        let own = shared.clone();
+        let name = format!("tier-{}", kind.name());
+        let writer =
+            std::thread::Builder::new().name(name).spawn(move || writer::run(own, receiver));
+        let writer = Mutex::new(Some(writer.map_err(io("start the writer of"))?));
+        Ok(Self { shared, writer, _lock: lock })
+    }
+
+    /// Which bytes it keeps.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.shared.kind
+    }
+
+    /// Its directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.shared.options.dir
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<TierCounters> {
+        &self.shared.counters
+    }
+
+    /// What it holds now.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        self.shared.usage()
+    }
+
+    /// Whether the disk has no space for more; it may have again later.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.shared.is_full()
+    }
+
+    /// Bytes that wait to be written.
+    #[must_use]
+    pub fn waiting(&self) -> u64 {
+        self.shared.queued()
+    }
+
+    /// The file for the chunks of `source`. None when they have no name that is theirs for ever: only a
+    /// digest is one.
+    #[must_use]
+    pub fn file(&self, source: &dyn ChunkSource) -> Option<Stored> {
+        let id = source.id();
+        let has_digest = id
+            .split(['#', ':'])
+            .any(|part| part.len() == 64 && part.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        let len = match self.shared.kind {
+            Kind::Encoded => source.blob().len(),
+            Kind::Decoded => source.decoded_len(),
+        };
+        let (kind, chunks) = (self.shared.kind, source.chunk_count());
+        let subject = Subject { kind, id: id.to_owned(), len, chunks };
+        if !has_digest || !subject.fits() {
+            return None;
+        }
+        let file = self.shared.register(&subject);
+        Some(Stored { shared: self.shared.clone(), file })
+    }
+
+    /// Waits until everything that was offered so far is written and durable.
+    pub fn flush(&self) {
+        let (sender, receiver) = channel();
+        if self.shared.send(Command::Flush(sender)) {
+            let _ = receiver.recv();
+        }
+    }
+
+    /// Gives up chunks until at most `bytes` are taken. Returns what is taken then.
+    #[must_use]
+    pub fn prune(&self, bytes: u64) -> u64 {
+        let (sender, receiver) = channel();
+        if self.shared.send(Command::Prune(bytes, sender)) {
+            let _ = receiver.recv();
+        }
+        self.usage().bytes
+    }
+
+    /// Reads every chunk and forgets what is damaged.
+    #[must_use]
+    pub fn verify(&self) -> Verified {
+        let mut verified = Verified::default();
+        let mut buffer = Vec::new();
+        for (file, chunk, len) in self.shared.all() {
+            let stored = self.shared.hold(file);
+            buffer.resize(len, 0);
+            if stored.is_some_and(|file| file.read(chunk, &mut buffer, &|_| None)) {
+                verified.good += 1;
+                verified.bytes += len as u64;
+            } else {
+                verified.damaged += 1;
+            }
+        }
+        self.flush();
+        verified
+    }
+}
+
+impl Drop for Tier {
+    fn drop(&mut self) {
+        self.shared.send(Command::End);
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(writer) = writer
+            && writer.thread().id() != std::thread::current().id()
+        {
+            let _ = writer.join();
+        }
+    }
+}
+
+/// A blob's chunks in a tier.
+pub struct Stored {
+    shared: Arc<Shared>,
+    file: u32,
+}
+
+impl Stored {
+    /// Length of a chunk that is there.
+    #[must_use]
+    pub fn len_of(&self, chunk: u32) -> Option<usize> {
+        self.shared.extent(self.file, chunk).map(|extent| extent.len as usize)
+    }
+
+    /// Whether a chunk is there.
+    #[must_use]
+    pub fn has(&self, chunk: u32) -> bool {
+        self.len_of(chunk).is_some()
+    }
+
+    /// Number of chunks that are there.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.shared.count(self.file)
+    }
+
+    /// Reads a chunk into `buf`, as long as it is. `verify` says whether it is right, or that nothing but
+    /// the tier's own checksum does. False when it is not there or not right; it is forgotten then.
+    #[must_use]
+    pub fn read(&self, chunk: u32, buf: &mut [u8], verify: &dyn Fn(&[u8]) -> Option<bool>) -> bool {
+        self.shared.read(self.file, chunk, buf, verify)
+    }
+
+    /// A chunk turned out to be wrong after it was read.
+    pub fn forget(&self, chunk: u32) {
+        self.shared.forget(self.file, chunk, "it does not decode");
+    }
+
+    /// Offers a chunk that is good and begins at byte `start` of what the file is of. False when it is
+    /// dropped, because too much is waiting.
+    pub fn offer(&self, chunk: u32, start: u64, payload: Payload) -> bool {
+        if payload.bytes().is_empty() || self.has(chunk) {
+            return true;
+        }
+        let offer =
+            Offer { file: self.file, chunk, at: place(start, chunk), payload: Arc::new(payload) };
+        self.shared.offer(offer)
+    }
+
+    /// Bytes that wait to be written to this tier.
+    #[must_use]
+    pub fn waiting(&self) -> u64 {
+        self.shared.queued()
+    }
+
+    /// Whether the disk has no space for more.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.shared.is_full()
+    }
+
+    /// Bytes that the whole tier may take.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.shared.options.capacity
+    }
+}
+
+impl Drop for Stored {
+    fn drop(&mut self) {
+        self.shared.let_go(self.file);
+    }
+}
+
+/// Where a chunk lies in its data file: by its order, in pages of its own. Chunks begin anywhere and may share
+/// a byte with their neighbour, so each is moved two pages further than the one before.
+fn place(start: u64, chunk: u32) -> u64 {
+    start / PAGE * PAGE + u64::from(chunk) * 2 * PAGE
+}
+
+/// Bytes that so many take in whole pages.
+fn in_pages(len: u64) -> u64 {
+    len.div_ceil(PAGE) * PAGE
+}

@@ -1,0 +1,257 @@
+//! Traces that travel with an image.
+//!
+//! A first start of which nothing is known fetches more than it needs and asks for it too late. What one host has
+//! recorded spares that to every other: a trace is pushed as a *referrer* of the image's manifest (OCI 1.1), so that the
+//! image, its digest and its tags stay what they are, and a registry that copies or deletes the image does the
+//! same with its trace. It is one blob in our own [format](super::format) under a manifest of the artifact type
+//! [`ARTIFACT_TYPE`], as old clients of registries can make too.
+//!
+//! There may be several, as nobody can take a referrer back from a registry by replacing it. The newest counts,
+//! by the annotation that OCI has for that.
+//!
+//! A trace names blobs and decoded bytes, so one of the plain image serves its meta image too, whatever its span.
+
+use jiff::Timestamp;
+use thiserror::Error;
+
+use formats::oci::manifest::media;
+use formats::oci::{Descriptor, Digest, Document, Manifest, ManifestError};
+use formats::trace::{MAX_FILE, Trace, TraceError};
+use registry::store::{ImageStore, Selector, StoreError, StoredManifest, referrers};
+
+/// `artifactType` of the manifest, and media type of its one layer.
+pub const ARTIFACT_TYPE: &str = "application/vnd.turbobd.trace.v1";
+
+/// When the trace was published, in RFC 3339 (OCI image specification, "Pre-Defined Annotation Keys").
+const CREATED: &str = "org.opencontainers.image.created";
+
+/// Content of the config that stands for none (OCI image specification, "Guidance for an Empty Descriptor").
+const EMPTY: &[u8] = b"{}";
+
+/// Of several, the newest so many are tried: broken ones are passed over, but not without end.
+const TRIED: usize = 3;
+
+/// Why a published trace is passed over.
+#[derive(Debug, Error)]
+enum Unusable {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    #[error("What is said to be its manifest is an index")]
+    Index,
+    #[error("Its manifest has {0} blobs instead of one")]
+    Blobs(usize),
+    #[error("Its blob is of the type {0:?}")]
+    Type(String),
+    #[error("Its blob has {0} bytes, and {MAX_FILE} are read")]
+    Large(u64),
+}
+
+/// What became of a trace that was to be published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Published {
+    /// It is there now.
+    Now,
+    /// The newest one was the same.
+    Before,
+}
+
+/// Pushes `trace` beside the manifest `subject` of `store`, as of the time `now`; the blob first, so that
+/// whoever finds it finds it whole.
+///
+/// # Errors
+/// [`StoreError`]; nothing refers to the image then that did not before.
+pub fn publish(
+    store: &dyn ImageStore,
+    subject: &StoredManifest,
+    trace: &Trace,
+    now: Timestamp,
+) -> Result<Published, StoreError> {
+    let bytes = trace.to_bytes();
+    let layer = Descriptor::of(ARTIFACT_TYPE, &bytes);
+    let known = entries(store, &subject.digest)?;
+    if known.first().is_some_and(|newest| layer_of(store, newest).is_ok_and(|known| known == layer))
+    {
+        return Ok(Published::Before);
+    }
+    store.put_blob(&bytes)?;
+    store.put_blob(EMPTY)?;
+    let manifest = Manifest {
+        schema_version: 2,
+        media_type: Some(media::OCI_MANIFEST.to_owned()),
+        artifact_type: Some(ARTIFACT_TYPE.to_owned()),
+        config: Descriptor::of(media::OCI_EMPTY, EMPTY),
+        layers: vec![layer],
+        subject: Some(Descriptor::of(&subject.media_type, &subject.bytes)),
+        annotations: [(CREATED.to_owned(), now.to_string())].into(),
+        other: serde_json::Map::new(),
+    };
+    let bytes = manifest.to_bytes();
+    store.put_manifest(None, media::OCI_MANIFEST, &bytes)?;
+    let mut entry = Descriptor::of(media::OCI_MANIFEST, &bytes);
+    entry.artifact_type = manifest.artifact_type;
+    entry.annotations = manifest.annotations;
+    referrers::add(store, &subject.digest, entry, is_trace)?;
+    Ok(Published::Now)
+}
+
+/// The newest trace that refers to the manifest `subject` of `store` and can be read.
+///
+/// # Errors
+/// [`StoreError`] when the store cannot say what refers to the manifest.
+pub fn find(store: &dyn ImageStore, subject: &Digest) -> Result<Option<Trace>, StoreError> {
+    let entries = entries(store, subject)?;
+    Ok(entries.iter().take(TRIED).find_map(|entry| {
+        read(store, entry)
+            .inspect_err(|error| {
+                let error = error as &dyn std::error::Error;
+                tracing::warn!(trace = %entry.digest, error, "A published trace is passed over");
+            })
+            .ok()
+    }))
+}
+
+fn is_trace(entry: &Descriptor) -> bool {
+    entry.artifact_type.as_deref() == Some(ARTIFACT_TYPE)
+}
+
+/// The manifests of traces, the newest first.
+fn entries(store: &dyn ImageStore, subject: &Digest) -> Result<Vec<Descriptor>, StoreError> {
+    let mut entries = referrers::list(store, subject)?;
+    entries.retain(is_trace);
+    let created = |entry: &Descriptor| {
+        entry.annotations.get(CREATED).and_then(|time| time.parse::<Timestamp>().ok())
+    };
+    entries.sort_by_key(|entry| std::cmp::Reverse((created(entry), entry.digest)));
+    Ok(entries)
+}
+
+fn read(store: &dyn ImageStore, entry: &Descriptor) -> Result<Trace, Unusable> {
+    Ok(Trace::parse(&store.read_blob(&layer_of(store, entry)?)?)?)
+}
+
+/// The blob with the trace.
+fn layer_of(store: &dyn ImageStore, entry: &Descriptor) -> Result<Descriptor, Unusable> {
+    let stored = store.manifest(&Selector::Digest(entry.digest))?;
+    let Document::Manifest(manifest) = Document::parse(&stored.bytes, Some(&stored.media_type))?
+    else {
+        return Err(Unusable::Index);
+    };
+    match &manifest.layers[..] {
+        [layer] if layer.media_type != ARTIFACT_TYPE => {
+            Err(Unusable::Type(layer.media_type.clone()))
+        }
+        [layer] if layer.size > MAX_FILE as u64 => Err(Unusable::Large(layer.size)),
+        [layer] => Ok(layer.clone()),
+        layers => Err(Unusable::Blobs(layers.len())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use formats::oci::Index;
+    use formats::trace::Touch;
+    use registry::store::MemoryStore;
+
+    fn trace(start: u64) -> Trace {
+        let touches = vec![Touch { blob: 0, start, len: 4096, at: 0, weight: 1 }];
+        Trace { starts: 1, blobs: vec![Digest::of(b"a layer")], touches }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    /// A store with an image's manifest.
+    fn image() -> (MemoryStore, StoredManifest) {
+        let store = MemoryStore::default();
+        let bytes = br#"{"schemaVersion":2}"#.to_vec();
+        store.put_manifest(None, media::OCI_MANIFEST, &bytes).unwrap();
+        let media_type = media::OCI_MANIFEST.to_owned();
+        (store, StoredManifest { media_type, digest: Digest::of(&bytes), bytes })
+    }
+
+    fn listed(store: &MemoryStore, subject: &StoredManifest) -> Vec<Descriptor> {
+        referrers::list(store, &subject.digest).unwrap()
+    }
+
+    #[test]
+    fn the_newest_is_found_the_same_is_not_pushed_twice_and_what_others_say_stays() {
+        let (store, image) = image();
+        assert_eq!(find(&store, &image.digest).unwrap(), None);
+        let mut signature = Descriptor::of(media::OCI_MANIFEST, b"a signature");
+        signature.artifact_type = Some("application/vnd.example.signature".to_owned());
+        referrers::add(&store, &image.digest, signature.clone(), |_| false).unwrap();
+
+        let publish = |start, second| publish(&store, &image, &trace(start), at(second)).unwrap();
+        assert_eq!(publish(0, 100), Published::Now);
+        assert_eq!(publish(0, 200), Published::Before);
+        assert_eq!(find(&store, &image.digest).unwrap(), Some(trace(0)));
+        assert_eq!(publish(4096, 300), Published::Now);
+        assert_eq!(find(&store, &image.digest).unwrap(), Some(trace(4096)));
+        // Where we keep the list, the old one is off it.
+        let listed = listed(&store, &image);
+        assert_eq!((listed.len(), &listed[0]), (2, &signature));
+    }
+
+    #[test]
+    fn of_several_that_a_registry_lists_the_newest_that_can_be_read_counts() {
+        let (store, image) = image();
+        let mut all = Vec::new();
+        for second in [30, 1, 200, 5] {
+            publish(&store, &image, &trace(second * 4096), at(second as i64)).unwrap();
+            all.extend(listed(&store, &image));
+        }
+        let fake = |layers: Vec<Descriptor>, second| {
+            let manifest = Manifest {
+                schema_version: 2,
+                media_type: None,
+                artifact_type: Some(ARTIFACT_TYPE.to_owned()),
+                config: Descriptor::of(media::OCI_EMPTY, EMPTY),
+                layers,
+                subject: None,
+                annotations: [(CREATED.to_owned(), at(second).to_string())].into(),
+                other: serde_json::Map::new(),
+            };
+            store.put_manifest(None, media::OCI_MANIFEST, &manifest.to_bytes()).unwrap();
+            let mut entry = Descriptor::of(media::OCI_MANIFEST, &manifest.to_bytes());
+            (entry.artifact_type, entry.annotations) =
+                (manifest.artifact_type, manifest.annotations);
+            entry
+        };
+        let list = |entries: &[Descriptor]| {
+            let tag = referrers::fallback_tag(&image.digest);
+            let index = Index::of(entries.to_vec()).to_bytes();
+            store.put_manifest(Some(&tag), media::OCI_INDEX, &index).unwrap();
+        };
+        store.put_blob(b"no trace").unwrap();
+        let large = Descriptor::new(ARTIFACT_TYPE, Digest::of(b"large"), MAX_FILE as u64 + 1);
+        all.push(fake(vec![Descriptor::of(ARTIFACT_TYPE, b"no trace")], 900));
+        all.push(fake(vec![large], 800));
+        list(&all);
+        assert_eq!(find(&store, &image.digest).unwrap(), Some(trace(200 * 4096)));
+        // Whoever floods the list gets nothing but no trace.
+        all.push(fake(Vec::new(), 700));
+        list(&all);
+        assert_eq!(find(&store, &image.digest).unwrap(), None);
+    }
+
+    #[test]
+    fn one_of_unknown_age_is_the_oldest() {
+        let (store, image) = image();
+        publish(&store, &image, &trace(0), at(1)).unwrap();
+        let mut first = listed(&store, &image);
+        publish(&store, &image, &trace(4096), at(2)).unwrap();
+        let mut second = listed(&store, &image);
+        second[0].annotations.clear();
+        first.append(&mut second);
+        let index = Index::of(first).to_bytes();
+        let tag = referrers::fallback_tag(&image.digest);
+        store.put_manifest(Some(&tag), media::OCI_INDEX, &index).unwrap();
+        assert_eq!(find(&store, &image.digest).unwrap(), Some(trace(0)));
+    }
+}

@@ -1,0 +1,186 @@
+//! From a trace to chunks that are asked for.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::sync::Arc;
+
+use super::clusters::clusters;
+use crate::cache::Cache;
+use crate::fetch::Blob;
+use formats::oci::Digest;
+use formats::trace::Trace;
+
+/// What became of a trace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replayed {
+    /// Chunks asked for, those that were here already and what lies between them included.
+    pub chunks: u64,
+    /// Bytes of the cache that they take.
+    pub bytes: u64,
+    /// Touches of blobs that the disk does not have.
+    pub foreign: u64,
+    /// Chunks that follow as the others are read, since the cache should not hold them all at once.
+    pub later: u64,
+}
+
+impl fmt::Display for Replayed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { chunks, later, foreign, .. } = self;
+        write!(f, "{chunks} chunks are fetched ahead, {later} more follow; ")?;
+        write!(f, "{foreign} pieces are of other blobs")
+    }
+}
+
+/// Asks for the chunks of `trace` ahead of demand, in its order, near ones [together](super::clusters). Up to
+/// `most` bytes of the cache they are all wanted at once, and demand overtakes them; the rest follows as these
+/// are read. Returns at once.
+pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u64) -> Replayed {
+    let named: HashMap<Digest, &Arc<Blob>> =
+        blobs.iter().flatten().map(|blob| (super::blob_name(&**blob.source()), blob)).collect();
+    let known: Vec<Option<&Arc<Blob>>> =
+        trace.blobs.iter().map(|digest| named.get(digest).copied()).collect();
+    let mut done = Replayed::default();
+    let mut listed = HashSet::new();
+    let mut order = Vec::new();
+    for touch in &trace.touches {
+        let Some(Some(blob)) = known.get(touch.blob as usize) else {
+            done.foreign += 1;
+            continue;
+        };
+        let source = blob.source();
+        let mut at = touch.start;
+        while at < touch.end()
+            && let Some(span) = source.chunk_at(at)
+        {
+            // A source that gives chunk after chunk, or nothing at all.
+            at = (span.start + u64::from(span.len)).max(at + 1);
+            if listed.insert(blob.key(span.index)) {
+                order.push((*blob, span.index));
+            }
+        }
+    }
+    let mut batch = cache.batch();
+    let mut full = false;
+    for cluster in clusters(&order) {
+        let blob = &cluster.blob;
+        blob.foresee();
+        let room = cluster.room();
+        full |= done.bytes + room > most;
+        if full {
+            done.later += u64::from(cluster.listed);
+            let read = room * u64::from(cluster.listed) / cluster.chunks.len() as u64;
+            batch.prefetch_later(blob, cluster.chunks, read);
+        } else {
+            done.bytes += room;
+            done.chunks += cluster.chunks.len() as u64;
+            batch.prefetch(blob, cluster.chunks);
+        }
+    }
+    done
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::*;
+    use crate::cache::{CacheOptions, Lookup};
+    use crate::fetch::FetchOptions;
+    use formats::trace::Touch;
+    use source::chunk::PlainChunks;
+    use source::{ByteSource, SourceError};
+
+    /// Zeros behind a network.
+    struct Far(u64);
+
+    impl ByteSource for Far {
+        fn name(&self) -> &'static str {
+            "far"
+        }
+        fn len(&self) -> u64 {
+            self.0
+        }
+        fn is_local(&self) -> bool {
+            false
+        }
+        fn read_exact_at(&self, buf: &mut [u8], _: u64) -> Result<(), SourceError> {
+            buf.fill(0);
+            Ok(())
+        }
+    }
+
+    const CHUNK: u64 = PlainChunks::CHUNK;
+
+    fn cache_and_blob(name: &str) -> (Arc<Cache>, Arc<Blob>) {
+        let fetch = FetchOptions { workers: 2, connections: 1 };
+        let cache = Cache::with(CacheOptions { budget: 64 * CHUNK, fetch });
+        let blob = cache.open(Arc::new(PlainChunks::new(name, Arc::new(Far(100 * CHUNK)))));
+        (cache, blob)
+    }
+
+    fn trace(name: &Blob, ranges: &[(u64, u64)]) -> Trace {
+        let mut trace = Trace::default();
+        trace.blob(super::super::blob_name(&**name.source()));
+        trace.touches = ranges
+            .iter()
+            .map(|&(start, len)| Touch { blob: 0, start, len, at: 0, weight: 1 })
+            .collect();
+        trace
+    }
+
+    fn wait(cache: &Cache, blob: &Blob, chunks: &[u32]) {
+        for _ in 0..2000 {
+            if chunks.iter().all(|&chunk| cache.holds(blob, chunk)) {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        panic!("they do not come: {:?}", cache.stats());
+    }
+
+    #[test]
+    fn what_a_trace_lists_is_here_before_it_is_asked_for_and_by_few_requests() {
+        let (cache, blob) = cache_and_blob("a");
+        // Cut otherwise than the blob is now, twice the same, in no order, and past the end.
+        let touches =
+            [(20 * CHUNK + 5, 3 * CHUNK), (CHUNK, 1), (0, 10), (21 * CHUNK, 9), (200 * CHUNK, 1)];
+        let done = replay(&trace(&blob, &touches), &cache, &[None, Some(blob.clone())], 50 * CHUNK);
+        assert_eq!((done.chunks, done.foreign, done.later), (6, 0, 0));
+        wait(&cache, &blob, &[0, 1, 20, 21, 22, 23]);
+        let fetched = cache.fetched();
+        assert_eq!(fetched.chunks.load(Ordering::Relaxed), 6);
+        assert_eq!(fetched.ahead_requests.load(Ordering::Relaxed), 2);
+        assert_eq!(fetched.demand_requests.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn no_more_is_asked_for_than_may_be_and_nothing_of_other_blobs() {
+        let (cache, blob) = cache_and_blob("a");
+        let (_, other) = cache_and_blob("b");
+        let mut trace = trace(&blob, &[(50 * CHUNK, 4 * CHUNK), (3 * CHUNK, 1)]);
+        trace.blob(super::super::blob_name(&**other.source()));
+        trace.touches.push(Touch { blob: 1, ..trace.touches[0] });
+        let done = replay(&trace, &cache, &[Some(blob.clone())], 4 * CHUNK);
+        let expected = Replayed { chunks: 4, bytes: 4 * CHUNK, foreign: 1, later: 1 };
+        assert_eq!(done, expected);
+        wait(&cache, &blob, &[50, 51, 52, 53]);
+        assert!(!cache.holds(&blob, 3));
+    }
+
+    #[test]
+    fn what_is_read_before_its_turn_brings_along_what_comes_with_it() {
+        let (cache, blob) = cache_and_blob("a");
+        let trace = trace(&blob, &[(0, 1), (30 * CHUNK, 4 * CHUNK), (60 * CHUNK, 2 * CHUNK)]);
+        let done = replay(&trace, &cache, &[Some(blob.clone())], CHUNK);
+        assert_eq!((done.chunks, done.later), (1, 6));
+        wait(&cache, &blob, &[0]);
+        let asked = cache.batch().get(&blob, 32, &mut || Box::new(|_| ()));
+        assert!(matches!(asked, Lookup::Pending));
+        wait(&cache, &blob, &[30, 31, 32, 33]);
+        assert!(!cache.holds(&blob, 60));
+        // All of them by one request more than the first chunk took; what was asked for goes ahead of it.
+        let fetched = cache.fetched();
+        let requests = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        assert!(requests(&fetched.demand_requests) == 1 && requests(&fetched.ahead_requests) <= 2);
+    }
+}

@@ -1,0 +1,47 @@
+//! Lines on the socket.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{ClientError, step};
+use crate::protocol::MAX_LINE;
+
+/// One end of a connection.
+pub struct Connection {
+    reader: BufReader<UnixStream>,
+    path: PathBuf,
+}
+
+impl Connection {
+    pub fn new(stream: UnixStream, path: PathBuf) -> Self {
+        Self { reader: BufReader::new(stream), path }
+    }
+
+    /// Sends one message.
+    pub fn send(&mut self, message: &impl Serialize) -> Result<(), ClientError> {
+        let send = |stream: &mut UnixStream| {
+            let mut line = serde_json::to_vec(message)?;
+            line.push(b'\n');
+            stream.write_all(&line)
+        };
+        send(self.reader.get_mut()).map_err(step("write to", &self.path))
+    }
+
+    /// The next message; `None` at the end of the connection.
+    pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<T>, ClientError> {
+        let mut line = Vec::new();
+        let read = (&mut self.reader).take(MAX_LINE).read_until(b'\n', &mut line);
+        if read.map_err(step("read from", &self.path))? == 0 {
+            return Ok(None);
+        }
+        let wrong = |what: String| ClientError::Protocol { path: self.path.clone(), what };
+        if line.last() != Some(&b'\n') {
+            return Err(wrong(format!("a line without an end after {} bytes", line.len())));
+        }
+        serde_json::from_slice(&line).map(Some).map_err(|error| wrong(error.to_string()))
+    }
+}

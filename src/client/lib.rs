@@ -1,0 +1,34 @@
+//! Asks a turbobd daemon for devices: the protocol of its socket, and a client that speaks it.
+//!
+//! A daemon serves the devices of a host. A program says what it wants as a [`DeviceSpec`], plain data without any
+//! type of this project's inner crates; the [`Client`] sends it over the daemon's Unix socket and returns a
+//! [`DeviceRecord`], or a [`Fault`] whose [`Code`] a program can act upon. The daemon never mounts: mounting happens
+//! in the caller's mount namespace, by [`mounts`].
+//!
+//! * [`spec`]     what to open and how to serve it
+//! * [`protocol`] requests, replies and records: one JSON object a line
+//! * [`error`]    codes and causes
+//! * [`daemon`]   finds or starts a daemon and asks it
+//! * [`mounts`]   ext4 and erofs mounts of a device
+//! * `connection` lines on the socket
+//!
+//! ```
+//! use turbobd_client::Client;
+//! let empty = tempfile::tempdir()?;
+//! // No daemon has its socket in this directory.
+//! assert!(Client::connect(empty.path())?.is_none());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod connection;
+pub mod daemon;
+pub mod error;
+pub mod mounts;
+pub mod protocol;
+pub mod spec;
+
+pub use connection::Connection;
+pub use daemon::Client;
+pub use error::{ClientError, Code, Fault, step};
+pub use protocol::{DeviceRecord, find};
+pub use spec::{CertificateSpec, DeviceSpec, Frontend, ImageSource, ImageSpec, RegistrySpec};

@@ -1,0 +1,690 @@
+//! An opened image: a stack of layers resolved to where each byte lives.
+//!
+//! A [`Disk`] knows for every sector which layer decides it ([`lsmt::Stack`]), and for every layer
+//! where its bytes are ([`LayerData`]): filesystem metadata of a TurboOCI layer in memory, file data in
+//! chunks of the original layer blob, native layers in chunks of themselves. A request is cut along
+//! both; what is in memory or in the cache becomes a [`Piece`] without a copy. If anything is
+//! missing, *all* missing chunks are asked for at once and the caller is woken when the last has
+//! come: one round trip to the registry, not one a chunk.
+//!
+//! The caller then asks again, and by then a small cache may have given the chunks up for somebody
+//! else's. So the chunks of a woken request are kept aside for it (`leases`): every request ends,
+//! however small the budget.
+//!
+//! Upstream answers what lies past the end of a layer's target with zeros, so a truncated or wrong
+//! target mounts and reads as silence. Here a mapping may exceed the target only by the padding of
+//! its last block, and anything else is refused when the disk is opened.
+//!
+//! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration,
+//! [`digest`] what a disk contains, independent of how it is stored, [`scan`] reading all of it,
+//! [`explain`] where a byte comes from, for people, [`upper`] a layer on top that can be written,
+//! `listed` a list of files as a trace, [`resident`] metadata in memory, [`volume`] the one trait between a disk and
+//! what shows it to a kernel, [`writable`] a layer that is being written.
+//!
+//! ```
+//! use turbobd_disk::volume::{MemoryVolume, Volume as _};
+//! let disk = MemoryVolume::new(vec![7; 1024]);
+//! let mut sector = [0; 512];
+//! disk.read_at(&mut sector, 512)?;
+//! assert_eq!(sector, [7; 512]);
+//! # Ok::<(), turbobd_disk::volume::VolumeError>(())
+//! ```
+
+pub mod config;
+pub mod digest;
+pub mod explain;
+mod gather;
+pub mod image;
+mod leases;
+mod listed;
+pub mod resident;
+pub mod scan;
+pub mod upper;
+pub mod volume;
+pub mod writable;
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
+use blobs::cache::{Batch, Cache, Lookup};
+use blobs::fetch::Blob;
+use blobs::trace::{self, Recorders};
+use formats::lsmt::{self, LayerKind, LsmtError, Mapping, Place, Stack, Uuid};
+use formats::trace::Trace;
+use formats::units::{SECTOR, Sectors};
+use formats::zfile::ZFileError;
+use gather::Gather;
+use leases::Leases;
+use source::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
+use source::{SharedBytes, SourceError};
+
+/// Why an image cannot be opened.
+#[derive(Clone, Debug, Error)]
+pub enum DiskError {
+    /// A layer's index, or the stack of them.
+    #[error(transparent)]
+    Lsmt(#[from] LsmtError),
+    /// A layer's container.
+    #[error(transparent)]
+    ZFile(#[from] ZFileError),
+    /// Bytes could not be had.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A mapping points past the end of what it points into.
+    #[error("Layer {layer} ({name}) maps {mapping}, but {file} ends at byte {end}: {rule}")]
+    PastTarget {
+        /// The layer, 0 lowest.
+        layer: usize,
+        /// Its name.
+        name: String,
+        /// The mapping.
+        mapping: Mapping,
+        /// What it points into.
+        file: String,
+        /// Where that ends, in bytes.
+        end: u64,
+        /// What should hold.
+        rule: &'static str,
+    },
+    /// The parts of a layer do not belong together.
+    #[error("Layer {layer} ({name}) is incomplete: {rule}")]
+    Layer {
+        /// The layer, 0 lowest.
+        layer: usize,
+        /// Its name.
+        name: String,
+        /// What is missing.
+        rule: String,
+    },
+    /// A mapping lies past the end of the disk.
+    #[error("Layer {layer} ({name}) maps {mapping}, but the disk ends at byte {size}")]
+    PastDisk {
+        /// The layer, 0 lowest.
+        layer: usize,
+        /// Its name.
+        name: String,
+        /// The mapping.
+        mapping: Mapping,
+        /// The largest size that any layer gives the disk, in bytes.
+        size: u64,
+    },
+    /// The layers do not lie on each other in the order in which they were made.
+    #[error("Layer {layer} ({name}) does not belong where it is: {rule}")]
+    Chain {
+        /// The layer, 0 lowest.
+        layer: usize,
+        /// Its name.
+        name: String,
+        /// What its identity says, and what is below it.
+        rule: String,
+    },
+    /// The device configuration breaks a rule.
+    #[error("Key {key} of {file} is invalid: {rule}")]
+    Config {
+        /// The configuration file.
+        file: String,
+        /// Path of the key, like `lowers[2].size`.
+        key: String,
+        /// What should hold, and what was found.
+        rule: String,
+    },
+    /// The writable layer cannot be read.
+    #[error("Cannot open the writable layer")]
+    Upper(#[source] Arc<writable::WritableError>),
+    /// The target of a layer cannot be opened; said by a [`config::TargetOpener`].
+    #[error("Cannot open the compressed layer {name}")]
+    Target {
+        /// The blob.
+        name: String,
+        /// The opener's reason.
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
+    /// A blob that is not on this host; said by a [`config::TargetOpener`].
+    #[error("Cannot reach the layer {name}")]
+    Remote {
+        /// The blob, and where it should be.
+        name: String,
+        /// The opener's reason.
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
+    /// A file could not be read or written.
+    #[error("Cannot use {name}")]
+    Io {
+        /// The path.
+        name: String,
+        /// The system's reason.
+        #[source]
+        source: Arc<io::Error>,
+    },
+}
+
+/// A layer of an image.
+pub struct DiskLayer {
+    /// What it maps.
+    pub index: lsmt::Layer,
+    /// Where its bytes are.
+    pub data: LayerData,
+}
+
+/// Where a layer's bytes are.
+pub enum LayerData {
+    /// TurboOCI.
+    Turbo {
+        /// The decoded LSMT stream, metadata payload included.
+        meta: SharedBytes,
+        /// The uncompressed tar of the original layer; may be absent if nothing is mapped to it.
+        target: Option<Arc<dyn ChunkSource>>,
+    },
+    /// Native.
+    Native {
+        /// The decoded LSMT stream.
+        chunks: Arc<dyn ChunkSource>,
+    },
+}
+
+/// How far a mapping may exceed its target, in bytes. Upstream maps a file's last sector, or 4 KiB
+/// block in its erofs form, whole; a tar pads to 512 bytes and ends with zeros, but one that was cut
+/// off after the last file's data is still read by every tar program. The missing bytes are padding
+/// and read as zeros.
+const TARGET_PADDING: u64 = 4096;
+
+/// A layer's bytes, with its blob opened in the cache.
+enum Opened {
+    Turbo { meta: SharedBytes, target: Option<Arc<Blob>> },
+    Native { chunks: Arc<Blob> },
+}
+
+impl Opened {
+    fn new(data: LayerData, cache: &Cache) -> Self {
+        match data {
+            LayerData::Turbo { meta, target } => {
+                Self::Turbo { meta, target: target.map(|target| cache.open(target)) }
+            }
+            LayerData::Native { chunks } => Self::Native { chunks: cache.open(chunks) },
+        }
+    }
+
+    fn blob(&self) -> Option<&Arc<Blob>> {
+        match self {
+            Self::Turbo { target, .. } => target.as_ref(),
+            Self::Native { chunks } => Some(chunks),
+        }
+    }
+}
+
+/// What disks of the same image have in common: the index and the metadata.
+pub struct DiskParts {
+    stack: Stack,
+    layers: Vec<Opened>,
+}
+
+/// A virtual disk made of layers.
+pub struct Disk {
+    parts: Arc<DiskParts>,
+    cache: Arc<Cache>,
+    leases: Arc<Leases>,
+    recorders: Arc<Recorders>,
+}
+
+impl Disk {
+    /// Stacks layers, the lowest first.
+    ///
+    /// # Errors
+    /// [`DiskError::Lsmt`] when they cannot be stacked, [`DiskError::Layer`] and
+    /// [`DiskError::PastTarget`] when one of them points to what is not there.
+    pub fn new(layers: Vec<DiskLayer>, cache: Arc<Cache>) -> Result<Self, DiskError> {
+        for (number, layer) in layers.iter().enumerate() {
+            check_layer(number, layer)?;
+        }
+        check_chain(&layers)?;
+        check_size(&layers)?;
+        let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
+        let layers: Vec<Opened> =
+            layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
+        Ok(Self::of(Arc::new(DiskParts { stack, layers }), cache))
+    }
+
+    /// Another disk of the same parts, for another device: in `cache`, which the parts were opened in.
+    #[must_use]
+    pub fn of(parts: Arc<DiskParts>, cache: Arc<Cache>) -> Self {
+        let blobs = parts.layers.iter().map(|layer| layer.blob().cloned()).collect();
+        Self { parts, cache, leases: Arc::default(), recorders: Recorders::new(blobs) }
+    }
+
+    /// What it has in common with other disks of the same image.
+    #[must_use]
+    pub fn parts(&self) -> &Arc<DiskParts> {
+        &self.parts
+    }
+
+    /// The merged index.
+    #[must_use]
+    pub fn stack(&self) -> &Stack {
+        &self.parts.stack
+    }
+
+    /// Number of layers.
+    #[must_use]
+    pub fn layer_count(&self) -> usize {
+        self.parts.layers.len()
+    }
+
+    /// What makes the chunks of each layer's data, the lowest first; none where a layer has no data.
+    #[must_use]
+    pub fn chunk_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
+        self.parts
+            .layers
+            .iter()
+            .map(|layer| layer.blob().map(|blob| blob.source().clone()))
+            .collect()
+    }
+
+    /// The same as opened in the cache.
+    #[must_use]
+    pub fn blobs(&self) -> Vec<Option<Arc<Blob>>> {
+        self.parts.layers.iter().map(|layer| layer.blob().cloned()).collect()
+    }
+
+    /// The same of the native layers only: what upstream's traces speak of.
+    #[must_use]
+    pub fn native_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
+        let native = |layer: &Opened| match layer {
+            Opened::Native { chunks } => Some(chunks.source().clone()),
+            Opened::Turbo { .. } => None,
+        };
+        self.parts.layers.iter().map(native).collect()
+    }
+
+    /// Upstream's trace of this disk's layers as one of ours.
+    #[must_use]
+    pub fn trace_of(&self, reads: &[trace::upstream::Record]) -> Trace {
+        let native = self.native_sources();
+        let layers: Vec<_> = native.iter().map(Option::as_deref).collect();
+        trace::upstream::to_trace(reads, &layers)
+    }
+
+    /// Who watches what is touched.
+    #[must_use]
+    pub fn recorders(&self) -> &Arc<Recorders> {
+        &self.recorders
+    }
+
+    /// The cache that its chunks go through.
+    #[must_use]
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
+    /// First sector and length of each run of sectors that some layer has data for, ascending and
+    /// joined. All other sectors of the disk are zero.
+    pub fn mapped(&self) -> impl Iterator<Item = (Sectors, Sectors)> + '_ {
+        let end = self.parts.stack.virtual_size().sector();
+        let data = self.parts.stack.extents().filter(|extent| extent.place != Place::Zero);
+        let mut inside = data
+            .take_while(move |extent| extent.lba < end)
+            .map(move |extent| (extent.lba, Sectors(extent.len.0.min(end.0 - extent.lba.0))))
+            .peekable();
+        std::iter::from_fn(move || {
+            let (lba, mut len) = inside.next()?;
+            while let Some((_, more)) = inside.next_if(|next| next.0 == lba + len) {
+                len += more;
+            }
+            Some((lba, len))
+        })
+    }
+
+    /// Appends the pieces of `len` bytes at byte `at` of a layer's file, or registers with `request`
+    /// for the chunks that are missing.
+    fn locate_chunks(
+        &self,
+        request: &mut Request<'_, '_>,
+        part: &ChunkPart<'_>,
+    ) -> Result<(), VolumeError> {
+        let source = part.blob.source();
+        let size = source.decoded_len();
+        let (mut at, mut left) = (part.at, part.len as u64);
+        while left > 0 {
+            if at >= size {
+                // Only padding of the target gets here: see `check_layer`.
+                request.pieces.push(Piece::Zero(left as usize));
+                return Ok(());
+            }
+            let offset = part.offset + (at - part.at);
+            let Some(span) = source.chunk_at(at).filter(|span| holds(*span, at)) else {
+                return Err(part.damaged(0, offset, "its index gives no chunk for this byte"));
+            };
+            let skip = at - span.start;
+            let len = (u64::from(span.len) - skip).min(left);
+            match self.chunk(request, part, span.index, offset) {
+                Some(chunk) => {
+                    let range = skip as usize..(skip + len) as usize;
+                    if chunk.len() < range.end {
+                        return Err(part.damaged(
+                            span.index,
+                            offset,
+                            "it decoded to fewer bytes than its index says",
+                        ));
+                    }
+                    request.pieces.push(Piece::Chunk { guard: chunk, range });
+                }
+                None => request.pieces.push(Piece::Zero(len as usize)), // the answer will be Pending
+            }
+            at += len;
+            left -= len;
+        }
+        Ok(())
+    }
+
+    /// A chunk from the lease or the cache; else it is on its way and `request` counts on it.
+    fn chunk(
+        &self,
+        request: &mut Request<'_, '_>,
+        part: &ChunkPart<'_>,
+        index: u32,
+        offset: u64,
+    ) -> Option<Arc<ChunkBytes>> {
+        let key = (part.layer, index);
+        // Extents of one file often share a chunk, and come one after the other.
+        if let Some((_, chunk)) = request.last.as_ref().filter(|(last, _)| *last == key) {
+            return chunk.clone();
+        }
+        self.recorders.touched(part.layer, index);
+        let leased = request.leased.iter().find(|(leased, _)| *leased == key);
+        let chunk = match leased {
+            Some((_, chunk)) => Some(chunk.clone()),
+            None => self.cached_chunk(request, part, key, offset),
+        };
+        request.last = Some((key, chunk.clone()));
+        chunk
+    }
+
+    fn cached_chunk(
+        &self,
+        request: &mut Request<'_, '_>,
+        part: &ChunkPart<'_>,
+        key: leases::ChunkKey,
+        offset: u64,
+    ) -> Option<Arc<ChunkBytes>> {
+        let Request { gather, waiter, leases, range, batch, .. } = request;
+        let lookup = batch.get(part.blob, key.1, &mut || {
+            let gather =
+                gather.get_or_insert_with(|| Gather::new(waiter(), (*leases).clone(), *range));
+            gather.expect(key, offset)
+        });
+        match lookup {
+            Lookup::Hit(chunk) => {
+                request.present.push((key, chunk.clone()));
+                Some(chunk)
+            }
+            Lookup::Pending => None,
+        }
+    }
+
+    fn locate_all(
+        &self,
+        request: &mut Request<'_, '_>,
+        offset: u64,
+        end: u64,
+    ) -> Result<(), VolumeError> {
+        let first = offset / SECTOR;
+        let count = Sectors(end.div_ceil(SECTOR) - first);
+        for run in self.parts.stack.look_up(Sectors(first), count) {
+            // A run is in whole sectors, a request in bytes.
+            let start = run.lba.bytes().0.max(offset);
+            let skip = start - run.lba.bytes().0;
+            let len = ((run.lba + run.len).bytes().0.min(end) - start) as usize;
+            let layer = usize::from(run.layer);
+            let (blob, sector) = match (run.place, &self.parts.layers[layer]) {
+                (Place::Zero, _) => {
+                    push_zero(&mut request.pieces, len);
+                    continue;
+                }
+                (Place::Own(sector), Opened::Turbo { meta, .. }) => {
+                    // In bounds: `check_layer`.
+                    let from = (sector.bytes().0 + skip) as usize;
+                    request
+                        .pieces
+                        .push(Piece::Memory { guard: meta.clone(), range: from..from + len });
+                    continue;
+                }
+                (Place::Remote(sector), Opened::Turbo { target: Some(target), .. }) => {
+                    (target, sector)
+                }
+                (Place::Own(sector) | Place::Remote(sector), Opened::Native { chunks }) => {
+                    (chunks, sector)
+                }
+                (Place::Remote(_), Opened::Turbo { target: None, .. }) => {
+                    // Refused by `check_layer`; never silent zeros.
+                    let reason = Arc::new(io::Error::other("The layer has no target"));
+                    let name = format!("layer {layer}");
+                    let error = SourceError::Io { name, offset: start, len, source: reason };
+                    return Err(VolumeError::Chunk {
+                        offset: start,
+                        layer,
+                        source: Arc::new(error.into()),
+                    });
+                }
+            };
+            let at = sector.bytes().0 + skip;
+            self.locate_chunks(
+                request,
+                &ChunkPart { layer: run.layer, blob, at, len, offset: start },
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// What one call of [`Volume::locate`] has found so far.
+struct Request<'a, 'w> {
+    range: (u64, usize),
+    pieces: Vec<Piece>,
+    /// Chunks kept aside for this request when it was woken.
+    leased: Vec<(leases::ChunkKey, Arc<ChunkBytes>)>,
+    /// Chunks found in the cache: kept too if the request has to wait for others.
+    present: Vec<(leases::ChunkKey, Arc<ChunkBytes>)>,
+    /// The chunk asked for last; none if it is missing.
+    last: Option<(leases::ChunkKey, Option<Arc<ChunkBytes>>)>,
+    gather: Option<Arc<Gather>>,
+    /// What is missing, fetched together.
+    batch: Batch<'a>,
+    waiter: &'a mut (dyn FnMut() -> Waiter + 'w),
+    leases: &'a Arc<Leases>,
+}
+
+/// Bytes `at..at + len` of a layer's chunked file, seen on the disk at byte `offset`.
+struct ChunkPart<'a> {
+    layer: u8,
+    blob: &'a Arc<Blob>,
+    at: u64,
+    len: usize,
+    offset: u64,
+}
+
+impl ChunkPart<'_> {
+    fn damaged(&self, chunk: u32, offset: u64, reason: &str) -> VolumeError {
+        let source = ChunkError::Damaged {
+            blob: self.blob.source().id().to_owned(),
+            chunk,
+            start: self.at,
+            end: self.at + self.len as u64,
+            reason: reason.to_owned(),
+        };
+        VolumeError::Chunk { offset, layer: usize::from(self.layer), source: Arc::new(source) }
+    }
+}
+
+/// Whether a span is what a [`ChunkSource`] must give for byte `at`.
+fn holds(span: ChunkSpan, at: u64) -> bool {
+    span.start <= at && at - span.start < u64::from(span.len)
+}
+
+/// Appends zeros, to the last piece if that is zeros too.
+fn push_zero(pieces: &mut Vec<Piece>, len: usize) {
+    match pieces.last_mut() {
+        Some(Piece::Zero(before)) => *before += len,
+        _ => pieces.push(Piece::Zero(len)),
+    }
+}
+
+impl Volume for Disk {
+    fn size(&self) -> u64 {
+        self.parts.stack.virtual_size().0
+    }
+
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        waiter: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError> {
+        let end = offset.saturating_add(len as u64);
+        if end > self.size() {
+            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
+        }
+        if len == 0 {
+            return Ok(Located::Ready(Vec::new()));
+        }
+        let range = (offset, len);
+        let leased = self.leases.take(range);
+        let mut request = Request {
+            range,
+            pieces: Vec::new(),
+            leased,
+            present: Vec::new(),
+            last: None,
+            gather: None,
+            batch: self.cache.batch(),
+            waiter,
+            leases: &self.leases,
+        };
+        let result = self.locate_all(&mut request, offset, end);
+        drop(request.batch);
+        match (request.gather, result) {
+            (None, Ok(())) => Ok(Located::Ready(request.pieces)),
+            (None, Err(error)) => Err(error),
+            (Some(gather), result) => {
+                let mut present = request.present;
+                present.append(&mut request.leased);
+                gather.asked(present, result);
+                Ok(Located::Pending)
+            }
+        }
+    }
+}
+
+/// Refuses layers that were made on others than those they lie on. A layer may have no identity, and those
+/// of TurboOCI never have one; but what does have one says which layer it was made on (spec lsmt 3). Upstream
+/// can check that and does not when it opens an image: a layer that is missing shows as damaged files.
+fn check_chain(layers: &[DiskLayer]) -> Result<(), DiskError> {
+    let identity = |layer: &DiskLayer| match layer.index.kind() {
+        LayerKind::Plain => {
+            let trailer = layer.index.trailer();
+            (trailer.uuid, trailer.parent)
+        }
+        LayerKind::Warp => (Uuid::NULL, Uuid::NULL),
+    };
+    let mut seen: HashMap<Uuid, usize> = HashMap::new();
+    let mut below = None;
+    for (number, layer) in layers.iter().enumerate() {
+        let (uuid, parent) = identity(layer);
+        let misplaced = |rule: String| DiskError::Chain {
+            layer: number,
+            name: layer.index.name().to_owned(),
+            rule,
+        };
+        if uuid != Uuid::NULL
+            && let Some(other) = seen.insert(uuid, number)
+        {
+            return Err(misplaced(format!(
+                "its UUID {uuid} is that of layer {other} too, and no layer lies on itself"
+            )));
+        }
+        match below {
+            None if parent != Uuid::NULL => {
+                return Err(misplaced(format!("it was made on {parent}, and nothing is below it")));
+            }
+            Some(below) if parent != Uuid::NULL && below != Uuid::NULL && parent != below => {
+                return Err(misplaced(format!("it was made on {parent}, and lies on {below}")));
+            }
+            _ => below = Some(uuid),
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a mapping past the end of the disk. A disk may have been made smaller by a layer: what those
+/// below it have behind its end is only never seen.
+fn check_size(layers: &[DiskLayer]) -> Result<(), DiskError> {
+    let size = layers.iter().map(|layer| layer.index.virtual_size().0).max().unwrap_or(0);
+    for (number, layer) in layers.iter().enumerate() {
+        // Entries are in order: the last ends last.
+        let last = layer.index.mappings().last();
+        if let Some(mapping) = last.filter(|mapping| size > 0 && mapping.end().0 > size / SECTOR) {
+            return Err(DiskError::PastDisk {
+                layer: number,
+                name: layer.index.name().to_owned(),
+                mapping: *mapping,
+                size,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a layer that points to what is not there.
+fn check_layer(number: usize, layer: &DiskLayer) -> Result<(), DiskError> {
+    let name = || layer.index.name().to_owned();
+    let incomplete =
+        |rule: &str| DiskError::Layer { layer: number, name: name(), rule: rule.to_owned() };
+    let (own_end, target) = match (&layer.data, layer.index.kind()) {
+        (LayerData::Turbo { meta, target }, LayerKind::Warp) => {
+            ((**meta).as_ref().len() as u64, target.as_ref())
+        }
+        (LayerData::Native { chunks }, LayerKind::Plain) => (chunks.decoded_len(), None),
+        _ => return Err(incomplete("its index and its data are of different kinds")),
+    };
+    for mapping in layer.index.mappings().iter().filter(|mapping| !mapping.zeroed) {
+        let past = |file: &str, end, rule| {
+            Err(DiskError::PastTarget {
+                layer: number,
+                name: name(),
+                mapping: *mapping,
+                file: file.to_owned(),
+                end,
+                rule,
+            })
+        };
+        let (start, end) = (mapping.moffset.checked_bytes(), mapping.moffset_end().checked_bytes());
+        let (Some(start), Some(end)) = (start, end) else {
+            return past("every file", u64::MAX, "no file is that long");
+        };
+        if mapping.tag == 0 {
+            if end.0 > own_end {
+                return past("the layer itself", own_end, "a layer's own data must lie inside it");
+            }
+            continue;
+        }
+        let Some(target) = target else {
+            return Err(incomplete("it maps file data to an original layer, and none is given"));
+        };
+        let size = target.decoded_len();
+        if start.0 >= size || end.0 - size.min(end.0) >= TARGET_PADDING {
+            return past(
+                target.id(),
+                size,
+                "a mapping may exceed it by less than a block of 4096 bytes",
+            );
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

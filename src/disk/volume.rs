@@ -1,0 +1,357 @@
+//! The one trait between a virtual disk and what shows it to a kernel.
+//!
+//! A front end asks *where bytes `[a, b)` are*. The answer is either a list of [`Piece`]s, each an
+//! address that stays valid as long as the piece lives (so a ublk worker can commit it without
+//! copying), or [`Located::Pending`]: the volume has begun to load what is missing and will call the
+//! [`Waiter`] once, from any thread. After an `Ok` call the front end asks again; after an `Err` it
+//! fails the request. Nothing here blocks, except the convenience [`Volume::read_at`].
+//!
+//! A disk that can be written is a [`WritableVolume`] as well, and says so.
+//!
+//! Real: [`disk::Disk`](crate). For tests of front ends: [`MemoryVolume`], and
+//! [`FaultyVolume`], which delays and fails.
+
+use std::io;
+use std::sync::{Arc, mpsc};
+
+use thiserror::Error;
+
+use source::chunk::{ChunkBytes, ChunkError};
+use source::{ByteSource, SourceError};
+
+/// Why bytes of a volume could not be had.
+#[derive(Clone, Debug, Error)]
+pub enum VolumeError {
+    /// The request leaves the volume.
+    #[error("Bytes {offset}..{end} do not exist: the disk has {size} bytes")]
+    PastEnd {
+        /// First byte asked for.
+        offset: u64,
+        /// One past the last byte asked for.
+        end: u64,
+        /// Size of the volume in bytes.
+        size: u64,
+    },
+    /// A chunk behind the range could not be loaded.
+    #[error("Cannot read byte {offset} of the disk (layer {layer})")]
+    Chunk {
+        /// Byte of the volume.
+        offset: u64,
+        /// Layer of the image, 0 lowest.
+        layer: usize,
+        /// The chunk's failure.
+        #[source]
+        source: Arc<ChunkError>,
+    },
+    /// The volume was closed while somebody waited.
+    #[error("The disk was closed before byte {offset} was read")]
+    Closed {
+        /// Byte of the volume.
+        offset: u64,
+    },
+    /// The bytes did not come in time.
+    #[error("Byte {offset} of the disk did not come within {seconds} s{}", so_far(.last))]
+    Deadline {
+        /// Byte of the volume.
+        offset: u64,
+        /// The deadline.
+        seconds: u64,
+        /// What went wrong meanwhile.
+        last: Option<String>,
+    },
+    /// The writable layer failed.
+    #[error("Cannot use the writable layer at byte {offset} of the disk")]
+    Upper {
+        /// Byte of the volume.
+        offset: u64,
+        /// The layer's failure.
+        #[source]
+        source: Arc<crate::writable::WritableError>,
+    },
+    /// The writable layer is of the kind that has no record of zeros.
+    #[error(
+        "Byte {offset} of the disk cannot be discarded: a sparse writable layer takes zeros only as data"
+    )]
+    NoDiscards {
+        /// Byte of the volume.
+        offset: u64,
+    },
+    /// A volume made for tests was told to fail.
+    #[error("Injected failure at byte {offset}")]
+    Injected {
+        /// Byte of the volume.
+        offset: u64,
+    },
+}
+
+fn so_far(last: &Option<String>) -> String {
+    last.as_ref().map_or_else(String::new, |last| format!(": {last}"))
+}
+
+impl VolumeError {
+    /// Whether the same read may succeed later: a registry that cannot be reached now. Not so bytes
+    /// that were wrong several times, or a blob that does not exist.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        let Self::Chunk { source, .. } = self else { return false };
+        matches!(&**source, ChunkError::Source(SourceError::Remote { lasting: false, .. }))
+    }
+
+    /// The error number with which a block device answers: `ENOSPC` when the writable layer has no space,
+    /// `EOPNOTSUPP` to a discard that it cannot do, else `EIO`.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Upper { source, .. } if source.is_full() => libc::ENOSPC,
+            Self::NoDiscards { .. } => libc::EOPNOTSUPP,
+            _ => libc::EIO,
+        }
+    }
+}
+
+/// Called once, from any thread, when a pending range can be asked for again or has failed.
+pub type Waiter = Box<dyn FnOnce(Result<(), VolumeError>) + Send>;
+
+/// Where the bytes of one contiguous part of a request are.
+pub enum Piece {
+    /// A hole: this many zero bytes.
+    Zero(usize),
+    /// Part of memory that lives as long as the guard.
+    Memory {
+        /// Keeps the bytes alive.
+        guard: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        /// Range of the guard's bytes.
+        range: std::ops::Range<usize>,
+    },
+    /// Part of a decoded chunk.
+    Chunk {
+        /// Keeps the bytes alive.
+        guard: Arc<ChunkBytes>,
+        /// Range of the chunk's bytes.
+        range: std::ops::Range<usize>,
+    },
+}
+
+impl Piece {
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Piece::Zero(len) => *len,
+            Piece::Memory { range, .. } | Piece::Chunk { range, .. } => range.len(),
+        }
+    }
+
+    /// Whether the piece has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes, or `None` for zeros.
+    #[must_use]
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Piece::Zero(_) => None,
+            Piece::Memory { guard, range } => Some(&(**guard).as_ref()[range.clone()]),
+            Piece::Chunk { guard, range } => Some(&guard[range.clone()]),
+        }
+    }
+
+    /// Copies the piece into `buf`, which has its length.
+    pub fn copy_to(&self, buf: &mut [u8]) {
+        match self.bytes() {
+            Some(bytes) => buf.copy_from_slice(bytes),
+            None => buf.fill(0),
+        }
+    }
+}
+
+/// Answer to [`Volume::locate`].
+pub enum Located {
+    /// The bytes, in order, together exactly as long as the request.
+    Ready(Vec<Piece>),
+    /// The waiter will be called.
+    Pending,
+}
+
+/// A virtual disk that can be written. Writes and reads may come from any thread; those of the same bytes at
+/// the same time may see either.
+pub trait WritableVolume: Volume {
+    /// Writes whole sectors at byte `offset`; may wait for the disk, as all changes may. Read at once; durable
+    /// after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`VolumeError`]; then the bytes are as before.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), VolumeError>;
+
+    /// Whether it takes [`discard`](Self::discard); else zeros are written as other bytes are.
+    fn discards(&self) -> bool {
+        true
+    }
+
+    /// Makes whole sectors zero.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError>;
+
+    /// Makes everything durable that was written before the call.
+    ///
+    /// # Errors
+    /// [`VolumeError`].
+    fn flush(&self) -> Result<(), VolumeError>;
+}
+
+/// A virtual disk, as one reads it.
+pub trait Volume: Send + Sync {
+    /// Size in bytes, a multiple of 512.
+    fn size(&self) -> u64;
+
+    /// Where bytes `offset..offset + len` are. `waiter` is made and kept only when the answer is
+    /// [`Located::Pending`], and then called exactly once.
+    ///
+    /// # Errors
+    /// [`VolumeError`] when the range leaves the volume.
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        waiter: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError>;
+
+    /// The same disk for writing, if it can be written.
+    fn writable(&self) -> Option<&dyn WritableVolume> {
+        None
+    }
+
+    /// Reads into `buf`, blocking this thread until all bytes are there.
+    ///
+    /// # Errors
+    /// [`VolumeError`]; `buf` is then unspecified.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), VolumeError> {
+        loop {
+            let (wake, woken) = mpsc::sync_channel(1);
+            let located = self.locate(offset, buf.len(), &mut || {
+                let wake = wake.clone();
+                Box::new(move |result| {
+                    let _ = wake.send(result);
+                })
+            })?;
+            match located {
+                Located::Ready(pieces) => {
+                    let mut rest = buf;
+                    for piece in pieces {
+                        let (part, tail) = rest.split_at_mut(piece.len());
+                        piece.copy_to(part);
+                        rest = tail;
+                    }
+                    return Ok(());
+                }
+                Located::Pending => {
+                    drop(wake);
+                    // A waiter dropped uncalled means that the volume is going away.
+                    woken.recv().unwrap_or(Err(VolumeError::Closed { offset }))?;
+                }
+            }
+        }
+    }
+}
+
+/// The bytes of a volume as a source, for a parser that knows no disk. A read waits until its bytes are there.
+pub struct VolumeSource<'v>(pub &'v dyn Volume);
+
+impl ByteSource for VolumeSource<'_> {
+    fn len(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        self.0.read_at(buf, offset).map_err(|error| SourceError::Io {
+            name: self.name().to_owned(),
+            offset,
+            len: buf.len(),
+            source: Arc::new(io::Error::other(error)),
+        })
+    }
+
+    fn name(&self) -> &str {
+        "the disk"
+    }
+}
+
+/// A volume in memory.
+pub struct MemoryVolume {
+    bytes: Arc<Vec<u8>>,
+}
+
+impl MemoryVolume {
+    /// A disk with these bytes; the length must be a multiple of 512.
+    #[must_use]
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes: Arc::new(bytes) }
+    }
+}
+
+impl Volume for MemoryVolume {
+    fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        _: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError> {
+        let end = offset.saturating_add(len as u64);
+        if end > self.size() {
+            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
+        }
+        let guard = self.bytes.clone();
+        Ok(Located::Ready(vec![Piece::Memory { guard, range: offset as usize..end as usize }]))
+    }
+}
+
+/// A volume whose first answer for a range is late, and which fails where it is told to.
+pub struct FaultyVolume<V> {
+    inner: V,
+    delay: std::time::Duration,
+    fail_at: Option<u64>,
+    asked: std::sync::Mutex<std::collections::HashSet<u64>>,
+}
+
+impl<V: Volume> FaultyVolume<V> {
+    /// `inner`, with every first read of an offset late by `delay`, and reads over `fail_at` failing.
+    pub fn new(inner: V, delay: std::time::Duration, fail_at: Option<u64>) -> Self {
+        Self { inner, delay, fail_at, asked: std::sync::Mutex::default() }
+    }
+}
+
+impl<V: Volume> Volume for FaultyVolume<V> {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        waiter: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError> {
+        let fails = self.fail_at.filter(|at| (offset..offset + len as u64).contains(at));
+        let first = self.asked.lock().is_ok_and(|mut asked| asked.insert(offset));
+        if first || fails.is_some() {
+            let (waiter, delay) = (waiter(), self.delay);
+            std::thread::spawn(move || {
+                std::thread::sleep(delay);
+                waiter(match fails {
+                    Some(offset) => Err(VolumeError::Injected { offset }),
+                    None => Ok(()),
+                });
+            });
+            return Ok(Located::Pending);
+        }
+        self.inner.locate(offset, len, waiter)
+    }
+}

@@ -1,0 +1,655 @@
+//! A layer that is being written: append-only, two files (spec lsmt 2 and 7).
+//!
+//! ```text
+//! data   header 4096 | payload, in the order of the writes
+//! index  header 4096 | 16 bytes a write: these disk sectors are at that place; the last one wins
+//! ```
+//!
+//! A write appends its bytes to `data`. A discard appends nothing there: its record says zero. What
+//! is where is kept in memory ([`Extents`](extents)), so a read is a look-up and a `pread`.
+//!
+//! # What survives a crash
+//!
+//! The format has no checksum and no order, so the order of writing is all there is. Records are held
+//! back in memory. [`flush`](WritableLayer::flush) first makes the data durable, then writes the
+//! records, then makes those durable: a record on disk never points at bytes that are not. What was
+//! flushed is there after a crash; of what came later, each write is there whole or not at all,
+//! which is what a disk with a write cache promises. A torn tail of the index (a partial record, a record
+//! of zeros, one that points past the data) is cut off when the layer is opened again.
+//!
+//! A write is done only when the index file has room for its record (`room`), so what was
+//! acknowledged can still be flushed when the filesystem is full.
+//!
+//! Space of overwritten data is not reclaimed: [`commit`](WritableLayer::commit) copies only what counts.
+//! Upstream opens both files as they are, at any moment after a flush.
+//!
+//! # Steps
+//!
+//! Each change is three steps, and only the middle one does file I/O: a *place* in the data file is taken,
+//! the bytes are written there, the record is noted. A flush is the same: a *batch* of records is taken,
+//! written and made durable, and counted. [`WritableLayer`] does the steps in a row for one thread;
+//! [`SharedLayer`] does them for many and holds its lock for none of the I/O.
+//!
+//! Upstream has a second kind, [`sparse`], whose payload lies in one file in its place on the disk.
+//!
+//! Contents: `log` the index file as read, `place` a change on its way, `room` space for records, `batch` a flush on
+//! its way, [`shared`] a layer for many threads, `seal` a layer that becomes one of the layers below, [`view`] one
+//! that is only looked at.
+
+mod batch;
+mod extents;
+mod log;
+mod place;
+mod room;
+mod seal;
+pub mod shared;
+pub mod sparse;
+mod view;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::io::{ReadWriteFlags, preadv2};
+use thiserror::Error;
+
+pub use shared::SharedLayer;
+pub use sparse::SparseLayer;
+pub use view::view;
+
+use self::batch::{Batch, Failure};
+use self::extents::{Content, Extents};
+use self::log::Log;
+use self::place::Place;
+use self::room::Room;
+use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, Record, Uuid};
+use formats::lsmt::mapping::{ENTRY, LBA_LIMIT, MAX_LEN, MOFFSET_LIMIT, Mapping};
+use formats::lsmt::writer::{Identity, NativeWriter};
+use formats::lsmt::{LsmtError, RECORD};
+use formats::units::{Bytes, SECTOR, Sectors};
+
+/// The data file in a layer's folder, as containerd's snapshotter names it.
+pub const DATA_NAME: &str = "writable_data";
+/// The index file.
+pub const INDEX_NAME: &str = "writable_index";
+
+/// Most records of a writable index (upstream's limit, spec lsmt 5).
+const MAX_RECORDS: u64 = 128_000_000;
+
+/// Records held back at most: 1 MiB of index.
+const HELD_BACK: u64 = 1 << 16;
+
+/// Bytes copied at a time by a commit, and the grain of its search for zeros.
+const COPY: usize = 1 << 20;
+const BLOCK: u64 = 4096 / SECTOR;
+
+/// Why a writable layer cannot be used.
+#[derive(Debug, Error)]
+pub enum WritableError {
+    /// A file cannot be made, read or written.
+    #[error("Cannot {what} {path}", path = path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A header breaks a rule of the format.
+    #[error("{path} is no writable layer that can be used: {rule}", path = path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What should hold.
+        rule: &'static str,
+    },
+    /// Another process has it.
+    #[error("The writable layer {path} is in use", path = path.display())]
+    Busy {
+        /// The data file.
+        path: PathBuf,
+    },
+    /// A range that is no whole sectors, or leaves the disk.
+    #[error("Bytes {offset}..{end} cannot be written: {rule}")]
+    Range {
+        /// First byte.
+        offset: u64,
+        /// One past the last byte.
+        end: u64,
+        /// What should hold.
+        rule: &'static str,
+    },
+    /// A flush failed before: what of the writes since the one before it reached the disk cannot be known,
+    /// as the kernel reports such an error only once.
+    #[error("{path} failed to flush before: detach, look at its disk, and attach again", path = path.display())]
+    Broken {
+        /// The data file.
+        path: PathBuf,
+    },
+    /// The log cannot take more.
+    #[error(
+        "The writable layer has {MAX_RECORDS} records, the most that a reader opens: commit it"
+    )]
+    Full,
+    /// The committed layer breaks a limit, or cannot be written.
+    #[error(transparent)]
+    Commit(#[from] LsmtError),
+}
+
+impl WritableError {
+    /// Whether there is no space: on the filesystem, in somebody's share of it, or in the format.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => {
+                matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+            }
+            Self::Full => true,
+            _ => false,
+        }
+    }
+}
+
+/// The two files of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WritableFiles {
+    /// Its payload.
+    pub data: PathBuf,
+    /// Its index log; of a sparse layer, a file that nobody reads.
+    pub index: PathBuf,
+}
+
+impl WritableFiles {
+    /// As containerd's snapshotter names them in a layer's folder.
+    #[must_use]
+    pub fn in_dir(dir: &Path) -> Self {
+        Self { data: dir.join(DATA_NAME), index: dir.join(INDEX_NAME) }
+    }
+}
+
+/// A file and its name, for messages.
+struct Named {
+    file: File,
+    path: PathBuf,
+}
+
+impl Named {
+    fn error(&self, what: &'static str) -> impl FnOnce(io::Error) -> WritableError + use<> {
+        let path = self.path.clone();
+        move |source| WritableError::Io { what, path, source }
+    }
+
+    fn invalid(&self, rule: &'static str) -> WritableError {
+        WritableError::Invalid { path: self.path.clone(), rule }
+    }
+
+    fn open(path: &Path, options: &OpenOptions) -> Result<Self, WritableError> {
+        let path = path.to_path_buf();
+        match options.open(&path) {
+            Ok(file) => Ok(Self { file, path }),
+            Err(source) => Err(WritableError::Io { what: "open", path, source }),
+        }
+    }
+
+    fn open_to_read(path: &Path) -> Result<Self, WritableError> {
+        Self::open(path, OpenOptions::new().read(true))
+    }
+
+    fn open_to_write(path: &Path) -> Result<Self, WritableError> {
+        Self::open(path, OpenOptions::new().read(true).write(true))
+    }
+
+    fn lock(&self) -> Result<(), WritableError> {
+        if sys::flock::exclusive(&self.file, sys::flock::MOMENT).unwrap_or(false) {
+            Ok(())
+        } else {
+            Err(WritableError::Busy { path: self.path.clone() })
+        }
+    }
+
+    /// Bytes of the file.
+    fn len(&self) -> Result<u64, WritableError> {
+        self.file.metadata().map(|meta| meta.len()).map_err(self.error("look at"))
+    }
+
+    /// Reads from sector `at` of the file on; may wait for the disk.
+    fn read(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
+        self.file.read_exact_at(buf, at.0 * SECTOR).map_err(self.error("read"))
+    }
+
+    /// The same, if the page cache has all of it.
+    fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
+        let len = buf.len();
+        let mut buffers = [io::IoSliceMut::new(buf)];
+        let read = preadv2(&self.file, &mut buffers, at.0 * SECTOR, ReadWriteFlags::NOWAIT);
+        read == Ok(len)
+    }
+
+    fn header(&self) -> Result<Record, WritableError> {
+        let mut bytes = [0; RECORD as usize];
+        self.file.read_exact_at(&mut bytes, 0).map_err(|source| match source.kind() {
+            io::ErrorKind::UnexpectedEof => self.invalid("it is shorter than its header"),
+            _ => self.error("read")(source),
+        })?;
+        Record::parse(&bytes).map_err(|rule| self.invalid(rule))
+    }
+}
+
+/// Refuses a data file that is not that of an append-only layer, or not any more.
+fn check_appended(data: &Named, header: &Record) -> Result<(), WritableError> {
+    if header.flags != FLAG_HEADER | FLAG_DATA {
+        return Err(data.invalid(
+            "its header is not that of an append-only layer; a sparse one becomes a layer when it is sealed",
+        ));
+    }
+    seal::check_unsealed(data)
+}
+
+/// First sector and number of sectors of a range of bytes of a disk of `size` bytes (0: of any).
+fn whole_sectors(size: u64, offset: u64, len: u64) -> Result<(Sectors, u64), WritableError> {
+    let end = offset.saturating_add(len);
+    let limit = match size {
+        0 => LBA_LIMIT.saturating_mul(SECTOR),
+        size => size,
+    };
+    let rule = if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
+        "they are no whole sectors of 512 bytes"
+    } else if end > limit {
+        "the disk ends before"
+    } else {
+        return Ok((Sectors(offset / SECTOR), len / SECTOR));
+    };
+    Err(WritableError::Range { offset, end, rule })
+}
+
+/// Where a run of disk sectors is, as the layer alone knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WrittenRun {
+    /// First disk sector.
+    pub lba: Sectors,
+    /// Number of sectors, never 0.
+    pub len: Sectors,
+    /// Where it is.
+    pub place: WrittenPlace,
+}
+
+/// See [`WrittenRun`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WrittenPlace {
+    /// Never written: the layers below decide.
+    Below,
+    /// Zeros.
+    Zero,
+    /// At this sector of the data file.
+    Data(Sectors),
+}
+
+/// An append-only layer.
+pub struct WritableLayer {
+    data: Arc<Named>,
+    index: Arc<Named>,
+    room: Arc<Room>,
+    header: Record,
+    extents: Extents,
+    /// Sector of the data file where the next payload goes.
+    position: u64,
+    /// Records in the index file.
+    records: u64,
+    /// Records of the batch that is being flushed.
+    leaving: u64,
+    /// Records that are not in the index file yet.
+    pending: Vec<Mapping>,
+    /// Records of changes whose place was taken and that were not noted yet.
+    promised: u64,
+    /// Bytes that were cut off a torn tail when it was opened.
+    cut: u64,
+    /// A flush has failed.
+    broken: bool,
+}
+
+impl WritableLayer {
+    /// Makes an empty layer of a disk of `virtual_size` (0: as large as the layer below says) in
+    /// `files`; their folder is made if need be.
+    ///
+    /// # Errors
+    /// [`WritableError`], also when there is one already.
+    pub fn create(
+        files: &WritableFiles,
+        virtual_size: Bytes,
+        identity: Identity,
+    ) -> Result<Self, WritableError> {
+        let WritableFiles { data: data_path, index: index_path } = files;
+        let dir = data_path.parent().unwrap_or(Path::new("."));
+        let io = |what, path: &Path| {
+            let path = path.to_path_buf();
+            move |source| WritableError::Io { what, path, source }
+        };
+        fs::create_dir_all(dir).map_err(io("make the folder", dir))?;
+        let header = Record {
+            flags: FLAG_HEADER | FLAG_DATA,
+            index_offset: 0,
+            index_size: 0,
+            virtual_size: virtual_size.get(),
+            uuid: identity.uuid,
+            parent: identity.parent,
+            user_tag: identity.user_tag,
+        };
+        // The index first: with a data file there is a layer, and then it is whole.
+        let index_header = Record { flags: FLAG_HEADER, index_offset: RECORD, ..header.clone() };
+        for (path, record) in [(index_path, &index_header), (data_path, &header)] {
+            if path == index_path && data_path.exists() {
+                let source = io::Error::from(io::ErrorKind::AlreadyExists);
+                return Err(io("make", data_path)(source));
+            }
+            let mut file = File::create(path).map_err(io("make", path))?;
+            file.write_all(&record.encode()).map_err(io("write", path))?;
+            file.sync_all().map_err(io("write", path))?;
+        }
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(io("write", dir))?;
+        Self::open(files)
+    }
+
+    /// Opens a layer by its two files, and cuts a torn tail off.
+    ///
+    /// # Errors
+    /// [`WritableError`].
+    pub fn open(files: &WritableFiles) -> Result<Self, WritableError> {
+        let (data, index) =
+            (Named::open_to_write(&files.data)?, Named::open_to_write(&files.index)?);
+        data.lock()?;
+        let header = data.header()?;
+        check_appended(&data, &header)?;
+        let log = Log::read(&index, &data)?;
+        let (data, index) = (Arc::new(data), Arc::new(index));
+        let layer = Self {
+            room: Arc::new(Room::new(index.clone())),
+            data,
+            index,
+            header,
+            extents: log.extents,
+            position: log.position,
+            records: log.records,
+            leaving: 0,
+            pending: Vec::new(),
+            promised: 0,
+            cut: log.torn,
+            broken: false,
+        };
+        layer.cut_tails()?;
+        Ok(layer)
+    }
+
+    /// Cuts off what was not flushed: the end of the log, and payload that no record speaks of.
+    fn cut_tails(&self) -> Result<(), WritableError> {
+        if self.cut > 0 {
+            let kept = RECORD + self.records * ENTRY;
+            self.index.file.set_len(kept).map_err(self.index.error("shorten"))?;
+        }
+        self.data.file.set_len(self.position * SECTOR).map_err(self.data.error("shorten"))
+    }
+
+    /// Size of the disk as the layer says, or 0.
+    #[must_use]
+    pub fn virtual_size(&self) -> Bytes {
+        Bytes(self.header.virtual_size)
+    }
+
+    /// This layer and the one below.
+    #[must_use]
+    pub fn uuids(&self) -> (Uuid, Uuid) {
+        (self.header.uuid, self.header.parent)
+    }
+
+    /// Bytes of a torn tail that opening cut off.
+    #[must_use]
+    pub fn cut(&self) -> u64 {
+        self.cut
+    }
+
+    /// Whether nothing was ever written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
+    /// Writes whole sectors at byte `offset` of the disk. Durable after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`WritableError`]; then nothing has changed.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
+        let place = self.take_place(offset, bytes.len() as u64)?;
+        let written = place.write(bytes);
+        self.settle(&place, written)
+    }
+
+    /// Makes whole sectors zero, whatever lies below. Durable after the next flush.
+    ///
+    /// # Errors
+    /// [`WritableError`].
+    pub fn discard(&mut self, offset: u64, len: u64) -> Result<(), WritableError> {
+        let place = self.take_zeros(offset, len)?;
+        let made = place.make_room();
+        self.settle(&place, made)
+    }
+
+    fn settle(
+        &mut self,
+        place: &Place,
+        written: Result<(), WritableError>,
+    ) -> Result<(), WritableError> {
+        if let Err(error) = written {
+            self.give_back(place);
+            return Err(error);
+        }
+        if self.note_place(place) { self.flush() } else { Ok(()) }
+    }
+
+    /// Takes the next place in the data file for `len` bytes of the disk from byte `offset` on.
+    fn take_place(&mut self, offset: u64, len: u64) -> Result<Place, WritableError> {
+        let (lba, count) = whole_sectors(self.header.virtual_size, offset, len)?;
+        if self.position + count > MOFFSET_LIMIT {
+            return Err(WritableError::Full);
+        }
+        let place = self.promise(lba.0, count, Content::At(self.position))?;
+        self.position += count;
+        Ok(place)
+    }
+
+    /// The same for zeros, which need no place but a record.
+    fn take_zeros(&mut self, offset: u64, len: u64) -> Result<Place, WritableError> {
+        let (lba, count) = whole_sectors(self.header.virtual_size, offset, len)?;
+        self.promise(lba.0, count, Content::Zero)
+    }
+
+    fn promise(&mut self, lba: u64, count: u64, content: Content) -> Result<Place, WritableError> {
+        if self.broken {
+            return Err(self.is_broken());
+        }
+        let needs = count.div_ceil(MAX_LEN);
+        let all = self.records + self.leaving + self.pending.len() as u64 + self.promised + needs;
+        if all > MAX_RECORDS {
+            return Err(WritableError::Full);
+        }
+        self.promised += needs;
+        let (data, room) = (self.data.clone(), self.room.clone());
+        let index_end = RECORD + all * ENTRY;
+        Ok(Place { data, room, index_end, lba, count, needs, content })
+    }
+
+    /// A change that failed: as if it had never been asked for, except that its place is lost if another was
+    /// taken meanwhile.
+    fn give_back(&mut self, place: &Place) {
+        self.promised -= place.needs;
+        if let Content::At(at) = place.content
+            && at + place.count == self.position
+        {
+            self.position = at;
+        }
+    }
+
+    /// Notes a change whose bytes are in their place. `true`: so many records are held back that it is time
+    /// to flush.
+    fn note_place(&mut self, place: &Place) -> bool {
+        self.promised -= place.needs;
+        self.extents.insert(place.lba, place.count, place.content);
+        self.pending.extend(place.records(self.position));
+        self.pending.len() as u64 >= HELD_BACK
+    }
+
+    fn is_broken(&self) -> WritableError {
+        WritableError::Broken { path: self.data.path.clone() }
+    }
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// [`WritableError::Io`]; if what failed was to make bytes durable, [`WritableError::Broken`] on every later
+    /// call: what was flushed before is safe, and of what was not nothing can be known until the layer is opened
+    /// again. A flush that failed otherwise, as for want of space, can be repeated.
+    pub fn flush(&mut self) -> Result<(), WritableError> {
+        let Some(batch) = self.take_batch()? else { return Ok(()) };
+        let written = batch.write();
+        self.end_batch(batch, written)
+    }
+
+    /// Takes the records that are held back; none if there are none. One batch at a time.
+    fn take_batch(&mut self) -> Result<Option<Batch>, WritableError> {
+        if self.broken {
+            return Err(self.is_broken());
+        }
+        if self.pending.is_empty() {
+            return Ok(None);
+        }
+        let records = std::mem::take(&mut self.pending);
+        self.leaving = records.len() as u64;
+        let (data, index) = (self.data.clone(), self.index.clone());
+        Ok(Some(Batch { data, index, first: self.records, records }))
+    }
+
+    /// Notes how a batch ended.
+    fn end_batch(
+        &mut self,
+        mut batch: Batch,
+        written: Result<(), Failure>,
+    ) -> Result<(), WritableError> {
+        self.leaving = 0;
+        match written {
+            Ok(()) => {
+                self.records += batch.records.len() as u64;
+                Ok(())
+            }
+            Err(failure) => {
+                // In the order in which they were noted.
+                batch.records.append(&mut self.pending);
+                self.pending = batch.records;
+                self.broken |= failure.is_lasting();
+                Err(failure.into())
+            }
+        }
+    }
+
+    /// The runs that make up `count` sectors from `lba` on, without a gap.
+    #[must_use]
+    pub fn look_up(&self, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
+        runs(&self.extents, lba, count)
+    }
+
+    /// Reads payload from sector `at` of the data file on.
+    ///
+    /// # Errors
+    /// [`WritableError::Io`].
+    pub fn read_data(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
+        self.data.read(at, buf)
+    }
+
+    /// Writes what the layer holds now as a committed layer (spec lsmt 8.1): without what was overwritten,
+    /// in the order of the disk, and with blocks of zeros declared instead of stored. The layer is flushed,
+    /// and stays as it is.
+    ///
+    /// # Errors
+    /// [`WritableError::Commit`] for a limit of the format or a full output.
+    pub fn commit<W: Write>(
+        &mut self,
+        out: W,
+        virtual_size: Bytes,
+        identity: Identity,
+    ) -> Result<W, WritableError> {
+        self.flush()?;
+        let mut writer = NativeWriter::new(out, virtual_size, identity)?;
+        let mut buf = vec![0; COPY];
+        for (start, len, content) in self.extents.iter() {
+            let at = match content {
+                Content::Zero => {
+                    writer.zeroed(Sectors(start), Sectors(len))?;
+                    continue;
+                }
+                Content::At(at) => at,
+            };
+            let mut done = 0;
+            while done < len {
+                // Steps end on blocks of the disk, so that blocks of zeros are found.
+                let step = (COPY as u64 / SECTOR).min(len - done);
+                let bytes = &mut buf[..(step * SECTOR) as usize];
+                self.read_data(Sectors(at + done), bytes)?;
+                put(&mut writer, start + done, bytes)?;
+                done += step;
+            }
+        }
+        Ok(writer.finish()?)
+    }
+}
+
+/// The runs that make up `count` sectors from `lba` on, without a gap.
+fn runs(extents: &Extents, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
+    let mut runs = Vec::new();
+    let mut at = lba.0;
+    let end = lba.0.saturating_add(count.0);
+    let mut add = |from: u64, to: u64, place| {
+        if from < to {
+            runs.push(WrittenRun { lba: Sectors(from), len: Sectors(to - from), place });
+        }
+    };
+    for (start, len, content) in extents.within(lba.0, end) {
+        add(at, start, WrittenPlace::Below);
+        let place = match content {
+            Content::Zero => WrittenPlace::Zero,
+            Content::At(place) => WrittenPlace::Data(Sectors(place)),
+        };
+        add(start, start + len, place);
+        at = start + len;
+    }
+    add(at, end, WrittenPlace::Below);
+    runs
+}
+
+/// Adds sectors from `lba` on, whole blocks of zeros as such.
+fn put<W: Write>(writer: &mut NativeWriter<W>, lba: u64, bytes: &[u8]) -> Result<(), LsmtError> {
+    let count = bytes.len() as u64 / SECTOR;
+    let part = |from: u64, to: u64| &bytes[(from * SECTOR) as usize..(to * SECTOR) as usize];
+    let zero =
+        |from: u64, to: u64| to - from == BLOCK && part(from, to).iter().all(|&byte| byte == 0);
+    // Ends of the blocks of the disk that the run touches.
+    let mut at = 0;
+    while at < count {
+        let block_end = |at: u64| (BLOCK - (lba + at) % BLOCK + at).min(count);
+        let mut end = block_end(at);
+        let is_zero = zero(at, end);
+        while end < count && zero(end, block_end(end)) == is_zero {
+            end = block_end(end);
+        }
+        if is_zero {
+            writer.zeroed(Sectors(lba + at), Sectors(end - at))?;
+        } else {
+            writer.data(Sectors(lba + at), part(at, end))?;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

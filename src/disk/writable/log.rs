@@ -1,0 +1,75 @@
+//! The index log of an append-only layer, read from its beginning: what each record says, the last one wins.
+
+use std::os::unix::fs::FileExt;
+
+use super::{COPY, Content, Extents, MAX_RECORDS, Named, WritableError};
+use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER};
+use formats::lsmt::mapping::{ENTRY, Mapping};
+use formats::lsmt::{FIRST_SECTOR, RECORD};
+use formats::units::SECTOR;
+
+/// What the records of a log come to.
+pub(super) struct Log {
+    /// Which sectors the layer has, and where.
+    pub(super) extents: Extents,
+    /// One past the last sector of the data file that a record speaks of.
+    pub(super) position: u64,
+    /// Records up to the first that cannot be.
+    pub(super) records: u64,
+    /// Bytes of the index file behind those.
+    pub(super) torn: u64,
+}
+
+impl Log {
+    /// Reads the log up to the first record that cannot be: a partial one, one of zeros, or one that points past
+    /// the data. Changes nothing.
+    ///
+    /// # Errors
+    /// [`WritableError`], also for a header that is not that of a log.
+    pub(super) fn read(index: &Named, data: &Named) -> Result<Self, WritableError> {
+        let header = index.header()?;
+        if header.flags & (FLAG_HEADER | FLAG_DATA) != FLAG_HEADER || header.index_offset != RECORD
+        {
+            return Err(index.invalid("its header is not that of an index log at byte 4096"));
+        }
+        let (index_len, data_len) = (index.len()?, data.len()?);
+        let total = (index_len - RECORD) / ENTRY;
+        if total > MAX_RECORDS {
+            return Err(index.invalid("it has more than 128000000 records"));
+        }
+        let whole_sectors = data_len / SECTOR;
+        let mut log =
+            Self { extents: Extents::default(), position: FIRST_SECTOR.0, records: 0, torn: 0 };
+        let mut step = vec![0; COPY];
+        'log: while log.records < total {
+            let bytes = ((total - log.records) * ENTRY).min(COPY as u64) as usize;
+            let at = RECORD + log.records * ENTRY;
+            index.file.read_exact_at(&mut step[..bytes], at).map_err(index.error("read"))?;
+            for entry in step[..bytes].as_chunks::<{ ENTRY as usize }>().0 {
+                if let Some(mapping) = Mapping::decode(*entry) {
+                    if !mapping.zeroed && mapping.len > 0 && mapping.moffset < FIRST_SECTOR {
+                        return Err(index.invalid("a record points into the data's header"));
+                    }
+                    let past_end = !mapping.zeroed && mapping.moffset_end().0 > whole_sectors;
+                    if mapping.len == 0 || past_end {
+                        break 'log;
+                    }
+                    log.note(&mapping);
+                }
+                log.records += 1;
+            }
+        }
+        log.torn = index_len - (RECORD + log.records * ENTRY);
+        Ok(log)
+    }
+
+    fn note(&mut self, mapping: &Mapping) {
+        let (lba, len) = (mapping.lba.0, u64::from(mapping.len));
+        if mapping.zeroed {
+            self.extents.insert(lba, len, Content::Zero);
+        } else {
+            self.extents.insert(lba, len, Content::At(mapping.moffset.0));
+            self.position = self.position.max(mapping.moffset_end().0);
+        }
+    }
+}

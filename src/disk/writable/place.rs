@@ -1,0 +1,62 @@
+//! A change on its way: where its bytes go, before the layer knows of it.
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use super::room::Room;
+use super::{Content, MAX_LEN, Mapping, Named, WritableError};
+use formats::units::{SECTOR, Sectors};
+
+/// A run of disk sectors and what it will be.
+pub(super) struct Place {
+    pub(super) data: Arc<Named>,
+    pub(super) room: Arc<Room>,
+    /// Byte of the index file up to which there must be room.
+    pub(super) index_end: u64,
+    /// First disk sector.
+    pub(super) lba: u64,
+    /// Number of sectors.
+    pub(super) count: u64,
+    /// Number of records that they need.
+    pub(super) needs: u64,
+    pub(super) content: Content,
+}
+
+impl Place {
+    /// Writes the bytes to their place, and makes room for the records. Nobody reads that place before the
+    /// change is noted.
+    pub(super) fn write(&self, bytes: &[u8]) -> Result<(), WritableError> {
+        if let Content::At(at) = self.content {
+            self.data.file.write_all_at(bytes, at * SECTOR).map_err(self.data.error("write"))?;
+        }
+        self.make_room()
+    }
+
+    /// Makes room for the records.
+    pub(super) fn make_room(&self) -> Result<(), WritableError> {
+        self.room.make(self.index_end)
+    }
+
+    /// The records.
+    pub(super) fn records(&self, position: u64) -> impl Iterator<Item = Mapping> + use<> {
+        records(self.lba, self.count, self.content, position)
+    }
+}
+
+/// The records of a run, each as long as one can be. Those of zeros point to `position`, the end of the payload:
+/// upstream refuses zeros that point outside it once the layer is sealed.
+pub(super) fn records(
+    lba: u64,
+    count: u64,
+    content: Content,
+    position: u64,
+) -> impl Iterator<Item = Mapping> {
+    (0..count).step_by(MAX_LEN as usize).map(move |done| {
+        let (zeroed, moffset) = match content {
+            Content::Zero => (true, position),
+            Content::At(at) => (false, at + done),
+        };
+        let len = (count - done).min(MAX_LEN) as u16;
+        Mapping { lba: Sectors(lba + done), len, zeroed, tag: 0, moffset: Sectors(moffset) }
+    })
+}

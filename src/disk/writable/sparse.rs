@@ -1,0 +1,208 @@
+//! The other kind of layer that can be written: one sparse file in which sector `n` of the disk lies at byte
+//! `4096 + 512 n` (spec lsmt 2 and 7, upstream `LSMTSparseFile`).
+//!
+//! There is no index. What the layer has is what the file system calls data; a hole is what was never written.
+//! That has two consequences, which upstream's implementation does not draw.
+//!
+//! * The file system tells whole blocks. A sector written alone makes its neighbours in the block zeros, at the
+//!   latest when the layer is opened again. So a write must cover whole blocks ([`SparseLayer::block`]), and who has
+//!   less adds what is there now.
+//! * Zeros that hide what is below cannot be a hole. So there is no discard: zeros are written.
+//!
+//! Bytes are written over in their place: what was read of a place is true only until the next write to it.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{PoisonError, RwLock};
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use super::{Content, Extents, Named, WritableError, WrittenRun, runs, seal, view, whole_sectors};
+use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, Record};
+use formats::lsmt::{FIRST_SECTOR, RECORD};
+use formats::units::{Bytes, SECTOR, Sectors};
+
+/// Set beside the others in the header of a sparse layer (spec lsmt 2, bit 4).
+const FLAG_SPARSE: u32 = 1 << 4;
+
+/// Largest block of a file system that is believed: what is written alone grows to it.
+const MAX_BLOCK: u64 = 1 << 20;
+
+/// Whether a data file with this header is that of a sparse layer that can be written.
+pub(super) fn is_sparse(header: &Record) -> bool {
+    header.flags == FLAG_HEADER | FLAG_DATA | FLAG_SPARSE
+}
+
+/// Whether the data file at `path` is that of a sparse layer.
+///
+/// # Errors
+/// [`WritableError`].
+pub fn is_sparse_file(path: &Path) -> Result<bool, WritableError> {
+    Named::open_to_read(path)?.header().map(|header| is_sparse(&header))
+}
+
+/// The data file of an empty sparse layer, as upstream's `overlaybd-create -s` begins one.
+#[cfg(test)]
+pub(crate) fn empty_file(virtual_size: Bytes) -> Vec<u8> {
+    use formats::lsmt::Uuid;
+    let record = Record {
+        flags: 0x13, // as the spec has it, not as we name it
+        index_offset: 0,
+        index_size: 0,
+        virtual_size: virtual_size.get(),
+        uuid: Uuid::NULL,
+        parent: Uuid::NULL,
+        user_tag: Vec::new(),
+    };
+    record.encode()
+}
+
+/// What a file of `end` sectors has of its disk, as its file system says.
+pub(super) fn written(data: &Named, end: u64) -> Result<Extents, WritableError> {
+    let mut extents = Extents::default();
+    let mut at = RECORD;
+    while let Some(from) = next(&data.file, SeekFrom::Data(at)).map_err(data.error("look at"))? {
+        let to = next(&data.file, SeekFrom::Hole(from)).map_err(data.error("look at"))?;
+        let Some(to) = to.filter(|to| *to > from) else { break };
+        let (first, last) = (from / SECTOR, to.div_ceil(SECTOR).min(end));
+        if first >= last {
+            break;
+        }
+        extents.insert(first - FIRST_SECTOR.0, last - first, Content::At(first));
+        at = to;
+    }
+    Ok(extents)
+}
+
+/// Where data or a hole begins; none behind the last.
+fn next(file: &File, from: SeekFrom) -> io::Result<Option<u64>> {
+    match seek(file, from) {
+        Ok(at) => Ok(Some(at)),
+        Err(Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A sparse layer, for many threads.
+pub struct SparseLayer {
+    data: Named,
+    header: Record,
+    block: u64,
+    written: RwLock<Extents>,
+}
+
+impl SparseLayer {
+    /// Opens the data file at `path`. A layer that does not say how large its disk is gets `below`, the size of the
+    /// disk below, as upstream does when it stacks one.
+    ///
+    /// # Errors
+    /// [`WritableError`].
+    pub fn open(path: &Path, below: Bytes) -> Result<Self, WritableError> {
+        let data = Named::open_to_write(path)?;
+        data.lock()?;
+        let mut header = data.header()?;
+        if !is_sparse(&header) {
+            return Err(data.invalid("its header is not that of a sparse layer"));
+        }
+        seal::check_unsealed(&data)?;
+        if header.virtual_size == 0 {
+            header.virtual_size = below.get();
+            let written = data.file.write_all_at(&header.encode(), 0);
+            written.map_err(data.error("write"))?;
+        }
+        let len = RECORD.saturating_add(header.virtual_size);
+        if data.len()? != len {
+            data.file.set_len(len).map_err(data.error("lengthen"))?;
+        }
+        let block = data.file.metadata().map_err(data.error("look at"))?.blksize();
+        let block = block.clamp(RECORD, MAX_BLOCK);
+        let written = written(&data, len / SECTOR)?;
+        Ok(Self { data, header, block, written: RwLock::new(written) })
+    }
+
+    /// Size of the disk.
+    #[must_use]
+    pub fn virtual_size(&self) -> Bytes {
+        Bytes(self.header.virtual_size)
+    }
+
+    /// Whether nothing was ever written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.written.read().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// Bytes of the disk that a write must begin and end on a multiple of, unless the layer has what is around it,
+    /// or the disk ends.
+    #[must_use]
+    pub fn block(&self) -> u64 {
+        self.block
+    }
+
+    /// Writes whole sectors at byte `offset` of the disk. Durable after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`WritableError`]; what was written then is unspecified.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
+        let (lba, count) = whole_sectors(self.header.virtual_size, offset, bytes.len() as u64)?;
+        self.data.file.write_all_at(bytes, RECORD + offset).map_err(self.data.error("write"))?;
+        let place = Content::At(FIRST_SECTOR.0 + lba.0);
+        let mut written = self.written.write().unwrap_or_else(PoisonError::into_inner);
+        written.insert(lba.0, count, place);
+        Ok(())
+    }
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// [`WritableError::Io`].
+    pub fn flush(&self) -> Result<(), WritableError> {
+        self.data.file.sync_data().map_err(self.data.error("flush"))
+    }
+
+    /// As [`WritableLayer::look_up`](super::WritableLayer::look_up).
+    #[must_use]
+    pub fn look_up(&self, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
+        runs(&self.written.read().unwrap_or_else(PoisonError::into_inner), lba, count)
+    }
+
+    /// Reads payload from sector `at` of the data file on; may wait for the disk.
+    ///
+    /// # Errors
+    /// [`WritableError::Io`].
+    pub fn read_data(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
+        self.data.read(at, buf)
+    }
+
+    /// As [`SharedLayer::read_cached`](super::SharedLayer::read_cached).
+    #[must_use]
+    pub fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
+        self.data.read_cached(at, buf)
+    }
+
+    /// Makes it one of the layers below: see `seal`. Nobody writes meanwhile, nor afterwards.
+    ///
+    /// # Errors
+    /// [`WritableError`]; the layer is then as it was.
+    pub fn seal(&self) -> Result<(), WritableError> {
+        self.flush()?;
+        let end = RECORD + self.header.virtual_size;
+        let mappings = {
+            let written = self.written.read().unwrap_or_else(PoisonError::into_inner);
+            view::mappings(&written, end / SECTOR)
+        };
+        seal::seal(&self.data, &self.header, end, &mappings)
+    }
+
+    /// Takes the seal off again.
+    ///
+    /// # Errors
+    /// [`WritableError::Io`].
+    pub fn unseal(&self) -> Result<(), WritableError> {
+        seal::unseal(&self.data, RECORD + self.header.virtual_size)
+    }
+}

@@ -1,0 +1,199 @@
+//! An ext4 filesystem that is there already, read back so that a layer can go on top of it.
+//!
+//! [`read`] gives what the writer would have in hand had it made the lower layers itself: the [`Tree`] and
+//! an [`Image`] with the filesystem's own geometry, bitmaps, checksums and hash. File data is not
+//! touched: files keep their blocks, and nothing of them is read. All directories are read, all inodes in use,
+//! and attribute blocks.
+//!
+//! # What is taken over, and what is refused
+//!
+//! Everything that mkfs makes with 4 KiB blocks: our own, upstream's forked libext2fs, mke2fs for ext2, ext3
+//! and ext4. A later layer writes in the filesystem's own way (descriptors of 32 or 64 bytes,
+//! inodes of 128 bytes and more, CRC-16 or CRC-32C) with what ext4 brought: extents, indexed directories. A
+//! filesystem that lacks these features gets them; older files keep their indirect blocks. What this
+//! cannot honour is refused by name: a journal that must be replayed, bigalloc, encryption, and so on.
+//!
+//! # What is believed
+//!
+//! Nothing that would let a new layer damage a lower file. Every block belongs to one owner and is marked in
+//! use, or reading fails: a block that two files share could not be freed, and one that is in use but not
+//! marked would be given out. This also bounds the work, whatever the bytes are.
+//!
+//! New files get blocks that are free *and* that no lower layer ever wrote, because only those read
+//! as zeros where a layer says nothing ([`super::allocation`]).
+//!
+//! `lost+found` of mkfs is the filesystem's and not the image's: empty, owned by root, mode 0700, in the
+//! first inode. It stays, and is not in the tree, as with our own writer.
+
+mod blocks;
+mod directory;
+mod file;
+mod groups;
+mod superblock;
+mod walk;
+mod xattr;
+
+use super::allocation::{BlockRun, Blocks, Inodes, subtract};
+use super::geometry::{BLOCK, BLOCK_SECTORS, Geometry, Layout};
+use super::image::Image;
+use super::tree::Tree;
+use crate::units::{Bytes, Sectors};
+use groups::Groups;
+use source::{ByteSource, SourceError};
+use superblock::Superblock;
+use walk::Walk;
+
+/// Why a filesystem cannot be continued.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ReadError {
+    /// The disk could not be read.
+    #[error("Cannot read the filesystem of the lower layers")]
+    Source(#[from] SourceError),
+    /// There is no ext4.
+    #[error("The lower layers hold no ext4 filesystem: no magic number 0xef53 at byte 1080")]
+    NotExt4,
+    /// A form of ext4 that this program does not write.
+    #[error(
+        "The filesystem of the lower layers cannot be continued: {0}; convert the whole image anew"
+    )]
+    Unsupported(String),
+    /// The filesystem contradicts itself.
+    #[error(
+        "The filesystem of the lower layers is damaged: {place} {rule}; convert the whole image anew"
+    )]
+    Damaged {
+        /// What of it.
+        place: String,
+        /// The rule that does not hold.
+        rule: String,
+    },
+}
+
+fn damaged(place: impl Into<String>, rule: impl Into<String>) -> ReadError {
+    ReadError::Damaged { place: place.into(), rule: rule.into() }
+}
+
+/// Reads the filesystem on `disk`. `written` are the runs of sectors that any layer has data for, ascending
+/// (first sector, length); all others read as zeros.
+///
+/// # Errors
+/// [`ReadError`]; whatever the bytes are, nothing worse.
+pub fn read(
+    disk: &dyn ByteSource,
+    written: impl IntoIterator<Item = (Sectors, Sectors)>,
+) -> Result<(Tree, Image), ReadError> {
+    let source = Source(disk);
+    let superblock = Superblock::read(source)?;
+    let mut groups = Groups::read(source, &superblock)?;
+    let walk = Walk::whole(source, &superblock, &mut groups)?;
+    let Groups {
+        mut layout, descriptors, mut blocks, mut inodes, accounts, table, emitted, ..
+    } = groups;
+    let data = match own_layout(&layout) {
+        Some(own) => {
+            layout = own;
+            Some(layout.data)
+        }
+        None => None,
+    };
+    let free = subtract(&blocks.free_runs(), &whole_blocks(written));
+    let free_inodes =
+        free_inodes(&layout, &inodes, &accounts, superblock.first_inode, data.is_some());
+    let data = data.unwrap_or_else(|| metadata_end(&free));
+    blocks.settle();
+    inodes.settle();
+    let (tree, records, lost_and_found, shared_xattrs) = walk.finish()?;
+    let image = Image {
+        rules: superblock.rules(),
+        blocks: Blocks::continued(&layout, blocks, &free, data),
+        inodes: Inodes::continued(&layout, inodes, accounts, free_inodes),
+        emitted,
+        records,
+        table,
+        descriptors,
+        undescribed: std::collections::BTreeSet::new(),
+        superblock: superblock.block,
+        lost_and_found,
+        shared_xattrs,
+        seen: tree.clock(),
+        layout,
+    };
+    Ok((tree, image))
+}
+
+/// The layout, if it is one of ours: then its two regions are known.
+fn own_layout(layout: &Layout) -> Option<Layout> {
+    let size = Bytes(layout.blocks * BLOCK as u64);
+    let own = Layout::new(Geometry { size }).ok()?;
+    let same = Layout { metadata: own.metadata, data: own.data, ..layout.clone() } == own;
+    same.then_some(own)
+}
+
+/// Runs of sectors as runs of blocks that they touch.
+fn whole_blocks(sectors: impl IntoIterator<Item = (Sectors, Sectors)>) -> Vec<BlockRun> {
+    let mut runs: Vec<BlockRun> = Vec::new();
+    for (lba, len) in sectors {
+        let start = lba.0 / BLOCK_SECTORS;
+        let end = lba.0.saturating_add(len.0).div_ceil(BLOCK_SECTORS);
+        match runs.last_mut() {
+            Some(last) if last.start + last.count >= start => {
+                last.count = last.count.max(end.saturating_sub(last.start));
+            }
+            _ => runs.push(BlockRun { start, count: end - start }),
+        }
+    }
+    runs
+}
+
+/// Where metadata ends on a disk that was laid out by others: behind a sixteenth of what is free.
+fn metadata_end(free: &[BlockRun]) -> u64 {
+    let mut left = free.iter().map(|run| run.count).sum::<u64>() / 16;
+    for run in free {
+        if run.count > left {
+            return run.start + left;
+        }
+        left -= run.count;
+    }
+    0
+}
+
+/// Inode numbers, less one, to give out. On a disk of ours numbers only go up, so that a layer is the same
+/// whether the ones below it were made by this process or read back; freed ones come last.
+fn free_inodes(
+    layout: &Layout,
+    inodes: &super::allocation::Bitmaps,
+    accounts: &[super::allocation::InodeAccount],
+    first: u32,
+    own: bool,
+) -> Vec<BlockRun> {
+    let reserved = BlockRun { start: 0, count: u64::from(first - 1) };
+    let free = subtract(&inodes.free_runs(), &[reserved]);
+    if !own {
+        return free;
+    }
+    let per_group = u64::from(layout.group_inodes);
+    let touched = (0..)
+        .zip(accounts)
+        .filter(|(_, account)| account.untouched < layout.group_inodes)
+        .map(|(group, account)| (group + 1) * per_group - u64::from(account.untouched))
+        .max()
+        .unwrap_or(0);
+    let total = u64::from(layout.inodes());
+    let next = BlockRun { start: touched, count: total - touched };
+    let mut runs = subtract(&free, &[BlockRun { start: 0, count: touched }]);
+    // `lost+found`, in the first inode, is claimed and never taken.
+    runs.extend(subtract(&free, &[BlockRun { start: u64::from(first - 1), count: 1 }, next]));
+    runs
+}
+
+/// Whole blocks of the disk.
+#[derive(Clone, Copy)]
+struct Source<'v>(&'v dyn ByteSource);
+
+impl Source<'_> {
+    fn block(self, number: u64) -> Result<Box<[u8; BLOCK]>, ReadError> {
+        let mut block = Box::new([0; BLOCK]);
+        self.0.read_exact_at(&mut block[..], number.saturating_mul(BLOCK as u64))?;
+        Ok(block)
+    }
+}

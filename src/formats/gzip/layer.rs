@@ -1,0 +1,175 @@
+//! A gzip layer as a [`ChunkSource`]: one chunk for each segment.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use sha2::{Digest as _, Sha256};
+
+use super::GzipError;
+use super::index::Index;
+use super::segment::{HEADROOM, SegmentDecoder, TAILROOM};
+use source::ByteSource;
+use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
+
+/// Longest segment that is decoded: an upstream index may have any distance between checkpoints, for
+/// a block cannot be cut there, but a number from a file must not decide how much memory is taken.
+const MAX_SEGMENT: u64 = 1 << 30;
+
+/// A gzip layer and its index.
+///
+/// Windows stay packed and are unpacked when a segment is decoded: the index of a 10 GB layer takes
+/// about 40 MB.
+pub struct IndexedLayer {
+    id: String,
+    index: Index,
+    blob: Arc<dyn ByteSource>,
+    /// Decoders that no thread is using.
+    idle: Mutex<Vec<SegmentDecoder>>,
+}
+
+impl IndexedLayer {
+    /// The layer `blob` of digest `id`, decoded by `index`. A cache knows it by both: two images may
+    /// share a layer and have cut it differently.
+    ///
+    /// # Errors
+    /// [`GzipError::OtherLayer`] when the blob's length is not the one in the index,
+    /// [`GzipError::Damaged`] when a segment is too short for its output,
+    /// [`GzipError::TooLarge`] when a segment is longer than memory should allow.
+    pub fn new(id: &str, index: Index, blob: Arc<dyn ByteSource>) -> Result<Self, GzipError> {
+        if blob.len() != index.compressed_len.0 {
+            return Err(GzipError::OtherLayer {
+                what: "the compressed length",
+                ours: index.compressed_len.0,
+                theirs: blob.len(),
+            });
+        }
+        let long = |i| {
+            let (output, input) = (index.output(i), index.input(i));
+            output.end - output.start > MAX_SEGMENT
+                || input.end.saturating_sub(input.start) > MAX_SEGMENT
+        };
+        if u32::try_from(index.segments()).is_err() || (0..index.segments()).any(long) {
+            return Err(GzipError::TooLarge { what: "a segment of more than 1 GiB" });
+        }
+        // A match takes two bits at least and yields 258 bytes at most.
+        let inflated = |i| {
+            let (output, input) = (index.output(i), index.input(i));
+            output.end - output.start > (input.end.saturating_sub(input.start)).saturating_mul(1032)
+        };
+        if let Some(i) = (0..index.segments()).find(|&i| inflated(i)) {
+            let at = index.input(i).start;
+            return Err(GzipError::damaged(
+                at,
+                "the index says that more comes out of a segment than can",
+            ));
+        }
+        let id = format!("{id}#gzip-{:08x}", index.cuts());
+        Ok(Self { id, index, blob, idle: Mutex::new(Vec::new()) })
+    }
+
+    /// The index.
+    #[must_use]
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    fn damaged(&self, chunk: u32, range: Range<u64>, reason: String) -> ChunkError {
+        let blob = self.blob.name().to_owned();
+        ChunkError::Damaged { blob, chunk, start: range.start, end: range.end, reason }
+    }
+
+    fn decoder(&self) -> SegmentDecoder {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        idle.unwrap_or_else(SegmentDecoder::new)
+    }
+
+    fn give_back(&self, decoder: SegmentDecoder) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(decoder);
+    }
+}
+
+impl ChunkSource for IndexedLayer {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn decoded_len(&self) -> u64 {
+        self.index.uncompressed_len.0
+    }
+
+    fn chunk_count(&self) -> u32 {
+        if self.index.uncompressed_len.0 == 0 { 0 } else { self.index.segments() as u32 }
+    }
+
+    fn chunk_at(&self, offset: u64) -> Option<ChunkSpan> {
+        let i = self.index.segment_at(offset)?;
+        let output = self.index.output(i);
+        Some(ChunkSpan {
+            index: i as u32,
+            start: output.start,
+            len: (output.end - output.start) as u32,
+        })
+    }
+
+    fn span(&self, index: u32) -> Option<ChunkSpan> {
+        let i = index as usize;
+        (i < self.index.segments()).then(|| {
+            let output = self.index.output(i);
+            ChunkSpan { index, start: output.start, len: (output.end - output.start) as u32 }
+        })
+    }
+
+    fn is_costly(&self) -> bool {
+        true
+    }
+
+    fn blob(&self) -> &Arc<dyn ByteSource> {
+        &self.blob
+    }
+
+    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+        if index as usize >= self.index.segments() {
+            return Err(self.damaged(index, 0..0, "there is no such segment".to_owned()));
+        }
+        let range = self.index.input(index as usize);
+        if range.start >= range.end {
+            return Err(self.damaged(index, range, "it has no compressed bytes".to_owned()));
+        }
+        Ok(Encoded { range, head: HEADROOM, tail: TAILROOM })
+    }
+
+    fn room(&self, index: u32) -> usize {
+        let i = index as usize;
+        if i >= self.index.segments() {
+            return 0;
+        }
+        let output = self.index.output(i);
+        self.index.window_len(i) + (output.end - output.start) as usize
+    }
+
+    fn decode(
+        &self,
+        index: u32,
+        encoded: &mut EncodedChunk,
+        room: &mut [u8],
+    ) -> Result<Range<usize>, ChunkError> {
+        let i = index as usize;
+        if i >= self.index.segments() || room.len() != self.room(index) {
+            return Err(self.damaged(index, 0..0, "there is no such segment".to_owned()));
+        }
+        let mut decoder = self.decoder();
+        let result = decoder.decode(&self.index, i, encoded.with_room(), room);
+        self.give_back(decoder);
+        result.map_err(|reason| self.damaged(index, self.index.input(i), reason))
+    }
+
+    fn verify(&self, index: u32, encoded: &[u8]) -> Option<bool> {
+        let digest = self.index.sha256.as_ref()?.get(index as usize)?;
+        Some(Sha256::digest(encoded)[..] == digest[..])
+    }
+
+    fn verify_decoded(&self, index: u32, decoded: &[u8]) -> Option<bool> {
+        let crc = self.index.crc32.as_ref()?.get(index as usize)?;
+        Some(crc32fast::hash(decoded) == *crc)
+    }
+}

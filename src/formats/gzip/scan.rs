@@ -1,0 +1,444 @@
+//! One pass over a layer as it arrives: its output, and the checkpoints of its index.
+//!
+//! The next checkpoint is wanted `span` behind the last one. Every block boundary within a quarter
+//! of a span around that target is a candidate, and the one whose window has the fewest used bytes
+//! wins ([`marks`](inflate::marks)); a member start has none and wins at once. Where a block is so
+//! large that there is no candidate, a point between two of its symbols serves, with a copy of the
+//! block's header. So a segment is never longer than two spans.
+//!
+//! Which points are chosen depends on the stream and the span alone: every decision is taken at an
+//! output position, never at the end of a piece of input.
+
+use std::collections::VecDeque;
+
+use super::GzipError;
+use super::decoder::{Inflater, Stop};
+use super::index::{Boundary, Checkpoint, CheckpointKind, Index};
+use super::window::{SparseWindow, WindowPacker};
+use crate::units::{Bits, Bytes};
+use inflate::marks::{WINDOW, masked};
+
+/// Distance between checkpoints unless told otherwise. A first read of a cold layer fetches one
+/// segment, about a third of this, and inflates it in little more than a millisecond; all metadata
+/// together is 0.51 % of the layer (a Debian `/usr`, gzip -6). Half the span would save 1.5 ms of the 23
+/// that the read takes over 1 Gbit/s and 20 ms, and make 1.07 %, more than the 1 % that it may be
+/// (`perf/README.md`).
+pub const DEFAULT_SPAN: Bytes = Bytes(1 << 20);
+
+/// Shortest span, as for upstream (spec gzip-index 2).
+pub const MIN_SPAN: Bytes = Bytes(64 << 10);
+
+/// Longest span: a segment must fit memory, and a `gzip.meta` counts it in 31 bits.
+pub const MAX_SPAN: Bytes = Bytes(64 << 20);
+
+/// How to scan.
+#[derive(Clone, Copy, Debug)]
+pub struct ScanOptions {
+    /// Wanted distance between checkpoints in the output; taken into
+    /// [`MIN_SPAN`]`..=`[`MAX_SPAN`].
+    pub span: Bytes,
+}
+
+impl Default for ScanOptions {
+    fn default() -> Self {
+        Self { span: DEFAULT_SPAN }
+    }
+}
+
+/// A block boundary that may become a checkpoint.
+struct Candidate {
+    bit: u64,
+    out: u64,
+    /// CRC-32 of all output before it.
+    crc: u32,
+    member_start: bool,
+    /// Used bytes of its window and the window, once 32 KiB have been decoded past it.
+    marked: Option<(u32, Option<Box<[u8; WINDOW]>>)>,
+}
+
+/// Reads a gzip blob once, handing on its output and choosing checkpoints.
+pub struct Scanner {
+    inflater: Inflater,
+    span: u64,
+    packer: WindowPacker,
+    checkpoints: Vec<Checkpoint>,
+    /// CRC-32 of all output before each checkpoint.
+    crc_before: Vec<u32>,
+    candidates: VecDeque<Candidate>,
+    /// The last checkpoint lies inside a block and its window is not marked yet.
+    unmarked: bool,
+    /// No candidate turned up in time, and the output here cannot be cut: the next boundary serves.
+    overdue: bool,
+    /// How far the zone was lengthened for that.
+    zone_extra: u64,
+    last_candidate: u64,
+    /// CRC-32 of the output so far, and how far that is.
+    crc: crc32fast::Hasher,
+    crc_at: u64,
+    /// CRC-32 of all output before the current member.
+    member_crc: u32,
+    /// Checkpoints already given away by [`take_boundaries`](Self::take_boundaries).
+    taken: usize,
+    failed: Option<GzipError>,
+}
+
+impl Scanner {
+    /// At the first byte of a layer.
+    #[must_use]
+    pub fn new(options: ScanOptions) -> Self {
+        Self {
+            inflater: Inflater::new(),
+            span: options.span.clamp(MIN_SPAN, MAX_SPAN).0,
+            packer: WindowPacker::new(),
+            checkpoints: Vec::new(),
+            crc_before: Vec::new(),
+            candidates: VecDeque::new(),
+            unmarked: false,
+            overdue: false,
+            zone_extra: 0,
+            last_candidate: 0,
+            crc: crc32fast::Hasher::new(),
+            crc_at: 0,
+            member_crc: 0,
+            taken: 0,
+            failed: None,
+        }
+    }
+
+    /// Consumes all of `compressed`, in pieces of any size, and hands uncompressed bytes to `sink`
+    /// in order.
+    ///
+    /// # Errors
+    /// [`GzipError`] when the stream is damaged (again on every later call), or what `sink` says;
+    /// the scan cannot go on after that, as the bytes that `sink` refused are not offered again.
+    pub fn feed<E: From<GzipError>>(
+        &mut self,
+        compressed: &[u8],
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone().into());
+        }
+        let mut rest = compressed;
+        while !rest.is_empty() {
+            rest = self.inflater.take_input(rest);
+            loop {
+                match self.step() {
+                    Ok(Stop::Input) => break,
+                    Ok(_) => {}
+                    Err(error) => {
+                        self.failed = Some(error.clone());
+                        return Err(error.into());
+                    }
+                }
+                if self.inflater.out() >= self.inflater.buffer_end() {
+                    self.hand_on(sink)?;
+                    self.inflater.slide();
+                }
+            }
+        }
+        self.hand_on(sink)
+    }
+
+    /// Checkpoints that are final and were not taken yet, for whoever hashes the compressed bytes
+    /// behind the scan.
+    pub fn take_boundaries(&mut self) -> Vec<Boundary> {
+        // One that nothing follows may still turn out to be the end.
+        let now = self.inflater.out();
+        let fresh = &self.checkpoints[self.taken..];
+        let count = fresh
+            .iter()
+            .take_while(|checkpoint| checkpoint.out.0 < now || checkpoint.out.0 == 0)
+            .count();
+        self.taken += count;
+        fresh[..count]
+            .iter()
+            .map(|checkpoint| Boundary { bit: checkpoint.bit, out: checkpoint.out })
+            .collect()
+    }
+
+    /// Uncompressed bytes so far.
+    #[must_use]
+    pub fn uncompressed_len(&self) -> Bytes {
+        Bytes(self.inflater.out())
+    }
+
+    /// The index, once the whole layer was fed. It may hold boundaries that
+    /// [`take_boundaries`](Self::take_boundaries) never gave; [`SegmentHasher::finish`](super::SegmentHasher::finish)
+    /// takes them from it.
+    ///
+    /// # Errors
+    /// [`GzipError`] when the stream was damaged or is not complete.
+    pub fn finish(mut self) -> Result<Index, GzipError> {
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        if !self.inflater.at_end() {
+            return Err(GzipError::Truncated { at: Bytes(self.inflater.input_end()) });
+        }
+        let end = self.inflater.out();
+        self.crc_to(end);
+        self.mark(u64::MAX);
+        while end > self.zone_end() && self.choose(end) {}
+        while self.checkpoints.len() > 1
+            && self.checkpoints.last().is_some_and(|last| last.out.0 >= end)
+        {
+            self.checkpoints.pop();
+            self.crc_before.pop();
+        }
+        let mut crc32 = Vec::with_capacity(self.checkpoints.len());
+        for (i, checkpoint) in self.checkpoints.iter().enumerate() {
+            let (next, after) = match self.checkpoints.get(i + 1) {
+                Some(next) => (next.out.0, self.crc_before[i + 1]),
+                None => (end, self.crc.clone().finalize()),
+            };
+            crc32.push(crc_between(self.crc_before[i], after, next - checkpoint.out.0));
+        }
+        Ok(Index {
+            layer: None,
+            span: Bytes(self.span),
+            compressed_len: Bytes(self.inflater.input_end()),
+            uncompressed_len: Bytes(end),
+            members: self.inflater.members(),
+            checkpoints: self.checkpoints,
+            crc32: Some(crc32),
+            sha256: None,
+        })
+    }
+
+    fn hand_on<E>(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+        self.crc_to(self.inflater.out());
+        match self.inflater.hand_on() {
+            [] => Ok(()),
+            bytes => sink(bytes),
+        }
+    }
+
+    /// Output position of the last checkpoint.
+    fn last(&self) -> u64 {
+        self.checkpoints.last().map_or(0, |last| last.out.0)
+    }
+
+    /// First output position at which a boundary may become the next checkpoint.
+    ///
+    /// A quarter of a span before the target; and early enough that a stored block, which cannot be
+    /// cut and is up to 64 KiB long, begins in the zone if it reaches past its end.
+    fn zone_start(&self) -> u64 {
+        let quarter = self.span - self.span / 4;
+        self.last() + quarter.min((self.span + self.span / 4).saturating_sub(65536).max(1))
+    }
+
+    /// Last output position at which a boundary may become the next checkpoint.
+    fn zone_end(&self) -> u64 {
+        self.last() + self.span + self.span / 4 + self.zone_extra
+    }
+
+    fn has_candidate(&self) -> bool {
+        self.candidates.front().is_some_and(|first| first.out <= self.zone_end())
+    }
+
+    /// Decodes up to the next event and deals with it.
+    fn step(&mut self) -> Result<Stop, GzipError> {
+        let limit = self.limit();
+        let stop = self.inflater.run(limit)?;
+        match stop {
+            Stop::Input => return Ok(stop),
+            Stop::MemberEnd { crc32, len } => self.check_trailer(crc32, len)?,
+            Stop::Limit | Stop::MemberStart | Stop::Block => {}
+        }
+        self.settle();
+        match stop {
+            Stop::MemberStart => self.boundary(true),
+            Stop::Block => self.boundary(false),
+            _ => {}
+        }
+        self.inflater.logging = self.unmarked
+            || !self.candidates.is_empty()
+            || self.inflater.out() >= self.zone_start();
+        if !self.inflater.logging {
+            self.inflater.log.clear();
+        }
+        Ok(stop)
+    }
+
+    /// The next output position at which something must be decided.
+    fn limit(&self) -> u64 {
+        let out = self.inflater.out();
+        let (start, end) = (self.zone_start(), self.zone_end());
+        let next = if out < start {
+            start
+        } else if self.has_candidate() {
+            end + WINDOW as u64
+        } else if self.overdue {
+            u64::MAX
+        } else {
+            end
+        };
+        next.min(self.inflater.buffer_end())
+    }
+
+    /// Takes what can be decided at the present output position.
+    fn settle(&mut self) {
+        let out = self.inflater.out();
+        self.mark(out);
+        if out >= self.zone_end()
+            && !self.has_candidate()
+            && !self.checkpoints.is_empty()
+            && !self.overdue
+        {
+            if self.inflater.inside_symbols() {
+                self.crc_to(out);
+                self.checkpoints.push(Checkpoint {
+                    bit: Bits(self.inflater.bit()),
+                    out: Bytes(out),
+                    kind: CheckpointKind::MidBlock(self.inflater.block_header_bits()),
+                    window: SparseWindow::none(),
+                });
+                self.crc_before.push(self.crc.clone().finalize());
+                self.unmarked = true;
+                self.candidates.clear();
+            } else {
+                self.overdue = true;
+            }
+        }
+        while self.has_candidate() && out >= self.zone_end() + WINDOW as u64 && self.choose(out) {}
+    }
+
+    /// Marks the windows of candidates that lie 32 KiB or more before `out`.
+    fn mark(&mut self, out: u64) {
+        if self.unmarked
+            && let Some(last) = self.checkpoints.last_mut()
+            && out.saturating_sub(last.out.0) >= WINDOW as u64
+        {
+            let at = last.out.0;
+            if let Some((marks, _)) = self.inflater.log.used(at, u32::MAX) {
+                let window = self.inflater.output(at.saturating_sub(WINDOW as u64), at);
+                last.window = self.packer.pack(&masked(window, &marks));
+            }
+            self.unmarked = false;
+        }
+        // With short spans a candidate that loses here may be needed next, so all are kept.
+        let mut best = u32::MAX;
+        let prune = self.span >= 4 * WINDOW as u64;
+        let zone_end = self.zone_end();
+        for candidate in &mut self.candidates {
+            if candidate.marked.is_none() && out.saturating_sub(candidate.out) >= WINDOW as u64 {
+                let bound = if prune && candidate.out <= zone_end { best } else { u32::MAX };
+                let marked = self.inflater.log.used(candidate.out, bound).map(|(marks, used)| {
+                    let from = candidate.out.saturating_sub(WINDOW as u64);
+                    (used, Some(masked(self.inflater.output(from, candidate.out), &marks)))
+                });
+                candidate.marked = Some(marked.unwrap_or((u32::MAX, None)));
+            }
+            if let Some((used, _)) = candidate.marked {
+                best = best.min(used);
+            }
+        }
+    }
+
+    /// Makes the best candidate of the zone, before output position `end`, a checkpoint.
+    fn choose(&mut self, end: u64) -> bool {
+        let target = self.last() + self.span;
+        let zone_end = self.zone_end();
+        let key = |candidate: &Candidate| {
+            let used = candidate.marked.as_ref().map_or(u32::MAX, |&(used, _)| used);
+            (used, candidate.out.abs_diff(target))
+        };
+        let best = self
+            .candidates
+            .iter()
+            .enumerate()
+            .filter(|(_, candidate)| candidate.out <= zone_end && candidate.out < end)
+            .min_by_key(|(_, candidate)| key(candidate))
+            .map(|(i, _)| i);
+        let Some(chosen) = best.and_then(|i| self.candidates.drain(..=i).next_back()) else {
+            return false;
+        };
+        let window = chosen.marked.and_then(|(_, window)| window);
+        self.checkpoints.push(Checkpoint {
+            bit: Bits(chosen.bit),
+            out: Bytes(chosen.out),
+            kind: if chosen.member_start {
+                CheckpointKind::MemberStart
+            } else {
+                CheckpointKind::Block
+            },
+            window: window.map_or_else(SparseWindow::none, |window| self.packer.pack(&window)),
+        });
+        self.crc_before.push(chosen.crc);
+        self.overdue = false;
+        self.zone_extra = 0;
+        let start = self.zone_start();
+        self.candidates.retain(|candidate| candidate.out >= start);
+        true
+    }
+
+    /// Registers the present position, if it lies in the zone.
+    fn boundary(&mut self, member_start: bool) {
+        let (bit, out) = (self.inflater.bit(), self.inflater.out());
+        if self.checkpoints.is_empty() {
+            self.checkpoints.push(Checkpoint {
+                bit: Bits(bit),
+                out: Bytes(out),
+                kind: CheckpointKind::MemberStart,
+                window: SparseWindow::none(),
+            });
+            self.crc_before.push(0);
+        }
+        // Blocks may be as short as a byte; so many candidates would only cost time.
+        let spacing = self.span / 128;
+        let crowded =
+            !self.candidates.is_empty() && out < self.last_candidate + spacing && !member_start;
+        if out <= self.last() || out < self.zone_start() || crowded {
+            return;
+        }
+        if self.candidates.back().is_some_and(|last| last.out == out) {
+            self.candidates.pop_back();
+        }
+        self.last_candidate = out;
+        self.crc_to(out);
+        let marked = member_start.then_some((0, None));
+        let crc = self.crc.clone().finalize();
+        self.candidates.push_back(Candidate { bit, out, crc, member_start, marked });
+        if self.overdue {
+            self.zone_extra += out.saturating_sub(self.zone_end());
+        }
+    }
+
+    fn crc_to(&mut self, out: u64) {
+        self.crc.update(self.inflater.output(self.crc_at, out));
+        self.crc_at = out;
+    }
+
+    fn check_trailer(&mut self, crc32: u32, len: u32) -> Result<(), GzipError> {
+        let out = self.inflater.out();
+        self.crc_to(out);
+        let member_len = out - self.inflater.member_at();
+        let crc = self.crc.clone().finalize();
+        let found = crc_between(self.member_crc, crc, member_len);
+        self.member_crc = crc;
+        let at = Bytes(self.inflater.bit() / 8 - 8);
+        if found != crc32 {
+            return Err(GzipError::Trailer { at, what: "CRC-32", found, expected: crc32 });
+        }
+        if member_len as u32 != len {
+            return Err(GzipError::Trailer {
+                at,
+                what: "length",
+                found: member_len as u32,
+                expected: len,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// CRC-32 of the last `len` bytes of what has CRC-32 `after`, when all before them has `before`.
+fn crc_between(before: u32, after: u32, len: u64) -> u32 {
+    if before == 0 {
+        return after; // so it is for no bytes at all, and shifting zero yields zero
+    }
+    let mut shifted = crc32fast::Hasher::new_with_initial_len(before, 0);
+    shifted.combine(&crc32fast::Hasher::new_with_initial_len(0, len));
+    shifted.finalize() ^ after
+}

@@ -1,0 +1,157 @@
+//! The fallback: the disk as one file through FUSE, under a loop device.
+//!
+//! Where a kernel has no ublk, the virtual disk appears as the file `disk` of a small FUSE
+//! file system, and a loop device makes a block device of the file, so that the same ext4 is
+//! mounted and everything above it runs unchanged.
+//!
+//! A read travels: ext4, loop device (a kernel worker), FUSE request, one of our session threads,
+//! [`Volume::locate`]; if the bytes are there, the thread answers at once, and the kernel copies from
+//! the cache. If not, the request waits at the volume and an *answer thread* replies later: a slow
+//! fetch never holds a session thread. Waiters only send a message, as they may be called under a
+//! lock of the volume.
+//!
+//! The loop device reads the file with direct I/O where it can: the page cache then holds the data
+//! once, above the loop device, not twice.
+//!
+//! A volume that can be [written](disk::volume::WritableVolume) makes a device that can be: writes are handed to
+//! it as they come, a flush of the device is an `fsync` of the file, and discards are holes punched into it.
+//!
+//! Slower than ublk (each request crosses two more layers), and it cannot survive its server: when this
+//! process dies, reads fail. Nothing is left then: the FUSE mount is detached from the tree as soon as
+//! its file is open (the open file keeps it alive), and the loop device is made with
+//! `LO_FLAGS_AUTOCLEAR` and kept open, so that it goes with the last file that has it open.
+//!
+//! [`Volume::locate`]: disk::volume::Volume::locate
+
+mod device;
+mod fuse;
+mod memory;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use disk::volume::Volume;
+use formats::units::SECTOR;
+pub use fuse::FuseTotals;
+
+/// Why the fallback could not be made or removed.
+#[derive(Debug, Error)]
+pub enum LoopedError {
+    /// The disk has a size that no block device can have.
+    #[error("A loop device cannot have {0} bytes: the size must be a multiple of 512, not 0")]
+    Size(u64),
+    /// A step on the way failed.
+    #[error("Cannot {what} {path}", path = path.display())]
+    Step {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody keeps the device.
+    #[error("{path} is still in use: unmount it, or close what has it open", path = path.display())]
+    Busy {
+        /// The loop device.
+        path: PathBuf,
+    },
+    /// Other programs took every free loop device before us.
+    #[error("No free loop device in {0} attempts: another program takes them")]
+    NoFreeDevice(u32),
+}
+
+/// `Cannot {what} {path}`, for `map_err`.
+fn step(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LoopedError {
+    let path = path.to_owned();
+    move |source| LoopedError::Step { what, path, source }
+}
+
+/// A loop device that is being served. Dropping it stops it.
+pub struct LoopedDevice {
+    path: PathBuf,
+    direct: bool,
+    // In the order in which they end: the device holds the file, the file holds the session.
+    device: Option<device::LoopDevice>,
+    session: Option<fuse::FuseSession>,
+}
+
+impl LoopedDevice {
+    /// Mounts the file system at `dir` for the moment it takes to open its file, and sets up a loop
+    /// device on that file. `dir` is created if it does not exist, and then removed again. Needs
+    /// `CAP_SYS_ADMIN`. Nothing is left behind on an error.
+    ///
+    /// # Errors
+    /// [`LoopedError`], naming the step.
+    pub fn start(volume: Arc<dyn Volume>, dir: &Path) -> Result<Self, LoopedError> {
+        let size = volume.size();
+        if size == 0 || !size.is_multiple_of(SECTOR) {
+            return Err(LoopedError::Size(size));
+        }
+        memory::map_large_buffers();
+        let writable = volume.writable().is_some();
+        let (session, file) = fuse::FuseSession::new(volume, dir)?;
+        let device = match device::LoopDevice::attach(&file, &dir.join(fuse::NAME), writable) {
+            Ok(device) => device,
+            Err(error) => {
+                drop(file); // before the session, which waits for it
+                return Err(error);
+            }
+        };
+        drop(file);
+        let path = device.path().to_owned();
+        let direct = device.reads_direct();
+        Ok(Self { path, direct, device: Some(device), session: Some(session) })
+    }
+
+    /// `/dev/loopN`.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the loop device reads with direct I/O, past the page cache of the file.
+    #[must_use]
+    pub fn direct(&self) -> bool {
+        self.direct
+    }
+
+    /// What the file system did so far.
+    #[must_use]
+    pub fn counters(&self) -> FuseTotals {
+        self.session.as_ref().map(fuse::FuseSession::counters).unwrap_or_default()
+    }
+
+    /// Detaches the loop device, waits for the file system to end, and joins the threads.
+    ///
+    /// # Errors
+    /// [`LoopedError::Busy`] if the device is mounted or open: it then serves on, and goes away by
+    /// itself when the last user has closed it.
+    pub fn stop(mut self) -> Result<(), LoopedError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), LoopedError> {
+        if let Some(device) = self.device.take()
+            && let Err(error) = device.detach()
+        {
+            if let Some(session) = self.session.take() {
+                session.abandon();
+            }
+            return Err(error);
+        }
+        self.session.take().map_or(Ok(()), fuse::FuseSession::end)
+    }
+}
+
+impl Drop for LoopedDevice {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::error!(device = %self.path.display(), error = &error as &dyn std::error::Error, "Cannot remove the device");
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The block device: `/dev/ublkbN`, served from this process.
+//!
+//! # How a read travels
+//!
+//! The kernel's ublk driver hands each block request of the disk to a *driver thread* of ours, as the
+//! completion of an `io_uring` command that the thread left with the driver: one command for each
+//! *tag* (request slot) of each queue. The thread looks the bytes up ([`Volume::locate`]) and answers
+//! with the next command, `COMMIT_AND_FETCH`, which carries the result and re-arms the tag: one
+//! submission and one completion a request.
+//!
+//! In the driver's copy mode the commit carries the address to copy *from*, and every commit may
+//! name another one. So we commit the address of the decoded chunk itself: the kernel copies from
+//! our cache into the reader's pages, and nobody copies in user space. A hole commits a shared zero
+//! area. Only a request whose bytes lie in several places is gathered first into a scratch buffer
+//! (counted in [`QueueCounters`]). The request size is bounded by [`UblkOptions::chunk`], so most
+//! requests lie in one place.
+//!
+//! The kernel copies while it *issues* the commit, that is, inside our `io_uring_enter`. A chunk's
+//! guard is therefore kept until the enter that issued the commit has returned, and the ring has no
+//! feature that would issue later (no SQPOLL, no links, no `IOSQE_ASYNC`).
+//!
+//! # Threads
+//!
+//! A few threads serve all devices ([`QueueDriver::Shared`]): a thousand devices are a thousand times
+//! two queues and still two threads. libublk, which gives each queue of each device a thread, is the
+//! other [`QueueDriver`]; both answer requests by the same code (`answer`) and pass the same tests.
+//!
+//! # Waiting
+//!
+//! A driver thread never blocks on anything but its ring: one slow fetch would stop all its queues,
+//! the kernel's partition scan included. For bytes that are not there yet, the volume keeps a waiter
+//! that puts the tag into the thread's mailbox, and writes an eventfd only if the thread sleeps.
+//!
+//! # Writes
+//!
+//! With `UBLK_F_NEED_GET_DATA` a write is announced before its data are copied, and we say where to. A
+//! volume that can be written ([`WritableVolume`]) makes a device that can: a write gets a buffer of its own, is
+//! stored by a thread that may wait for the disk, and then committed (`writer`). The same threads flush, and
+//! make zeros of what is discarded.
+//!
+//! Any other disk is read-only, but the kernel's block layer only warns about a write that arrives anyway:
+//! it is let into a dummy buffer and refused. Without the flag it would be copied to the address of the
+//! tag's last commit: into the cache.
+//!
+//! # Contents
+//!
+//! * [`probe`]    what this kernel's ublk can do, and whether it may be touched at all
+//! * `features`   what is asked of it
+//! * `device`     a device's shape and life
+//! * `shared`     a device on the threads of `mux`, set up by the commands of `control`
+//! * `threads`    a device on threads of its own, by libublk; `queue` is their body
+//! * `request`    what the driver asks for
+//! * `answer`     from a request to the address that is committed for it
+//! * `writer`     what a device that can be written has besides: buffers, and threads that store them
+//! * `mailbox`    from waiters to a driver thread
+//! * `counters`   what the queues did
+//!
+//! Only this module names the crate `libublk`, whose interface changes between releases.
+//!
+//! [`Volume::locate`]: disk::volume::Volume::locate
+//! [`WritableVolume`]: disk::volume::WritableVolume
+
+mod answer;
+mod control;
+mod counters;
+mod device;
+mod features;
+mod mailbox;
+mod mux;
+pub mod probe;
+mod queue;
+mod request;
+mod shared;
+mod threads;
+mod writer;
+
+pub use counters::{QueueCounters, QueueTotals};
+pub use device::{QueueDriver, UblkDevice, UblkOptions};
+
+use thiserror::Error;
+
+/// Stops many devices, several at a time: for most of the time that a device takes to stop, the kernel
+/// waits (for readers of freed memory), and it can wait for several at once, if nobody holds its lock.
+///
+/// # Errors
+/// The first refusal; the other devices are stopped all the same.
+pub fn stop_all(devices: Vec<UblkDevice>) -> Result<(), UblkError> {
+    let rest = std::sync::Mutex::new(devices.into_iter());
+    let next = || rest.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+    std::thread::scope(|scope| {
+        let stop = || {
+            let mut result = Ok(());
+            while let Some(device) = next() {
+                let stopped = device.stop();
+                result = result.and(stopped);
+            }
+            result
+        };
+        let stoppers: Vec<_> = (0..STOPPERS).map(|_| scope.spawn(stop)).collect();
+        let results = stoppers
+            .into_iter()
+            .map(|stopper| stopper.join().unwrap_or(Err(UblkError::ControlThreadGone)));
+        results.fold(Ok(()), Result::and)
+    })
+}
+
+/// Devices that are stopped at the same time.
+const STOPPERS: usize = 8;
+
+/// Why a ublk device could not be made or removed.
+#[derive(Debug, Error)]
+pub enum UblkError {
+    /// There is no ublk here.
+    #[error("This kernel ({kernel}) has no ublk: {reason}")]
+    Unavailable {
+        /// `uname -r`.
+        kernel: String,
+        /// What is missing.
+        reason: String,
+    },
+    /// The kernel would crash.
+    #[error("Kernel {kernel} must not be used with ublk: {reason}")]
+    KnownBadKernel {
+        /// `uname -r`.
+        kernel: String,
+        /// What is known about it.
+        reason: &'static str,
+    },
+    /// An option is outside what the driver takes.
+    #[error("A ublk device cannot have {what} {value}: {rule}")]
+    Option {
+        /// Which option.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// What is allowed.
+        rule: &'static str,
+    },
+    /// The driver refused a control command.
+    #[error("The ublk driver refused to {what}")]
+    Control {
+        /// What was asked.
+        what: &'static str,
+        /// Its answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A queue thread could not set up.
+    #[error("Queue {queue} of the ublk device failed at {what}")]
+    Queue {
+        /// Number of the queue.
+        queue: u16,
+        /// Which step.
+        what: &'static str,
+        /// The step's failure.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A thread could not be made.
+    #[error("Cannot start the thread {name}")]
+    Thread {
+        /// Its name.
+        name: String,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The device was started but its node did not appear.
+    #[error("{path} did not appear within {seconds} s: is /dev a devtmpfs, or does udev run here?")]
+    Node {
+        /// The expected path.
+        path: String,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// The control thread ended without an answer.
+    #[error("The control thread of the ublk device has ended")]
+    ControlThreadGone,
+}
+
+/// libublk's error as the system error that it wraps.
+fn system_error(error: libublk::UblkError) -> std::io::Error {
+    use libublk::UblkError as E;
+    match error {
+        E::IOError(error) => error,
+        E::OtherError(code) | E::UringIOError(code) => {
+            std::io::Error::from_raw_os_error(code.abs())
+        }
+        other => std::io::Error::other(other),
+    }
+}

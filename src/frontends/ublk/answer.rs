@@ -1,0 +1,273 @@
+//! From a request to what is committed for it: the part that both queue drivers share.
+//!
+//! A commit carries an address. What lies there must stay until the kernel has copied it, which it does
+//! while it *issues* the commit; so whatever an address points to is kept here until the driver says that
+//! its submission queue was seen empty after an enter.
+
+use std::sync::Arc;
+
+use super::counters::{QueueCounters, count};
+use super::mailbox::Outcome;
+use super::request::{Op, Request};
+use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
+
+/// Scratch buffers kept for later: one stays warm, and a burst's worth of them would stay for ever.
+const SPARE: usize = 4;
+
+/// What to do with a request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Commit it with this result, from this address. The address is never 0.
+    Commit {
+        /// Where the bytes lie; any memory of ours when the result is an error.
+        address: u64,
+        /// Its length in bytes, or `-errno`.
+        result: i32,
+    },
+    /// The waiter will be called.
+    Wait,
+}
+
+/// Memory that a submitted commit points to.
+enum Held {
+    /// The volume's guards.
+    Pieces(#[allow(dead_code, reason = "kept alive, not read")] Vec<Piece>),
+    /// A gathered request; goes back to the pool.
+    Scratch(Vec<u8>),
+}
+
+/// Memory that commits point to.
+pub(super) struct Answers {
+    held: Vec<Held>,
+    /// Scratch buffers not lent to a commit.
+    pool: Vec<Vec<u8>>,
+    /// Where the data of a refused write go; never read.
+    refuse: Vec<u8>,
+    /// As many zeros as a request can ask for.
+    zeros: Arc<Vec<u8>>,
+    /// Zeros and bins that were too short for a later device; commits may point to them still.
+    outgrown: Vec<(Arc<Vec<u8>>, Vec<u8>)>,
+}
+
+impl Answers {
+    /// `zeros` are as long as the longest request.
+    pub(super) fn new(zeros: Arc<Vec<u8>>) -> Self {
+        Self { held: Vec::new(), pool: Vec::new(), refuse: Vec::new(), zeros, outgrown: Vec::new() }
+    }
+
+    /// Makes ready for requests of at most `longest` bytes.
+    pub(super) fn prepare(&mut self, longest: usize) {
+        if self.zeros.len() < longest {
+            let zeros = std::mem::replace(&mut self.zeros, Arc::new(vec![0; longest]));
+            self.outgrown.push((zeros, std::mem::take(&mut self.refuse)));
+        }
+    }
+
+    /// A read of `len` bytes at byte `offset`.
+    pub(super) fn read(
+        &mut self,
+        volume: &dyn Volume,
+        counters: &QueueCounters,
+        (offset, len): (u64, usize),
+        waiter: &mut dyn FnMut() -> Waiter,
+    ) -> Verdict {
+        match volume.locate(offset, len, waiter) {
+            Ok(Located::Ready(pieces)) => self.pieces(counters, offset, len, pieces),
+            Ok(Located::Pending) => {
+                count(&counters.pending, 1);
+                Verdict::Wait
+            }
+            Err(error) => self.failed(counters, (offset, len), Some(&error)),
+        }
+    }
+
+    /// A read that cannot be answered: by the volume's error, or because it forgot its waiter.
+    pub(super) fn failed(
+        &self,
+        counters: &QueueCounters,
+        (offset, bytes): (u64, usize),
+        error: Option<&VolumeError>,
+    ) -> Verdict {
+        match error {
+            Some(error) => {
+                let error = error as &dyn std::error::Error;
+                tracing::error!(offset, bytes, error, "A read of the disk failed");
+            }
+            None => tracing::error!(
+                offset,
+                bytes,
+                "A read of the disk failed: the volume forgot its waiter"
+            ),
+        }
+        count(&counters.errors, 1);
+        self.error(libc::EIO)
+    }
+
+    /// What is no read, on a disk that cannot be written; and what no disk can do.
+    pub(super) fn refused(&self, counters: &QueueCounters, request: &Request) -> Verdict {
+        let errno = match request.op {
+            // Nothing is ever dirty.
+            Op::Flush => return self.done(0),
+            Op::Write { .. } => libc::EROFS,
+            _ => libc::EOPNOTSUPP,
+        };
+        count(&counters.refused, 1);
+        self.error(errno)
+    }
+
+    /// A change that has ended. The writer is told of a full disk as such.
+    pub(super) fn changed(
+        &self,
+        counters: &QueueCounters,
+        request: &Request,
+        outcome: &Outcome,
+    ) -> Verdict {
+        let (offset, bytes) = (request.offset, request.len);
+        let errno = match outcome {
+            Outcome::Ready => return self.stored(counters, request),
+            Outcome::Failed(error) => {
+                let errno = error.errno();
+                let error = error as &dyn std::error::Error;
+                tracing::error!(offset, bytes, error, "A change of the disk failed");
+                errno
+            }
+            Outcome::Forgotten => {
+                tracing::error!(
+                    offset,
+                    bytes,
+                    "A change of the disk failed: its threads have ended"
+                );
+                libc::EIO
+            }
+        };
+        count(&counters.errors, 1);
+        self.error(errno)
+    }
+
+    fn stored(&self, counters: &QueueCounters, request: &Request) -> Verdict {
+        match request.op {
+            Op::Write { durable } => {
+                count(&counters.writes, 1);
+                count(&counters.written, request.len);
+                count(&counters.flushes, durable.into());
+                i32::try_from(request.len)
+                    .map_or_else(|_| self.error(libc::EIO), |len| self.done(len))
+            }
+            Op::Zero => {
+                count(&counters.zeroed, 1);
+                self.done(0)
+            }
+            _ => {
+                count(&counters.flushes, 1);
+                self.done(0)
+            }
+        }
+    }
+
+    /// Success of what gives no data.
+    fn done(&self, result: i32) -> Verdict {
+        Verdict::Commit { address: self.zero_address(), result }
+    }
+
+    /// Where the data of a write go that is let in to be refused.
+    pub(super) fn bin(&mut self) -> u64 {
+        if self.refuse.is_empty() {
+            self.refuse = vec![0; self.zeros.len()];
+        }
+        self.refuse.as_mut_ptr() as u64
+    }
+
+    /// Every commit so far has been issued.
+    pub(super) fn issued(&mut self) {
+        for held in self.held.drain(..) {
+            if let Held::Scratch(buffer) = held {
+                self.pool.push(buffer);
+            }
+        }
+        self.pool.truncate(SPARE);
+    }
+
+    /// Full length, or an error, never short: the driver takes a short answer for a full one in some
+    /// modes, and asks again for ever in others.
+    fn pieces(
+        &mut self,
+        counters: &QueueCounters,
+        offset: u64,
+        len: usize,
+        pieces: Vec<Piece>,
+    ) -> Verdict {
+        let Ok(result) = i32::try_from(len) else { return self.error(libc::EIO) };
+        if pieces.iter().map(Piece::len).sum::<usize>() != len {
+            tracing::error!(offset, len, "The volume answered with a wrong length");
+            count(&counters.errors, 1);
+            return self.error(libc::EIO);
+        }
+        count(&counters.reads, 1);
+        count(&counters.bytes, len as u64);
+        if pieces.iter().all(|piece| piece.bytes().is_none()) && len <= self.zeros.len() {
+            count(&counters.zero, 1);
+            return Verdict::Commit { address: self.zero_address(), result };
+        }
+        if let Some(address) = one_run(&pieces) {
+            count(&counters.direct, 1);
+            self.held.push(Held::Pieces(pieces));
+            return Verdict::Commit { address, result };
+        }
+        count(&counters.gathered, 1);
+        let mut scratch = self.pool.pop().unwrap_or_default();
+        scratch.resize(scratch.len().max(len), 0);
+        let mut rest = scratch.as_mut_slice();
+        for piece in &pieces {
+            let (part, tail) = rest.split_at_mut(piece.len());
+            piece.copy_to(part);
+            rest = tail;
+        }
+        let address = scratch.as_ptr() as u64;
+        self.held.push(Held::Scratch(scratch));
+        Verdict::Commit { address, result }
+    }
+
+    fn error(&self, errno: i32) -> Verdict {
+        Verdict::Commit { address: self.zero_address(), result: -errno }
+    }
+
+    fn zero_address(&self) -> u64 {
+        self.zeros.as_ptr() as u64
+    }
+}
+
+/// Address of the bytes if all pieces lie one after the other in memory.
+fn one_run(pieces: &[Piece]) -> Option<u64> {
+    let mut pieces = pieces.iter().filter(|piece| !piece.is_empty());
+    let first = pieces.next()?.bytes()?.as_ptr_range();
+    let mut end = first.end;
+    for piece in pieces {
+        let next = piece.bytes()?.as_ptr_range();
+        if next.start != end {
+            return None;
+        }
+        end = next.end;
+    }
+    Some(first.start as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(guard: &Arc<Vec<u8>>, range: std::ops::Range<usize>) -> Piece {
+        Piece::Memory { guard: guard.clone(), range }
+    }
+
+    #[test]
+    fn only_neighbours_in_memory_are_committed_together() {
+        let bytes = Arc::new(vec![1_u8; 4096]);
+        let base = bytes.as_ptr() as u64;
+        assert_eq!(one_run(&[memory(&bytes, 8..16)]), Some(base + 8));
+        assert_eq!(one_run(&[memory(&bytes, 8..16), memory(&bytes, 16..99)]), Some(base + 8));
+        assert_eq!(one_run(&[memory(&bytes, 8..16), memory(&bytes, 17..99)]), None);
+        assert_eq!(one_run(&[memory(&bytes, 8..16), Piece::Zero(8)]), None);
+        assert_eq!(one_run(&[Piece::Zero(8), memory(&bytes, 8..16)]), None);
+        assert_eq!(one_run(&[]), None);
+    }
+}

@@ -1,0 +1,300 @@
+//! One device: its shape, and its life from start to stop.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libublk::sys;
+
+use super::counters::{QueueCounters, QueueTotals};
+use super::shared::SharedThreads;
+use super::threads::OwnThreads;
+use super::writer::{Writer, WriterThreads};
+use super::{UblkError, probe};
+use disk::volume::{Volume, WritableVolume};
+use formats::units::SECTOR;
+
+/// How long to wait for the block node after the device was started. devtmpfs makes it at once; udev
+/// may need a while on a busy host.
+const NODE_SECONDS: u64 = 10;
+
+/// Which threads serve a device's queues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueDriver {
+    /// A few threads of this process serve the queues of all devices: a thousand devices need no
+    /// thousand threads. The default.
+    Shared,
+    /// Each queue has a thread of its own, by libublk: one busy device does not slow another, as long as
+    /// there are cores for them.
+    OwnThreads,
+}
+
+/// Sectors of the largest discard, 1 GiB: 129 records of the writable layer.
+const MOST_ZEROED: u32 = 1 << 21;
+
+/// A device that is being served, by either driver.
+pub(super) trait Running: Send + Sync {
+    /// N of `/dev/ublkbN`.
+    fn id(&self) -> u32;
+
+    /// Stops and deletes the device after the requests in flight were answered, and lets go of its
+    /// threads.
+    fn stop(self: Box<Self>) -> Result<(), UblkError>;
+}
+
+/// Shape of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UblkOptions {
+    /// Queues, each with a thread. A request goes to the queue of the CPU that submits it, so more
+    /// queues than CPUs are never used. Default: 2, or 1 on one CPU; two threads saturate the inflate
+    /// workers of the hosts this was measured on, and each queue costs kernel memory.
+    pub queues: u16,
+    /// Requests in flight per queue, 1 to 4096. Default 64: enough to keep 16 MiB of reads in flight
+    /// at the default chunk, for about 100 KiB of kernel memory a queue.
+    pub depth: u16,
+    /// Bytes of the largest request, a power of two, 4 KiB to 32 MiB. No request crosses a multiple
+    /// of it. Default 256 KiB: a quarter or half of the usual decode unit, so that most requests lie
+    /// in one decoded chunk, while a sequential reader still gets big requests.
+    pub chunk: u32,
+    /// Which threads serve the queues.
+    pub driver: QueueDriver,
+    /// Whether the kernel may refuse writes before they reach us, where the volume cannot be written. Always
+    /// `true`, but in the test that writes which do reach us do no harm.
+    pub read_only: bool,
+}
+
+impl Default for UblkOptions {
+    fn default() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            queues: cpus.clamp(1, 2) as u16,
+            depth: 64,
+            chunk: 256 * 1024,
+            driver: QueueDriver::Shared,
+            read_only: true,
+        }
+    }
+}
+
+impl UblkOptions {
+    fn check(&self, volume: &dyn Volume) -> Result<(), UblkError> {
+        let rule = |fits: bool, what, value: u64, rule| {
+            if fits { Ok(()) } else { Err(UblkError::Option { what, value, rule }) }
+        };
+        rule((1..=4096).contains(&self.queues), "queues", self.queues.into(), "1 to 4096")?;
+        rule((1..=4096).contains(&self.depth), "depth", self.depth.into(), "1 to 4096")?;
+        let chunk_fits = self.chunk.is_power_of_two() && (4096..=32 << 20).contains(&self.chunk);
+        rule(chunk_fits, "chunk", self.chunk.into(), "a power of two, 4 KiB to 32 MiB")?;
+        let size = volume.size();
+        rule(
+            size > 0 && size.is_multiple_of(SECTOR),
+            "size",
+            size,
+            "a multiple of 512 bytes, not 0",
+        )
+    }
+}
+
+/// What a device serves, and in what shape.
+#[derive(Clone)]
+pub(super) struct Backing {
+    /// The disk.
+    pub(super) volume: Arc<dyn Volume>,
+    /// Who changes it, if it can be changed.
+    pub(super) writer: Option<Writer>,
+    /// The shape.
+    pub(super) options: UblkOptions,
+    /// Where the queues count.
+    pub(super) counters: Arc<QueueCounters>,
+}
+
+impl Backing {
+    /// What the driver is told of the disk.
+    ///
+    /// One that can be written has a volatile cache: a write is durable after the next flush, as the writable
+    /// layer's is. It takes FUA, which saves the block layer a flush of its own after such a write. One that
+    /// cannot be written has no cache, so no flush is ever sent.
+    pub(super) fn params(&self) -> sys::ublk_params {
+        let chunk = self.options.chunk;
+        let chunk_shift = chunk.trailing_zeros() as u8;
+        let (attrs, discard) = if self.writer.is_some() {
+            let discards = self.volume.writable().is_some_and(WritableVolume::discards);
+            let discard = if discards { sys::UBLK_PARAM_TYPE_DISCARD } else { 0 };
+            (sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA, discard)
+        } else if self.options.read_only {
+            (sys::UBLK_ATTR_READ_ONLY, 0)
+        } else {
+            (0, 0)
+        };
+        sys::ublk_params {
+            types: sys::UBLK_PARAM_TYPE_BASIC | discard,
+            basic: sys::ublk_param_basic {
+                attrs, // never ROTATIONAL
+                // 512: images whose size is no multiple of 4 KiB exist, and readers may ask for a sector.
+                logical_bs_shift: 9,
+                // 4 KiB: what a page-cache read asks for at least, and ext4's block size in our images.
+                physical_bs_shift: 12,
+                io_min_shift: 12,
+                // Sets the default read-ahead to twice this: 512 KiB at the default chunk.
+                io_opt_shift: chunk_shift,
+                max_sectors: chunk >> 9,
+                // No request crosses a chunk: it then lies in one decoded piece more often.
+                chunk_sectors: chunk >> 9,
+                dev_sectors: self.volume.size() / SECTOR,
+                virt_boundary_mask: 0,
+            },
+            discard: sys::ublk_param_discard {
+                discard_alignment: 0,
+                // Any sector can be zeroed; smaller than a block is not worth a record of its own.
+                discard_granularity: 4096,
+                max_discard_sectors: MOST_ZEROED,
+                max_write_zeroes_sectors: MOST_ZEROED,
+                max_discard_segments: 1, // all that the driver takes
+                reserved0: 0,
+            },
+            ..Default::default()
+        }
+    }
+}
+
+/// A block device that is being served. Dropping it stops it.
+pub struct UblkDevice {
+    path: PathBuf,
+    id: u32,
+    counters: Arc<QueueCounters>,
+    running: Option<Box<dyn Running>>,
+    /// Ends after the queues, which hand it their writes.
+    writers: Option<WriterThreads>,
+}
+
+impl UblkDevice {
+    /// Creates a device for `volume`, which can be written if the volume can, starts it and waits for its node. Nothing is left behind on
+    /// an error. Needs `CAP_SYS_ADMIN`; loads the module `ublk_drv` if it must.
+    ///
+    /// # Errors
+    /// [`UblkError`]; [`UblkError::Unavailable`] and [`UblkError::KnownBadKernel`] come before
+    /// anything was touched, and mean that another front end should be used.
+    pub fn start(volume: Arc<dyn Volume>, options: &UblkOptions) -> Result<Self, UblkError> {
+        options.check(&*volume)?;
+        probe::examine_and_load().verdict()?;
+        let counters = Arc::new(QueueCounters::default());
+        let writers = WriterThreads::start(&volume)?;
+        let backing = Backing {
+            volume,
+            writer: writers.as_ref().map(WriterThreads::writer),
+            options: options.clone(),
+            counters: counters.clone(),
+        };
+        let running: Box<dyn Running> = match options.driver {
+            QueueDriver::Shared => Box::new(SharedThreads::start(&backing)?),
+            QueueDriver::OwnThreads => Box::new(OwnThreads::start(backing)?),
+        };
+        let id = running.id();
+        let path = PathBuf::from(format!("/dev/ublkb{id}"));
+        Ok(Self { path, id, counters, running: Some(running), writers })
+    }
+
+    /// `/dev/ublkbN`.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// N of `/dev/ublkbN`.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// What the queues did so far.
+    #[must_use]
+    pub fn counters(&self) -> QueueTotals {
+        self.counters.totals()
+    }
+
+    /// Stops and deletes the device. Requests in flight are answered first, so this takes as long as the
+    /// volume takes. Unmount first: the device of a mounted file system is torn away from it, and every
+    /// later read there fails.
+    ///
+    /// # Errors
+    /// The driver's refusal.
+    pub fn stop(mut self) -> Result<(), UblkError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), UblkError> {
+        let stopped = self.running.take().map_or(Ok(()), Running::stop);
+        self.writers = None;
+        stopped
+    }
+}
+
+impl Drop for UblkDevice {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::error!(device = %self.path.display(), error = &error as &dyn std::error::Error, "Cannot remove the device");
+        }
+    }
+}
+
+/// Merging and sorting are of no use to a device without seeks. A device of several queues has no
+/// scheduler from the start; to write its name again would freeze the queues all the same, which took
+/// 60 of the 90 ms that a device took to make (user-mode Linux 7.3). A kernel without schedulers is
+/// no error.
+pub(super) fn without_scheduler(id: u32) {
+    let path = format!("/sys/block/ublkb{id}/queue/scheduler");
+    if std::fs::read_to_string(&path).is_ok_and(|now| !now.contains("[none]")) {
+        let _ = std::fs::write(&path, "none");
+    }
+}
+
+/// Waits until the block node can be seen: the kernel announces the disk, somebody makes the node.
+pub(super) fn wait_for_node(id: u32) -> Result<(), UblkError> {
+    use std::os::unix::fs::FileTypeExt;
+    let path = format!("/dev/ublkb{id}");
+    let until = Instant::now() + Duration::from_secs(NODE_SECONDS);
+    loop {
+        if std::fs::metadata(&path).is_ok_and(|found| found.file_type().is_block_device()) {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            return Err(UblkError::Node { path, seconds: NODE_SECONDS });
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use disk::volume::MemoryVolume;
+
+    #[test]
+    fn options_that_the_driver_would_refuse_are_refused_with_a_rule() {
+        let volume = MemoryVolume::new(vec![0; 4096]);
+        let good = UblkOptions::default();
+        assert!(good.check(&volume).is_ok());
+        for bad in [
+            UblkOptions { queues: 0, ..good.clone() },
+            UblkOptions { depth: 4097, ..good.clone() },
+            UblkOptions { chunk: 3 << 12, ..good.clone() },
+            UblkOptions { chunk: 2048, ..good.clone() },
+        ] {
+            assert!(matches!(bad.check(&volume), Err(UblkError::Option { .. })), "{bad:?}");
+        }
+        assert!(good.check(&MemoryVolume::new(Vec::new())).is_err());
+    }
+
+    #[test]
+    fn a_host_without_ublk_is_told_so_before_anything_is_made() {
+        if probe::examine().driver == probe::Driver::Present {
+            return; // the tests of front ends cover that case
+        }
+        let volume = Arc::new(MemoryVolume::new(vec![0; 4096]));
+        let error = UblkDevice::start(volume, &UblkOptions::default()).err();
+        assert!(
+            matches!(error, Some(UblkError::Unavailable { .. } | UblkError::KnownBadKernel { .. })),
+            "{error:?}"
+        );
+    }
+}

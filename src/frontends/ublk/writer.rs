@@ -1,0 +1,327 @@
+//! The write path of a device that can be written.
+//!
+//! The kernel announces a write without its data. We answer with the address of a buffer as long as the
+//! write (`NEED_GET_DATA`); the kernel copies the data there, no later than it completes that command, and
+//! so hands the request over. The volume then stores the bytes, and the tag is committed when it has.
+//!
+//! Storing is file I/O: an append may wait for memory to be written back, a flush for the disk. A driver
+//! thread, which serves other tags and other devices, must not wait; so a few threads of the device's own
+//! do it, and answer through the mailbox as a fetch does. Of the device's own: the slow disk of one
+//! must not hold up another. They are I/O threads (`PR_SET_IO_FLUSHER`): memory that they allocate never waits
+//! for pages to be written to the very device that they serve.
+//!
+//! The block layer sends a flush when the writes that it is about were answered, and keeps no other order; so
+//! neither do we. A write with FUA is a write and a flush.
+//!
+//! A buffer belongs to its tag from the announcement on, then to the thread that stores it. There are never more
+//! than the device has tags (2 × 64 × 256 KiB for a device of the default shape), and a few are kept. A
+//! device that cannot be written has none of this.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::UblkError;
+use super::request::{Op, Request};
+use disk::volume::{Volume, VolumeError, Waiter, WritableVolume};
+use sys::thread::mark_io_thread;
+
+/// Threads of a device. One may sit in a flush for long, and each queue's block layer sends one at a time.
+const THREADS: usize = 4;
+
+/// Buffers kept for later, of those that come back.
+const SPARE: usize = 8;
+
+/// What is to be done to a disk.
+enum Change {
+    Write { bytes: Vec<u8>, durable: bool },
+    Zero { len: u64 },
+    Flush,
+}
+
+struct Job {
+    offset: u64,
+    change: Change,
+    done: Waiter,
+}
+
+/// Buffers that nobody uses now.
+type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
+
+/// Hands changes to a device's threads.
+#[derive(Clone)]
+pub(super) struct Writer {
+    jobs: Sender<Option<Job>>,
+    spare: Spare,
+}
+
+impl Writer {
+    fn buffer(&self, len: usize) -> Vec<u8> {
+        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut buffer = spare.unwrap_or_default();
+        buffer.resize(len, 0);
+        buffer
+    }
+}
+
+/// A device's threads. Dropping it ends them.
+pub(super) struct WriterThreads {
+    writer: Writer,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl WriterThreads {
+    /// Threads that change `volume`; none if it cannot be changed.
+    pub(super) fn start(volume: &Arc<dyn Volume>) -> Result<Option<Self>, UblkError> {
+        if volume.writable().is_none() {
+            return Ok(None);
+        }
+        let (jobs, queue) = unbounded();
+        let writer = Writer { jobs, spare: Spare::default() };
+        let mut this = Self { writer, threads: Vec::with_capacity(THREADS) };
+        for number in 0..THREADS {
+            let thread = this.spawn(number, volume.clone(), queue.clone());
+            let name = || thread_name(number);
+            this.threads.push(thread.map_err(|source| UblkError::Thread { name: name(), source })?);
+        }
+        Ok(Some(this))
+    }
+
+    fn spawn(
+        &self,
+        number: usize,
+        volume: Arc<dyn Volume>,
+        queue: Receiver<Option<Job>>,
+    ) -> io::Result<JoinHandle<()>> {
+        let spare = self.writer.spare.clone();
+        std::thread::Builder::new().name(thread_name(number)).spawn(move || {
+            mark_io_thread();
+            if let Some(volume) = volume.writable() {
+                serve(volume, &queue, &spare);
+            }
+        })
+    }
+
+    /// For the queues.
+    pub(super) fn writer(&self) -> Writer {
+        self.writer.clone()
+    }
+}
+
+fn thread_name(number: usize) -> String {
+    format!("ublk-write-{number}")
+}
+
+impl Drop for WriterThreads {
+    /// When the device was stopped in order, nothing is left to do. Else what comes later is told that
+    /// nobody does it, as its waiter is dropped with the channel.
+    fn drop(&mut self) {
+        for _ in &self.threads {
+            let _ = self.writer.jobs.send(None);
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Body of a thread; `None` in the queue ends one.
+fn serve(volume: &dyn WritableVolume, queue: &Receiver<Option<Job>>, spare: &Spare) {
+    while let Ok(Some(Job { offset, change, done })) = queue.recv() {
+        let result = match change {
+            Change::Write { bytes, durable } => {
+                let result = write(volume, offset, &bytes, durable);
+                let mut spare = spare.lock().unwrap_or_else(PoisonError::into_inner);
+                if spare.len() < SPARE {
+                    spare.push(bytes);
+                }
+                result
+            }
+            Change::Zero { len } => volume.discard(offset, len),
+            Change::Flush => volume.flush(),
+        };
+        done(result);
+    }
+}
+
+fn write(
+    volume: &dyn WritableVolume,
+    offset: u64,
+    bytes: &[u8],
+    durable: bool,
+) -> Result<(), VolumeError> {
+    volume.write_at(bytes, offset)?;
+    if durable { volume.flush() } else { Ok(()) }
+}
+
+/// What a queue of a writable device has under way.
+pub(super) struct QueueWrites {
+    writer: Writer,
+    /// Per tag: the buffer that the kernel fills; empty if there is none.
+    filling: Vec<Vec<u8>>,
+}
+
+impl QueueWrites {
+    /// Of a queue with `depth` tags.
+    pub(super) fn new(writer: Writer, depth: u16) -> Self {
+        Self { writer, filling: vec![Vec::new(); depth.into()] }
+    }
+
+    /// A write was announced: where its data shall go. None for what has no data (6.1 announces flushes).
+    pub(super) fn let_in(&mut self, tag: u16, request: &Request) -> Option<u64> {
+        let place = self.filling.get_mut(usize::from(tag))?;
+        if !matches!(request.op, Op::Write { .. }) || request.len == 0 {
+            return None;
+        }
+        *place = self.writer.buffer(request.len as usize);
+        Some(place.as_mut_ptr() as u64)
+    }
+
+    /// The driver has taken the tag back, and with it what was announced.
+    pub(super) fn gave_up(&mut self, tag: u16) {
+        if let Some(place) = self.filling.get_mut(usize::from(tag)) {
+            *place = Vec::new();
+        }
+    }
+
+    /// Begins a change; `done` is called when it has ended. `false`: it is none that can be made.
+    pub(super) fn begin(
+        &mut self,
+        tag: u16,
+        request: &Request,
+        done: impl FnOnce() -> Waiter,
+    ) -> bool {
+        let change = match request.op {
+            Op::Write { durable } => {
+                let place = self.filling.get_mut(usize::from(tag));
+                let mut bytes = place.map(std::mem::take).unwrap_or_default();
+                // The kernel may have copied less than it announced, and then asks for less: the rest comes
+                // as another request.
+                if (bytes.len() as u64) < request.len {
+                    return false;
+                }
+                bytes.truncate(request.len as usize);
+                Change::Write { bytes, durable }
+            }
+            Op::Zero => Change::Zero { len: request.len },
+            Op::Flush => Change::Flush,
+            Op::Read | Op::Other => return false,
+        };
+        // Fails when the threads have ended; the waiter is then dropped, which fails the request.
+        let _ = self.writer.jobs.send(Some(Job { offset: request.offset, change, done: done() }));
+        true
+    }
+}
+
+impl Drop for QueueWrites {
+    /// A queue whose thread has failed may leave buffers that the kernel fills yet: they must stay.
+    fn drop(&mut self) {
+        self.filling.drain(..).for_each(std::mem::forget);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use disk::volume::{Located, MemoryVolume};
+
+    /// Notes what it is told, and fails where it is told to.
+    #[derive(Default)]
+    struct Noted(Mutex<Vec<String>>);
+
+    impl Volume for Noted {
+        fn size(&self) -> u64 {
+            1 << 20
+        }
+        fn locate(
+            &self,
+            offset: u64,
+            _: usize,
+            _: &mut dyn FnMut() -> Waiter,
+        ) -> Result<Located, VolumeError> {
+            Err(VolumeError::Closed { offset })
+        }
+        fn writable(&self) -> Option<&dyn WritableVolume> {
+            Some(self)
+        }
+    }
+
+    impl Noted {
+        fn note(&self, text: String) -> Result<(), VolumeError> {
+            self.0.lock().unwrap().push(text);
+            Ok(())
+        }
+    }
+
+    impl WritableVolume for Noted {
+        fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), VolumeError> {
+            if offset == 512 {
+                return Err(VolumeError::Injected { offset });
+            }
+            self.note(format!("write {offset} {}", bytes.len()))
+        }
+        fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+            self.note(format!("zero {offset} {len}"))
+        }
+        fn flush(&self) -> Result<(), VolumeError> {
+            self.note("flush".into())
+        }
+    }
+
+    /// Does one request to the end; `None`: it cannot be done.
+    fn run(writes: &mut QueueWrites, op: Op, offset: u64, len: u64) -> Option<bool> {
+        let request = Request { op, offset, len };
+        let announced = writes.let_in(3, &request).is_some();
+        assert_eq!(announced, matches!(op, Op::Write { .. }));
+        let (sender, receiver) = channel();
+        let done = || -> Waiter { Box::new(move |result| sender.send(result.is_ok()).unwrap()) };
+        writes.begin(3, &request, done).then(|| receiver.recv().unwrap())
+    }
+
+    #[test]
+    fn each_request_becomes_what_the_volume_knows_and_fua_a_flush_after_the_write() {
+        let noted = Arc::new(Noted::default());
+        let volume: Arc<dyn Volume> = noted.clone();
+        let threads = WriterThreads::start(&volume).unwrap().unwrap();
+        let mut writes = QueueWrites::new(threads.writer(), 4);
+        assert_eq!(run(&mut writes, Op::Write { durable: false }, 4096, 1024), Some(true));
+        assert_eq!(run(&mut writes, Op::Write { durable: true }, 0, 512), Some(true));
+        assert_eq!(run(&mut writes, Op::Write { durable: true }, 512, 512), Some(false));
+        assert_eq!(run(&mut writes, Op::Zero, 8192, 1 << 32), Some(true));
+        assert_eq!(run(&mut writes, Op::Flush, u64::MAX, 0), Some(true));
+        assert_eq!(run(&mut writes, Op::Other, 0, 512), None);
+        let expected = ["write 4096 1024", "write 0 512", "flush", "zero 8192 4294967296", "flush"];
+        assert_eq!(*noted.0.lock().unwrap(), expected);
+        // A write whose data never came is not made up.
+        let request = Request { op: Op::Write { durable: false }, offset: 0, len: 512 };
+        assert!(!writes.begin(3, &request, || Box::new(|_| ())));
+    }
+
+    #[test]
+    fn what_comes_after_the_end_is_told_that_nobody_does_it() {
+        let volume: Arc<dyn Volume> = Arc::new(Noted::default());
+        let threads = WriterThreads::start(&volume).unwrap().unwrap();
+        let mut writes = QueueWrites::new(threads.writer(), 1);
+        drop(threads);
+        let (sender, receiver) = channel::<()>();
+        let request = Request { op: Op::Flush, offset: 0, len: 0 };
+        writes.begin(0, &request, || {
+            Box::new(move |result| {
+                if result.is_ok() {
+                    let _ = sender.send(());
+                }
+            })
+        });
+        assert!(receiver.recv().is_err(), "its waiter was dropped");
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_written_has_no_threads() {
+        let volume: Arc<dyn Volume> = Arc::new(MemoryVolume::new(vec![0; 512]));
+        assert!(WriterThreads::start(&volume).unwrap().is_none());
+    }
+}

@@ -1,0 +1,195 @@
+//! The service configuration: what holds for all devices of this host.
+//!
+//! It is overlaybd's JSON (spec runtime 3), so that a host that runs overlaybd needs no second file, with
+//! what overlaybd has no word for under the key `turbobd`. `CONFIG.md` lists every key with meaning and
+//! default, and a test holds the page and the parser together.
+//!
+//! A key that nobody knows is a warning that names it: it may belong to another version. A value of the
+//! wrong type, or one that cannot be meant, is an error that names file, key and what is expected: to
+//! guess there would serve containers by settings that nobody wrote. Without a file the defaults
+//! hold, which differ from overlaybd's where a section that is *absent* says nothing: then the background
+//! fill begins at once and the disk tier is used. A section that is there means what overlaybd says.
+//!
+//! Sizes are bytes and times are durations once they are parsed. A [`ServiceConfig`] is read once, when the
+//! program starts, and shared behind an `Arc`.
+//!
+//! Contents: `object` takes keys one by one; `sections` overlaybd's; `own` ours.
+
+mod object;
+mod own;
+mod sections;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use object::{Notes, Object};
+pub use own::{OnError, TracesConfig, TurbobdConfig};
+pub use sections::{
+    ApiConfig, AuditConfig, CacheConfig, CacheType, CertificateConfig, CredentialConfig,
+    CredentialMode, DownloadConfig, ExporterConfig, GzipCacheConfig, IoEngine, LogConfig,
+    P2pConfig, PrefetchConfig,
+};
+
+/// Environment variable that names the file, as `--service-config` does.
+pub const VARIABLE: &str = "TURBOBD_SERVICE_CONFIG";
+
+/// Where the file is looked for when nobody names one.
+pub const DEFAULT_FILES: [&str; 3] =
+    ["/etc/turbobd/config.json", "/etc/overlaybd/overlaybd.json", "/etc/overlaybd/config.json"];
+
+/// Why a configuration cannot be used.
+#[derive(Clone, Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("Cannot read the service configuration {}", .file.display())]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: Arc<std::io::Error>,
+    },
+    /// It is not a JSON object.
+    #[error("The service configuration {file} is not a JSON object: {rule}")]
+    NotJson {
+        /// The file.
+        file: String,
+        /// What is wrong, with its place.
+        rule: String,
+    },
+    /// A key has a value that it cannot have.
+    #[error("Key {key} of {file} is invalid: {rule}")]
+    Key {
+        /// The file.
+        file: String,
+        /// Path of the key, such as `cacheConfig.cacheSizeGB`.
+        key: String,
+        /// What is expected, and what was found.
+        rule: String,
+    },
+}
+
+/// Settings of this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceConfig {
+    /// The file it was read from; `None`: these are the defaults.
+    pub file: Option<PathBuf>,
+    /// `logConfig`, or the legacy `logLevel` and `logPath`.
+    pub log: LogConfig,
+    /// `ioEngine`.
+    pub io_engine: IoEngine,
+    /// `cacheConfig`, or the legacy `cacheType`, `registryCacheDir` and `registryCacheSizeGB`.
+    pub cache: CacheConfig,
+    /// `gzipCacheConfig`: the disk tier of decoded chunks.
+    pub gzip_cache: GzipCacheConfig,
+    /// `credentialConfig`, or the legacy `credentialFilePath`.
+    pub credential: CredentialConfig,
+    /// `download`: the background fill.
+    pub download: DownloadConfig,
+    /// `p2pConfig`.
+    pub p2p: P2pConfig,
+    /// `prefetchConfig`.
+    pub prefetch: PrefetchConfig,
+    /// `exporterConfig`.
+    pub exporter: ExporterConfig,
+    /// `enableAudit` and `auditPath`.
+    pub audit: AuditConfig,
+    /// `certConfig`: a client certificate for registries.
+    pub certificate: Option<CertificateConfig>,
+    /// `userAgent`, or `None`: our own.
+    pub user_agent: Option<String>,
+    /// `serviceConfig`: the live snapshot service.
+    pub api: ApiConfig,
+    /// `turbobd`.
+    pub turbobd: TurbobdConfig,
+}
+
+impl Default for ServiceConfig {
+    fn default() -> Self {
+        // An empty object has no key that could be wrong.
+        Self::parse("{}", "the defaults")
+            .map_or_else(|error| unreachable!("the defaults parse: {error}"), |(config, _)| config)
+    }
+}
+
+impl ServiceConfig {
+    /// Reads the file that the user named, or that [`VARIABLE`] names, or the first of [`DEFAULT_FILES`] that
+    /// exists, or no file at all. Keys that nobody knows are logged as warnings.
+    ///
+    /// # Errors
+    /// [`ConfigError`]; a file that was named must exist.
+    pub fn load(named: Option<&Path>) -> Result<Self, ConfigError> {
+        let variable = std::env::var_os(VARIABLE).filter(|value| !value.is_empty());
+        let named = named.map(Path::to_owned).or_else(|| variable.map(PathBuf::from));
+        let found =
+            named.or_else(|| DEFAULT_FILES.iter().map(PathBuf::from).find(|path| path.exists()));
+        let Some(file) = found else { return Ok(Self::default()) };
+        let text = std::fs::read_to_string(&file).map_err(|source| ConfigError::Unreadable {
+            file: file.clone(),
+            source: Arc::new(source),
+        })?;
+        let (mut config, warnings) = Self::parse(&text, &file.display().to_string())?;
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        config.file = Some(file);
+        Ok(config)
+    }
+
+    /// Parses a configuration; `file` is its name for messages. Returns the warnings too.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotJson`] and [`ConfigError::Key`].
+    pub fn parse(text: &str, file: &str) -> Result<(Self, Vec<String>), ConfigError> {
+        let notes = Notes::default();
+        let config = Self::take(Object::parse(text, file, &notes)?)?;
+        Ok((config, notes.into_warnings()))
+    }
+
+    fn take(mut root: Object<'_>) -> Result<Self, ConfigError> {
+        let config = Self {
+            file: None,
+            log: LogConfig::take(&mut root)?,
+            io_engine: IoEngine::take(&mut root)?,
+            cache: CacheConfig::take(&mut root)?,
+            gzip_cache: GzipCacheConfig::take(&mut root)?,
+            credential: CredentialConfig::take(&mut root)?,
+            download: DownloadConfig::take_section(&mut root)?,
+            p2p: P2pConfig::take(&mut root)?,
+            prefetch: PrefetchConfig::take(&mut root)?,
+            exporter: ExporterConfig::take(&mut root)?,
+            audit: AuditConfig::take(&mut root)?,
+            certificate: CertificateConfig::take(&mut root)?,
+            user_agent: root.text("userAgent")?,
+            api: ApiConfig::take(&mut root)?,
+            turbobd: TurbobdConfig::take(&mut root)?,
+        };
+        // Both only say how overlaybd itself is built: threads a device, and which of its HTTP clients.
+        root.bool("enableThread")?;
+        root.text("registryFsVersion")?;
+        root.end();
+        Ok(config)
+    }
+}
+
+impl DownloadConfig {
+    /// The `download` object of one device's configuration, which overrides the host's: what it leaves out
+    /// is overlaybd's default. Keys that nobody knows are logged as warnings.
+    ///
+    /// # Errors
+    /// [`ConfigError::Key`] naming `file` and the key.
+    pub fn of_device(map: Map<String, Value>, file: &str) -> Result<Self, ConfigError> {
+        let notes = Notes::default();
+        let config = Self::take(Object::new(file, "download.", map, &notes))?;
+        for warning in notes.into_warnings() {
+            tracing::warn!("{warning}");
+        }
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests;

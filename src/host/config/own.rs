@@ -1,0 +1,159 @@
+//! Our own keys, under `turbobd`: what overlaybd has no word for.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use registry::Hedging;
+
+use super::ConfigError;
+use super::object::Object;
+use super::sections::{GIB, MIB, is_http_url};
+
+type Taken<T> = Result<T, ConfigError>;
+
+/// Memory for decoded chunks by default, in MB: a few hundred segments, the working set of a starting
+/// program.
+const MEMORY_CACHE_MB: u64 = 256;
+
+/// Range requests under way at most by default. One request brings a gigabit line 2.5 MB in 20 ms, so a
+/// few fill it; more are for many devices, and for stores that give each connection 50 MB/s.
+const CONNECTIONS: u64 = 24;
+
+/// Longest deadline of a read that can be written down, in seconds: overlaybd's own 7 days.
+const LONGEST_DEADLINE: u64 = 7 * 86_400;
+
+/// What is done with a read that cannot be had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnError {
+    /// `eio`: the reader gets an error once the deadline has passed.
+    #[default]
+    Eio,
+    /// `wait`: the read is tried for ever, as overlaybd does for seven days. What can never succeed fails
+    /// all the same.
+    Wait,
+}
+
+/// The section `turbobd`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TurbobdConfig {
+    /// `memoryCacheMB`, in bytes: decoded chunks in memory, of all devices together.
+    pub memory_cache: u64,
+    /// `freeSpaceFloorGB`, in bytes: the disk tiers leave so much of their filesystem free.
+    pub free_space_floor: u64,
+    /// `connections`: range requests under way at most.
+    pub connections: usize,
+    /// `mirrors`: for a registry's host, URLs to ask first, in order.
+    pub mirrors: BTreeMap<String, Vec<String>>,
+    /// `authorities`: PEM files, or folders of them, to believe besides the platform's.
+    pub authorities: Vec<PathBuf>,
+    /// `rateLimitMBps`, in bytes a second, of everything that no process waits for; `None` (0): no limit.
+    pub rate_limit: Option<u64>,
+    /// `hedge`.
+    pub hedge: Hedging,
+    /// `readDeadlineSeconds`: from the first try of a read to its last byte.
+    pub read_deadline: Duration,
+    /// `onError`.
+    pub on_error: OnError,
+    /// `metricsAddress`: where `exporterConfig`'s port is listened on.
+    pub metrics_address: IpAddr,
+    /// `traces`.
+    pub traces: TracesConfig,
+    /// `metaDir`: meta images that were built here.
+    pub meta_dir: PathBuf,
+}
+
+/// `traces`: what a start reads is recorded, to be fetched ahead at the next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TracesConfig {
+    /// `enable`.
+    pub enable: bool,
+    /// `dir`.
+    pub dir: PathBuf,
+    /// `published`: whether to look for one beside an image of which nothing was learned here.
+    pub published: bool,
+}
+
+impl TurbobdConfig {
+    pub(super) fn take(root: &mut Object<'_>) -> Taken<Self> {
+        let mut section = root.section("turbobd")?;
+        let folder = |path: Option<PathBuf>, default: &str| path.unwrap_or_else(|| default.into());
+        let mirrors = section.lists("mirrors")?;
+        if let Some(url) = mirrors.values().flatten().find(|url| !is_http_url(url)) {
+            let rule = format!("{url:?} is not an http:// or https:// URL");
+            return Err(section.error("mirrors", rule));
+        }
+        let deadline = section.bounded("readDeadlineSeconds", LONGEST_DEADLINE)?.unwrap_or(60);
+        let connections = section.bounded("connections", 1024)?.unwrap_or(CONNECTIONS).max(1);
+        let config = Self {
+            memory_cache: section.size("memoryCacheMB", MIB)?.unwrap_or(MEMORY_CACHE_MB * MIB),
+            free_space_floor: section.size("freeSpaceFloorGB", GIB)?.unwrap_or(GIB),
+            connections: usize::try_from(connections).unwrap_or(1),
+            mirrors,
+            authorities: section.texts("authorities")?.into_iter().map(PathBuf::from).collect(),
+            rate_limit: section.size("rateLimitMBps", MIB)?.filter(|rate| *rate > 0),
+            hedge: take_hedging(&mut section)?,
+            read_deadline: Duration::from_secs(deadline.max(1)),
+            on_error: OnError::take(&mut section)?,
+            metrics_address: metrics_address(&mut section)?,
+            traces: TracesConfig::take(&mut section)?,
+            meta_dir: folder(section.path("metaDir")?, "/var/lib/turbobd/meta"),
+        };
+        section.end();
+        Ok(config)
+    }
+}
+
+/// This host alone unless told otherwise: the page names the images that run here.
+fn metrics_address(section: &mut Object<'_>) -> Taken<IpAddr> {
+    match section.text("metricsAddress")? {
+        None => Ok(Ipv4Addr::LOCALHOST.into()),
+        Some(text) => text
+            .parse()
+            .map_err(|_| section.error("metricsAddress", format!("{text:?} is not an IP address"))),
+    }
+}
+
+impl OnError {
+    fn take(section: &mut Object<'_>) -> Taken<Self> {
+        match section.text("onError")?.as_deref() {
+            None | Some("eio") => Ok(Self::Eio),
+            Some("wait") => Ok(Self::Wait),
+            Some(other) => {
+                Err(section.error("onError", format!("it is eio or wait, not {other:?}")))
+            }
+        }
+    }
+}
+
+/// Takes `hedge`; a key that is absent leaves its default.
+fn take_hedging(section: &mut Object<'_>) -> Taken<Hedging> {
+    let mut hedge = section.section("hedge")?;
+    let default = Hedging::default();
+    let after = hedge.bounded("afterMs", 3_600_000)?.map(Duration::from_millis);
+    let percent = hedge.bounded("budgetPercent", 100)?;
+    let hedging = Hedging {
+        enable: hedge.bool("enable")?.unwrap_or(default.enable),
+        after: after.unwrap_or(default.after),
+        budget_percent: percent
+            .and_then(|percent| u32::try_from(percent).ok())
+            .unwrap_or(default.budget_percent),
+    };
+    hedge.end();
+    Ok(hedging)
+}
+
+impl TracesConfig {
+    fn take(section: &mut Object<'_>) -> Taken<Self> {
+        let mut traces = section.section("traces")?;
+        let dir = traces.path("dir")?;
+        let config = Self {
+            enable: traces.bool("enable")?.unwrap_or(true),
+            dir: dir.unwrap_or_else(|| "/var/lib/turbobd/traces".into()),
+            published: traces.bool("published")?.unwrap_or(true),
+        };
+        traces.end();
+        Ok(config)
+    }
+}

@@ -1,0 +1,216 @@
+use std::collections::BTreeSet;
+
+use super::*;
+
+const PAGE: &str = include_str!("../../../CONFIG.md");
+
+fn parse(text: &str) -> ServiceConfig {
+    let (config, warnings) = ServiceConfig::parse(text, "c.json").unwrap();
+    assert_eq!(warnings, Vec::<String>::new(), "{text}");
+    config
+}
+
+#[test]
+fn every_key_of_the_page_is_known_and_every_known_key_is_in_the_page() {
+    let notes = Notes::default();
+    ServiceConfig::take(Object::parse("{}", "c.json", &notes).unwrap()).unwrap();
+    let known: BTreeSet<String> = notes.into_known().into_iter().collect();
+    // Rows of the page's tables: | `key` | default | meaning |
+    let rows = PAGE.lines().filter_map(|line| line.strip_prefix("| `"));
+    let written: BTreeSet<String> =
+        rows.filter_map(|row| row.split_once('`')).map(|(key, _)| key.to_owned()).collect();
+    let missing: Vec<_> = known.difference(&written).collect();
+    let unknown: Vec<_> = written.difference(&known).collect();
+    assert!(
+        missing.is_empty() && unknown.is_empty(),
+        "not in the page: {missing:?}; not in the parser: {unknown:?}"
+    );
+}
+
+#[test]
+fn the_pages_example_is_understood_whole() {
+    let example = PAGE.split("```json").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let config = parse(example);
+    assert_eq!(config.turbobd.mirrors["docker.io"].len(), 2);
+    assert_ne!(config.gzip_cache, ServiceConfig::default().gzip_cache);
+}
+
+#[test]
+fn an_absent_section_is_ours_and_a_present_one_is_overlaybds() {
+    let ours = ServiceConfig::default();
+    assert_eq!(ours.download, DownloadConfig::AT_ONCE);
+    assert!(ours.gzip_cache.enable);
+    assert_eq!(ours.turbobd.memory_cache, 256 << 20);
+    let theirs = parse(r#"{"download": {}, "gzipCacheConfig": {}}"#);
+    let seconds = Duration::from_secs;
+    let download = DownloadConfig {
+        enable: false,
+        delay: seconds(300),
+        delay_extra: seconds(30),
+        max_bytes_per_second: Some(100 << 20),
+        tries: 5,
+        block: 262_144,
+    };
+    assert_eq!(theirs.download, download);
+    assert!(!theirs.gzip_cache.enable);
+    assert_eq!(theirs.gzip_cache.dir, Path::new("/opt/overlaybd/gzip_cache"));
+    let map = serde_json::from_str(r#"{"enable": true, "delay": 0, "maxMBps": 0}"#).unwrap();
+    let device = DownloadConfig::of_device(map, "config.v1.json").unwrap();
+    assert!(device.enable && device.delay.is_zero() && device.max_bytes_per_second.is_none());
+}
+
+use std::time::Duration;
+
+#[test]
+fn the_configuration_that_overlaybd_installs_is_understood() {
+    let config = parse(
+        r#"{
+            "logConfig": {"logLevel": 1, "logPath": "/var/log/overlaybd.log"},
+            "cacheConfig": {"cacheType": "file", "cacheDir": "/opt/overlaybd/registry_cache", "cacheSizeGB": 4},
+            "gzipCacheConfig": {"enable": true, "cacheDir": "/opt/overlaybd/gzip_cache", "cacheSizeGB": 8},
+            "credentialConfig": {"mode": "file", "path": "/opt/overlaybd/cred.json"},
+            "ioEngine": 0,
+            "download": {"enable": true, "delay": 600, "delayExtra": 30, "maxMBps": 100},
+            "p2pConfig": {"enable": false, "address": "http://localhost:9731/dadip2p"},
+            "exporterConfig": {"enable": false, "uriPrefix": "/metrics", "port": 9863, "updateInterval": 60000000},
+            "enableAudit": true, "auditPath": "/var/log/overlaybd-audit.log",
+            "registryFsVersion": "v2", "enableThread": false,
+            "certConfig": {"certFile": "", "keyFile": ""}, "userAgent": "overlaybd/1.0.0"
+        }"#,
+    );
+    assert_eq!(config.gzip_cache.size, 8 << 30);
+    assert_eq!(config.credential.mode, CredentialMode::File("/opt/overlaybd/cred.json".into()));
+    assert_eq!(config.download.delay, Duration::from_secs(600));
+    assert_eq!(config.certificate, None);
+    assert_eq!(config.user_agent.as_deref(), Some("overlaybd/1.0.0"));
+}
+
+#[test]
+fn legacy_keys_hold_where_the_new_ones_say_nothing() {
+    let config = parse(
+        r#"{"registryCacheDir": "/r", "registryCacheSizeGB": 2, "cacheType": "download",
+            "credentialFilePath": "/c", "logLevel": 3, "logPath": "/l"}"#,
+    );
+    assert_eq!(config.cache.kind, CacheType::Download);
+    assert_eq!((config.cache.dir.as_path(), config.cache.size), (Path::new("/r"), 2 << 30));
+    assert_eq!(config.credential.mode, CredentialMode::File("/c".into()));
+    assert_eq!((config.log.level, config.log.path), (3, Some("/l".into())));
+    let config = parse(
+        r#"{"registryCacheDir": "/r", "cacheType": "download", "credentialFilePath": "/c",
+            "cacheConfig": {"cacheType": "file", "cacheDir": "/n"},
+            "credentialConfig": {"mode": "uds", "path": "/run/auth"}}"#,
+    );
+    assert_eq!((config.cache.kind, config.cache.dir.as_path()), (CacheType::File, Path::new("/n")));
+    assert_eq!(config.credential.mode, CredentialMode::Socket("/run/auth".into()));
+}
+
+#[test]
+fn an_unknown_key_is_a_warning_that_names_it() {
+    let text = r#"{"new": 1, "turbobd": {"memoryCacheMb": 1, "hedge": {"x": null}}}"#;
+    let (config, warnings) = ServiceConfig::parse(text, "c.json").unwrap();
+    let named = ["turbobd.hedge.x", "turbobd.memoryCacheMb", "new"];
+    let expected = named.map(|key| format!("Key {key} of c.json is unknown and ignored"));
+    assert_eq!(warnings, expected);
+    assert_eq!(config, ServiceConfig::default());
+}
+
+#[test]
+fn what_cannot_be_meant_is_an_error_that_names_the_key_and_what_is_expected() {
+    for (text, message) in [
+        (
+            r#"{"cacheConfig": 4}"#,
+            "Key cacheConfig of c.json is invalid: it must be an object, not the number 4",
+        ),
+        (
+            r#"{"cacheConfig": {"cacheSizeGB": "4"}}"#,
+            "Key cacheConfig.cacheSizeGB of c.json is invalid: it must be a whole number, not a string",
+        ),
+        (
+            r#"{"gzipCacheConfig": {"refillSize": 5000}}"#,
+            "Key gzipCacheConfig.refillSize of c.json is invalid: it is a power of two from 4096 on, not 5000",
+        ),
+        (
+            r#"{"cacheConfig": {"cacheSizeGB": 18446744073709551615}}"#,
+            "Key cacheConfig.cacheSizeGB of c.json is invalid: it is at most 17179869183, not 18446744073709551615",
+        ),
+        (
+            r#"{"turbobd": {"mirrors": {"r.example": "https://m"}}}"#,
+            "Key turbobd.mirrors of c.json is invalid: it must be an object of arrays of strings, not such an object",
+        ),
+        (
+            r#"{"turbobd": {"mirrors": {"r.example": ["m.example"]}}}"#,
+            "Key turbobd.mirrors of c.json is invalid: \"m.example\" is not an http:// or https:// URL",
+        ),
+        (
+            r#"{"turbobd": {"onError": "hang"}}"#,
+            "Key turbobd.onError of c.json is invalid: it is eio or wait, not \"hang\"",
+        ),
+        (r#"{"ioEngine": 3}"#, "Key ioEngine of c.json is invalid: it is at most 2, not 3"),
+        (
+            r#"{"ioEngine": -1}"#,
+            "Key ioEngine of c.json is invalid: it must be a whole number, not the number -1",
+        ),
+        (
+            r#"{"exporterConfig": {"port": 70000}}"#,
+            "Key exporterConfig.port of c.json is invalid: it is at most 65535, not 70000",
+        ),
+        (
+            r#"{"certConfig": {"certFile": "/c"}}"#,
+            "Key certConfig.keyFile of c.json is invalid: certFile needs its key",
+        ),
+        (
+            r#"{"credentialConfig": {"mode": "https", "path": "http://a/b"}}"#,
+            "Key credentialConfig.path of c.json is invalid: it is a URL that begins with https://",
+        ),
+        (
+            r#"{"credentialConfig": {"mode": "http"}}"#,
+            "Key credentialConfig.path of c.json is invalid: a credential mode needs it",
+        ),
+        (
+            r#"{"p2pConfig": {"enable": null}}"#,
+            "Key p2pConfig.enable of c.json is invalid: it must be true or false, not null",
+        ),
+        ("[]", "The service configuration c.json is not a JSON object: it is such an array"),
+    ] {
+        let error = ServiceConfig::parse(text, "c.json").unwrap_err();
+        assert_eq!(error.to_string(), message);
+    }
+    assert!(ServiceConfig::parse("{", "c.json").unwrap_err().to_string().contains("line 1"));
+}
+
+#[test]
+fn a_file_that_was_named_must_exist_and_is_named_in_the_error() {
+    let error = ServiceConfig::load(Some(Path::new("/nowhere/c.json"))).unwrap_err();
+    assert_eq!(error.to_string(), "Cannot read the service configuration /nowhere/c.json");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), r#"{"turbobd": {"memoryCacheMB": 7}}"#).unwrap();
+    let config = ServiceConfig::load(Some(file.path())).unwrap();
+    assert_eq!(config.turbobd.memory_cache, 7 << 20);
+    assert_eq!(config.file.as_deref(), Some(file.path()));
+}
+
+mod properties {
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_text_makes_the_parser_panic(text in ".{0,200}") {
+            let _ = super::ServiceConfig::parse(&text, "c.json");
+        }
+
+        #[test]
+        fn no_value_of_a_known_key_makes_it_panic(key in 0usize..70, value in prop_oneof![
+            Just("null".to_owned()), Just("{}".to_owned()), Just("[[]]".to_owned()), Just("-1".to_owned()),
+            Just("1e400".to_owned()), Just("\"\"".to_owned()), Just("\"://\"".to_owned()), any::<u64>().prop_map(|n| n.to_string()),
+        ]) {
+            let notes = super::Notes::default();
+            super::ServiceConfig::take(super::Object::parse("{}", "c", &notes).unwrap()).unwrap();
+            let known = notes.into_known();
+            let mut text = value;
+            for part in known[key % known.len()].rsplit('.') {
+                text = format!("{{\"{part}\": {text}}}");
+            }
+            let _ = super::ServiceConfig::parse(&text, "c.json");
+        }
+    }
+}

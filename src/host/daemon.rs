@@ -1,0 +1,119 @@
+//! The devices of this host: one process that serves them all, and a socket to ask it.
+//!
+//! `turbobd attach` asks the daemon for a device and mounts it itself; `turbobd detach` unmounts and
+//! asks for the removal. The daemon never mounts: it lives in a mount namespace of its own, entered
+//! before it opens anything. A server that shares a namespace with the users of its devices cannot
+//! end cleanly, as the unmount at its end needs reads that nobody serves any more.
+//!
+//! A daemon that a client started ([`Client::connect_or_spawn`](client::Client::connect_or_spawn)) ends [`IDLE`] after its last device
+//! and connection are gone; one that was started by hand or by an init system stays. SIGTERM,
+//! SIGINT and `turbobd daemon --stop` end it too, but never under a device that is mounted or
+//! otherwise claimed: such devices are named, and it serves on.
+//!
+//! How an image becomes a volume is the business of an [`ImageOpener`].
+//!
+//! * `error`     failures, with their codes
+//! * `table`     the devices
+//! * `waits`     the reads of a device that wait, and how long they may; `alarm` looks after them
+//! * [`view`]    what is known of an image's traffic and of where its bytes are
+//! * `snapshots` upstream's interface for making one of a device in use
+//! * `server`    accepts, answers, ends
+//! * `signals`   waits for SIGTERM and SIGINT
+//!
+//! [`IDLE`]: server::IDLE
+
+mod alarm;
+mod error;
+pub mod server;
+pub mod signals;
+mod snapshots;
+mod table;
+pub mod view;
+mod waits;
+
+use std::error::Error;
+use std::sync::Arc;
+
+use client::{Code, DeviceSpec};
+
+use crate::metrics::Page;
+use crate::metrics::upstream::Totals;
+use blobs::trace::Recorders;
+use disk::volume::Volume;
+pub use error::HostError;
+pub use server::{DaemonOptions, run};
+pub use table::{DeviceReading, Table};
+pub use view::{DiskView, ImageView, IoCounters};
+pub use waits::{ReadPolicy, WaitReading};
+
+/// An image that can be served.
+pub struct Opened {
+    /// The disk.
+    pub volume: Arc<dyn Volume>,
+    /// How the image is listed.
+    pub name: String,
+    /// What else is known of it, asked for at each listing.
+    pub view: Arc<dyn ImageView>,
+    /// Who watches what is touched of it, if that can be watched.
+    pub recorders: Option<Arc<Recorders>>,
+    /// Who makes snapshots of it, if it can be written.
+    pub snapshots: Option<Arc<dyn Snapshots>>,
+}
+
+/// A disk that can be continued on a new writable layer.
+pub trait Snapshots: Send + Sync {
+    /// Continues on the layer that the configuration at `config` names, which becomes the device's.
+    ///
+    /// # Errors
+    /// Whatever the client should read; the disk is then as it was.
+    fn take(&self, config: &std::path::Path) -> Result<(), Box<dyn Error + Send + Sync>>;
+}
+
+/// Failure of an opener, for the client.
+#[derive(Debug)]
+pub struct OpenFailure {
+    /// Kind of the failure.
+    pub code: Code,
+    /// The error, with its causes.
+    pub error: Box<dyn Error + Send + Sync>,
+}
+
+impl<E: Error + Send + Sync + 'static> From<E> for OpenFailure {
+    /// The code is that of the first cause that has one ([`code_of`](crate::failure::code_of)).
+    fn from(error: E) -> Self {
+        Self { code: crate::failure::code_of(&error), error: Box::new(error) }
+    }
+}
+
+/// Makes a volume of what a client asked for.
+pub trait ImageOpener: Send + Sync {
+    /// Opens an image. May take as long as a network takes; runs on the connection's thread.
+    ///
+    /// # Errors
+    /// Whatever the client should read.
+    fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure>;
+
+    /// Puts what all images share (a cache, its threads) onto a page of metrics.
+    fn observe(&self, page: &mut Page) {
+        let _ = page;
+    }
+
+    /// What came from registries so far: requests and bytes.
+    fn downloaded(&self) -> Totals {
+        Totals::default()
+    }
+
+    /// The longest request in microseconds since this was last asked for.
+    fn take_longest_download(&self) -> u64 {
+        0
+    }
+}
+
+impl<F> ImageOpener for F
+where
+    F: Fn(&DeviceSpec) -> Result<Opened, OpenFailure> + Send + Sync,
+{
+    fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure> {
+        self(spec)
+    }
+}

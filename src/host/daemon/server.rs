@@ -1,0 +1,354 @@
+//! Accepts connections, answers, and ends when nothing is left to do.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::thread::UnshareFlags;
+
+use super::error::step;
+use super::signals::Signals;
+use super::table::Table;
+use super::{HostError, ImageOpener, ReadPolicy, snapshots};
+use crate::endpoint::Endpoint;
+use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
+use crate::metrics::{Page, Process, names};
+use client::Connection;
+use client::protocol::{DeviceRecord, OLDEST_VERSION, READY, Reply, Request, VERSION, socket};
+use source::failure::with_causes;
+
+/// How long a daemon that a client started outlives its last device and connection: long enough for a
+/// script that detaches one image and attaches the next, short enough not to be noticed as a leftover.
+pub const IDLE: Duration = Duration::from_secs(3);
+
+/// How a daemon runs.
+#[derive(Clone, Debug, Default)]
+pub struct DaemonOptions {
+    /// Where its socket is; see [`run_dir`](client::protocol::run_dir).
+    pub run_dir: PathBuf,
+    /// Started by a client (`turbobd daemon --auto`): leaves the session, reports readiness on standard
+    /// output, ends when idle.
+    pub auto: bool,
+    /// How long reads may wait.
+    pub reads: ReadPolicy,
+    /// Where the metrics are served over HTTP; they are on the socket in any case.
+    pub exporter: Option<ExporterOptions>,
+    /// Where snapshots are asked for over HTTP.
+    pub snapshots: Option<SocketAddr>,
+}
+
+/// Runs the daemon until it is asked to end. Call it on the main thread before any other thread exists:
+/// the mount namespace that it enters is the calling thread's and its later children's.
+///
+/// # Errors
+/// [`HostError::Running`]; [`HostError::Step`] when it cannot set up.
+pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), HostError> {
+    let run_dir = &options.run_dir;
+    enter_namespace()?;
+    if let Err(error) = raise_descriptor_limit() {
+        tracing::warn!(%error, "The limit of descriptors stays: few devices can be served");
+    }
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(run_dir)
+        .map_err(step("create", run_dir))?;
+    if options.auto {
+        // Not a child of the client's terminal any more.
+        let _ = rustix::process::setsid();
+    }
+    let _lock = lock(run_dir)?;
+    let path = socket(run_dir);
+    // Ours alone by the lock, so an existing one is a dead daemon's.
+    let _ = std::fs::remove_file(&path);
+    let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let listener = UnixListener::bind(&path);
+    rustix::process::umask(mask);
+    let listener = listener.map_err(step("listen on", &path))?;
+    let server = Arc::new(Server {
+        table: Table::new(run_dir.clone(), opener, options.reads),
+        path,
+        started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+        exporter: OnceLock::new(),
+        connections: AtomicUsize::new(0),
+        ending: AtomicBool::new(false),
+        wake: eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(io::Error::from)
+            .map_err(step("serve", run_dir))?,
+    });
+    watch_signals(&server)?;
+    let exporter = options.exporter.as_ref().and_then(|options| export(&server, options));
+    let snapshots = options.snapshots.and_then(|address| take_snapshots(&server, address));
+    if options.auto {
+        announce().map_err(step("report readiness for", run_dir))?;
+    }
+    let result = server.accept(&listener, options.auto);
+    drop((exporter, snapshots));
+    let _ = std::fs::remove_file(&server.path);
+    result
+}
+
+/// A copy of the mounts that follows the host's: what is unmounted there is unmounted here too, and not
+/// held for as long as the daemon lives; what is mounted here stays here. On a host whose mounts are
+/// private, the copy stays as it was.
+fn enter_namespace() -> Result<(), HostError> {
+    // Deprecated in favour of an unsafe form for the sake of UnshareFlags::FILES, which is not given.
+    #[allow(deprecated)]
+    let unshared = rustix::thread::unshare(UnshareFlags::NEWNS);
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    unshared
+        .and_then(|()| mount_change("/", slave))
+        .map_err(io::Error::from)
+        .map_err(step("enter a mount namespace of its own, away from", "/"))
+}
+
+/// Every device takes a few descriptors, and the usual limit of 1024 is for programs that use `select`.
+///
+/// # Errors
+/// The system's refusal; the limit is then as it was.
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    Ok(setrlimit(Resource::Nofile, limit)?)
+}
+
+fn lock(run_dir: &Path) -> Result<File, HostError> {
+    let path = run_dir.join("turbobd.lock");
+    let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = open.map_err(step("open", &path))?;
+    // A daemon that just decided to end still has it for a while.
+    if !sys::flock::exclusive(&file, Duration::from_secs(2)).map_err(step("lock", &path))? {
+        return Err(HostError::Running(run_dir.to_owned()));
+    }
+    Ok(file)
+}
+
+/// Tells the waiting client, then lets go of its pipe.
+fn announce() -> io::Result<()> {
+    rustix::io::write(std::io::stdout().as_fd(), format!("{READY}\n").as_bytes())?;
+    let null = OpenOptions::new().write(true).open("/dev/null")?;
+    Ok(rustix::stdio::dup2_stdout(&null)?)
+}
+
+/// Serves the metrics. That they cannot be is no reason to serve no devices.
+fn export(server: &Arc<Server>, options: &ExporterOptions) -> Option<Exporter> {
+    let render = server.clone();
+    match Exporter::start(options, Arc::new(move || render.metrics())) {
+        Ok(exporter) => {
+            tracing::info!("The metrics are at http://{}{}", exporter.address(), options.path);
+            let _ = server.exporter.set(exporter.counters().clone());
+            Some(exporter)
+        }
+        Err(error) => {
+            tracing::warn!(
+                "The metrics are not served at {}: {error}; choose another port (exporterConfig.port)",
+                options.address
+            );
+            None
+        }
+    }
+}
+
+/// Listens for who wants snapshots; nor is this a reason to serve no devices.
+fn take_snapshots(server: &Arc<Server>, address: SocketAddr) -> Option<Endpoint> {
+    let taker = server.clone();
+    let take = move |device: &str, config: &Path| taker.table.snapshot(device, config);
+    match snapshots::serve(address, Arc::new(take)) {
+        Ok(endpoint) => {
+            tracing::info!("Snapshots are made at http://{}/snapshot", endpoint.address());
+            Some(endpoint)
+        }
+        Err(error) => {
+            tracing::warn!(
+                "Snapshots cannot be asked for at {address}: {error}; choose another (serviceConfig.address)"
+            );
+            None
+        }
+    }
+}
+
+fn watch_signals(server: &Arc<Server>) -> Result<(), HostError> {
+    let failed = step("watch signals for", &server.path);
+    let server = server.clone();
+    let spawn = |mut signals: Signals| {
+        std::thread::Builder::new().name("signals".into()).spawn(move || {
+            loop {
+                signals.wait();
+                let left = server.stop();
+                if left.is_empty() {
+                    return;
+                }
+                for record in left {
+                    tracing::warn!(device = %record.device.display(), image = record.image,
+                        "Still in use: the daemon stays; unmount it and try again");
+                }
+            }
+        })
+    };
+    Signals::new().and_then(spawn).map(drop).map_err(failed)
+}
+
+struct Server {
+    table: Table,
+    path: PathBuf,
+    /// Seconds since 1970.
+    started: u64,
+    exporter: OnceLock<Arc<ExporterCounters>>,
+    connections: AtomicUsize,
+    ending: AtomicBool,
+    wake: rustix::fd::OwnedFd,
+}
+
+/// Counts a connection as long as it is served.
+struct Served<'a>(&'a Server);
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::SeqCst);
+        self.0.wake();
+    }
+}
+
+impl Server {
+    /// Accepts until the end. The idle clock restarts with every connection and device.
+    fn accept(self: &Arc<Self>, listener: &UnixListener, auto: bool) -> Result<(), HostError> {
+        let mut idle_since = None;
+        while !self.ending.load(Ordering::SeqCst) {
+            let busy = self.connections.load(Ordering::SeqCst) > 0 || !self.table.is_empty();
+            let since = *idle_since.get_or_insert_with(Instant::now);
+            if busy || !auto {
+                idle_since = None;
+            } else if since.elapsed() >= IDLE && self.table.close_if_empty() {
+                return Ok(());
+            }
+            let wait = (auto && !busy)
+                .then(|| IDLE.saturating_sub(since.elapsed()) + Duration::from_millis(1));
+            let timeout = wait.map(|wait| Timespec {
+                tv_sec: wait.as_secs() as i64,
+                tv_nsec: wait.subsec_nanos().into(),
+            });
+            let mut events =
+                [PollFd::new(listener, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
+            match poll(&mut events, timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(step("wait on", &self.path)(error.into())),
+            }
+            if events[1].revents().contains(PollFlags::IN) {
+                let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
+            }
+            if events[0].revents().contains(PollFlags::IN) {
+                idle_since = None;
+                match listener.accept() {
+                    Ok((stream, _)) => self.serve(stream),
+                    Err(error) => tracing::warn!(%error, "A connection was lost"),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    fn serve(self: &Arc<Self>, stream: UnixStream) {
+        self.connections.fetch_add(1, Ordering::SeqCst);
+        let server = self.clone();
+        let thread = std::thread::Builder::new().name("connection".into()).spawn(move || {
+            let _served = Served(&server);
+            let mut connection = Connection::new(stream, server.path.clone());
+            if let Err(error) = server.converse(&mut connection) {
+                tracing::warn!(error = with_causes(&error), "A connection has ended with an error");
+            }
+        });
+        if let Err(error) = thread {
+            self.connections.fetch_sub(1, Ordering::SeqCst);
+            tracing::error!(%error, "Cannot start a thread for a connection");
+        }
+    }
+
+    fn converse(&self, connection: &mut Connection) -> Result<(), HostError> {
+        while let Some(request) = connection.receive()? {
+            let (reply, end) = self.answer(request);
+            // An attach whose client is gone leaves a device that nobody asked for.
+            let orphan = match &reply {
+                Reply::Attached { device, .. } => Some(device.id),
+                _ => None,
+            };
+            let sent = connection.send(&reply);
+            if let (Err(_), Some(id)) = (&sent, orphan) {
+                self.table.detach(id)?;
+            }
+            if end {
+                self.ending.store(true, Ordering::SeqCst);
+                self.wake();
+            }
+            sent?;
+        }
+        Ok(())
+    }
+
+    /// The reply, and whether the daemon ends after it.
+    fn answer(&self, request: Request) -> (Reply, bool) {
+        let table = &self.table;
+        let reply = match request {
+            Request::Version => Ok(Reply::Version {
+                protocol: VERSION,
+                oldest: Some(OLDEST_VERSION),
+                program: env!("CARGO_PKG_VERSION").into(),
+                pid: std::process::id(),
+            }),
+            Request::Attach(spec) => {
+                table.attach(&spec).map(|(device, note)| Reply::Attached { device, note })
+            }
+            Request::Mounted { id, mountpoint } => {
+                table.mounted(id, mountpoint).map(|()| Reply::Done)
+            }
+            Request::List => Ok(Reply::Devices(table.list())),
+            Request::Detach { id } => table.detach(id).map(|()| Reply::Done),
+            Request::Explain { id, ranges, most } => {
+                table.explain(id, &ranges, most).map(|told| Reply::Explained(Box::new(told)))
+            }
+            Request::Metrics => Ok(Reply::Metrics(self.metrics())),
+            Request::BeginTrace { id } => table.begin_trace(id).map(|()| Reply::Done),
+            Request::EndTrace { id } => table.end_trace(id).map(Reply::Traced),
+            Request::Stop => {
+                let left = table.close();
+                let end = left.is_empty();
+                return (Reply::Stopping(left), end);
+            }
+        };
+        (reply.unwrap_or_else(|error| Reply::Error(error.fault())), false)
+    }
+
+    /// The page of metrics.
+    fn metrics(&self) -> String {
+        let mut page = Page::new();
+        page.put(names::PROCESS, &Process::now(self.started), &[]);
+        self.table.observe(&mut page);
+        if let Some(exporter) = self.exporter.get() {
+            page.put(names::EXPORTER, &**exporter, &[]);
+        }
+        page.text()
+    }
+
+    /// As [`Request::Stop`], for signals.
+    fn stop(&self) -> Vec<DeviceRecord> {
+        let left = self.table.close();
+        if left.is_empty() {
+            self.ending.store(true, Ordering::SeqCst);
+            self.wake();
+        }
+        left
+    }
+}

@@ -1,0 +1,194 @@
+//! What is known of an image beside its bytes: what its blobs brought, what of them is in the cache, what
+//! went wrong, and where a byte comes from.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Instant, UNIX_EPOCH};
+
+use blobs::fetch::{Blob, FillProgress, Filling};
+use client::protocol::{
+    BlobRecord, ChunkRecord, ChunkState, FailureRecord, PartKind, PlacedRecord, RetryRecord,
+};
+use disk::Disk;
+use disk::explain::{Held, Placed, What};
+use source::{Traffic, TryingAgain};
+
+/// What an image's blobs did since it was attached. Blobs that images share count for each of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IoCounters {
+    /// Bytes that came from a registry.
+    pub fetched: u64,
+    /// Requests made for them.
+    pub requests: u64,
+    /// Of those, the ones that repeat a failed one.
+    pub retries: u64,
+    /// Bytes of the memory cache that the blobs take now.
+    pub cached: u64,
+    /// Reads of a blob that failed for good.
+    pub errors: u64,
+}
+
+/// What only the opener of an image can say of it.
+pub trait ImageView: Send + Sync {
+    /// Its counters now.
+    fn counters(&self) -> IoCounters;
+
+    /// Where bytes of its disk come from, in at most `most` parts.
+    fn explain(&self, range: Range<u64>, most: usize) -> Vec<Placed> {
+        let _ = (range, most);
+        Vec::new()
+    }
+
+    /// The blobs behind it.
+    fn blobs(&self) -> Vec<BlobRecord> {
+        Vec::new()
+    }
+
+    /// What is wrong now, as a sentence without a full stop.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
+}
+
+impl<F: Fn() -> IoCounters + Send + Sync> ImageView for F {
+    fn counters(&self) -> IoCounters {
+        self()
+    }
+}
+
+/// The view of a [`Disk`].
+pub struct DiskView {
+    disk: Arc<Disk>,
+    /// Each blob once, however many layers have it.
+    blobs: Vec<Arc<Blob>>,
+    /// What the blobs had done already.
+    before: IoCounters,
+    /// Fetches the rest of it, as long as the disk is served.
+    filling: Option<Filling>,
+}
+
+impl DiskView {
+    /// Counts from now on.
+    #[must_use]
+    pub fn new(disk: Arc<Disk>) -> Self {
+        let mut blobs: Vec<Arc<Blob>> = disk.blobs().into_iter().flatten().collect();
+        blobs.sort_by_key(|blob| blob.key(0));
+        blobs.dedup_by_key(|blob| blob.key(0));
+        let mut view = Self { disk, blobs, before: IoCounters::default(), filling: None };
+        view.before = view.total();
+        view
+    }
+
+    /// The same with a background fill that ends with it.
+    #[must_use]
+    pub fn filled(mut self, filling: Option<Filling>) -> Self {
+        self.filling = filling;
+        self
+    }
+
+    /// How far the background fill is, if there is one.
+    #[must_use]
+    pub fn fill_progress(&self) -> Option<FillProgress> {
+        self.filling.as_ref().map(Filling::progress)
+    }
+
+    fn total(&self) -> IoCounters {
+        let mut total = IoCounters::default();
+        for blob in &self.blobs {
+            let traffic = blob.source().blob().traffic();
+            total.fetched += traffic.bytes;
+            total.requests += traffic.requests;
+            total.retries += traffic.retries;
+            total.errors += traffic.failures;
+            total.cached += blob.held();
+        }
+        total
+    }
+}
+
+impl ImageView for DiskView {
+    fn counters(&self) -> IoCounters {
+        let now = self.total();
+        let since = |now: u64, before: u64| now.saturating_sub(before);
+        IoCounters {
+            fetched: since(now.fetched, self.before.fetched),
+            requests: since(now.requests, self.before.requests),
+            retries: since(now.retries, self.before.retries),
+            errors: since(now.errors, self.before.errors),
+            cached: now.cached,
+        }
+    }
+
+    fn explain(&self, range: Range<u64>, most: usize) -> Vec<Placed> {
+        self.disk.explain(range, most)
+    }
+
+    fn blobs(&self) -> Vec<BlobRecord> {
+        let now = Instant::now();
+        self.blobs.iter().map(|blob| record(blob, now)).collect()
+    }
+
+    fn trouble(&self) -> Option<String> {
+        let trying = self.blobs.iter().flat_map(|blob| blob.source().blob().traffic().trying_again);
+        trying.max_by_key(|read| read.tries).map(|read| read.error)
+    }
+}
+
+fn record(blob: &Blob, now: Instant) -> BlobRecord {
+    let source = blob.source();
+    let Traffic { bytes, requests, retries, host, trying_again, .. } = source.blob().traffic();
+    let retry = |read: TryingAgain| RetryRecord {
+        start_bytes: read.range.start,
+        end_bytes: read.range.end,
+        waits_ms: super::table::milliseconds(now.saturating_duration_since(read.since)),
+        tries: read.tries,
+        error: read.error,
+        next_ms: super::table::milliseconds(read.next.saturating_duration_since(now)),
+    };
+    let failures = blob.failures().now().into_iter().map(|failure| FailureRecord {
+        at_unix_ms: failure.at.duration_since(UNIX_EPOCH).map_or(0, super::table::milliseconds),
+        chunk: failure.chunk,
+        again: failure.again,
+        reason: failure.reason,
+    });
+    BlobRecord {
+        blob: source.id().to_owned(),
+        source: source.blob().name().to_owned(),
+        host,
+        fetched_bytes: bytes,
+        requests,
+        retries,
+        cached_bytes: blob.held(),
+        trying_again: trying_again.into_iter().map(retry).collect(),
+        failures: failures.collect(),
+    }
+}
+
+/// The places of a disk, as they are told.
+pub(super) fn placed(places: Vec<Placed>) -> impl Iterator<Item = PlacedRecord> {
+    places.into_iter().map(|place| PlacedRecord {
+        offset_bytes: place.offset,
+        length_bytes: place.len,
+        what: match place.what {
+            What::Hole => PartKind::Hole,
+            What::Metadata => PartKind::Metadata,
+            What::Data => PartKind::Data,
+            What::Padding => PartKind::Padding,
+        },
+        layer: place.layer,
+        chunk: place.chunk.map(|chunk| ChunkRecord {
+            blob: chunk.blob,
+            at_bytes: chunk.at,
+            index: chunk.index,
+            decoded_from: chunk.decoded_from,
+            start_bytes: chunk.start,
+            end_bytes: chunk.end,
+            decoded_bytes: chunk.decoded,
+            held: match chunk.held {
+                Held::Memory => ChunkState::Memory,
+                Held::Disk => ChunkState::Disk,
+                Held::Remote => ChunkState::Remote,
+            },
+        }),
+    })
+}

@@ -1,0 +1,559 @@
+//! The reads of a device that wait for their bytes: since when, until when, and what then.
+//!
+//! A [`Watched`] volume stands between a front end and the disk. It costs a read whose bytes are there
+//! nothing. When a read has to wait, the front end's waiter is kept here under a number, and the disk
+//! gets another one that comes by; so it is known at any time which read waits for how long, and a read
+//! whose deadline has passed is ended ([`OnError::Eio`]) although the disk says nothing yet.
+//!
+//! With [`OnError::Wait`] a read never ends that way. And when it fails for a reason that may pass (the
+//! registry cannot be reached, not: the blob does not exist), the front end is told not of the error but,
+//! a while later, that it may ask again; which has the bytes fetched anew. The pauses double from
+//! [`FIRST_PAUSE`] to [`LONGEST_PAUSE`], as upstream's do, but without its end after seven days.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::alarm::Bell;
+use crate::config::OnError;
+use crate::metrics::Times;
+use blobs::Histogram;
+use disk::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
+
+/// Pause after the first failure of a read. Most of the waiting is done by the client of the registry, which
+/// gives up only after the deadline; so this is short.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+
+/// No pause is longer: a registry that is back should not be waited for.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// How long reads may wait, and what then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadPolicy {
+    /// From the moment a read has to wait.
+    pub deadline: Duration,
+    /// What then.
+    pub on_error: OnError,
+}
+
+/// A minute: longer than any healthy answer takes, and than a registry's restart; shorter than the two
+/// minutes after which the kernel complains of a hung task.
+impl Default for ReadPolicy {
+    fn default() -> Self {
+        Self { deadline: Duration::from_secs(60), on_error: OnError::Eio }
+    }
+}
+
+/// Offset and length of a read.
+type Span = (u64, usize);
+
+/// The waits of one device.
+pub(super) struct Waits {
+    policy: ReadPolicy,
+    bell: Bell,
+    reason: Box<dyn Fn() -> Option<String> + Send + Sync>,
+    table: Mutex<Table>,
+    /// Number of reads that failed, so that a read that did not need not lock.
+    failing: AtomicUsize,
+    closed: AtomicBool,
+    times: Histogram,
+    expired: AtomicU64,
+    repeated: AtomicU64,
+}
+
+#[derive(Default)]
+struct Table {
+    last: u64,
+    /// Reads that wait for the disk, in the order in which they came. Theirs is the time since they were
+    /// asked for (again), so the first is due first.
+    waiting: BTreeMap<u64, Waiting>,
+    /// Reads that failed and will ask again, or have asked again and wait.
+    failed: HashMap<Span, Failed>,
+}
+
+struct Waiting {
+    span: Span,
+    since: Instant,
+    waiter: Waiter,
+}
+
+struct Failed {
+    since: Instant,
+    tries: u32,
+    error: String,
+    next: Instant,
+    /// Who asks again at `next`; nobody when they have.
+    waiters: Vec<Waiter>,
+}
+
+/// What is known of a device's waits at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitReading {
+    /// Reads that wait now.
+    pub waiting: u64,
+    /// How long the oldest of them does.
+    pub oldest: Option<Duration>,
+    /// How long those waited that wait no more.
+    pub times: Times,
+    /// Reads that were ended by their deadline.
+    pub expired: u64,
+    /// Reads that failed and were asked for again.
+    pub repeated: u64,
+}
+
+/// A read that waits, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct WaitingRead {
+    /// First byte on the disk.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: usize,
+    /// How long it waits.
+    pub waits: Duration,
+    /// How often it failed.
+    pub tries: u32,
+    /// How it failed last.
+    pub error: Option<String>,
+    /// When it is asked for again, if it is not on its way.
+    pub next: Option<Duration>,
+}
+
+impl Waits {
+    /// No waits yet. `reason` says what is wrong with the disk now, for the error of a read that is late.
+    pub(super) fn new(
+        policy: ReadPolicy,
+        bell: Bell,
+        reason: impl Fn() -> Option<String> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            policy,
+            bell,
+            reason: Box::new(reason),
+            table: Mutex::default(),
+            failing: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            times: Histogram::default(),
+            expired: AtomicU64::new(0),
+            repeated: AtomicU64::new(0),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A read has to wait. The waiter that comes back stands for `waiter`.
+    fn begin(self: &Arc<Self>, span: Span, waiter: Waiter) -> Waiter {
+        let since = Instant::now();
+        let mut table = self.lock();
+        table.last += 1;
+        let number = table.last;
+        table.waiting.insert(number, Waiting { span, since, waiter });
+        drop(table);
+        if let Some(deadline) = self.deadline() {
+            self.bell.by(since + deadline);
+        }
+        let mut promise = Promise { waits: Some(self.clone()), number };
+        Box::new(move |result| promise.keep(Some(result)))
+    }
+
+    /// The disk has answered, or (`None`) forgotten the read.
+    fn end(&self, number: u64, result: Option<Result<(), VolumeError>>) {
+        let now = Instant::now();
+        let mut table = self.lock();
+        // None: its deadline has passed.
+        let Some(Waiting { span, since, waiter }) = table.waiting.remove(&number) else { return };
+        match result {
+            Some(Err(error)) if self.deadline().is_none() && error.may_pass() => {
+                let next = table.failed(span, since, waiter, &error);
+                self.failing.store(table.failed.len(), Ordering::Relaxed);
+                drop(table);
+                self.bell.by(next);
+            }
+            result => {
+                let failed = table.failed.remove(&span);
+                self.failing.store(table.failed.len(), Ordering::Relaxed);
+                drop(table);
+                let (since, others) =
+                    failed.map_or((since, Vec::new()), |failed| (failed.since, failed.waiters));
+                self.times.add(now.saturating_duration_since(since));
+                // Dropped uncalled, the front end's waiter is an error too.
+                if let Some(result) = result {
+                    waiter(result);
+                }
+                // The same read by others, which failed before: it is worth another look.
+                others.into_iter().for_each(|other| other(Ok(())));
+            }
+        }
+    }
+
+    /// A read was answered at once. If it failed before, that is over.
+    fn answered(&self, span: Span) {
+        if self.failing.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut table = self.lock();
+        let failed = table.failed.remove(&span);
+        self.failing.store(table.failed.len(), Ordering::Relaxed);
+        drop(table);
+        if let Some(failed) = failed {
+            self.times.add(failed.since.elapsed());
+            failed.waiters.into_iter().for_each(|waiter| waiter(Ok(())));
+        }
+    }
+
+    /// Does what is due at `now`, and says when something is next.
+    pub(super) fn due(&self, now: Instant) -> Option<Instant> {
+        let (mut late, mut again, mut next) = (Vec::new(), Vec::new(), None);
+        let mut table = self.lock();
+        while let Some(deadline) = self.deadline()
+            && let Some(first) = table.waiting.first_entry()
+        {
+            let at = first.get().since + deadline;
+            if at > now {
+                next = Some(at);
+                break;
+            }
+            late.push(first.remove());
+        }
+        for failed in table.failed.values_mut().filter(|failed| !failed.waiters.is_empty()) {
+            if failed.next <= now || self.closed.load(Ordering::Relaxed) {
+                again.append(&mut failed.waiters);
+            } else {
+                next = [next, Some(failed.next)].into_iter().flatten().min();
+            }
+        }
+        drop(table);
+        self.repeated.fetch_add(again.len() as u64, Ordering::Relaxed);
+        again.into_iter().for_each(|waiter| waiter(Ok(())));
+        let last = if late.is_empty() { None } else { (self.reason)() };
+        for Waiting { span, since, waiter } in late {
+            self.expired.fetch_add(1, Ordering::Relaxed);
+            self.times.add(now.saturating_duration_since(since));
+            let (seconds, last) = (self.policy.deadline.as_secs(), last.clone());
+            waiter(Err(VolumeError::Deadline { offset: span.0, seconds, last }));
+        }
+        next
+    }
+
+    /// How long a read may wait; none: for ever.
+    fn deadline(&self) -> Option<Duration> {
+        if self.closed.load(Ordering::Relaxed) {
+            return Some(Duration::ZERO);
+        }
+        (self.policy.on_error == OnError::Eio).then_some(self.policy.deadline)
+    }
+
+    /// The device goes: nobody has it open, so no read is worth waiting for.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        self.bell.by(Instant::now());
+    }
+
+    /// What is known now.
+    #[must_use]
+    pub(super) fn reading(&self) -> WaitReading {
+        let now = Instant::now();
+        let table = self.lock();
+        let asleep = table.failed.values().map(|failed| failed.waiters.len()).sum::<usize>();
+        let oldest = table.reads(now).map(|read| read.waits).max();
+        WaitReading {
+            waiting: (table.waiting.len() + asleep) as u64,
+            oldest,
+            times: self.times.times(),
+            expired: self.expired.load(Ordering::Relaxed),
+            repeated: self.repeated.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The longest wait in microseconds since this was last asked for.
+    #[must_use]
+    pub(super) fn take_longest(&self) -> u64 {
+        self.times.take_longest()
+    }
+
+    /// The reads that wait now, the oldest first, at most `most`.
+    #[must_use]
+    pub(super) fn oldest(&self, most: usize) -> Vec<WaitingRead> {
+        let now = Instant::now();
+        let table = self.lock();
+        let mut reads: Vec<_> = table.reads(now).collect();
+        reads.sort_by_key(|read| std::cmp::Reverse(read.waits));
+        reads.truncate(most);
+        reads
+    }
+}
+
+impl Table {
+    /// Notes that a read has failed, and says when it is asked for again.
+    fn failed(
+        &mut self,
+        span: Span,
+        since: Instant,
+        waiter: Waiter,
+        error: &VolumeError,
+    ) -> Instant {
+        let failed = self.failed.entry(span).or_insert_with(|| Failed {
+            since,
+            tries: 0,
+            error: String::new(),
+            next: since,
+            waiters: Vec::new(),
+        });
+        if failed.waiters.is_empty() {
+            failed.tries += 1;
+            let pause = FIRST_PAUSE.saturating_mul(1 << (failed.tries - 1).min(20));
+            failed.next = Instant::now() + pause.min(LONGEST_PAUSE);
+        }
+        failed.error = source::failure::with_causes(error);
+        failed.waiters.push(waiter);
+        failed.next
+    }
+
+    /// The reads that wait, in no order.
+    fn reads(&self, now: Instant) -> impl Iterator<Item = WaitingRead> + '_ {
+        let on_their_way = self.waiting.values().map(move |read| {
+            let failed = self.failed.get(&read.span);
+            let since = failed.map_or(read.since, |failed| failed.since);
+            WaitingRead {
+                offset: read.span.0,
+                len: read.span.1,
+                waits: now.saturating_duration_since(since),
+                tries: failed.map_or(0, |failed| failed.tries),
+                error: failed.map(|failed| failed.error.clone()),
+                next: None,
+            }
+        });
+        let asleep = self.failed.iter().filter(|(_, failed)| !failed.waiters.is_empty());
+        on_their_way.chain(asleep.map(move |(span, failed)| WaitingRead {
+            offset: span.0,
+            len: span.1,
+            waits: now.saturating_duration_since(failed.since),
+            tries: failed.tries,
+            error: Some(failed.error.clone()),
+            next: Some(failed.next.saturating_duration_since(now)),
+        }))
+    }
+}
+
+/// The one answer of the disk.
+struct Promise {
+    waits: Option<Arc<Waits>>,
+    number: u64,
+}
+
+impl Promise {
+    fn keep(&mut self, result: Option<Result<(), VolumeError>>) {
+        if let Some(waits) = self.waits.take() {
+            waits.end(self.number, result);
+        }
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        self.keep(None);
+    }
+}
+
+/// A volume whose waits are watched.
+pub(super) struct Watched {
+    volume: Arc<dyn Volume>,
+    waits: Arc<Waits>,
+}
+
+impl Watched {
+    pub(super) fn new(volume: Arc<dyn Volume>, waits: Arc<Waits>) -> Self {
+        Self { volume, waits }
+    }
+}
+
+impl Volume for Watched {
+    fn size(&self) -> u64 {
+        self.volume.size()
+    }
+
+    fn locate(
+        &self,
+        offset: u64,
+        len: usize,
+        waiter: &mut dyn FnMut() -> Waiter,
+    ) -> Result<Located, VolumeError> {
+        let span = (offset, len);
+        let located = self.volume.locate(offset, len, &mut || self.waits.begin(span, waiter()))?;
+        if matches!(located, Located::Ready(_)) {
+            self.waits.answered(span);
+        }
+        Ok(located)
+    }
+
+    fn writable(&self) -> Option<&dyn WritableVolume> {
+        self.volume.writable()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::super::alarm::Alarm;
+    use super::*;
+    use disk::volume::MemoryVolume;
+    use source::SourceError;
+    use source::chunk::ChunkError;
+
+    /// A disk that answers as it is told: `Some(error)` late, `None` never; then as memory does.
+    struct Told {
+        memory: MemoryVolume,
+        answers: Mutex<Vec<Option<Result<(), VolumeError>>>>,
+        kept: Mutex<Vec<Waiter>>,
+        asked: AtomicU32,
+    }
+
+    impl Told {
+        fn new(answers: Vec<Option<Result<(), VolumeError>>>) -> Arc<Self> {
+            Arc::new(Self {
+                memory: MemoryVolume::new(vec![7; 8192]),
+                answers: Mutex::new(answers),
+                kept: Mutex::default(),
+                asked: AtomicU32::new(0),
+            })
+        }
+    }
+
+    impl Volume for Told {
+        fn size(&self) -> u64 {
+            self.memory.size()
+        }
+        fn locate(
+            &self,
+            offset: u64,
+            len: usize,
+            waiter: &mut dyn FnMut() -> Waiter,
+        ) -> Result<Located, VolumeError> {
+            self.asked.fetch_add(1, Ordering::SeqCst);
+            let mut answers = self.answers.lock().unwrap();
+            if answers.is_empty() {
+                return self.memory.locate(offset, len, waiter);
+            }
+            let waiter = waiter();
+            match answers.remove(0) {
+                None => self.kept.lock().unwrap().push(waiter),
+                Some(result) => drop(std::thread::spawn(move || {
+                    std::thread::sleep(Duration::from_millis(5));
+                    waiter(result);
+                })),
+            }
+            Ok(Located::Pending)
+        }
+    }
+
+    fn remote(lasting: bool) -> VolumeError {
+        let (name, reason) = ("b".to_owned(), "no route".to_owned());
+        let source = SourceError::Remote { name, offset: 0, end: 1, reason, lasting };
+        VolumeError::Chunk { offset: 0, layer: 0, source: Arc::new(ChunkError::Source(source)) }
+    }
+
+    struct Watch {
+        _alarm: Alarm,
+        waits: Arc<Waits>,
+        told: Arc<Told>,
+        volume: Arc<Watched>,
+    }
+
+    fn watch(on_error: OnError, deadline: u64, told: Arc<Told>) -> Watch {
+        let alarm = Alarm::new();
+        let policy = ReadPolicy { deadline: Duration::from_millis(deadline), on_error };
+        let waits = Waits::new(policy, alarm.bell(), || Some("no route".to_owned()));
+        alarm.watch(&waits).unwrap();
+        let volume = Arc::new(Watched::new(told.clone(), waits.clone()));
+        Watch { _alarm: alarm, waits, told, volume }
+    }
+
+    fn read(watch: &Watch) -> Receiver<Result<(), VolumeError>> {
+        let (sender, receiver) = channel();
+        let volume = watch.volume.clone();
+        std::thread::spawn(move || sender.send(volume.read_at(&mut [0; 512], 512)));
+        receiver
+    }
+
+    #[test]
+    fn a_read_that_nobody_answers_ends_at_its_deadline_and_says_what_is_wrong() {
+        let watch = watch(OnError::Eio, 100, Told::new(vec![None, None]));
+        let reads = [read(&watch), read(&watch)];
+        std::thread::sleep(Duration::from_millis(50));
+        let now = watch.waits.reading();
+        assert_eq!((now.waiting, now.expired), (2, 0));
+        assert!(now.oldest > Some(Duration::from_millis(10)), "{now:?}");
+        assert_eq!(watch.waits.oldest(1)[0].offset, 512);
+        for read in reads {
+            let error = read.recv_timeout(Duration::from_secs(10)).unwrap().unwrap_err();
+            assert!(matches!(error, VolumeError::Deadline { offset: 512, .. }), "{error}");
+            assert!(error.to_string().ends_with(": no route"), "{error}");
+        }
+        let now = watch.waits.reading();
+        assert_eq!((now.waiting, now.expired, now.times.count()), (0, 2, 2));
+        // What comes too late finds nobody, and the next read is served.
+        watch.told.kept.lock().unwrap().drain(..).for_each(|waiter| waiter(Ok(())));
+        read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
+        assert_eq!(watch.waits.reading().times.count(), 2);
+    }
+
+    #[test]
+    fn with_the_policy_to_wait_what_may_pass_is_asked_for_until_it_has() {
+        let answers = vec![Some(Err(remote(false))), Some(Err(remote(false))), Some(Ok(()))];
+        let watch = watch(OnError::Wait, 10, Told::new(answers));
+        read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
+        assert_eq!(watch.told.asked.load(Ordering::SeqCst), 4);
+        let now = watch.waits.reading();
+        assert_eq!((now.waiting, now.repeated, now.expired), (0, 2, 0));
+        assert_eq!(now.times.count(), 1, "one read, however often it was asked for");
+        assert_eq!(watch.waits.failing.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn a_read_that_is_answered_at_once_when_it_asks_again_is_forgotten() {
+        let watch = watch(OnError::Wait, 10, Told::new(vec![Some(Err(remote(false)))]));
+        read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
+        assert_eq!(watch.waits.failing.load(Ordering::SeqCst), 0);
+        assert!(watch.waits.oldest(9).is_empty());
+    }
+
+    #[test]
+    fn what_can_never_succeed_fails_at_once_whatever_the_policy() {
+        for on_error in [OnError::Eio, OnError::Wait] {
+            let watch = watch(on_error, 60_000, Told::new(vec![Some(Err(remote(true)))]));
+            let error = read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap_err();
+            assert!(matches!(error, VolumeError::Chunk { .. }), "{error}");
+            assert_eq!(watch.told.asked.load(Ordering::SeqCst), 1);
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_a_device_that_goes() {
+        for on_error in [OnError::Eio, OnError::Wait] {
+            let watch = watch(on_error, 60_000, Told::new(vec![None]));
+            let read = read(&watch);
+            while watch.told.kept.lock().unwrap().is_empty() {
+                std::thread::yield_now();
+            }
+            watch.waits.close();
+            let error = read.recv_timeout(Duration::from_secs(10)).unwrap().unwrap_err();
+            assert!(matches!(error, VolumeError::Deadline { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_waiter_that_the_disk_drops_is_dropped() {
+        let watch = watch(OnError::Wait, 10, Told::new(vec![None]));
+        let read = read(&watch);
+        while watch.told.kept.lock().unwrap().is_empty() {
+            std::thread::yield_now();
+        }
+        watch.told.kept.lock().unwrap().clear();
+        let error = read.recv_timeout(Duration::from_secs(10)).unwrap().unwrap_err();
+        assert!(matches!(error, VolumeError::Closed { .. }), "{error}");
+    }
+}

@@ -1,0 +1,318 @@
+//! From facts to rows: pure, so that hosts which we do not have can be tested.
+
+use super::kernel::{Facts, Node};
+use super::{Report, Row, State};
+use frontends::ublk::probe::{Driver, Ring, feature_names};
+
+/// Bits that this program makes use of, and what is lost without them.
+const NEED_GET_DATA: u64 = 1 << 2;
+
+pub(super) fn report(facts: &Facts) -> Report {
+    // Under root the module is loaded when it is needed.
+    let driver = match facts.ublk.driver {
+        Driver::Present => facts.control == Node::Opens,
+        Driver::Loadable => facts.sys_admin,
+        Driver::Absent => false,
+    };
+    let usable = |node: Node| node == Node::Opens || (node == Node::Loadable && facts.sys_admin);
+    let ublk = driver
+        && facts.sys_admin
+        && facts.ublk.ring == Ring::Works
+        && facts.ublk.known_bad.is_none()
+        && facts.ublk.features.is_none_or(|mask| mask & NEED_GET_DATA != 0);
+    let looped = usable(facts.fuse) && usable(facts.loop_control) && facts.sys_admin;
+    let rows = vec![
+        kernel(facts, looped),
+        privileges(facts),
+        driver_row(facts, looped),
+        features(facts),
+        devices(facts),
+        ring(facts, looped),
+        node("FUSE", facts.fuse, "/dev/fuse", "fuse", ublk),
+        node("loop", facts.loop_control, "/dev/loop-control", "loop", ublk),
+        ext4(facts),
+        memlock(facts),
+        namespace(facts),
+    ];
+    Report { rows, ublk, looped }
+}
+
+/// What rules one front end out is a failure only if the other is no help.
+fn unless(other: bool) -> State {
+    if other { State::Warn } else { State::Fail }
+}
+
+fn kernel(facts: &Facts, looped: bool) -> Row {
+    match facts.ublk.known_bad {
+        Some(reason) => Row::new(
+            "kernel",
+            unless(looped),
+            format!("{}: known bad for ublk: {reason}", facts.ublk.kernel),
+            "boot another kernel; until then turbobd uses the loop front end",
+        ),
+        None => Row::new("kernel", State::Ok, facts.ublk.kernel.clone(), ""),
+    }
+}
+
+fn privileges(facts: &Facts) -> Row {
+    let state = if facts.sys_admin { State::Ok } else { State::Fail };
+    let detail = if facts.sys_admin {
+        "CAP_SYS_ADMIN is effective"
+    } else {
+        "CAP_SYS_ADMIN is missing: no device, no mount"
+    };
+    Row::new(
+        "privileges",
+        state,
+        detail,
+        "run as root (what is shown below may be wrong without it)",
+    )
+}
+
+fn driver_row(facts: &Facts, looped: bool) -> Row {
+    let what = "ublk driver";
+    match (facts.ublk.driver, facts.control) {
+        (Driver::Present, Node::Opens) => Row::new(what, State::Ok, "/dev/ublk-control opens", ""),
+        (Driver::Present, _) => Row::new(
+            what,
+            unless(looped),
+            "/dev/ublk-control does not open",
+            "run as root; in a container, allow the device",
+        ),
+        (Driver::Loadable, _) => Row::new(
+            what,
+            State::Warn,
+            "the module ublk_drv is not loaded",
+            "modprobe ublk_drv (attach does it too)",
+        ),
+        (Driver::Absent, _) => Row::new(
+            what,
+            unless(looped),
+            "neither /dev/ublk-control nor a module ublk_drv",
+            "a kernel with CONFIG_BLK_DEV_UBLK, such as Debian's 6.12 (for Debian 12: in bookworm-security)",
+        ),
+    }
+}
+
+fn features(facts: &Facts) -> Row {
+    let what = "ublk features";
+    match facts.ublk.features {
+        Some(mask) => {
+            let state = if mask & NEED_GET_DATA == 0 { State::Fail } else { State::Ok };
+            let detail = format!("{mask:#x}: {}", feature_names(mask).join(", "));
+            Row::new(
+                what,
+                state,
+                detail,
+                "need-get-data is missing: without it stray writes reach the cache; use --frontend loop",
+            )
+        }
+        None if facts.ublk.driver == Driver::Present => Row::new(
+            what,
+            State::Warn,
+            "not told",
+            "the kernel is older than 6.5, or this is not root: only what 6.1 has is used",
+        ),
+        None => Row::new(what, State::Ok, "no driver to ask", ""),
+    }
+}
+
+fn devices(facts: &Facts) -> Row {
+    let what = "ublk devices";
+    match facts.ublk.ublks_max {
+        Some(most) => Row::new(
+            what,
+            State::Ok,
+            format!(
+                "ublks_max={most}: counts all devices until 6.14, only unprivileged ones from 6.15"
+            ),
+            "",
+        ),
+        None => Row::new(what, State::Ok, "no limit known", ""),
+    }
+}
+
+fn ring(facts: &Facts, looped: bool) -> Row {
+    let what = "io_uring";
+    let disabled = facts.ublk.io_uring_disabled;
+    match &facts.ublk.ring {
+        Ring::Works => {
+            let sysctl = disabled
+                .map_or_else(String::new, |value| format!(" (kernel.io_uring_disabled={value})"));
+            Row::new(what, State::Ok, format!("rings with driver commands{sysctl}"), "")
+        }
+        Ring::NoDriverCommands => Row::new(
+            what,
+            unless(looped),
+            "rings without driver commands",
+            "Linux 5.19 or newer (ublk: 6.0)",
+        ),
+        Ring::Refused(why) => {
+            let remedy = match disabled {
+                Some(1 | 2) => "sysctl kernel.io_uring_disabled=0",
+                _ => "look for a seccomp profile or an LSM that denies io_uring_setup",
+            };
+            Row::new(what, unless(looped), format!("refused: {why}"), remedy)
+        }
+    }
+}
+
+fn node(what: &'static str, node: Node, path: &str, module: &str, ublk: bool) -> Row {
+    match node {
+        Node::Opens => Row::new(what, State::Ok, format!("{path} opens"), ""),
+        Node::Refused => Row::new(
+            what,
+            unless(ublk),
+            format!("{path} does not open"),
+            "run as root; in a container, allow the device",
+        ),
+        Node::Loadable => {
+            Row::new(what, State::Warn, format!("{path} is missing"), format!("modprobe {module}"))
+        }
+        Node::Absent => Row::new(
+            what,
+            unless(ublk),
+            format!("{path} is missing"),
+            format!("a kernel with the module {module}"),
+        ),
+    }
+}
+
+fn ext4(facts: &Facts) -> Row {
+    match facts.ext4 {
+        Node::Opens => Row::new("ext4", State::Ok, "known to the kernel", ""),
+        Node::Loadable => Row::new("ext4", State::Ok, "a module, loaded by the first mount", ""),
+        _ => Row::new(
+            "ext4",
+            State::Fail,
+            "unknown to the kernel: devices work, mounts do not",
+            "a kernel with CONFIG_EXT4_FS",
+        ),
+    }
+}
+
+fn memlock(facts: &Facts) -> Row {
+    let what = "locked memory";
+    match facts.memlock {
+        _ if facts.ipc_lock => Row::new(what, State::Ok, "CAP_IPC_LOCK: no limit", ""),
+        None => Row::new(what, State::Ok, "no limit", ""),
+        Some(bytes) => {
+            let state = if bytes < 64 << 20 { State::Warn } else { State::Ok };
+            Row::new(
+                what,
+                state,
+                format!("{} MiB", bytes >> 20),
+                "ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit: metadata may be paged out under pressure",
+            )
+        }
+    }
+}
+
+fn namespace(facts: &Facts) -> Row {
+    let what = "mount namespace";
+    match facts.first_namespace {
+        Some(true) => Row::new(what, State::Ok, "the host's", ""),
+        Some(false) => Row::new(
+            what,
+            State::Warn,
+            "not that of process 1",
+            "what attach mounts is seen in this namespace alone; nsenter -t 1 -m for the host's",
+        ),
+        None => {
+            Row::new(what, State::Warn, "cannot be compared with that of process 1", "run as root")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use frontends::ublk::probe::{Findings, known_bad};
+
+    /// A host with everything, as Debian's 7.3.
+    fn good() -> Facts {
+        Facts {
+            ublk: Findings {
+                kernel: "7.3.4".into(),
+                known_bad: None,
+                driver: Driver::Present,
+                features: Some(0x1f_ffff),
+                ublks_max: Some(64),
+                ring: Ring::Works,
+                io_uring_disabled: Some(0),
+            },
+            control: Node::Opens,
+            fuse: Node::Opens,
+            loop_control: Node::Opens,
+            sys_admin: true,
+            ipc_lock: true,
+            memlock: Some(8 << 20),
+            ext4: Node::Opens,
+            first_namespace: Some(true),
+        }
+    }
+
+    fn state(report: &Report, what: &str) -> State {
+        report.rows.iter().find(|row| row.what == what).unwrap().state
+    }
+
+    #[test]
+    fn a_host_with_everything_has_no_remedy_to_offer() {
+        let report = report(&good());
+        assert!(report.rows.iter().all(|row| row.state == State::Ok && row.remedy.is_empty()));
+        assert!(report.ublk && report.looped && report.exit_status() == 0);
+    }
+
+    #[test]
+    fn without_ublk_loop_is_enough_and_without_both_it_fails() {
+        let mut facts = good();
+        facts.ublk.driver = Driver::Absent;
+        facts.ublk.features = None;
+        facts.control = Node::Absent;
+        let found = report(&facts);
+        assert!(!found.ublk && found.looped && found.exit_status() == 0);
+        assert_eq!(state(&found, "ublk driver"), State::Warn);
+        assert!(found.to_string().contains("bookworm-security"));
+        facts.fuse = Node::Absent;
+        let found = report(&facts);
+        assert_eq!(
+            (found.exit_status(), state(&found, "ublk driver"), state(&found, "FUSE")),
+            (1, State::Fail, State::Fail)
+        );
+    }
+
+    #[test]
+    fn a_kernel_that_crashes_is_never_called_fit_for_ublk() {
+        let mut facts = good();
+        facts.ublk.kernel = "6.18.4".into();
+        facts.ublk.known_bad = known_bad("6.18.4");
+        let found = report(&facts);
+        assert!(!found.ublk && found.looped);
+        assert_eq!(state(&found, "kernel"), State::Warn);
+    }
+
+    #[test]
+    fn a_closed_io_uring_names_the_switch_that_closed_it() {
+        let mut facts = good();
+        facts.ublk.ring = Ring::Refused("Operation not permitted".into());
+        facts.ublk.io_uring_disabled = Some(2);
+        let found = report(&facts);
+        assert!(!found.ublk && found.to_string().contains("sysctl kernel.io_uring_disabled=0"));
+    }
+
+    #[test]
+    fn without_privileges_nothing_can_be_served() {
+        let mut facts = good();
+        facts.sys_admin = false;
+        assert_eq!(report(&facts).exit_status(), 1);
+    }
+
+    #[test]
+    fn this_host_gets_a_whole_report() {
+        let report = super::super::examine();
+        assert_eq!(report.rows.len(), 11);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["rows"].as_array().unwrap().len(), 11);
+        assert!(["ok", "warn", "fail"].contains(&json["rows"][0]["state"].as_str().unwrap()));
+    }
+}

@@ -1,0 +1,186 @@
+//! From a spec to an opened image: one cache, one network and one set of traces for all devices of a host.
+//!
+//! [`HostImages`] opens what a [`DeviceSpec`] names. A reference is resolved in its registry or layout; a plain image
+//! gets its meta image, found or built; a device config names its layers itself. An image that a device has open
+//! already is shared, its traces are replayed, and its layers are fetched in the background.
+//!
+//! * [`open`]          from an [`ImageSpec`](client::ImageSpec) to an opened image
+//! * [`registries`]    clients that devices with the same way to a registry share
+//! * `live`            the images that devices have open
+//! * `config_snapshots` snapshots of a device that a device config describes
+//! * [`tiers`]         the caches that the service configuration asks for
+
+mod config_snapshots;
+mod live;
+pub mod open;
+pub mod registries;
+pub mod tiers;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use blobs::cache::Cache;
+use blobs::trace::{Given, LearnOptions, Traces, published};
+use client::{DeviceSpec, ImageSource};
+use disk::Disk;
+use disk::upper::{LiveVolume, UpperVolume};
+use disk::volume::Volume;
+use disk::writable::WritableFiles;
+use formats::oci::Digest;
+use formats::trace::Trace;
+use registry::store::ImageStore;
+use source::failure::with_causes;
+
+pub use open::{OpenError, OpenImage};
+pub use registries::Registries;
+
+use crate::config::{ServiceConfig, TracesConfig};
+use crate::daemon::{DiskView, ImageOpener, OpenFailure, Opened, ReadPolicy, Snapshots};
+use crate::metrics::exporter::ExporterOptions;
+use crate::metrics::upstream::Totals;
+use crate::metrics::{Page, names};
+use config_snapshots::ConfigSnapshots;
+use live::LiveImages;
+use tiers::{fill_options, new_cache};
+
+/// Opens images for this host: one cache for all of them.
+pub struct HostImages {
+    /// Made at the first attach: the daemon must be alone in its process until it has entered its
+    /// mount namespace.
+    cache: OnceLock<Arc<Cache>>,
+    /// Settings of this host, read once.
+    config: Arc<ServiceConfig>,
+    /// Connections, tokens and what is known of registries, shared by all devices.
+    registries: Registries,
+    /// What devices have open.
+    live: LiveImages,
+    /// What starts read, from one to the next.
+    traces: Arc<Traces>,
+}
+
+impl HostImages {
+    /// Nothing is open yet.
+    #[must_use]
+    pub fn new(config: Arc<ServiceConfig>) -> Self {
+        let TracesConfig { enable, dir, .. } = config.turbobd.traces.clone();
+        let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
+        Self {
+            cache: OnceLock::new(),
+            registries: Registries::new(config.clone()),
+            live: LiveImages::default(),
+            config,
+            traces,
+        }
+    }
+}
+
+impl HostImages {
+    /// How long reads of this host's devices may wait.
+    pub fn read_policy(&self) -> ReadPolicy {
+        let own = &self.config.turbobd;
+        ReadPolicy { deadline: own.read_deadline, on_error: own.on_error }
+    }
+
+    /// Where the metrics are served.
+    pub fn exporter(&self) -> Option<ExporterOptions> {
+        let exporter = &self.config.exporter;
+        exporter.enable.then(|| ExporterOptions {
+            address: (self.config.turbobd.metrics_address, exporter.port).into(),
+            path: exporter.path.clone(),
+        })
+    }
+}
+
+/// A disk to be served, and who makes snapshots of it.
+type Served = (Arc<dyn Volume>, Option<Arc<dyn Snapshots>>);
+
+/// The disk with its writable layer: that of `--upper`, or the one that the device config names.
+fn writable(
+    spec: &DeviceSpec,
+    disk: &Arc<Disk>,
+    upper: Option<WritableFiles>,
+) -> Result<Served, OpenError> {
+    Ok(match (&spec.upper, upper, &spec.image.source) {
+        (Some(_), Some(_), _) => return Err(OpenError::TwoUppers),
+        (Some(dir), None, _) => (Arc::new(UpperVolume::open(dir, disk.clone())?), None),
+        (None, Some(files), ImageSource::DeviceConfig(config)) => {
+            let volume = UpperVolume::open_files(files, disk.clone())?;
+            let live = Arc::new(LiveVolume::new(volume));
+            let snapshots = ConfigSnapshots { volume: live.clone(), config: config.clone() };
+            (live, Some(Arc::new(snapshots)))
+        }
+        (None, _, _) => (disk.clone(), None),
+    })
+}
+
+/// The trace that was published beside a manifest. That there is none, or nobody who can say so, is no fault.
+fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
+    published::find(store, manifest)
+        .inspect_err(|error| {
+            tracing::debug!(error = with_causes(error), "Published traces cannot be looked for");
+        })
+        .ok()?
+}
+
+impl ImageOpener for HostImages {
+    fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure> {
+        let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
+        let image = spec.image.name();
+        let start = std::time::Instant::now();
+        let opened =
+            open::open_for_device(&spec.image, &self.registries, cache.clone(), &self.live)?;
+        tracing::info!("{image}: opened in {:.1?}", start.elapsed());
+        let recorders = opened.disk.recorders().clone();
+        let given = match (opened.trace, opened.named) {
+            (Some(trace), _) => Given::Here(trace),
+            (None, Some((store, manifest))) if self.config.turbobd.traces.published => {
+                Given::Sought(Box::new(move || seek(&*store, &manifest)))
+            }
+            (None, _) => Given::Nothing,
+        };
+        if let Some(replayed) = self.traces.begin(&recorders, &cache, given) {
+            tracing::info!("{image}: by its trace {replayed}");
+        }
+        let disk = Arc::new(opened.disk);
+        let (volume, snapshots) = writable(spec, &disk, opened.upper)?;
+        let blobs = disk.blobs().into_iter().flatten().collect();
+        let filling = fill_options(&self.config.download).map(|options| cache.fill(blobs, options));
+        Ok(Opened {
+            volume,
+            name: image,
+            view: Arc::new(DiskView::new(disk).filled(filling)),
+            recorders: Some(recorders),
+            snapshots,
+        })
+    }
+
+    /// Each part with the table of its names: see [`names`].
+    fn observe(&self, page: &mut Page) {
+        for host in self.registries.network().hosts() {
+            page.put(names::HOST, &host, &[("host", host.name())]);
+        }
+        let Some(cache) = self.cache.get() else { return };
+        page.put(names::CACHE, &cache.stats(), &[]);
+        page.put(names::RESIDENT, cache.residents(), &[]);
+        page.put(names::FETCH, &**cache.fetched(), &[]);
+        let tiers = cache.tiers();
+        for tier in [&tiers.encoded, &tiers.decoded].into_iter().flatten() {
+            page.put(names::TIER, &**tier, &[("tier", tier.kind().name())]);
+        }
+    }
+
+    fn downloaded(&self) -> Totals {
+        self.cache.get().map_or_else(Totals::default, |cache| {
+            let fetched = cache.fetched();
+            let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+            Totals {
+                reads: get(&fetched.demand_requests) + get(&fetched.ahead_requests),
+                bytes: get(&fetched.bytes),
+            }
+        })
+    }
+
+    fn take_longest_download(&self) -> u64 {
+        self.cache.get().map_or(0, |cache| cache.fetched().whole.take_longest())
+    }
+}

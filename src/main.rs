@@ -1,5 +1,0 @@
-//! `turbobd`: parse, dispatch, exit code; nothing else.
-
-fn main() -> std::process::ExitCode {
-    turbobd::cli::main()
-}

@@ -1,0 +1,442 @@
+//! A run of bytes that can be read at any position.
+//!
+//! Formats parse from a [`ByteSource`] and do not care whether it is memory, a file or a range of a
+//! blob in a registry. A source is immutable and its length never changes while it is open; whoever
+//! truncates a file underneath gets [`SourceError`], not wrong bytes.
+//!
+//! What a disk is read through wants more of a remote source than single reads: several neighbouring
+//! pieces by one request, each handed on as soon as it is whole ([`ByteSource::read_run`]), and to say
+//! how urgent it is ([`Class`]).
+//!
+//! Real: [`FileSource`], [`MemorySource`], [`SubSource`], and the registry's blob. For tests:
+//! [`FaultySource`], which fails or lies at chosen offsets.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::traffic::Traffic;
+
+/// Why bytes could not be had. Cheap to clone: one failed read may have many waiters.
+#[derive(Clone, Debug, Error)]
+pub enum SourceError {
+    /// The operating system refused.
+    #[error("Cannot read {len} bytes at {offset} of {name}")]
+    Io {
+        /// What was read: a path or a blob.
+        name: String,
+        /// First byte asked for.
+        offset: u64,
+        /// Number of bytes asked for.
+        len: usize,
+        /// The system's reason.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// The range does not lie inside the source.
+    #[error("Bytes {offset}..{end} of {name} do not exist: it has {size} bytes")]
+    PastEnd {
+        /// What was read.
+        name: String,
+        /// First byte asked for.
+        offset: u64,
+        /// One past the last byte asked for.
+        end: u64,
+        /// Length of the source.
+        size: u64,
+    },
+    /// A registry did not deliver; the text says what it answered and after how many tries.
+    #[error("Cannot fetch bytes {offset}..{end} of {name}: {reason}")]
+    Remote {
+        /// Blob and host.
+        name: String,
+        /// First byte asked for.
+        offset: u64,
+        /// One past the last byte asked for.
+        end: u64,
+        /// What happened, as a sentence without a full stop.
+        reason: String,
+        /// Whether it is no use to try again.
+        lasting: bool,
+    },
+}
+
+/// How urgent a read is; the first is the most urgent. Demand never waits behind the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// A process waits for it.
+    Demand,
+    /// A process will probably ask for it soon.
+    Prefetch,
+    /// Nobody asked: the rest of a layer, fetched with what the line has to spare.
+    Fill,
+}
+
+/// The buffers of one read that fills several, one after the other.
+pub trait Run {
+    /// Room for the next bytes, up to the end of a buffer; never empty. `None`: all buffers are full.
+    fn room(&mut self) -> Option<&mut [u8]>;
+
+    /// That many bytes were put into the room. A buffer that is full by that is handed on.
+    fn filled(&mut self, bytes: usize);
+
+    /// Puts bytes in, as many as there is room for.
+    fn put(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty()
+            && let Some(room) = self.room()
+        {
+            let (now, later) = bytes.split_at(room.len().min(bytes.len()));
+            room[..now.len()].copy_from_slice(now);
+            self.filled(now.len());
+            bytes = later;
+        }
+    }
+}
+
+/// A run of one buffer.
+pub struct OneBuffer<'a> {
+    buffer: &'a mut [u8],
+    filled: usize,
+}
+
+impl<'a> OneBuffer<'a> {
+    /// Nothing is filled yet.
+    pub fn new(buffer: &'a mut [u8]) -> Self {
+        Self { buffer, filled: 0 }
+    }
+}
+
+impl Run for OneBuffer<'_> {
+    fn room(&mut self) -> Option<&mut [u8]> {
+        self.buffer.get_mut(self.filled..).filter(|room| !room.is_empty())
+    }
+
+    fn filled(&mut self, bytes: usize) {
+        self.filled += bytes;
+    }
+}
+
+/// An immutable run of bytes, readable at any position by many threads.
+pub trait ByteSource: Send + Sync {
+    /// Length in bytes.
+    fn len(&self) -> u64;
+
+    /// Whether there is nothing to read.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills `buf` from byte `offset` on, whole or not at all.
+    ///
+    /// # Errors
+    /// [`SourceError::PastEnd`] when the range leaves the source, else what the source says.
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError>;
+
+    /// Fills the buffers of `run`, together as long as `range`, with its bytes: by one request where
+    /// that matters, and each buffer is handed on as soon as it is full.
+    ///
+    /// # Errors
+    /// As [`read_exact_at`](Self::read_exact_at); buffers handed on before are good.
+    fn read_run(
+        &self,
+        range: Range<u64>,
+        class: Class,
+        run: &mut dyn Run,
+    ) -> Result<(), SourceError> {
+        let _ = class;
+        let mut at = range.start;
+        while let Some(room) = run.room() {
+            let len = room.len();
+            self.read_exact_at(room, at)?;
+            run.filled(len);
+            at += len as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether a read costs no more than a system call, so that nothing is gained by asking for
+    /// neighbours at once or ahead of time.
+    fn is_local(&self) -> bool {
+        true
+    }
+
+    /// The bytes of `range` turned out to be wrong: ask somebody else for them next time.
+    fn distrust(&self, range: Range<u64>) {
+        let _ = range;
+    }
+
+    /// What this source brought from afar so far.
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
+    }
+
+    /// All bytes as one address, when they lie in memory already.
+    fn as_slice(&self) -> Option<&[u8]> {
+        None
+    }
+
+    /// What to call this source in a message: a path or a digest.
+    fn name(&self) -> &str;
+}
+
+impl fmt::Debug for dyn ByteSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({} bytes)", self.name(), self.len())
+    }
+}
+
+/// `offset + len` when it lies inside `size`.
+fn check_range(name: &str, size: u64, offset: u64, len: usize) -> Result<(), SourceError> {
+    let end = offset.saturating_add(len as u64);
+    if end > size {
+        return Err(SourceError::PastEnd { name: name.to_owned(), offset, end, size });
+    }
+    Ok(())
+}
+
+/// Bytes in memory.
+#[derive(Clone)]
+pub struct MemorySource {
+    name: String,
+    bytes: SharedBytes,
+}
+
+/// Bytes in memory, whatever keeps them there.
+pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+impl MemorySource {
+    /// Takes `bytes` under a name for messages.
+    pub fn new(name: impl Into<String>, bytes: impl Into<Arc<[u8]>>) -> Self {
+        let bytes: Arc<[u8]> = bytes.into();
+        Self::shared(name, Arc::new(bytes))
+    }
+
+    /// Takes bytes that others hold too, without a copy.
+    pub fn shared(name: impl Into<String>, bytes: SharedBytes) -> Self {
+        Self { name: name.into(), bytes }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        (*self.bytes).as_ref()
+    }
+}
+
+impl ByteSource for MemorySource {
+    fn len(&self) -> u64 {
+        self.bytes().len() as u64
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        check_range(&self.name, self.len(), offset, buf.len())?;
+        let start = offset as usize;
+        buf.copy_from_slice(&self.bytes()[start..start + buf.len()]);
+        Ok(())
+    }
+
+    fn as_slice(&self) -> Option<&[u8]> {
+        Some(self.bytes())
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// A file, read with `pread`.
+pub struct FileSource {
+    name: String,
+    file: File,
+    len: u64,
+}
+
+impl FileSource {
+    /// Opens `path` and takes its present length as final.
+    ///
+    /// # Errors
+    /// [`SourceError::Io`] when the file cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, SourceError> {
+        let name = path.display().to_string();
+        let io = |source| SourceError::Io {
+            name: name.clone(),
+            offset: 0,
+            len: 0,
+            source: Arc::new(source),
+        };
+        let file = File::open(path).map_err(io)?;
+        let len = file.metadata().map_err(io)?.len();
+        Ok(Self { name, file, len })
+    }
+}
+
+impl ByteSource for FileSource {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        check_range(&self.name, self.len, offset, buf.len())?;
+        self.file.read_exact_at(buf, offset).map_err(|source| SourceError::Io {
+            name: self.name.clone(),
+            offset,
+            len: buf.len(),
+            source: Arc::new(source),
+        })
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// A range of another source.
+pub struct SubSource {
+    inner: Arc<dyn ByteSource>,
+    start: u64,
+    len: u64,
+}
+
+impl SubSource {
+    /// Bytes `start..start + len` of `inner`.
+    ///
+    /// # Errors
+    /// [`SourceError::PastEnd`] when the range leaves `inner`.
+    pub fn new(inner: Arc<dyn ByteSource>, start: u64, len: u64) -> Result<Self, SourceError> {
+        let end = start.saturating_add(len);
+        if end > inner.len() {
+            return Err(SourceError::PastEnd {
+                name: inner.name().to_owned(),
+                offset: start,
+                end,
+                size: inner.len(),
+            });
+        }
+        Ok(Self { inner, start, len })
+    }
+}
+
+impl ByteSource for SubSource {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        check_range(self.name(), self.len, offset, buf.len())?;
+        self.inner.read_exact_at(buf, self.start + offset)
+    }
+
+    fn read_run(
+        &self,
+        range: Range<u64>,
+        class: Class,
+        run: &mut dyn Run,
+    ) -> Result<(), SourceError> {
+        let len = range.end.saturating_sub(range.start);
+        check_range(self.name(), self.len, range.start, len as usize)?;
+        self.inner.read_run(self.start + range.start..self.start + range.end, class, run)
+    }
+
+    fn is_local(&self) -> bool {
+        self.inner.is_local()
+    }
+
+    fn distrust(&self, range: Range<u64>) {
+        self.inner.distrust(self.start + range.start..self.start + range.end);
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.inner.traffic()
+    }
+
+    fn as_slice(&self) -> Option<&[u8]> {
+        let start = self.start as usize;
+        self.inner.as_slice().map(|bytes| &bytes[start..start + self.len as usize])
+    }
+
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+}
+
+/// A source that misbehaves on purpose, for tests of everything above it.
+pub struct FaultySource {
+    inner: Arc<dyn ByteSource>,
+    faults: Vec<Fault>,
+}
+
+/// What [`FaultySource`] does to a read that touches a byte.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    /// Reads that touch this byte fail.
+    FailAt(u64),
+    /// The byte at this offset arrives with these bits flipped.
+    FlipAt(u64, u8),
+}
+
+impl FaultySource {
+    /// `inner`, with `faults`.
+    pub fn new(inner: Arc<dyn ByteSource>, faults: Vec<Fault>) -> Self {
+        Self { inner, faults }
+    }
+}
+
+impl ByteSource for FaultySource {
+    fn len(&self) -> u64 {
+        self.inner.len()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        self.inner.read_exact_at(buf, offset)?;
+        let range = offset..offset + buf.len() as u64;
+        for fault in &self.faults {
+            match *fault {
+                Fault::FailAt(at) if range.contains(&at) => {
+                    return Err(SourceError::Io {
+                        name: self.name().to_owned(),
+                        offset,
+                        len: buf.len(),
+                        source: Arc::new(io::Error::from_raw_os_error(libc::EIO)),
+                    });
+                }
+                Fault::FlipAt(at, bits) if range.contains(&at) => {
+                    buf[(at - offset) as usize] ^= bits;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn is_local(&self) -> bool {
+        self.inner.is_local()
+    }
+
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_read_outside_a_source_is_refused_and_named() {
+        let source: Arc<dyn ByteSource> = Arc::new(MemorySource::new("blob", vec![1, 2, 3]));
+        let sub = SubSource::new(source.clone(), 1, 2).unwrap();
+        let mut buf = [0; 2];
+        sub.read_exact_at(&mut buf, 0).unwrap();
+        assert_eq!(buf, [2, 3]);
+        assert_eq!(
+            sub.read_exact_at(&mut buf, 1).unwrap_err().to_string(),
+            "Bytes 1..3 of blob do not exist: it has 2 bytes"
+        );
+        assert!(sub.read_exact_at(&mut buf, u64::MAX).is_err());
+        assert!(SubSource::new(source, 2, u64::MAX).is_err());
+    }
+}

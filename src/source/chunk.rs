@@ -1,0 +1,440 @@
+//! A blob that decodes in pieces.
+//!
+//! A *chunk* is what is fetched, verified, decoded and cached as a whole: a segment of a gzip layer,
+//! a group of blocks of a `ZFile`, a slice of an uncompressed layer. [`ChunkSource`] says where the
+//! chunks lie and decodes one on request; the cache decides when, and
+//! the fetcher in which company.
+//!
+//! A chunk decodes alone, but for those of a long zstd frame, which decode one after the other from its
+//! beginning: see [`ChunkSource::serial`].
+//!
+//! Real: `gzip::IndexedLayer`, `segments::SegmentedLayer`, the `ZFile`
+//! reader and [`PlainChunks`]. In memory and
+//! faulty: build one from [`MemorySource`](crate::MemorySource) or
+//! [`FaultySource`](crate::FaultySource) under [`PlainChunks`].
+
+use std::fmt;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::{ByteSource, SourceError};
+
+/// Why a chunk could not be made. Shared by everyone who waited for it.
+#[derive(Clone, Debug, Error)]
+pub enum ChunkError {
+    /// The encoded bytes could not be had.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The bytes arrived but are not what the index says they are.
+    #[error("Chunk {chunk} of {blob} (bytes {start}..{end} of the blob) is damaged: {reason}")]
+    Damaged {
+        /// The blob.
+        blob: String,
+        /// Number of the chunk.
+        chunk: u32,
+        /// First encoded byte.
+        start: u64,
+        /// One past the last encoded byte.
+        end: u64,
+        /// Which check failed.
+        reason: String,
+    },
+}
+
+/// Decoded bytes of one chunk.
+///
+/// The decoder may need room in front of the data (a gzip segment is decoded behind its window), so
+/// the data is a range of the room rather than all of it.
+pub struct ChunkBytes {
+    room: Box<dyn Room>,
+    data: Range<usize>,
+}
+
+/// Memory that a chunk is decoded into: on the heap, or a piece of a cache's arena. It does not move
+/// as long as it lives.
+pub trait Room: Send + Sync {
+    /// The bytes.
+    fn bytes(&self) -> &[u8];
+    /// The bytes, for the decoder.
+    fn bytes_mut(&mut self) -> &mut [u8];
+    /// Bytes of a cache's budget that this takes; 0 for memory that no cache counts.
+    fn held(&self) -> u64 {
+        0
+    }
+}
+
+impl Room for Vec<u8> {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self
+    }
+}
+
+impl ChunkBytes {
+    /// The bytes of `room` in `data`.
+    ///
+    /// # Panics
+    /// When `data` does not lie in `room`: a bug of the decoder, not a matter of input.
+    #[must_use]
+    pub fn new(room: Box<dyn Room>, data: Range<usize>) -> Self {
+        assert!(data.start <= data.end && data.end <= room.bytes().len());
+        Self { room, data }
+    }
+
+    /// Bytes of the cache's budget that are taken: 0 when the chunk is on the heap.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.room.held()
+    }
+}
+
+impl From<Vec<u8>> for ChunkBytes {
+    fn from(buffer: Vec<u8>) -> Self {
+        let data = 0..buffer.len();
+        Self { room: Box::new(buffer), data }
+    }
+}
+
+impl Deref for ChunkBytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.room.bytes()[self.data.clone()]
+    }
+}
+
+impl fmt::Debug for ChunkBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ChunkBytes({} bytes)", self.len())
+    }
+}
+
+/// Where a chunk lies in its blob, and what its decoder wants around it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// The chunk's bytes of the blob. Neighbours may share a byte.
+    pub range: Range<u64>,
+    /// Bytes of room that the decoder wants in front of them.
+    pub head: usize,
+    /// Bytes of room that the decoder wants behind them.
+    pub tail: usize,
+}
+
+impl Encoded {
+    /// Number of bytes of the blob.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.range.end.saturating_sub(self.range.start) as usize
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The encoded bytes of a chunk, with the room that its decoder wants around them.
+#[derive(Debug, Default)]
+pub struct EncodedChunk {
+    buffer: Vec<u8>,
+    data: Range<usize>,
+}
+
+impl EncodedChunk {
+    /// Room for the bytes of `place`, in a buffer that may have been used before.
+    #[must_use]
+    pub fn new(place: &Encoded, mut buffer: Vec<u8>) -> Self {
+        let data = place.head..place.head + place.len();
+        let len = data.end + place.tail;
+        buffer.truncate(len);
+        buffer.resize(len, 0);
+        Self { buffer, data }
+    }
+
+    /// The encoded bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer[self.data.clone()]
+    }
+
+    /// The encoded bytes, to be filled.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.data.clone()]
+    }
+
+    /// The bytes with the room around them, for the decoder, who leaves the bytes as they were.
+    pub fn with_room(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    /// The buffer, and where in it the encoded bytes are.
+    #[must_use]
+    pub fn into_parts(self) -> (Vec<u8>, Range<usize>) {
+        (self.buffer, self.data)
+    }
+
+    /// The buffer, for the next chunk.
+    #[must_use]
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.buffer
+    }
+}
+
+/// Where one chunk lies in the decoded bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkSpan {
+    /// Number of the chunk, from 0.
+    pub index: u32,
+    /// First decoded byte.
+    pub start: u64,
+    /// Decoded length in bytes, never 0.
+    pub len: u32,
+}
+
+/// Decodes chunks that lie in one long frame: one after the other, from the frame's beginning.
+pub trait SerialDecoder: Send {
+    /// Verifies and decodes the next chunk into `room`, of [`ChunkSource::room`] bytes.
+    ///
+    /// # Errors
+    /// [`ChunkError::Damaged`]; then nothing of `room` may be used, and the decoder is of no further use.
+    fn decode_next(&mut self, encoded: &EncodedChunk, room: &mut [u8]) -> Result<(), ChunkError>;
+}
+
+/// A blob whose decoded bytes come in chunks.
+///
+/// Fetching and decoding are separate steps, for they happen on different threads: whoever fetches
+/// asks where chunks lie and may fetch several neighbours at once; whoever decodes needs no network.
+pub trait ChunkSource: Send + Sync {
+    /// What distinguishes this blob from all others in a cache: its digest, what it is decoded as,
+    /// and where its chunks begin. The same blob by another index has another id.
+    fn id(&self) -> &str;
+
+    /// Decoded length in bytes.
+    fn decoded_len(&self) -> u64;
+
+    /// Number of chunks; they cover `0..decoded_len()` without a gap.
+    fn chunk_count(&self) -> u32;
+
+    /// The chunk that holds decoded byte `offset`, or `None` past the end.
+    fn chunk_at(&self, offset: u64) -> Option<ChunkSpan>;
+
+    /// The bytes that chunks are decoded from.
+    fn blob(&self) -> &Arc<dyn ByteSource>;
+
+    /// Where chunk `index` lies in the blob; chunks lie there in their order.
+    ///
+    /// # Errors
+    /// [`ChunkError`] when there is no such chunk.
+    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError>;
+
+    /// Bytes of room that chunk `index` is decoded into: its own length and what its decoder needs.
+    fn room(&self, index: u32) -> usize;
+
+    /// Verifies and decodes a chunk into `room`, of [`Self::room`] bytes, and says where in it the
+    /// chunk lies.
+    ///
+    /// # Errors
+    /// [`ChunkError::Damaged`]; then nothing of `room` may be used.
+    fn decode(
+        &self,
+        index: u32,
+        encoded: &mut EncodedChunk,
+        room: &mut [u8],
+    ) -> Result<Range<usize>, ChunkError>;
+
+    /// The chunks that are decoded one after the other to get at chunk `index` or at others of the same frame: of
+    /// most blobs only itself, and [`decode`](Self::decode) decodes it alone. If there are more, it does
+    /// not, and they are decoded from the first on by [`begin_serial`](Self::begin_serial).
+    fn serial(&self, index: u32) -> Range<u32> {
+        index..index.saturating_add(1)
+    }
+
+    /// Whether chunk `index` is one of several that are decoded one after the other.
+    fn is_serial(&self, index: u32) -> bool {
+        self.serial(index).len() > 1
+    }
+
+    /// Decoded length in bytes of the longest frame whose chunks are decoded one after the other, 0 if there is none.
+    fn longest_serial(&self) -> u64 {
+        0
+    }
+
+    /// Bytes of memory that decoding a frame takes which begins with these encoded bytes: its window.
+    fn serial_memory(&self, first: &[u8]) -> u64 {
+        let _ = first;
+        0
+    }
+
+    /// Begins to decode the chunks of a frame, of which `first` is the first.
+    ///
+    /// # Errors
+    /// [`ChunkError`] when it is not, or there is no memory for a decoder.
+    fn begin_serial(&self, first: u32) -> Result<Box<dyn SerialDecoder>, ChunkError> {
+        let blob = self.blob().name().to_owned();
+        let reason = "it is not the first of a frame".to_owned();
+        Err(ChunkError::Damaged { blob, chunk: first, start: 0, end: 0, reason })
+    }
+
+    /// Where chunk `index` lies in the decoded bytes; `None` when that cannot be told by its number.
+    fn span(&self, index: u32) -> Option<ChunkSpan> {
+        let _ = index;
+        None
+    }
+
+    /// Whether decoding a chunk takes longer than reading what it decodes to from a disk.
+    fn is_costly(&self) -> bool {
+        false
+    }
+
+    /// Whether the encoded bytes alone, without decoding, are what they should be; `None` when
+    /// nothing says so.
+    fn verify(&self, index: u32, encoded: &[u8]) -> Option<bool> {
+        let _ = (index, encoded);
+        None
+    }
+
+    /// Whether these are the decoded bytes of a chunk; `None` when nothing says so.
+    fn verify_decoded(&self, index: u32, decoded: &[u8]) -> Option<bool> {
+        let _ = (index, decoded);
+        None
+    }
+
+    /// Fetches, verifies and decodes a chunk on this thread, twice if it is damaged the first time. In a long frame
+    /// everything before it is decoded too.
+    ///
+    /// # Errors
+    /// [`ChunkError`]; nothing unverified is ever returned.
+    fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {
+        let serial = self.serial(index);
+        if serial.len() > 1 {
+            let mut wanted = Vec::new();
+            self.load_serial(serial.start..index.saturating_add(1), &mut |bytes| {
+                wanted.clear();
+                wanted.extend_from_slice(bytes);
+            })?;
+            return Ok(wanted.into());
+        }
+        let place = self.encoded(index)?;
+        let mut encoded = EncodedChunk::new(&place, Vec::new());
+        let mut room = vec![0; self.room(index)];
+        let mut load = || {
+            self.blob().read_exact_at(encoded.bytes_mut(), place.range.start)?;
+            self.decode(index, &mut encoded, &mut room)
+        };
+        let data = match load() {
+            // Damage on the way, or one bad node of many, is another time not there.
+            Err(error @ ChunkError::Damaged { .. }) => {
+                tracing::debug!(%error, "loading it again");
+                self.blob().distrust(place.range.clone());
+                load()?
+            }
+            result => result?,
+        };
+        Ok(ChunkBytes::new(Box::new(room), data))
+    }
+
+    /// The same for chunks of one long frame from its first on, each given to `each`.
+    ///
+    /// # Errors
+    /// [`ChunkError`].
+    fn load_serial(
+        &self,
+        chunks: Range<u32>,
+        each: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), ChunkError> {
+        let mut decoder = self.begin_serial(chunks.start)?;
+        let (mut buffer, mut room) = (Vec::new(), Vec::new());
+        for index in chunks {
+            let place = self.encoded(index)?;
+            let mut encoded = EncodedChunk::new(&place, buffer);
+            self.blob().read_exact_at(encoded.bytes_mut(), place.range.start)?;
+            if self.verify(index, encoded.bytes()) == Some(false) {
+                self.blob().distrust(place.range.clone());
+                self.blob().read_exact_at(encoded.bytes_mut(), place.range.start)?;
+            }
+            room.resize(self.room(index), 0);
+            decoder.decode_next(&encoded, &mut room)?;
+            each(&room);
+            buffer = encoded.into_buffer();
+        }
+        Ok(())
+    }
+}
+
+/// An uncompressed blob in chunks of one size: a plain tar layer.
+///
+/// Nothing in the format verifies such a range; only the blob's digest does, over the whole.
+pub struct PlainChunks {
+    id: String,
+    source: Arc<dyn ByteSource>,
+}
+
+impl PlainChunks {
+    /// Bytes in a chunk: large enough that a sequential reader makes few requests, small enough
+    /// that one 4 KiB read of a cold file does not fetch much more than it needs.
+    pub const CHUNK: u64 = 256 << 10;
+
+    /// Chunks of `source`, known to a cache as `id`.
+    pub fn new(id: impl Into<String>, source: Arc<dyn ByteSource>) -> Self {
+        Self { id: id.into(), source }
+    }
+}
+
+impl ChunkSource for PlainChunks {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn decoded_len(&self) -> u64 {
+        self.source.len()
+    }
+
+    fn chunk_count(&self) -> u32 {
+        self.source.len().div_ceil(Self::CHUNK) as u32
+    }
+
+    fn chunk_at(&self, offset: u64) -> Option<ChunkSpan> {
+        let size = self.source.len();
+        (offset < size).then(|| {
+            let index = offset / Self::CHUNK;
+            let start = index * Self::CHUNK;
+            ChunkSpan { index: index as u32, start, len: (size - start).min(Self::CHUNK) as u32 }
+        })
+    }
+
+    fn span(&self, index: u32) -> Option<ChunkSpan> {
+        self.chunk_at(u64::from(index) * Self::CHUNK)
+    }
+
+    fn blob(&self) -> &Arc<dyn ByteSource> {
+        &self.source
+    }
+
+    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+        let start = u64::from(index) * Self::CHUNK;
+        let size = self.source.len();
+        if start >= size {
+            let name = self.source.name().to_owned();
+            return Err(SourceError::PastEnd { name, offset: start, end: start + 1, size }.into());
+        }
+        Ok(Encoded { range: start..size.min(start + Self::CHUNK), head: 0, tail: 0 })
+    }
+
+    fn room(&self, index: u32) -> usize {
+        self.encoded(index).map_or(0, |place| place.len())
+    }
+
+    fn decode(
+        &self,
+        _: u32,
+        encoded: &mut EncodedChunk,
+        room: &mut [u8],
+    ) -> Result<Range<usize>, ChunkError> {
+        room.copy_from_slice(encoded.bytes());
+        Ok(0..room.len())
+    }
+}

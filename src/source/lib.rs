@@ -1,0 +1,32 @@
+//! The two seams under the formats: bytes at any position, and chunks that decode alone.
+//!
+//! A format parses from a [`ByteSource`] and does not care whether it is memory, a file or a range of a blob in a
+//! registry. A layer is read through a [`ChunkSource`](chunk::ChunkSource): a blob that is cut into pieces, each
+//! fetched, verified and decoded alone. The crate `formats` implements chunks, the crate `registry` implements bytes,
+//! and the crate `blobs` joins both without a name of either.
+//!
+//! * [`bytes`] a run of bytes: memory, file, part of another
+//! * [`chunk`] a blob in chunks: the unit of fetching, verifying and caching
+//! * [`failure`] an error and its causes as one line
+//! * `traffic` what a source fetched, and what failed on the way
+//!
+//! ```
+//! use turbobd_source::{ByteSource, MemorySource};
+//! let blob = MemorySource::new("blob", b"0123456789".to_vec());
+//! let mut part = [0; 3];
+//! blob.read_exact_at(&mut part, 4)?;
+//! assert_eq!(&part, b"456");
+//! assert!(blob.read_exact_at(&mut part, 8).is_err()); // past the end
+//! # Ok::<(), turbobd_source::SourceError>(())
+//! ```
+
+pub mod bytes;
+pub mod chunk;
+pub mod failure;
+mod traffic;
+
+pub use bytes::{
+    ByteSource, Class, Fault, FaultySource, FileSource, MemorySource, OneBuffer, Run, SharedBytes,
+    SourceError, SubSource,
+};
+pub use traffic::{Attempts, Retries, Traffic, TryingAgain};

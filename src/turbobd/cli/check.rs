@@ -1,0 +1,110 @@
+//! `turbobd check`: verify an image.
+//!
+//! Opening verifies the meta image: digests, checksums, indexes, that they fit together, and that no
+//! mapping leaves its target. With `--data`, every chunk of every layer decodes
+//! and has its checksum, and every original blob has its digest.
+
+use std::io::Read as _;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Failure, Outcome, Service, export, image, stdout, table};
+use blobs::cache::Cache;
+use formats::oci::{Descriptor, Digest};
+use host::images::{self, Registries};
+use registry::store::ImageStore;
+use source::chunk::ChunkSource;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    image: image::Args,
+    /// Also read and verify every byte of data.
+    #[arg(long)]
+    data: bool,
+}
+
+/// Checks; says on stdout what was verified.
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+    let registries = Registries::new(service.load()?);
+    let cache = Cache::new(registries.service().turbobd.memory_cache, 1);
+    let opened =
+        images::open::open(&args.image.spec()?, &registries, cache).map_err(Failure::open)?;
+    stdout::line(format_args!("meta image: ok ({} layers)", opened.disk.layer_count()))?;
+    if !args.data {
+        return Ok(ExitCode::SUCCESS);
+    }
+    for (number, source) in opened.disk.chunk_sources().into_iter().enumerate() {
+        let Some(source) = source else { continue };
+        load_every_chunk(&source)?;
+        stdout::line(format_args!(
+            "layer {number}: {} in {} chunks: ok",
+            table::size(source.decoded_len()),
+            source.chunk_count()
+        ))?;
+    }
+    if let Some(targets) = &opened.targets {
+        for target in opened.layers.iter().filter_map(|layer| layer.target.as_ref()) {
+            verify_blob(&**targets, &target.digest, target.size)?;
+            stdout::line(format_args!("{}: ok", target.digest))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Decodes all chunks, on all cores; those of a long frame on one.
+fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
+    let next = AtomicU32::new(0);
+    let load = |index: u32| match source.serial(index) {
+        serial if serial.len() <= 1 => source.load(index).map(drop),
+        serial if serial.start == index => source.load_serial(serial, &mut |_| ()),
+        _ => Ok(()), // whoever has the first of them has them all
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..export::loader_threads())
+            .map(|_| {
+                scope.spawn(|| {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        if index >= source.chunk_count() {
+                            return Ok(());
+                        }
+                        load(index)?;
+                    }
+                })
+            })
+            .collect();
+        for worker in workers {
+            let lost = |_| Failure::Failed("A checking thread ended early".into());
+            worker
+                .join()
+                .map_err(lost)?
+                .map_err(|error: source::chunk::ChunkError| Failure::because(error))?;
+        }
+        Ok(())
+    })
+}
+
+/// Reads a blob from end to end and compares its digest.
+fn verify_blob(store: &dyn ImageStore, digest: &str, size: u64) -> Result<(), Failure> {
+    let digest: Digest = digest.parse().map_err(Failure::because)?;
+    let mut blob = store.open_blob(&Descriptor::new("", digest, size)).map_err(Failure::because)?;
+    let mut hasher = Sha256::new();
+    let mut buf = vec![0; 1 << 20];
+    loop {
+        match blob.read(&mut buf).map_err(Failure::because)? {
+            0 => break,
+            n => hasher.update(&buf[..n]),
+        }
+    }
+    let got = Digest::from_hasher(hasher);
+    if got != digest {
+        return Err(Failure::Failed(format!(
+            "The original layer {digest} is damaged: its bytes have digest {got}"
+        )));
+    }
+    Ok(())
+}

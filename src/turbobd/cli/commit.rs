@@ -1,0 +1,177 @@
+//! `turbobd commit`: make a native layer of what was written to a device, and an image with it on top.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::{Failure, Outcome, Service, convert, registry_flags, stderr, stdout};
+use ::convert::chain::CHAINS;
+use ::convert::native::{NativeBlob, commit_layer};
+use ::registry::Client;
+use ::registry::store::{self, ImageStore, Selector, StoreError};
+use disk::image::host_manifest;
+use disk::writable::{WritableFiles, WritableLayer};
+use formats::lsmt::{Identity, Uuid};
+use formats::oci::manifest::media;
+use formats::oci::{Descriptor, ImageConfig, RepositoryName, annotations};
+use host::images::Registries;
+
+/// `-m`, `--uuid`, `-p`, `-f`, `--algorithm` and `--bs` mean what they mean to upstream's `overlaybd-commit`;
+/// the layer is always a `ZFile` in a tar (its `-z -t`), as registries keep it.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Folder of the writable layer, as given to `attach --upper`. Nothing may be attached to it.
+    upper: PathBuf,
+    /// Write the layer to this file.
+    #[arg(short, long, value_name = "FILE", required_unless_present = "tag")]
+    output: Option<PathBuf>,
+    /// Replace the file if it exists.
+    #[arg(short, long)]
+    force: bool,
+    /// Where the image below is, and the new one goes: `host/name` or `oci:DIR`.
+    #[arg(short, long, value_name = "REPO", requires_all = ["input_tag", "tag"])]
+    repository: Option<String>,
+    /// Tag of the image that the device was made of.
+    #[arg(short, long, value_name = "TAG", requires = "repository")]
+    input_tag: Option<String>,
+    /// Tag of the image to make: the one below and this layer.
+    #[arg(short, long, value_name = "TAG", requires = "repository")]
+    tag: Option<String>,
+    /// A message for the layer, and for the history of the image; at most 256 bytes.
+    #[arg(short, long, value_name = "TEXT")]
+    message: Option<String>,
+    /// Identity of the layer; else the one it was made with.
+    #[arg(long, value_name = "UUID", value_parser = uuid)]
+    uuid: Option<Uuid>,
+    /// Identity of the layer below; else the one it was made with.
+    #[arg(short, long, value_name = "UUID", value_parser = uuid)]
+    parent_uuid: Option<Uuid>,
+    #[command(flatten)]
+    compression: convert::Compression,
+    /// Where the layer lies until it is stored; else the system's folder for temporary files.
+    #[arg(short, long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    #[command(flatten)]
+    registry: registry_flags::Args,
+}
+
+fn uuid(text: &str) -> Result<Uuid, String> {
+    text.parse().map_err(|()| {
+        "an identity is 8-4-4-4-12 hexadecimal digits, as 01234567-89ab-cdef-0123-456789abcdef"
+            .into()
+    })
+}
+
+/// Commits; prints the digest of the layer, or of the image if one was made.
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+    let message = args.message.clone().unwrap_or_default();
+    if message.len() > 256 {
+        return Err(Failure::Usage("the message has more than 256 bytes".into()));
+    }
+    let mut layer =
+        WritableLayer::open(&WritableFiles::in_dir(&args.upper)).map_err(Failure::because)?;
+    if layer.cut() > 0 {
+        stderr::line(format_args!(
+            "turbobd: commit: {} bytes at the end of the index were not flushed and are left out",
+            layer.cut()
+        ));
+    }
+    let (uuid, parent) = layer.uuids();
+    let identity = Identity {
+        uuid: args.uuid.unwrap_or(uuid),
+        parent: args.parent_uuid.unwrap_or(parent),
+        user_tag: message.clone().into_bytes(),
+    };
+    let size = layer.virtual_size();
+    let blob =
+        commit_layer(&mut layer, size, identity, args.compression.zfile(), args.dir.as_deref())
+            .map_err(Failure::because)?;
+    if let Some(path) = &args.output {
+        write_file(args, path, &blob).map_err(|source| {
+            Failure::Failed(format!("Cannot write {}: {source}", path.display()))
+        })?;
+    }
+    match (&args.repository, &args.input_tag, &args.tag) {
+        (Some(repository), Some(base), Some(tag)) => {
+            let client = Registries::new(service.load()?)
+                .writing_client(&args.registry.spec()?)
+                .map_err(Failure::because)?;
+            stdout::line(publish(repository, base, tag, &message, &blob, &client)?)?;
+        }
+        _ => stdout::line(blob.digest())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the layer beside `path` and moves it there when it is whole.
+fn write_file(args: &Args, path: &PathBuf, blob: &NativeBlob) -> io::Result<()> {
+    if args.force {
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+        let mut file = tempfile::NamedTempFile::new_in(dir.unwrap_or(".".as_ref()))?;
+        io::copy(&mut blob.reader()?, &mut file)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        return Ok(());
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    let written = blob
+        .reader()
+        .and_then(|mut reader| io::copy(&mut reader, &mut file))
+        .and_then(|_| file.sync_all());
+    if written.is_err() {
+        let _ = std::fs::remove_file(path); // it was ours
+    }
+    written
+}
+
+/// Puts the layer on top of the image `base`, as the image `tag`; gives its digest.
+fn publish(
+    repository: &str,
+    base: &str,
+    tag: &str,
+    message: &str,
+    blob: &NativeBlob,
+    client: &Client,
+) -> Result<formats::oci::Digest, Failure> {
+    let place: RepositoryName = repository.parse().map_err(Failure::usage)?;
+    let store: Arc<dyn ImageStore> =
+        store::open_repository(&place, client).map_err(Failure::because)?;
+    let selector = Selector::Tag(base.to_owned());
+    let (stored, mut manifest) = host_manifest(&*store, &selector).map_err(Failure::because)?;
+    if ::convert::meta::is_plain(&manifest) {
+        return Err(Failure::Failed(format!(
+            "{base} is a plain image: a layer can be put on its converted form (turbobd convert), which is \
+             what a device is made of"
+        )));
+    }
+    let is_docker = media::is_docker(manifest.media_type());
+    let config = store.read_blob(&manifest.config).map_err(Failure::because)?;
+    let config = ImageConfig::parse(&config).map_err(Failure::because)?;
+    let history = json!({"created_by": "turbobd commit", "comment": message});
+    let config = config.with_layer(blob.digest(), &history);
+    let kind = if is_docker { media::DOCKER_LAYER } else { media::OCI_LAYER };
+    let mut layer = Descriptor::new(kind, blob.digest(), blob.size());
+    layer.annotations = annotations::native(&blob.digest(), blob.size()).into_iter().collect();
+    manifest.layers.push(layer);
+    manifest.config = Descriptor::of(&manifest.config.media_type, &config);
+    // Neither a conversion of the base's original any more, nor made of its layers alone.
+    manifest.annotations.remove(CHAINS);
+    (manifest.subject, manifest.artifact_type) = (None, None);
+    let bytes = manifest.to_bytes();
+    let digest = blob.digest();
+    store
+        .put_blob_from(&digest, blob.size(), &mut || match blob.reader() {
+            Ok(reader) => Ok(Box::new(reader)),
+            Err(source) => {
+                Err(StoreError::Broken { store: "the work folder".into(), digest, source })
+            }
+        })
+        .map_err(Failure::because)?;
+    store.put_blob(&config).map_err(Failure::because)?;
+    store.put_manifest(Some(tag), &stored.media_type, &bytes).map_err(Failure::because)?;
+    Ok(formats::oci::Digest::of(&bytes))
+}

@@ -1,0 +1,53 @@
+//! `turbobd daemon`: serve the devices of this host.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use client::{Client, protocol};
+use host::daemon::{self, DaemonOptions};
+use host::images::HostImages;
+
+use super::{Failure, Outcome, Service};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Ask the running daemon to remove its unused devices and to end.
+    #[arg(long)]
+    stop: bool,
+    /// As `attach` starts it: in the background, until nothing is attached any more.
+    #[arg(long, hide = true, conflicts_with = "stop")]
+    auto: bool,
+}
+
+/// Serves until it is told to end, or tells the one that does.
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+    let run_dir = protocol::run_dir();
+    if args.stop {
+        let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
+            return Ok(ExitCode::SUCCESS);
+        };
+        let busy = client.stop().map_err(Failure::because)?;
+        if busy.is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        let names: Vec<String> =
+            busy.iter().map(|record| record.device.display().to_string()).collect();
+        return Err(Failure::Failed(format!(
+            "It serves on, because {} is in use: detach it first",
+            names.join(", ")
+        )));
+    }
+    let config = service.load()?;
+    let api = &config.api;
+    let snapshots = api.enable.then_some(api.address);
+    let images = Arc::new(HostImages::new(config.clone()));
+    let options = DaemonOptions {
+        run_dir,
+        auto: args.auto,
+        reads: images.read_policy(),
+        exporter: images.exporter(),
+        snapshots,
+    };
+    daemon::run(&options, images).map_err(Failure::because)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,24 @@
+//! `turbobd doctor`: what this host can do.
+
+use std::process::ExitCode;
+
+use super::{Outcome, stdout, table};
+use host::doctor;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Examines; status 1 when no front end can work.
+pub(super) fn run(args: &Args) -> Outcome {
+    let report = doctor::examine();
+    if args.json {
+        table::print_json(&report)?;
+    } else {
+        stdout::lines(&report)?;
+    }
+    Ok(ExitCode::from(report.exit_status()))
+}

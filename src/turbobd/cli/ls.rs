@@ -1,0 +1,75 @@
+//! `turbobd ls`: the devices of this host.
+
+use std::process::ExitCode;
+
+use super::{Failure, Outcome, stdout, table};
+use client::protocol::{self, DeviceState};
+use client::{Client, DeviceRecord};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// Print everything that the daemon counts, in Prometheus' text format (see METRICS.md).
+    #[arg(long, conflicts_with = "json")]
+    metrics: bool,
+}
+
+/// Lists; nothing attached and no daemon is an empty list.
+pub(super) fn run(args: &Args) -> Outcome {
+    let client = Client::connect(&protocol::run_dir()).map_err(Failure::because)?;
+    if args.metrics {
+        let Some(mut client) = client else {
+            return Err(Failure::Failed("no daemon runs on this host: nothing is counted".into()));
+        };
+        let page = client.metrics().map_err(Failure::because)?;
+        stdout::lines(page)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let devices = match client {
+        Some(mut client) => client.list().map_err(Failure::because)?,
+        None => Vec::new(),
+    };
+    if args.json {
+        table::print_json(&devices)?;
+    } else {
+        let head = [
+            "IMAGE",
+            "DEVICE",
+            "MOUNTPOINT",
+            "STATE",
+            "READ",
+            "FETCHED",
+            "CACHED",
+            "RETRIES",
+            "ERRORS",
+        ];
+        table::print(&head, &devices.iter().map(row).collect::<Vec<_>>())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(device: &DeviceRecord) -> Vec<String> {
+    vec![
+        device.image.clone(),
+        device.device.display().to_string(),
+        device.mountpoint.as_ref().map_or_else(|| "-".into(), |dir| dir.display().to_string()),
+        state(device),
+        table::size(device.bytes_read),
+        table::size(device.bytes_fetched),
+        table::size(device.bytes_cached),
+        device.retries.to_string(),
+        device.errors.to_string(),
+    ]
+}
+
+/// How a device is; of a stalled one, for how long.
+pub(super) fn state(device: &DeviceRecord) -> String {
+    match device.state {
+        DeviceState::Ready => "ready".into(),
+        DeviceState::InUse => "in use".into(),
+        DeviceState::Stalled => format!("stalled {}", table::duration(device.oldest_wait_ms)),
+        DeviceState::Failed => "failed".into(),
+    }
+}

@@ -1,0 +1,261 @@
+//! `turbobd trace`: record what a start reads, show what was recorded, and [publish] it.
+
+mod publish;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, ExitStatus};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::{Subcommand, ValueEnum};
+
+use super::{Failure, Outcome, Service, image, stderr, stdout, table};
+use blobs::cache::Cache;
+use blobs::trace::{learn, upstream};
+use client::{Client, DeviceSpec, find, mounts, protocol};
+use disk::Disk;
+use formats::trace::Trace;
+use host::daemon::Table;
+use host::images::{self, HostImages, Registries};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Record what a start reads of an image, or what is read of a device from now on.
+    Record(Box<RecordArgs>),
+    /// Show what a trace lists.
+    Show(ShowArgs),
+    /// Push a trace beside its image: a host that has learned nothing of the image yet fetches ahead by it.
+    Publish(Box<publish::PublishArgs>),
+}
+
+#[derive(Debug, clap::Args)]
+struct RecordArgs {
+    #[command(flatten)]
+    image: image::Args,
+    /// Write the trace here.
+    #[arg(short, long, value_name = "FILE", default_value = "turbobd.trace")]
+    output: PathBuf,
+    /// Whose format: ours, or overlaybd's, which can speak of native layers only.
+    #[arg(long, value_enum, default_value_t = Format::Turbobd)]
+    format: Format,
+    /// Record for so long [default: 30, if there is no COMMAND].
+    #[arg(long, value_name = "N", conflicts_with = "command")]
+    seconds: Option<u64>,
+    /// Record until this ends. For an IMAGE it runs in the mounted image (chroot), for a device on the host.
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Turbobd,
+    Overlaybd,
+}
+
+#[derive(Debug, clap::Args)]
+struct ShowArgs {
+    /// A trace, ours or overlaybd's.
+    file: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Records, shows or publishes.
+pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+    match &args.what {
+        What::Record(args) => record(args, service),
+        What::Show(args) => show(args),
+        What::Publish(args) => publish::run(args, service),
+    }
+}
+
+/// How long to record when nobody says.
+const SECONDS: u64 = 30;
+
+fn record(args: &RecordArgs, service: &Service) -> Outcome {
+    let (trace, status) = match served_device(&args.image)? {
+        Some((client, name)) => {
+            if args.format == Format::Overlaybd {
+                return Err(Failure::Usage(
+                    "name the image, not a device, to record in overlaybd's format: it numbers the image's layers".into(),
+                ));
+            }
+            record_device(args, client, &name)?
+        }
+        None => record_image(args, service)?,
+    };
+    let bytes = match args.format {
+        Format::Turbobd => trace.to_bytes(),
+        Format::Overlaybd => overlaybd(&trace, &open(args, service)?)?,
+    };
+    learn::write(&args.output, &bytes).map_err(|error| {
+        Failure::Failed(format!("Cannot write {}: {error}", args.output.display()))
+    })?;
+    stderr::line(format_args!(
+        "turbobd: trace: {} pieces, {}, in {}",
+        trace.touches.len(),
+        table::size(trace.bytes()),
+        args.output.display()
+    ));
+    match status {
+        Some(status) if !status.success() => {
+            Err(Failure::Failed(format!("The command ended with {status}; its trace is kept")))
+        }
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// The daemon, if what is to be recorded is one of its devices.
+fn served_device(image: &image::Args) -> Result<Option<(Client, String)>, Failure> {
+    let Some(name) = image.image.clone().filter(|name| name.starts_with('/')) else {
+        return Ok(None);
+    };
+    let not_served =
+        || Failure::Failed(format!("No device or mount point is called {name}: see turbobd ls"));
+    let mut client =
+        Client::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(not_served)?;
+    let devices = client.list().map_err(Failure::because)?;
+    find(&devices, &name).map_err(|_| not_served())?;
+    Ok(Some((client, name)))
+}
+
+fn record_device(
+    args: &RecordArgs,
+    mut client: Client,
+    name: &str,
+) -> Result<(Trace, Option<ExitStatus>), Failure> {
+    let device = client.begin_trace(name).map_err(Failure::because)?;
+    let status = wait(args, |command| command, None);
+    let trace = client.end_trace(device.id).map_err(Failure::because)?;
+    Ok((trace, status?))
+}
+
+/// Attaches the image in this process, mounts it, and watches.
+fn record_image(
+    args: &RecordArgs,
+    service: &Service,
+) -> Result<(Trace, Option<ExitStatus>), Failure> {
+    let images = Arc::new(HostImages::new(service.load()?));
+    let run_dir = protocol::run_dir();
+    fs::create_dir_all(&run_dir).map_err(Failure::because)?;
+    let spec = DeviceSpec::of(args.image.spec()?);
+    let mount =
+        tempfile::Builder::new().prefix("trace-").tempdir_in(&run_dir).map_err(Failure::because)?;
+    let policy = images.read_policy();
+    let served = Table::new(run_dir, images, policy);
+    let (device, note) = served.attach(&spec).map_err(Failure::because)?;
+    if let Some(note) = note {
+        tracing::info!("{note}");
+    }
+    served.begin_trace(device.id).map_err(Failure::because)?;
+    // On failure the table goes, and the device with it.
+    mounts::mount_image(&device.device, mount.path()).map_err(Failure::because)?;
+    let dir = mount.path().to_owned();
+    let place = format!("{} {}", device.device.display(), dir.display());
+    let in_image = |mut command: Vec<String>| {
+        command.splice(0..0, ["chroot".to_owned(), dir.display().to_string()]);
+        command
+    };
+    let status = wait(args, in_image, Some(&place));
+    let trace = served.end_trace(device.id).map_err(Failure::because);
+    mounts::unmount_dir(&dir).map_err(Failure::because)?;
+    served.detach(device.id).map_err(Failure::because)?;
+    Ok((trace?, status?))
+}
+
+/// Runs the command, or waits as long as was asked for.
+fn wait(
+    args: &RecordArgs,
+    place: impl FnOnce(Vec<String>) -> Vec<String>,
+    announce: Option<&str>,
+) -> Result<Option<ExitStatus>, Failure> {
+    if args.command.is_empty() {
+        let seconds = args.seconds.unwrap_or(SECONDS);
+        if let Some(place) = announce {
+            stdout::line(place)?;
+        }
+        stderr::line(format_args!("turbobd: trace: recording for {seconds} s"));
+        let until = Instant::now() + Duration::from_secs(seconds);
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        return Ok(None);
+    }
+    let command = place(args.command.clone());
+    let status = Command::new(&command[0]).args(&command[1..]).status();
+    status.map(Some).map_err(|error| Failure::Failed(format!("Cannot run {}: {error}", command[0])))
+}
+
+/// The image's disk, to number its layers.
+fn open(args: &RecordArgs, service: &Service) -> Result<Disk, Failure> {
+    Ok(images::open::open(&args.image.spec()?, &Registries::new(service.load()?), Cache::new(0, 1))
+        .map_err(Failure::open)?
+        .disk)
+}
+
+fn overlaybd(trace: &Trace, disk: &Disk) -> Result<Vec<u8>, Failure> {
+    let native = disk.native_sources();
+    let layers: Vec<_> = native.iter().map(Option::as_deref).collect();
+    let reads = upstream::of_trace(trace, &layers);
+    if reads.is_empty() && !trace.touches.is_empty() {
+        return Err(Failure::Failed(
+            "Nothing was read of native layers, and overlaybd's traces know no others: use --format turbobd".into(),
+        ));
+    }
+    Ok(upstream::to_bytes(&reads))
+}
+
+fn show(args: &ShowArgs) -> Outcome {
+    let name = args.file.display();
+    let bytes = fs::read(&args.file)
+        .map_err(|error| Failure::Failed(format!("Cannot read {name}: {error}")))?;
+    let invalid = |error| Failure::Failed(format!("{name}: {error}"));
+    if upstream::is_trace(&bytes) {
+        show_upstream(&upstream::parse(&bytes).map_err(invalid)?, args.json)?;
+    } else {
+        show_ours(&Trace::parse(&bytes).map_err(invalid)?, &args.file, args.json)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show_upstream(reads: &[upstream::Record], json: bool) -> Result<(), Failure> {
+    if json {
+        return table::print_json(&reads);
+    }
+    let row = |read: &upstream::Record| {
+        vec![read.layer.to_string(), read.offset.to_string(), read.count.to_string()]
+    };
+    table::print(&["LAYER", "OFFSET", "COUNT"], &reads.iter().map(row).collect::<Vec<_>>())
+}
+
+fn show_ours(trace: &Trace, file: &Path, json: bool) -> Result<(), Failure> {
+    if json {
+        return table::print_json(trace);
+    }
+    stderr::line(format_args!(
+        "{}: {} pieces of {} blobs, {}, from {} starts",
+        file.display(),
+        trace.touches.len(),
+        trace.blobs.len(),
+        table::size(trace.bytes()),
+        trace.starts
+    ));
+    let row = |touch: &formats::trace::Touch| {
+        let blob = trace.blobs.get(touch.blob as usize).map(ToString::to_string);
+        vec![
+            format!("{:.2}", f64::from(touch.at) / 1e3),
+            table::short(&blob.unwrap_or_default()),
+            touch.start.to_string(),
+            touch.len.to_string(),
+            touch.weight.to_string(),
+        ]
+    };
+    let rows: Vec<_> = trace.touches.iter().map(row).collect();
+    table::print(&["SECONDS", "BLOB", "START", "BYTES", "WEIGHT"], &rows)
+}

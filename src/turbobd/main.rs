@@ -1,0 +1,5 @@
+//! `turbobd`: parse, dispatch, exit code; nothing else.
+
+fn main() -> std::process::ExitCode {
+    turbobd::main()
+}
