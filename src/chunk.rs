@@ -35,7 +35,7 @@ pub enum ChunkError {
         chunk: u32,
         /// First encoded byte.
         start: u64,
-        /// One past the last encoded byte.
+        /// The failed check.
         end: u64,
         /// Which check failed.
         reason: String,
@@ -203,7 +203,7 @@ pub trait SerialDecoder: Send {
     fn decode_next(&mut self, encoded: &EncodedChunk, room: &mut [u8]) -> Result<(), ChunkError>;
 }
 
-/// A blob whose decoded bytes come in chunks.
+/// A blob that decodes in chunks.
 ///
 /// Fetching and decoding are separate steps because they happen on different threads. The fetching thread
 /// asks for the positions of chunks and may fetch several neighbours at once. The decoding thread needs no

@@ -45,9 +45,7 @@ pub const BLOCK: usize = 512;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum TarError {
     /// The stream ends within an entry.
-    #[error(
-        "The tar is cut short at byte {total}, within {what} of entry {name} at byte {offset}"
-    )]
+    #[error("The tar is cut short at byte {total}, within {what} of entry {name} at byte {offset}")]
     Truncated {
         /// Offset of the entry.
         offset: u64,

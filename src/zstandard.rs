@@ -2,10 +2,10 @@
 //!
 //! # The mechanism
 //!
-//! A zstd stream (RFC 8878) is a chain of *frames*, each of which decodes alone; between them there can be
-//! skippable frames. A frame is a header and blocks of at most 128 KiB of output. So a layer of many frames
-//! has natural segments: one or more whole frames, about a span long ([`Scanner`]). zstd:chunked writes one
-//! frame for each file, the seekable format one for each few MiB, `pzstd` one for each thread's piece.
+//! A zstd stream (RFC 8878) is a chain of *frames*. Each decodes alone; between them there can be skippable
+//! frames. A frame is a header and blocks of at most 128 KiB of output. So a layer of many frames has natural
+//! segments: one or more whole frames, about a span long ([`Scanner`]). zstd:chunked writes one frame for
+//! each file, the seekable format one for each few MiB, `pzstd` one for each thread's piece.
 //!
 //! Most layers are *one* frame of any length, because `docker buildx` and `zstd` write them so. A block
 //! inside the frame can refer to output a whole window back (2 MiB at the usual level, up to 128 MiB), and to

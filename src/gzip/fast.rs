@@ -17,7 +17,7 @@ use super::huffman::{
 };
 use super::marks::MatchLog;
 
-/// Input bytes that a round may read: a few refills, each of which reads 8 bytes and advances by 7 or less.
+/// Input bytes that a round may read: a few refills; each reads 8 bytes and advances by 7 or less.
 const INPUT_ROOM: usize = 32;
 /// Output bytes that a round may write: three literals, the longest match, and the overshoot of its copy.
 pub(super) const OUTPUT_ROOM: usize = 3 + 258 + 32;
@@ -301,8 +301,8 @@ impl Run<'_> {
                 }
             }
             debug_assert!(distance > 0 && to.addr() + len + 32 <= out_end);
-            // SAFETY: `distance` is at least 1 and within the history; the round began with
-            // OUTPUT_ROOM bytes of room, of which at most two literals were used.
+            // SAFETY: `distance` is at least 1 and within the history; the round began with OUTPUT_ROOM bytes
+            // of room, and at most two literals used some of it.
             unsafe {
                 copy_match(to, distance, len);
                 to = to.add(len);

@@ -18,7 +18,7 @@ const MAX_ENTRIES: usize = 128_000_000;
 /// Position of a run of disk sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// No layer maps the run, or the topmost mapping says zero.
+    /// No layer maps the run, or the topmost mapping of it is zeroed.
     Zero,
     /// At this sector of the layer's own LSMT stream.
     Own(Sectors),

@@ -119,7 +119,7 @@ fn a_writer_refuses_what_no_reader_would_open() {
     writer.remote(Sectors(10), Sectors(5), Sectors(3)).unwrap();
     assert_eq!(
         writer.metadata(Sectors(14), &[0; 512]).unwrap_err().to_string(),
-        "Sectors 14..15 cannot be added to a layer: they do not come after the sectors added before"
+        "Sectors 14..15 cannot be added to a layer: they must come after all sectors added before"
     );
     assert!(writer.metadata(Sectors(20), &[0; 100]).is_err());
     assert!(writer.zeroed(Sectors(99), Sectors(2)).is_err());

@@ -131,9 +131,7 @@ pub enum WritableError {
         path: PathBuf,
     },
     /// The log has reached its limit.
-    #[error(
-        "The writable layer has {MAX_RECORDS} records, the limit of readers: commit it"
-    )]
+    #[error("The writable layer has {MAX_RECORDS} records, the limit of readers: commit it")]
     Full,
     /// The committed layer breaks a limit, or cannot be written.
     #[error(transparent)]

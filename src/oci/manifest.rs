@@ -585,7 +585,7 @@ mod tests {
             index(&["linux/s390x", "attestation", "linux/amd64/v3"]).select(&amd64).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "The image has nothing for linux/amd64; it has linux/s390x, linux/amd64/v3"
+            "The image has no manifest for linux/amd64; it has linux/s390x, linux/amd64/v3"
         );
         assert!(index(&["", "attestation"]).select(&amd64).is_ok());
         assert!(index(&["", ""]).select(&amd64).is_err());

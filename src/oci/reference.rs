@@ -84,7 +84,7 @@ pub struct RegistryName {
     pub repository: String,
     /// The tag, if given.
     pub tag: Option<String>,
-    /// The digest of the manifest, if given. The tag then selects nothing.
+    /// The digest of the manifest, if given. It alone then selects the manifest; the tag has no effect.
     pub digest: Option<Digest>,
 }
 
@@ -479,7 +479,7 @@ mod tests {
         assert!(format!("h.x/{}", "r".repeat(252)).parse::<ImageName>().is_err());
         assert_eq!(
             shown("a/B"),
-            "the repository \"a/B\" is not lower-case letters and digits, joined by single . or _, __, - or /"
+            "the repository \"a/B\" must be lower-case letters and digits, joined by single . or _, __, - or /"
         );
     }
 

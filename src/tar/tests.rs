@@ -445,11 +445,11 @@ fn what_breaks_a_rule_is_refused_with_name_and_offset() {
         ),
         (
             plain("a", b'0', b"x")[..600].to_vec(),
-            "The tar is cut short at byte 600, within the padding of the entry at byte 0 (\"a\")",
+            "The tar is cut short at byte 600, within the padding of entry \"a\" at byte 0",
         ),
         (
             plain("a", b'0', &[1; 100])[..600].to_vec(),
-            "The tar is cut short at byte 600, within the data of the entry at byte 0 (\"a\")",
+            "The tar is cut short at byte 600, within the data of entry \"a\" at byte 0",
         ),
         (
             [

@@ -141,7 +141,9 @@ impl Record {
             )));
         }
         if bytes[78] != 0 {
-            return Err(invalid("it requires a dictionary, which no known writer makes".to_owned()));
+            return Err(invalid(
+                "it requires a dictionary, which no known writer makes".to_owned(),
+            ));
         }
         Ok(Self {
             flags,

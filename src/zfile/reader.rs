@@ -346,9 +346,9 @@ impl Decoder {
         match self {
             Self::Lz4 => lz4_flex::block::decompress_into(packed, plain)
                 .map_err(|e| format!("LZ4 reports: {e}")),
-            Self::Zstd(decoder) => {
-                decoder.decompress_to_buffer(packed, plain).map_err(|e| format!("ZSTD reports: {e}"))
-            }
+            Self::Zstd(decoder) => decoder
+                .decompress_to_buffer(packed, plain)
+                .map_err(|e| format!("ZSTD reports: {e}")),
         }
     }
 }

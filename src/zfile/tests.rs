@@ -180,7 +180,7 @@ fn hostile_numbers_are_refused_before_anything_is_allocated() {
     let many = refused(&|record| (record.index_size, record.original_size) = (1 << 29, 1 << 41));
     assert!(many.contains("end past byte"), "{many}");
     assert!(refused(&|record| record.index_offset = u64::MAX).contains("end past byte"));
-    assert!(refused(&|record| record.dict_size = u32::MAX).contains("not where it begins"));
+    assert!(refused(&|record| record.dict_size = u32::MAX).contains("not at its beginning"));
     assert!(refused(&|record| record.block_size = 1 << 20).contains("not a power of two"));
 }
 

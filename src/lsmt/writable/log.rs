@@ -31,7 +31,9 @@ impl Log {
         let header = index.header()?;
         if header.flags & (FLAG_HEADER | FLAG_DATA) != FLAG_HEADER || header.index_offset != RECORD
         {
-            return Err(index.invalid("its header is not that of an index log with records from byte 4096"));
+            return Err(
+                index.invalid("its header is not that of an index log with an index at byte 4096")
+            );
         }
         let (index_len, data_len) = (index.len()?, data.len()?);
         let total = (index_len - RECORD) / ENTRY;
