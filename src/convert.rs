@@ -188,7 +188,7 @@ pub enum LayerError {
     },
     /// A compression that the conversion cannot read.
     #[error(
-        "The layer is compressed with {0}, which no image specification knows: rebuild the image with gzip or zstd layers"
+        "The layer is compressed with {0}, which no image specification allows: rebuild the image with gzip or zstd layers"
     )]
     Compression(&'static str),
     /// The zstd stream is damaged, or needs an unsupported feature.

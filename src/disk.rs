@@ -98,7 +98,7 @@ pub enum DiskError {
         size: u64,
     },
     /// The layers are not in the order in which they were made.
-    #[error("Layer {layer} ({name}) does not belong where it is: {rule}")]
+    #[error("Layer {layer} ({name}) is not in its place: {rule}")]
     Chain {
         /// The layer, 0 lowest.
         layer: usize,

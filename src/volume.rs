@@ -49,7 +49,7 @@ pub enum VolumeError {
         offset: u64,
     },
     /// The bytes did not arrive in time.
-    #[error("Byte {offset} of the disk did not come within {seconds} s{}", so_far(.last))]
+    #[error("Byte {offset} of the disk did not arrive within {seconds} s{}", so_far(.last))]
     Deadline {
         /// Byte of the volume.
         offset: u64,

@@ -212,7 +212,7 @@ fn a_stack_with_a_gap_a_cycle_or_in_the_wrong_order_is_refused_by_name() {
     stack(&[(A, nobody), (C, B)]);
     device.refused(&[
         "Layer 1",
-        "does not belong",
+        "is not in its place",
         &format!("it was made on {B}, and lies on {A}"),
     ]);
     stack(&[(B, A), (C, B)]);

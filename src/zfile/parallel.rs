@@ -131,7 +131,7 @@ impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let lost = || ZFileError::from(io::Error::other("A thread that compresses ended early"));
+        let lost = || ZFileError::from(io::Error::other("A compression thread ended early"));
         let result = match self.output.take() {
             Some(output) => output.join().unwrap_or_else(|_| Err(lost())),
             None => Err(lost()),
@@ -197,7 +197,7 @@ fn put_in_order<W: Write>(
     slots: &Receiver<Slot>,
 ) -> Result<Writer<W>, ZFileError> {
     for slot in slots {
-        let lost = |_| ZFileError::from(io::Error::other("A thread that compresses ended early"));
+        let lost = |_| ZFileError::from(io::Error::other("A compression thread ended early"));
         writer.put_packed(&slot.recv().map_err(lost)??)?;
     }
     Ok(writer)

@@ -219,7 +219,10 @@ impl<W: Write + Seek> Writer<W> {
         header.flags = FLAG_HEADER | FLAG_DATA | FLAG_OVERWRITTEN | FLAG_DIGEST;
         let end = self.out.stream_position()?;
         let Some(start) = end.checked_sub(summary.len) else {
-            return Err(io::Error::other("The output moved while a ZFile was written to it").into());
+            return Err(io::Error::other(
+                "The position of the output changed while a ZFile was written to it",
+            )
+            .into());
         };
         self.out.seek(SeekFrom::Start(start))?;
         self.out.write_all(&header.encode())?;
