@@ -92,7 +92,7 @@ pub enum Kind {
         /// Length in bytes.
         size: Bytes,
         /// Its data, ascending and without overlap; the gaps are holes. Empty for a file that was
-        /// [read](super::read) back from a disk: its blocks stay in place.
+        /// [read](super::read()) back from a disk: its blocks stay in place.
         runs: Vec<DataRun>,
     },
     /// A symbolic link with its exact target.

@@ -35,7 +35,7 @@
 //!
 //! Contents: `log` reading the index file, `place` a change in progress, `room` space for records, `batch` a
 //! flush in progress, [`shared`] a layer for many threads, `seal` turning a layer into one of the layers
-//! below, [`view`] a read-only view.
+//! below, [`mod@view`] a read-only view.
 
 mod batch;
 mod log;
