@@ -298,11 +298,11 @@ fn an_index_without_this_platform_says_what_it_has() {
     let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [child]});
     images.set_manifest("multi", &index);
     let name = images.name("multi");
-    refused(&["export", &name, "--digest"], &["nothing for linux/", "plan9/mips"]);
+    refused(&["export", &name, "--digest"], &["no manifest for linux/", "plan9/mips"]);
     let empty = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []});
     images.set_manifest("latest", &empty);
     no_conversion(&images, &["lists no image"]);
-    refused(&["export", &images.name("latest"), "--digest"], &["nothing for linux/"]);
+    refused(&["export", &images.name("latest"), "--digest"], &["no manifest for linux/"]);
 }
 
 #[test]

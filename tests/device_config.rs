@@ -212,11 +212,11 @@ fn a_stack_with_a_gap_a_cycle_or_in_the_wrong_order_is_refused_by_name() {
     stack(&[(A, nobody), (C, B)]);
     device.refused(&[
         "Layer 1",
-        "does not belong",
+        "is not in its place",
         &format!("it was made on {B}, and lies on {A}"),
     ]);
     stack(&[(B, A), (C, B)]);
-    device.refused(&["Layer 0", &format!("it was made on {A}, and nothing is below it")]);
+    device.refused(&["Layer 0", &format!("it was made on {A}, and no layer is below it")]);
     stack(&[(A, nobody), (B, A), (A, B)]);
     device.refused(&["Layer 2", "is that of layer 0 too"]);
     stack(&[(A, A)]);
@@ -295,7 +295,7 @@ fn a_malformed_configuration_is_refused_by_its_key() {
         (json!({"lowers": [{"digest": "md5:1"}]}), &["Key lowers[0].digest"]),
         (
             json!({"lowers": [{"digest": Digest::of(b"x").to_string()}]}),
-            &["Key repoBlobUrl", "which registry has it"],
+            &["Key repoBlobUrl", "no registry is given"],
         ),
         (
             json!({"repoBlobUrl": "ftp://x", "lowers": [{"digest": Digest::of(b"x").to_string()}]}),
@@ -303,7 +303,7 @@ fn a_malformed_configuration_is_refused_by_its_key() {
         ),
         (
             json!({"lowers": [{"file": "layer"}], "accelerationLayer": true, "recordTracePath": "t"}),
-            &["Key accelerationLayer", "excludes recordTracePath"],
+            &["Key accelerationLayer", "cannot be combined with recordTracePath"],
         ),
         (
             json!({"lowers": [{"file": "layer"}], "download": 5}),

@@ -223,7 +223,7 @@ fn a_zstd_layer_that_is_cut_off_or_needs_too_much_memory_is_refused_by_name() {
     refuse(encoder.finish().unwrap(), &["window of 268435456 bytes", "134217728", "--long"]);
     let mut garbage = zstd(&lower());
     garbage.extend(b"behind");
-    refuse(garbage, &["neither a frame nor one to be skipped"]);
+    refuse(garbage, &["neither a frame nor a skippable frame"]);
     let mut damaged = zstd(&lower());
     damaged[MIB] ^= 0x20;
     let images = Images::new();
@@ -262,7 +262,7 @@ fn a_sidecar_that_breaks_a_rule_is_refused_by_name() {
     forge(0, &|file| file[15] = 0x7f, &["does not fit the file"]);
     forge(0, &|file| file[16] ^= 1, &["The index belongs to another layer"]);
     forge(0, &|file| file[48] ^= 1, &["turbobd"]);
-    forge(0, &|file| file[56] ^= 1, &["not all of the output"]);
+    forge(0, &|file| file[56] ^= 1, &["do not cover the output"]);
     forge(0, &|file| file.push(0), &["bytes follow"]);
     forge(1, &|file| file[10] = 2, &["the target is zstd", "say that it is tar"]);
     // A checksum that is wrong is no matter of opening, but of reading.

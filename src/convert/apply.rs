@@ -1,35 +1,35 @@
 //! The entries of one layer, applied to the tree of the layers below.
 //!
-//! The promise is that the tree is **what a container sees** after containerd unpacked the image for
-//! overlayfs. There a layer never touches the ones below: it is unpacked into a folder of its own
-//! (the *upper*), and the kernel shows the stack of them as one. The steps below follow from that, and
-//! the code does the same: entries go into an [`upper`] in memory, alone; [`LayerApply::finish`] then
-//! [merges](merge) it into the tree. Until then the tree is unchanged, so an error leaves it whole.
+//! The resulting tree is **the tree that a container sees** after containerd has unpacked the image for
+//! overlayfs. There a layer never changes the ones below: it is unpacked into a folder of its own (the
+//! *upper*), and the kernel shows the stack of them as one. The steps below follow from that, and the code
+//! does the same: entries go into an [`upper`] in memory, alone; [`LayerApply::finish`] then [merges](merge)
+//! it into the tree. Until then the tree is unchanged, so an error does not damage it.
 //!
-//! * A path is cleaned as text. Symbolic links *on the way* are followed if this layer made them,
-//!   within the root; one of a lower layer is not seen, and gives way to a real directory.
-//! * A directory on the way that this layer lacks is made: with the attributes that the lower layers
-//!   give it (through their links), else 0755 root:root and the time of the entry that needed it.
-//! * A directory over a directory keeps what is there and takes the new attributes. Anything else
-//!   replaces what was there. Over a *lower* directory all attributes are new, `xattrs` included.
-//! * `.wh.NAME` hides NAME of the lower layers, `.wh..wh..opq` all of a directory, wherever it stands
-//!   in the tar. A character device 0:0 is how overlayfs spells a whiteout, so it is one.
+//! * A path is normalised as text. Symbolic links *inside* a path are followed, within the root, if this
+//!   layer made them. A link of a lower layer is not seen, and a real directory replaces it.
+//! * A directory inside a path that this layer lacks is made. It gets the attributes of the lower layers
+//!   (found through their links), or else 0755 root:root and the time of the entry that needed it.
+//! * A directory over a directory keeps the content and takes the new attributes. Any other combination
+//!   replaces the old file. Over a *lower* directory all attributes are new, `xattrs` included.
+//! * `.wh.NAME` hides NAME of the lower layers, `.wh..wh..opq` all lower content of its directory, at any
+//!   position in the tar. A character device 0:0 is overlayfs's form of a whiteout, so it counts as one.
 //! * A hard link shares the inode, and its header is applied to that inode.
 //! * An entry that resolves to the root is ignored.
 //!
-//! # Where this is kinder than containerd
+//! # More permissive than containerd
 //!
-//! containerd fails a whole pull on some layers whose meaning is plain. These are accepted: a hard link
-//! to a file of a lower layer (the inode is shared, as upstream's converter has it); a whiteout of
-//! what this same layer has made (it hides the lower one only, as the image specification says), or
-//! of what is hidden already; a file below a directory that this layer whited out before (the
-//! directory is new); a file where a lower layer has a file on the way.
+//! containerd fails the whole pull on some layers with a clear meaning. They are accepted here: a hard link
+//! to a file of a lower layer (the inode is shared, as in upstream's converter); a whiteout of a name that
+//! this layer has made (it hides the lower one only, as the image specification says), or of a name that is
+//! hidden already; a file below a directory that this layer whited out before (the directory is new); a file
+//! below a path on which a lower layer has a file.
 //!
-//! # Where this differs from overlayfs
+//! # Differences from overlayfs
 //!
-//! An opaque marker in the root hides everything below, as the image specification says and as
-//! containerd's other snapshotters do; overlayfs ignores the mark on a root. Times of directories are
-//! what the headers say; unpacking leaves the time of the pull on those without a header.
+//! An opaque marker in the root hides all lower content, as the image specification says and containerd's
+//! other snapshotters do; overlayfs ignores the mark on a root. Times of directories are those of the
+//! headers; unpacking leaves the time of the pull on directories without a header.
 
 mod attributes;
 mod merge;
@@ -51,36 +51,36 @@ pub use unaligned::UNALIGNED_LIMIT;
 use unaligned::Unaligned;
 use upper::{DirId, FileId, Slot, Upper};
 
-/// Prefix of a name that hides the rest of the name in the lower layers.
+/// Prefix of a whiteout; the rest of the name is hidden in the lower layers.
 const WHITEOUT: &[u8] = b".wh.";
 
-/// The name that hides everything the lower layers have in its directory.
+/// Name of an opaque marker: it hides all lower content of its directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-/// Bytes in a symbolic link, as Linux allows: a path and its end.
+/// Largest number of bytes in a symbolic link, by Linux: a path without its NUL.
 const SYMLINK_LIMIT: usize = 4095;
 
-/// Major and minor numbers of a device that Linux can hold: 12 and 20 bits.
+/// Largest major number of a device in Linux: 12 bits.
 const MAJOR_LIMIT: u32 = 0xfff;
 const MINOR_LIMIT: u32 = 0xf_ffff;
 
-/// Why a layer cannot be applied.
+/// Error of applying a layer.
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum ApplyError {
-    /// An entry that contradicts the others, or that no Linux filesystem can hold.
+    /// An entry that contradicts others, or that no Linux filesystem can store.
     #[error("Entry {name} at byte {offset} of the tar cannot be applied: {reason}")]
     Entry {
         /// Name of the entry, quoted.
         name: String,
         /// Offset of its first header block.
         offset: u64,
-        /// What is wrong with it.
+        /// The fault.
         reason: Reason,
     },
-    /// The tree refused what the layer asks for.
+    /// The tree refused a change of the layer.
     #[error("The layer cannot be merged at {name}")]
     Tree {
-        /// The name within its directory, quoted.
+        /// The name in its directory, quoted.
         name: String,
         /// The tree's reason.
         #[source]
@@ -88,22 +88,22 @@ pub enum ApplyError {
     },
 }
 
-/// What is wrong with an entry.
+/// Fault of an entry.
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum Reason {
-    /// Names and links.
+    /// An invalid name or link.
     #[error(transparent)]
     Path(#[from] PathError),
-    /// Owner, mode, extended attributes.
+    /// An invalid owner, mode or extended attribute.
     #[error(transparent)]
     Attribute(#[from] AttributeError),
-    /// A path leads through something that this layer made as a file.
+    /// A path that passes through a file of this layer.
     #[error("{0} is not a directory in this layer")]
     NotDirectory(String),
-    /// `.wh.` with nothing, `.` or `..`.
-    #[error("its name is a whiteout of no name")]
+    /// `.wh.` followed by nothing, `.` or `..`.
+    #[error("its whiteout has no valid name")]
     EmptyWhiteout,
-    /// A hard link to nothing.
+    /// A hard link without a target.
     #[error("the target {0} of the hard link does not exist")]
     NoTarget(String),
     /// A hard link to a directory.
@@ -112,7 +112,7 @@ pub enum Reason {
     /// An empty symbolic link, or one that is too long.
     #[error("a symbolic link has 1 to {SYMLINK_LIMIT} bytes, not {0}")]
     SymlinkLength(usize),
-    /// A device that Linux cannot hold.
+    /// A device number that Linux cannot store.
     #[error("there is no device {major}:{minor}: the numbers have 12 and 20 bits")]
     Device {
         /// Major number.
@@ -120,30 +120,30 @@ pub enum Reason {
         /// Minor number.
         minor: u32,
     },
-    /// A sparse file whose pieces lie outside whole sectors, in too many bytes.
+    /// A sparse file with too many bytes outside whole sectors.
     #[error(
         "with it {kept} bytes of sparse files in this layer lie outside whole sectors of {SECTOR} B; \
          {UNALIGNED_LIMIT} are allowed"
     )]
     Unaligned {
-        /// Bytes of the layer that would have to be kept, this file's included.
+        /// Bytes of the layer that would have to be kept, including those of this file.
         kept: u64,
     },
 }
 
-/// What a layer did.
+/// Summary of an applied layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ApplyReport {
-    /// Entries that were applied, whiteouts included.
+    /// Number of applied entries, whiteouts included.
     pub entries: u64,
-    /// Whiteouts and opaque markers.
+    /// Number of whiteouts and opaque markers.
     pub whiteouts: u64,
-    /// Entries that resolve to the root, which are ignored.
+    /// Number of entries that resolve to the root; they are ignored.
     pub root_entries: u64,
-    /// Extended attributes that Linux would not keep there: `trusted.*`, unknown prefixes, `user.*` on
-    /// what is neither file nor directory. containerd drops them too.
+    /// Number of extended attributes that Linux would not store: `trusted.*`, unknown prefixes, `user.*` on a
+    /// node that is neither file nor directory. containerd drops them too.
     pub dropped_xattrs: u64,
-    /// The nodes that are new in the tree and no directories, in the order of the tar.
+    /// The new nodes of the tree that are not directories, in the order of the tar.
     pub created: Vec<NodeId>,
 }
 
@@ -162,7 +162,7 @@ impl fmt::Debug for LayerApply<'_> {
 }
 
 impl<'t> LayerApply<'t> {
-    /// Starts a layer on top of what `tree` holds.
+    /// Starts a layer on top of the present content of `tree`.
     pub fn new(tree: &'t mut Tree) -> Self {
         let root = tree.attributes(tree.root()).clone();
         Self {
@@ -177,7 +177,7 @@ impl<'t> LayerApply<'t> {
     ///
     /// # Errors
     /// [`ApplyError::Entry`]; the layer cannot be continued.
-    #[allow(clippy::needless_pass_by_value)] // an entry has one taker
+    #[allow(clippy::needless_pass_by_value)] // the entry is used up
     pub fn entry(&mut self, entry: Entry) -> Result<(), ApplyError> {
         self.unaligned.start(None, entry.data_offset);
         self.apply(&entry).map_err(|reason| ApplyError::Entry {
@@ -187,8 +187,8 @@ impl<'t> LayerApply<'t> {
         })
     }
 
-    /// Takes the data of the last entry as it is stored in the tar, all of it, in pieces of any size. Only
-    /// what lies outside whole sectors is kept; for nearly all files that is nothing, and costs nothing.
+    /// Takes the data of the last entry as stored in the tar: all of it, in pieces of any size. Only bytes
+    /// outside whole sectors are kept; nearly all files have none, and cost no memory.
     pub fn data(&mut self, bytes: &[u8]) {
         self.unaligned.data(bytes, &mut self.upper);
     }
@@ -196,7 +196,7 @@ impl<'t> LayerApply<'t> {
     /// Merges the layer into the tree.
     ///
     /// # Errors
-    /// [`ApplyError::Tree`] when the tree has no room; it is then in an undefined but valid state.
+    /// [`ApplyError::Tree`] if the tree has no room; its content is then undefined but valid.
     pub fn finish(self) -> Result<ApplyReport, ApplyError> {
         let mut report = self.report;
         report.created = merge::merge(self.upper, self.tree)?;
@@ -224,7 +224,7 @@ impl<'t> LayerApply<'t> {
         if entry.kind == EntryKind::Directory {
             return self.directory(dir, base, entry);
         }
-        // What the name held in this layer goes, before a link looks for its target.
+        // The old file of this name in the layer is removed before a link looks for its target.
         self.upper.remove(dir, &base);
         let slot = match &entry.kind {
             EntryKind::Char { major: 0, minor: 0 } => Slot::Whiteout,
@@ -235,7 +235,7 @@ impl<'t> LayerApply<'t> {
         Ok(())
     }
 
-    /// The directory at `path` of this layer, made with all that lead to it.
+    /// The directory at `path` of this layer; makes it and its parents if needed.
     fn make_parents(&mut self, path: &Path, entry: &Entry) -> Result<DirId, Reason> {
         let mut dir = self.upper.root();
         for (depth, name) in path.components().enumerate() {
@@ -248,7 +248,7 @@ impl<'t> LayerApply<'t> {
                 Some(Slot::Whiteout) | None => {
                     let parent = &self.upper.dir(dir).attributes;
                     let fresh = attributes::implicit_directory(parent, entry.mtime);
-                    // A whited-out directory is gone: this one is new, and stays closed to the lower one.
+                    // A whited-out directory is gone: this one is new, and hides the lower one.
                     let hidden = slot.is_some();
                     let lower =
                         if hidden { None } else { self.lower_directory(&path.prefix(depth + 1)) };
@@ -261,8 +261,8 @@ impl<'t> LayerApply<'t> {
         Ok(dir)
     }
 
-    /// The lower directory from which containerd copies the attributes of a missing parent: the path is
-    /// looked up through the links of the lower layers, whether or not this layer hides it.
+    /// The lower directory with the attributes that containerd copies to a missing parent. The path is looked
+    /// up through the links of the lower layers, even if this layer hides it.
     fn lower_directory(&self, path: &Path) -> Option<NodeId> {
         let lower = path::Lower(self.tree);
         let resolved = path::resolve(&lower, path.clone()).ok()?;
@@ -276,7 +276,7 @@ impl<'t> LayerApply<'t> {
         }
         match self.upper.slot(dir, hidden) {
             None => self.upper.insert(dir, hidden.to_vec(), Slot::Whiteout),
-            // A whiteout speaks of the lower layers only. A file of this layer hides them as it is.
+            // A whiteout affects only the lower layers. A file of this layer hides them already.
             Some(Slot::Dir(own)) => self.upper.dir_mut(own).opaque = true,
             Some(Slot::File(_) | Slot::Whiteout) => {}
         }
@@ -286,11 +286,11 @@ impl<'t> LayerApply<'t> {
     fn directory(&mut self, dir: DirId, name: Vec<u8>, entry: &Entry) -> Result<(), Reason> {
         let known = match self.upper.slot(dir, &name) {
             Some(Slot::Dir(known)) => Some(known),
-            // As with containerd, a directory *entry* behind a whiteout of its name makes a directory
-            // that is open to the lower one again.
+            // As in containerd, a directory *entry* behind a whiteout of its name makes a directory through
+            // which the lower one is visible again.
             _ => None,
         };
-        // A directory that this layer has already keeps its extended attributes and gets more.
+        // A directory already in this layer keeps its extended attributes and gets more.
         let mut attributes = match known {
             Some(known) => self.upper.dir(known).attributes.clone(),
             None => attributes::fresh(),
@@ -305,7 +305,7 @@ impl<'t> LayerApply<'t> {
         Ok(())
     }
 
-    /// A new file, symbolic link or device.
+    /// Makes a new file, symbolic link or device.
     fn file(&mut self, entry: &Entry) -> Result<FileId, Reason> {
         let kind = match &entry.kind {
             EntryKind::Symlink(text) if text.is_empty() || text.len() > SYMLINK_LIMIT => {
@@ -320,7 +320,7 @@ impl<'t> LayerApply<'t> {
             EntryKind::Char { major, minor } => Kind::Char { major: *major, minor: *minor },
             EntryKind::Block { major, minor } => Kind::Block { major: *major, minor: *minor },
             EntryKind::Fifo => Kind::Fifo,
-            // The other two kinds have been dealt with.
+            // The other two kinds were handled before.
             EntryKind::Regular | EntryKind::Directory | EntryKind::HardLink(_) => regular(entry),
         };
         let mut attributes = attributes::fresh();
@@ -333,7 +333,7 @@ impl<'t> LayerApply<'t> {
         Ok(file)
     }
 
-    /// What `target` names: a file of this layer, else a visible one of the lower layers.
+    /// The file that `target` names: one of this layer, or else a visible one of the lower layers.
     fn hard_link(&mut self, target: &[u8], entry: &Entry) -> Result<Slot, Reason> {
         let no_target = || Reason::NoTarget(quoted(target));
         let (parents, base) = Path::raw(target).split_last().ok_or_else(no_target)?;
@@ -348,7 +348,7 @@ impl<'t> LayerApply<'t> {
         let file = match dir.and_then(|dir| self.upper.slot(dir, &base)) {
             Some(Slot::File(file)) => file,
             Some(Slot::Dir(_)) => return Err(Reason::DirectoryTarget(quoted(target))),
-            // A whiteout is a device to containerd, and so is its other name.
+            // containerd treats a whiteout as a device; a hard link to it is a whiteout too.
             Some(Slot::Whiteout) => return Ok(Slot::Whiteout),
             None => {
                 let lower = path::resolve(&path::Lower(self.tree), parents)?;

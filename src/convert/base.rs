@@ -1,14 +1,14 @@
-//! Converted layers of somebody else's making, as the lower part of a new image.
+//! Converted layers from other conversions, as the lower part of a new image.
 //!
-//! The lowest layers of an image are often those of another that was converted already, by this program or
-//! by upstream's, to either format or to a mixture. Then only the layers on top are read and converted:
-//! the filesystem is read back from the stack of the lower ones ([`formats::ext4::read`]) and goes on from
-//! there. The converted lower layers become part of the result as they are.
+//! The lowest layers of an image often belong to another image that was converted already, by this program or
+//! by upstream's, to either format or to a mixture. Then only the layers on top are read and converted: the
+//! filesystem is read back from the stack of the lower ones ([`formats::ext4::read`]) and continued. The
+//! converted lower layers become part of the result unchanged.
 //!
-//! That a converted layer stands for a source layer is not taken on trust. A TurboOCI layer names its
-//! source's digest; a native one bears the first half of its source's OCI chain id as its LSMT identity
-//! (spec turbooci 4), which covers all layers below as well. One without identity says nothing, and is
-//! accepted only of an image that the user named.
+//! A check establishes that a converted layer stands for a source layer. A TurboOCI layer names its source's
+//! digest. A native layer has the first half of its source's OCI chain id as its LSMT identity (spec turbooci
+//! 4), which covers all layers below as well. A layer without identity cannot be checked, and is accepted
+//! only from an image that the user named.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ use formats::oci::annotations::{AnnotationError, LayerKind, split_acceleration};
 use formats::oci::{ConfigError, Descriptor, Digest, ImageConfig, Manifest};
 use registry::store::{ImageStore, StoreError};
 
-/// Annotation of a converted manifest: how many of its lowest layers were taken from elsewhere.
+/// Annotation of a converted manifest: the number of its lowest layers that were taken from another image.
 pub const BASE: &str = "dev.turbobd.base";
 
 /// Upstream's shared base layer, an empty ext4 that `convertor --mkfs=false` puts below all others: as a bare
@@ -34,44 +34,44 @@ const SHARED_BASE: [&str; 2] = [
     "sha256:a8b5fca80efae55088290f3da8110d7742de55c2a378d5ab53226a483f390e21",
 ];
 
-/// Decoded data while a filesystem is read back, bytes.
+/// Cache of decoded data for reading back a filesystem, in bytes.
 const CACHE: u64 = 64 << 20;
 
-/// Why an image's layers cannot lie below new ones.
+/// Reasons why an image's layers cannot lie below new ones.
 #[derive(Debug, Error)]
 pub enum BaseError {
-    /// It could not be read.
+    /// The image could not be read.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Its config is none.
+    /// Its config is invalid.
     #[error("Its config cannot be used")]
     Config(#[source] ConfigError),
-    /// A layer contradicts itself.
+    /// The annotations of a layer contradict each other.
     #[error(transparent)]
     Annotation(#[from] AnnotationError),
-    /// Its layers make no disk.
+    /// Its layers do not form a disk.
     #[error(transparent)]
     Image(#[from] ImageError),
     /// The disk's filesystem cannot be continued.
     #[error(transparent)]
     Ext4(#[from] ReadError),
-    /// Another image.
+    /// It belongs to another image.
     #[error("It has no layer in common with the image: {0}")]
     Other(String),
 }
 
-/// A converted image whose layers may be used.
+/// A converted image with layers that may be used.
 #[derive(Clone)]
 pub struct BaseImage {
     store: Arc<dyn ImageStore>,
     manifest: Manifest,
-    /// Layers that may be used, from the lowest on.
+    /// Number of layers that may be used, from the lowest on.
     usable: usize,
-    /// Whether the user named it: then what is wrong with it is an error.
+    /// True if the user named it: a fault of it is then an error.
     asked: bool,
 }
 
-/// A layer of a base, as it goes into the new manifest.
+/// A layer of a base, as it stands in the new manifest.
 #[derive(Clone)]
 pub(super) struct BaseLayer {
     pub(super) descriptor: Descriptor,
@@ -83,7 +83,7 @@ pub(super) struct BaseLayer {
 pub(super) struct Base {
     /// Lowest first.
     pub(super) layers: Vec<BaseLayer>,
-    /// Source layers that these are.
+    /// Number of source layers that these stand for.
     pub(super) covered: usize,
 }
 
@@ -93,8 +93,8 @@ impl BaseImage {
         Self { store, usable: manifest.layers.len(), manifest, asked: true }
     }
 
-    /// An image that was found. Of one made here, only those layers may be used by their looks that
-    /// are not made here: the others are known by their chains, options included.
+    /// An image that was found. If it was made by this program, only its layers from other conversions may be
+    /// used by these checks; the others are known by their chains, which include the options.
     pub(super) fn found(store: Arc<dyn ImageStore>, manifest: Manifest, made_here: bool) -> Self {
         let below = manifest.annotations.get(BASE).and_then(|count| count.parse().ok());
         let usable = match (below, made_here) {
@@ -125,7 +125,7 @@ impl BaseImage {
                     let unnamed = found == Uuid::NULL;
                     if unnamed && self.asked {
                         tracing::warn!(
-                            "Layer {} does not say what it was made of; taken for {source}",
+                            "Layer {} has no identity; it is assumed to be made of {source}",
                             layer.digest
                         );
                     }
@@ -160,8 +160,8 @@ impl BaseImage {
     }
 }
 
-/// The best of these images for a new one of `sources`; `uuids` are the identities of native layers of
-/// those. One that is not `asked` for must cover more than `least` layers.
+/// The best of these images for a new one of `sources`; `uuids` are the identities of native layers of those.
+/// An image that the user did not name must cover more than `least` layers.
 pub(super) fn choose(
     images: &[BaseImage],
     sources: &[Digest],

@@ -1,20 +1,20 @@
-//! Which converted layer stands for which: the *chain*.
+//! Identity of converted layers: the *chain*.
 //!
-//! A converted layer holds the blocks that its layer changed on a disk that the layers below it made. So
-//! it can be used again exactly where the same source layer lies on the same lower layers, and was
-//! converted in the same way. A [`ChainId`] names just that:
+//! A converted layer contains the blocks that its layer changed on the disk of the layers below. So it can be
+//! reused only if the same source layer lies on the same lower layers and is converted in the same way. A
+//! [`ChainId`] identifies exactly that:
 //!
 //! ```text
 //! chain(0)     = SHA-256(recipe)              format, layout version, disk size, compression …
 //! chain(n + 1) = SHA-256(chain(n), digest of source layer n)
 //! ```
 //!
-//! or, where the lower layers were not converted here, `SHA-256(recipe, their digests)` to begin with
-//! ([`ChainId::over`]). Output is deterministic, so the same chain means the same blob.
+//! If the lower layers were not converted here, the chain begins with `SHA-256(recipe, their digests)`
+//! ([`ChainId::over`]). Output is deterministic, so equal chains mean equal blobs.
 //!
 //! A converted manifest lists the chains of its layers in an annotation ([`CHAINS`]). [`KnownLayers`]
-//! learns from such manifests (what stands under the target tag, and whatever else one names), and from
-//! a [local store](LocalLayers): an image layout with one small record a chain.
+//! collects them from such manifests (the image under the target tag, and other named images), and from a
+//! [local store](LocalLayers): an image layout with one small record per chain.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -36,31 +36,31 @@ use formats::oci::{Descriptor, Digest, Document, ImageConfig, Manifest};
 use formats::zfile::Algo;
 use registry::store::{ImageStore, LayoutStore, Selector, StoreError, StoredManifest};
 
-/// Annotation of a converted manifest: the chains of its layers, lowest first, with commas between.
+/// Annotation of a converted manifest: the chains of its layers, lowest first, separated by commas.
 pub const CHAINS: &str = "dev.turbobd.chains";
 
-/// Version of what a conversion writes. It is raised whenever the same layers would give other bytes, so
-/// that no layer is put on lower ones which it does not fit.
+/// Version of a conversion's output. It is raised whenever equal layers would give other bytes, so that no
+/// layer is put on lower ones that it does not match.
 const LAYOUT: u32 = 1;
 
-/// The same of a TurboOCI layer: 2 since uncompressed layers have a sidecar too.
+/// Version of the output for TurboOCI layers: 2 since uncompressed layers have a sidecar too.
 const TURBO_LAYOUT: u32 = 2;
 
-/// Deepest nesting of indexes that is looked into.
+/// Greatest depth of nested indexes that is read.
 const MAX_DEPTH: usize = 8;
 
-/// Names a converted layer by what it was made of.
+/// Identifies a converted layer by its sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ChainId(Digest);
 
 impl ChainId {
-    /// Below the lowest layer of a conversion to `format`.
+    /// The chain below the lowest layer of a conversion to `format`.
     #[must_use]
     pub fn root(format: Format, options: &ConvertOptions) -> Self {
         Self::over(format, options, &[])
     }
 
-    /// Above layers that were not converted here, lowest first.
+    /// The chain above layers that were not converted here, lowest first.
     #[must_use]
     pub fn over(format: Format, options: &ConvertOptions, lower: &[Digest]) -> Self {
         let mut hasher = Sha256::new();
@@ -71,7 +71,7 @@ impl ChainId {
         Self(Digest::from_hasher(hasher))
     }
 
-    /// The chain of the layer made of `source` on top of this one.
+    /// The chain of the layer that is made of `source` on top of this one.
     #[must_use]
     pub fn push(&self, source: &Digest) -> Self {
         let mut hasher = Sha256::new();
@@ -106,7 +106,7 @@ impl FromStr for ChainId {
     }
 }
 
-/// Everything but the layers that the bytes of a converted layer depend on.
+/// All inputs, besides the layers, that the bytes of a converted layer depend on.
 fn recipe(format: Format, options: &ConvertOptions) -> String {
     let disk = options.disk_size.get();
     match (format, options.native) {
@@ -134,9 +134,9 @@ pub struct KnownLayer {
     pub size: u64,
     /// Its `diff_id`.
     pub diff_id: Digest,
-    /// How the source layer is compressed, as far as the converted one says.
+    /// Compression of the source layer, as far as the converted one records it.
     pub target: TargetEncoding,
-    /// A store that has the blob.
+    /// A store with the blob.
     pub from: Arc<dyn ImageStore>,
 }
 
@@ -149,17 +149,17 @@ pub struct KnownLayers {
 }
 
 impl KnownLayers {
-    /// Nothing but what `local` has.
+    /// Only the layers of `local`.
     #[must_use]
     pub fn with_local(local: Option<LocalLayers>) -> Self {
         Self { local, ..Self::default() }
     }
 
-    /// Learns the layers of a converted image, and of all images below an index. One that was not
-    /// converted here teaches nothing. Returns how many layers are new.
+    /// Adds the layers of a converted image, and of all images below an index. An image that was not
+    /// converted by this program adds none. Returns the number of new layers.
     ///
     /// # Errors
-    /// [`StoreError`] when there is no such image, or it cannot be read.
+    /// [`StoreError`] if there is no such image, or it cannot be read.
     pub fn learn(
         &mut self,
         store: &Arc<dyn ImageStore>,
@@ -170,11 +170,11 @@ impl KnownLayers {
         Ok(self.by_chain.len() - before)
     }
 
-    /// Has new layers go on top of those of this image, by whomever it was converted, or of one of the images
-    /// below this index.
+    /// Puts new layers on top of those of this image, or of one of the images below this index. Any converter
+    /// may have made it.
     ///
     /// # Errors
-    /// [`StoreError`] when there is no such image, or it cannot be read.
+    /// [`StoreError`] if there is no such image, or it cannot be read.
     pub fn build_on(
         &mut self,
         store: &Arc<dyn ImageStore>,
@@ -187,7 +187,7 @@ impl KnownLayers {
         })
     }
 
-    /// Images whose layers may lie below new ones.
+    /// Images with layers that may lie below new ones.
     pub(super) fn bases(&self) -> &[BaseImage] {
         &self.bases
     }
@@ -217,7 +217,7 @@ impl KnownLayers {
         let Ok(config) = ImageConfig::parse(&config) else { return Ok(()) };
         let (layers, ids) = (&manifest.layers, config.diff_ids());
         if chains.len() != layers.len() || ids.len() != layers.len() {
-            return Ok(()); // edited by someone: it teaches nothing
+            return Ok(()); // edited after its conversion: its layers cannot be used
         }
         for ((&chain, layer), &diff_id) in chains.iter().zip(layers).zip(ids) {
             let target = match LayerKind::of(layer) {
@@ -232,12 +232,12 @@ impl KnownLayers {
         Ok(())
     }
 
-    /// The layer of this chain, if its blob is still there.
+    /// The layer of this chain, if its blob is still present.
     #[must_use]
     pub fn get(&self, chain: ChainId) -> Option<KnownLayer> {
         let there = |known: &KnownLayer| {
             known.from.has_blob(&known.digest, known.size).unwrap_or_else(|error| {
-                tracing::warn!(%error, "A converted layer cannot be looked for, and is made anew");
+                tracing::warn!(%error, "The search for a converted layer failed; the layer is converted again");
                 false
             })
         };
@@ -252,7 +252,7 @@ impl KnownLayers {
     }
 }
 
-/// Hands over this manifest, or all below this index.
+/// Passes on this manifest, or all manifests below this index.
 fn each_manifest(
     store: &Arc<dyn ImageStore>,
     stored: &StoredManifest,
@@ -272,7 +272,7 @@ fn each_manifest(
     }
 }
 
-/// What the local store writes down of a layer.
+/// Record of a layer in the local store.
 #[derive(Serialize, Deserialize)]
 struct Entry {
     digest: String,
@@ -292,7 +292,7 @@ impl LocalLayers {
     /// Opens the store in `dir`, or makes an empty one.
     ///
     /// # Errors
-    /// [`StoreError`] when `dir` holds something else.
+    /// [`StoreError`] if `dir` holds other files.
     pub fn open_or_create(dir: &Path) -> Result<Self, StoreError> {
         Ok(Self { chains: dir.join("chains"), store: Arc::new(LayoutStore::open_or_create(dir)?) })
     }
@@ -301,7 +301,7 @@ impl LocalLayers {
         self.chains.join(chain.0.hex())
     }
 
-    /// A record that cannot be read is none: the layer is then made anew, and the record too.
+    /// A record that cannot be read is ignored: the layer is converted again, and the record is replaced.
     fn get(&self, chain: ChainId) -> Option<KnownLayer> {
         let entry: Entry = serde_json::from_slice(&fs::read(self.path(chain)).ok()?).ok()?;
         let target = if entry.gzip { TargetEncoding::Gzip } else { TargetEncoding::Plain };
@@ -320,10 +320,10 @@ impl LocalLayers {
         &self.store
     }
 
-    /// Writes down that `layer`, whose blob is in [`store`](Self::store), is the layer of this chain.
+    /// Records that `layer`, with its blob in [`store`](Self::store), is the layer of this chain.
     ///
     /// # Errors
-    /// The filesystem's.
+    /// The errors of the filesystem.
     pub fn record(
         &self,
         chain: ChainId,
@@ -372,7 +372,7 @@ mod tests {
         ];
         let distinct: std::collections::HashSet<ChainId> = all.into_iter().collect();
         assert_eq!(distinct.len(), all.len());
-        // What concerns one format leaves the other's layers usable.
+        // An option that affects one format leaves the other's layers usable.
         assert_eq!(root(Format::Turbo, &other), root(Format::Turbo, &options));
         let chains = root(Format::Native, &options).of_layers([&a, &b]);
         assert_eq!(chains, [all[1], all[5]]);

@@ -1,4 +1,4 @@
-//! One manifest and its layers → a converted manifest.
+//! Conversion of one manifest with its layers.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -39,13 +39,13 @@ impl ConvertedImage {
     }
 }
 
-/// What an image became, in each format that was asked for.
+/// The conversion of an image in each requested format.
 pub struct ConvertedFormats {
     /// The TurboOCI image.
     pub turbo: Option<ConvertedImage>,
     /// The native image.
     pub native: Option<ConvertedImage>,
-    /// What happened, layer by layer.
+    /// Report of each layer.
     pub report: Vec<LayerReport>,
 }
 
@@ -70,7 +70,8 @@ impl LayerBlob {
         }
     }
 
-    /// Stores the blob, unless it is there: from where it is, and inside a registry without moving it.
+    /// Stores the blob unless it is present: copies it from its place, and inside a registry without moving
+    /// it.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -98,7 +99,7 @@ impl LayerBlob {
     }
 }
 
-/// One layer of a conversion, for people.
+/// Report of one layer of a conversion.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct LayerReport {
     /// The original blob.
@@ -109,29 +110,29 @@ pub struct LayerReport {
     pub sizes: LayerSizes,
     /// Wall time of the pass in milliseconds.
     pub millis: u64,
-    /// Whether nothing had to be made: it was converted before.
+    /// True if the layer was converted before and reused.
     pub reused: bool,
     /// The native layer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub native: Option<NativeReport>,
 }
 
-/// A native layer, for people.
+/// Report of a native layer.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct NativeReport {
     /// The new blob.
     pub digest: String,
-    /// Its bytes.
+    /// Size in bytes.
     pub size: u64,
     /// Bytes before compression.
     pub plain: u64,
-    /// Bytes of zeros in files that are not stored.
+    /// Bytes of zeros in files; they are not stored.
     pub zeros: u64,
     /// Bytes of filesystem metadata.
     pub metadata: u64,
 }
 
-/// One format of the result while the layers are converted.
+/// One format of the result during the conversion of the layers.
 struct Track {
     format: Format,
     chains: Vec<ChainId>,
@@ -139,13 +140,13 @@ struct Track {
     built: Vec<Option<BuiltBlob>>,
 }
 
-/// A layer of a track, whose digest may be under way.
+/// A layer of a track; its digest may still be in computation.
 enum BuiltBlob {
     Turbo { archive: Vec<u8>, diff_id: Digest, target: TargetEncoding },
     Native(Hashing),
 }
 
-/// A layer of a track, done.
+/// A complete layer of a track.
 struct Done {
     blob: LayerBlob,
     diff_id: Digest,
@@ -153,7 +154,7 @@ struct Done {
 }
 
 impl Track {
-    /// Of the source layers from `below.covered` on.
+    /// Starts a track for the source layers from `below.covered` on.
     fn new(
         format: Format,
         options: &ConvertOptions,
@@ -167,17 +168,17 @@ impl Track {
         Self { format, built: chains.iter().map(|_| None).collect(), chains, known }
     }
 
-    /// Whether layer `number` has to be made.
+    /// True if layer `number` must be made.
     fn lacks(&self, number: usize) -> bool {
         self.known[number].is_none()
     }
 
-    /// How many layers from the lowest on need not be made.
+    /// Number of layers, from the lowest on, that need not be made.
     fn known_below(&self) -> usize {
         self.known.iter().take_while(|known| known.is_some()).count()
     }
 
-    /// The last layer that has to be made.
+    /// The last layer that must be made.
     fn last_lacking(&self) -> Option<usize> {
         (0..self.known.len()).rev().find(|&number| self.lacks(number))
     }
@@ -211,11 +212,11 @@ impl Track {
     }
 }
 
-/// Converts the image of `source`, bottom to top, to the formats that `options` name. Layers that are
-/// `known` are not made again; if all are, no layer of the source is read.
+/// Converts the image of `source`, bottom to top, to the formats in `options`. Layers that are `known` are
+/// reused; if all are, no layer of the source is read.
 ///
 /// # Errors
-/// [`ConvertError`], naming the layer.
+/// [`ConvertError`] with the layer.
 pub fn convert_image(
     store: &dyn ImageStore,
     source: &StoredManifest,
@@ -236,7 +237,7 @@ pub fn convert_image(
         .map_err(|error| broken("Config", manifest.config.digest, error.to_string()))?;
 
     let sources: Vec<Digest> = manifest.layers.iter().map(|layer| layer.digest).collect();
-    // A config that lists other layers than the manifest is no reason to fail: identities are advisory.
+    // A config that lists other layers than the manifest is no error: identities are advisory.
     let ids = config.diff_ids();
     let uuids = layer_uuids(if ids.len() == sources.len() { ids } else { &sources });
     let tracks_on = |below: &Below| -> Vec<Track> {
@@ -292,7 +293,7 @@ impl Below {
     }
 }
 
-/// The layers of one image on their way.
+/// The layers of one image during their conversion.
 struct Stream<'i> {
     store: &'i dyn ImageStore,
     layers: &'i [Descriptor],
@@ -305,12 +306,12 @@ struct Stream<'i> {
 struct State {
     tree: Tree,
     image: Image,
-    /// Source layers that are in it.
+    /// Number of source layers in it.
     applied: usize,
 }
 
 impl Stream<'_> {
-    /// Streams the layers up to the last that some format lacks.
+    /// Streams the layers up to the last one that a format lacks.
     fn convert(
         &self,
         below: &Below,
@@ -326,7 +327,7 @@ impl Stream<'_> {
         let lacking = tracks.iter().filter_map(Track::last_lacking).max();
         let Some(end) = lacking.map(|last| below.covered + last + 1) else { return Ok(report) };
         let State { mut tree, mut image, applied } = self.begin(below, tracks)?;
-        // What is converted lies on the disk that is there.
+        // The new layers lie on the existing disk, so its size counts.
         let options = ConvertOptions { disk_size: image.size(), ..self.options.clone() };
         for (number, layer) in self.layers.iter().enumerate().take(end).skip(applied) {
             let wanted = self.wanted(number, number - below.covered, tracks, &options);
@@ -361,7 +362,7 @@ impl Stream<'_> {
         Ok(report)
     }
 
-    /// What of layer `number`, which is `nth` of the tracks, has to be made.
+    /// The parts of layer `number` that must be made; it is the `nth` of the tracks.
     fn wanted(
         &self,
         number: usize,
@@ -371,7 +372,7 @@ impl Stream<'_> {
     ) -> Wanted {
         let lacks = |format| tracks.iter().any(|track| track.format == format && track.lacks(nth));
         let native = options.native.filter(|_| lacks(Format::Native)).map(|zfile| NativeLayer {
-            // Of every layer: upstream's `overlaybd-merge` asks the topmost alone.
+            // Given in every layer: upstream's `overlaybd-merge` reads only the topmost one.
             virtual_size: options.disk_size,
             identity: lsmt::Identity {
                 uuid: self.uuids[number],
@@ -384,8 +385,8 @@ impl Stream<'_> {
         Wanted { turbo: lacks(Format::Turbo), native }
     }
 
-    /// The filesystem below the first layer that has to be read: read back from converted layers if there
-    /// are any, else an empty one.
+    /// The filesystem below the first layer that must be read: read back from converted layers if there are
+    /// any, or else an empty one.
     fn begin(&self, below: &Below, tracks: &[Track]) -> Result<State, ConvertError> {
         if !below.layers.is_empty() {
             let mut layers = below.layers.clone();
@@ -402,7 +403,7 @@ impl Stream<'_> {
             match base::read_back(&known, self.store) {
                 Ok((tree, image)) => return Ok(State { tree, image, applied: known.len() }),
                 Err(error) => {
-                    tracing::warn!(%error, "The lower layers are read anew: those converted before cannot be read back");
+                    tracing::warn!(%error, "The filesystem of the converted layers cannot be read back, so all source layers are read");
                 }
             }
         }
@@ -411,9 +412,9 @@ impl Stream<'_> {
         Ok(State { tree: Tree::new(), image, applied: 0 })
     }
 
-    /// The lowest layers that no format lacks, as TurboOCI layers. Not as native ones: those say nothing of a
-    /// file's zeros, so what of the disk was given out before cannot be told from them exactly, and the
-    /// same chain would not always give the same bytes.
+    /// The lowest layers that no format lacks, as TurboOCI layers. Native layers cannot be used here: they do
+    /// not record the zeros of a file. So the allocated blocks of the disk cannot be derived from them
+    /// exactly, and the same chain would not always give the same bytes.
     fn known_turbo(&self, covered: usize, tracks: &[Track]) -> Vec<BaseLayer> {
         let count = tracks.iter().map(Track::known_below).min().unwrap_or(0);
         let Some(track) = tracks.iter().find(|track| track.format == Format::Turbo) else {
@@ -438,7 +439,7 @@ impl Stream<'_> {
 }
 
 impl LayerReport {
-    /// Of a layer of which nothing is known yet.
+    /// A report of a layer without results yet.
     fn of(layer: &Descriptor) -> Self {
         Self {
             source: layer.digest.to_string(),
@@ -470,7 +471,7 @@ impl LayerReport {
     }
 }
 
-/// Keeps new layers in the local store.
+/// Adds new layers to the local store.
 fn keep(local: &LocalLayers, track: &Track, done: &[Done]) -> Result<(), ConvertError> {
     for (&chain, layer) in track.chains.iter().zip(done) {
         layer.blob.put(&**local.store())?;
@@ -481,7 +482,7 @@ fn keep(local: &LocalLayers, track: &Track, done: &[Done]) -> Result<(), Convert
     Ok(())
 }
 
-/// Config, descriptors and manifest of one format.
+/// Makes config, descriptors and manifest of one format.
 fn assemble(
     source: &StoredManifest,
     original: &Manifest,
@@ -518,13 +519,13 @@ fn assemble(
 }
 
 impl BaseLayer {
-    /// It is where it was.
+    /// The blob in its present place.
     fn blob(&self) -> LayerBlob {
         LayerBlob::Known(KnownLayer {
             digest: self.descriptor.digest,
             size: self.descriptor.size,
             diff_id: self.diff_id,
-            target: TargetEncoding::Gzip, // stands in the descriptor
+            target: TargetEncoding::Gzip, // not used: the descriptor has the encoding
             from: self.from.clone(),
         })
     }
@@ -603,7 +604,7 @@ fn write_manifest(
     manifest.to_bytes()
 }
 
-/// The descriptor of what was converted.
+/// The descriptor of the source image.
 pub(super) fn subject(source: &StoredManifest) -> Descriptor {
     Descriptor::new(&source.media_type, source.digest, source.bytes.len() as u64)
 }

@@ -1,11 +1,11 @@
-//! Many platforms; what is passed over; publishing.
+//! Images of many platforms, skipped entries, and publishing.
 //!
-//! A multi-platform index is converted entry by entry, nested indexes too. Each entry keeps all its
-//! fields but digest, size and media type. Attestations describe the original's bytes and would be
-//! wrong for the result, so they are passed over, as upstream does (spec turbooci 2).
+//! A multi-platform index is converted entry by entry, including nested indexes. Each entry keeps all its
+//! fields except digest, size and media type. Attestations describe the original's bytes and would be wrong
+//! for the result, so they are skipped, as upstream does (spec turbooci 2).
 //!
-//! Publishing goes from the leaves up: layers, config, manifest, index, and the tag last. Whoever
-//! sees the tag sees a whole image.
+//! Publishing goes from the leaves up: layers, config, manifest, index, and the tag last. So a visible tag
+//! always names a complete image.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,7 +17,7 @@ use formats::oci::manifest::media;
 use formats::oci::{Descriptor, Digest, Document, Index};
 use registry::store::{ImageStore, Selector, StoredManifest};
 
-/// What was converted and published.
+/// Result of a conversion that was published.
 #[derive(Debug, serde::Serialize)]
 pub struct Conversion {
     /// Digest of the published manifest or index: of the TurboOCI image if there is one.
@@ -32,18 +32,18 @@ pub struct Conversion {
 /// One image of a conversion.
 #[derive(Debug, serde::Serialize)]
 pub struct ConvertedPlatform {
-    /// As in `linux/arm64`, or `-` when the index names none.
+    /// Platform such as `linux/arm64`, or `-` if the index names none.
     pub platform: String,
     /// Its layers, bottom first.
     pub layers: Vec<LayerReport>,
 }
 
-/// Where the results are published. A form without a tag is built and not published.
+/// Tags of the results. A form without a tag is built and not published.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tags<'a> {
-    /// Of the TurboOCI image.
+    /// Tag of the TurboOCI image.
     pub turbo: Option<&'a str>,
-    /// Of the native image.
+    /// Tag of the native image.
     pub native: Option<&'a str>,
 }
 
@@ -56,11 +56,11 @@ impl Tags<'_> {
     }
 }
 
-/// Converts what `selector` names in `store` to the forms that `options` name, and publishes it in `into`
-/// under `tags`; without a tag nothing is published and the digest is what it would be.
+/// Converts the image of `selector` in `store` to the forms in `options`, and publishes it in `into` under
+/// `tags`. Without a tag it is not published, and the digest is the one that it would have.
 ///
 /// # Errors
-/// [`ConvertError`]; nothing is published unless everything was built.
+/// [`ConvertError`]. An image is published only after everything was built.
 pub fn convert(
     store: &dyn ImageStore,
     selector: &Selector,
@@ -93,7 +93,7 @@ pub fn convert(
     let nothing = || ConvertError::Manifest {
         what: "Manifest",
         digest: root.source().digest,
-        reason: "no form of image was asked for".into(),
+        reason: "no form of image was requested".into(),
     };
     let native = digests.iter().find(|(format, _)| *format == Format::Native);
     Ok(Conversion {
@@ -122,7 +122,8 @@ fn plan(store: &dyn ImageStore, root: StoredManifest) -> Result<Node, ConvertErr
     plan_node(store, root, "-", &mut 0, 0)
 }
 
-/// Depth of nested indexes that is believable; a cycle is impossible (digests), a chain is not.
+/// Greatest depth of nested indexes that is accepted. A cycle is impossible because of the digests; a long
+/// chain is possible.
 const MAX_DEPTH: usize = 8;
 
 fn plan_node(
@@ -189,7 +190,7 @@ fn build(
         }
     });
     let results = results.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    // One that was not begun is missing only because another failed, and that error is returned here.
+    // A result is missing only if another one failed, and that error is returned here.
     results.into_iter().flatten().collect()
 }
 
@@ -202,7 +203,7 @@ fn collect_images<'n>(node: &'n Node, sources: &mut Vec<&'n StoredManifest>) {
     }
 }
 
-/// What is told of each image, in order.
+/// Reports of each image, in order.
 fn collect_reports(node: &Node, built: &[ConvertedFormats], images: &mut Vec<ConvertedPlatform>) {
     match node {
         Node::Image { platform, number, .. } => {
@@ -215,7 +216,7 @@ fn collect_reports(node: &Node, built: &[ConvertedFormats], images: &mut Vec<Con
     }
 }
 
-/// Media type and bytes of a node's converted manifest, after everything below it was stored in `into`.
+/// Media type and bytes of a node's converted manifest, after all nodes below it were stored in `into`.
 fn assemble(
     node: &Node,
     built: &mut [Option<ConvertedImage>],
@@ -228,7 +229,7 @@ fn assemble(
             let lost = || ConvertError::Manifest {
                 what: "Manifest",
                 digest: source.digest,
-                reason: "its conversion was abandoned after another one failed".into(),
+                reason: "its conversion was stopped because another one failed".into(),
             };
             let image = built.get_mut(*number).and_then(Option::take).ok_or_else(lost)?;
             if let Some(into) = into {
@@ -252,7 +253,8 @@ fn assemble(
     }
 }
 
-/// The index but for its entries: other fields stay, the media type too unless OCI types are asked for.
+/// The index without its entries. Other fields stay; the media type stays too, unless OCI types are
+/// requested.
 fn converted_index(
     source: &StoredManifest,
     index: &Index,

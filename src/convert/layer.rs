@@ -1,17 +1,18 @@
 //! One pass over one layer.
 //!
-//! Three threads: one reads the blob in pieces, one (the caller's) inflates, parses and applies, one
-//! hashes. The hasher gets each piece *after* the scan, together with the segment boundaries that
-//! became final meanwhile, because it needs them to know where a segment ends.
+//! Three threads take part: one reads the blob in pieces, one (the caller's) inflates, parses and applies,
+//! one hashes. The hasher gets each piece *after* the scan, together with the segment boundaries that became
+//! final since the last one, because it needs them to know the ends of segments.
 //!
-//! How the layer is compressed is seen in its first bytes; media types lie (spec turbooci 3.5).
+//! The compression of the layer is detected from its first bytes, because media types can be wrong (spec
+//! turbooci 3.5).
 //!
-//! One pass makes any of two things of it: a TurboOCI layer, and a [native](super::native) one, whose
-//! compression takes threads of its own. With neither, the layer still changes the tree, for the layers
-//! above it: that is all it is read for when it was converted before.
+//! One pass makes up to two results: a TurboOCI layer, and a [native](super::native) one with compression on
+//! threads of its own. Without either, the layer still changes the tree for the layers above it; a layer that
+//! was converted before is read only for that.
 //!
-//! When parsing fails, reading and hashing go on to the end: if the digest turns out wrong, the
-//! damaged transfer is the error to report, not the nonsense it led to.
+//! If parsing fails, reading and hashing continue to the end. If the digest is wrong, the damaged transfer is
+//! the error to report, not the parsing error that it caused.
 
 use std::io::{Cursor, Read, Write as _};
 use std::ops::Range;
@@ -33,32 +34,32 @@ use formats::units::Bytes;
 use formats::{zfile, zstandard};
 use sha2::{Digest as _, Sha256};
 
-/// Bytes read at a time: large enough that a piece costs nothing to pass on.
+/// Number of bytes read at a time: large enough that the cost of passing a piece on is negligible.
 const PIECE: usize = 256 << 10;
-/// Pieces under way between two threads: 8 MiB, enough to cover a burst of the network.
+/// Number of pieces in transit between two threads: 8 MiB, enough to cover a burst of the network.
 const PIECES_AHEAD: usize = 32;
 
-/// How the original blob is compressed, by its content and not by its media type.
+/// Compression of the original blob, by its content and not by its media type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TargetEncoding {
     /// gzip, one member or many.
     Gzip,
-    /// A bare tar.
+    /// None: a bare tar.
     Plain,
-    /// zstd, which upstream's TurboOCI does not know: its index is in our sidecar alone.
+    /// zstd, which upstream's TurboOCI does not support: its index is only in the sidecar.
     Zstd,
 }
 
 impl TargetEncoding {
-    /// Whether the target is annotated as gzip (else as a plain tar): whatever is not plain, for upstream
-    /// would take anything else for plain.
+    /// True if the target is annotated as gzip; otherwise as a plain tar. Every compressed layer is, because
+    /// upstream takes other annotations for plain.
     #[must_use]
     pub fn is_annotated_gzip(self) -> bool {
         self != Self::Plain
     }
 }
 
-/// What to make of a layer.
+/// Results to make of a layer.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
     /// A `TurboOCI` layer.
@@ -67,7 +68,7 @@ pub struct Wanted {
     pub native: Option<NativeLayer>,
 }
 
-/// What was made of a layer. The native blob's digest may still be under way.
+/// Results of a layer. The native blob's digest may still be in computation.
 pub(super) struct Converted {
     pub(super) turbo: Option<BuiltLayer>,
     pub(super) native: Option<Hashing>,
@@ -75,21 +76,21 @@ pub(super) struct Converted {
     pub(super) tar_len: u64,
 }
 
-/// What one layer became.
+/// A converted layer.
 pub struct BuiltLayer {
     /// The new blob: a gzip-compressed tar archive.
     pub archive: Vec<u8>,
     /// SHA-256 of the archive's tar.
     pub diff_id: Digest,
-    /// How the original is compressed.
+    /// Compression of the original.
     pub target: TargetEncoding,
-    /// Sizes of everything, in bytes.
+    /// Sizes of the parts, in bytes.
     pub sizes: LayerSizes,
-    /// What was applied.
+    /// Summary of the applied entries.
     pub applied: ApplyReport,
 }
 
-/// Where the bytes of a meta image go.
+/// Sizes of the parts of a meta image's layer.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct LayerSizes {
     /// The original blob.
@@ -98,15 +99,15 @@ pub struct LayerSizes {
     pub tar: u64,
     /// `ext4.fs.meta`.
     pub fs_meta: u64,
-    /// `gzip.meta`, 0 when there is none.
+    /// `gzip.meta`; 0 if there is none.
     pub gzip_meta: u64,
-    /// The sidecar, 0 when there is none.
+    /// The sidecar; 0 if there is none.
     pub sidecar: u64,
-    /// The archive: what is stored and downloaded.
+    /// The archive, which is stored and downloaded.
     pub archive: u64,
 }
 
-/// What the stream of one layer yielded, before anything is written.
+/// Result of the stream of one layer, before anything is written.
 struct Streamed {
     hasher: BlobHasher,
     parsed: Result<Parsed, LayerError>,
@@ -120,14 +121,14 @@ struct Parsed {
     applied: ApplyReport,
 }
 
-/// Where the segments of the layer are, if that is wanted.
+/// Positions of the layer's segments, if needed.
 enum LayerIndex {
     None,
     Gzip(gzip::Index),
     Segments(segments::Scanned),
 }
 
-/// The same with the digest of each.
+/// Positions of the segments with the digest of each.
 enum SealedIndex {
     None,
     Gzip(gzip::Index),
@@ -144,7 +145,7 @@ impl LayerIndex {
             (Self::Segments(scanned), BlobHasher::Segments(hasher)) => {
                 SealedIndex::Segments(scanned.with_digests(hasher)?)
             }
-            // An empty blob has no piece that says which hasher it needs.
+            // An empty blob has no piece that decides which hasher it needs.
             (Self::Segments(scanned), BlobHasher::Whole(..)) if scanned.segments.is_empty() => {
                 SealedIndex::Segments(scanned.with_digests(segments::SegmentHasher::new())?)
             }
@@ -153,10 +154,10 @@ impl LayerIndex {
     }
 }
 
-/// Reads `blob`, applies it to `tree` and makes a `TurboOCI` layer of what changed.
+/// Reads `blob`, applies it to `tree` and makes a `TurboOCI` layer of the changes.
 ///
 /// # Errors
-/// [`LayerError`]; `tree` and `image` are then half-changed and of no further use.
+/// [`LayerError`]; `tree` and `image` are then partly changed and must be dropped.
 pub fn build_layer(
     blob: Box<dyn Read + Send>,
     descriptor: &Descriptor,
@@ -168,13 +169,13 @@ pub fn build_layer(
     let wanted = Wanted { turbo: true, native: None };
     let converted = convert_layer(blob, descriptor, wanted, tree, image, options, progress)?;
     let lost = || LayerError::Read(std::io::Error::other("no TurboOCI layer was made"));
-    converted.turbo.ok_or_else(lost) // it is there, or the pass has failed
+    converted.turbo.ok_or_else(lost) // it is present unless the pass has failed
 }
 
-/// Reads `blob`, applies it to `tree` and makes a native layer of what changed.
+/// Reads `blob`, applies it to `tree` and makes a native layer of the changes.
 ///
 /// # Errors
-/// As [`build_layer`].
+/// The errors of [`build_layer`].
 pub fn build_native_layer(
     blob: Box<dyn Read + Send>,
     descriptor: &Descriptor,
@@ -187,7 +188,7 @@ pub fn build_native_layer(
     Ok((converted.turbo, converted.native.map(Hashing::done).transpose()?))
 }
 
-/// Reads `blob`, applies it to `tree` and makes what is wanted of what changed.
+/// Reads `blob`, applies it to `tree` and makes the requested results of the changes.
 pub(super) fn convert_layer(
     blob: Box<dyn Read + Send>,
     descriptor: &Descriptor,
@@ -238,7 +239,7 @@ fn stream(
         let reader = scope.spawn(move || read_pieces(blob, &piece_tx));
         let hasher = scope.spawn(move || hash_pieces(&hash_rx));
         let parsed = parse_pieces(&piece_rx, &hash_tx, descriptor, parser, progress);
-        drop((piece_rx, hash_tx)); // ends the other two, also when parsing failed
+        drop((piece_rx, hash_tx)); // ends the other two threads, also if parsing failed
         let lost =
             |_| LayerError::Read(std::io::Error::other("a thread of the conversion ended early"));
         reader.join().map_err(lost)?.map_err(LayerError::Read)?;
@@ -247,7 +248,7 @@ fn stream(
     })
 }
 
-/// Thread 1: the blob in pieces.
+/// Thread 1: reads the blob in pieces.
 fn read_pieces(mut blob: Box<dyn Read + Send>, pieces: &Sender<Piece>) -> std::io::Result<()> {
     loop {
         let mut piece = BytesMut::zeroed(PIECE);
@@ -263,7 +264,7 @@ fn read_pieces(mut blob: Box<dyn Read + Send>, pieces: &Sender<Piece>) -> std::i
         let last = filled < piece.len();
         piece.truncate(filled);
         if filled > 0 && pieces.send(piece.freeze()).is_err() {
-            return Ok(()); // the parser is gone and has its own error to tell
+            return Ok(()); // the parser has ended, and its own error is reported
         }
         if last {
             return Ok(());
@@ -271,24 +272,24 @@ fn read_pieces(mut blob: Box<dyn Read + Send>, pieces: &Sender<Piece>) -> std::i
     }
 }
 
-/// A piece that the scan has passed, and what it made final.
+/// A piece that the scan has passed, and the boundaries that became final with it.
 struct Scanned {
     piece: Piece,
     cuts: Cuts,
 }
 
-/// Where segments end.
+/// Ends of segments.
 enum Cuts {
-    /// Nowhere: no index is wanted.
+    /// None: no index is needed.
     None,
     /// At these boundaries, in bits.
     Gzip(Vec<Boundary>),
-    /// These are segments; none to come begins before that byte.
+    /// These are segments, and no later one begins before that byte.
     Segments(Vec<Range<u64>>, u64),
 }
 
-/// The SHA-256 of a blob, and of its segments where they are wanted. Finding segments keeps the pieces
-/// until the next boundary, so a blob without boundaries must not be hashed that way.
+/// The SHA-256 of a blob, and of its segments if needed. Hashing of segments keeps the pieces until the next
+/// boundary, so a blob without boundaries must not be hashed that way.
 enum BlobHasher {
     Gzip(gzip::SegmentHasher),
     Segments(segments::SegmentHasher),
@@ -345,7 +346,7 @@ fn hash_pieces(scanned: &Receiver<Scanned>) -> BlobHasher {
     hasher.unwrap_or_else(|| BlobHasher::new(&Cuts::None))
 }
 
-/// Thread 2, the caller's: scan, parse, apply; then pass the piece on.
+/// Thread 2, the caller's: scans, parses and applies a piece, then passes it on.
 fn parse_pieces(
     pieces: &Receiver<Piece>,
     hashed: &Sender<Scanned>,
@@ -363,7 +364,7 @@ fn parse_pieces(
                 Err(error) => failed = Some(error),
             }
         }
-        let _ = hashed.send(Scanned { piece, cuts }); // gone only if it panicked, which join tells
+        let _ = hashed.send(Scanned { piece, cuts }); // the receiver is gone only if it panicked, which join reports
     }
     if let Some(error) = failed {
         return Err(error);
@@ -371,11 +372,11 @@ fn parse_pieces(
     parser.finish()
 }
 
-/// From compressed pieces to entries in the tree, and to the native layer's data.
+/// Processes compressed pieces to entries in the tree, and to the native layer's data.
 struct LayerParser<'t> {
-    /// How the layer is decoded, once its first piece has come.
+    /// Decoder of the layer, once its first piece has arrived.
     scan: Option<Scan>,
-    /// Whether a `TurboOCI` layer is wanted: then the segments are to be hashed.
+    /// True if a `TurboOCI` layer is requested: then the segments are hashed.
     turbo: bool,
     span: Bytes,
     tar: tar::Parser,
@@ -391,7 +392,7 @@ enum Scan {
 }
 
 impl Scan {
-    /// Of the layer that begins with `piece`.
+    /// Starts the scan of a layer that begins with `piece`.
     fn begin(piece: &[u8], span: Bytes) -> Result<Self, LayerError> {
         Ok(match detect(piece)? {
             TargetEncoding::Gzip => {
@@ -447,7 +448,7 @@ impl<'t> LayerParser<'t> {
         Self {
             scan: None,
             turbo,
-            // Without an index there is no need to look for its checkpoints.
+            // Without an index, checkpoints need not be found.
             span: if turbo { options.span } else { gzip::MAX_SPAN },
             tar: tar::Parser::with_data(),
             apply: LayerApply::new(tree),
@@ -478,7 +479,7 @@ impl<'t> LayerParser<'t> {
         scan.feed(piece, &mut sink)
     }
 
-    /// What the scan made final, where the segments are to be hashed.
+    /// Takes the cuts that became final, if the segments are hashed.
     fn take_cuts(&mut self) -> Cuts {
         self.scan.as_mut().filter(|_| self.turbo).map_or(Cuts::None, Scan::take_cuts)
     }
@@ -493,7 +494,7 @@ impl<'t> LayerParser<'t> {
     }
 }
 
-/// The compression of a layer by its first bytes (media types lie: spec turbooci 3.5).
+/// The compression of a layer by its first bytes (media types can be wrong: spec turbooci 3.5).
 fn detect(piece: &[u8]) -> Result<TargetEncoding, LayerError> {
     match piece {
         [0x1f, 0x8b, ..] => Ok(TargetEncoding::Gzip),
@@ -504,7 +505,7 @@ fn detect(piece: &[u8]) -> Result<TargetEncoding, LayerError> {
     }
 }
 
-/// What a layer changed, as a `ZFile` of a warp LSMT layer (spec turbooci 3.4).
+/// The changes of a layer, as a `ZFile` of a warp LSMT layer (spec turbooci 3.4).
 fn write_fs_meta(blocks: &LayerBlocks, options: &ConvertOptions) -> Result<Vec<u8>, LayerError> {
     let mut writer = WarpWriter::new(options.disk_size)?;
     for run in blocks.runs() {
@@ -521,9 +522,10 @@ fn write_fs_meta(blocks: &LayerBlocks, options: &ConvertOptions) -> Result<Vec<u
     Ok(writer.finish()?.0.into_inner())
 }
 
-/// The `ZFile` around the metadata: zstd in 32 KiB blocks is little more than half of upstream's LZ4
-/// in 4 KiB blocks, its readers take both, and we decode it whole at attach anyway. Level 6 is where
-/// size stops to fall: level 19 saves another 4 % and takes longer than all the rest of a layer.
+/// Options of the `ZFile` around the metadata. zstd in 32 KiB blocks takes little more than half of
+/// upstream's LZ4 in 4 KiB blocks, upstream's readers accept both, and this program decodes it whole at
+/// attach anyway. Above level 6 the size falls little: level 19 saves another 4 % and takes longer than all
+/// the rest of a layer.
 const FS_META_ZFILE: zfile::Options =
     zfile::Options { algo: zfile::Algo::Zstd, level: 6, block_size: 32 << 10, verify: true };
 
@@ -536,8 +538,8 @@ fn write_archive(
 ) -> Result<BuiltLayer, LayerError> {
     let (gzip_meta, sidecar) = match index {
         SealedIndex::Gzip(index) => {
-            // Without a gzip.meta upstream refuses the layer at open; with one that cannot say what is
-            // needed it would serve zeros.
+            // Without a gzip.meta upstream refuses the layer when it opens it; with an incomplete one it
+            // would return zeros.
             let gzip_meta = gzip::ddgzidx::write(index).ok();
             let sidecar = Sidecar::write(index, descriptor.digest, gzip_meta.is_some())?;
             (gzip_meta, Some(sidecar))
@@ -572,11 +574,11 @@ fn write_archive(
     })
 }
 
-/// gzip without name and time, by a pinned encoder: the same input gives the same digest.
+/// gzip without name and time, by a pinned encoder: equal input gives an equal digest.
 fn gzip_bytes(bytes: &[u8]) -> Vec<u8> {
     let mut compressor = libdeflater::Compressor::new(libdeflater::CompressionLvl::default());
     let mut out = vec![0; compressor.gzip_compress_bound(bytes.len())];
-    // The bound is the encoder's own promise; were it broken, an empty archive would fail every reader.
+    // The encoder guarantees this bound; an empty archive would be refused by every reader.
     let len = compressor.gzip_compress(bytes, &mut out).unwrap_or(0);
     out.truncate(len);
     out

@@ -1,4 +1,4 @@
-//! Layer stream → meta image or native image, beside the original.
+//! Conversion of a layer stream to a meta image or native image, beside the original.
 //!
 //! For each layer, bottom to top, the compressed blob passes through this program **once**:
 //!
@@ -9,26 +9,26 @@
 //!                     SHA-256 of the blob and of each segment         another
 //! ```
 //!
-//! For a TurboOCI image nothing of the layer is kept: what remains is the in-memory tree of files ([`formats::ext4`]) and the
-//! index of its segments. The tree lives on from layer to layer, so that each layer's ext4 image is the merged
-//! filesystem a container would see, written as *only the blocks that this layer changed*, with file
-//! data as mappings into the layer's own tar.
+//! A TurboOCI image keeps no data of the layer: only the in-memory tree of files ([`formats::ext4`]) and the
+//! index of the layer's segments remain. The tree is kept from layer to layer, so that each layer's ext4
+//! image is the merged filesystem that a container would see. It is written as *only the blocks that this
+//! layer changed*, with file data as mappings into the layer's own tar.
 //!
-//! The results are archives of about one percent of the layers. They are held in memory until the
-//! whole image is built and only then published, so a failure leaves nothing behind.
+//! The results are archives of about one percent of the layers. They stay in memory until the whole image is
+//! built and are only then published, so a failure leaves no partial image.
 //!
-//! A **native** image carries the file data too. It is made in the same pass, of the same tree and the
-//! same ext4: the data goes to the compressors as it passes, and into a work file. A layer that was
-//! converted before, on the same lower layers, is used again.
+//! A **native** image contains the file data too. It is made in the same pass, from the same tree and the
+//! same ext4: as the data passes, it goes to the compressors and into a work file. A layer that was converted
+//! before on the same lower layers is reused.
 //!
-//! * [`apply`]    tar entries → tree, with the result that an unpack into overlayfs would show
+//! * [`apply`]    tar entries → tree, with the result of an unpack into overlayfs
 //! * [`layer`]    one pass over one layer
 //! * [`native`]   the data of a layer into a blob of its own
-//! * [`chain`]    what was converted before
-//! * [`base`]     converted layers of others below new ones
+//! * [`chain`]    layers that were converted before
+//! * [`base`]     converted layers of other images below new ones
 //! * [`image`]    a manifest and its layers → a converted manifest
-//! * [`index`]    many platforms; what is passed over; publishing
-//! * [`progress`] who is told how far it is
+//! * [`index`]    images of many platforms; skipped entries; publishing
+//! * [`progress`] receiver of progress reports
 
 pub mod apply;
 pub mod base;
@@ -58,12 +58,12 @@ pub use index::{Conversion, ConvertedPlatform, Tags, convert};
 pub use progress::{Progress, Silent};
 pub use zfile_parallel::ParallelWriter;
 
-/// A form of converted image.
+/// Forms of a converted image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
     /// Metadata, and mappings into the original layers.
     Turbo,
-    /// Everything.
+    /// Metadata and file data.
     Native,
 }
 
@@ -78,27 +78,27 @@ impl Format {
     }
 }
 
-/// What to build, and how.
+/// Options of a conversion.
 #[derive(Clone, Debug)]
 pub struct ConvertOptions {
     /// Size of the virtual disk.
     pub disk_size: Bytes,
-    /// Distance of gzip checkpoints in uncompressed bytes.
+    /// Span of gzip layers: target distance of checkpoints in uncompressed bytes.
     pub span: Bytes,
-    /// OCI media types in the result; else Docker's, as upstream's converter writes even for an OCI
-    /// source (spec turbooci 2).
+    /// Use OCI media types in the result; otherwise Docker's, which upstream's converter writes even for an
+    /// OCI source (spec turbooci 2).
     pub oci_types: bool,
     /// Name the source as `subject`, so that a registry lists the result among its referrers.
     pub referrer: bool,
-    /// Manifests of a multi-platform index converted at the same time.
+    /// Number of manifests of a multi-platform index that are converted at the same time.
     pub concurrency: usize,
-    /// Where the original blobs stay, when the result is written elsewhere: noted in the manifest.
+    /// Place of the original blobs if the result is written elsewhere; recorded in the manifest.
     pub origin: Option<String>,
-    /// Whether the TurboOCI image is built.
+    /// True if a TurboOCI image is built.
     pub turbo: bool,
-    /// Whether a native image is built, and how its layers are compressed.
+    /// Compression of the native image's layers, if one is built.
     pub native: Option<formats::zfile::Options>,
-    /// Where the native layers lie until they are stored; else the system's folder for such files.
+    /// Folder of the native layers until they are stored; `None` for the system's folder for temporary files.
     pub work_dir: Option<PathBuf>,
 }
 
@@ -127,35 +127,35 @@ impl ConvertOptions {
     }
 }
 
-/// Why an image could not be converted.
+/// Error of converting an image.
 #[derive(Debug, Error)]
 pub enum ConvertError {
     /// The image could not be read, or the result not written.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A manifest, index or config is not what it should be.
+    /// A manifest, index or config that is invalid.
     #[error("{what} {digest} cannot be converted: {reason}")]
     Manifest {
         /// `Manifest`, `Index` or `Config`.
         what: &'static str,
-        /// Which one.
+        /// Its digest.
         digest: Digest,
-        /// The rule it breaks.
+        /// The broken rule.
         reason: String,
     },
     /// The local store of converted layers cannot be written.
     #[error("Cannot keep a converted layer in the local store")]
     Keep(#[source] std::io::Error),
-    /// The image that new layers were to go on top of.
+    /// The requested base image for new layers cannot be used.
     #[error("The base image cannot be used for manifest {digest}")]
     Base {
         /// The manifest to convert.
         digest: Digest,
-        /// What is wrong with it.
+        /// The fault.
         #[source]
         source: Box<BaseError>,
     },
-    /// The virtual disk cannot have the size that was asked for.
+    /// The virtual disk cannot have the requested size.
     #[error(transparent)]
     Disk(formats::ext4::Ext4Error),
     /// A layer could not be converted.
@@ -165,42 +165,42 @@ pub enum ConvertError {
         number: usize,
         /// The layer blob.
         digest: Digest,
-        /// What is wrong with it.
+        /// The fault.
         #[source]
         source: Box<LayerError>,
     },
 }
 
-/// Why one layer could not be converted.
+/// Error of converting one layer.
 #[derive(Debug, Error)]
 pub enum LayerError {
-    /// The stream broke.
+    /// The stream failed.
     #[error("Cannot read the blob")]
     Read(#[source] std::io::Error),
-    /// The stream delivered other bytes than the manifest promises.
+    /// The bytes of the stream do not match the manifest.
     #[error(
         "The blob arrived with {got_size} bytes and digest {got}, but the manifest says {want_size} bytes"
     )]
     Mismatch {
-        /// Digest of what arrived.
+        /// Digest of the received bytes.
         got: Digest,
-        /// Length of what arrived, in bytes.
+        /// Length of the received bytes.
         got_size: u64,
         /// Length in the manifest, in bytes.
         want_size: u64,
     },
-    /// A compression that this conversion cannot read.
+    /// A compression that the conversion cannot read.
     #[error(
-        "The layer is compressed with {0}, which no image specification knows: rebuild the image with gzip or zstd layers"
+        "The layer is compressed with {0}, which no image specification allows: rebuild the image with gzip or zstd layers"
     )]
     Compression(&'static str),
-    /// The zstd stream is broken, or needs what it may not.
+    /// The zstd stream is damaged, or needs an unsupported feature.
     #[error(transparent)]
     Zstd(#[from] formats::zstandard::ZstdError),
     /// The segments of the layer cannot be indexed.
     #[error(transparent)]
     Segments(#[from] formats::segments::SegmentsError),
-    /// There is no room for work files.
+    /// A work file cannot be made.
     #[error("Cannot make a work file in {dir} (see --dir)", dir = dir.display())]
     WorkFile {
         /// The directory.
@@ -209,10 +209,10 @@ pub enum LayerError {
         #[source]
         source: std::io::Error,
     },
-    /// The gzip stream is broken.
+    /// The gzip stream is damaged.
     #[error(transparent)]
     Gzip(#[from] GzipError),
-    /// The tar stream is broken or has what a layer may not have.
+    /// The tar stream is damaged or contains an entry that a layer must not contain.
     #[error(transparent)]
     Tar(#[from] TarError),
     /// An entry cannot be applied to the tree.

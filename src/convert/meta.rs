@@ -1,22 +1,23 @@
-//! From a plain image to the meta image that it is read through.
+//! From a plain image to its meta image.
 //!
-//! People attach `app:v3`, not the name of some converted copy of it. So for a plain image the meta image
-//! is looked for, where it costs least to look first:
+//! Users attach `app:v3`, not the name of a converted copy of it. So the meta image of a plain image is
+//! searched in these places, the cheapest first:
 //!
-//! 1. the *local store*: an image layout directory of this host, with meta images that were built here,
-//!    each under the tag `sha256-<digest of the plain manifest>` (the one of OCI's fallback);
-//! 2. the image's own *index*, if it has one: an entry of our artifact type beside the plain manifest;
-//! 3. the repository's *referrers* of the plain manifest (OCI 1.1), or, in a registry that has no such
-//!    list, the index under the fallback tag `sha256-<digest>`;
-//! 4. the *tag* that people give to a converted image: the plain tag with one of [`TAG_SUFFIXES`].
+//! 1. the *local store*: an image layout directory of this host with meta images that were built here. Each
+//!    has the tag `sha256-<digest of the plain manifest>`, the form of OCI's fallback tag;
+//! 2. the image's own *index*, if it has one: an entry with this program's artifact type beside the plain
+//!    manifest;
+//! 3. the repository's *referrers* of the plain manifest (OCI 1.1), or, in a registry without that list, the
+//!    index under the fallback tag `sha256-<digest>`;
+//! 4. the usual *tag* of a converted image: the plain tag with one of [`TAG_SUFFIXES`].
 //!
-//! If there is none, it is built: the layers are streamed once, as by `turbobd convert`, and the result,
-//! one percent of them, is kept in the local store. With [`MetaImages::publish`] it is pushed as a
-//! referrer of the plain image too, and the next host finds it.
+//! If there is none, it is built: the layers are streamed once, as by `turbobd convert`, and the result, one
+//! percent of their size, is kept in the local store. With [`MetaImages::publish`] it is also pushed as a
+//! referrer of the plain image, so that the next host finds it.
 //!
-//! Whatever is found must fit: each of its layers names the plain layer that holds its data, and all of
-//! them must be the plain image's layers in their order. A tag that moved on, or an index that lists
-//! another build, is passed over.
+//! A found image must match: each of its layers names the plain layer with its data, and all of them must be
+//! the plain image's layers in their order. A tag that has moved, or an index that lists another build, is
+//! skipped.
 
 use std::fs::File;
 use std::io;
@@ -33,16 +34,16 @@ use formats::oci::{Descriptor, Digest, Document, Index, Manifest};
 use registry::store::referrers::{self, fallback_tag};
 use registry::store::{ImageStore, LayoutStore, Selector, StoreError, StoredManifest};
 
-/// What people put behind a tag for its converted form: upstream's documentation and ours.
+/// Usual suffixes of a tag for the converted form: those of upstream's documentation and of this program's.
 pub const TAG_SUFFIXES: [&str; 3] = ["_turbo", "-turbo", "_obd"];
 
-/// Why a plain image has no meta image.
+/// Reasons why a plain image has no meta image.
 #[derive(Debug, Error)]
 pub enum MetaError {
     /// Building it failed.
     #[error("Cannot build the meta image")]
     Build(#[source] Box<ConvertError>),
-    /// The local store, or the place to publish to, did not take it.
+    /// The local store, or the place to publish to, did not accept it.
     #[error("Cannot keep the meta image (see --meta-dir)")]
     Keep(#[source] Box<StoreError>),
     /// The directory of the local store cannot be used.
@@ -56,10 +57,10 @@ pub enum MetaError {
     },
 }
 
-/// Where a meta image came from.
+/// Origin of a meta image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// It was built here before.
+    /// Built on this host before.
     Local,
     /// An entry of the image's index.
     Index,
@@ -67,51 +68,51 @@ pub enum Found {
     Referrer,
     /// The tag of a converted image.
     Tag,
-    /// It was not found, but built just now.
+    /// Built just now, because none was found.
     Built,
 }
 
 /// A meta image for a plain image.
 pub struct MetaImage {
-    /// Where its manifest and layers are.
+    /// The store of its manifest and layers.
     pub store: Arc<dyn ImageStore>,
     /// Its manifest as stored.
     pub stored: StoredManifest,
-    /// The same, parsed.
+    /// The parsed manifest.
     pub manifest: Manifest,
-    /// How it was come by.
+    /// Its origin.
     pub found: Found,
 }
 
-/// A plain image that was asked for.
+/// A requested plain image.
 pub struct Plain<'a> {
-    /// Where it is.
+    /// The store of the image.
     pub store: &'a Arc<dyn ImageStore>,
-    /// The tag it was asked for by, if it was.
+    /// The requested tag, if any.
     pub tag: Option<&'a str>,
-    /// The index that its manifest was chosen from, if any.
+    /// The index from which its manifest was chosen, if any.
     pub index: Option<&'a Index>,
     /// Its manifest as stored.
     pub stored: &'a StoredManifest,
-    /// The same, parsed.
+    /// The parsed manifest.
     pub manifest: &'a Manifest,
 }
 
-/// Whether a manifest is that of a plain image: none of its layers is an overlaybd layer.
+/// True if a manifest is that of a plain image: none of its layers is an overlaybd layer.
 #[must_use]
 pub fn is_plain(manifest: &Manifest) -> bool {
     !manifest.layers.is_empty()
         && manifest.layers.iter().all(|layer| matches!(LayerKind::of(layer), Ok(LayerKind::Plain)))
 }
 
-/// How meta images are come by on this host.
+/// Search and building of meta images on this host.
 #[derive(Clone, Debug)]
 pub struct MetaImages {
-    /// Directory of the local store; made when something is kept.
+    /// Directory of the local store; made with the first image.
     pub local: PathBuf,
-    /// Whether what is built is pushed as a referrer.
+    /// True if built images are pushed as referrers.
     pub publish: bool,
-    /// How to build.
+    /// Options of the conversion.
     pub options: ConvertOptions,
 }
 
@@ -119,8 +120,8 @@ impl MetaImages {
     /// The meta image of `plain`: found, or built.
     ///
     /// # Errors
-    /// [`MetaError`]. That one place cannot be looked at is no error, only a line in the log: the
-    /// meta image can always be built.
+    /// [`MetaError`]. A place that cannot be searched is only logged, because the meta image can always be
+    /// built.
     pub fn of(&self, plain: &Plain<'_>, progress: &dyn Progress) -> Result<MetaImage, MetaError> {
         if let Some(image) = self.find(plain) {
             tracing::info!(found = ?image.found, digest = %image.stored.digest, "meta image");
@@ -131,7 +132,7 @@ impl MetaImages {
         }
         let keep = |error| MetaError::Keep(Box::new(error));
         let store = LayoutStore::open_or_create(&self.local).map_err(keep)?;
-        // Whoever builds the same image at the same time is waited for; then it is here.
+        // Waits for another process that builds the same image; then the image is present.
         let _lock = Lock::take(&self.local, &plain.stored.digest)
             .map_err(|source| MetaError::Local { dir: self.local.clone(), source })?;
         match self.in_local_store(plain) {
@@ -152,7 +153,7 @@ impl MetaImages {
             return None;
         }
         let store = LayoutStore::open(&self.local)
-            .inspect_err(|error| tracing::warn!(%error, "The local store is passed over"))
+            .inspect_err(|error| tracing::warn!(%error, "The local store is skipped"))
             .ok()?;
         let store: Arc<dyn ImageStore> = Arc::new(store);
         let stored = store.manifest(&Selector::Tag(fallback_tag(&plain.stored.digest))).ok()?;
@@ -169,7 +170,7 @@ impl MetaImages {
         let options = ConvertOptions {
             oci_types: true,
             referrer: true,
-            // The data are where the plain image is, wherever that is copied to.
+            // The data lies beside the plain image, also after that is copied elsewhere.
             origin: None,
             turbo: true,
             native: None,
@@ -180,7 +181,7 @@ impl MetaImages {
             .map_err(|error| MetaError::Build(Box::new(error)))?;
         let unfit = || MetaError::Local {
             dir: self.local.clone(),
-            source: io::Error::other("what was built does not fit the image"),
+            source: io::Error::other("the built meta image does not match the image"),
         };
         let built = built.turbo.ok_or_else(unfit)?;
         put(&**store, Some(&fallback_tag(&plain.stored.digest)), &built).map_err(keep)?;
@@ -197,7 +198,7 @@ impl MetaImages {
     }
 }
 
-/// Says that an image is being built here.
+/// Lock for building an image on this host.
 struct Lock {
     path: PathBuf,
     _file: File,
@@ -218,7 +219,7 @@ impl Drop for Lock {
     }
 }
 
-/// A manifest as a meta image of `plain`, if it is one.
+/// A manifest as a meta image of `plain`, if it matches.
 fn fitting(
     plain: &Plain<'_>,
     store: &Arc<dyn ImageStore>,
@@ -237,7 +238,7 @@ fn fitting(
     fits.then(|| MetaImage { store: store.clone(), stored, manifest, found })
 }
 
-/// Looks at those entries of an index that call themselves meta images.
+/// Examines the entries of an index that have the artifact type of a meta image.
 fn among(plain: &Plain<'_>, entries: &[Descriptor], found: Found) -> Option<MetaImage> {
     let turbo = entries.iter().filter(|entry| {
         entry.artifact_type.as_deref() == Some(ARTIFACT_TYPE_TURBO)
@@ -274,7 +275,7 @@ fn by_tag(plain: &Plain<'_>) -> Option<MetaImage> {
     })
 }
 
-/// Blobs first, the manifest last: whoever sees it sees a whole image.
+/// Blobs first, the manifest last: a visible manifest is that of a complete image.
 fn put(
     store: &dyn ImageStore,
     tag: Option<&str>,
@@ -284,7 +285,7 @@ fn put(
     store.put_manifest(tag, built.media_type, &built.manifest)
 }
 
-/// Pushes what was built here beside the plain image, as a referrer of it.
+/// Pushes an image built here as a referrer of the plain image.
 fn publish(plain: &Plain<'_>, built: &MetaImage) -> Result<(), StoreError> {
     let store = &**plain.store;
     for blob in built.manifest.layers.iter().chain([&built.manifest.config]) {
@@ -296,7 +297,7 @@ fn publish(plain: &Plain<'_>, built: &MetaImage) -> Result<(), StoreError> {
     referrers::add(store, &plain.stored.digest, entry, |_| false)
 }
 
-/// The local store's place when nobody names one.
+/// Default directory of the local store.
 #[must_use]
 pub fn default_dir() -> &'static Path {
     Path::new("/var/lib/turbobd/meta")

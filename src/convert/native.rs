@@ -1,4 +1,4 @@
-//! Native layers: everything a layer puts on the disk, in one blob.
+//! Native layers: all blocks of a layer on the disk, in one blob.
 //!
 //! ```text
 //! tar data, as it passes ──▶ Payload ──▶ LSMT stream ──▶ ZFile, all cores ──▶ work file
@@ -6,21 +6,21 @@
 //! ext4 of this layer ──────────┴──▶ index, at the end                             ▼ SHA-256
 //! ```
 //!
-//! Where a file's data will lie on the disk is known only when the whole tar has been seen: a later entry
-//! may replace it, a whiteout may hide it. But an LSMT index may point anywhere into its payload, so
-//! nothing has to wait: data goes into the payload **in the order of the tar**, and the index, written
-//! last, says which disk sectors it is. Memory holds some blocks and 24 bytes a file. The disk is that
-//! of the TurboOCI conversion, sector for sector: the same tree, the same allocation, and each of its
-//! mappings into the tar becomes one into the payload.
+//! The position of a file's data on the disk is known only after the whole tar: a later entry may replace it,
+//! a whiteout may hide it. But an LSMT index can point anywhere into its payload, so the data need not wait.
+//! It goes into the payload **in the order of the tar**, and the index, written last, maps the disk sectors
+//! to it. Memory holds some blocks and 24 bytes per file. The disk is that of the TurboOCI conversion, sector
+//! for sector: the same tree, the same allocation, and each mapping into the tar becomes one into the
+//! payload.
 //!
-//! * Each file begins on a new 4 KiB of payload and its last block is filled up with zeros, as the
-//!   disk has it. So a file is one compressed block a disk block, consecutive files become one
-//!   index entry, and what a hostile tar has in its padding goes nowhere.
-//! * A block of zeros is not stored. In the lowest layer nothing is said about it; above, it is
-//!   declared zero, whatever lies below.
-//! * Metadata follows behind all data, together.
-//! * The blob is written to an unnamed *work file*: its length stands in its first bytes, so it cannot
-//!   be sent before it is complete. Its digest is computed while the next layer is under way.
+//! * Each file begins on a new 4 KiB of payload and its last block is padded with zeros, as on the disk. So
+//!   each disk block of a file is one compressed block, consecutive files become one index entry, and the
+//!   padding of a hostile tar is not stored.
+//! * A block of zeros is not stored. In the lowest layer it has no index entry; in a higher layer it is
+//!   declared zero, to hide the layers below.
+//! * All metadata follows behind all data.
+//! * The blob is written to an unnamed *work file*: its length stands in its first bytes, so it cannot be
+//!   sent before it is complete. Its digest is computed during the conversion of the next layer.
 
 mod blob;
 mod payload;
@@ -47,20 +47,20 @@ use payload::{Payload, Stored};
 /// Bytes in front of the `ZFile` in a tar of form A.
 const HEAD: u64 = 1536;
 
-/// What a native layer says of itself, and how it is written.
+/// Properties of a native layer, and its compression.
 #[derive(Clone, Debug)]
 pub struct NativeLayer {
-    /// Size of the disk, or 0 in a layer above the lowest: readers take it from below (spec turbooci 4).
+    /// Size of the disk; 0 in a layer above the lowest, because readers take it from below (spec turbooci 4).
     pub virtual_size: Bytes,
-    /// This layer and the one below.
+    /// Identity of this layer and of the one below.
     pub identity: Identity,
-    /// Whether there are layers below, whose bytes a block of zeros must hide.
+    /// True if there are layers below with bytes that a block of zeros must hide.
     pub has_lower: bool,
     /// Compression.
     pub zfile: zfile::Options,
 }
 
-/// A native layer that is being written while its tar passes.
+/// A native layer that is written as its tar passes.
 pub(super) struct NativeBuilder {
     payload: Payload<ParallelWriter<File>>,
     has_lower: bool,
@@ -74,7 +74,7 @@ impl NativeBuilder {
         Ok(Self { payload: Payload::new(lsmt), has_lower: layer.has_lower })
     }
 
-    /// The data of the next entry begins at `offset` of the uncompressed tar.
+    /// Starts the data of the next entry, at `offset` of the uncompressed tar.
     pub(super) fn start(&mut self, offset: Bytes) -> Result<(), LayerError> {
         Ok(self.payload.start(offset)?)
     }
@@ -91,7 +91,7 @@ impl NativeBuilder {
     }
 }
 
-/// A blob in an unnamed file in `dir`; the LSMT stream of a layer is written to it.
+/// Begins a blob in an unnamed file in `dir`; the LSMT stream of a layer is written to it.
 fn begin_blob(
     options: zfile::Options,
     dir: Option<&Path>,
@@ -99,13 +99,13 @@ fn begin_blob(
     let dir: PathBuf = dir.map_or_else(std::env::temp_dir, Path::to_path_buf);
     let work_file = |source| LayerError::WorkFile { dir: dir.clone(), source };
     let mut file = tempfile::tempfile_in(&dir).map_err(work_file)?;
-    // The real head needs the length, which is known at the end.
+    // The final head needs the length, which is known at the end.
     file.write_all(&[0; HEAD as usize]).map_err(work_file)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     Ok(ParallelWriter::new(file, options, threads)?)
 }
 
-/// Ends the `ZFile` and puts the tar around it.
+/// Ends the `ZFile` and writes the tar around it.
 fn complete_blob(zfile: ParallelWriter<File>, stored: Stored) -> Result<Unhashed, LayerError> {
     let (mut file, summary) = zfile.finish()?;
     let out = |error: io::Error| LayerError::ZFile(error.into());
@@ -116,10 +116,10 @@ fn complete_blob(zfile: ParallelWriter<File>, stored: Stored) -> Result<Unhashed
     Ok(Unhashed { file, len, plain: summary.original_size, stored })
 }
 
-/// Makes a native layer's blob of what a writable layer holds.
+/// Makes a native layer's blob of the content of a writable layer.
 ///
 /// # Errors
-/// [`LayerError`]; the writable layer stays as it is.
+/// [`LayerError`]; the writable layer stays unchanged.
 pub fn commit_layer(
     layer: &mut WritableLayer,
     virtual_size: Bytes,
@@ -133,7 +133,7 @@ pub fn commit_layer(
 }
 
 /// The identities of native layers over these unpacked layers: the first half of each one's OCI chain id, as
-/// upstream's conversion gives them (spec turbooci 4).
+/// in upstream's conversion (spec turbooci 4).
 #[must_use]
 pub fn layer_uuids(diff_ids: &[Digest]) -> Vec<Uuid> {
     let mut chain: Option<Digest> = None;
@@ -162,7 +162,8 @@ mod tests {
 
     #[test]
     fn an_identity_is_half_of_the_chain_id() {
-        // hello-world of upstream's repository: one layer, whose chain id is its diff_id (spec golden 1).
+        // hello-world of upstream's repository: one layer, with a chain id equal to its diff_id (spec golden
+        // 1).
         let id = "sha256:01bb4fce3eb1b56b05adf99504dafd31907a5aadac736e36b27595c8b92f07f1";
         let uuids = layer_uuids(&[id.parse().unwrap()]);
         assert_eq!(uuids[0].to_string(), "01BB4FCE-3EB1-B56B-05AD-F99504DAFD31");

@@ -1,18 +1,18 @@
-//! Who is told how far a conversion is.
+//! Receiver of a conversion's progress.
 
 use formats::oci::Digest;
 
-/// Told of every layer's start, advance and end, from several threads.
+/// Receives every layer's start, advance and end, from several threads.
 pub trait Progress: Sync {
     /// A layer of `size` compressed bytes is about to be read.
     fn start(&self, layer: &Digest, size: u64);
     /// `bytes` more of it have been read.
     fn advance(&self, layer: &Digest, bytes: u64);
-    /// It is converted.
+    /// The layer is converted.
     fn finish(&self, layer: &Digest);
 }
 
-/// Tells nobody.
+/// Ignores all reports.
 pub struct Silent;
 
 impl Progress for Silent {

@@ -1,9 +1,9 @@
-//! A `ZFile` written by all cores: byte for byte what [`Writer`] gives.
+//! A `ZFile` writer on all cores, with exactly the output of [`Writer`].
 //!
-//! Blocks stand for themselves, so they can be compressed in any order; only their places follow from
-//! the lengths of those in front. The caller's bytes are cut into *batches* of whole blocks. Each batch
-//! goes to whichever worker is free, and a slot for its result goes into a queue in the order of the
-//! file. One more thread empties that queue into the output.
+//! Blocks are independent, so they can be compressed in any order; only their positions depend on the lengths
+//! of the blocks in front. The caller's bytes are cut into *batches* of whole blocks. Each batch goes to a
+//! free worker, and a slot for its result goes into a queue in the order of the file. One more thread empties
+//! that queue into the output.
 //!
 //! ```text
 //! caller ── batch ──▶ worker ─┐
@@ -11,7 +11,7 @@
 //!    └── slot, in order ──────┴──▶ output thread ──▶ Writer ──▶ file
 //! ```
 //!
-//! Both queues are bounded, so a slow output slows the caller and memory stays within some batches.
+//! Both queues are bounded, so a slow output slows the caller, and only a few batches are in memory.
 
 use std::io::{self, Seek, Write};
 use std::thread::{self, JoinHandle};
@@ -22,13 +22,13 @@ use formats::zfile::ZFileError;
 use formats::zfile::block::BlockEncoder;
 use formats::zfile::writer::{Options, PackedBlocks, Summary, Writer};
 
-/// Plain bytes of a batch: many blocks of any size, so that passing it on costs nothing.
+/// Plain bytes of a batch: many blocks of any size, so that the cost of passing it on is negligible.
 const BATCH: usize = 256 << 10;
 
-/// Batches under way for each worker: one in work, one waiting, one being filled or written.
+/// Batches in progress per worker: one in work, one waiting, one being filled or written.
 const AHEAD: usize = 4;
 
-/// A batch and where its result goes.
+/// A batch, and the slot for its result.
 struct Job {
     plain: Vec<u8>,
     done: Sender<Result<PackedBlocks, ZFileError>>,
@@ -36,13 +36,13 @@ struct Job {
 
 type Slot = Receiver<Result<PackedBlocks, ZFileError>>;
 
-/// Compresses on several threads what is written to it. Close it with [`finish`](Self::finish); dropped
-/// before, it leaves the output unfinished.
+/// Compresses its input on several threads. Close it with [`finish`](Self::finish); if it is dropped before,
+/// the output stays incomplete.
 pub struct ParallelWriter<W> {
     batch: Vec<u8>,
     jobs: Option<Sender<Job>>,
     slots: Option<Sender<Slot>>,
-    /// Buffers that come back from the workers.
+    /// Buffers returned by the workers.
     spare: Receiver<Vec<u8>>,
     workers: Vec<JoinHandle<()>>,
     output: Option<JoinHandle<Result<Writer<W>, ZFileError>>>,
@@ -51,10 +51,10 @@ pub struct ParallelWriter<W> {
 }
 
 impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
-    /// Begins a file at the present position of `out`, with so many workers (at least one).
+    /// Begins a file at the present position of `out`, with this number of workers (at least one).
     ///
     /// # Errors
-    /// As [`Writer::new`], and when a thread cannot be started.
+    /// The errors of [`Writer::new`], and [`ZFileError::Write`] if a thread cannot be started.
     pub fn new(out: W, options: Options, workers: usize) -> Result<Self, ZFileError> {
         let writer = Writer::new(out, options)?;
         let workers = workers.max(1);
@@ -86,7 +86,7 @@ impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
         })
     }
 
-    /// Waits for all blocks and completes the file as [`Writer::finish`] does.
+    /// Waits for all blocks and completes the file; the result is that of [`Writer::finish`].
     ///
     /// # Errors
     /// [`ZFileError::BlockTooLong`], [`ZFileError::Write`].
@@ -97,7 +97,7 @@ impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
         writer.finish()
     }
 
-    /// Passes on what has been gathered.
+    /// Sends the collected bytes to a worker.
     fn send_batch(&mut self) -> io::Result<()> {
         if self.batch.is_empty() {
             return Ok(());
@@ -114,7 +114,7 @@ impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
         if taken {
             return Ok(());
         }
-        // The output thread is gone, and says why.
+        // The output thread has ended; its result gives the reason.
         let error = match self.join() {
             Ok(_) => io::Error::other("The output of a ZFile ended early").into(),
             Err(error) => error,
@@ -122,16 +122,16 @@ impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
         Err(io::Error::other(error))
     }
 
-    /// Ends all threads and gives back the writer, or the first failure.
+    /// Ends all threads and returns the writer, or the first failure.
     fn join(&mut self) -> Result<Writer<W>, ZFileError> {
         (self.jobs, self.slots) = (None, None);
         for worker in self.workers.drain(..) {
-            let _ = worker.join(); // its panic shows as a slot without a result
+            let _ = worker.join(); // its panic leaves a slot without a result
         }
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let lost = || ZFileError::from(io::Error::other("A thread that compresses ended early"));
+        let lost = || ZFileError::from(io::Error::other("A compression thread ended early"));
         let result = match self.output.take() {
             Some(output) => output.join().unwrap_or_else(|_| Err(lost())),
             None => Err(lost()),
@@ -156,13 +156,13 @@ impl<W: Write + Seek + Send + 'static> Write for ParallelWriter<W> {
         Ok(taken)
     }
 
-    /// Does nothing: blocks are only whole when they are full.
+    /// Does nothing: only full blocks are complete.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
 
-/// A worker.
+/// The loop of a worker.
 fn compress(
     mut encoder: BlockEncoder,
     block_size: usize,
@@ -185,19 +185,19 @@ fn compress(
                 }
             }
         }
-        let _ = done.send(result.map(|()| packed)); // nobody waits after a failure
+        let _ = done.send(result.map(|()| packed)); // after a failure the receiver is gone
         plain.clear();
         let _ = give_back.try_send(plain);
     }
 }
 
-/// The output thread.
+/// The loop of the output thread.
 fn put_in_order<W: Write>(
     mut writer: Writer<W>,
     slots: &Receiver<Slot>,
 ) -> Result<Writer<W>, ZFileError> {
     for slot in slots {
-        let lost = |_| ZFileError::from(io::Error::other("A thread that compresses ended early"));
+        let lost = |_| ZFileError::from(io::Error::other("A compression thread ended early"));
         writer.put_packed(&slot.recv().map_err(lost)??)?;
     }
     Ok(writer)
@@ -246,7 +246,7 @@ mod tests {
         assert_eq!((summary.blocks, out.get_ref().len()), (0, 1024));
     }
 
-    /// Takes so many bytes and no more.
+    /// An output that takes this many bytes and no more.
     struct Full(Cursor<Vec<u8>>, usize);
 
     impl Write for Full {

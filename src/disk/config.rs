@@ -1,14 +1,14 @@
-//! Upstream's device configuration, `config.v1.json` (spec runtime 1 and 2), and the disk it describes.
+//! Upstream's device configuration, `config.v1.json` (spec runtime 1 and 2), and its disk.
 //!
-//! A layer is the first of its local files that exists, else a blob of the registry at `repoBlobUrl`; the
-//! original layer of a TurboOCI layer is a local file or such a blob. How a registry is reached and how a
-//! compressed layer is read is not decided here: a [`TargetOpener`] does both.
+//! A layer is the first of its local files that exists, or else a blob of the registry at `repoBlobUrl`; the
+//! original layer of a TurboOCI layer is a local file or such a blob. A [`TargetOpener`] connects to the
+//! registry and reads compressed layers; this module does neither.
 //!
-//! Keys that nobody knows are ignored with a warning, as upstream ignores them. A value of the wrong
-//! type is an error that names the key, where upstream aborts. Relative paths count from the folder
-//! of the configuration, so that an image and its configuration can be moved together.
+//! Unknown keys are ignored with a warning; upstream ignores them too. A value of the wrong type is an error
+//! with the name of the key, where upstream aborts. Relative paths count from the folder of the
+//! configuration, so that an image and its configuration can be moved together.
 //!
-//! Contents: `parse` from text to values, `lowers` the layers that cannot change, `upper` the one that can.
+//! Contents: `parse` from text to values, `lowers` the read-only layers, `upper` the writable one.
 
 mod lowers;
 mod parse;
@@ -30,12 +30,12 @@ use formats::trace::Trace;
 use source::ByteSource;
 use source::chunk::ChunkSource;
 
-/// Opens what a configuration only names. The decoders of this program and its registry client implement
-/// it; so may tests.
+/// Opens the files and blobs that a configuration only names. Implemented by the decoders of this program
+/// with its registry client, and by tests.
 pub trait TargetOpener {
-    /// The uncompressed tar of `blob`, to which `index` (a `gzip.meta`) gives access if it is a gzip stream.
-    /// `sidecar` holds what upstream's index cannot, or all of it; `digest` is what the configuration calls
-    /// the blob.
+    /// The uncompressed tar of `blob`; for a gzip stream, `index` (a `gzip.meta`) gives access to it.
+    /// `sidecar` has the data that upstream's index cannot hold, or the whole index; `digest` is the name of
+    /// the blob in the configuration.
     ///
     /// # Errors
     /// [`DiskError::Target`], or any other.
@@ -47,11 +47,11 @@ pub trait TargetOpener {
         digest: Option<&str>,
     ) -> Result<Arc<dyn ChunkSource>, DiskError>;
 
-    /// The blob `digest` of the repository whose blobs are at the URL `blobs`; `size` is its length in bytes
-    /// if the configuration says so.
+    /// The blob `digest` of the repository with blobs at the URL `blobs`; `size` is its length in bytes, if
+    /// the configuration has it.
     ///
     /// # Errors
-    /// [`DiskError`]; without a registry, always.
+    /// [`DiskError`]; always, without a registry.
     fn open_remote(
         &self,
         blobs: &str,
@@ -59,7 +59,8 @@ pub trait TargetOpener {
         size: Option<u64>,
     ) -> Result<Arc<dyn ByteSource>, DiskError> {
         let _ = size;
-        let error = std::io::Error::other(format!("{blobs} is not reached from here"));
+        let error =
+            std::io::Error::other(format!("{blobs} cannot be reached without a registry client"));
         Err(DiskError::Io { name: digest.to_string(), source: Arc::new(error) })
     }
 }
@@ -67,7 +68,7 @@ pub trait TargetOpener {
 /// A device configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Config {
-    /// `https://host/v2/<name>/blobs`: where blobs without a local file are.
+    /// `https://host/v2/<name>/blobs`: the place of blobs without a local file.
     pub repo_blob_url: String,
     /// The layers, bottom first.
     pub lowers: Vec<Lower>,
@@ -75,11 +76,11 @@ pub struct Config {
     pub upper: Upper,
     /// File that receives `success` or `failed:<reason>` once.
     pub result_file: String,
-    /// Overrides the host's settings for background download.
+    /// Settings for background download that override the host's.
     pub download: Option<Download>,
     /// The last lower is a trace to prefetch by, not a layer.
     pub acceleration_layer: bool,
-    /// File of a trace.
+    /// File of the trace.
     pub record_trace_path: String,
 }
 
@@ -98,33 +99,34 @@ pub struct Lower {
     pub target_file: String,
     /// Digest of the original layer.
     pub target_digest: String,
-    /// Path of `gzip.meta`; its presence says that the original layer is gzip.
+    /// Path of `gzip.meta`; if present, the original layer is gzip.
     pub gzip_index: String,
-    /// Path of the sidecar with what `gzip.meta` cannot hold: ours, unknown to upstream.
+    /// Path of the sidecar with the data that `gzip.meta` cannot hold; a key of this program, unknown to
+    /// upstream.
     pub gzip_sidecar: String,
 }
 
-/// Settings of the background download for one device; what is absent is as the host says.
+/// Settings of the background download for one device; absent ones have the host's value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Download {
-    /// Whether there is one.
+    /// True if there is a background download.
     pub enable: Option<bool>,
     /// Seconds after the start.
     pub delay: Option<u64>,
-    /// Seconds at random on top of that.
+    /// Largest random number of seconds added to that.
     pub delay_extra: Option<u64>,
-    /// Megabytes a second at most.
+    /// Largest rate in megabytes per second.
     pub max_mbps: Option<u64>,
-    /// Tries.
+    /// Number of tries.
     pub tries: Option<u64>,
-    /// Bytes asked for at a time.
+    /// Bytes per request.
     pub block_size: Option<u64>,
 }
 
 /// The writable layer of a configuration: both files, or none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Upper {
-    /// Its index log; of a sparse layer, a file that nobody reads.
+    /// Its index log; for a sparse layer, a file that is never read.
     pub index: String,
     /// Its data file.
     pub data: String,
@@ -134,31 +136,31 @@ pub struct Upper {
     pub gzip_index: String,
 }
 
-/// What is to be done with the disk, and so where its writable layer goes.
+/// Use of the disk, which decides the place of its writable layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Read it: the writable layer, if there is one, is the topmost of the disk and stays as it is.
+    /// The disk is read: the writable layer, if any, is the topmost of the disk and stays unchanged.
     Read,
-    /// Serve it: the disk is without the writable layer, which is to be opened above it.
+    /// The disk is served: it excludes the writable layer, which is opened above it.
     Serve,
 }
 
-/// What a configuration describes, opened.
+/// The opened disk of a configuration, and its other parts.
 pub struct OpenedConfig {
     /// The virtual disk.
     pub disk: Disk,
-    /// The writable layer, if the disk is to be served with one.
+    /// The writable layer, if the disk is served with one.
     pub upper: Option<WritableFiles>,
-    /// What a start reads, if the configuration names a trace that was recorded.
+    /// The trace, if the configuration names a recorded one.
     pub trace: Option<Trace>,
-    /// File in which a trace is to be recorded.
+    /// File in which a trace must be recorded.
     pub record: Option<PathBuf>,
 }
 
-/// Opens the disk that the configuration at `path` describes, to read it.
+/// Opens the disk of the configuration at `path`, to read it.
 ///
 /// # Errors
-/// [`DiskError`], which names the layer or the key.
+/// [`DiskError`] with the layer or the key.
 pub fn open(path: &Path, cache: Arc<Cache>, targets: &dyn TargetOpener) -> Result<Disk, DiskError> {
     open_all(path, cache, targets, Purpose::Read).map(|opened| opened.disk)
 }
@@ -175,7 +177,7 @@ pub fn read(path: &Path) -> Result<Config, DiskError> {
 }
 
 impl Config {
-    /// The files of the writable layer that this configuration, which is at `path`, names.
+    /// The files of the writable layer in this configuration, which lies at `path`.
     ///
     /// # Errors
     /// [`DiskError::Config`].
@@ -192,10 +194,11 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("."))
 }
 
-/// The same as [`open`], with what it says beside the layers.
+/// Opens the disk of the configuration, together with its writable layer, its trace and the file for
+/// recording.
 ///
 /// # Errors
-/// [`DiskError`], which names the layer or the key.
+/// [`DiskError`] with the layer or the key.
 pub fn open_all(
     path: &Path,
     cache: Arc<Cache>,
@@ -210,7 +213,7 @@ pub fn open_all(
         rule: rule.to_owned(),
     };
     if config.acceleration_layer && !config.record_trace_path.is_empty() {
-        return Err(invalid("accelerationLayer", "it excludes recordTracePath"));
+        return Err(invalid("accelerationLayer", "it cannot be combined with recordTracePath"));
     }
     let folder = folder_of(path);
     let upper = config.upper_files(path)?;
@@ -219,7 +222,7 @@ pub fn open_all(
         return Err(invalid("lowers", "an image has at least one layer"));
     }
     if config.lowers.len() > MAX_LAYERS {
-        // Before 256 blobs are opened for nothing.
+        // Checked before 256 blobs are opened without need.
         return Err(invalid("lowers", "an image has at most 255 layers"));
     }
     let place = Place { file: &file, folder, blobs: &config.repo_blob_url, targets, cache: &cache };
@@ -245,8 +248,8 @@ pub fn open_all(
     Ok(OpenedConfig { disk, upper, trace, record })
 }
 
-/// Writes into the `resultFile` of the configuration at `path`, if it names one, how the device was come by:
-/// `success`, or `failed:` and the reason. That is how upstream's snapshotter learns it.
+/// Writes the outcome into the `resultFile` of the configuration at `path`, if it names one: `success`, or
+/// `failed:` and the reason. Upstream's snapshotter reads it there.
 pub fn tell_result(path: &Path, outcome: Result<(), &str>) {
     let folder = folder_of(path);
     let text = fs::read_to_string(path).unwrap_or_default();
@@ -262,7 +265,7 @@ pub fn tell_result(path: &Path, outcome: Result<(), &str>) {
     }
 }
 
-/// Where a trace may be: in the last lower, which is then no layer, or at a path of its own.
+/// Path of a trace: in the last lower, which is then not a layer, or at a path of its own.
 fn trace_file(config: &mut Config, folder: &Path) -> Option<PathBuf> {
     if config.acceleration_layer {
         return config.lowers.pop().map(|lower| folder.join(lower.dir).join("trace"));
@@ -271,8 +274,8 @@ fn trace_file(config: &mut Config, folder: &Path) -> Option<PathBuf> {
     (!path.is_empty()).then(|| folder.join(path))
 }
 
-/// A trace that was recorded, a list of files, or the empty file into which a trace is to be. A trace is
-/// advice: whatever is wrong with it, the image starts as it would without.
+/// Reads a recorded trace or a list of files, or finds the empty file for a new trace. A trace is advice:
+/// with an invalid one, the image starts as without one.
 fn read_trace(disk: &Disk, path: PathBuf) -> (Option<Trace>, Option<PathBuf>) {
     match fs::read(&path) {
         Err(_) => (None, None),
@@ -281,7 +284,7 @@ fn read_trace(disk: &Disk, path: PathBuf) -> (Option<Trace>, Option<PathBuf>) {
             Ok(trace) => (Some(trace), None),
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
-                tracing::warn!(error, "The trace {} is passed over", path.display());
+                tracing::warn!(error, "The trace {} is ignored", path.display());
                 (None, None)
             }
         },

@@ -1,6 +1,6 @@
-//! What a disk contains, independent of how it is stored.
+//! The content of a disk, independent of its storage.
 //!
-//! Both functions read only what is mapped: a disk of 64 GiB with 20 MiB of data costs 20 MiB.
+//! Both functions read only mapped sectors: a disk of 64 GiB with 20 MiB of data costs 20 MiB.
 
 use std::fs::File;
 use std::io;
@@ -18,12 +18,12 @@ use formats::units::Sectors;
 /// Most bytes written at a time.
 const WRITE: usize = 1 << 20;
 
-/// Digest of a disk's content and its size in bytes: SHA-256 over `le64(offset) ‖ block` for every
-/// 4 KiB block that is not all zeros, ascending. `mapped` are the runs outside which the disk is
-/// zero, ascending ([`Disk::mapped`]).
+/// Digest of a disk's content and its size in bytes: SHA-256 over `le64(offset) ‖ block` for every 4 KiB
+/// block that is not all zeros, ascending. `mapped` are the runs with data, ascending; the disk is zero
+/// everywhere else ([`Disk::mapped`]).
 ///
 /// # Errors
-/// The volume's, for the lowest range that cannot be read.
+/// The errors of the volume, for the lowest range that cannot be read.
 pub fn content_digest(
     volume: &dyn Volume,
     mapped: impl Iterator<Item = (Sectors, Sectors)>,
@@ -41,14 +41,14 @@ pub fn content_digest(
     Ok((Digest::from_hasher(hasher), size))
 }
 
-/// Writes the disk into `out`, an empty file: as long as the disk, with holes where it is zero.
+/// Writes the disk into `out`, an empty file, which becomes as long as the disk, with holes for zeros.
 ///
 /// # Errors
-/// [`ExportError`]: what could not be read, or that `out` could not be written.
+/// [`ExportError`] if the disk cannot be read, or `out` cannot be written.
 pub fn export_raw(disk: &Disk, out: &File) -> Result<(), ExportError> {
     out.set_len(disk.size()).map_err(|error| ExportError::Write(Arc::new(error)))?;
     let steps = steps(disk.mapped(), disk.size());
-    // Blocks that follow each other go out in one write.
+    // Blocks that follow each other are written at once.
     let (mut start, mut run) = (0, Vec::with_capacity(WRITE));
     let write = |start: u64, run: &[u8]| {
         out.write_all_at(run, start).map_err(|error| ExportError::Write(Arc::new(error)))
@@ -70,7 +70,7 @@ pub fn export_raw(disk: &Disk, out: &File) -> Result<(), ExportError> {
     write(start, &run)
 }
 
-/// Why a disk could not be exported.
+/// Error of exporting a disk.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ExportError {
     /// The disk could not be read.

@@ -1,4 +1,4 @@
-//! Where a byte of a disk comes from, for people: the same look-up that a read makes, without reading.
+//! Origin of a byte of a disk, for people: the look-up of a read, without reading.
 
 use std::ops::Range;
 
@@ -8,27 +8,27 @@ use blobs::fetch::Blob;
 use formats::lsmt::Place;
 use formats::units::{SECTOR, Sectors};
 
-/// What a part of a disk is.
+/// Kind of a part of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
-    /// No layer has anything here: zeros.
+    /// No layer has data here: zeros.
     Hole,
     /// Filesystem metadata of a TurboOCI layer: in memory, always.
     Metadata,
     /// Data of a layer, in a chunk.
     Data,
-    /// Behind the end of an original layer: the padding of its last file, zeros.
+    /// Beyond the end of an original layer: the padding of its last file, zeros.
     Padding,
 }
 
-/// Where a chunk's bytes are now.
+/// Present place of a chunk's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
     /// Decoded, in the memory cache.
     Memory,
-    /// Near: in a local file, or in the disk tier.
+    /// On this host: in a local file, or in the tier on disk.
     Disk,
-    /// Nowhere near: a read makes a request.
+    /// Not on this host: a read sends a request.
     Remote,
 }
 
@@ -39,24 +39,24 @@ pub struct Placed {
     pub offset: u64,
     /// Number of bytes.
     pub len: u64,
-    /// What is there.
+    /// Kind of the part.
     pub what: What,
-    /// Which layer has it, 0 lowest.
+    /// Number of the layer with the part, 0 lowest.
     pub layer: Option<usize>,
-    /// What of which blob holds it.
+    /// The chunk with the part.
     pub chunk: Option<ChunkPlace>,
 }
 
 /// The chunk behind a part of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChunkPlace {
-    /// The blob, as the cache knows it: its digest, and how it is cut.
+    /// The blob, as named in the cache: its digest and its cuts.
     pub blob: String,
-    /// Byte of the decoded blob, for a TurboOCI layer of the uncompressed tar.
+    /// Byte of the decoded blob; for a TurboOCI layer, of the uncompressed tar.
     pub at: u64,
     /// Number of the chunk (the segment of a compressed layer).
     pub index: u32,
-    /// The chunk that decoding begins with, if that is another: the first of a long zstd frame.
+    /// The chunk at which decoding begins, if it is another one: the first of a long zstd frame.
     pub decoded_from: Option<u32>,
     /// Its first byte in the blob as it is stored.
     pub start: u64,
@@ -64,13 +64,13 @@ pub struct ChunkPlace {
     pub end: u64,
     /// Its length decoded, in bytes.
     pub decoded: u64,
-    /// Where it is now.
+    /// Its present place.
     pub held: Held,
 }
 
 impl Disk {
-    /// Where bytes `range` of the disk come from, cut at layers and chunks; at most `most` parts. What lies
-    /// past the end of the disk is left out.
+    /// Origin of bytes `range` of the disk, cut at layers and chunks, in at most `most` parts. Bytes past the
+    /// end of the disk are left out.
     #[must_use]
     pub fn explain(&self, range: Range<u64>, most: usize) -> Vec<Placed> {
         let end = range.end.min(self.size());

@@ -7,8 +7,8 @@ use crate::volume::{VolumeError, Waiter};
 use blobs::cache::ChunkWaiter;
 use source::chunk::ChunkBytes;
 
-/// Counts the chunks that are still on their way, and calls the request's waiter once: after the last
-/// chunk, or at the first error.
+/// Counts the missing chunks, and calls the request's waiter once: after the last chunk, or at the first
+/// error.
 pub(super) struct Gather {
     state: Mutex<State>,
     leases: Arc<Leases>,
@@ -16,8 +16,8 @@ pub(super) struct Gather {
 }
 
 struct State {
-    /// Chunks to come, and one for the request itself until it has asked for all of them: else the
-    /// first to come could be taken for the last.
+    /// Number of missing chunks, plus one for the request itself until it has requested all of them;
+    /// otherwise the first to arrive could be taken for the last.
     missing: usize,
     waiter: Option<Waiter>,
     chunks: Vec<(ChunkKey, Arc<ChunkBytes>)>,
@@ -29,7 +29,7 @@ impl Gather {
         Arc::new(Self { state: Mutex::new(state), leases, range })
     }
 
-    /// Counts on one more chunk, needed at byte `offset` of the disk.
+    /// Waits for one more chunk, needed at byte `offset` of the disk.
     pub(super) fn expect(self: &Arc<Self>, key: ChunkKey, offset: u64) -> ChunkWaiter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).missing += 1;
         let gather = self.clone();
@@ -42,7 +42,7 @@ impl Gather {
         })
     }
 
-    /// All chunks are asked for; `present` are those that were there already.
+    /// All chunks are requested; `present` are those that were in the cache.
     pub(super) fn asked(
         &self,
         present: Vec<(ChunkKey, Arc<ChunkBytes>)>,

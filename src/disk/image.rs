@@ -1,9 +1,9 @@
-//! A converted image in a store → its layers, ready to be stacked.
+//! Opens a converted image in a store: its layers, ready to be stacked.
 //!
-//! A `TurboOCI` layer is small: its archive is read whole, checked against its digest and unpacked
-//! in memory; the original blob is only opened, not read. A native layer stays where it is and is
-//! read by range. What the annotations say is believed only as far as the bytes agree: the index
-//! must fit the target blob in length, and the sidecar must name its digest.
+//! A `TurboOCI` layer is small: its archive is read whole, checked against its digest and unpacked in memory;
+//! the original blob is only opened, not read. A native layer is read by range in its place. The annotations
+//! are checked against the bytes: the index must match the length of the target blob, and the sidecar must
+//! name its digest.
 
 use std::io::Read as _;
 use std::ops::Range;
@@ -32,24 +32,24 @@ use source::{ByteSource, MemorySource, SharedBytes};
 /// Most bytes that a layer archive may unpack to, 4 GiB: the metadata of a layer of some 400 GB.
 const MAX_ARCHIVE: u64 = 4 << 30;
 
-/// Why an image in a store cannot be opened.
+/// Error of opening an image in a store.
 #[derive(Debug, Error)]
 pub enum ImageError {
-    /// The store did not deliver.
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A manifest or index is none, or has nothing for this host.
+    /// A manifest or index is invalid, or has no image for this host.
     #[error("Cannot use manifest {digest} of {store}")]
     Document {
         /// The store's name.
         store: String,
-        /// Which.
+        /// Its digest.
         digest: Digest,
-        /// Why not.
+        /// The fault.
         #[source]
         source: ManifestError,
     },
-    /// The layers do not make a disk.
+    /// The layers do not form a disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// One layer cannot be opened.
@@ -59,19 +59,19 @@ pub enum ImageError {
         number: usize,
         /// The layer blob.
         digest: Digest,
-        /// What is wrong with it.
+        /// The fault.
         #[source]
         source: Box<LayerError>,
     },
 }
 
-/// Why a layer cannot be opened.
+/// Error of opening a layer.
 #[derive(Debug, Error)]
 pub enum LayerError {
-    /// The store did not deliver.
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The annotations contradict themselves.
+    /// The annotations contradict each other.
     #[error(transparent)]
     Annotation(#[from] AnnotationError),
     /// An ordinary layer.
@@ -82,16 +82,16 @@ pub enum LayerError {
     /// The layer archive is not gzip.
     #[error("The layer archive cannot be unpacked")]
     Archive(#[source] std::io::Error),
-    /// The layer archive is a bomb.
+    /// The layer archive unpacks to more than the limit.
     #[error("The layer archive unpacks to more than {MAX_ARCHIVE} bytes")]
     ArchiveTooLarge,
     /// The layer archive is not a tar.
     #[error(transparent)]
     Members(#[from] tar::archive::ArchiveError),
-    /// The layer archive lacks what it is for.
+    /// The layer archive has no filesystem metadata.
     #[error("The layer archive has no {wanted}, only {found}")]
     NoFsMeta {
-        /// What it should have.
+        /// The expected member.
         wanted: &'static str,
         /// Names of its members.
         found: String,
@@ -99,18 +99,18 @@ pub enum LayerError {
     /// The sidecar describes another blob.
     #[error("The index belongs to another layer: it describes {layer}, but the target is {target}")]
     OtherTarget {
-        /// What the sidecar names.
+        /// The layer named by the sidecar.
         layer: Digest,
-        /// What the annotation names.
+        /// The target named by the annotation.
         target: Digest,
     },
-    /// The gzip index is broken or belongs to another blob.
+    /// The gzip index is invalid or belongs to another blob.
     #[error(transparent)]
     Gzip(#[from] GzipError),
-    /// The index of a layer that is not gzip is broken or belongs to another blob.
+    /// The index of a layer that is not gzip is invalid or belongs to another blob.
     #[error(transparent)]
     Segments(#[from] SegmentsError),
-    /// The index says one thing and the annotations another.
+    /// The index and the annotations contradict each other.
     #[error(
         "The index says that the target is {encoding}, and the annotations say that it is {annotated}"
     )]
@@ -120,28 +120,28 @@ pub enum LayerError {
         /// In the annotations.
         annotated: &'static str,
     },
-    /// The `ZFile` is broken.
+    /// The `ZFile` is invalid.
     #[error(transparent)]
     ZFile(#[from] zfile::ZFileError),
-    /// The LSMT layer is broken.
+    /// The LSMT layer is invalid.
     #[error(transparent)]
     Lsmt(#[from] lsmt::LsmtError),
-    /// The trace is broken.
+    /// The trace is invalid.
     #[error(transparent)]
     Trace(#[from] formats::trace::TraceError),
 }
 
 /// An image opened for reading.
 pub struct OpenedImage {
-    /// What each layer is, bottom first.
+    /// Description of each layer, bottom first.
     pub layers: Vec<LayerInfo>,
     /// The virtual disk.
     pub disk: Disk,
-    /// What a start reads, if the image brings a trace with it.
+    /// The trace of the image, if it has one.
     pub trace: Option<Trace>,
 }
 
-/// What a layer is, for people and for `--json`. Sizes in bytes.
+/// Description of a layer, for people and for `--json`. Sizes in bytes.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct LayerInfo {
     /// `turbo` or `native`.
@@ -157,7 +157,7 @@ pub struct LayerInfo {
     pub mappings: usize,
 }
 
-/// What the original of a `TurboOCI` layer is.
+/// The original layer of a `TurboOCI` layer.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct TargetInfo {
     /// The original blob.
@@ -166,38 +166,38 @@ pub struct TargetInfo {
     pub size: u64,
     /// Its size uncompressed.
     pub uncompressed: u64,
-    /// Parts of the layer archive: metadata, upstream's gzip index, our sidecar.
+    /// Size of the filesystem metadata in the layer archive.
     pub fs_meta: u64,
-    /// See `fs_meta`.
+    /// Size of upstream's gzip index in the layer archive.
     pub gzip_meta: u64,
-    /// See `fs_meta`.
+    /// Size of the sidecar in the layer archive.
     pub sidecar: u64,
-    /// Wanted length of segments, 0 for an uncompressed layer without an index.
+    /// Target length of segments; 0 for an uncompressed layer without an index.
     pub span: u64,
-    /// Segments: what is fetched and verified as a whole.
+    /// Number of segments.
     pub segments: u32,
-    /// Whether every segment can be verified before it is used.
+    /// True if every segment can be verified before it is used.
     pub verified: bool,
-    /// How it is encoded: `gzip`, `zstd` or `tar`.
+    /// Encoding: `gzip`, `zstd` or `tar`.
     pub encoding: &'static str,
-    /// Output of its longest zstd frame that must be decoded from its beginning, 0 if there is none.
+    /// Output of its longest zstd frame that must be decoded from its beginning; 0 if there is none.
     pub longest_frame: u64,
 }
 
 /// The manifest of an image for this host.
 pub struct HostManifest {
-    /// As stored.
+    /// The manifest as stored.
     pub stored: StoredManifest,
-    /// The same, parsed.
+    /// The parsed manifest.
     pub manifest: Manifest,
-    /// The index that it was chosen from, if any.
+    /// The index from which it was chosen, if any.
     pub index: Option<Index>,
 }
 
-/// The manifest of an image for this host, out of an index if need be.
+/// The manifest of an image for this host, chosen from an index if needed.
 ///
 /// # Errors
-/// [`ImageError`] when the index has no such platform: the message lists what it has.
+/// [`ImageError`] if the index has no such platform; the message lists its platforms.
 pub fn choose_manifest(
     store: &dyn ImageStore,
     selector: &Selector,
@@ -223,10 +223,10 @@ pub fn choose_manifest(
     }
 }
 
-/// The same without the index.
+/// The manifest of an image for this host, without the index.
 ///
 /// # Errors
-/// As [`choose_manifest`].
+/// The errors of [`choose_manifest`].
 pub fn host_manifest(
     store: &dyn ImageStore,
     selector: &Selector,
@@ -234,11 +234,11 @@ pub fn host_manifest(
     choose_manifest(store, selector).map(|chosen| (chosen.stored, chosen.manifest))
 }
 
-/// Opens the image of `manifest`, whose layers are in `store`; `targets` is where the original blobs
-/// are, the same store unless the meta image was written elsewhere.
+/// Opens the image of `manifest`, with its layers in `store`. `targets` has the original blobs; it is the
+/// same store unless the meta image was written elsewhere.
 ///
 /// # Errors
-/// [`ImageError`], naming the layer and what about it is wrong.
+/// [`ImageError`] with the layer and the fault.
 pub fn open_image(
     store: &dyn ImageStore,
     targets: &dyn ImageStore,
@@ -247,11 +247,11 @@ pub fn open_image(
 ) -> Result<OpenedImage, ImageError> {
     let (acceleration, layers) = split_acceleration(&manifest.layers);
     let mut opened = open_layers(layers.iter().map(|layer| (store, layer)), targets, cache)?;
-    // A trace is advice: an image whose trace is broken starts as it would without.
+    // A trace is advice: with an invalid one, the image starts as without one.
     opened.trace = acceleration.and_then(|layer| {
         read_trace(store, layer)
             .inspect_err(|error| {
-                tracing::warn!(layer = %layer.digest, error = %error, "The trace of the image is passed over");
+                tracing::warn!(layer = %layer.digest, error = %error, "The trace of the image is ignored");
             })
             .ok()
             .map(|reads| opened.disk.trace_of(&reads))
@@ -259,10 +259,10 @@ pub fn open_image(
     Ok(opened)
 }
 
-/// Opens converted layers, lowest first, each from the store that has it; no trace is among them.
+/// Opens converted layers, lowest first, each from the store with its blob; none of them may be a trace.
 ///
 /// # Errors
-/// As [`open_image`].
+/// The errors of [`open_image`].
 pub fn open_layers<'l>(
     stack: impl IntoIterator<Item = (&'l dyn ImageStore, &'l Descriptor)>,
     targets: &dyn ImageStore,
@@ -280,7 +280,7 @@ pub fn open_layers<'l>(
         let (mut layer, info) =
             open_layer(store, targets, descriptor, &mut filesystem).map_err(in_layer)?;
         if let LayerData::Turbo { meta, .. } = &mut layer.data {
-            // Images with a layer in common have its metadata once.
+            // Images with a common layer share its metadata.
             *meta = cache.residents().share(&descriptor.digest.to_string(), meta.clone());
         }
         layers.push(layer);
@@ -289,7 +289,7 @@ pub fn open_layers<'l>(
     Ok(OpenedImage { layers: infos, disk: Disk::new(layers, cache)?, trace: None })
 }
 
-/// Upstream's acceleration layer: an archive with a trace in it.
+/// Reads upstream's acceleration layer: an archive with a trace in it.
 fn read_trace(
     store: &dyn ImageStore,
     layer: &Descriptor,
@@ -331,10 +331,10 @@ fn open_native(
     Ok((DiskLayer { index, data: LayerData::Native { chunks } }, info))
 }
 
-/// The identity that a native layer bears.
+/// The identity of a native layer.
 ///
 /// # Errors
-/// [`ImageError`]; it names the layer as number 0.
+/// [`ImageError`] with the layer as number 0.
 pub fn native_identity(
     store: &dyn ImageStore,
     descriptor: &Descriptor,
@@ -377,7 +377,7 @@ fn open_turbo(
     Ok((DiskLayer { index, data: LayerData::Turbo { meta, target: Some(source) } }, info))
 }
 
-/// The original layer, by what index the archive has of it.
+/// Opens the original layer with the index in the archive.
 fn open_target(
     members: &Members,
     targets: &dyn ImageStore,
@@ -392,7 +392,7 @@ fn open_target(
             return Err(other(index.layer()));
         }
         let encoding = index.scanned().encoding;
-        // What is not plain calls itself gzip, for upstream's sake.
+        // Every compressed layer is annotated as gzip, because of upstream.
         if is_gzip == (encoding == Encoding::Plain) {
             let annotated = if is_gzip { "gzip" } else { "tar" };
             return Err(LayerError::OtherEncoding { encoding: encoding.name(), annotated });
@@ -488,7 +488,7 @@ impl Members {
         self.bytes.get(range.clone())
     }
 
-    /// The filesystem metadata: of the filesystem that the layers below have, else ext4 before erofs.
+    /// The filesystem metadata: of the same filesystem as in the layers below, otherwise ext4 before erofs.
     fn fs_meta(&self, below: &mut Option<&'static str>) -> Result<&[u8], LayerError> {
         let lacks = |wanted| {
             let names: Vec<&str> = self.ranges.iter().map(|(name, _)| name.as_str()).collect();

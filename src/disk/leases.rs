@@ -1,4 +1,4 @@
-//! Chunks kept aside for a request that was woken and will ask again.
+//! Chunks kept for a woken request until it is repeated.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,14 +12,14 @@ pub(super) type ChunkKey = (u8, u32);
 /// Offset and length of a request.
 type Range = (u64, usize);
 
-/// Most requests that chunks are kept for: more than a device has tags. Beyond it the oldest loses
-/// its chunks and may have to wait once more.
+/// Largest number of requests with kept chunks: more than a device has tags. Above it, the oldest request
+/// loses its chunks and may have to wait once more.
 const MAX_LEASES: usize = 4096;
 
-/// The chunks of woken requests, by the range that they asked for.
+/// The chunks of woken requests, by the range of the request.
 #[derive(Default)]
 pub(super) struct Leases {
-    /// Number of leases, so that a disk without any need not lock.
+    /// Number of leases, so that a disk without leases does not lock.
     count: AtomicUsize,
     table: Mutex<Table>,
 }
@@ -27,18 +27,18 @@ pub(super) struct Leases {
 #[derive(Default)]
 struct Table {
     leases: HashMap<Range, Lease>,
-    /// Ranges in the order in which they were woken; some may be taken already.
+    /// Ranges in the order of their waking; some may be taken already.
     order: VecDeque<Range>,
 }
 
 struct Lease {
-    /// Requests of this range that were woken and have not asked again.
+    /// Number of woken requests for this range that were not repeated yet.
     takers: usize,
     chunks: Vec<(ChunkKey, Arc<ChunkBytes>)>,
 }
 
 impl Leases {
-    /// Keeps `chunks` until a request for `range` comes.
+    /// Keeps `chunks` until the next request for `range`.
     pub(super) fn keep(&self, range: Range, chunks: Vec<(ChunkKey, Arc<ChunkBytes>)>) {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(lease) = table.leases.get_mut(&range) {
@@ -66,7 +66,7 @@ impl Leases {
             return lease.chunks.clone();
         }
         let chunks = table.leases.remove(&range).map(|lease| lease.chunks).unwrap_or_default();
-        // Requests are answered nearly in order, so this looks at few.
+        // Requests are repeated nearly in order, so this examines few.
         if let Some(at) = table.order.iter().position(|kept| *kept == range) {
             table.order.remove(at);
         }

@@ -1,34 +1,23 @@
-//! An opened image: a stack of layers resolved to where each byte lives.
+//! An opened image: a stack of layers that finds the position of each byte.
 //!
-//! A [`Disk`] knows for every sector which layer decides it ([`lsmt::Stack`]), and for every layer
-//! where its bytes are ([`LayerData`]): filesystem metadata of a TurboOCI layer in memory, file data in
-//! chunks of the original layer blob, native layers in chunks of themselves. A request is cut along
-//! both; what is in memory or in the cache becomes a [`Piece`] without a copy. If anything is
-//! missing, *all* missing chunks are asked for at once and the caller is woken when the last has
-//! come: one round trip to the registry, not one a chunk.
+//! A [`Disk`] finds for every sector the layer that it comes from ([`lsmt::Stack`]), and for every layer the
+//! position of its bytes ([`LayerData`]): filesystem metadata of a TurboOCI layer in memory, file data in
+//! chunks of the original layer blob, native layers in chunks of themselves. A request is cut along both.
+//! Parts in memory or in the cache become a [`Piece`] without a copy. If any part is missing, *all* missing
+//! chunks are requested at once, and the caller is woken when the last has arrived: one round trip to the
+//! registry instead of one per chunk.
 //!
-//! The caller then asks again, and by then a small cache may have given the chunks up for somebody
-//! else's. So the chunks of a woken request are kept aside for it (`leases`): every request ends,
-//! however small the budget.
+//! The caller then repeats the request. By then a small cache may have evicted the chunks in favour of
+//! others. So the chunks of a woken request are kept for it (`leases`): every request ends, however small the
+//! budget.
 //!
-//! Upstream answers what lies past the end of a layer's target with zeros, so a truncated or wrong
-//! target mounts and reads as silence. Here a mapping may exceed the target only by the padding of
-//! its last block, and anything else is refused when the disk is opened.
+//! Upstream answers a read past the end of a layer's target with zeros, so a disk with a truncated or wrong
+//! target mounts and shows zeros. Here a mapping may exceed the target only by the padding of its last block;
+//! any other excess is refused when the disk is opened.
 //!
-//! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration,
-//! [`digest`] what a disk contains, independent of how it is stored, [`scan`] reading all of it,
-//! [`explain`] where a byte comes from, for people, [`upper`] a layer on top that can be written,
-//! `listed` a list of files as a trace, [`resident`] metadata in memory, [`volume`] the one trait between a disk and
-//! what shows it to a kernel, [`writable`] a layer that is being written.
-//!
-//! ```
-//! use turbobd_disk::volume::{MemoryVolume, Volume as _};
-//! let disk = MemoryVolume::new(vec![7; 1024]);
-//! let mut sector = [0; 512];
-//! disk.read_at(&mut sector, 512)?;
-//! assert_eq!(sector, [7; 512]);
-//! # Ok::<(), turbobd_disk::volume::VolumeError>(())
-//! ```
+//! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration, [`digest`]
+//! the content of a disk, independent of its storage, [`scan`] reading all of it, [`explain`] the origin of a
+//! byte, for people, [`upper`] a writable layer on top, `listed` a list of files as a trace.
 
 pub mod config;
 pub mod digest;
@@ -62,19 +51,19 @@ use leases::Leases;
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
 use source::{SharedBytes, SourceError};
 
-/// Why an image cannot be opened.
+/// Error of opening an image.
 #[derive(Clone, Debug, Error)]
 pub enum DiskError {
-    /// A layer's index, or the stack of them.
+    /// A layer's index, or the stack of layers, is invalid.
     #[error(transparent)]
     Lsmt(#[from] LsmtError),
-    /// A layer's container.
+    /// A layer's container is invalid.
     #[error(transparent)]
     ZFile(#[from] ZFileError),
-    /// Bytes could not be had.
+    /// Bytes could not be read.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// A mapping points past the end of what it points into.
+    /// A mapping points past the end of its file.
     #[error("Layer {layer} ({name}) maps {mapping}, but {file} ends at byte {end}: {rule}")]
     PastTarget {
         /// The layer, 0 lowest.
@@ -83,21 +72,21 @@ pub enum DiskError {
         name: String,
         /// The mapping.
         mapping: Mapping,
-        /// What it points into.
+        /// The file that it points into.
         file: String,
-        /// Where that ends, in bytes.
+        /// Length of the file in bytes.
         end: u64,
-        /// What should hold.
+        /// The broken rule.
         rule: &'static str,
     },
-    /// The parts of a layer do not belong together.
+    /// The parts of a layer do not match.
     #[error("Layer {layer} ({name}) is incomplete: {rule}")]
     Layer {
         /// The layer, 0 lowest.
         layer: usize,
         /// Its name.
         name: String,
-        /// What is missing.
+        /// The missing or wrong part.
         rule: String,
     },
     /// A mapping lies past the end of the disk.
@@ -109,17 +98,17 @@ pub enum DiskError {
         name: String,
         /// The mapping.
         mapping: Mapping,
-        /// The largest size that any layer gives the disk, in bytes.
+        /// The size of the disk, the largest in any layer, in bytes.
         size: u64,
     },
-    /// The layers do not lie on each other in the order in which they were made.
-    #[error("Layer {layer} ({name}) does not belong where it is: {rule}")]
+    /// The layers are not in the order in which they were made.
+    #[error("Layer {layer} ({name}) is not in its place: {rule}")]
     Chain {
         /// The layer, 0 lowest.
         layer: usize,
         /// Its name.
         name: String,
-        /// What its identity says, and what is below it.
+        /// The layer named by its identity, and the layer below it.
         rule: String,
     },
     /// The device configuration breaks a rule.
@@ -129,13 +118,13 @@ pub enum DiskError {
         file: String,
         /// Path of the key, like `lowers[2].size`.
         key: String,
-        /// What should hold, and what was found.
+        /// The broken rule, and the value found.
         rule: String,
     },
     /// The writable layer cannot be read.
     #[error("Cannot open the writable layer")]
     Upper(#[source] Arc<writable::WritableError>),
-    /// The target of a layer cannot be opened; said by a [`config::TargetOpener`].
+    /// The target of a layer cannot be opened; reported by a [`config::TargetOpener`].
     #[error("Cannot open the compressed layer {name}")]
     Target {
         /// The blob.
@@ -144,10 +133,10 @@ pub enum DiskError {
         #[source]
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
-    /// A blob that is not on this host; said by a [`config::TargetOpener`].
+    /// A blob that is not on this host; reported by a [`config::TargetOpener`].
     #[error("Cannot reach the layer {name}")]
     Remote {
-        /// The blob, and where it should be.
+        /// The blob, and its expected place.
         name: String,
         /// The opener's reason.
         #[source]
@@ -166,19 +155,19 @@ pub enum DiskError {
 
 /// A layer of an image.
 pub struct DiskLayer {
-    /// What it maps.
+    /// Its mappings.
     pub index: lsmt::Layer,
-    /// Where its bytes are.
+    /// Position of its bytes.
     pub data: LayerData,
 }
 
-/// Where a layer's bytes are.
+/// Position of a layer's bytes.
 pub enum LayerData {
     /// TurboOCI.
     Turbo {
         /// The decoded LSMT stream, metadata payload included.
         meta: SharedBytes,
-        /// The uncompressed tar of the original layer; may be absent if nothing is mapped to it.
+        /// The uncompressed tar of the original layer; may be absent if no mapping points to it.
         target: Option<Arc<dyn ChunkSource>>,
     },
     /// Native.
@@ -188,10 +177,10 @@ pub enum LayerData {
     },
 }
 
-/// How far a mapping may exceed its target, in bytes. Upstream maps a file's last sector, or 4 KiB
-/// block in its erofs form, whole; a tar pads to 512 bytes and ends with zeros, but one that was cut
-/// off after the last file's data is still read by every tar program. The missing bytes are padding
-/// and read as zeros.
+/// Largest number of bytes by which a mapping may exceed its target. Upstream maps a file's last sector, or
+/// its last 4 KiB block in the erofs form, as a whole. A tar pads to 512 bytes and ends with zeros, but every
+/// tar program also reads one that was cut off after the last file's data. The missing bytes are padding and
+/// read as zeros.
 const TARGET_PADDING: u64 = 4096;
 
 /// A layer's bytes, with its blob opened in the cache.
@@ -218,7 +207,7 @@ impl Opened {
     }
 }
 
-/// What disks of the same image have in common: the index and the metadata.
+/// The shared part of disks of the same image: the index and the metadata.
 pub struct DiskParts {
     stack: Stack,
     layers: Vec<Opened>,
@@ -236,8 +225,8 @@ impl Disk {
     /// Stacks layers, the lowest first.
     ///
     /// # Errors
-    /// [`DiskError::Lsmt`] when they cannot be stacked, [`DiskError::Layer`] and
-    /// [`DiskError::PastTarget`] when one of them points to what is not there.
+    /// [`DiskError::Lsmt`] if they cannot be stacked, [`DiskError::Layer`] and [`DiskError::PastTarget`] if a
+    /// mapping points to missing data.
     pub fn new(layers: Vec<DiskLayer>, cache: Arc<Cache>) -> Result<Self, DiskError> {
         for (number, layer) in layers.iter().enumerate() {
             check_layer(number, layer)?;
@@ -250,14 +239,15 @@ impl Disk {
         Ok(Self::of(Arc::new(DiskParts { stack, layers }), cache))
     }
 
-    /// Another disk of the same parts, for another device: in `cache`, which the parts were opened in.
+    /// Another disk from the same parts, for another device. `cache` must be the one in which the parts were
+    /// opened.
     #[must_use]
     pub fn of(parts: Arc<DiskParts>, cache: Arc<Cache>) -> Self {
         let blobs = parts.layers.iter().map(|layer| layer.blob().cloned()).collect();
         Self { parts, cache, leases: Arc::default(), recorders: Recorders::new(blobs) }
     }
 
-    /// What it has in common with other disks of the same image.
+    /// The part that it shares with other disks of the same image.
     #[must_use]
     pub fn parts(&self) -> &Arc<DiskParts> {
         &self.parts
@@ -275,7 +265,7 @@ impl Disk {
         self.parts.layers.len()
     }
 
-    /// What makes the chunks of each layer's data, the lowest first; none where a layer has no data.
+    /// The chunk source of each layer's data, the lowest first; `None` for a layer without data.
     #[must_use]
     pub fn chunk_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
         self.parts
@@ -285,13 +275,13 @@ impl Disk {
             .collect()
     }
 
-    /// The same as opened in the cache.
+    /// The blob in the cache of each layer's data.
     #[must_use]
     pub fn blobs(&self) -> Vec<Option<Arc<Blob>>> {
         self.parts.layers.iter().map(|layer| layer.blob().cloned()).collect()
     }
 
-    /// The same of the native layers only: what upstream's traces speak of.
+    /// The chunk sources of the native layers only, which upstream's traces refer to.
     #[must_use]
     pub fn native_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
         let native = |layer: &Opened| match layer {
@@ -301,7 +291,7 @@ impl Disk {
         self.parts.layers.iter().map(native).collect()
     }
 
-    /// Upstream's trace of this disk's layers as one of ours.
+    /// Upstream's trace of this disk's layers in the form of this program.
     #[must_use]
     pub fn trace_of(&self, reads: &[trace::upstream::Record]) -> Trace {
         let native = self.native_sources();
@@ -309,20 +299,20 @@ impl Disk {
         trace::upstream::to_trace(reads, &layers)
     }
 
-    /// Who watches what is touched.
+    /// The recorders of touched chunks.
     #[must_use]
     pub fn recorders(&self) -> &Arc<Recorders> {
         &self.recorders
     }
 
-    /// The cache that its chunks go through.
+    /// The cache of its chunks.
     #[must_use]
     pub fn cache(&self) -> &Arc<Cache> {
         &self.cache
     }
 
-    /// First sector and length of each run of sectors that some layer has data for, ascending and
-    /// joined. All other sectors of the disk are zero.
+    /// First sector and length of each run of sectors that a layer has data for, ascending and joined. All
+    /// other sectors of the disk are zero.
     pub fn mapped(&self) -> impl Iterator<Item = (Sectors, Sectors)> + '_ {
         let end = self.parts.stack.virtual_size().sector();
         let data = self.parts.stack.extents().filter(|extent| extent.place != Place::Zero);
@@ -339,8 +329,8 @@ impl Disk {
         })
     }
 
-    /// Appends the pieces of `len` bytes at byte `at` of a layer's file, or registers with `request`
-    /// for the chunks that are missing.
+    /// Appends the pieces of `len` bytes at byte `at` of a layer's file, or registers with `request` for the
+    /// missing chunks.
     fn locate_chunks(
         &self,
         request: &mut Request<'_, '_>,
@@ -351,13 +341,13 @@ impl Disk {
         let (mut at, mut left) = (part.at, part.len as u64);
         while left > 0 {
             if at >= size {
-                // Only padding of the target gets here: see `check_layer`.
+                // Only the padding of the target reaches this: see `check_layer`.
                 request.pieces.push(Piece::Zero(left as usize));
                 return Ok(());
             }
             let offset = part.offset + (at - part.at);
             let Some(span) = source.chunk_at(at).filter(|span| holds(*span, at)) else {
-                return Err(part.damaged(0, offset, "its index gives no chunk for this byte"));
+                return Err(part.damaged(0, offset, "its index has no chunk for this byte"));
             };
             let skip = at - span.start;
             let len = (u64::from(span.len) - skip).min(left);
@@ -368,7 +358,7 @@ impl Disk {
                         return Err(part.damaged(
                             span.index,
                             offset,
-                            "it decoded to fewer bytes than its index says",
+                            "it decodes to fewer bytes than in its index",
                         ));
                     }
                     request.pieces.push(Piece::Chunk { guard: chunk, range });
@@ -381,7 +371,7 @@ impl Disk {
         Ok(())
     }
 
-    /// A chunk from the lease or the cache; else it is on its way and `request` counts on it.
+    /// A chunk from the lease or the cache. If it is missing, it is requested and `request` waits for it.
     fn chunk(
         &self,
         request: &mut Request<'_, '_>,
@@ -390,7 +380,7 @@ impl Disk {
         offset: u64,
     ) -> Option<Arc<ChunkBytes>> {
         let key = (part.layer, index);
-        // Extents of one file often share a chunk, and come one after the other.
+        // Extents of one file often share a chunk, and follow one another.
         if let Some((_, chunk)) = request.last.as_ref().filter(|(last, _)| *last == key) {
             return chunk.clone();
         }
@@ -460,7 +450,7 @@ impl Disk {
                     (chunks, sector)
                 }
                 (Place::Remote(_), Opened::Turbo { target: None, .. }) => {
-                    // Refused by `check_layer`; never silent zeros.
+                    // Refused by `check_layer`; must never become zeros.
                     let reason = Arc::new(io::Error::other("The layer has no target"));
                     let name = format!("layer {layer}");
                     let error = SourceError::Io { name, offset: start, len, source: reason };
@@ -481,24 +471,24 @@ impl Disk {
     }
 }
 
-/// What one call of [`Volume::locate`] has found so far.
+/// State of one call of [`Volume::locate`].
 struct Request<'a, 'w> {
     range: (u64, usize),
     pieces: Vec<Piece>,
-    /// Chunks kept aside for this request when it was woken.
+    /// Chunks that were kept for this request when it was woken.
     leased: Vec<(leases::ChunkKey, Arc<ChunkBytes>)>,
-    /// Chunks found in the cache: kept too if the request has to wait for others.
+    /// Chunks found in the cache; kept too if the request must wait for others.
     present: Vec<(leases::ChunkKey, Arc<ChunkBytes>)>,
-    /// The chunk asked for last; none if it is missing.
+    /// The last requested chunk; its content is `None` if it is missing.
     last: Option<(leases::ChunkKey, Option<Arc<ChunkBytes>>)>,
     gather: Option<Arc<Gather>>,
-    /// What is missing, fetched together.
+    /// The missing chunks, fetched together.
     batch: Batch<'a>,
     waiter: &'a mut (dyn FnMut() -> Waiter + 'w),
     leases: &'a Arc<Leases>,
 }
 
-/// Bytes `at..at + len` of a layer's chunked file, seen on the disk at byte `offset`.
+/// Bytes `at..at + len` of a layer's chunked file, at byte `offset` of the disk.
 struct ChunkPart<'a> {
     layer: u8,
     blob: &'a Arc<Blob>,
@@ -520,12 +510,12 @@ impl ChunkPart<'_> {
     }
 }
 
-/// Whether a span is what a [`ChunkSource`] must give for byte `at`.
+/// True if a span is a valid answer of a [`ChunkSource`] for byte `at`.
 fn holds(span: ChunkSpan, at: u64) -> bool {
     span.start <= at && at - span.start < u64::from(span.len)
 }
 
-/// Appends zeros, to the last piece if that is zeros too.
+/// Appends zeros; lengthens the last piece if that is zeros too.
 fn push_zero(pieces: &mut Vec<Piece>, len: usize) {
     match pieces.last_mut() {
         Some(Piece::Zero(before)) => *before += len,
@@ -579,9 +569,9 @@ impl Volume for Disk {
     }
 }
 
-/// Refuses layers that were made on others than those they lie on. A layer may have no identity, and those
-/// of TurboOCI never have one; but what does have one says which layer it was made on (spec lsmt 3). Upstream
-/// can check that and does not when it opens an image: a layer that is missing shows as damaged files.
+/// Refuses a layer that was made on another layer than the one below it. A layer may have no identity, and a
+/// TurboOCI layer never has one; but an identity names the layer that it was made on (spec lsmt 3). Upstream
+/// has this check but does not run it when it opens an image: a missing layer then appears as damaged files.
 fn check_chain(layers: &[DiskLayer]) -> Result<(), DiskError> {
     let identity = |layer: &DiskLayer| match layer.index.kind() {
         LayerKind::Plain => {
@@ -603,12 +593,14 @@ fn check_chain(layers: &[DiskLayer]) -> Result<(), DiskError> {
             && let Some(other) = seen.insert(uuid, number)
         {
             return Err(misplaced(format!(
-                "its UUID {uuid} is that of layer {other} too, and no layer lies on itself"
+                "its UUID {uuid} is that of layer {other} too, and a layer cannot lie on itself"
             )));
         }
         match below {
             None if parent != Uuid::NULL => {
-                return Err(misplaced(format!("it was made on {parent}, and nothing is below it")));
+                return Err(misplaced(format!(
+                    "it was made on {parent}, and no layer is below it"
+                )));
             }
             Some(below) if parent != Uuid::NULL && below != Uuid::NULL && parent != below => {
                 return Err(misplaced(format!("it was made on {parent}, and lies on {below}")));
@@ -619,8 +611,8 @@ fn check_chain(layers: &[DiskLayer]) -> Result<(), DiskError> {
     Ok(())
 }
 
-/// Refuses a mapping past the end of the disk. A disk may have been made smaller by a layer: what those
-/// below it have behind its end is only never seen.
+/// Refuses a mapping past the end of the disk. A layer may have made the disk smaller; data of lower layers
+/// past the new end stays invisible.
 fn check_size(layers: &[DiskLayer]) -> Result<(), DiskError> {
     let size = layers.iter().map(|layer| layer.index.virtual_size().0).max().unwrap_or(0);
     for (number, layer) in layers.iter().enumerate() {
@@ -638,7 +630,7 @@ fn check_size(layers: &[DiskLayer]) -> Result<(), DiskError> {
     Ok(())
 }
 
-/// Refuses a layer that points to what is not there.
+/// Refuses a layer that points to missing data.
 fn check_layer(number: usize, layer: &DiskLayer) -> Result<(), DiskError> {
     let name = || layer.index.name().to_owned();
     let incomplete =
@@ -672,14 +664,14 @@ fn check_layer(number: usize, layer: &DiskLayer) -> Result<(), DiskError> {
             continue;
         }
         let Some(target) = target else {
-            return Err(incomplete("it maps file data to an original layer, and none is given"));
+            return Err(incomplete("it maps file data to an original layer, which is missing"));
         };
         let size = target.decoded_len();
         if start.0 >= size || end.0 - size.min(end.0) >= TARGET_PADDING {
             return past(
                 target.id(),
                 size,
-                "a mapping may exceed it by less than a block of 4096 bytes",
+                "a mapping may exceed it only by less than a block of 4096 bytes",
             );
         }
     }

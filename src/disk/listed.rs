@@ -1,10 +1,10 @@
 //! A list of files as a trace: overlaybd's "dynamic" prefetch list (spec runtime 8).
 //!
-//! Where `recordTracePath` names a text instead of a trace, its lines are absolute paths of the image; one that
-//! ends in `/` or `*` means every file below. The filesystem says where the files' blocks are, the stack
-//! of layers which pieces of which blobs these are. Nothing of the files is read for that.
+//! If `recordTracePath` names a text instead of a trace, its lines are absolute paths of the image; a line
+//! that ends in `/` or `*` means every file below. The filesystem has the positions of the files' blocks, and
+//! the stack of layers maps these to pieces of blobs. No file content is read for that.
 //!
-//! A list is advice like any trace: a line that names nothing is counted and passed over.
+//! A list is advice, like any trace: a line without a matching file is counted and skipped.
 
 use super::Disk;
 use super::explain::What;
@@ -13,33 +13,33 @@ use blobs::trace;
 use formats::ext4::{self, Image, Kind, NodeId, ReadError, Tree};
 use formats::trace::{Touch, Trace, TraceError};
 
-/// Longest list, as upstream has it: 64 KiB.
+/// Longest list, equal to upstream's limit: 64 KiB.
 const MAX_LIST: usize = 64 << 10;
-/// Links followed on the way to one file, as Linux does.
+/// Most links followed on the way to one file, as in Linux.
 const MAX_LINKS: u32 = 40;
-/// Directories below each other at most: no path of a filesystem that can be used is deeper.
+/// Greatest depth of directories: no usable path of a filesystem is deeper.
 const MAX_DEPTH: u32 = 2048;
-/// Pieces of one file at most; a trace has no more in all.
+/// Most pieces of one file; a whole trace has no more.
 const MAX_PIECES: usize = 1 << 20;
 
-/// Why a trace file is no use.
+/// Reasons to ignore a trace file.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ListError {
-    /// Recorded reads that break a rule.
+    /// A recorded trace that breaks a rule.
     #[error(transparent)]
     Trace(#[from] TraceError),
-    /// Anything else.
+    /// Neither a trace nor a list.
     #[error("It is neither a recorded trace nor a list of absolute paths")]
     NoList,
-    /// More than upstream takes.
-    #[error("The list has {0} bytes, and may have {MAX_LIST}")]
+    /// Longer than upstream's limit.
+    #[error("The list has {0} bytes; at most {MAX_LIST} are allowed")]
     TooLong(usize),
-    /// Where the files are cannot be read.
+    /// The positions of the files cannot be read.
     #[error("The filesystem in which the files are listed cannot be read")]
     Filesystem(#[from] ReadError),
 }
 
-/// The paths that `bytes` lists.
+/// The paths listed in `bytes`.
 fn lines(bytes: &[u8]) -> Result<Vec<&str>, ListError> {
     if bytes.len() > MAX_LIST {
         return Err(ListError::TooLong(bytes.len()));
@@ -52,7 +52,7 @@ fn lines(bytes: &[u8]) -> Result<Vec<&str>, ListError> {
     Ok(lines)
 }
 
-/// The trace of reading the files that `bytes` lists, in their order.
+/// The trace of reading the files listed in `bytes`, in their order.
 fn trace_of(disk: &Disk, bytes: &[u8]) -> Result<Trace, ListError> {
     let lines = lines(bytes)?;
     let (tree, image) = ext4::read(&VolumeSource(disk), disk.mapped())?;
@@ -79,7 +79,8 @@ struct Files<'a> {
 }
 
 impl Files<'_> {
-    /// The file or directory at `path`, from `start` or, where it is absolute, from the root; links are followed.
+    /// The file or directory at `path`, from `start`, or from the root for an absolute path; links are
+    /// followed.
     fn find(&self, start: NodeId, path: &str, links: &mut u32) -> Option<NodeId> {
         let mut node = if path.starts_with('/') { self.tree.root() } else { start };
         for name in path.split('/').filter(|name| !name.is_empty() && *name != ".") {

@@ -1,39 +1,38 @@
-//! A whole disk in order: what `export` and `check` read.
+//! Reads a whole disk in order, for `export` and `check`.
 //!
-//! One thread asks for the next steps before it consumes the present one, so that requests and inflate
-//! workers are busy while it hashes or writes; it copies nothing, but gets each step as the pieces where
-//! its bytes lie. What was asked for and has come is kept for the step by the disk's leases, so a small
-//! cache does not lose it again.
+//! One thread requests the next steps before it consumes the present one, so that requests and inflate
+//! workers are busy while it hashes or writes. It copies no bytes: each step arrives as the pieces of its
+//! bytes. The disk's leases keep the chunks of requested steps, so a small cache does not lose them again.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::volume::{Located, Piece, Volume, VolumeError};
 use formats::units::Sectors;
 
-/// Grain of what is told apart as zero or not: ext4's block and the page cache's page.
+/// Unit in which zeros are detected: ext4's block and the page cache's page.
 pub(super) const BLOCK: u64 = 4096;
 
-/// Bytes asked for at a time, about a segment.
+/// Bytes per step, about a segment.
 const STEP: u64 = 1 << 20;
 
-/// Steps asked for before they are consumed. 32 MiB of disk are some 12 MB of a gzip layer: what a
-/// gigabit brings in a round trip of 100 ms.
+/// Number of steps requested ahead. 32 MiB of disk are some 12 MB of a gzip layer: the bytes that a gigabit
+/// line delivers in a round trip of 100 ms.
 const AHEAD: usize = 32;
 
-/// Bytes of cache that a scan makes use of when the layers are files of this host, 32 MiB: what is asked for ahead.
-/// More is only more memory to touch for the first time, which the kernel clears: a disk of 800 MB is read in 1.1 s
-/// with it and in 1.4 s with the daemon's 256 MiB, also one that upstream made, for whoever lays a tar out on a disk does
-/// so in its order (perf/README.md).
+/// Bytes of cache that a scan uses if the layers are files of this host, 32 MiB: the steps requested ahead.
+/// More only means more memory that the kernel must clear at its first use: a disk of 800 MB is read in 1.1 s
+/// with this and in 1.4 s with the daemon's 256 MiB. That also holds for a disk from upstream, because every
+/// converter lays a tar out in its order (perf/README.md).
 pub const MEMORY: u64 = AHEAD as u64 * STEP;
 
-/// The same when layers come from elsewhere: an eighth of it may be fetched ahead of demand, and with
-/// less there are twice as many requests.
+/// Bytes of cache that a scan uses if layers come from a registry: an eighth of it may be fetched ahead of
+/// demand, and with less there are twice as many requests.
 pub const MEMORY_FAR: u64 = 96 << 20;
 
 /// Offset and length in bytes.
 pub type Step = (u64, u64);
 
-/// The runs rounded out to blocks, joined, and cut into steps that begin at multiples of their size.
+/// The runs, extended to whole blocks, joined, and cut into steps that begin at multiples of their size.
 pub fn steps(mapped: impl Iterator<Item = (Sectors, Sectors)>, size: u64) -> Vec<Step> {
     let mut runs: Vec<(u64, u64)> = Vec::new();
     for (lba, len) in mapped {
@@ -50,10 +49,10 @@ pub fn steps(mapped: impl Iterator<Item = (Sectors, Sectors)>, size: u64) -> Vec
     runs.into_iter().flat_map(cut).collect()
 }
 
-/// Reads `steps` in their order and gives the pieces of each to `consume`, until one fails.
+/// Reads `steps` in their order and passes the pieces of each to `consume`, until one fails.
 ///
 /// # Errors
-/// The volume's for the first step that cannot be read; what `consume` says.
+/// The errors of the volume for the first step that cannot be read; the errors of `consume`.
 pub fn scan<E: From<VolumeError>>(
     volume: &dyn Volume,
     steps: &[Step],
@@ -73,7 +72,7 @@ pub fn scan<E: From<VolumeError>>(
     Ok(())
 }
 
-/// A step that was asked for.
+/// A requested step.
 enum Asked {
     Ready(Vec<Piece>),
     Pending(Receiver<Result<(), VolumeError>>),
@@ -106,7 +105,7 @@ impl Asked {
                 Self::Ready(pieces) => return Ok(pieces),
                 Self::Failed(error) => return Err(error),
                 Self::Pending(told) => {
-                    // A waiter dropped uncalled means that the volume is going away.
+                    // If the waiter is dropped without a call, the volume is closing.
                     told.recv().unwrap_or(Err(VolumeError::Closed { offset }))?;
                     self = Self::new(volume, offset, len);
                 }
@@ -115,8 +114,8 @@ impl Asked {
     }
 }
 
-/// Cuts the pieces of a step into blocks and gives each that is not all zeros, with its offset. A block
-/// of several pieces is put together first; the last block of a disk may be short.
+/// Cuts the pieces of a step into blocks and passes each one that is not all zeros on, with its offset. A
+/// block of several pieces is assembled first; the last block of a disk may be short.
 pub(super) fn blocks<E>(
     offset: u64,
     pieces: &[Piece],

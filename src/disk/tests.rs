@@ -1,4 +1,4 @@
-//! What holds for disks as a whole.
+//! Tests of disks as a whole.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
@@ -18,7 +18,7 @@ fn plain_chunks(id: &str, bytes: Vec<u8>) -> Arc<dyn ChunkSource> {
     Arc::new(PlainChunks::new(id, Arc::new(MemorySource::new(id, bytes))))
 }
 
-/// Bytes of which no two sectors are alike.
+/// Bytes in which no two sectors are equal.
 fn tar(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at / 512 % 251) as u8 ^ (at as u8)).collect()
 }
@@ -59,7 +59,7 @@ fn a_request_over_metadata_data_zeros_and_holes_is_cut_into_pieces_of_each() {
     assert_eq!(bytes[2560..4608], [0; 2048]);
     assert_eq!(bytes[4608..5120], [8; 512]);
     assert_eq!(bytes[5120..], [0; 1024]);
-    // Not only in whole sectors.
+    // Reads also at offsets inside sectors.
     let mut few = [0; 700];
     disk.read_at(&mut few, 900).unwrap();
     assert_eq!(few[..], bytes[900..1600]);
@@ -91,7 +91,7 @@ fn a_mapping_past_its_target_reads_as_zeros_only_inside_the_last_block() {
     disk.read_at(&mut bytes, 8 * 512).unwrap();
     assert_eq!(bytes[..1000], tar(11_240)[10_240..]);
     assert_eq!(bytes[1000..], [0; 3096]);
-    // A whole block that is not there, a run that begins past the end, and no end at all.
+    // A whole missing block, a run that begins past the end, and no end at all.
     for (size, target, count) in
         [(10_240, 20, 8), (10_240, 21, 1), (10_240, 19, 9), (10_240, (1 << 55) - 9, 8)]
     {
@@ -102,7 +102,7 @@ fn a_mapping_past_its_target_reads_as_zeros_only_inside_the_last_block() {
     assert_eq!(
         message,
         "Layer 0 (meta) maps disk sectors 8..9 at sector 100 of file 1, but t ends at byte 10240: \
-         a mapping may exceed it by less than a block of 4096 bytes"
+         a mapping may exceed it only by less than a block of 4096 bytes"
     );
 }
 
@@ -115,7 +115,7 @@ fn a_layer_whose_parts_do_not_belong_together_is_refused() {
     let cache = Cache::new(1 << 20, 1);
     let refused =
         |layer| Disk::new(vec![layer], cache.clone()).map(|_| ()).unwrap_err().to_string();
-    assert!(refused(turbo(None, fill)).contains("none is given"));
+    assert!(refused(turbo(None, fill)).contains("which is missing"));
     let mut short = turbo(Some(plain_chunks("t", tar(5000))), fill);
     short.data = LayerData::Turbo { meta: Arc::new(vec![0_u8; 4096]), target: None };
     assert!(refused(short).contains("must lie inside it"));
@@ -124,7 +124,7 @@ fn a_layer_whose_parts_do_not_belong_together_is_refused() {
     assert!(refused(other).contains("different kinds"));
 }
 
-/// A blob behind a network that counts the reads under way at once.
+/// A blob behind a network that counts the reads in progress.
 struct Slow {
     inner: MemorySource,
     now: AtomicUsize,
@@ -161,7 +161,7 @@ fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_o
         writer.metadata(Sectors(0), &[7; 512]).unwrap();
         writer.remote(Sectors(8), Sectors(2048), Sectors(0)).unwrap();
     });
-    // No room for even one chunk: what was loaded must come from the lease.
+    // There is no room for even one chunk: loaded chunks must come from the lease.
     let disk = Disk::new(vec![layer], Cache::new(1000, 4)).unwrap();
     let (called, calls) = channel();
     let mut waiter = || -> Waiter {
@@ -171,7 +171,7 @@ fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_o
     let len = 4 * 262_144;
     assert!(matches!(disk.locate(8 * 512, len, &mut waiter).unwrap(), Located::Pending));
     calls.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
-    // They lie together: one request, and nothing else under way beside it.
+    // They are neighbours: one request, and no other at the same time.
     assert_eq!(disk.cache.fetched().demand_requests.load(Ordering::Relaxed), 1);
     assert_eq!(slow.most.load(Ordering::SeqCst), 1);
     let Located::Ready(pieces) = disk.locate(8 * 512, len, &mut waiter).unwrap() else {
@@ -180,7 +180,7 @@ fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_o
     let read: Vec<u8> = pieces.iter().flat_map(|piece| piece.bytes().unwrap().to_vec()).collect();
     assert!(read == bytes);
     drop(pieces);
-    // The lease is spent.
+    // The lease is used up.
     assert!(matches!(disk.locate(8 * 512, len, &mut waiter).unwrap(), Located::Pending));
     calls.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
     assert!(calls.try_recv().is_err());

@@ -1,15 +1,15 @@
-//! A disk that can be written: a writable layer over one that cannot.
+//! A writable disk: a writable layer over a read-only disk.
 //!
-//! What was written is read from the layer's data file: at once if the page cache has it, else by a thread
-//! that may wait for the disk (`cold`). The rest comes from the disk below, as it would without the layer.
-//! A read needs the layer's lock only to find where its bytes are, and nobody holds that lock over file I/O
-//! ([`SharedLayer`](crate::writable::SharedLayer)).
+//! Written data is read from the layer's data file: at once if the page cache has it, or else by a thread
+//! that can wait for the disk (`cold`). The rest comes from the disk below, as without the layer. A read
+//! needs the layer's lock only to find the positions of its bytes, and no thread holds that lock during file
+//! I/O ([`SharedLayer`](crate::writable::SharedLayer)).
 //!
-//! The layer is of one of two kinds (`layer`). A sparse one takes whole blocks: what a write leaves of a block that
-//! the layer does not have yet is read from below and written with it. So that two writes to one block do
-//! not undo each other, such a write is alone.
+//! The layer has one of two kinds (`layer`). A sparse one takes whole blocks: for a block that the layer does
+//! not have yet, the part outside the write is read from below and written with it. Such a write runs alone,
+//! so that two writes to one block do not undo each other.
 //!
-//! While it is in use, such a disk can be continued on a new layer ([`live`]).
+//! During its use, such a disk can be continued on a new layer ([`live`]).
 
 mod cold;
 mod layer;
@@ -30,19 +30,19 @@ pub use live::{LiveError, LiveVolume};
 pub struct UpperVolume {
     lower: Arc<dyn Volume>,
     size: u64,
-    // Before the layer: its threads read from it.
+    // Declared before the layer, because its threads read from it.
     cold: ColdReads,
     layer: Arc<UpperLayer>,
     files: WritableFiles,
-    /// Held alone by a write that also writes what it has read.
+    /// Held exclusively by a write that also writes bytes that it has read.
     completing: RwLock<()>,
 }
 
 impl UpperVolume {
-    /// The layer in the folder `dir`, made if there is none, over `lower`.
+    /// Opens the layer in the folder `dir` over `lower`; makes it if there is none.
     ///
     /// # Errors
-    /// [`WritableError`], also when the layer is of a disk of another size.
+    /// [`WritableError`], also if the layer belongs to a disk of another size.
     pub fn open(dir: &Path, lower: Arc<dyn Volume>) -> Result<Self, WritableError> {
         let (files, size) = (WritableFiles::in_dir(dir), Bytes(lower.size()));
         let layer = if files.data.exists() {
@@ -58,8 +58,8 @@ impl UpperVolume {
         Self::over(lower, layer, files)
     }
 
-    /// The layer in `files`, which exist, over `lower`. The disk is as large as the layer says, if it does: a layer
-    /// may enlarge the disk, with zeros, or make it smaller.
+    /// Opens the layer in `files`, which must exist, over `lower`. The disk has the size in the layer, if it
+    /// has one: a layer may enlarge the disk, with zeros, or make it smaller.
     ///
     /// # Errors
     /// [`WritableError`].
@@ -86,7 +86,7 @@ impl UpperVolume {
         Ok(Self { lower, size, cold, layer, files, completing: RwLock::default() })
     }
 
-    /// Where bytes of the disk below are: it may be shorter.
+    /// Position of bytes of the disk below, which may be shorter.
     fn locate_below(
         &self,
         range: &std::ops::Range<u64>,
@@ -106,7 +106,7 @@ impl UpperVolume {
         Ok(located)
     }
 
-    /// Writes to a sparse layer: whole blocks of it.
+    /// Writes whole blocks to a sparse layer.
     fn write_blocks(
         &self,
         layer: &SparseLayer,
@@ -160,12 +160,12 @@ impl Volume for UpperVolume {
         let first = offset / SECTOR;
         let count = end.div_ceil(SECTOR) - first;
         let runs = self.layer.look_up(Sectors(first), Sectors(count));
-        // The request may begin and end within a sector.
+        // The request may begin and end inside a sector.
         let bytes = |run: &WrittenRun| {
             let start = (run.lba.0 * SECTOR).max(offset);
             start..((run.lba.0 + run.len.0) * SECTOR).min(end)
         };
-        // What is below first: it may have to be waited for, and the whole request is then asked for again.
+        // The parts below come first: the request may have to wait for them, and is then repeated as a whole.
         let mut below = Vec::new();
         let mut parts = Vec::new();
         for run in &runs {
@@ -231,7 +231,7 @@ impl WritableVolume for UpperVolume {
 }
 
 impl Drop for UpperVolume {
-    /// A device that was removed in order loses nothing.
+    /// A device that is removed in order loses no data.
     fn drop(&mut self) {
         if let Err(error) = self.flush() {
             tracing::error!(
@@ -278,7 +278,7 @@ mod tests {
             }
         };
         check(&volume);
-        // Dropped in order, so nothing is lost although nobody flushed.
+        // Dropped in order, so no data is lost although there was no flush.
         drop(volume);
         check(&UpperVolume::open(dir.path(), slow()).unwrap());
     }
@@ -304,7 +304,7 @@ mod tests {
         std::fs::write(&files.data, empty).unwrap();
         let lower = || Arc::new(MemoryVolume::new(below()));
         let volume = UpperVolume::open_files(files.clone(), lower()).unwrap();
-        // Larger than what is below it: the rest is zeros.
+        // Larger than the disk below: the rest is zeros.
         let mut expected = [below(), vec![0; SIZE]].concat();
         assert_eq!(volume.size(), expected.len() as u64);
         let places =

@@ -1,14 +1,14 @@
-//! The one trait between a virtual disk and what shows it to a kernel.
+//! The one trait between a virtual disk and its front ends for a kernel.
 //!
-//! A front end asks *where bytes `[a, b)` are*. The answer is either a list of [`Piece`]s, each an
-//! address that stays valid as long as the piece lives (so a ublk worker can commit it without
-//! copying), or [`Located::Pending`]: the volume has begun to load what is missing and will call the
-//! [`Waiter`] once, from any thread. After an `Ok` call the front end asks again; after an `Err` it
-//! fails the request. Nothing here blocks, except the convenience [`Volume::read_at`].
+//! A front end asks for the position of bytes `[a, b)`. The answer is either a list of [`Piece`]s, each an
+//! address that stays valid as long as the piece lives (so a ublk worker can commit it without copying), or
+//! [`Located::Pending`]: the volume has begun to load the missing bytes and will call the [`Waiter`] once,
+//! from any thread. After an `Ok` call the front end asks again; after an `Err` it fails the request. No call
+//! here blocks, except the convenience [`Volume::read_at`].
 //!
-//! A disk that can be written is a [`WritableVolume`] as well, and says so.
+//! A writable disk is a [`WritableVolume`] as well, and returns itself as one.
 //!
-//! Real: [`disk::Disk`](crate). For tests of front ends: [`MemoryVolume`], and
+//! Implementation: [`disk::Disk`](crate). For tests of front ends: [`MemoryVolume`], and
 //! [`FaultyVolume`], which delays and fails.
 
 use std::io;
@@ -19,20 +19,20 @@ use thiserror::Error;
 use source::chunk::{ChunkBytes, ChunkError};
 use source::{ByteSource, SourceError};
 
-/// Why bytes of a volume could not be had.
+/// Error of reading or writing a volume.
 #[derive(Clone, Debug, Error)]
 pub enum VolumeError {
     /// The request leaves the volume.
     #[error("Bytes {offset}..{end} do not exist: the disk has {size} bytes")]
     PastEnd {
-        /// First byte asked for.
+        /// First requested byte.
         offset: u64,
-        /// One past the last byte asked for.
+        /// One past the last requested byte.
         end: u64,
         /// Size of the volume in bytes.
         size: u64,
     },
-    /// A chunk behind the range could not be loaded.
+    /// A chunk of the range could not be loaded.
     #[error("Cannot read byte {offset} of the disk (layer {layer})")]
     Chunk {
         /// Byte of the volume.
@@ -43,20 +43,20 @@ pub enum VolumeError {
         #[source]
         source: Arc<ChunkError>,
     },
-    /// The volume was closed while somebody waited.
+    /// The volume was closed during the wait.
     #[error("The disk was closed before byte {offset} was read")]
     Closed {
         /// Byte of the volume.
         offset: u64,
     },
-    /// The bytes did not come in time.
-    #[error("Byte {offset} of the disk did not come within {seconds} s{}", so_far(.last))]
+    /// The bytes did not arrive in time.
+    #[error("Byte {offset} of the disk did not arrive within {seconds} s{}", so_far(.last))]
     Deadline {
         /// Byte of the volume.
         offset: u64,
         /// The deadline.
         seconds: u64,
-        /// What went wrong meanwhile.
+        /// The last error in that time.
         last: Option<String>,
     },
     /// The writable layer failed.
@@ -68,7 +68,7 @@ pub enum VolumeError {
         #[source]
         source: Arc<crate::writable::WritableError>,
     },
-    /// The writable layer is of the kind that has no record of zeros.
+    /// The writable layer is of the kind without records of zeros.
     #[error(
         "Byte {offset} of the disk cannot be discarded: a sparse writable layer takes zeros only as data"
     )]
@@ -76,7 +76,7 @@ pub enum VolumeError {
         /// Byte of the volume.
         offset: u64,
     },
-    /// A volume made for tests was told to fail.
+    /// A failure injected by a test.
     #[error("Injected failure at byte {offset}")]
     Injected {
         /// Byte of the volume.
@@ -89,16 +89,16 @@ fn so_far(last: &Option<String>) -> String {
 }
 
 impl VolumeError {
-    /// Whether the same read may succeed later: a registry that cannot be reached now. Not so bytes
-    /// that were wrong several times, or a blob that does not exist.
+    /// True if the same read may succeed later, such as one from a registry that is unreachable now. False
+    /// for bytes that were wrong several times, or a blob that does not exist.
     #[must_use]
     pub fn may_pass(&self) -> bool {
         let Self::Chunk { source, .. } = self else { return false };
         matches!(&**source, ChunkError::Source(SourceError::Remote { lasting: false, .. }))
     }
 
-    /// The error number with which a block device answers: `ENOSPC` when the writable layer has no space,
-    /// `EOPNOTSUPP` to a discard that it cannot do, else `EIO`.
+    /// The error number with which a block device answers: `ENOSPC` if the writable layer has no space,
+    /// `EOPNOTSUPP` to a discard that it does not support, otherwise `EIO`.
     #[must_use]
     pub fn errno(&self) -> i32 {
         match self {
@@ -109,10 +109,10 @@ impl VolumeError {
     }
 }
 
-/// Called once, from any thread, when a pending range can be asked for again or has failed.
+/// Called once, from any thread, when a pending range can be requested again or has failed.
 pub type Waiter = Box<dyn FnOnce(Result<(), VolumeError>) + Send>;
 
-/// Where the bytes of one contiguous part of a request are.
+/// Position of the bytes of one contiguous part of a request.
 pub enum Piece {
     /// A hole: this many zero bytes.
     Zero(usize),
@@ -142,7 +142,7 @@ impl Piece {
         }
     }
 
-    /// Whether the piece has no bytes.
+    /// True if the piece has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -175,17 +175,17 @@ pub enum Located {
     Pending,
 }
 
-/// A virtual disk that can be written. Writes and reads may come from any thread; those of the same bytes at
-/// the same time may see either.
+/// A writable virtual disk. Writes and reads may come from any thread; a read during a write of the same
+/// bytes may see either state.
 pub trait WritableVolume: Volume {
-    /// Writes whole sectors at byte `offset`; may wait for the disk, as all changes may. Read at once; durable
-    /// after the next [`flush`](Self::flush).
+    /// Writes whole sectors at byte `offset`; like all changes, it can wait for the disk. Reads see the bytes
+    /// at once; they are durable after the next [`flush`](Self::flush).
     ///
     /// # Errors
-    /// [`VolumeError`]; then the bytes are as before.
+    /// [`VolumeError`]; then the bytes are unchanged.
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), VolumeError>;
 
-    /// Whether it takes [`discard`](Self::discard); else zeros are written as other bytes are.
+    /// True if it supports [`discard`](Self::discard); otherwise zeros must be written as data.
     fn discards(&self) -> bool {
         true
     }
@@ -196,23 +196,23 @@ pub trait WritableVolume: Volume {
     /// [`VolumeError`].
     fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError>;
 
-    /// Makes everything durable that was written before the call.
+    /// Makes all writes durable that completed before the call.
     ///
     /// # Errors
     /// [`VolumeError`].
     fn flush(&self) -> Result<(), VolumeError>;
 }
 
-/// A virtual disk, as one reads it.
+/// A virtual disk for reading.
 pub trait Volume: Send + Sync {
     /// Size in bytes, a multiple of 512.
     fn size(&self) -> u64;
 
-    /// Where bytes `offset..offset + len` are. `waiter` is made and kept only when the answer is
+    /// Position of bytes `offset..offset + len`. `waiter` is made and kept only for the answer
     /// [`Located::Pending`], and then called exactly once.
     ///
     /// # Errors
-    /// [`VolumeError`] when the range leaves the volume.
+    /// [`VolumeError`] if the range leaves the volume.
     fn locate(
         &self,
         offset: u64,
@@ -220,12 +220,12 @@ pub trait Volume: Send + Sync {
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError>;
 
-    /// The same disk for writing, if it can be written.
+    /// This disk for writing, if it is writable.
     fn writable(&self) -> Option<&dyn WritableVolume> {
         None
     }
 
-    /// Reads into `buf`, blocking this thread until all bytes are there.
+    /// Reads into `buf` and blocks this thread until all bytes are present.
     ///
     /// # Errors
     /// [`VolumeError`]; `buf` is then unspecified.
@@ -250,7 +250,7 @@ pub trait Volume: Send + Sync {
                 }
                 Located::Pending => {
                     drop(wake);
-                    // A waiter dropped uncalled means that the volume is going away.
+                    // If the waiter is dropped without a call, the volume is closing.
                     woken.recv().unwrap_or(Err(VolumeError::Closed { offset }))?;
                 }
             }
@@ -313,7 +313,7 @@ impl Volume for MemoryVolume {
     }
 }
 
-/// A volume whose first answer for a range is late, and which fails where it is told to.
+/// A volume with a late first answer for each range, and failures at given offsets.
 pub struct FaultyVolume<V> {
     inner: V,
     delay: std::time::Duration,
@@ -322,7 +322,8 @@ pub struct FaultyVolume<V> {
 }
 
 impl<V: Volume> FaultyVolume<V> {
-    /// `inner`, with every first read of an offset late by `delay`, and reads over `fail_at` failing.
+    /// `inner`, with a delay of `delay` in every first read of an offset, and a failure of reads over
+    /// `fail_at`.
     pub fn new(inner: V, delay: std::time::Duration, fail_at: Option<u64>) -> Self {
         Self { inner, delay, fail_at, asked: std::sync::Mutex::default() }
     }

@@ -5,36 +5,37 @@
 //! index  header 4096 | 16 bytes a write: these disk sectors are at that place; the last one wins
 //! ```
 //!
-//! A write appends its bytes to `data`. A discard appends nothing there: its record says zero. What
-//! is where is kept in memory ([`Extents`](extents)), so a read is a look-up and a `pread`.
+//! A write appends its bytes to `data`. A discard appends no data: its record says zero. The positions of all
+//! sectors are kept in memory ([`Extents`](super::extents)), so a read is a look-up and a `pread`.
 //!
-//! # What survives a crash
+//! # State after a crash
 //!
-//! The format has no checksum and no order, so the order of writing is all there is. Records are held
-//! back in memory. [`flush`](WritableLayer::flush) first makes the data durable, then writes the
-//! records, then makes those durable: a record on disk never points at bytes that are not. What was
-//! flushed is there after a crash; of what came later, each write is there whole or not at all,
-//! which is what a disk with a write cache promises. A torn tail of the index (a partial record, a record
-//! of zeros, one that points past the data) is cut off when the layer is opened again.
+//! The format has no checksum and no sequence number, so safety depends only on the order of writing. Records
+//! are held back in memory. [`flush`](WritableLayer::flush) first makes the data durable, then writes the
+//! records, then makes those durable: a record on disk never points at bytes that are not there. Flushed
+//! changes are present after a crash. Each later write is present as a whole or not at all, as a disk with a
+//! write cache promises. A torn tail of the index (a partial record, a record of zeros, one that points past
+//! the data) is cut off when the layer is opened again.
 //!
-//! A write is done only when the index file has room for its record (`room`), so what was
-//! acknowledged can still be flushed when the filesystem is full.
+//! A write completes only if the index file has room for its record (`room`), so an acknowledged write can
+//! still be flushed when the filesystem is full.
 //!
-//! Space of overwritten data is not reclaimed: [`commit`](WritableLayer::commit) copies only what counts.
-//! Upstream opens both files as they are, at any moment after a flush.
+//! Space of overwritten data is not reclaimed: [`commit`](WritableLayer::commit) copies only the current
+//! data. Upstream can open both files unchanged, at any moment after a flush.
 //!
 //! # Steps
 //!
-//! Each change is three steps, and only the middle one does file I/O: a *place* in the data file is taken,
-//! the bytes are written there, the record is noted. A flush is the same: a *batch* of records is taken,
-//! written and made durable, and counted. [`WritableLayer`] does the steps in a row for one thread;
-//! [`SharedLayer`] does them for many and holds its lock for none of the I/O.
+//! Each change has three steps, and only the second does file I/O: a *place* in the data file is taken, the
+//! bytes are written there, the record is noted. A flush has three steps too: a *batch* of records is taken,
+//! written and made durable, and counted. [`WritableLayer`] does the steps in a row for one thread.
+//! [`SharedLayer`] does them for many threads and holds its lock during none of the I/O.
 //!
-//! Upstream has a second kind, [`sparse`], whose payload lies in one file in its place on the disk.
+//! Upstream has a second kind, [`sparse`]: its payload lies in one file, each sector at its position on the
+//! disk.
 //!
-//! Contents: `log` the index file as read, `place` a change on its way, `room` space for records, `batch` a flush on
-//! its way, [`shared`] a layer for many threads, `seal` a layer that becomes one of the layers below, [`view`] one
-//! that is only looked at.
+//! Contents: `log` reading the index file, `place` a change in progress, `room` space for records, `batch` a
+//! flush in progress, [`shared`] a layer for many threads, `seal` turning a layer into one of the layers
+//! below, [`mod@view`] a read-only view.
 
 mod batch;
 mod extents;
@@ -70,70 +71,68 @@ use formats::lsmt::writer::{Identity, NativeWriter};
 use formats::lsmt::{LsmtError, RECORD};
 use formats::units::{Bytes, SECTOR, Sectors};
 
-/// The data file in a layer's folder, as containerd's snapshotter names it.
+/// The data file in a layer's folder, named as by containerd's snapshotter.
 pub const DATA_NAME: &str = "writable_data";
 /// The index file.
 pub const INDEX_NAME: &str = "writable_index";
 
-/// Most records of a writable index (upstream's limit, spec lsmt 5).
+/// Largest number of records of a writable index (upstream's limit, spec lsmt 5).
 const MAX_RECORDS: u64 = 128_000_000;
 
-/// Records held back at most: 1 MiB of index.
+/// Most records held back: 1 MiB of index.
 const HELD_BACK: u64 = 1 << 16;
 
-/// Bytes copied at a time by a commit, and the grain of its search for zeros.
+/// Bytes per step of a commit's copying and of its search for zeros.
 const COPY: usize = 1 << 20;
 const BLOCK: u64 = 4096 / SECTOR;
 
-/// Why a writable layer cannot be used.
+/// Error of using a writable layer.
 #[derive(Debug, Error)]
 pub enum WritableError {
     /// A file cannot be made, read or written.
     #[error("Cannot {what} {path}", path = path.display())]
     Io {
-        /// What was tried.
+        /// The action that failed.
         what: &'static str,
-        /// On which file.
+        /// The file.
         path: PathBuf,
         /// The system's reason.
         #[source]
         source: io::Error,
     },
     /// A header breaks a rule of the format.
-    #[error("{path} is no writable layer that can be used: {rule}", path = path.display())]
+    #[error("{path} is not a usable writable layer: {rule}", path = path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What should hold.
+        /// The broken rule.
         rule: &'static str,
     },
-    /// Another process has it.
+    /// Another process uses the layer.
     #[error("The writable layer {path} is in use", path = path.display())]
     Busy {
         /// The data file.
         path: PathBuf,
     },
-    /// A range that is no whole sectors, or leaves the disk.
+    /// A range that is not whole sectors, or leaves the disk.
     #[error("Bytes {offset}..{end} cannot be written: {rule}")]
     Range {
         /// First byte.
         offset: u64,
         /// One past the last byte.
         end: u64,
-        /// What should hold.
+        /// The broken rule.
         rule: &'static str,
     },
-    /// A flush failed before: what of the writes since the one before it reached the disk cannot be known,
-    /// as the kernel reports such an error only once.
-    #[error("{path} failed to flush before: detach, look at its disk, and attach again", path = path.display())]
+    /// An earlier flush failed. It is unknown which writes since the flush before it reached the disk,
+    /// because the kernel reports such an error only once.
+    #[error("An earlier flush of {path} failed: detach, check its disk, and attach again", path = path.display())]
     Broken {
         /// The data file.
         path: PathBuf,
     },
-    /// The log cannot take more.
-    #[error(
-        "The writable layer has {MAX_RECORDS} records, the most that a reader opens: commit it"
-    )]
+    /// The log has reached its limit.
+    #[error("The writable layer has {MAX_RECORDS} records, the limit of readers: commit it")]
     Full,
     /// The committed layer breaks a limit, or cannot be written.
     #[error(transparent)]
@@ -141,7 +140,7 @@ pub enum WritableError {
 }
 
 impl WritableError {
-    /// Whether there is no space: on the filesystem, in somebody's share of it, or in the format.
+    /// True if there is no space: on the filesystem, in a quota, or in the format.
     #[must_use]
     pub fn is_full(&self) -> bool {
         match self {
@@ -154,24 +153,24 @@ impl WritableError {
     }
 }
 
-/// The two files of a layer.
+/// The paths of a layer's two files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WritableFiles {
-    /// Its payload.
+    /// The payload.
     pub data: PathBuf,
-    /// Its index log; of a sparse layer, a file that nobody reads.
+    /// The index log; for a sparse layer, a file that is never read.
     pub index: PathBuf,
 }
 
 impl WritableFiles {
-    /// As containerd's snapshotter names them in a layer's folder.
+    /// The names that containerd's snapshotter gives them in a layer's folder.
     #[must_use]
     pub fn in_dir(dir: &Path) -> Self {
         Self { data: dir.join(DATA_NAME), index: dir.join(INDEX_NAME) }
     }
 }
 
-/// A file and its name, for messages.
+/// An open file with its name, for messages.
 struct Named {
     file: File,
     path: PathBuf,
@@ -216,12 +215,12 @@ impl Named {
         self.file.metadata().map(|meta| meta.len()).map_err(self.error("look at"))
     }
 
-    /// Reads from sector `at` of the file on; may wait for the disk.
+    /// Reads from sector `at` of the file; can wait for the disk.
     fn read(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
         self.file.read_exact_at(buf, at.0 * SECTOR).map_err(self.error("read"))
     }
 
-    /// The same, if the page cache has all of it.
+    /// Reads from sector `at` if the page cache has all of it.
     fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
         let len = buf.len();
         let mut buffers = [io::IoSliceMut::new(buf)];
@@ -239,7 +238,7 @@ impl Named {
     }
 }
 
-/// Refuses a data file that is not that of an append-only layer, or not any more.
+/// Refuses a data file that does not belong to an append-only layer, or no longer does.
 fn check_appended(data: &Named, header: &Record) -> Result<(), WritableError> {
     if header.flags != FLAG_HEADER | FLAG_DATA {
         return Err(data.invalid(
@@ -249,7 +248,7 @@ fn check_appended(data: &Named, header: &Record) -> Result<(), WritableError> {
     seal::check_unsealed(data)
 }
 
-/// First sector and number of sectors of a range of bytes of a disk of `size` bytes (0: of any).
+/// First sector and number of sectors of a byte range. The disk has `size` bytes; 0 accepts any range.
 fn whole_sectors(size: u64, offset: u64, len: u64) -> Result<(Sectors, u64), WritableError> {
     let end = offset.saturating_add(len);
     let limit = match size {
@@ -257,30 +256,30 @@ fn whole_sectors(size: u64, offset: u64, len: u64) -> Result<(Sectors, u64), Wri
         size => size,
     };
     let rule = if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
-        "they are no whole sectors of 512 bytes"
+        "they are not whole sectors of 512 bytes"
     } else if end > limit {
-        "the disk ends before"
+        "the disk ends before them"
     } else {
         return Ok((Sectors(offset / SECTOR), len / SECTOR));
     };
     Err(WritableError::Range { offset, end, rule })
 }
 
-/// Where a run of disk sectors is, as the layer alone knows.
+/// Position of a run of disk sectors, by this layer alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WrittenRun {
     /// First disk sector.
     pub lba: Sectors,
     /// Number of sectors, never 0.
     pub len: Sectors,
-    /// Where it is.
+    /// Position of the run.
     pub place: WrittenPlace,
 }
 
-/// See [`WrittenRun`].
+/// Position of a [`WrittenRun`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WrittenPlace {
-    /// Never written: the layers below decide.
+    /// Never written: the run comes from the layers below.
     Below,
     /// Zeros.
     Zero,
@@ -295,28 +294,28 @@ pub struct WritableLayer {
     room: Arc<Room>,
     header: Record,
     extents: Extents,
-    /// Sector of the data file where the next payload goes.
+    /// Sector of the data file for the next payload.
     position: u64,
     /// Records in the index file.
     records: u64,
-    /// Records of the batch that is being flushed.
+    /// Records of the batch in progress.
     leaving: u64,
     /// Records that are not in the index file yet.
     pending: Vec<Mapping>,
-    /// Records of changes whose place was taken and that were not noted yet.
+    /// Records of changes in progress: their place is taken, but they are not noted yet.
     promised: u64,
-    /// Bytes that were cut off a torn tail when it was opened.
+    /// Bytes of a torn tail that were cut off at opening.
     cut: u64,
-    /// A flush has failed.
+    /// True after a failed flush.
     broken: bool,
 }
 
 impl WritableLayer {
-    /// Makes an empty layer of a disk of `virtual_size` (0: as large as the layer below says) in
-    /// `files`; their folder is made if need be.
+    /// Makes an empty layer of a disk of `virtual_size` in `files`; 0 stands for the size given by the layer
+    /// below. Their folder is made if needed.
     ///
     /// # Errors
-    /// [`WritableError`], also when there is one already.
+    /// [`WritableError`], also if the files exist.
     pub fn create(
         files: &WritableFiles,
         virtual_size: Bytes,
@@ -338,7 +337,7 @@ impl WritableLayer {
             parent: identity.parent,
             user_tag: identity.user_tag,
         };
-        // The index first: with a data file there is a layer, and then it is whole.
+        // The index is made first: a layer exists once its data file exists, and is then complete.
         let index_header = Record { flags: FLAG_HEADER, index_offset: RECORD, ..header.clone() };
         for (path, record) in [(index_path, &index_header), (data_path, &header)] {
             if path == index_path && data_path.exists() {
@@ -353,7 +352,7 @@ impl WritableLayer {
         Self::open(files)
     }
 
-    /// Opens a layer by its two files, and cuts a torn tail off.
+    /// Opens a layer by its two files, and cuts off a torn tail.
     ///
     /// # Errors
     /// [`WritableError`].
@@ -383,7 +382,7 @@ impl WritableLayer {
         Ok(layer)
     }
 
-    /// Cuts off what was not flushed: the end of the log, and payload that no record speaks of.
+    /// Cuts off unflushed bytes: the end of the log, and payload without a record.
     fn cut_tails(&self) -> Result<(), WritableError> {
         if self.cut > 0 {
             let kept = RECORD + self.records * ENTRY;
@@ -392,25 +391,25 @@ impl WritableLayer {
         self.data.file.set_len(self.position * SECTOR).map_err(self.data.error("shorten"))
     }
 
-    /// Size of the disk as the layer says, or 0.
+    /// Size of the disk by this layer, or 0.
     #[must_use]
     pub fn virtual_size(&self) -> Bytes {
         Bytes(self.header.virtual_size)
     }
 
-    /// This layer and the one below.
+    /// Identity of this layer and of the one below.
     #[must_use]
     pub fn uuids(&self) -> (Uuid, Uuid) {
         (self.header.uuid, self.header.parent)
     }
 
-    /// Bytes of a torn tail that opening cut off.
+    /// Bytes of a torn tail that were cut off at opening.
     #[must_use]
     pub fn cut(&self) -> u64 {
         self.cut
     }
 
-    /// Whether nothing was ever written.
+    /// True if the layer was never written to.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.extents.is_empty()
@@ -419,14 +418,14 @@ impl WritableLayer {
     /// Writes whole sectors at byte `offset` of the disk. Durable after the next [`flush`](Self::flush).
     ///
     /// # Errors
-    /// [`WritableError`]; then nothing has changed.
+    /// [`WritableError`]; then the layer is unchanged.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
         let place = self.take_place(offset, bytes.len() as u64)?;
         let written = place.write(bytes);
         self.settle(&place, written)
     }
 
-    /// Makes whole sectors zero, whatever lies below. Durable after the next flush.
+    /// Makes whole sectors zero, whatever the layers below contain. Durable after the next flush.
     ///
     /// # Errors
     /// [`WritableError`].
@@ -459,7 +458,7 @@ impl WritableLayer {
         Ok(place)
     }
 
-    /// The same for zeros, which need no place but a record.
+    /// Takes a place for zeros, which need only a record.
     fn take_zeros(&mut self, offset: u64, len: u64) -> Result<Place, WritableError> {
         let (lba, count) = whole_sectors(self.header.virtual_size, offset, len)?;
         self.promise(lba.0, count, Content::Zero)
@@ -480,8 +479,7 @@ impl WritableLayer {
         Ok(Place { data, room, index_end, lba, count, needs, content })
     }
 
-    /// A change that failed: as if it had never been asked for, except that its place is lost if another was
-    /// taken meanwhile.
+    /// Undoes a change that failed. If another place was taken since, this place stays unused.
     fn give_back(&mut self, place: &Place) {
         self.promised -= place.needs;
         if let Content::At(at) = place.content
@@ -491,8 +489,8 @@ impl WritableLayer {
         }
     }
 
-    /// Notes a change whose bytes are in their place. `true`: so many records are held back that it is time
-    /// to flush.
+    /// Notes a change whose bytes are in their place. Returns `true` if a flush is due, because many records
+    /// are held back.
     fn note_place(&mut self, place: &Place) -> bool {
         self.promised -= place.needs;
         self.extents.insert(place.lba, place.count, place.content);
@@ -504,19 +502,20 @@ impl WritableLayer {
         WritableError::Broken { path: self.data.path.clone() }
     }
 
-    /// Makes everything written so far durable.
+    /// Makes all writes up to now durable.
     ///
     /// # Errors
-    /// [`WritableError::Io`]; if what failed was to make bytes durable, [`WritableError::Broken`] on every later
-    /// call: what was flushed before is safe, and of what was not nothing can be known until the layer is opened
-    /// again. A flush that failed otherwise, as for want of space, can be repeated.
+    /// [`WritableError::Io`]. If the step that makes bytes durable failed, every later call returns
+    /// [`WritableError::Broken`]: changes flushed before are safe, and the state of the others is unknown
+    /// until the layer is opened again. A flush that failed for another reason, such as a lack of space, can
+    /// be repeated.
     pub fn flush(&mut self) -> Result<(), WritableError> {
         let Some(batch) = self.take_batch()? else { return Ok(()) };
         let written = batch.write();
         self.end_batch(batch, written)
     }
 
-    /// Takes the records that are held back; none if there are none. One batch at a time.
+    /// Takes the records that are held back; `None` if there are none. Only one batch exists at a time.
     fn take_batch(&mut self) -> Result<Option<Batch>, WritableError> {
         if self.broken {
             return Err(self.is_broken());
@@ -530,7 +529,7 @@ impl WritableLayer {
         Ok(Some(Batch { data, index, first: self.records, records }))
     }
 
-    /// Notes how a batch ended.
+    /// Notes the result of a batch.
     fn end_batch(
         &mut self,
         mut batch: Batch,
@@ -543,7 +542,7 @@ impl WritableLayer {
                 Ok(())
             }
             Err(failure) => {
-                // In the order in which they were noted.
+                // Keeps the order in which they were noted.
                 batch.records.append(&mut self.pending);
                 self.pending = batch.records;
                 self.broken |= failure.is_lasting();
@@ -552,7 +551,7 @@ impl WritableLayer {
         }
     }
 
-    /// The runs that make up `count` sectors from `lba` on, without a gap.
+    /// The runs of `count` sectors from `lba` on, without a gap.
     #[must_use]
     pub fn look_up(&self, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
         runs(&self.extents, lba, count)
@@ -566,9 +565,9 @@ impl WritableLayer {
         self.data.read(at, buf)
     }
 
-    /// Writes what the layer holds now as a committed layer (spec lsmt 8.1): without what was overwritten,
-    /// in the order of the disk, and with blocks of zeros declared instead of stored. The layer is flushed,
-    /// and stays as it is.
+    /// Writes the current content of the layer as a committed layer (spec lsmt 8.1): without overwritten
+    /// data, in the order of the disk, and with blocks of zeros declared instead of stored. The layer is
+    /// flushed first and stays unchanged.
     ///
     /// # Errors
     /// [`WritableError::Commit`] for a limit of the format or a full output.
@@ -591,7 +590,7 @@ impl WritableLayer {
             };
             let mut done = 0;
             while done < len {
-                // Steps end on blocks of the disk, so that blocks of zeros are found.
+                // Steps end at blocks of the disk, so that blocks of zeros are found.
                 let step = (COPY as u64 / SECTOR).min(len - done);
                 let bytes = &mut buf[..(step * SECTOR) as usize];
                 self.read_data(Sectors(at + done), bytes)?;
@@ -603,7 +602,7 @@ impl WritableLayer {
     }
 }
 
-/// The runs that make up `count` sectors from `lba` on, without a gap.
+/// The runs of `count` sectors from `lba` on, without a gap.
 fn runs(extents: &Extents, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
     let mut runs = Vec::new();
     let mut at = lba.0;
@@ -626,7 +625,7 @@ fn runs(extents: &Extents, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
     runs
 }
 
-/// Adds sectors from `lba` on, whole blocks of zeros as such.
+/// Adds sectors from `lba` on; whole blocks of zeros are declared as zeros.
 fn put<W: Write>(writer: &mut NativeWriter<W>, lba: u64, bytes: &[u8]) -> Result<(), LsmtError> {
     let count = bytes.len() as u64 / SECTOR;
     let part = |from: u64, to: u64| &bytes[(from * SECTOR) as usize..(to * SECTOR) as usize];

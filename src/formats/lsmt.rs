@@ -1,21 +1,20 @@
-//! overlaybd's layer format: which disk sector lives where.
+//! overlaybd's layer format: the position of each disk sector.
 //!
-//! A layer is payload sectors followed by an *index* of [`Mapping`]s, sorted by disk sector (LBA).
-//! A mapping says that a run of sectors of the virtual disk is found at a sector of this file, reads
-//! as zeros, or, in a TurboOCI layer (*warp* in upstream's code), is found in the uncompressed tar
-//! of the original image layer. Layers are stacked; for each sector the topmost layer that says
-//! anything about it wins.
+//! A layer is payload sectors followed by an *index* of [`Mapping`]s, sorted by disk sector (LBA). A mapping
+//! places a run of sectors of the virtual disk at a sector of this file, or says that the run reads as zeros.
+//! In a TurboOCI layer (*warp* in upstream's code), it can also place the run in the uncompressed tar of the
+//! original image layer. Layers are stacked; each sector comes from the topmost layer that has a mapping for
+//! it.
 //!
 //! ```text
 //! header 4096 | payload sectors | index: N × 16 bytes [padding] | trailer 4096
 //! ```
 //!
-//! There is no checksum anywhere in this format; a layer is as trustworthy as the
-//! [`zfile`](crate::zfile) or the digest around it. So everything read here is checked against
-//! everything else before it is used.
+//! The format has no checksum; the integrity of a layer depends on the [`zfile`](crate::zfile) or the digest
+//! around it. So all values are checked against each other before they are used.
 //!
-//! Contents: [`mapping`] the sixteen bytes, [`layer`] one file, [`stack`] many layers and the
-//! look-up, [`writer`] the way back; a layer that can still change is in the crate `disk`.
+//! Contents: [`mapping`] the sixteen bytes, [`layer`] one file, [`stack`] many layers and the look-up,
+//! [`writer`] writing of a layer, [`writable`] a layer that still changes, for one thread or many.
 
 pub mod layer;
 pub mod mapping;
@@ -35,68 +34,68 @@ pub use writer::{Identity, NativeWriter, ScatteredWriter, WarpWriter};
 use crate::units::{Bytes, Sectors};
 use source::SourceError;
 
-/// Why a layer cannot be read, stacked or written.
+/// Error of reading, stacking or writing a layer.
 #[derive(Clone, Debug, Error)]
 pub enum LsmtError {
-    /// The bytes below could not be had.
+    /// The underlying bytes could not be read.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// Header or trailer breaks a rule.
+    /// A header or trailer that breaks a rule.
     #[error("{part} of layer {name} at byte {offset} is invalid: {rule}")]
     Record {
-        /// What was opened.
+        /// Name of the opened source.
         name: String,
         /// Header, trailer or index.
         part: &'static str,
-        /// Where it lies in the LSMT stream.
+        /// Offset in the LSMT stream.
         offset: u64,
-        /// What should hold, and what was found.
+        /// The broken rule, and the value found.
         rule: String,
     },
-    /// A mapping breaks a rule.
+    /// A mapping that breaks a rule.
     #[error("Index entry {entry} of layer {name} ({mapping}) is invalid: {rule}")]
     Entry {
-        /// What was opened.
+        /// Name of the opened source.
         name: String,
         /// Number of the entry in the index.
         entry: u64,
         /// The entry.
         mapping: Mapping,
-        /// What should hold.
+        /// The broken rule.
         rule: &'static str,
     },
     /// The layers cannot be stacked.
     #[error("{layers} layers cannot be stacked: {rule}")]
     Stack {
-        /// How many there are.
+        /// Number of layers.
         layers: usize,
-        /// What should hold.
+        /// The broken rule.
         rule: &'static str,
     },
-    /// A run given to a writer breaks a rule.
+    /// A run given to a writer that breaks a rule.
     #[error("Sectors {lba}..{end} cannot be added to a layer: {rule}")]
     Run {
         /// First sector of the run.
         lba: u64,
         /// One past its last sector.
         end: u64,
-        /// What should hold.
+        /// The broken rule.
         rule: &'static str,
     },
     /// More mappings than readers accept.
     #[error(
-        "A layer needs more than {limit} index entries, which no reader opens: make the disk less fragmented"
+        "A layer needs more than {limit} index entries, and readers accept no more: make the disk less fragmented"
     )]
     TooManyMappings {
         /// The limit, padding included.
         limit: u64,
     },
-    /// A layer cannot have this size.
+    /// A size that a virtual disk cannot have.
     #[error("A virtual disk cannot have {size}: {rule}")]
     Size {
-        /// The size asked for.
+        /// The requested size.
         size: Bytes,
-        /// What should hold.
+        /// The broken rule.
         rule: &'static str,
     },
     /// The output failed.
@@ -110,14 +109,14 @@ impl From<io::Error> for LsmtError {
     }
 }
 
-/// Bytes of a header or trailer with its padding.
+/// Bytes of a header or trailer, padding included.
 pub const RECORD: u64 = 4096;
 
 /// First payload sector of a layer.
 pub const FIRST_SECTOR: Sectors = Sectors(8);
 
-/// Most index entries of one layer, padding included (upstream `index.h:MAX_LSMT_RO_INDEX_SIZE`,
-/// there since August 2026: it refuses to open what has more).
+/// Most index entries of one layer, padding included (upstream `index.h:MAX_LSMT_RO_INDEX_SIZE`, there since
+/// August 2026: it refuses to open a layer with more).
 pub const MAX_ENTRIES: u64 = 1_000_000;
 
 /// Most layers of an image (upstream `MAX_STACK_LAYERS`).

@@ -1,17 +1,17 @@
-//! OCI images: names, documents, and the folder that holds them.
+//! OCI images: names, documents, and the folder that stores them.
 //!
 //! An image is a *manifest*: a small JSON document that lists a config and layers by digest. Several
-//! manifests, one per platform, are joined by an *index*. Whether the documents lie in a registry or in
-//! an image layout directory makes no difference to their bytes, and the digest of those
-//! bytes is their name. So what is rewritten here is rewritten with care: unknown fields stay, and the
-//! config is edited as text ([`config`]), because an image must not lose what this program has never
-//! heard of.
+//! manifests, one per platform, are joined by an *index*. The documents have the same bytes in a registry and
+//! in an image layout directory ([`layout`]), and the digest of those bytes is their name. So a rewritten
+//! document keeps its unknown fields, and the config is edited as text ([`config`]): an image must not lose
+//! data that this program does not know.
 //!
-//! * [`mod@reference`] what a user calls an image: in a registry or in a directory
-//! * [`digest`]      what the image calls its parts
+//! * [`mod@reference`] names that a user gives for images in a registry or in a directory
+//! * [`digest`]      names of the parts of an image
 //! * [`manifest`]    manifest, index, descriptor, and choosing a platform
-//! * [`annotations`] the keys by which a layer says that it is an overlaybd layer
-//! * [`config`]      the image config, of which only the layers' digests are ever changed
+//! * [`annotations`] the keys that mark a layer as an overlaybd layer
+//! * [`config`]      the image config; only its layer digests are ever changed
+//! * [`layout`]      the image layout directory
 
 pub mod annotations;
 pub mod config;

@@ -1,34 +1,35 @@
-//! The segments of a layer that is not gzip: where each lies, and what it must be.
+//! The segments of a layer that is not gzip: their positions and checksums.
 //!
 //! # The mechanism
 //!
-//! A *segment* is the piece of a layer that is fetched, verified and decoded as a whole, as a gzip layer's is
-//! ([`gzip`](crate::gzip)). An uncompressed tar is cut every [`PLAIN_SPAN`] bytes. A zstd layer is cut between
-//! its frames, as near to the span as they allow; a frame that is much longer is cut between its *blocks*
-//! too ([`zstandard`](crate::zstandard)). Such a segment has compressed bytes of its own, which can be
-//! fetched and verified alone, but it decodes only behind all those before it in its frame: zstd's
-//! blocks refer to output as far back as the frame's window, mebibytes, and to tables of earlier blocks.
+//! A *segment* is the piece of a layer that is fetched, verified and decoded as a whole, as in a gzip layer
+//! ([`gzip`](crate::gzip)). An uncompressed tar is cut every [`PLAIN_SPAN`] bytes. A zstd layer is cut
+//! between its frames, as near to the span as they allow. A frame that is much longer is cut between its
+//! *blocks* too ([`zstandard`](crate::zstandard)). A segment inside a frame has compressed bytes of its own,
+//! which are fetched and verified alone, but it decodes only behind all earlier segments of its frame: zstd's
+//! blocks refer to output as far back as the frame's window (mebibytes) and to tables of earlier blocks.
 //!
-//! The [`SegmentIndex`] says all this, with a SHA-256 of each segment's compressed bytes and a CRC-32 of its
-//! output. It is kept in the layer archive as `turbobd.segments`, [version 2](sidecar); version 1 is
-//! gzip's. [`SegmentedLayer`] serves any segment of it.
+//! The [`SegmentIndex`] records all this, with a SHA-256 of each segment's compressed bytes and a CRC-32 of
+//! its output. It is stored in the layer archive as `turbobd.segments`, [version 2](sidecar); version 1 is
+//! gzip's. [`SegmentedLayer`] decodes any segment of it.
 //!
-//! # Why it is built like this
+//! # Reasons for the design
 //!
-//! * **One form for both.** What differs is one byte that names the encoding, and the decoder.
-//! * **Upstream must not misread a zstd layer.** Its format knows gzip and plain targets only, and takes any
-//!   other media type for plain: it would serve compressed bytes as files. So the target is annotated
-//!   as gzip, and there is no `gzip.meta`: upstream refuses such a layer when it is opened, as it does one of
-//!   many gzip members. The encoding stands here, where only we look. An uncompressed layer it reads as before.
-//! * **Nothing else verifies a range of a tar.** Its digest does, over the whole of it.
+//! * **One format for both encodings.** Only the byte that names the encoding, and the decoder, differ.
+//! * **Upstream must not misread a zstd layer.** Its format knows only gzip and plain targets, and takes any
+//!   other media type for plain: it would return compressed bytes as files. So the target is annotated as
+//!   gzip, and there is no `gzip.meta`: upstream refuses such a layer when it is opened, as it refuses one of
+//!   many gzip members. The encoding stands in this index, which upstream does not read. Upstream reads an
+//!   uncompressed layer as before.
+//! * **No other checksum verifies a range of a tar.** The digest of the layer covers only the whole of it.
 //!
 //! # Contents
 //!
-//! * [`index`]    what a layer's segments are
-//! * [`sidecar`]  the same as a file
+//! * [`index`]    the segments of a layer
+//! * [`sidecar`]  the index as a file
 //! * [`hasher`]   the SHA-256 of each, behind a scan
 //! * [`plain`]    the scan of an uncompressed layer
-//! * [`layer`]    any segment of a layer, on request
+//! * [`layer`]    decoding of any segment of a layer
 //! * `columns`    numbers, as both versions of the file store them
 
 pub(crate) mod columns;

@@ -1,9 +1,9 @@
 //! Bytes, sectors and bits, as types that do not mix.
 //!
-//! Three coordinates meet in this program: a byte in a blob or in its uncompressed tar, a 512-byte
-//! sector of a virtual disk (and of LSMT mappings), and a bit in a deflate stream. A sector number
-//! taken for a byte offset is a wrong answer without an error, so each has a newtype. Each type
-//! serves both as a position and as a length, as `u64` does in [`std::fs`].
+//! Three coordinates meet in this program: a byte in a blob or in its uncompressed tar, a 512-byte sector of
+//! a virtual disk (and of LSMT mappings), and a bit in a deflate stream. A sector number taken for a byte
+//! offset gives a wrong answer without an error, so each coordinate has a newtype. Each type serves both as a
+//! position and as a length, as `u64` does in [`std::fs`].
 
 use std::fmt;
 use std::ops::{Add, AddAssign, Sub};
@@ -21,13 +21,13 @@ macro_rules! unit {
             /// Zero.
             pub const ZERO: Self = Self(0);
 
-            /// The plain number.
+            /// The number without its unit.
             #[must_use]
             pub const fn get(self) -> u64 {
                 self.0
             }
 
-            /// `self + other`, or `None` past `u64::MAX`: for numbers read from a file.
+            /// `self + other`, or `None` past `u64::MAX`. For numbers read from a file.
             #[must_use]
             pub const fn checked_add(self, other: Self) -> Option<Self> {
                 match self.0.checked_add(other.0) {
@@ -79,7 +79,7 @@ unit!(
 );
 
 impl Bytes {
-    /// The sector that holds this byte.
+    /// The sector that contains this byte.
     #[must_use]
     pub const fn sector(self) -> Sectors {
         Sectors(self.0 / SECTOR)
@@ -93,7 +93,7 @@ impl Bytes {
 }
 
 impl Sectors {
-    /// In bytes, or `None` past `u64::MAX`: for numbers read from a file.
+    /// The length in bytes, or `None` past `u64::MAX`. For numbers read from a file.
     #[must_use]
     pub const fn checked_bytes(self) -> Option<Bytes> {
         match self.0.checked_mul(SECTOR) {
@@ -102,7 +102,7 @@ impl Sectors {
         }
     }
 
-    /// In bytes, for a sector already known to lie on a disk.
+    /// The length in bytes, for a sector already known to lie on a disk.
     #[must_use]
     pub const fn bytes(self) -> Bytes {
         Bytes(self.0 * SECTOR)
@@ -110,7 +110,7 @@ impl Sectors {
 }
 
 impl Bits {
-    /// The byte that holds this bit.
+    /// The byte that contains this bit.
     #[must_use]
     pub const fn byte(self) -> Bytes {
         Bytes(self.0 / 8)

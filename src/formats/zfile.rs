@@ -1,20 +1,20 @@
 //! overlaybd's seekable compressed container.
 //!
-//! A `ZFile` cuts a stream into blocks of one size (4 to 64 KiB), compresses each alone (LZ4 or
-//! ZSTD), and puts the lengths of the compressed blocks behind them: the *jump table*. With the
-//! table in memory any byte of the stream is one read and one block of decoding away. Each block is
-//! usually followed by a checksum of its compressed bytes, which is the only integrity data that
-//! native overlaybd layers have: it is always verified here.
+//! A `ZFile` cuts a stream into blocks of one size (4 to 64 KiB), compresses each alone (LZ4 or ZSTD), and
+//! puts the lengths of the compressed blocks behind them: the *jump table*. With the table in memory, any
+//! byte of the stream takes one read and the decoding of one block. A checksum of its compressed bytes
+//! usually follows each block. Native overlaybd layers have no other integrity data, so it is always verified
+//! here.
 //!
 //! ```text
 //! header 512 | blocks: compressed bytes [+ CRC] … | jump table: N × u32 | trailer 512
 //! ```
 //!
-//! In a registry the file often sits in a tar archive with one member: [`wrap`] finds it there.
-//! [`open`] takes whatever a layer may be (tar or not, compressed or not) and gives its plain bytes.
+//! In a registry, the file is often the single member of a tar archive: [`wrap`] finds it there. [`open`]
+//! takes a layer in any form (with or without a tar, compressed or not) and returns its plain bytes.
 //!
-//! Contents: [`header`] the record at both ends, [`reader`] random access, [`writer`] the same bytes
-//! for the same input, [`parallel`] the same bytes again from all cores, [`wrap`] the tar around it.
+//! Contents: [`header`] the record at both ends, [`reader`] random access, [`writer`] deterministic writing,
+//! [`parallel`] the same output made on all cores, [`wrap`] the tar around it.
 
 pub mod block;
 pub mod header;
@@ -35,34 +35,34 @@ pub use writer::{Options, Summary, Writer};
 use source::chunk::{ChunkSource, PlainChunks};
 use source::{ByteSource, SourceError};
 
-/// Why a `ZFile` cannot be read or written.
+/// Error of reading or writing a `ZFile`.
 #[derive(Clone, Debug, Error)]
 pub enum ZFileError {
-    /// The bytes below could not be had.
+    /// The underlying bytes could not be read.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// No header where one belongs.
+    /// The file does not begin with a header.
     #[error("{name} is not a ZFile: it does not begin with a ZFile header")]
     NotZFile {
-        /// What was opened.
+        /// Name of the opened source.
         name: String,
     },
     /// A record or the jump table breaks a rule of the format.
     #[error("{part} of {name} at byte {offset} is invalid: {rule}")]
     Invalid {
-        /// What was opened.
+        /// Name of the opened source.
         name: String,
         /// Header, trailer, jump table or tar header.
         part: &'static str,
-        /// Where it lies.
+        /// Offset of the part.
         offset: u64,
-        /// What should hold, and what was found.
+        /// The broken rule, and the value found.
         rule: String,
     },
-    /// A block does not decode to what was written.
+    /// A block fails its checksum or does not decode.
     #[error("Block {block} of {name} (bytes {start}..{end}) is damaged: {reason}")]
     Damaged {
-        /// What was opened.
+        /// Name of the opened source.
         name: String,
         /// Number of the block, from 0.
         block: u64,
@@ -70,10 +70,10 @@ pub enum ZFileError {
         start: u64,
         /// One past the last stored byte of the block, its checksum included.
         end: u64,
-        /// Which check failed.
+        /// The failed check.
         reason: String,
     },
-    /// A block compresses to more than existing readers can take.
+    /// A block compresses to more bytes than existing readers can take.
     #[error(
         "Block {block} takes {stored} bytes with {block_size}-byte blocks, and {rule}: use smaller blocks"
     )]
@@ -90,7 +90,7 @@ pub enum ZFileError {
     /// Options that no reader accepts.
     #[error("A ZFile cannot be written: {rule}")]
     Options {
-        /// What should hold, and what was asked for.
+        /// The broken rule, and the requested value.
         rule: String,
     },
     /// The output or a compressor failed.
@@ -104,21 +104,21 @@ impl From<io::Error> for ZFileError {
     }
 }
 
-/// The plain bytes of a layer file, whatever it was wrapped in.
+/// The plain bytes of a layer file, without its wrapping.
 #[derive(Clone)]
 pub enum Payload {
     /// Compressed in blocks.
     ZFile(Arc<ZFile>),
-    /// As it is.
+    /// Not compressed.
     Plain(Arc<dyn ByteSource>),
 }
 
-/// Looks through the tar archive, if any, and the compression, if any (spec zfile 8: raw, tar, or
-/// tar with a pax header, each around a `ZFile` or plain bytes).
+/// Opens a layer file inside a tar archive or not, compressed or not (spec zfile 8: raw, tar, or tar with a
+/// pax header, each around a `ZFile` or plain bytes).
 ///
 /// # Errors
-/// [`ZFileError`] when the source cannot be read, or looks like a tar archive or a `ZFile` and is an
-/// invalid one.
+/// [`ZFileError`] if the source cannot be read, or looks like a tar archive or a `ZFile` but is an invalid
+/// one.
 pub fn open(source: Arc<dyn ByteSource>) -> Result<Payload, ZFileError> {
     let (source, _) = unwrap(source)?;
     if header::is_zfile(&*source)? {
@@ -128,7 +128,7 @@ pub fn open(source: Arc<dyn ByteSource>) -> Result<Payload, ZFileError> {
 }
 
 impl Payload {
-    /// The plain bytes at any position.
+    /// The plain bytes with random access.
     #[must_use]
     pub fn source(&self) -> Arc<dyn ByteSource> {
         match self {
@@ -137,7 +137,7 @@ impl Payload {
         }
     }
 
-    /// The plain bytes in chunks, for a cache that knows the file as `id`.
+    /// The plain bytes in chunks; a cache knows the file as `id`.
     #[must_use]
     pub fn chunks(&self, id: &str) -> Arc<dyn ChunkSource> {
         match self {
@@ -148,10 +148,10 @@ impl Payload {
         }
     }
 
-    /// All plain bytes.
+    /// Reads all plain bytes.
     ///
     /// # Errors
-    /// [`ZFileError`] when a block is damaged or there is no room for the bytes.
+    /// [`ZFileError`] if a block is damaged or there is no memory for the bytes.
     pub fn read_all(&self) -> Result<Vec<u8>, ZFileError> {
         match self {
             Payload::ZFile(file) => file.read_all(),

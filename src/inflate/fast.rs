@@ -1,13 +1,13 @@
-//! The inner loop: symbols of a Huffman block while input and output are ample.
+//! The inner loop: decodes symbols of a Huffman block while there is enough input and room for output.
 //!
-//! Everything near an edge (the last bytes of the input at hand, the last bytes before a limit) is
-//! left to the careful loop in [`inflate`](super::inflate); this one checks its room once a round.
+//! The loop in [`inflate`](super::inflate) handles the data near an edge (the last bytes of the present
+//! input, the last bytes before a limit) and checks each symbol. This loop checks its room once per round.
 //!
-//! `unsafe` lives here because of that: with every access checked, the scan did 445 MB/s where
-//! libdeflate did 830; now it does 640 (`perf/gzip_scan.rs`). The rules are few: input and output
-//! room are checked at the start of a round for all it may do, tables are indexed by masked values
-//! (safe code), and a distance is checked against the history before it is used. With debug
-//! assertions, as in tests and under the fuzzer, every access through a pointer is checked again.
+//! `unsafe` is used here for speed: with every access checked, the scan reached 445 MB/s where libdeflate
+//! reached 830; now it reaches 640 (`perf/gzip_scan.rs`). The rules are few: the room for all input and
+//! output of a round is checked at its start, tables are indexed by masked values (safe code), and a distance
+//! is checked against the history before it is used. With debug assertions, as in tests and under the fuzzer,
+//! every access through a pointer is checked again.
 
 #![allow(unsafe_code)]
 
@@ -17,12 +17,12 @@ use super::huffman::{
 };
 use super::marks::MatchLog;
 
-/// Input bytes a round may look at: a few refills, each of which reads 8 bytes and advances by 7 or less.
+/// Input bytes that a round may read: a few refills; each reads 8 bytes and advances by 7 or less.
 const INPUT_ROOM: usize = 32;
-/// Output bytes a round may write: three literals, the longest match, and what its copy overshoots.
+/// Output bytes that a round may write: three literals, the longest match, and the overshoot of its copy.
 pub const OUTPUT_ROOM: usize = 3 + 258 + 32;
 
-/// Why the loop was left.
+/// Reasons for leaving the loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Left {
     /// Not enough room for another round.
@@ -33,39 +33,39 @@ pub enum Left {
     Fault(&'static str),
 }
 
-/// Where the loop reads and writes.
+/// Positions at which the loop reads and writes.
 pub struct Run<'a> {
     pub tables: &'a Tables,
     pub input: &'a [u8],
     /// Bits of `input` consumed.
     pub bit: usize,
-    /// History, then room.
+    /// History, with room behind it.
     pub out: &'a mut [u8],
     /// Bytes of `out` written.
     pub pos: usize,
     /// Start of the history that a match may refer to.
     pub floor: usize,
-    /// No round starts at or past this position.
+    /// No round starts at this position or behind it.
     pub limit: usize,
 }
 
-/// Eight bytes.
+/// Loads eight bytes.
 ///
 /// # Safety
 /// Eight bytes can be read at `at`.
 #[inline(always)]
 unsafe fn load(at: *const u8) -> u64 {
-    // SAFETY: by the caller; an array of bytes needs no alignment.
+    // SAFETY: guaranteed by the caller; an array of bytes needs no alignment.
     u64::from_le_bytes(unsafe { at.cast::<[u8; 8]>().read() })
 }
 
-/// Copies `N` bytes that may overlap, by way of a register.
+/// Copies `N` bytes through a register; the ranges may overlap.
 ///
 /// # Safety
 /// `N` bytes can be read at `from` and written at `to`.
 #[inline(always)]
 unsafe fn copy<const N: usize>(from: *const u8, to: *mut u8) {
-    // SAFETY: by the caller; arrays of bytes need no alignment, and the value is read whole before
+    // SAFETY: guaranteed by the caller; arrays of bytes need no alignment, and the value is read whole before
     // it is written.
     unsafe { to.cast::<[u8; N]>().write(from.cast::<[u8; N]>().read()) };
 }
@@ -73,16 +73,16 @@ unsafe fn copy<const N: usize>(from: *const u8, to: *mut u8) {
 /// Writes a match of `len` bytes at `to`; may write 31 bytes more.
 ///
 /// # Safety
-/// `distance >= 1` bytes before `to` are initialised and `len + 32` bytes can be written there.
+/// `distance >= 1` bytes before `to` must be initialised, and `len + 32` bytes must be writable there.
 #[inline(always)]
 unsafe fn copy_match(mut to: *mut u8, distance: usize, len: usize) {
-    // SAFETY: `from` stays `distance` or more behind `to`, which stays before `end` whenever
-    // something is copied, and no copy is longer than 32 bytes.
+    // SAFETY: `from` stays at least `distance` bytes before `to`, which stays before `end` whenever something
+    // is copied, and no copy is longer than 32 bytes.
     unsafe {
         let mut from = to.sub(distance).cast_const();
         let end = to.add(len);
         if distance >= 8 {
-            // Four at once: most matches end here, and eight is the commonest distance of tables.
+            // Four at once: most matches end here, and eight is the most frequent distance in tables.
             loop {
                 copy::<8>(from, to);
                 copy::<8>(from.add(8), to.add(8));
@@ -104,7 +104,7 @@ unsafe fn copy_match(mut to: *mut u8, distance: usize, len: usize) {
                 }
             }
         } else {
-            // A copy yields `distance` right bytes; those behind them are overwritten.
+            // A copy yields `distance` correct bytes; the bytes behind them are overwritten.
             while to < end {
                 copy::<8>(from, to);
                 from = from.add(distance);
@@ -120,8 +120,8 @@ fn low(bits: u64, count: u32) -> u64 {
 }
 
 impl Run<'_> {
-    /// Decodes until there is no room for another round or the block ends. With `LOG`, matches are
-    /// noted in `log`; `base` is the output position of `out[0]`, of which the low 32 bits count.
+    /// Decodes until there is no room for another round or the block ends. With `LOG`, matches are added to
+    /// `log`. `base` holds the low 32 bits of the output position of `out[0]`.
     pub fn go<const LOG: bool>(&mut self, log: &mut MatchLog, base: u32) -> Left {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("bmi2") {
@@ -131,7 +131,7 @@ impl Run<'_> {
         self.rounds::<LOG>(log, base)
     }
 
-    /// The same with shifts that leave the flags alone and take any register.
+    /// Runs the loop compiled for BMI2: its shifts leave the flags unchanged and take any register.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "bmi1,bmi2")]
     fn with_bmi2<const LOG: bool>(&mut self, log: &mut MatchLog, base: u32) -> Left {
@@ -153,14 +153,14 @@ impl Run<'_> {
         if self.floor > pos {
             return Left::Fault("the history is damaged");
         }
-        // A match yields three bytes at least, so the room suffices; the last may pass the limit.
+        // A match yields at least three bytes, so the room suffices; the last match may pass the limit.
         let room = log.room(if LOG { (limit - pos) / 3 + 2 } else { 0 });
         let (room_start, room_len) = (room.as_mut_ptr(), size_of_val(room));
         let mut room = room_start;
         let phase = (self.bit % 8) as u32;
         let mut count = 56 - phase;
         let (input_start, out_start) = (input.as_ptr(), out.as_mut_ptr());
-        // For the debug assertions alone.
+        // Used only by the debug assertions.
         let (out_end, room_end) = (out_start.addr() + out.len(), room_start.addr() + room_len);
         // SAFETY: `start <= input_limit`, which lies 32 bytes before the end of `input`; `floor <=
         // pos < limit`, which lies OUTPUT_ROOM before the end of `out`.
@@ -175,8 +175,8 @@ impl Run<'_> {
             )
         };
 
-        // Only the low six bits of `count` are meant: entries are subtracted whole.
-        // Bits of `bits` above `count` are those that follow, or zero: a refill sets them to the same again.
+        // Only the low six bits of `count` count, because entries are subtracted whole. Bits of `bits` above
+        // `count` are zero or equal to those of the following input: a refill sets them to the same values.
         macro_rules! refill {
             () => {
                 debug_assert!(next.addr() + 8 <= input.as_ptr_range().end.addr());
@@ -217,7 +217,7 @@ impl Run<'_> {
         refill!();
         let mut entry = look_up!();
         let left = loop {
-            // Here at least 56 bits are at hand, and `entry` is what they begin with.
+            // At least 56 bits are present here, and `entry` is the entry of the first of them.
             if next > input_limit || to >= limit {
                 break Left::Edge;
             }
@@ -264,7 +264,7 @@ impl Run<'_> {
             }
             let len = (entry >> 16) as usize + (low(bits, entry) >> (entry >> 8 & 15)) as usize;
             drop_bits!(entry);
-            // At most 28 bits: rarely not at hand.
+            // At most 28 bits are needed; they are rarely missing.
             if count & 63 < 28 {
                 refill!();
             }
@@ -283,26 +283,26 @@ impl Run<'_> {
             let distance =
                 (entry >> 16) as usize + (low(bits, entry) >> (entry >> 8 & 15)) as usize;
             drop_bits!(entry);
-            // `floor <= to` always.
+            // `floor <= to` always holds.
             if distance > to.addr() - floor.addr() {
                 break Left::Fault("a match reaches back before the start");
             }
-            // The next look-up runs while the match is copied.
+            // The next look-up runs during the copy of the match.
             refill!();
             entry = look_up!();
             if LOG {
                 let at = base.wrapping_add((to.addr() - out_start.addr()) as u32);
                 debug_assert!(room.addr() < room_end);
-                // SAFETY: each entry stands for three bytes or more of output before `limit`, and
-                // so much room was taken.
+                // SAFETY: each entry stands for three bytes or more of output before `limit`, and the log has
+                // room for that many.
                 unsafe {
                     room.write(MatchLog::entry(at, distance as u32, len as u32));
                     room = room.add(1);
                 }
             }
             debug_assert!(distance > 0 && to.addr() + len + 32 <= out_end);
-            // SAFETY: `distance` is at least 1 and within the history; the round began with
-            // OUTPUT_ROOM bytes of room, of which at most two literals were used.
+            // SAFETY: `distance` is at least 1 and within the history; the round began with OUTPUT_ROOM bytes
+            // of room, and at most two literals used some of it.
             unsafe {
                 copy_match(to, distance, len);
                 to = to.add(len);

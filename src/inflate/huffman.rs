@@ -1,9 +1,9 @@
 //! Prefix codes of deflate as look-up tables.
 //!
-//! A table is indexed by the next bits of the stream, low bit first, and says in one word what they
-//! mean and how many of them to drop. Codes longer than the table's index continue in a subtable
-//! behind the main part. Both tables have a power-of-two capacity above their worst case (2342 and
-//! 402 words for 288 and 32 symbols of at most 15 bits), so that a masked index is always in bounds.
+//! A table is indexed by the next bits of the stream, low bit first. Each word holds the meaning of the bits
+//! and the number of bits to drop. Codes longer than the table's index continue in a subtable behind the main
+//! part. Both tables have a power-of-two capacity above their worst case (2342 and 402 words for 288 and 32
+//! symbols of at most 15 bits), so that a masked index is always in bounds.
 //!
 //! ```text
 //! bit 31      literal
@@ -36,11 +36,11 @@ pub const DISTANCE_SIZE: usize = 1024;
 /// Longest code (RFC 1951, 3.2.7).
 const MAX_LEN: usize = 15;
 
-/// The two codes of a block. Side by side, so that the inner loop keeps one address for both.
+/// The two codes of a block, adjacent, so that the inner loop keeps one address for both.
 pub struct Tables {
     pub litlen: [u32; LITLEN_SIZE],
     pub distance: [u32; DISTANCE_SIZE],
-    /// The tables hold the fixed codes: a run of fixed blocks does not rebuild them.
+    /// True if the tables hold the fixed codes; a run of fixed blocks then does not rebuild them.
     fixed: bool,
 }
 
@@ -79,7 +79,7 @@ const DISTANCE: [u32; 32] = {
     table
 };
 
-/// Meaning of each symbol of the code that codes the code lengths: its number.
+/// Meaning of each symbol of the code length code: its number.
 const PRECODE: [u32; 19] = {
     let mut table = [0; 19];
     let mut symbol = 0;
@@ -138,7 +138,7 @@ pub fn fixed_lengths() -> [u8; 288] {
     lens
 }
 
-/// The table of the code length code: 7 index bits, no subtables.
+/// The table of the code length code: indexed by 7 bits, without subtables.
 pub fn precode(lens: &[u8; 19]) -> Result<[u32; 128], &'static str> {
     let mut table = [EXCEPTION; 128];
     build(&mut table, 7, lens, &PRECODE)
@@ -159,14 +159,14 @@ pub fn end_of_block(lens: &[u8]) -> Option<(u32, u32)> {
     Some((code.reverse_bits() >> (32 - u32::from(own)), u32::from(own)))
 }
 
-/// Why lengths are no code.
+/// Reasons why code lengths form no code.
 enum Fault {
     Oversubscribed,
     Incomplete,
 }
 
-/// Fills `table` from code lengths. What zlib takes is taken: a complete code, no code at all, or a
-/// single code of one bit; the unused code words of the latter two decode to an exception.
+/// Fills `table` from code lengths. The accepted codes are those of zlib: a complete code, no code, or a
+/// single code of one bit. The unused code words of the last two decode to an exception.
 fn build(table: &mut [u32], bits: u32, lens: &[u8], meaning: &[u32]) -> Result<(), Fault> {
     let mut count = [0u16; MAX_LEN + 1];
     for &len in lens {
@@ -193,7 +193,7 @@ fn build(table: &mut [u32], bits: u32, lens: &[u8], meaning: &[u32]) -> Result<(
         return Ok(());
     }
 
-    // Symbols in the order of their codes: by length, then by number.
+    // Symbols in the order of their codes: sorted by length, then by number.
     let mut next = [0u16; MAX_LEN + 2];
     for len in 1..=MAX_LEN {
         next[len + 1] = next[len] + count[len];
@@ -208,8 +208,8 @@ fn build(table: &mut [u32], bits: u32, lens: &[u8], meaning: &[u32]) -> Result<(
     }
     let mut symbols = sorted.iter().map(|&symbol| meaning[usize::from(symbol)]);
 
-    // Codes are stored with their first bit lowest. A table of `size` words is doubled for each
-    // further bit: whatever was decided by fewer bits repeats.
+    // Codes are stored with their first bit lowest. A table of `size` words is doubled for each further bit:
+    // its entries, decided by fewer bits, repeat.
     let mut code = 0usize;
     let mut size = 1usize;
     for len in 1..=bits {
@@ -221,7 +221,7 @@ fn build(table: &mut [u32], bits: u32, lens: &[u8], meaning: &[u32]) -> Result<(
         }
     }
 
-    // Longer codes: a subtable for each of their prefixes.
+    // Longer codes have a subtable for each of their prefixes.
     let mut free = size;
     let mut prefix = usize::MAX;
     let (mut start, mut sub_bits) = (0, 0);
@@ -233,7 +233,7 @@ fn build(table: &mut [u32], bits: u32, lens: &[u8], meaning: &[u32]) -> Result<(
                 prefix = code & (size - 1);
                 start = free;
                 sub_bits = len - bits;
-                // Lengthen until the codes that are left fill the subtable.
+                // The length grows until the remaining codes fill the subtable.
                 let mut space = remaining;
                 while space < 1 << sub_bits && bits + sub_bits < MAX_LEN as u32 {
                     sub_bits += 1;

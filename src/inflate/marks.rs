@@ -1,18 +1,19 @@
-//! Which bytes of a window are used.
+//! Marks of the used bytes of a window.
 //!
-//! A reader that starts at a checkpoint needs the 32 KiB before it, but the output after it refers
-//! to few of those bytes: 3.4 of 32 KiB on average. The scan logs the matches near a target; when
-//! 32 KiB have been decoded past a candidate, the log says exactly which bytes of its window they
-//! refer to. No later output can: it lies too far away. Matches that start behind the candidate and
-//! refer to bytes behind it need no mark, as those bytes are rebuilt from marked ones.
+//! A reader that begins at a checkpoint needs the 32 KiB before it, but the output after it refers to few of
+//! those bytes: 3.4 of 32 KiB on average. The scan logs the matches near a target. Once 32 KiB have been
+//! decoded past a candidate, the log shows exactly which bytes of its window they refer to. Later output
+//! cannot refer to the window: the distance is too great. Matches that start behind the candidate and refer
+//! to bytes behind it need no mark, because those bytes are rebuilt from marked ones.
 
-/// Bytes a match can reach back (RFC 1951, 2).
+/// Distance in bytes that a match can reach back (RFC 1951, 2).
 pub const WINDOW: usize = 32768;
 
 /// One bit for each byte of a window.
 pub type Marks = [u64; WINDOW / 64];
 
-/// Matches in output order: low 32 bits of the output position, then distance, then length.
+/// Matches in output order. Each entry holds the low 32 bits of the output position, then the distance, then
+/// the length.
 #[derive(Default)]
 pub struct MatchLog {
     entries: Vec<u64>,
@@ -20,13 +21,13 @@ pub struct MatchLog {
 }
 
 impl MatchLog {
-    /// A match, as the log keeps it.
+    /// A match as an entry of the log.
     #[inline(always)]
     pub fn entry(at: u32, distance: u32, len: u32) -> u64 {
         u64::from(at) << 32 | u64::from(distance << 16 | len)
     }
 
-    /// Room for `more` entries, of which [`note`](Self::note) says how many were written.
+    /// Room for `more` entries; [`note`](Self::note) then sets the number of those written.
     pub fn room(&mut self, more: usize) -> &mut [u64] {
         let need = self.len + more;
         if self.entries.len() < need {
@@ -35,7 +36,7 @@ impl MatchLog {
         &mut self.entries[self.len..need]
     }
 
-    /// Counts the first `written` entries of the room as written.
+    /// Adds the first `written` entries of the room to the log.
     pub fn note(&mut self, written: usize) {
         self.len = (self.len + written).min(self.entries.len());
     }
@@ -50,10 +51,10 @@ impl MatchLog {
         self.len = 0;
     }
 
-    /// Index of the first match at or after output position `at`.
+    /// Index of the first match at output position `at` or later.
     fn first_from(&self, at: u64) -> usize {
         let Some(&first) = self.entries[..self.len].first() else { return 0 };
-        // Positions are compared by their distance from the first: the log never spans 4 GiB.
+        // Positions are compared by their distance from the first one: the log never spans 4 GiB.
         let origin = (first >> 32) as u32;
         let wanted = (at as u32).wrapping_sub(origin);
         if wanted > u32::MAX / 2 {
@@ -63,15 +64,15 @@ impl MatchLog {
             .partition_point(|&entry| ((entry >> 32) as u32).wrapping_sub(origin) < wanted)
     }
 
-    /// Forgets matches before output position `at`.
+    /// Removes matches before output position `at`.
     pub fn forget_before(&mut self, at: u64) {
         let first = self.first_from(at);
         self.entries.copy_within(first..self.len, 0);
         self.len -= first;
     }
 
-    /// The bytes of the window before output position `at` that the 32 KiB after it refer to, and
-    /// their number; `None` as soon as there are `bound` or more.
+    /// The marks of the window bytes before output position `at` that the next 32 KiB refer to, and their
+    /// number; `None` as soon as there are `bound` or more.
     pub fn used(&self, at: u64, bound: u32) -> Option<(Box<Marks>, u32)> {
         let mut marks: Box<Marks> = Box::new([0; WINDOW / 64]);
         let low = at as u32;
@@ -112,7 +113,7 @@ fn mark(marks: &mut Marks, start: usize, len: usize) {
     }
 }
 
-/// `window` with every unmarked byte zero. A window shorter than 32 KiB is the end of one, and is
+/// `window` with every unmarked byte set to zero. A window shorter than 32 KiB is the end of one, and is
 /// padded in front.
 pub fn masked(window: &[u8], marks: &Marks) -> Box<[u8; WINDOW]> {
     let mut sparse = Box::new([0; WINDOW]);
@@ -142,7 +143,7 @@ mod tests {
         let at = u64::from(u32::MAX) - 5; // positions wrap in the log
         log.push((at - 10) as u32, 100, 50); // before the point
         log.push(at as u32, 10, 4); // window[-10..-6]
-        log.push((at + 4) as u32, 6, 100); // window[-2..], then its own copy
+        log.push((at + 4) as u32, 6, 100); // window[-2..], then bytes of its own copy
         log.push((at + 104) as u32, 104, 20); // own bytes
         log.push((at + 32767) as u32, 32768, 258); // the last byte, then its own
         log.push((at + 32768) as u32, 32768, 258); // its own bytes only

@@ -6,9 +6,10 @@
 //! DIR/blobs/sha256/<64 digits>    every document and layer, named by its digest
 //! ```
 //!
-//! Other programs may read the directory at any time. So a blob is written under a spare name, forced to the
-//! disk and renamed; `index.json` is replaced in the same way, by one writer at a time: the lock is on
-//! the file `oci-layout`, which never changes. What is in `index.json` and not ours stays as it is.
+//! Other programs may read the directory at any time. So a blob is written under a temporary name, synced to
+//! the disk and renamed. `index.json` is replaced in the same way, by one writer at a time; the lock is on
+//! the file `oci-layout`, which never changes. Entries and fields of `index.json` that this program did not
+//! write stay unchanged.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, Read as _, Write};
@@ -27,87 +28,87 @@ use formats::oci::manifest::{
     DOCUMENT_LIMIT, Descriptor, Document, Index, ManifestError, Platform, media,
 };
 
-/// The only version of the layout there is.
+/// The only version of the layout that exists.
 const LAYOUT_VERSION: &str = "1.0.0";
 
-/// What files are made with, less the umask.
+/// Mode of new files, before the umask.
 const FILE_MODE: u32 = 0o644;
 
-/// Bytes that are read at once where a whole blob is read.
+/// Number of bytes per read of a whole blob.
 const READ_SIZE: usize = 256 << 10;
 
-/// Depth of indexes within indexes that is followed. One is usual; two exist.
+/// Number of nested indexes that are followed. One is usual; two occur.
 const INDEX_DEPTH: usize = 4;
 
-/// Why a layout cannot be used.
+/// Error of reading or writing a layout.
 #[derive(Debug, Error)]
 pub enum LayoutError {
     /// The operating system refused.
     #[error("Cannot {action} {path}")]
     Io {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
-        /// On what.
+        /// The file or directory.
         path: PathBuf,
         /// The system's reason.
         #[source]
         source: io::Error,
     },
-    /// The directory is no image layout.
+    /// The directory is not an image layout.
     #[error("{dir} is not an OCI image layout: {reason}")]
     NotLayout {
         /// The directory.
         dir: PathBuf,
-        /// What it lacks.
+        /// The part that it lacks.
         reason: &'static str,
     },
     /// A document of the layout that cannot be read.
-    #[error("{path} cannot be understood")]
+    #[error("{path} is not a valid document")]
     Document {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The fault.
         #[source]
         source: ManifestError,
     },
-    /// A blob whose bytes are not those of its name.
+    /// A blob whose bytes do not match its name.
     #[error(
         "{path} is damaged: it should have {size} bytes with the digest in its name, and has {found}"
     )]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// The size it should have.
+        /// The size in its descriptor.
         size: u64,
-        /// What it has.
+        /// The digest or size found.
         found: String,
     },
-    /// A document too large to be one.
-    #[error("{path} has {size} bytes; at most {DOCUMENT_LIMIT} are read of a document")]
+    /// A document above the size limit.
+    #[error("{path} has {size} bytes; a document may have at most {DOCUMENT_LIMIT}")]
     Large {
         /// The file.
         path: PathBuf,
-        /// Its size by its descriptor.
+        /// Its size in its descriptor.
         size: u64,
     },
-    /// No image of this tag.
+    /// The layout has no image with this tag.
     #[error("{dir} has no image {tag:?}; it has {found}")]
     NoTag {
         /// The directory.
         dir: PathBuf,
-        /// The tag asked for.
+        /// The requested tag.
         tag: String,
-        /// The tags there are.
+        /// The tags in the layout.
         found: String,
     },
-    /// A name that fits several images.
+    /// A name that matches several images.
     #[error("{dir} has several images for {wanted}; name one of {found}")]
     Ambiguous {
         /// The directory.
         dir: PathBuf,
-        /// What was asked for.
+        /// The requested name.
         wanted: String,
-        /// The tags there are.
+        /// The tags in the layout.
         found: String,
     },
 }
@@ -122,7 +123,7 @@ impl Layout {
     /// Opens an existing layout.
     ///
     /// # Errors
-    /// [`LayoutError::NotLayout`] when `dir` is none, or of another version.
+    /// [`LayoutError::NotLayout`] if `dir` is not a layout, or is one of another version.
     pub fn open(dir: &Path) -> Result<Self, LayoutError> {
         let not = |reason| LayoutError::NotLayout { dir: dir.to_owned(), reason };
         let marker = match read_small(&dir.join("oci-layout")) {
@@ -139,10 +140,10 @@ impl Layout {
         Ok(Self { dir: dir.to_owned() })
     }
 
-    /// Opens a layout, or makes an empty one where nothing is.
+    /// Opens a layout, or makes an empty one in a missing or empty directory.
     ///
     /// # Errors
-    /// As [`open`](Self::open), and when `dir` holds other files.
+    /// The errors of [`open`](Self::open), and [`LayoutError::NotLayout`] if `dir` holds other files.
     pub fn open_or_create(dir: &Path) -> Result<Self, LayoutError> {
         if dir.join("oci-layout").exists() {
             let layout = Self::open(dir)?;
@@ -151,7 +152,7 @@ impl Layout {
         let layout = Self { dir: dir.to_owned() };
         fs::create_dir_all(dir).map_err(io_error("make", dir))?;
         let mut others = fs::read_dir(dir).map_err(io_error("list", dir))?.filter_map(Result::ok);
-        // A maker that was interrupted, or that runs at this moment, leaves these and no more.
+        // Another process that makes this layout, now or until it was interrupted, leaves only these files.
         if others.any(|entry| {
             let name = entry.file_name();
             name != "blobs"
@@ -174,7 +175,7 @@ impl Layout {
                 if source.kind() == io::ErrorKind::AlreadyExists => {}
             done => done?,
         }
-        // Last: with it, the directory is a layout.
+        // This file comes last: with it, the directory is a layout.
         write_atomically(
             &dir.join("oci-layout"),
             json!({ "imageLayoutVersion": LAYOUT_VERSION }).to_string().as_bytes(),
@@ -197,13 +198,13 @@ impl Layout {
         &self.dir
     }
 
-    /// Where the blob of this digest is, or would be.
+    /// Path of the blob with this digest, present or not.
     #[must_use]
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.blobs().join(digest.hex())
     }
 
-    /// Whether there is a blob of this digest and size. Its bytes are not read.
+    /// True if a blob with this digest and size is present. Its bytes are not read.
     #[must_use]
     pub fn has_blob(&self, digest: &Digest, size: u64) -> bool {
         fs::metadata(self.blob_path(digest)).is_ok_and(|blob| blob.is_file() && blob.len() == size)
@@ -212,7 +213,7 @@ impl Layout {
     /// Reads a document (manifest, index, config), verified by size and digest.
     ///
     /// # Errors
-    /// [`LayoutError`]; never bytes that are not those of the descriptor.
+    /// [`LayoutError`]; bytes that do not match the descriptor are never returned.
     pub fn read_blob(&self, blob: &Descriptor) -> Result<Vec<u8>, LayoutError> {
         let path = self.blob_path(&blob.digest);
         if blob.size > DOCUMENT_LIMIT {
@@ -226,10 +227,10 @@ impl Layout {
         Ok(bytes)
     }
 
-    /// Reads a blob of any size through, and verifies it.
+    /// Reads all of a blob of any size and verifies it.
     ///
     /// # Errors
-    /// [`LayoutError::Damaged`] when it is not what its name says.
+    /// [`LayoutError::Damaged`] if its bytes do not match its name.
     pub fn verify_blob(&self, blob: &Descriptor) -> Result<(), LayoutError> {
         let path = self.blob_path(&blob.digest);
         let file = File::open(&path).map_err(io_error("open", &path))?;
@@ -290,7 +291,7 @@ impl Layout {
     /// The images of the layout in the order of `index.json`: tag and descriptor.
     ///
     /// # Errors
-    /// [`LayoutError::Document`] when `index.json` is not an index.
+    /// [`LayoutError::Document`] if `index.json` is not an index.
     pub fn list(&self) -> Result<Vec<(Option<String>, Descriptor)>, LayoutError> {
         let index = self.index()?;
         Ok(index
@@ -311,11 +312,11 @@ impl Layout {
         }
     }
 
-    /// The image of a tag: an entry with this reference name, else with this full name (containerd's
-    /// export has both). Without a tag, the only image or the one called `latest`.
+    /// The image with a tag: an entry with this reference name, or else with this full name (containerd's
+    /// export has both). Without a tag: the only image, or the one called `latest`.
     ///
     /// # Errors
-    /// [`LayoutError::NoTag`] and [`LayoutError::Ambiguous`], which list the tags.
+    /// [`LayoutError::NoTag`] and [`LayoutError::Ambiguous`]; both list the tags.
     pub fn resolve(&self, tag: Option<&str>) -> Result<Descriptor, LayoutError> {
         let images: Vec<Descriptor> = self.index()?.images().cloned().collect();
         let by = |key: &str, value: &str| -> Vec<&Descriptor> {
@@ -368,10 +369,10 @@ impl Layout {
             .map_err(|source| LayoutError::Document { path, source })
     }
 
-    /// The descriptor of the image manifest for a platform, through the indexes on the way.
+    /// The descriptor of the image manifest for a platform, found through the indexes in between.
     ///
     /// # Errors
-    /// [`LayoutError::Document`] with [`ManifestError::NoPlatform`] when there is none.
+    /// [`LayoutError::Document`] with [`ManifestError::NoPlatform`] if no image fits.
     pub fn select(
         &self,
         image: &Descriptor,
@@ -391,17 +392,17 @@ impl Layout {
         Err(LayoutError::Document { path, source: ManifestError::Kind(reason) })
     }
 
-    /// Names an image: the entry of this tag in `index.json` becomes `image`, or is added. All other entries
-    /// and fields stay.
+    /// Gives an image its tag: the entry with this tag in `index.json` becomes `image`, or is added. All
+    /// other entries and fields stay.
     ///
     /// # Errors
-    /// [`LayoutError`]; `index.json` is then as it was.
+    /// [`LayoutError`]; `index.json` is then unchanged.
     pub fn put(&self, tag: &str, image: &Descriptor) -> Result<(), LayoutError> {
         let lock_path = self.dir.join("oci-layout");
         let lock = File::open(&lock_path).map_err(io_error("open", &lock_path))?;
         flock(&lock, FlockOperation::LockExclusive)
             .map_err(|error| io_error("lock", &lock_path)(error.into()))?;
-        self.index()?; // what is replaced must be an index
+        self.index()?; // the replaced file must be an index
         let path = self.dir.join("index.json");
         let json = |source| LayoutError::Document {
             path: path.clone(),
@@ -415,7 +416,8 @@ impl Layout {
         let manifests = index.get_mut("manifests").and_then(Value::as_array_mut);
         let manifests = manifests
             .ok_or_else(|| LayoutError::Document { path: path.clone(), source: not_list() })?;
-        // The first entry of the tag is replaced where it stands; further ones would be a lie.
+        // The first entry with the tag is replaced in its place. Further entries with this tag are removed:
+        // they would name another image.
         manifests.retain_mut(|present| {
             let is_same = present
                 .pointer("/annotations")
@@ -429,11 +431,11 @@ impl Layout {
         });
         manifests.extend(entry);
         write_atomically(&path, index.to_string().as_bytes())
-        // The lock goes with the file.
+        // Closing the file releases the lock.
     }
 }
 
-/// A blob that is being written. Dropped without [`commit`](Self::commit), it leaves nothing.
+/// A blob that is being written. If it is dropped without [`commit`](Self::commit), nothing remains.
 #[derive(Debug)]
 pub struct BlobWriter {
     file: NamedTempFile,
@@ -449,8 +451,8 @@ impl BlobWriter {
         self.size
     }
 
-    /// Gives the blob its name, after its bytes have reached the disk. A blob that is there already is
-    /// replaced by the same bytes: that repairs one that was damaged.
+    /// Gives the blob its name, after its bytes have reached the disk. An existing blob of this name is
+    /// replaced by the same bytes, which repairs a damaged one.
     ///
     /// # Errors
     /// [`LayoutError::Io`].
@@ -488,7 +490,7 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Layo
     move |source| LayoutError::Io { action, path, source }
 }
 
-/// A file of the layout itself.
+/// Reads a file of the layout itself.
 fn read_small(path: &Path) -> Result<Vec<u8>, LayoutError> {
     let file = File::open(path).map_err(io_error("open", path))?;
     let mut bytes = Vec::new();
@@ -499,7 +501,7 @@ fn read_small(path: &Path) -> Result<Vec<u8>, LayoutError> {
     }
 }
 
-/// What the spare names of files in the making start with.
+/// Prefix of the temporary names of unfinished files.
 const TEMPORARY: &str = ".turbobd-";
 
 fn temporary(folder: &Path) -> Result<NamedTempFile, LayoutError> {
@@ -514,7 +516,7 @@ enum Overwrite {
     Never,
 }
 
-/// Forces a file to the disk and gives it its name.
+/// Syncs a file to the disk and gives it its name.
 fn persist(file: NamedTempFile, place: &Path, overwrite: Overwrite) -> Result<(), LayoutError> {
     file.as_file().sync_all().map_err(io_error("write", place))?;
     let done = match overwrite {

@@ -1,15 +1,15 @@
 //! A run of bytes that can be read at any position.
 //!
-//! Formats parse from a [`ByteSource`] and do not care whether it is memory, a file or a range of a
-//! blob in a registry. A source is immutable and its length never changes while it is open; whoever
-//! truncates a file underneath gets [`SourceError`], not wrong bytes.
+//! Formats parse from a [`ByteSource`], which can be memory, a file or a range of a blob in a registry. A
+//! source is immutable and its length never changes while it is open; if a file is truncated during that
+//! time, reads return [`SourceError`], not wrong bytes.
 //!
-//! What a disk is read through wants more of a remote source than single reads: several neighbouring
-//! pieces by one request, each handed on as soon as it is whole ([`ByteSource::read_run`]), and to say
-//! how urgent it is ([`Class`]).
+//! The read path of a disk needs more from a remote source than single reads: several neighbouring pieces by
+//! one request, each passed on as soon as it is complete ([`ByteSource::read_run`]), and an urgency
+//! ([`Class`]).
 //!
-//! Real: [`FileSource`], [`MemorySource`], [`SubSource`], and the registry's blob. For tests:
-//! [`FaultySource`], which fails or lies at chosen offsets.
+//! Implementations: [`FileSource`], [`MemorySource`], [`SubSource`], and the registry's blob. For tests:
+//! [`FaultySource`], which fails or returns wrong bytes at chosen offsets.
 
 use std::fmt;
 use std::fs::File;
@@ -23,17 +23,17 @@ use thiserror::Error;
 
 use crate::traffic::Traffic;
 
-/// Why bytes could not be had. Cheap to clone: one failed read may have many waiters.
+/// Error of reading bytes. Cheap to clone: one failed read can have many waiters.
 #[derive(Clone, Debug, Error)]
 pub enum SourceError {
     /// The operating system refused.
     #[error("Cannot read {len} bytes at {offset} of {name}")]
     Io {
-        /// What was read: a path or a blob.
+        /// Name of the source: a path or a blob.
         name: String,
-        /// First byte asked for.
+        /// First requested byte.
         offset: u64,
-        /// Number of bytes asked for.
+        /// Number of requested bytes.
         len: usize,
         /// The system's reason.
         #[source]
@@ -42,51 +42,51 @@ pub enum SourceError {
     /// The range does not lie inside the source.
     #[error("Bytes {offset}..{end} of {name} do not exist: it has {size} bytes")]
     PastEnd {
-        /// What was read.
+        /// Name of the source.
         name: String,
-        /// First byte asked for.
+        /// First requested byte.
         offset: u64,
-        /// One past the last byte asked for.
+        /// One past the last requested byte.
         end: u64,
         /// Length of the source.
         size: u64,
     },
-    /// A registry did not deliver; the text says what it answered and after how many tries.
+    /// A registry did not deliver; the text has its answer and the number of tries.
     #[error("Cannot fetch bytes {offset}..{end} of {name}: {reason}")]
     Remote {
         /// Blob and host.
         name: String,
-        /// First byte asked for.
+        /// First requested byte.
         offset: u64,
-        /// One past the last byte asked for.
+        /// One past the last requested byte.
         end: u64,
-        /// What happened, as a sentence without a full stop.
+        /// The failure, as a sentence without a full stop.
         reason: String,
-        /// Whether it is no use to try again.
+        /// True if another try cannot succeed.
         lasting: bool,
     },
 }
 
-/// How urgent a read is; the first is the most urgent. Demand never waits behind the others.
+/// Urgency of a read; the first is the most urgent. Demand never waits behind the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Class {
     /// A process waits for it.
     Demand,
-    /// A process will probably ask for it soon.
+    /// A process will probably request it soon.
     Prefetch,
-    /// Nobody asked: the rest of a layer, fetched with what the line has to spare.
+    /// No process requested it: the rest of a layer, fetched with spare capacity of the line.
     Fill,
 }
 
 /// The buffers of one read that fills several, one after the other.
 pub trait Run {
-    /// Room for the next bytes, up to the end of a buffer; never empty. `None`: all buffers are full.
+    /// Room for the next bytes, up to the end of a buffer; never empty. `None` if all buffers are full.
     fn room(&mut self) -> Option<&mut [u8]>;
 
-    /// That many bytes were put into the room. A buffer that is full by that is handed on.
+    /// Reports that this many bytes were put into the room. A buffer that is full then is passed on.
     fn filled(&mut self, bytes: usize);
 
-    /// Puts bytes in, as many as there is room for.
+    /// Puts bytes in, as many as fit.
     fn put(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty()
             && let Some(room) = self.room()
@@ -106,7 +106,7 @@ pub struct OneBuffer<'a> {
 }
 
 impl<'a> OneBuffer<'a> {
-    /// Nothing is filled yet.
+    /// A run with an empty buffer.
     pub fn new(buffer: &'a mut [u8]) -> Self {
         Self { buffer, filled: 0 }
     }
@@ -127,22 +127,22 @@ pub trait ByteSource: Send + Sync {
     /// Length in bytes.
     fn len(&self) -> u64;
 
-    /// Whether there is nothing to read.
+    /// True if there are no bytes.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Fills `buf` from byte `offset` on, whole or not at all.
+    /// Fills `buf` from byte `offset` on, completely or not at all.
     ///
     /// # Errors
-    /// [`SourceError::PastEnd`] when the range leaves the source, else what the source says.
+    /// [`SourceError::PastEnd`] if the range leaves the source, otherwise the error of the source.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError>;
 
-    /// Fills the buffers of `run`, together as long as `range`, with its bytes: by one request where
-    /// that matters, and each buffer is handed on as soon as it is full.
+    /// Fills the buffers of `run`, together as long as `range`, with its bytes: by one request if requests
+    /// are costly. Each buffer is passed on as soon as it is full.
     ///
     /// # Errors
-    /// As [`read_exact_at`](Self::read_exact_at); buffers handed on before are good.
+    /// The errors of [`read_exact_at`](Self::read_exact_at); buffers passed on before stay valid.
     fn read_run(
         &self,
         range: Range<u64>,
@@ -160,28 +160,28 @@ pub trait ByteSource: Send + Sync {
         Ok(())
     }
 
-    /// Whether a read costs no more than a system call, so that nothing is gained by asking for
-    /// neighbours at once or ahead of time.
+    /// True if a read costs no more than a system call, so that joint requests and requests ahead of time
+    /// gain nothing.
     fn is_local(&self) -> bool {
         true
     }
 
-    /// The bytes of `range` turned out to be wrong: ask somebody else for them next time.
+    /// Reports that the bytes of `range` were wrong: the next read should use another server.
     fn distrust(&self, range: Range<u64>) {
         let _ = range;
     }
 
-    /// What this source brought from afar so far.
+    /// Counts of bytes and requests from remote hosts so far.
     fn traffic(&self) -> Traffic {
         Traffic::default()
     }
 
-    /// All bytes as one address, when they lie in memory already.
+    /// All bytes as one slice, if they are in memory already.
     fn as_slice(&self) -> Option<&[u8]> {
         None
     }
 
-    /// What to call this source in a message: a path or a digest.
+    /// Name of this source in messages: a path or a digest.
     fn name(&self) -> &str;
 }
 
@@ -191,7 +191,7 @@ impl fmt::Debug for dyn ByteSource {
     }
 }
 
-/// `offset + len` when it lies inside `size`.
+/// Returns `offset + len` if it lies inside `size`.
 fn check_range(name: &str, size: u64, offset: u64, len: usize) -> Result<(), SourceError> {
     let end = offset.saturating_add(len as u64);
     if end > size {
@@ -207,7 +207,7 @@ pub struct MemorySource {
     bytes: SharedBytes,
 }
 
-/// Bytes in memory, whatever keeps them there.
+/// Shared bytes in memory, of any owner.
 pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 impl MemorySource {
@@ -217,7 +217,7 @@ impl MemorySource {
         Self::shared(name, Arc::new(bytes))
     }
 
-    /// Takes bytes that others hold too, without a copy.
+    /// Takes shared bytes without a copy.
     pub fn shared(name: impl Into<String>, bytes: SharedBytes) -> Self {
         Self { name: name.into(), bytes }
     }
@@ -259,7 +259,7 @@ impl FileSource {
     /// Opens `path` and takes its present length as final.
     ///
     /// # Errors
-    /// [`SourceError::Io`] when the file cannot be opened.
+    /// [`SourceError::Io`] if the file cannot be opened.
     pub fn open(path: &Path) -> Result<Self, SourceError> {
         let name = path.display().to_string();
         let io = |source| SourceError::Io {
@@ -305,7 +305,7 @@ impl SubSource {
     /// Bytes `start..start + len` of `inner`.
     ///
     /// # Errors
-    /// [`SourceError::PastEnd`] when the range leaves `inner`.
+    /// [`SourceError::PastEnd`] if the range leaves `inner`.
     pub fn new(inner: Arc<dyn ByteSource>, start: u64, len: u64) -> Result<Self, SourceError> {
         let end = start.saturating_add(len);
         if end > inner.len() {
@@ -363,13 +363,13 @@ impl ByteSource for SubSource {
     }
 }
 
-/// A source that misbehaves on purpose, for tests of everything above it.
+/// A source with deliberate faults, for tests of all code above it.
 pub struct FaultySource {
     inner: Arc<dyn ByteSource>,
     faults: Vec<Fault>,
 }
 
-/// What [`FaultySource`] does to a read that touches a byte.
+/// Fault of a [`FaultySource`] in a read that touches a byte.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
     /// Reads that touch this byte fail.

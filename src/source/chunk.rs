@@ -1,17 +1,16 @@
-//! A blob that decodes in pieces.
+//! Chunks: a blob that decodes in pieces.
 //!
-//! A *chunk* is what is fetched, verified, decoded and cached as a whole: a segment of a gzip layer,
-//! a group of blocks of a `ZFile`, a slice of an uncompressed layer. [`ChunkSource`] says where the
-//! chunks lie and decodes one on request; the cache decides when, and
-//! the fetcher in which company.
+//! A *chunk* is the unit of fetching, verifying and caching, one decoded piece of a blob: a segment of a gzip
+//! layer, a group of blocks of a `ZFile`, a slice of an uncompressed layer. [`ChunkSource`] gives the
+//! positions of the chunks and decodes one on request. The [`cache`](blobs::cache) decides when a chunk is
+//! decoded, and [`fetch`](blobs::fetch) which chunks are fetched together.
 //!
-//! A chunk decodes alone, but for those of a long zstd frame, which decode one after the other from its
-//! beginning: see [`ChunkSource::serial`].
+//! Each chunk decodes alone. The exception is a long zstd frame: its chunks decode one after the other, from
+//! the beginning of the frame (see [`ChunkSource::serial`]).
 //!
-//! Real: `gzip::IndexedLayer`, `segments::SegmentedLayer`, the `ZFile`
-//! reader and [`PlainChunks`]. In memory and
-//! faulty: build one from [`MemorySource`](crate::MemorySource) or
-//! [`FaultySource`](crate::FaultySource) under [`PlainChunks`].
+//! Implementations: [`gzip::IndexedLayer`](formats::gzip), [`segments::SegmentedLayer`](formats::segments), the
+//! `ZFile` reader and [`PlainChunks`]. For tests in memory or with faults, put [`PlainChunks`] over a
+//! [`MemorySource`](crate::MemorySource) or a [`FaultySource`](crate::FaultySource).
 
 use std::fmt;
 use std::ops::{Deref, Range};
@@ -21,13 +20,13 @@ use thiserror::Error;
 
 use crate::{ByteSource, SourceError};
 
-/// Why a chunk could not be made. Shared by everyone who waited for it.
+/// Error of making a chunk. All threads that wait for the chunk receive the same error.
 #[derive(Clone, Debug, Error)]
 pub enum ChunkError {
-    /// The encoded bytes could not be had.
+    /// The encoded bytes could not be fetched.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// The bytes arrived but are not what the index says they are.
+    /// The bytes arrived but fail a check of the index.
     #[error("Chunk {chunk} of {blob} (bytes {start}..{end} of the blob) is damaged: {reason}")]
     Damaged {
         /// The blob.
@@ -36,7 +35,7 @@ pub enum ChunkError {
         chunk: u32,
         /// First encoded byte.
         start: u64,
-        /// One past the last encoded byte.
+        /// The failed check.
         end: u64,
         /// Which check failed.
         reason: String,
@@ -45,21 +44,21 @@ pub enum ChunkError {
 
 /// Decoded bytes of one chunk.
 ///
-/// The decoder may need room in front of the data (a gzip segment is decoded behind its window), so
-/// the data is a range of the room rather than all of it.
+/// The decoder may need room in front of the data: a gzip segment is decoded behind its window. So the data
+/// is a range of the room and not all of it.
 pub struct ChunkBytes {
     room: Box<dyn Room>,
     data: Range<usize>,
 }
 
-/// Memory that a chunk is decoded into: on the heap, or a piece of a cache's arena. It does not move
-/// as long as it lives.
+/// Memory that a chunk is decoded into: heap memory or a piece of a cache's arena. Its address does not
+/// change during its life.
 pub trait Room: Send + Sync {
     /// The bytes.
     fn bytes(&self) -> &[u8];
-    /// The bytes, for the decoder.
+    /// The bytes, writable for the decoder.
     fn bytes_mut(&mut self) -> &mut [u8];
-    /// Bytes of a cache's budget that this takes; 0 for memory that no cache counts.
+    /// Number of bytes that this room takes from a cache's budget; 0 for memory that no cache counts.
     fn held(&self) -> u64 {
         0
     }
@@ -78,14 +77,14 @@ impl ChunkBytes {
     /// The bytes of `room` in `data`.
     ///
     /// # Panics
-    /// When `data` does not lie in `room`: a bug of the decoder, not a matter of input.
+    /// If `data` does not lie in `room`: a bug of the decoder, which no input can cause.
     #[must_use]
     pub fn new(room: Box<dyn Room>, data: Range<usize>) -> Self {
         assert!(data.start <= data.end && data.end <= room.bytes().len());
         Self { room, data }
     }
 
-    /// Bytes of the cache's budget that are taken: 0 when the chunk is on the heap.
+    /// Number of bytes taken from the cache's budget; 0 for a chunk on the heap.
     #[must_use]
     pub fn held(&self) -> u64 {
         self.room.held()
@@ -112,14 +111,14 @@ impl fmt::Debug for ChunkBytes {
     }
 }
 
-/// Where a chunk lies in its blob, and what its decoder wants around it.
+/// Position of a chunk in its blob, and the room that its decoder needs around it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Encoded {
-    /// The chunk's bytes of the blob. Neighbours may share a byte.
+    /// The chunk's byte range in the blob. Neighbours may share a byte.
     pub range: Range<u64>,
-    /// Bytes of room that the decoder wants in front of them.
+    /// Bytes of room that the decoder needs in front of them.
     pub head: usize,
-    /// Bytes of room that the decoder wants behind them.
+    /// Bytes of room that the decoder needs behind them.
     pub tail: usize,
 }
 
@@ -130,14 +129,14 @@ impl Encoded {
         self.range.end.saturating_sub(self.range.start) as usize
     }
 
-    /// Whether there are none.
+    /// True if the range is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// The encoded bytes of a chunk, with the room that its decoder wants around them.
+/// The encoded bytes of a chunk, with the room that its decoder needs around them.
 #[derive(Debug, Default)]
 pub struct EncodedChunk {
     buffer: Vec<u8>,
@@ -145,7 +144,7 @@ pub struct EncodedChunk {
 }
 
 impl EncodedChunk {
-    /// Room for the bytes of `place`, in a buffer that may have been used before.
+    /// Makes room for the bytes of `place`, in a buffer that may have been used before.
     #[must_use]
     pub fn new(place: &Encoded, mut buffer: Vec<u8>) -> Self {
         let data = place.head..place.head + place.len();
@@ -161,17 +160,17 @@ impl EncodedChunk {
         &self.buffer[self.data.clone()]
     }
 
-    /// The encoded bytes, to be filled.
+    /// The encoded bytes, writable.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.buffer[self.data.clone()]
     }
 
-    /// The bytes with the room around them, for the decoder, who leaves the bytes as they were.
+    /// The bytes with the room around them, for the decoder, which leaves the bytes unchanged.
     pub fn with_room(&mut self) -> &mut [u8] {
         &mut self.buffer
     }
 
-    /// The buffer, and where in it the encoded bytes are.
+    /// The buffer, and the range of the encoded bytes in it.
     #[must_use]
     pub fn into_parts(self) -> (Vec<u8>, Range<usize>) {
         (self.buffer, self.data)
@@ -184,7 +183,7 @@ impl EncodedChunk {
     }
 }
 
-/// Where one chunk lies in the decoded bytes.
+/// Position of one chunk in the decoded bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkSpan {
     /// Number of the chunk, from 0.
@@ -200,17 +199,18 @@ pub trait SerialDecoder: Send {
     /// Verifies and decodes the next chunk into `room`, of [`ChunkSource::room`] bytes.
     ///
     /// # Errors
-    /// [`ChunkError::Damaged`]; then nothing of `room` may be used, and the decoder is of no further use.
+    /// [`ChunkError::Damaged`]. Then no byte of `room` may be used, and the decoder must be dropped.
     fn decode_next(&mut self, encoded: &EncodedChunk, room: &mut [u8]) -> Result<(), ChunkError>;
 }
 
-/// A blob whose decoded bytes come in chunks.
+/// A blob that decodes in chunks.
 ///
-/// Fetching and decoding are separate steps, for they happen on different threads: whoever fetches
-/// asks where chunks lie and may fetch several neighbours at once; whoever decodes needs no network.
+/// Fetching and decoding are separate steps because they happen on different threads. The fetching thread
+/// asks for the positions of chunks and may fetch several neighbours at once. The decoding thread needs no
+/// network.
 pub trait ChunkSource: Send + Sync {
-    /// What distinguishes this blob from all others in a cache: its digest, what it is decoded as,
-    /// and where its chunks begin. The same blob by another index has another id.
+    /// Identity of this blob in a cache: its digest, its decoding, and the positions of its chunks. With
+    /// another index, the same blob has another id.
     fn id(&self) -> &str;
 
     /// Decoded length in bytes.
@@ -225,20 +225,20 @@ pub trait ChunkSource: Send + Sync {
     /// The bytes that chunks are decoded from.
     fn blob(&self) -> &Arc<dyn ByteSource>;
 
-    /// Where chunk `index` lies in the blob; chunks lie there in their order.
+    /// Position of chunk `index` in the blob. Chunks lie there in the order of their numbers.
     ///
     /// # Errors
-    /// [`ChunkError`] when there is no such chunk.
+    /// [`ChunkError`] if there is no such chunk.
     fn encoded(&self, index: u32) -> Result<Encoded, ChunkError>;
 
-    /// Bytes of room that chunk `index` is decoded into: its own length and what its decoder needs.
+    /// Bytes of room that chunk `index` is decoded into: its own length plus the room that its decoder needs.
     fn room(&self, index: u32) -> usize;
 
-    /// Verifies and decodes a chunk into `room`, of [`Self::room`] bytes, and says where in it the
-    /// chunk lies.
+    /// Verifies and decodes a chunk into `room`, of [`Self::room`] bytes, and returns the range of the chunk
+    /// in it.
     ///
     /// # Errors
-    /// [`ChunkError::Damaged`]; then nothing of `room` may be used.
+    /// [`ChunkError::Damaged`]. Then no byte of `room` may be used.
     fn decode(
         &self,
         index: u32,
@@ -246,68 +246,68 @@ pub trait ChunkSource: Send + Sync {
         room: &mut [u8],
     ) -> Result<Range<usize>, ChunkError>;
 
-    /// The chunks that are decoded one after the other to get at chunk `index` or at others of the same frame: of
-    /// most blobs only itself, and [`decode`](Self::decode) decodes it alone. If there are more, it does
-    /// not, and they are decoded from the first on by [`begin_serial`](Self::begin_serial).
+    /// The chunks that must be decoded one after the other to get chunk `index`. In most blobs the range
+    /// holds only `index`, and [`decode`](Self::decode) decodes it alone. If the range holds more chunks,
+    /// `decode` refuses; [`begin_serial`](Self::begin_serial) decodes them from the first on.
     fn serial(&self, index: u32) -> Range<u32> {
         index..index.saturating_add(1)
     }
 
-    /// Whether chunk `index` is one of several that are decoded one after the other.
+    /// True if chunk `index` is one of several that are decoded one after the other.
     fn is_serial(&self, index: u32) -> bool {
         self.serial(index).len() > 1
     }
 
-    /// Decoded length in bytes of the longest frame whose chunks are decoded one after the other, 0 if there is none.
+    /// Decoded length in bytes of the longest frame whose chunks are decoded one after the other; 0 if there
+    /// is no such frame.
     fn longest_serial(&self) -> u64 {
         0
     }
 
-    /// Bytes of memory that decoding a frame takes which begins with these encoded bytes: its window.
+    /// Bytes of memory needed to decode a frame that begins with these encoded bytes: its window.
     fn serial_memory(&self, first: &[u8]) -> u64 {
         let _ = first;
         0
     }
 
-    /// Begins to decode the chunks of a frame, of which `first` is the first.
+    /// Begins to decode the chunks of a frame; `first` is the first of them.
     ///
     /// # Errors
-    /// [`ChunkError`] when it is not, or there is no memory for a decoder.
+    /// [`ChunkError`] if `first` is not the first chunk of a frame, or there is no memory for a decoder.
     fn begin_serial(&self, first: u32) -> Result<Box<dyn SerialDecoder>, ChunkError> {
         let blob = self.blob().name().to_owned();
         let reason = "it is not the first of a frame".to_owned();
         Err(ChunkError::Damaged { blob, chunk: first, start: 0, end: 0, reason })
     }
 
-    /// Where chunk `index` lies in the decoded bytes; `None` when that cannot be told by its number.
+    /// Position of chunk `index` in the decoded bytes; `None` if it cannot be computed from the number.
     fn span(&self, index: u32) -> Option<ChunkSpan> {
         let _ = index;
         None
     }
 
-    /// Whether decoding a chunk takes longer than reading what it decodes to from a disk.
+    /// True if decoding a chunk takes longer than reading its decoded bytes from a disk.
     fn is_costly(&self) -> bool {
         false
     }
 
-    /// Whether the encoded bytes alone, without decoding, are what they should be; `None` when
-    /// nothing says so.
+    /// Checks the encoded bytes without decoding them; `None` if the index has no checksum of them.
     fn verify(&self, index: u32, encoded: &[u8]) -> Option<bool> {
         let _ = (index, encoded);
         None
     }
 
-    /// Whether these are the decoded bytes of a chunk; `None` when nothing says so.
+    /// Checks the decoded bytes of a chunk; `None` if the index has no checksum of them.
     fn verify_decoded(&self, index: u32, decoded: &[u8]) -> Option<bool> {
         let _ = (index, decoded);
         None
     }
 
-    /// Fetches, verifies and decodes a chunk on this thread, twice if it is damaged the first time. In a long frame
-    /// everything before it is decoded too.
+    /// Fetches, verifies and decodes a chunk on this thread, twice if it is damaged the first time. In a long
+    /// frame, all chunks before it are decoded too.
     ///
     /// # Errors
-    /// [`ChunkError`]; nothing unverified is ever returned.
+    /// [`ChunkError`]; unverified bytes are never returned.
     fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {
         let serial = self.serial(index);
         if serial.len() > 1 {
@@ -326,7 +326,7 @@ pub trait ChunkSource: Send + Sync {
             self.decode(index, &mut encoded, &mut room)
         };
         let data = match load() {
-            // Damage on the way, or one bad node of many, is another time not there.
+            // Damage on the way, or from one bad node of several, is often gone at the next attempt.
             Err(error @ ChunkError::Damaged { .. }) => {
                 tracing::debug!(%error, "loading it again");
                 self.blob().distrust(place.range.clone());
@@ -337,7 +337,8 @@ pub trait ChunkSource: Send + Sync {
         Ok(ChunkBytes::new(Box::new(room), data))
     }
 
-    /// The same for chunks of one long frame from its first on, each given to `each`.
+    /// Loads the chunks of one long frame from its first on, in the way of [`load`](Self::load), and gives
+    /// each to `each`.
     ///
     /// # Errors
     /// [`ChunkError`].
@@ -367,18 +368,18 @@ pub trait ChunkSource: Send + Sync {
 
 /// An uncompressed blob in chunks of one size: a plain tar layer.
 ///
-/// Nothing in the format verifies such a range; only the blob's digest does, over the whole.
+/// The format has no checksum of such a range. Only the blob's digest verifies it, and only as a whole.
 pub struct PlainChunks {
     id: String,
     source: Arc<dyn ByteSource>,
 }
 
 impl PlainChunks {
-    /// Bytes in a chunk: large enough that a sequential reader makes few requests, small enough
-    /// that one 4 KiB read of a cold file does not fetch much more than it needs.
+    /// Bytes in a chunk: large enough for few requests of a sequential reader, small enough that a 4 KiB read
+    /// of a cold file fetches little that it does not need.
     pub const CHUNK: u64 = 256 << 10;
 
-    /// Chunks of `source`, known to a cache as `id`.
+    /// Chunks of `source`; a cache knows them as `id`.
     pub fn new(id: impl Into<String>, source: Arc<dyn ByteSource>) -> Self {
         Self { id: id.into(), source }
     }

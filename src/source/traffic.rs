@@ -1,42 +1,42 @@
-//! What a remote source did, and what it is trying again.
+//! Traffic of a remote source, and its reads that are being retried.
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What a source has brought so far. All zero for one that is near.
+/// Counts of a source so far. All zero for a local one.
 #[derive(Clone, Debug, Default)]
 pub struct Traffic {
-    /// Bytes that arrived, whole reads or not.
+    /// Bytes received, from complete reads or not.
     pub bytes: u64,
     /// Requests made.
     pub requests: u64,
-    /// Of those, the ones that repeat a failed one.
+    /// Number of those requests that repeat a failed one.
     pub retries: u64,
-    /// Reads that failed for good.
+    /// Number of reads that failed after the last try.
     pub failures: u64,
-    /// Who was asked last.
+    /// The host of the last request.
     pub host: Option<String>,
-    /// Reads that have failed and are being tried again, the oldest first.
+    /// Reads that have failed and are being retried, the oldest first.
     pub trying_again: Vec<TryingAgain>,
 }
 
-/// A read that has failed at least once and goes on.
+/// A read that has failed at least once and continues.
 #[derive(Clone, Debug)]
 pub struct TryingAgain {
-    /// What of the blob was asked for, in bytes.
+    /// The requested bytes of the blob.
     pub range: Range<u64>,
-    /// When it began.
+    /// Start of the read.
     pub since: Instant,
-    /// Failed tries so far.
+    /// Number of failed tries so far.
     pub tries: u32,
-    /// How the last one failed.
+    /// The error of the last try.
     pub error: String,
-    /// When it is tried next.
+    /// Time of the next try.
     pub next: Instant,
 }
 
-/// The reads of one source that are being tried again. As many as have threads that wait for them.
+/// The reads of one source that are being retried: as many as there are threads that wait for them.
 #[derive(Debug, Default)]
 pub struct Retries {
     board: Mutex<Board>,
@@ -53,13 +53,13 @@ impl Retries {
         self.board.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A read of `range` begins. It is seen by others from its first failure until this is dropped.
+    /// Starts a read of `range`. It is visible to others from its first failure until this is dropped.
     #[must_use]
     pub fn read(&self, range: Range<u64>) -> Attempts<'_> {
         Attempts { retries: self, range, since: Instant::now(), number: None, tries: 0 }
     }
 
-    /// The reads now, the oldest first.
+    /// The present reads, the oldest first.
     #[must_use]
     pub fn now(&self) -> Vec<TryingAgain> {
         let mut reads: Vec<_> = self.lock().reads.iter().map(|(_, read)| read.clone()).collect();
@@ -68,7 +68,7 @@ impl Retries {
     }
 }
 
-/// One read and its tries.
+/// One read with its tries.
 pub struct Attempts<'a> {
     retries: &'a Retries,
     range: Range<u64>,
@@ -78,7 +78,7 @@ pub struct Attempts<'a> {
 }
 
 impl Attempts<'_> {
-    /// A try has failed, and there will be another after `wait`.
+    /// Reports that a try has failed, and that another follows after `wait`.
     pub fn failed(&mut self, error: &dyn std::fmt::Display, wait: Duration) {
         self.tries += 1;
         let now = TryingAgain {

@@ -1,5 +1,5 @@
-//! What a header does to the attributes of an inode, in the order in which containerd makes the
-//! system calls: chown, extended attributes, chmod, time.
+//! Application of a header to the attributes of an inode, in the order of containerd's system calls: chown,
+//! extended attributes, chmod, time.
 
 use std::collections::BTreeMap;
 
@@ -8,13 +8,13 @@ use thiserror::Error;
 use formats::ext4::{Attributes, Kind};
 use formats::tar::{Entry, Timestamp};
 
-/// Bytes in the name of an extended attribute (Linux: `XATTR_NAME_MAX`).
+/// Largest number of bytes in the name of an extended attribute (Linux: `XATTR_NAME_MAX`).
 const XATTR_NAME_LIMIT: usize = 255;
 
-/// Bytes in the value of an extended attribute (Linux: `XATTR_SIZE_MAX`).
+/// Largest number of bytes in the value of an extended attribute (Linux: `XATTR_SIZE_MAX`).
 const XATTR_VALUE_LIMIT: usize = 65536;
 
-/// The last moment that Go's clock of nanoseconds since 1970 can name, in 2262.
+/// The last time that Go can represent as nanoseconds since 1970, in 2262.
 const LAST_TIME: Timestamp = Timestamp { secs: 9_223_372_036, nanos: 854_775_807 };
 
 const SYMLINK_MODE: u16 = 0o777;
@@ -51,8 +51,8 @@ pub(super) fn fresh() -> Attributes {
     Attributes { mode: 0o755, uid: 0, gid: 0, mtime: Timestamp::default(), xattrs: BTreeMap::new() }
 }
 
-/// A directory that no header describes and no lower layer has. Linux gives it the group of a parent
-/// with the set-group-id bit, and containerd does not change that.
+/// Attributes of a directory without a header and without a lower directory. Linux gives it the group of a
+/// parent that has the set-group-id bit, and containerd does not change that.
 pub(super) fn implicit_directory(parent: &Attributes, mtime: Timestamp) -> Attributes {
     let gid = if parent.mode & 0o2000 != 0 { parent.gid } else { 0 };
     Attributes { gid, mtime: bounded(mtime), ..fresh() }
@@ -65,7 +65,7 @@ pub(super) fn copied_up(lower: &Attributes) -> Attributes {
     copy
 }
 
-/// Applies a header to an inode of this kind; returns how many extended attributes it cannot have.
+/// Applies a header to an inode of this kind; returns the number of extended attributes that it cannot have.
 pub(super) fn apply_header(
     attributes: &mut Attributes,
     entry: &Entry,
@@ -74,8 +74,8 @@ pub(super) fn apply_header(
     attributes.uid = id("owner", entry.uid, attributes.uid)?;
     attributes.gid = id("group", entry.gid, attributes.gid)?;
     if !matches!(kind, Kind::Directory) {
-        // Linux takes a file's capabilities away at every chown, even to the same owner. So a hard link
-        // whose header lacks the attribute leaves the file without.
+        // Linux removes the capabilities of a file at every chown, even to the same owner. So a hard link
+        // with a header that lacks the attribute leaves the file without it.
         attributes.xattrs.remove(CAPABILITY);
     }
     let mut dropped = 0;
@@ -101,7 +101,7 @@ pub(super) fn apply_header(
     Ok(dropped)
 }
 
-/// An owner or group. Linux reads all ones as "leave it as it is".
+/// An owner or group. Linux reads all ones as "leave it unchanged".
 fn id(field: &'static str, id: u64, present: u32) -> Result<u32, AttributeError> {
     match u32::try_from(id) {
         Ok(u32::MAX) => Ok(present),
@@ -115,7 +115,7 @@ fn bounded(time: Timestamp) -> Timestamp {
     if time.secs < 0 || time > LAST_TIME { Timestamp::default() } else { time }
 }
 
-/// Whether Linux keeps this attribute on such an inode, and containerd asks it to.
+/// True if Linux stores this attribute on such an inode, and containerd sets it.
 fn is_kept(name: &[u8], kind: &Kind) -> bool {
     match name {
         b"system.posix_acl_access" => !matches!(kind, Kind::Symlink(_)),

@@ -1,6 +1,6 @@
-//! Random layers, unpacked with system calls as containerd does it and shown by the kernel's overlayfs,
-//! against the tree that [`LayerApply`](super::LayerApply) makes. Needs root and overlayfs; without
-//! them the test says so and passes.
+//! Random layers, unpacked with system calls like containerd's and shown by the kernel's overlayfs, against
+//! the tree of [`LayerApply`](super::LayerApply). Needs root and overlayfs; without them the test prints that
+//! and passes.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -21,7 +21,7 @@ use super::path::{Names, Step};
 use super::tests::{apply_lines, entry};
 use super::*;
 
-/// A folder as names to follow.
+/// A folder in which a path can be followed.
 struct Folder<'a>(&'a FilePath);
 
 impl Names for Folder<'_> {
@@ -167,20 +167,20 @@ fn unpack(upper: &FilePath, parents: &[PathBuf], lines: &[String]) -> io::Result
             dirs.push((path, entry.mtime.secs));
         }
     }
-    // Each directory's time again, as making files in it changed it. (containerd does so even if something
-    // else stands there by now, which then gets the time of a directory.)
+    // Each directory's time is set again, because making files in it changed it. (containerd does so even if
+    // another file is there by now, which then gets the time of a directory.)
     dirs.iter()
         .filter(|(path, _)| fs::symlink_metadata(path).is_ok_and(|file| file.is_dir()))
         .try_for_each(|(path, time)| set_time(path, *time))
 }
 
-/// One file as both sides describe it.
+/// One file as described by both sides.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
     kind: String,
     mode: u32,
     owner: (u32, u32),
-    /// Of a directory only when a header set it.
+    /// Time; for a directory only if a header set it.
     time: Option<i64>,
     xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     /// The first path of the same inode.
@@ -189,7 +189,7 @@ struct Seen {
 
 type Listing = BTreeMap<String, Seen>;
 
-/// Times of headers are small; that of unpacking is not.
+/// Times of headers are small; the time of unpacking is not.
 const HEADER_TIME_LIMIT: i64 = 1_000_000;
 
 fn list_folder(root: &FilePath) -> Listing {
@@ -199,7 +199,8 @@ fn list_folder(root: &FilePath) -> Listing {
     while let Some(dir) = paths.pop() {
         for file in fs::read_dir(dir).unwrap() {
             let path = file.unwrap().path();
-            // In a directory of one layer only, overlayfs lists whiteouts by name; there is nothing to see.
+            // In a directory of one layer only, overlayfs lists whiteouts by name; there is no file to
+            // compare.
             let Ok(file) = fs::symlink_metadata(&path) else { continue };
             if file.is_dir() {
                 paths.push(path.clone());
@@ -281,7 +282,7 @@ fn list_tree(tree: &Tree) -> Listing {
     listing
 }
 
-/// A mount that goes with its guard.
+/// A mount that is removed with its guard.
 struct Mount(PathBuf);
 
 impl Mount {
@@ -299,12 +300,12 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        // Lazily: some other process may be looking at all mounts.
+        // Lazily, because another process may be using the mount.
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 
-/// Unpacks the layers both ways. Nothing when containerd would fail, or cannot be imitated here.
+/// Unpacks the layers both ways. `None` if containerd would fail, or cannot be imitated here.
 fn compare(layers: &[Vec<String>]) -> Option<(Listing, Listing)> {
     let memory = FilePath::new("/dev/shm");
     let dir =
@@ -362,7 +363,7 @@ fn line(with_attributes: bool) -> impl Strategy<Value = String> {
             }
             let mode = ["755", "2750", "4711", "600"][mode as usize];
             let user = if user { " user.a=1" } else { "" };
-            // A well-formed capability is binary; any other security attribute goes the same way.
+            // A well-formed capability is binary; any other security attribute takes the same path.
             let security = if capability { " security.b=2" } else { "" };
             format!(" mode={mode} uid={uid} gid={gid}{user}{security}")
         },
@@ -379,21 +380,21 @@ fn line(with_attributes: bool) -> impl Strategy<Value = String> {
             Some((dir, name)) => format!("f {dir}/.wh.{name}"),
             None => format!("f .wh.{path}"),
         }),
-        // Not in the root, where overlayfs ignores it and this program does not.
+        // Not in the root: overlayfs ignores it there and this program does not.
         2 => path_text().prop_map(|path| format!("f {path}/.wh..wh..opq")),
     ];
     (shape, attributes).prop_map(move |(shape, attributes)| {
-        // Without attributes, what a directory is made with by default, so that copies do not matter.
+        // Without attributes, directories get the default ones, so that copies do not matter.
         let plain = if shape.starts_with("d ") && !with_attributes { " mode=755" } else { "" };
         format!("{shape}{plain}{attributes}")
     })
 }
 
 proptest! {
-    // Each case is a mount or two: a quarter of the usual number (which PROPTEST_CASES sets).
+    // Each case is a mount or two: a quarter of the usual number (set by PROPTEST_CASES).
     #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases / 4))]
 
-    /// With one layer below, containerd's search for the attributes of parents sees just that layer.
+    /// With one layer below, containerd's search for the attributes of parents sees only that layer.
     #[test]
     fn two_layers_are_what_overlayfs_shows(layers in prop::collection::vec(prop::collection::vec(line(true), 0..7), 2..3)) {
         if may_unpack() && let Some((theirs, ours)) = compare(&layers) {
@@ -401,8 +402,8 @@ proptest! {
         }
     }
 
-    /// With several it looks into each apart, even where one hides another; the merged tree cannot tell. So
-    /// all directories are alike here.
+    /// With several layers below, containerd looks into each separately, even if one hides another; the
+    /// merged tree cannot show that. So all directories are equal here.
     #[test]
     fn many_layers_are_what_overlayfs_shows(layers in prop::collection::vec(prop::collection::vec(line(false), 0..6), 3..5)) {
         if may_unpack() && let Some((theirs, ours)) = compare(&layers) {

@@ -1,11 +1,11 @@
-//! The upper laid over the tree, as overlayfs shows it; but for good.
+//! Merges the upper into the tree, with the result that overlayfs shows.
 
 use crate::apply::upper::{FileId, FileSource, Slot, Upper, UpperDir, UpperFile};
 use crate::apply::{ApplyError, quoted};
 use formats::ext4::{Kind, NodeId, Tree, TreeError};
 
-/// A name of a file that awaits its place: files are made in the order of the tar, so that what lies
-/// together in the layer may lie together on the disk.
+/// A name that waits for its file. Files are made in the order of the tar, so that neighbours in the layer
+/// can be neighbours on the disk.
 struct Place {
     order: u64,
     dir: NodeId,
@@ -13,7 +13,7 @@ struct Place {
     file: FileId,
 }
 
-/// Lays `upper` over `tree`; returns the new nodes that are no directories, in the order of the tar.
+/// Merges `upper` into `tree`; returns the new nodes that are not directories, in the order of the tar.
 pub(super) fn merge(upper: Upper, tree: &mut Tree) -> Result<Vec<NodeId>, ApplyError> {
     let (dirs, files) = upper.into_parts();
     let pins = Pins::new(&files, tree)?;
@@ -24,7 +24,7 @@ pub(super) fn merge(upper: Upper, tree: &mut Tree) -> Result<Vec<NodeId>, ApplyE
     Ok(created)
 }
 
-/// Makes and removes everything but files; returns where files belong.
+/// Makes and removes all nodes except files; returns the places of the files.
 fn merge_directories(
     mut dirs: Vec<UpperDir>,
     tree: &mut Tree,
@@ -86,7 +86,7 @@ fn place_files(
     tree: &mut Tree,
 ) -> Result<Vec<NodeId>, ApplyError> {
     let mut created = Vec::new();
-    // Where each file is in the tree, or the file that is still to be made.
+    // The node of each file in the tree, or the file that must still be made.
     let mut files: Vec<Result<NodeId, Option<UpperFile>>> =
         files.into_iter().map(|file| Err(Some(file))).collect();
     for Place { dir, name, file, .. } in places {
@@ -115,8 +115,8 @@ fn place_files(
     Ok(created)
 }
 
-/// Spare names in the root for the lower files that this layer has links to: so that they live on when
-/// their lower names go first.
+/// Temporary names in the root for lower files to which this layer has links. They keep the files if their
+/// lower names are removed first.
 struct Pins(Vec<Vec<u8>>);
 
 impl Pins {
@@ -125,7 +125,7 @@ impl Pins {
         let root = tree.root();
         for file in files {
             let FileSource::Lower(node) = file.source else { continue };
-            // No layer can bring a name that begins like a whiteout; a disk made by others might have one.
+            // A layer cannot contain a name with the prefix of a whiteout; a disk from another program might.
             let free = (pins.len()..).map(|number| format!(".wh..wh.pin{number}").into_bytes());
             let Some(name) = free.into_iter().find(|name| tree.lookup(root, name).is_none()) else {
                 continue;

@@ -1,21 +1,21 @@
-//! Paths of a tar, cleaned, and resolved within a root.
+//! Paths of a tar, normalised, and resolved within a root.
 
 use thiserror::Error;
 
 use crate::apply::quoted;
 use formats::ext4::{Kind, NodeId, Tree};
 
-/// Bytes in one name, as every Linux filesystem has it.
+/// Largest number of bytes in one name, on every Linux filesystem.
 const NAME_LIMIT: usize = 255;
 
-/// Bytes in a path (Linux: `PATH_MAX`, less the NUL). containerd names files by their whole path and so
-/// cannot unpack a deeper one.
+/// Largest number of bytes in a path (Linux: `PATH_MAX`, less the NUL). containerd uses the whole path of a
+/// file and so cannot unpack a deeper one.
 const PATH_LIMIT: usize = 4095;
 
-/// Links that may be followed for one path; containerd's limit.
+/// Largest number of links followed for one path; containerd's limit.
 const LINK_LIMIT: u32 = 255;
 
-/// A path that cannot be.
+/// An invalid path.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PathError {
     /// A name that is too long.
@@ -39,13 +39,13 @@ pub enum PathError {
 pub(super) struct Path(Vec<Vec<u8>>);
 
 impl Path {
-    /// The names of `text` as they stand, `..` included, without empty ones and `.`.
+    /// The names of `text` in order, including `..`, without empty ones and `.`.
     pub(super) fn raw(text: &[u8]) -> Self {
         let names = text.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b"."));
         Self(names.map(<[u8]>::to_vec).collect())
     }
 
-    /// The names of `text` with `..` taken back as text, never above the root.
+    /// The names of `text` with `..` resolved as text, never above the root.
     pub(super) fn cleaned(text: &[u8]) -> Self {
         let mut names = Vec::new();
         for name in Self::raw(text).0 {
@@ -58,7 +58,7 @@ impl Path {
         Self(names)
     }
 
-    /// The directory and the last name; nothing for the root.
+    /// The directory and the last name; `None` for the root.
     pub(super) fn split_last(mut self) -> Option<(Self, Vec<u8>)> {
         let last = self.0.pop()?;
         Some((self, last))
@@ -77,7 +77,7 @@ impl Path {
     }
 }
 
-/// Refuses a path that Linux could not name.
+/// Refuses a path that is too long for Linux.
 pub(super) fn check_length(parents: &Path, base: &[u8]) -> Result<(), PathError> {
     for name in parents.components().chain([base]) {
         if name.len() > NAME_LIMIT {
@@ -100,15 +100,15 @@ pub(super) trait Names {
 pub(super) enum Step<'a, D> {
     Dir(D),
     Link(&'a [u8]),
-    /// Not there, or a file; either way nothing is below.
+    /// Missing, or a file; in both cases no name is below.
     Leaf,
 }
 
-/// `path` with every symbolic link replaced by what it leads to, the last one included; never above the root.
-/// What does not exist is taken as a plain name.
+/// `path` with every symbolic link replaced by its target, the last one included; never above the root. A
+/// missing part counts as a plain name.
 ///
-/// containerd's `RootPath` does the same in rounds over the text and may read a `..` behind two nested
-/// links differently; this is how Linux itself would resolve the path in a changed root.
+/// containerd's `RootPath` resolves the text in rounds and may read a `..` behind two nested links
+/// differently. This function resolves the path in the way of Linux in a changed root.
 pub(super) fn resolve<N: Names>(names: &N, path: Path) -> Result<Path, PathError> {
     let mut todo = path.0;
     todo.reverse();
@@ -138,7 +138,7 @@ pub(super) fn resolve<N: Names>(names: &N, path: Path) -> Result<Path, PathError
     Ok(Path(done.into_iter().map(|(name, _)| name).collect()))
 }
 
-/// The lower layers: the tree as it was before this layer.
+/// The lower layers: the tree before this layer.
 pub(super) struct Lower<'a>(pub(super) &'a Tree);
 
 impl Lower<'_> {

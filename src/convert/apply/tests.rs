@@ -1,4 +1,4 @@
-//! Small stacks of layers and the tree that a container would see.
+//! Small stacks of layers, and the tree that a container would see.
 
 use super::*;
 use formats::tar::{SparsePiece, Timestamp};
@@ -69,7 +69,7 @@ fn stack(layers: &[&[&str]]) -> Tree {
     tree
 }
 
-/// The tree as lines: path, and what was asked for by `show`.
+/// The tree as lines: the path, and the text of `show`.
 fn list(tree: &Tree, show: impl Fn(NodeId) -> String) -> Vec<String> {
     let mut lines = Vec::new();
     let mut todo = vec![(String::new(), tree.root())];
@@ -129,21 +129,21 @@ fn whiteouts_hide_the_lower_layers_wherever_they_stand() {
         (&["f a/.wh.1", "f .wh.b"][..], "/a/ /a/2 /a/s/ /a/s/x /c/ /c/1"),
         (&["f .wh.a", "f .wh.c"], "/b"),
         (&["f .wh.missing", "f new/.wh.x"], "/a/ /a/1 /a/2 /a/s/ /a/s/x /b /c/ /c/1 /new/"),
-        // An opaque directory keeps what its own layer has, before and after the mark.
+        // An opaque directory keeps the files of its own layer, before and after the mark.
         (&["f a/0", "f a/.wh..wh..opq", "f a/2"], "/a/ /a/0 /a/2 /b /c/ /c/1"),
         (&["f a/s/.wh..wh..opq"], "/a/ /a/1 /a/2 /a/s/ /b /c/ /c/1"),
         (&["f a/.wh..wh..opq", "f a/s/y"], "/a/ /a/s/ /a/s/y /b /c/ /c/1"),
         (&["f .wh..wh..opq", "f z"], "/z"),
-        // The name of a whiteout is free again.
+        // The name of a whiteout can be used again.
         (&["f .wh.b", "f b"], "/a/ /a/1 /a/2 /a/s/ /a/s/x /b /c/ /c/1"),
         (&["f .wh.a", "f a"], "/a /b /c/ /c/1"),
-        // Where containerd fails: the whiteout speaks of the lower layers.
+        // containerd fails here: the whiteout affects only the lower layers.
         (&["f b", "f .wh.b", "f .wh.b"], "/a/ /a/1 /a/2 /a/s/ /a/s/x /b /c/ /c/1"),
         (&["f c/2", "f .wh.c"], "/a/ /a/1 /a/2 /a/s/ /a/s/x /b /c/ /c/2"),
         (&["f .wh.c", "f c/2"], "/a/ /a/1 /a/2 /a/s/ /a/s/x /b /c/ /c/2"),
-        // As overlayfs shows it: a directory entry behind a whiteout opens the lower one again.
+        // As in overlayfs: a directory entry behind a whiteout makes the lower one visible again.
         (&["f .wh.c", "d c"], "/a/ /a/1 /a/2 /a/s/ /a/s/x /b /c/ /c/1"),
-        // AUFS's own files, and overlayfs's spelling of a whiteout.
+        // AUFS's own files, and overlayfs's form of a whiteout.
         (&["f .wh..wh.plnk", "c b dev=0:0", "c c/1 dev=0:0"], "/a/ /a/1 /a/2 /a/s/ /a/s/x /c/"),
     ] {
         assert_eq!(paths(&[base, upper]), expected, "{upper:?}");
@@ -159,7 +159,7 @@ fn a_name_of_another_kind_replaces_and_directories_merge() {
         (&["d d/", "f d/new"], "/d/ /d/in /d/new /f /l"),
         (&["f l/x"], "/d/ /d/in /f /l/ /l/x"),
         (&["f f/x"], "/d/ /d/in /f/ /f/x /l"),
-        // A lower directory comes back when this layer's file on top of it goes.
+        // A lower directory is visible again after this layer's file over it is removed.
         (&["f d", "d d/"], "/d/ /d/in /f /l"),
         (&["d n", "f n/1", "f n", "d n"], "/d/ /d/in /f /l /n/"),
     ] {
@@ -230,7 +230,7 @@ fn a_repeated_directory_has_the_attributes_of_its_last_header() {
         (tree.attributes(at(&tree, "d")).mode, tree.attributes(at(&tree, "d")).uid),
         (0o711, 3)
     );
-    // Within a layer they add up, copied ones too.
+    // Within a layer they add up, including copied ones.
     assert_eq!(names(&stack(&[base, &["f d/y", "d d user.c=3"]])), ["user.a", "user.b", "user.c"]);
     assert_eq!(names(&stack(&[base, &["d d user.c=3", "d d user.d=4"]])), ["user.c", "user.d"]);
 }
@@ -251,14 +251,14 @@ fn a_hard_link_shares_the_inode_and_its_header_counts() {
     );
     assert_eq!(tree.links(at(&tree, "a")), 2);
 
-    // To a lower file, even one whose names go in this layer.
+    // A link to a lower file, even to one with names that this layer removes.
     let base: &[&str] = &["f a len=10", "h a2 -> a", "d d/", "f d/f", "l s -> d"];
     let tree = stack(&[base, &["h n/b -> ./a mode=600", "f .wh.a", "h c -> s/f", "f .wh.d"]]);
     assert_eq!((at(&tree, "a2"), tree.links(at(&tree, "a2"))), (at(&tree, "n/b"), 2));
     assert_eq!(tree.attributes(at(&tree, "a2")).mode, 0o600);
     assert_eq!(tree.links(at(&tree, "c")), 1);
     assert_eq!(paths(&[base, &["h b -> a", "f .wh..wh..opq"]]), "/b");
-    // Capabilities go with the chown of the link.
+    // The chown of the link removes capabilities.
     let tree = stack(&[&["f a security.capability=x user.u=1", "h b -> a"]]);
     assert_eq!(tree.attributes(at(&tree, "a")).xattrs.keys().collect::<Vec<_>>(), [b"user.u"]);
 
@@ -317,8 +317,8 @@ fn what_cannot_be_is_refused_and_the_tree_is_unchanged() {
     let link = format!("l l -> {}", "t".repeat(4096));
     for (lines, reason) in [
         (&["f a", "f a/b"][..], "\"a\" is not a directory in this layer"),
-        (&["f .wh."], "its name is a whiteout of no name"),
-        (&["f d/.wh..."], "its name is a whiteout of no name"),
+        (&["f .wh."], "its whiteout has no valid name"),
+        (&["f d/.wh..."], "its whiteout has no valid name"),
         (&["l a -> b", "l b -> a", "f a/x"], "its path leads through more than 255 symbolic links"),
         (&["f a uid=4294967296"], "the owner 4294967296 does not fit in 32 bits"),
         (&["c a dev=5000:1"], "there is no device 5000:1: the numbers have 12 and 20 bits"),

@@ -1,40 +1,41 @@
-//! Bytes of sparse files that no mapping of whole sectors can express, kept as the tar passes.
+//! Bytes of sparse files that no mapping of whole sectors can represent; they are kept as the tar passes.
 //!
-//! A disk maps sectors of the tar, and the data of an ordinary file begins on one. The pieces of a
-//! sparse file lie in the tar one behind the other without padding, and begin anywhere in the file.
-//! What is left of them outside whole sectors is copied into the metadata. GNU tar only makes pieces
-//! of whole blocks, so there is hardly ever something to keep.
+//! A disk maps sectors of the tar, and the data of an ordinary file begins on a sector. The pieces of a
+//! sparse file lie in the tar one behind the other without padding, and can begin anywhere in the file. Their
+//! parts outside whole sectors are copied into the metadata. GNU tar makes only pieces of whole blocks, so
+//! such parts are rare.
 
 use crate::apply::upper::{FileId, Upper};
 use formats::ext4::{DataRun, Kind};
 use formats::units::Bytes;
 
-/// Most bytes that one layer may have outside whole sectors: 64 MiB. They are held in memory until
-/// the image is built, and become metadata that every start of a container downloads.
+/// Most bytes of one layer outside whole sectors: 64 MiB. They are kept in memory until the image is built,
+/// and become metadata that every start of a container downloads.
 pub const UNALIGNED_LIMIT: Bytes = Bytes(64 << 20);
 
-/// What is kept of one layer.
+/// The kept bytes of one layer.
 #[derive(Default)]
 pub(super) struct Unaligned {
-    /// Bytes promised so far.
+    /// Number of bytes promised so far.
     kept: u64,
-    /// The file whose data passes, if something of it is wanted.
+    /// The file with the data that passes, if bytes of it are needed.
     wanted: Option<Wanted>,
 }
 
-/// The place in a file whose data passes.
+/// Position in the file with the data that passes.
 struct Wanted {
     file: FileId,
-    /// The run that is being filled, or the next one that may have to be.
+    /// The run that is being filled, or the next one that may need bytes.
     run: usize,
     /// Position in the tar.
     at: u64,
-    /// What has come of that run.
+    /// Bytes of that run so far.
     filled: Vec<u8>,
 }
 
 impl Unaligned {
-    /// Bytes of `kind` that will have to be kept, or `Err` with what the layer would then have.
+    /// Number of bytes of `kind` that must be kept, or `Err` with the total of the layer if that exceeds the
+    /// limit.
     pub(super) fn admit(&mut self, kind: &Kind) -> Result<u64, u64> {
         let Kind::Regular { size, runs } = kind else { return Ok(0) };
         let needy = runs.iter().filter(|run| run.needs_bytes(*size));
@@ -47,12 +48,12 @@ impl Unaligned {
         Ok(len)
     }
 
-    /// The data of the next entry begins at `at` in the tar; nothing of it is wanted unless a file is given.
+    /// Starts the data of the next entry at `at` in the tar; its bytes are needed only if a file is given.
     pub(super) fn start(&mut self, file: Option<FileId>, at: Bytes) {
         self.wanted = file.map(|file| Wanted { file, run: 0, at: at.get(), filled: Vec::new() });
     }
 
-    /// Takes data as it is stored in the tar.
+    /// Takes data as stored in the tar.
     pub(super) fn data(&mut self, bytes: &[u8], upper: &mut Upper) {
         let Some(wanted) = &mut self.wanted else { return };
         let Some(Kind::Regular { size, runs }) = upper.new_kind_mut(wanted.file) else { return };
@@ -63,7 +64,7 @@ impl Unaligned {
 }
 
 impl Wanted {
-    /// Copies from `bytes`, which follow what was seen before; returns whether more is wanted.
+    /// Copies from `bytes`, which follow the bytes seen before; returns true if more are needed.
     fn take(&mut self, bytes: &[u8], size: Bytes, runs: &mut [DataRun]) -> bool {
         let end = self.at + bytes.len() as u64;
         while let Some(run) = runs.get_mut(self.run) {
@@ -96,7 +97,8 @@ mod tests {
     use formats::ext4::Tree;
     use formats::tar::{Content, Entry, SparsePiece};
 
-    /// A sparse file of `size` whose pieces (offset, length) follow each other in the tar from byte 1024 on.
+    /// A sparse file of `size` with pieces (offset, length) that follow each other in the tar from byte 1024
+    /// on.
     fn sparse(name: &str, size: u64, pieces: &[(u64, u64)]) -> Entry {
         let mut tar_offset = 1024;
         let pieces = pieces.iter().map(|&(offset, len)| {
@@ -172,7 +174,7 @@ mod tests {
             "Entry \"third\" at byte 512 of the tar cannot be applied: with it 67108865 bytes of sparse \
              files in this layer lie outside whole sectors of 512 B; 67108864 B are allowed"
         );
-        // What a mapping can express counts nothing, however large.
+        // Data that a mapping can represent does not count, at any size.
         layer.entry(sparse("mapped", 1 << 40, &[(512, 1 << 30), (1 << 39, 1 << 39)])).unwrap();
     }
 }

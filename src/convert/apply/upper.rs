@@ -9,24 +9,24 @@ use formats::ext4::{Attributes, Kind, NodeId, Tree};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct DirId(usize);
 
-/// An inode of this layer that is no directory.
+/// An inode of this layer that is not a directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileId(usize);
 
-/// What a name stands for.
+/// Meaning of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Slot {
     Dir(DirId),
     File(FileId),
-    /// The name is gone, whatever the lower layers have.
+    /// The name is removed, whatever the lower layers contain.
     Whiteout,
 }
 
 pub(super) struct UpperDir {
     pub(super) attributes: Attributes,
-    /// Nothing of the lower layers is seen in here.
+    /// True if the content of the lower layers is hidden in this directory.
     pub(super) opaque: bool,
-    /// What each name stands for, and when it came to: names in the order of the tar.
+    /// Meaning of each name, and its time stamp in the order of the tar.
     pub(super) children: BTreeMap<Vec<u8>, (u64, Slot)>,
 }
 
@@ -45,7 +45,7 @@ pub(super) struct Upper {
     dirs: Vec<UpperDir>,
     files: Vec<UpperFile>,
     adopted: HashMap<NodeId, FileId>,
-    /// Counts names, so that what was made first is known.
+    /// Counter of names, which records their order.
     clock: u64,
 }
 
@@ -82,7 +82,7 @@ impl Upper {
         }
     }
 
-    /// What a new file of this layer is, to be changed.
+    /// Kind of a new file of this layer, to be changed.
     pub(super) fn new_kind_mut(&mut self, file: FileId) -> Option<&mut Kind> {
         match &mut self.file_mut(file).source {
             FileSource::New(kind) => Some(kind),
@@ -100,7 +100,7 @@ impl Upper {
         self.dir_mut(dir).children.insert(name, (clock, slot));
     }
 
-    /// Forgets a name; a directory goes with all that is in it.
+    /// Removes a name; a directory is removed with its content.
     pub(super) fn remove(&mut self, dir: DirId, name: &[u8]) {
         self.dir_mut(dir).children.remove(name);
     }
@@ -123,7 +123,7 @@ impl Upper {
         FileId(self.files.len() - 1)
     }
 
-    /// The file of this layer that is the lower inode `node`.
+    /// The file of this layer that stands for the lower inode `node`.
     pub(super) fn adopt(&mut self, node: NodeId, attributes: &Attributes) -> FileId {
         let files = &mut self.files;
         *self.adopted.entry(node).or_insert_with(|| {
@@ -135,7 +135,7 @@ impl Upper {
         })
     }
 
-    /// Takes the files apart, by their ids.
+    /// Splits the layer into directories and files, by their ids.
     pub(super) fn into_parts(self) -> (Vec<UpperDir>, Vec<UpperFile>) {
         (self.dirs, self.files)
     }
@@ -159,7 +159,7 @@ impl Upper {
         Some(lower)
     }
 
-    /// This layer as names to follow. The tree is needed for the text of links that were adopted.
+    /// This layer as a tree in which paths can be followed. `tree` has the text of links that were adopted.
     pub(super) fn with_lower<'a>(&'a self, tree: &'a Tree) -> UpperNames<'a> {
         UpperNames { upper: self, tree }
     }

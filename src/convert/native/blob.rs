@@ -14,7 +14,7 @@ use formats::oci::Digest;
 /// Bytes hashed at a time.
 const STEP: usize = 1 << 20;
 
-/// A complete blob whose digest is not known yet.
+/// A complete blob without its digest.
 pub(crate) struct Unhashed {
     pub(super) file: File,
     pub(super) len: u64,
@@ -26,7 +26,7 @@ pub(crate) struct Unhashed {
 pub(crate) struct Hashing(JoinHandle<io::Result<NativeBlob>>);
 
 impl Unhashed {
-    /// Computes the digest beside what the caller goes on with.
+    /// Computes the digest on another thread.
     pub(crate) fn hash(self) -> Result<Hashing, LayerError> {
         let thread = thread::Builder::new().name("native-digest".into()).spawn(move || {
             let mut hasher = Sha256::new();
@@ -55,7 +55,7 @@ impl Hashing {
     }
 }
 
-/// The blob of a native layer: a tar with one member, in an unnamed file that goes with this value.
+/// The blob of a native layer: a tar with one member, in an unnamed file that is deleted with this value.
 #[derive(Debug)]
 pub struct NativeBlob {
     file: File,
@@ -67,7 +67,7 @@ pub struct NativeBlob {
 }
 
 impl NativeBlob {
-    /// SHA-256 of the blob; its `diff_id` too, as a tar layer is stored as it is.
+    /// SHA-256 of the blob. It is also its `diff_id`, because a tar layer is stored unchanged.
     #[must_use]
     pub fn digest(&self) -> Digest {
         self.digest
@@ -100,7 +100,7 @@ impl NativeBlob {
     /// Reads the blob from its start.
     ///
     /// # Errors
-    /// When the process has no file descriptor left.
+    /// If the process has no free file descriptor.
     pub fn reader(&self) -> io::Result<impl Read + Send + use<>> {
         Ok(FileReader { file: self.file.try_clone()?, at: 0 })
     }

@@ -1,4 +1,4 @@
-//! File data into the payload in the order of the tar, and the index at the end.
+//! Writes file data into the payload in the order of the tar, and the index at the end.
 
 use std::io::Write;
 
@@ -6,23 +6,23 @@ use formats::ext4::{LayerBlocks, Run};
 use formats::lsmt::{LsmtError, ScatteredWriter};
 use formats::units::{Bytes, SECTOR, Sectors};
 
-/// Bytes of a disk block: what is stored or left out as a whole.
+/// Bytes of a disk block, which is stored or left out as a whole.
 const BLOCK: usize = 4096;
 const BLOCK_SECTORS: u64 = BLOCK as u64 / SECTOR;
 
-/// Gaps after which blocks of zeros are stored like any other. Each gap can cost two index entries, and
-/// readers take a million in a layer; a layer with a quarter of a million holes is no usual one.
+/// Number of gaps after which blocks of zeros are stored like any other. Each gap can cost two index entries,
+/// and readers accept a million in a layer; layers with a quarter of a million holes are unusual.
 const MAX_GAPS: usize = 250_000;
 
-/// Where a contiguous part of the tar is.
+/// Position of a contiguous part of the tar.
 #[derive(Clone, Copy, Debug)]
 struct Segment {
     /// First sector in the tar.
     tar: u64,
-    /// Sectors that the tar has there, the last one perhaps in part.
+    /// Number of sectors of the tar; the last one may be partial.
     count: u64,
-    /// First sector in the layer; `None` for zeros that are not stored. What is stored is whole blocks,
-    /// filled up with zeros.
+    /// First sector in the layer; `None` for zeros that are not stored. Stored data is whole blocks, padded
+    /// with zeros.
     stored: Option<u64>,
 }
 
@@ -32,7 +32,7 @@ impl Segment {
     }
 }
 
-/// What became of the payload.
+/// Summary of the payload.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Stored {
     /// Bytes of file data that were all zero and left out.
@@ -46,9 +46,9 @@ pub(super) struct Payload<W> {
     out: ScatteredWriter<W>,
     segments: Vec<Segment>,
     gaps: usize,
-    /// The block that is being gathered: less than a whole one.
+    /// The block that is being collected: less than a whole one.
     partial: Vec<u8>,
-    /// Tar sector at which the next block begins.
+    /// Tar sector of the start of the next block.
     tar: u64,
     stored: Stored,
 }
@@ -65,14 +65,14 @@ impl<W: Write> Payload<W> {
         }
     }
 
-    /// The data of the next entry begins at `offset` of the tar.
+    /// Starts the data of the next entry, at `offset` of the tar.
     pub(super) fn start(&mut self, offset: Bytes) -> Result<(), LsmtError> {
         self.fill_up()?;
         self.tar = offset.sector().0;
         Ok(())
     }
 
-    /// Takes data that follows what came before.
+    /// Takes data that follows the data before.
     pub(super) fn data(&mut self, mut bytes: &[u8]) -> Result<(), LsmtError> {
         if !self.partial.is_empty() {
             let (part, rest) = bytes.split_at(bytes.len().min(BLOCK - self.partial.len()));
@@ -89,7 +89,7 @@ impl<W: Write> Payload<W> {
         let whole = bytes.len() - bytes.len() % BLOCK;
         let (mut blocks, rest) = bytes.split_at(whole);
         while !blocks.is_empty() {
-            // Runs of blocks of one kind at once.
+            // Takes a run of blocks of one kind at once.
             let zero = is_zero(&blocks[..BLOCK]);
             let count =
                 blocks.chunks_exact(BLOCK).take_while(|block| is_zero(block) == zero).count();
@@ -101,7 +101,7 @@ impl<W: Write> Payload<W> {
         Ok(())
     }
 
-    /// Ends an entry: its last block is filled up with zeros.
+    /// Ends an entry: its last block is padded with zeros.
     fn fill_up(&mut self) -> Result<(), LsmtError> {
         if self.partial.is_empty() {
             return Ok(());
@@ -115,7 +115,7 @@ impl<W: Write> Payload<W> {
         Ok(())
     }
 
-    /// Blocks that are all zeros or all something else, of which the tar has so many sectors.
+    /// Adds blocks that are either all zeros or all data; they cover this many sectors of the tar.
     fn put(&mut self, blocks: &[u8], count: u64) -> Result<(), LsmtError> {
         let leave_out = self.gaps < MAX_GAPS && is_zero(&blocks[..BLOCK]);
         let stored = if leave_out { None } else { Some(self.out.append(blocks)?.0) };
@@ -140,7 +140,7 @@ impl<W: Write> Payload<W> {
         Ok(())
     }
 
-    /// Adds the metadata, and says of everything where it is.
+    /// Adds the metadata, and maps all sectors.
     pub(super) fn finish(
         mut self,
         blocks: &LayerBlocks,
@@ -165,8 +165,8 @@ impl<W: Write> Payload<W> {
         Ok((self.out.finish()?, self.stored))
     }
 
-    /// `count` disk sectors from `lba` on are what the tar has from sector `target` on; nothing else is
-    /// on the disk before sector `next`.
+    /// Maps `count` disk sectors from `lba` on to the tar, from its sector `target` on; no other sectors of
+    /// the disk before `next` are used.
     fn map(
         &mut self,
         mut lba: u64,
@@ -180,14 +180,14 @@ impl<W: Write> Payload<W> {
         while lba < end {
             let segment = self.segments.get(at).copied();
             let Some(segment) = segment.filter(|segment| segment.tar <= target) else {
-                // The tree knows only data that the parser has handed on.
+                // The tree knows only data that the parser has passed on.
                 return Err(LsmtError::Run { lba, end, rule: "the tar had no data there" });
             };
             let count = (end - lba).min(segment.end() - target);
             match segment.stored {
                 Some(stored) => {
                     let from = stored + (target - segment.tar);
-                    // The zeros that fill up the last block are the rest of the disk's block too.
+                    // The zeros that pad the last block also fill the rest of the disk's block.
                     let fill = (from + count).next_multiple_of(BLOCK_SECTORS) - (from + count);
                     let block_end = (lba + count).next_multiple_of(BLOCK_SECTORS);
                     let is_tail = lba + count == end
@@ -208,7 +208,7 @@ impl<W: Write> Payload<W> {
     }
 }
 
-/// Whether all bytes are zero; most blocks tell by their first words.
+/// True if all bytes are zero; for most blocks the first words decide.
 fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(64).all(|words| words.iter().fold(0, |sum, byte| sum | byte) == 0)
 }

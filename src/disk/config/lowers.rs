@@ -1,4 +1,4 @@
-//! The layers that cannot change: local files, else blobs of the registry.
+//! The read-only layers: local files, or else blobs of the registry.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -16,17 +16,17 @@ use formats::{zfile, zstandard};
 use source::chunk::{ChunkSource, PlainChunks};
 use source::{ByteSource, FileSource, MemorySource, SharedBytes};
 
-/// Largest `gzip.meta` or sidecar that is read into memory, in bytes. Upstream's take 4 % of a
-/// layer, ours less than 1 %: this is a layer of hundreds of GB.
+/// Largest `gzip.meta` or sidecar that is read into memory, in bytes. Upstream's take 4 % of a layer, this
+/// program's less than 1 %: the limit suffices for a layer of hundreds of GB.
 const MAX_INDEX: u64 = 8 << 30;
 
-/// The first of the places where upstream looks for a layer that exists; else those places.
+/// The first existing file of the places where upstream looks for a layer; otherwise all those places.
 fn local_file(lower: &Lower, folder: &Path) -> Result<PathBuf, Vec<PathBuf>> {
     let mut candidates = Vec::new();
     if !lower.file.is_empty() {
         candidates.push(folder.join(&lower.file));
     }
-    // Upstream looks in the root directory when `dir` is empty: not imitated.
+    // If `dir` is empty, upstream looks in the root directory; this is not imitated.
     if !lower.dir.is_empty() {
         let names = ["overlaybd.commit", ".commit", "overlaybd.sealed"];
         candidates.extend(names.map(|name| folder.join(&lower.dir).join(name)));
@@ -34,7 +34,7 @@ fn local_file(lower: &Lower, folder: &Path) -> Result<PathBuf, Vec<PathBuf>> {
     candidates.iter().find(|path| path.exists()).cloned().ok_or(candidates)
 }
 
-/// A name for the content of a local file: another file, or the same one changed, has another.
+/// Identity of a local file's content: another file, or the same one changed, has another identity.
 pub(super) fn identity(path: &Path) -> Result<String, DiskError> {
     let meta = fs::metadata(path).map_err(|source| DiskError::Io {
         name: path.display().to_string(),
@@ -44,7 +44,7 @@ pub(super) fn identity(path: &Path) -> Result<String, DiskError> {
     Ok(format!("{}:{dev:x}:{ino:x}:{len}:{}.{}", path.display(), meta.mtime(), meta.mtime_nsec()))
 }
 
-/// A whole file in memory.
+/// Reads a whole file into memory.
 fn read_file(path: &Path) -> Result<Vec<u8>, DiskError> {
     let name = || path.display().to_string();
     let source = FileSource::open(path)?;
@@ -55,7 +55,7 @@ fn read_file(path: &Path) -> Result<Vec<u8>, DiskError> {
     fs::read(path).map_err(|source| DiskError::Io { name: name(), source: Arc::new(source) })
 }
 
-/// Where the files and blobs of a configuration are.
+/// Base of the files and blobs of a configuration.
 pub(super) struct Place<'a> {
     pub(super) file: &'a str,
     pub(super) folder: &'a Path,
@@ -64,7 +64,7 @@ pub(super) struct Place<'a> {
     pub(super) cache: &'a Cache,
 }
 
-/// A file or a blob, and what a cache knows it as.
+/// A file or a blob, and its name in the cache.
 type Named = (Arc<dyn ByteSource>, String);
 
 impl Place<'_> {
@@ -84,7 +84,7 @@ impl Place<'_> {
                 data: LayerData::Native { chunks: payload.chunks(&id) },
             });
         }
-        // Devices of one file have its metadata once.
+        // Devices of one file share its metadata.
         let meta: SharedBytes = Arc::new(read_resident(&payload)?);
         let meta = self.cache.residents().share(&id, meta);
         let index = Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
@@ -92,7 +92,7 @@ impl Place<'_> {
         Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })
     }
 
-    /// A layer that is nowhere on this host.
+    /// A layer without a local file.
     fn remote_layer(
         &self,
         number: usize,
@@ -125,8 +125,7 @@ impl Place<'_> {
             .parse()
             .map_err(|error| invalid(format!("lowers[{number}].{key}"), format!("{error}")))?;
         if self.blobs.is_empty() {
-            let rule =
-                format!("{digest} is not on this host, and nothing says which registry has it");
+            let rule = format!("{digest} is not on this host, and no registry is given for it");
             return Err(invalid("repoBlobUrl".to_owned(), rule));
         }
         Ok((self.targets.open_remote(self.blobs, &parsed, size)?, digest.to_owned()))
@@ -148,13 +147,13 @@ impl Place<'_> {
             "" => None,
             name => Some(self.folder.join(name)),
         };
-        // The snapshotter unpacks the layer archive into one folder and knows of gzip.meta alone.
+        // The snapshotter unpacks the layer archive into one folder and knows only gzip.meta.
         let beside = index.as_ref().map(|path| path.with_file_name(SIDECAR_NAME));
         let sidecar = match lower.gzip_sidecar.as_str() {
             "" => beside.filter(|path| path.exists()),
             name => Some(self.folder.join(name)),
         };
-        // A layer of many gzip members has no gzip.meta; then the sidecar holds it all.
+        // A layer of many gzip members has no gzip.meta; then the sidecar has the whole index.
         let index = index.filter(|path| sidecar.is_none() || path.exists());
         let index = index.map_or(Ok(None), |path| read(&path))?;
         let sidecar = sidecar.map_or(Ok(None), |path| read(&path))?;
@@ -162,7 +161,7 @@ impl Place<'_> {
         self.targets.open_indexed(blob, index, sidecar, digest)
     }
 
-    /// Refuses a compressed local file that is given for a plain tar: its bytes would be served as data.
+    /// Refuses a compressed local file in place of a plain tar: its bytes would be served as data.
     fn check_plain(
         &self,
         number: usize,
@@ -177,7 +176,7 @@ impl Place<'_> {
         let rule = match magic {
             [0x1f, 0x8b, ..] => "its target is a gzip file, and there is no gzipIndex",
             _ if zstandard::is_zstd(&magic) => {
-                "its target is a zstd file, and there is no gzipSidecar that says where its frames are"
+                "its target is a zstd file, and there is no gzipSidecar with the positions of its frames"
             }
             _ => return Ok(()),
         };

@@ -1,11 +1,11 @@
-//! From the text of a configuration to its values. Each key is taken once; what is left is unknown.
+//! Parses the text of a configuration to values. Each key is taken once; the remaining keys are unknown.
 
 use serde_json::{Map, Value};
 
 use super::{Config, Download, Lower, Upper};
 use crate::DiskError;
 
-/// An object of the configuration, whose keys are taken one by one.
+/// An object of the configuration; its keys are taken one by one.
 struct Object {
     file: String,
     /// Path of the object: empty, or `lowers[2].`.
@@ -87,7 +87,7 @@ impl Object {
         values.into_iter().enumerate().map(element).collect()
     }
 
-    /// Warns of what nobody has taken.
+    /// Warns of keys that were not taken.
     fn end(self) {
         for key in self.map.keys() {
             tracing::warn!("Key {}{key} of {} is unknown and ignored", self.path, self.file);
@@ -99,7 +99,7 @@ impl Config {
     /// Reads a configuration; `file` is its name for messages.
     ///
     /// # Errors
-    /// [`DiskError::Config`] naming the key, or that the text is not JSON.
+    /// [`DiskError::Config`] with the key, or if the text is not JSON.
     pub fn parse(text: &str, file: &str) -> Result<Self, DiskError> {
         let whole = |rule: String| DiskError::Config {
             file: file.to_owned(),
@@ -172,7 +172,7 @@ impl Download {
 
 impl Upper {
     fn take(mut object: Object) -> Result<Self, DiskError> {
-        // The snapshotter writes a size that nothing reads.
+        // The snapshotter writes a size that is never read.
         object.map.remove("vsize");
         let upper = Self {
             index: object.string("index")?,

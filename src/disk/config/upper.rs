@@ -1,7 +1,7 @@
-//! The layer that can be written: two files of this host.
+//! The writable layer: two files of this host.
 //!
-//! Who only reads the disk gets it as the topmost layer of the stack, and changes nothing of it. Who serves the disk
-//! opens it by himself, above the others.
+//! A reader of the disk gets it as the topmost layer of the stack and does not change it. A server of the
+//! disk opens it itself, above the others.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,13 +15,14 @@ use formats::lsmt::Layer;
 use source::chunk::PlainChunks;
 use source::{FileSource, MemorySource};
 
-/// The files that a configuration names; none if it does not name both, which upstream takes for none at all.
+/// The files of the writable layer; `None` if the configuration does not name both, which upstream treats as
+/// none.
 ///
 /// # Errors
-/// What should hold.
+/// The broken rule.
 pub(super) fn files(upper: &Upper, folder: &Path) -> Result<Option<WritableFiles>, &'static str> {
     if !upper.target.is_empty() {
-        return Err("a TurboOCI layer that is being built is no disk yet: commit it first");
+        return Err("a TurboOCI layer under construction is not a disk: commit it first");
     }
     match (upper.data.as_str(), upper.index.as_str()) {
         ("", "") => Ok(None),
@@ -41,7 +42,7 @@ fn opened(files: &WritableFiles) -> Result<Layer, DiskError> {
     view(files).map_err(|source: WritableError| DiskError::Upper(Arc::new(source)))
 }
 
-/// The layer as one of those that are read.
+/// Opens the layer as one of those that are read.
 pub(super) fn as_layer(files: &WritableFiles) -> Result<DiskLayer, DiskError> {
     let index = opened(files)?;
     let source = Arc::new(FileSource::open(&files.data)?);
@@ -50,7 +51,7 @@ pub(super) fn as_layer(files: &WritableFiles) -> Result<DiskLayer, DiskError> {
     Ok(DiskLayer { index, data })
 }
 
-/// A disk of zeros, as large as the layer says: what is below one that lies on nothing.
+/// A disk of zeros with the size of the layer, as the disk below a layer without lower layers.
 pub(super) fn below_nothing(files: &WritableFiles) -> Result<DiskLayer, DiskError> {
     let index = opened(files)?.emptied();
     let nothing = Arc::new(MemorySource::new("nothing", Vec::new()));

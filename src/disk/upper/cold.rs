@@ -1,16 +1,16 @@
-//! Reads of what was written that the page cache does not hold any more.
+//! Reads of written data that the page cache no longer has.
 //!
-//! Whoever asks a volume where bytes are must not be kept waiting, so a read that would wait for the disk is
-//! done by a thread here. When it is done, the waiter is called, the same read is asked for again, and finds
-//! its bytes kept. They are kept by their place in the data file, and until a request has all that it needs: one
-//! that needed the disk at several places would else never come to its end.
+//! A call that asks a volume for the position of bytes must not wait, so a thread of this module does each
+//! read that would wait for the disk. After that, the waiter is called, the read is repeated, and it finds
+//! the bytes kept here. They are kept by their position in the data file, until a request has all its parts.
+//! Without this, a request that needs the disk at several positions would never end.
 //!
-//! The bytes of an append-only layer never change. Those of a sparse one do, and then nobody who asks after the
-//! write may get what was read before it: what is kept of the place is dropped, and what a thread is reading
-//! now is read again ([`ColdReads::overwritten`]).
+//! The bytes of an append-only layer never change. Those of a sparse one do, and a read that is repeated
+//! after a write must not get the bytes from before it. So the kept bytes of the position are dropped, and a
+//! read in progress is done again ([`ColdReads::overwritten`]).
 //!
-//! What was overwritten meanwhile is never asked for again. That is the one case in which bytes stay, so old
-//! ones go when there are many.
+//! Bytes that were overwritten in the meantime are never requested again. Only in this case bytes stay, so
+//! old ones are dropped when there are many.
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,15 +27,15 @@ use crate::writable::WritableError;
 use formats::lsmt::FIRST_SECTOR;
 use formats::units::{SECTOR, Sectors};
 
-/// Reads that wait for the disk at a time. Those of one file, most often on one disk: more threads do not
-/// make it faster.
+/// Number of reads that wait for the disk at the same time. They are of one file, usually on one disk: more
+/// threads do not make it faster.
 const THREADS: usize = 2;
 
-/// Bytes kept without a look at their age: twice what the queues of a ublk device of the default shape can ask
-/// for at a time.
+/// Bytes kept regardless of their age: twice the amount that the queues of a ublk device of the default shape
+/// can request at a time.
 const KEPT: usize = 64 << 20;
 
-/// Nobody asks again so late: who was called asks at once.
+/// Age of bytes that will not be requested again: a woken request is repeated at once.
 const OLD: Duration = Duration::from_secs(10);
 
 /// A part of the data file.
@@ -51,7 +51,7 @@ impl Part {
     }
 }
 
-/// Somebody who waits for parts.
+/// A waiting request with its parts.
 struct Job {
     parts: Vec<Part>,
     /// Byte of the disk, for messages.
@@ -65,12 +65,12 @@ struct KeptPart {
     since: Instant,
 }
 
-/// Parts that were read and not asked for again yet, the oldest first; and those that are being read.
+/// Parts that were read and not requested again yet, the oldest first; and those that are being read.
 #[derive(Default)]
 struct Kept {
     parts: VecDeque<KeptPart>,
     bytes: usize,
-    /// Whether the part was overwritten since its reading began.
+    /// Parts being read; true if the part was overwritten since its reading began.
     reading: Vec<(Part, bool)>,
 }
 
@@ -95,7 +95,7 @@ impl Kept {
         self.reading.push((part, false));
     }
 
-    /// Ends a reading. `false`: what was read was overwritten meanwhile.
+    /// Ends a reading. Returns `false` if the part was overwritten in the meantime.
     fn end(&mut self, part: Part) -> bool {
         let at = self.reading.iter().position(|(reading, _)| *reading == part);
         at.is_none_or(|at| !self.reading.swap_remove(at).1)
@@ -123,7 +123,7 @@ pub(super) struct ColdReads {
 }
 
 impl ColdReads {
-    /// Threads that read from `layer`.
+    /// Starts threads that read from `layer`.
     pub(super) fn start(layer: &Arc<UpperLayer>) -> io::Result<Self> {
         let (jobs, queue) = unbounded();
         let kept = Arc::default();
@@ -143,8 +143,8 @@ impl ColdReads {
         Ok(this)
     }
 
-    /// The bytes of these parts, which are asked for at byte `offset` of the disk. `None`: the waiter was
-    /// taken.
+    /// The bytes of these parts, requested at byte `offset` of the disk. `None` if they must be read; the
+    /// waiter is then taken.
     pub(super) fn read(
         &self,
         parts: &[Part],
@@ -177,7 +177,7 @@ impl ColdReads {
         Some(found)
     }
 
-    /// Bytes `range` of the disk of a sparse layer were written over.
+    /// Reports that bytes `range` of the disk of a sparse layer were overwritten.
     pub(super) fn overwritten(&self, range: Range<u64>) {
         let sector = |byte: u64| FIRST_SECTOR.0 + byte / SECTOR;
         self.lock().overwritten(&(sector(range.start)..sector(range.end)));
@@ -194,14 +194,15 @@ impl ColdReads {
 
     fn fetch(&self, job: Job) {
         if let Some(jobs) = &self.jobs {
-            // There is a sender until the drop, and threads that receive; else the waiter is dropped with the job.
+            // A sender exists until the drop, and so do threads that receive; otherwise the waiter is dropped
+            // with the job.
             let _ = jobs.send(job);
         }
     }
 }
 
 impl Drop for ColdReads {
-    /// Joins the threads: afterwards nobody has the layer's files open.
+    /// Joins the threads: afterwards none of them has the layer's files open.
     fn drop(&mut self) {
         self.jobs = None;
         for thread in self.threads.drain(..) {
@@ -212,7 +213,7 @@ impl Drop for ColdReads {
     }
 }
 
-/// Body of a thread.
+/// Loop of a thread.
 fn serve(layer: &UpperLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
     sys::thread::mark_io_thread();
     while let Ok(Job { parts, offset, waiter }) = queue.recv() {
@@ -222,7 +223,7 @@ fn serve(layer: &UpperLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
     }
 }
 
-/// Reads a part until nobody has written over it meanwhile, and keeps it.
+/// Reads a part until it is not overwritten during the read, and keeps it.
 fn read(layer: &UpperLayer, kept: &Mutex<Kept>, part: Part) -> Result<(), WritableError> {
     let lock = || kept.lock().unwrap_or_else(PoisonError::into_inner);
     let mut sectors = part.buffer();
@@ -268,7 +269,7 @@ mod tests {
         };
         let (one, two, past) = (part(8 + 2, 3), part(8 + 6, 1), part(1 << 30, 1));
         fetch(&[one]).unwrap();
-        // Another of its parts cannot be had, so it is kept.
+        // Another of its parts cannot be read, so this one is kept.
         let (sender, receiver) = channel();
         let mut waiter = || -> Waiter {
             let sender = sender.clone();

@@ -6,16 +6,16 @@ use formats::lsmt::Uuid;
 use formats::lsmt::writer::Identity;
 use formats::units::{Bytes, Sectors};
 
-/// See the module.
+/// A writable layer of either kind; see the module.
 pub(super) enum UpperLayer {
-    /// Payload in the order of the writes, which is never written over, and an index of it.
+    /// Payload in the order of the writes, never overwritten, with an index.
     Appended(SharedLayer),
-    /// Payload in its place on the disk.
+    /// Payload at its position on the disk.
     Sparse(SparseLayer),
 }
 
 impl UpperLayer {
-    /// Opens what is in `files`, for a disk of `below` bytes if the layer does not say how large its own is.
+    /// Opens the layer in `files`; `below` is the size of the disk in bytes if the layer has none.
     pub(super) fn open(files: &WritableFiles, below: Bytes) -> Result<Self, WritableError> {
         if sparse::is_sparse_file(&files.data)? {
             return SparseLayer::open(&files.data, below).map(Self::Sparse);
@@ -23,7 +23,7 @@ impl UpperLayer {
         Self::appended(WritableLayer::open(files)?, files)
     }
 
-    /// Makes a new one of the first kind.
+    /// Makes a new layer of the append-only kind.
     pub(super) fn create(files: &WritableFiles, size: Bytes) -> Result<Self, WritableError> {
         let identity = Identity { uuid: random_uuid(), ..Identity::default() };
         Self::appended(WritableLayer::create(files, size, identity)?, files)
@@ -62,7 +62,7 @@ impl UpperLayer {
         }
     }
 
-    /// Reads payload from sector `at` of the data file on; may wait for the disk.
+    /// Reads payload from sector `at` of the data file on; can wait for the disk.
     pub(super) fn read_data(&self, at: Sectors, buf: &mut [u8]) -> Result<(), WritableError> {
         match self {
             Self::Appended(layer) => layer.read_data(at, buf),
@@ -70,7 +70,7 @@ impl UpperLayer {
         }
     }
 
-    /// The same, if the page cache has all of it.
+    /// Reads payload if the page cache has all of it.
     pub(super) fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
         match self {
             Self::Appended(layer) => layer.read_cached(at, buf),
@@ -85,7 +85,7 @@ impl UpperLayer {
         }
     }
 
-    /// Makes it one of the layers below.
+    /// Turns the layer into one of the layers below.
     pub(super) fn seal(&self) -> Result<(), WritableError> {
         match self {
             Self::Appended(layer) => layer.seal(),
@@ -93,7 +93,7 @@ impl UpperLayer {
         }
     }
 
-    /// Takes the seal off again.
+    /// Removes the seal.
     pub(super) fn unseal(&self) -> Result<(), WritableError> {
         match self {
             Self::Appended(layer) => layer.unseal(),
@@ -102,7 +102,7 @@ impl UpperLayer {
     }
 }
 
-/// Version 4, as upstream gives a new layer.
+/// A UUID of version 4, like those of upstream's new layers.
 fn random_uuid() -> Uuid {
     use std::hash::{BuildHasher as _, RandomState};
     let halves = [RandomState::new().hash_one(0), RandomState::new().hash_one(1)];

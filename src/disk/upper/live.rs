@@ -1,11 +1,11 @@
-//! Continuing on a new layer while the disk is in use: a snapshot (spec lsmt 10, upstream `LSMTFile::restack`).
+//! Continues a disk on a new layer during its use: a snapshot (spec lsmt 10, upstream `LSMTFile::restack`).
 //!
-//! The layer that was written is sealed where it is, and from then on it is the uppermost of the layers that cannot
-//! change; what is written goes to a new one. Readers notice nothing: they find the old layer below the new
-//! one. Writers wait meanwhile, as long as it takes to make the old layer durable.
+//! The written layer is sealed in place and becomes the uppermost of the read-only layers; later writes go to
+//! a new layer. Readers notice no change: they find the old layer below the new one. Writers wait until the
+//! old layer is durable.
 //!
-//! Who asks for it notes the change somewhere, so that the disk is opened in the same way next time. That is
-//! done between the seal and the first write to the new layer: if it cannot be done, the seal is taken off and all is
+//! The caller records the change, so that the disk is opened in the same way next time. It does so between
+//! the seal and the first write to the new layer: if recording fails, the seal is removed and the disk stays
 //! as before.
 
 use std::path::Path;
@@ -17,30 +17,30 @@ use super::UpperVolume;
 use crate::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
 use crate::writable::{WritableError, WritableFiles};
 
-/// Why a disk cannot be continued on a new layer. It goes on with the one that it has.
+/// Reasons why a disk cannot be continued on a new layer. It continues with its present one.
 #[derive(Debug, Error)]
 pub enum LiveError {
-    /// The new layer cannot be had, or the old one not be sealed.
+    /// The new layer cannot be opened, or the old one cannot be sealed.
     #[error(transparent)]
     Layer(#[from] WritableError),
-    /// The new layer is not new.
+    /// The new layer is not usable as one.
     #[error("{path} cannot be the next writable layer: {rule}", path = path.display())]
     Next {
         /// Its data file.
         path: std::path::PathBuf,
-        /// What should hold.
+        /// The broken rule.
         rule: &'static str,
     },
-    /// The change could not be noted.
-    #[error("The new writable layer cannot be noted")]
+    /// The change could not be recorded.
+    #[error("The new writable layer cannot be recorded")]
     Note(#[source] std::io::Error),
 }
 
-/// A writable disk whose layer can be changed for another.
+/// A writable disk with an exchangeable layer.
 pub struct LiveVolume {
     size: u64,
     current: RwLock<Arc<UpperVolume>>,
-    /// Shared by the changes under way, held alone while the layer changes.
+    /// Held shared by writes in progress, exclusively during a change of the layer.
     writing: RwLock<()>,
 }
 
@@ -56,8 +56,8 @@ impl LiveVolume {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Seals the layer and continues on the one in `files`, which exists and is empty. `note` is given the data
-    /// file of the layer that was sealed.
+    /// Seals the layer and continues on the one in `files`, which must exist and be empty. `note` gets the
+    /// data file of the sealed layer.
     ///
     /// # Errors
     /// [`LiveError`].
@@ -70,11 +70,11 @@ impl LiveVolume {
         let old = self.current();
         let refuse = |rule| LiveError::Next { path: files.data.clone(), rule };
         if is_same(&files.data, &old.files.data) || is_same(&files.index, &old.files.index) {
-            return Err(refuse("it is the one that is in use"));
+            return Err(refuse("it is the layer in use"));
         }
         let next = UpperVolume::open_files(files.clone(), old.clone())?;
         if !next.layer.is_empty() {
-            return Err(refuse("something was written to it already"));
+            return Err(refuse("it was written to already"));
         }
         if next.size() != self.size {
             return Err(refuse("its disk has another size"));
@@ -97,7 +97,7 @@ impl LiveVolume {
     }
 }
 
-/// Whether two paths lead to one file.
+/// True if two paths lead to one file.
 fn is_same(one: &Path, other: &Path) -> bool {
     let found = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     found(one) == found(other)
@@ -127,7 +127,7 @@ impl WritableVolume for LiveVolume {
         self.change(|upper| upper.write_at(bytes, offset))
     }
 
-    /// As the first layer does: a device cannot lose what its kernel was told.
+    /// Equal to that of the first layer: a device cannot withdraw a property that its kernel has seen.
     fn discards(&self) -> bool {
         self.current().discards()
     }

@@ -1,4 +1,4 @@
-//! A flush on its way: records that leave the memory for the index file.
+//! A flush in progress: records on their way from memory to the index file.
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -9,16 +9,17 @@ use super::{ENTRY, Mapping, Named, RECORD, WritableError};
 pub(super) struct Batch {
     pub(super) data: Arc<Named>,
     pub(super) index: Arc<Named>,
-    /// Number of the first in the index file.
+    /// Number of the first record in the index file.
     pub(super) first: u64,
     pub(super) records: Vec<Mapping>,
 }
 
-/// Why a batch was not written.
+/// Error of writing a batch.
 pub(super) enum Failure {
-    /// It can be written again, to the same place.
+    /// The batch can be written again, to the same position.
     Passing(WritableError),
-    /// The kernel could not make bytes durable. It says so once, and forgets which they were.
+    /// The kernel could not make bytes durable. It reports this once, and does not know later which bytes
+    /// they were.
     Lasting(WritableError),
 }
 
@@ -36,7 +37,8 @@ impl From<Failure> for WritableError {
 }
 
 impl Batch {
-    /// Makes the data durable, then the records: one on disk never points at bytes that are not there.
+    /// Makes the data durable, then the records, so that a record on disk never points at bytes that are not
+    /// there.
     pub(super) fn write(&self) -> Result<(), Failure> {
         let durable = |named: &Named| {
             named.file.sync_data().map_err(named.error("flush")).map_err(Failure::Lasting)

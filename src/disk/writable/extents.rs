@@ -1,14 +1,14 @@
-//! Which disk sectors a writable layer has, and where: runs without overlap, of which later ones replace
-//! what they cover of earlier ones.
+//! The disk sectors of a writable layer and their positions: runs without overlap. A later run replaces the
+//! parts of earlier ones that it covers.
 
 use std::collections::BTreeMap;
 
-/// What a run is.
+/// Content of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Content {
     /// Zeros.
     Zero,
-    /// From this sector of the data file on.
+    /// Data from this sector of the data file on.
     At(u64),
 }
 
@@ -21,7 +21,7 @@ impl Content {
     }
 }
 
-/// First sector → length and content.
+/// The runs: first sector → length and content.
 #[derive(Debug, Default)]
 pub(super) struct Extents {
     runs: BTreeMap<u64, (u64, Content)>,
@@ -37,13 +37,13 @@ impl Extents {
         self.runs.iter().map(|(&start, &(len, content))| (start, len, content))
     }
 
-    /// Puts a run over what is there.
+    /// Adds a run and replaces the runs that it covers.
     pub(super) fn insert(&mut self, lba: u64, len: u64, content: Content) {
         if len == 0 {
             return;
         }
         let end = lba + len;
-        // The one that begins before may reach into the new one, or past it.
+        // The run that begins before it may reach into the new one, or past it.
         if let Some((&start, &(old_len, old))) = self.runs.range(..lba).next_back()
             && start + old_len > lba
         {
@@ -58,7 +58,8 @@ impl Extents {
                 self.runs.insert(end, (start + old_len - end, old.advance(end - start)));
             }
         }
-        // Joined to the one before where it goes on in the data file too: a long sequential write is one run.
+        // Joined to the run before it if it continues that run in the data file too: a long sequential write
+        // is one run.
         if let Some((&start, &(old_len, old))) = self.runs.range(..lba).next_back()
             && start + old_len == lba
             && old.advance(old_len) == content

@@ -1,4 +1,5 @@
-//! The index log of an append-only layer, read from its beginning: what each record says, the last one wins.
+//! The index log of an append-only layer, read from its beginning. If several records cover a sector, the
+//! last one counts.
 
 use std::os::unix::fs::FileExt;
 
@@ -8,21 +9,21 @@ use formats::lsmt::mapping::{ENTRY, Mapping};
 use formats::lsmt::{FIRST_SECTOR, RECORD};
 use formats::units::SECTOR;
 
-/// What the records of a log come to.
+/// Result of reading a log.
 pub(super) struct Log {
-    /// Which sectors the layer has, and where.
+    /// The sectors of the layer and their positions.
     pub(super) extents: Extents,
-    /// One past the last sector of the data file that a record speaks of.
+    /// One past the last sector of the data file that a record points to.
     pub(super) position: u64,
-    /// Records up to the first that cannot be.
+    /// Number of records before the first invalid one.
     pub(super) records: u64,
     /// Bytes of the index file behind those.
     pub(super) torn: u64,
 }
 
 impl Log {
-    /// Reads the log up to the first record that cannot be: a partial one, one of zeros, or one that points past
-    /// the data. Changes nothing.
+    /// Reads the log up to the first invalid record: a partial one, one of zeros, or one that points past the
+    /// data. Changes nothing.
     ///
     /// # Errors
     /// [`WritableError`], also for a header that is not that of a log.
@@ -30,7 +31,9 @@ impl Log {
         let header = index.header()?;
         if header.flags & (FLAG_HEADER | FLAG_DATA) != FLAG_HEADER || header.index_offset != RECORD
         {
-            return Err(index.invalid("its header is not that of an index log at byte 4096"));
+            return Err(
+                index.invalid("its header is not that of an index log with an index at byte 4096")
+            );
         }
         let (index_len, data_len) = (index.len()?, data.len()?);
         let total = (index_len - RECORD) / ENTRY;

@@ -1,4 +1,4 @@
-//! A change on its way: where its bytes go, before the layer knows of it.
+//! A change in progress: the place of its bytes, before the layer knows of it.
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -7,23 +7,23 @@ use super::room::Room;
 use super::{Content, MAX_LEN, Mapping, Named, WritableError};
 use formats::units::{SECTOR, Sectors};
 
-/// A run of disk sectors and what it will be.
+/// A run of disk sectors and its new content.
 pub(super) struct Place {
     pub(super) data: Arc<Named>,
     pub(super) room: Arc<Room>,
-    /// Byte of the index file up to which there must be room.
+    /// Byte of the index file up to which room is needed.
     pub(super) index_end: u64,
     /// First disk sector.
     pub(super) lba: u64,
     /// Number of sectors.
     pub(super) count: u64,
-    /// Number of records that they need.
+    /// Number of records for the run.
     pub(super) needs: u64,
     pub(super) content: Content,
 }
 
 impl Place {
-    /// Writes the bytes to their place, and makes room for the records. Nobody reads that place before the
+    /// Writes the bytes to their place, and makes room for the records. No read uses that place before the
     /// change is noted.
     pub(super) fn write(&self, bytes: &[u8]) -> Result<(), WritableError> {
         if let Content::At(at) = self.content {
@@ -43,8 +43,8 @@ impl Place {
     }
 }
 
-/// The records of a run, each as long as one can be. Those of zeros point to `position`, the end of the payload:
-/// upstream refuses zeros that point outside it once the layer is sealed.
+/// The records of a run, each as long as possible. Records of zeros point to `position`, the end of the
+/// payload: once the layer is sealed, upstream refuses zeros that point outside the payload.
 pub(super) fn records(
     lba: u64,
     count: u64,

@@ -1,9 +1,9 @@
-//! Space for records, taken before they are needed.
+//! Space for records, allocated before they are written.
 //!
-//! A write is acknowledged when its bytes are in the data file and its record is in memory. Were there no
-//! space for the record at the next flush, the write would be lost although it was acknowledged. So the
-//! space is allocated first, some thousand records at a time, without making the file longer: a reader
-//! sees no difference. Where the filesystem cannot do that, nothing is promised.
+//! A write is acknowledged once its bytes are in the data file and its record is in memory. Without space for
+//! the record at the next flush, an acknowledged write would be lost. So the space is allocated first, some
+//! thousand records at a time, without making the file longer: a reader sees no difference. If the filesystem
+//! does not support this, there is no such guarantee.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,13 +19,13 @@ const STEP: u64 = 4096 * ENTRY;
 /// Room in the index file.
 pub(super) struct Room {
     index: Arc<Named>,
-    /// Byte of the file up to which there is room.
+    /// Byte of the file up to which space is allocated.
     until: AtomicU64,
     growing: Mutex<()>,
 }
 
 impl Room {
-    /// No room yet.
+    /// Starts without allocated space.
     pub(super) fn new(index: Arc<Named>) -> Self {
         Self { index, until: AtomicU64::new(RECORD), growing: Mutex::default() }
     }
@@ -33,7 +33,7 @@ impl Room {
     /// Makes room up to byte `end` of the file.
     ///
     /// # Errors
-    /// [`WritableError::Io`], when the filesystem is full.
+    /// [`WritableError::Io`] if the filesystem is full.
     pub(super) fn make(&self, end: u64) -> Result<(), WritableError> {
         if end <= self.until.load(Ordering::Acquire) {
             return Ok(());

@@ -1,9 +1,9 @@
-//! Sealing: a layer that was written becomes one of the layers below, in its place (spec lsmt 8.2, upstream
+//! Sealing: a written layer becomes one of the layers below, in place (spec lsmt 8.2, upstream
 //! `LSMTFile::close_seal`).
 //!
-//! The index is written behind the payload, and a trailer behind the index; not a byte in front of them is
-//! touched, so a seal that fails is undone by cutting the file where the payload ends. Whoever opens a sealed
-//! file to write to it is refused: the next record would be lost on everybody who reads the file as a layer.
+//! The index is written behind the payload, and a trailer behind the index. No byte in front of them changes,
+//! so a failed seal is undone by truncating the file to the end of the payload. A sealed file cannot be
+//! opened for writing: a reader that takes the file as a layer would not see the next record.
 
 use std::os::unix::fs::FileExt;
 
@@ -12,11 +12,11 @@ use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, FLAG_SEALED, Record};
 use formats::lsmt::mapping::{ENTRY, Mapping, PADDING};
 use formats::lsmt::{LsmtError, MAX_ENTRIES, RECORD};
 
-/// Writes index and trailer at byte `end` of the file, where the payload ends, and makes them durable. `header` is
-/// the file's.
+/// Writes index and trailer at byte `end` of the file, the end of the payload, and makes them durable.
+/// `header` is the file's.
 ///
 /// # Errors
-/// [`WritableError`]; the file is then as it was.
+/// [`WritableError`]; the file is then unchanged.
 pub(super) fn seal(
     data: &Named,
     header: &Record,
@@ -41,13 +41,13 @@ pub(super) fn seal(
     bytes.extend(trailer.encode());
     let written = data.file.write_all_at(&bytes, end).and_then(|()| data.file.sync_all());
     written.map_err(|error| {
-        // What is longer than the payload only takes space.
+        // Extra bytes behind the payload only take space.
         let _ = data.file.set_len(end);
         data.error("seal")(error)
     })
 }
 
-/// Takes a seal off again.
+/// Removes a seal.
 ///
 /// # Errors
 /// [`WritableError::Io`].
@@ -55,7 +55,7 @@ pub(super) fn unseal(data: &Named, end: u64) -> Result<(), WritableError> {
     data.file.set_len(end).and_then(|()| data.file.sync_all()).map_err(data.error("shorten"))
 }
 
-/// Refuses a file that was sealed: one that ends in a trailer which says that it does.
+/// Refuses a sealed file: one that ends in a trailer with the seal flag.
 ///
 /// # Errors
 /// [`WritableError`].
@@ -67,7 +67,7 @@ pub(super) fn check_unsealed(data: &Named) -> Result<(), WritableError> {
     let Ok(trailer) = Record::parse(&bytes) else { return Ok(()) };
     let complete = FLAG_HEADER | FLAG_DATA | FLAG_SEALED;
     let index_end = trailer.index_offset.saturating_add(trailer.index_size.saturating_mul(ENTRY));
-    // Upstream pads the index to a sector, we to a page.
+    // Upstream pads the index to a sector, this program to a page.
     let in_front = at.checked_sub(index_end).is_some_and(|padding| padding < RECORD);
     if trailer.flags & complete == FLAG_DATA | FLAG_SEALED && in_front {
         return Err(data.invalid(

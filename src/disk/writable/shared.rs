@@ -1,8 +1,8 @@
 //! A writable layer that many threads use at once.
 //!
-//! No file I/O is done under a lock that a look-up needs, so a reader never waits for a write or for a
-//! flush, which may take as long as the disk wants. Flushes take turns: whoever has waited for one
-//! finds its records gone with it, most often, and need not do its own.
+//! No file I/O happens under a lock that a look-up needs, so a reader never waits for a write or for a flush,
+//! which can take any time on the disk. Flushes take turns. A caller that waited for another flush usually
+//! finds its records written by it, and needs no flush of its own.
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -10,7 +10,7 @@ use super::place::Place;
 use super::{Named, WritableError, WritableLayer, WrittenRun, seal, view};
 use formats::units::{Bytes, SECTOR, Sectors};
 
-/// See the module.
+/// A writable layer for many threads; see the module.
 pub struct SharedLayer {
     layer: RwLock<WritableLayer>,
     data: Arc<Named>,
@@ -33,7 +33,7 @@ impl SharedLayer {
         self.layer.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// As [`WritableLayer::write`].
+    /// Writes whole sectors at byte `offset` of the disk, as [`WritableLayer::write`] does.
     ///
     /// # Errors
     /// [`WritableError`].
@@ -43,7 +43,7 @@ impl SharedLayer {
         self.settle(&place, written)
     }
 
-    /// As [`WritableLayer::discard`].
+    /// Makes whole sectors zero, as [`WritableLayer::discard`] does.
     ///
     /// # Errors
     /// [`WritableError`].
@@ -66,7 +66,7 @@ impl SharedLayer {
         if due { self.flush() } else { Ok(()) }
     }
 
-    /// Makes everything durable whose write had returned before the call. As [`WritableLayer::flush`].
+    /// Makes all writes durable that returned before the call, as [`WritableLayer::flush`] does.
     ///
     /// # Errors
     /// [`WritableError`].
@@ -77,13 +77,13 @@ impl SharedLayer {
         self.change().end_batch(batch, written)
     }
 
-    /// As [`WritableLayer::look_up`].
+    /// The runs of `count` sectors from `lba` on, as in [`WritableLayer::look_up`].
     #[must_use]
     pub fn look_up(&self, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
         self.read().look_up(lba, count)
     }
 
-    /// As [`WritableLayer::read_data`]; may wait for the disk.
+    /// Reads payload from sector `at` of the data file on; can wait for the disk.
     ///
     /// # Errors
     /// [`WritableError::Io`].
@@ -91,17 +91,18 @@ impl SharedLayer {
         self.data.read(at, buf)
     }
 
-    /// The same, if the page cache has all of it. `false`: it has not, or the filesystem cannot tell; `buf`
-    /// is then unspecified.
+    /// Reads payload if the page cache has all of it. Returns `false` if it has not, or if the filesystem
+    /// cannot tell; `buf` is then unspecified.
     #[must_use]
     pub fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
         self.data.read_cached(at, buf)
     }
 
-    /// Makes the layer one of the layers below: see `seal`. Nobody writes meanwhile, nor afterwards.
+    /// Turns the layer into one of the layers below: see `seal`. No write may happen during the call or after
+    /// it.
     ///
     /// # Errors
-    /// [`WritableError`]; the layer is then as it was.
+    /// [`WritableError`]; the layer is then unchanged.
     pub fn seal(&self) -> Result<(), WritableError> {
         self.flush()?;
         let layer = self.read();
@@ -109,7 +110,7 @@ impl SharedLayer {
         seal::seal(&self.data, &layer.header, layer.position * SECTOR, &mappings)
     }
 
-    /// Takes the seal off again.
+    /// Removes the seal.
     ///
     /// # Errors
     /// [`WritableError::Io`].
@@ -117,13 +118,13 @@ impl SharedLayer {
         seal::unseal(&self.data, self.read().position * SECTOR)
     }
 
-    /// As [`WritableLayer::virtual_size`].
+    /// Size of the disk by this layer, or 0.
     #[must_use]
     pub fn virtual_size(&self) -> Bytes {
         self.read().virtual_size()
     }
 
-    /// As [`WritableLayer::is_empty`].
+    /// True if the layer was never written to.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.read().is_empty()

@@ -1,15 +1,16 @@
-//! The other kind of layer that can be written: one sparse file in which sector `n` of the disk lies at byte
-//! `4096 + 512 n` (spec lsmt 2 and 7, upstream `LSMTSparseFile`).
+//! The second kind of writable layer: one sparse file in which sector `n` of the disk lies at byte `4096 +
+//! 512 n` (spec lsmt 2 and 7, upstream `LSMTSparseFile`).
 //!
-//! There is no index. What the layer has is what the file system calls data; a hole is what was never written.
-//! That has two consequences, which upstream's implementation does not draw.
+//! There is no index. The filesystem's data ranges of the file are the sectors of the layer; a hole was never
+//! written. This has two consequences, which upstream's implementation ignores.
 //!
-//! * The file system tells whole blocks. A sector written alone makes its neighbours in the block zeros, at the
-//!   latest when the layer is opened again. So a write must cover whole blocks ([`SparseLayer::block`]), and who has
-//!   less adds what is there now.
-//! * Zeros that hide what is below cannot be a hole. So there is no discard: zeros are written.
+//! * The filesystem tracks whole blocks. A sector written alone makes its neighbours in the block zeros, at
+//!   the latest when the layer is opened again. So a write must cover whole blocks ([`SparseLayer::block`]);
+//!   a caller with less must fill in the present content.
+//! * Zeros that hide data of the layers below cannot be a hole. So there is no discard: zeros are written.
 //!
-//! Bytes are written over in their place: what was read of a place is true only until the next write to it.
+//! Data is overwritten in place: bytes that were read are valid only until the next write to the same
+//! position.
 
 use std::fs::File;
 use std::io;
@@ -26,18 +27,18 @@ use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, Record};
 use formats::lsmt::{FIRST_SECTOR, RECORD};
 use formats::units::{Bytes, SECTOR, Sectors};
 
-/// Set beside the others in the header of a sparse layer (spec lsmt 2, bit 4).
+/// Set in addition to the other flags in the header of a sparse layer (spec lsmt 2, bit 4).
 const FLAG_SPARSE: u32 = 1 << 4;
 
-/// Largest block of a file system that is believed: what is written alone grows to it.
+/// Largest block size that is accepted from a filesystem: a smaller write grows to this size.
 const MAX_BLOCK: u64 = 1 << 20;
 
-/// Whether a data file with this header is that of a sparse layer that can be written.
+/// True if a data file with this header is that of a writable sparse layer.
 pub(super) fn is_sparse(header: &Record) -> bool {
     header.flags == FLAG_HEADER | FLAG_DATA | FLAG_SPARSE
 }
 
-/// Whether the data file at `path` is that of a sparse layer.
+/// True if the data file at `path` is that of a sparse layer.
 ///
 /// # Errors
 /// [`WritableError`].
@@ -45,12 +46,12 @@ pub fn is_sparse_file(path: &Path) -> Result<bool, WritableError> {
     Named::open_to_read(path)?.header().map(|header| is_sparse(&header))
 }
 
-/// The data file of an empty sparse layer, as upstream's `overlaybd-create -s` begins one.
+/// The data file of an empty sparse layer, equal to the start of one from upstream's `overlaybd-create -s`.
 #[cfg(test)]
 pub(crate) fn empty_file(virtual_size: Bytes) -> Vec<u8> {
     use formats::lsmt::Uuid;
     let record = Record {
-        flags: 0x13, // as the spec has it, not as we name it
+        flags: 0x13, // the spec's literal value, not this program's constants
         index_offset: 0,
         index_size: 0,
         virtual_size: virtual_size.get(),
@@ -61,7 +62,7 @@ pub(crate) fn empty_file(virtual_size: Bytes) -> Vec<u8> {
     record.encode()
 }
 
-/// What a file of `end` sectors has of its disk, as its file system says.
+/// The written runs of a file of `end` sectors, by its filesystem.
 pub(super) fn written(data: &Named, end: u64) -> Result<Extents, WritableError> {
     let mut extents = Extents::default();
     let mut at = RECORD;
@@ -78,7 +79,7 @@ pub(super) fn written(data: &Named, end: u64) -> Result<Extents, WritableError> 
     Ok(extents)
 }
 
-/// Where data or a hole begins; none behind the last.
+/// Position of the next data or hole; `None` behind the last.
 fn next(file: &File, from: SeekFrom) -> io::Result<Option<u64>> {
     match seek(file, from) {
         Ok(at) => Ok(Some(at)),
@@ -87,7 +88,7 @@ fn next(file: &File, from: SeekFrom) -> io::Result<Option<u64>> {
     }
 }
 
-/// A sparse layer, for many threads.
+/// A sparse layer for many threads.
 pub struct SparseLayer {
     data: Named,
     header: Record,
@@ -96,8 +97,8 @@ pub struct SparseLayer {
 }
 
 impl SparseLayer {
-    /// Opens the data file at `path`. A layer that does not say how large its disk is gets `below`, the size of the
-    /// disk below, as upstream does when it stacks one.
+    /// Opens the data file at `path`. A layer without a disk size gets `below`, the size of the disk below,
+    /// as in upstream's stacking.
     ///
     /// # Errors
     /// [`WritableError`].
@@ -130,14 +131,14 @@ impl SparseLayer {
         Bytes(self.header.virtual_size)
     }
 
-    /// Whether nothing was ever written.
+    /// True if the layer was never written to.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.written.read().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
-    /// Bytes of the disk that a write must begin and end on a multiple of, unless the layer has what is around it,
-    /// or the disk ends.
+    /// Alignment of writes, in bytes of the disk. A write must begin and end at a multiple of it, unless the
+    /// layer contains the surrounding sectors, or the disk ends there.
     #[must_use]
     pub fn block(&self) -> u64 {
         self.block
@@ -146,7 +147,7 @@ impl SparseLayer {
     /// Writes whole sectors at byte `offset` of the disk. Durable after the next [`flush`](Self::flush).
     ///
     /// # Errors
-    /// [`WritableError`]; what was written then is unspecified.
+    /// [`WritableError`]; the content of the range is then unspecified.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
         let (lba, count) = whole_sectors(self.header.virtual_size, offset, bytes.len() as u64)?;
         self.data.file.write_all_at(bytes, RECORD + offset).map_err(self.data.error("write"))?;
@@ -156,7 +157,7 @@ impl SparseLayer {
         Ok(())
     }
 
-    /// Makes everything written so far durable.
+    /// Makes all writes up to now durable.
     ///
     /// # Errors
     /// [`WritableError::Io`].
@@ -164,13 +165,14 @@ impl SparseLayer {
         self.data.file.sync_data().map_err(self.data.error("flush"))
     }
 
-    /// As [`WritableLayer::look_up`](super::WritableLayer::look_up).
+    /// The runs of `count` sectors from `lba` on, as in
+    /// [`WritableLayer::look_up`](super::WritableLayer::look_up).
     #[must_use]
     pub fn look_up(&self, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
         runs(&self.written.read().unwrap_or_else(PoisonError::into_inner), lba, count)
     }
 
-    /// Reads payload from sector `at` of the data file on; may wait for the disk.
+    /// Reads payload from sector `at` of the data file on; can wait for the disk.
     ///
     /// # Errors
     /// [`WritableError::Io`].
@@ -178,16 +180,18 @@ impl SparseLayer {
         self.data.read(at, buf)
     }
 
-    /// As [`SharedLayer::read_cached`](super::SharedLayer::read_cached).
+    /// Reads payload if the page cache has all of it, as
+    /// [`SharedLayer::read_cached`](super::SharedLayer::read_cached) does.
     #[must_use]
     pub fn read_cached(&self, at: Sectors, buf: &mut [u8]) -> bool {
         self.data.read_cached(at, buf)
     }
 
-    /// Makes it one of the layers below: see `seal`. Nobody writes meanwhile, nor afterwards.
+    /// Turns the layer into one of the layers below: see `seal`. No write may happen during the call or after
+    /// it.
     ///
     /// # Errors
-    /// [`WritableError`]; the layer is then as it was.
+    /// [`WritableError`]; the layer is then unchanged.
     pub fn seal(&self) -> Result<(), WritableError> {
         self.flush()?;
         let end = RECORD + self.header.virtual_size;
@@ -198,7 +202,7 @@ impl SparseLayer {
         seal::seal(&self.data, &self.header, end, &mappings)
     }
 
-    /// Takes the seal off again.
+    /// Removes the seal.
     ///
     /// # Errors
     /// [`WritableError::Io`].

@@ -1,4 +1,4 @@
-//! What holds for a writable layer: against a plain array of sectors, and across crashes.
+//! Tests of a writable layer: against a plain array of sectors, and across crashes.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ fn layer(dir: &Path) -> WritableLayer {
     WritableLayer::create(&files(dir), Bytes(SIZE), Identity::default()).unwrap()
 }
 
-/// The whole disk over nothing.
+/// Reads the whole disk, with no layer below.
 fn read_all(layer: &WritableLayer) -> Vec<u8> {
     let mut disk = vec![0; SIZE as usize];
     for run in layer.look_up(Sectors(0), Sectors(SIZE / SECTOR)) {
@@ -36,7 +36,7 @@ fn committed(layer: &mut WritableLayer) -> Vec<u8> {
     layer.commit(Vec::new(), Bytes(SIZE), Identity::default()).unwrap()
 }
 
-/// The whole disk of a committed layer, read by the other half of this module.
+/// Reads the whole disk of a committed layer through the reading half of this module.
 fn read_committed(bytes: &[u8]) -> Vec<u8> {
     let source = Arc::new(MemorySource::new("committed", bytes.to_vec()));
     let layer = Layer::open(&*source, LayerKind::Plain).unwrap();
@@ -52,7 +52,7 @@ fn read_committed(bytes: &[u8]) -> Vec<u8> {
     disk
 }
 
-/// The whole disk as who only looks at the files sees it.
+/// Reads the whole disk through a read-only view of the files.
 fn read_viewed(files: &WritableFiles) -> Vec<u8> {
     let source = MemorySource::new("viewed", fs::read(&files.data).unwrap());
     let layer = view(files).unwrap();
@@ -65,7 +65,7 @@ fn read_viewed(files: &WritableFiles) -> Vec<u8> {
     disk
 }
 
-/// As upstream makes one: a header, and a hole behind it.
+/// Makes a sparse layer as upstream does: a header, and a hole behind it.
 fn sparse_layer(dir: &Path, size: u64) -> SparseLayer {
     fs::write(dir.join(DATA_NAME), sparse::empty_file(Bytes::ZERO)).unwrap();
     fs::write(dir.join(INDEX_NAME), b"").unwrap();
@@ -124,9 +124,9 @@ proptest! {
         prop_assert!(read_viewed(&files(dir.path())) == model);
         let once = committed(&mut layer);
         prop_assert!(read_committed(&once) == model);
-        // The same content by another way is the same layer.
+        // The same content written in another way yields the same layer.
         prop_assert!(committed(&mut layer) == once);
-        // And so is what it is when it is sealed where it lies.
+        // So does sealing in place.
         SharedLayer::new(layer).seal().unwrap();
         prop_assert!(read_committed(&fs::read(dir.path().join(DATA_NAME)).unwrap()) == model);
     }
@@ -147,7 +147,7 @@ proptest! {
             model[(at * block) as usize..][..bytes.len()].copy_from_slice(&bytes);
             drop(layer);
             let again = SparseLayer::open(&dir.path().join(DATA_NAME), Bytes::ZERO).unwrap();
-            // What was never written is nothing of it.
+            // A sector that was never written does not belong to the layer.
             for run in again.look_up(Sectors(0), Sectors(SIZE / SECTOR)) {
                 let place = (run.lba.0 * SECTOR) as usize;
                 let part = &model[place..][..(run.len.0 * SECTOR) as usize];
@@ -167,7 +167,7 @@ proptest! {
         prop_assert!(read_viewed(&files(dir.path())) == model);
         layer.seal().unwrap();
         prop_assert!(read_committed(&fs::read(dir.path().join(DATA_NAME)).unwrap()) == model);
-        // A layer that was sealed is none to look at as one that can be written.
+        // A sealed layer is refused as a writable one.
         let refused = view(&files(dir.path())).err().unwrap().to_string();
         prop_assert!(refused.contains("sealed: name it as the last of the lowers"), "{refused}");
         layer.unseal().unwrap();
@@ -225,7 +225,7 @@ fn what_was_flushed_survives_any_cut_of_what_came_after() {
             fs::write(&index, &whole[1][..index_len as usize]).unwrap();
             let mut again = WritableLayer::open(&files(dir.path())).unwrap();
             let found = read_all(&again);
-            // Writes are whole or not there, in their order.
+            // Each write is present as a whole or not at all, in their order.
             let mut steps = vec![flushed.clone()];
             let mut next = flushed.clone();
             next[..4096].fill(3);
@@ -236,7 +236,7 @@ fn what_was_flushed_survives_any_cut_of_what_came_after() {
             let step =
                 steps.iter().position(|step| *step == found).expect("a state between two writes");
             seen[usize::from(step == 3)] += 1;
-            // And it goes on from there.
+            // Writing continues after the reopening.
             again.write(8192, &[9; 512]).unwrap();
             again.flush().unwrap();
             let mut expected = found;
@@ -364,7 +364,7 @@ fn threads_that_write_and_flush_at_once_lose_nothing() {
                         shared.discard(thread * PART + 65_536, 4096).unwrap();
                         shared.flush().unwrap();
                     }
-                    // What was acknowledged is read.
+                    // A read returns acknowledged writes.
                     let runs = shared.look_up(Sectors(at / SECTOR), Sectors(16));
                     for run in runs {
                         let WrittenPlace::Data(place) = run.place else { panic!("{run:?}") };
@@ -412,7 +412,7 @@ fn a_flush_that_found_no_space_can_be_repeated_and_keeps_the_order() {
     drop(first);
     let mut again = WritableLayer::open(&files(dir.path())).unwrap();
     assert_eq!(read_all(&again)[..512], [2; 512]);
-    // What could not be made durable is another matter.
+    // A failure to make bytes durable is a different case.
     again.write(0, &[3; 512]).unwrap();
     let batch = again.take_batch().unwrap().unwrap();
     let lost = io::Error::from_raw_os_error(libc::EIO);

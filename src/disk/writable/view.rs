@@ -1,7 +1,7 @@
-//! A writable layer as one that is only read: the topmost of a stack, for who exports or examines a disk.
+//! A read-only view of a writable layer: the topmost of a stack, for exporting or examining a disk.
 //!
-//! Nothing is locked, cut off or changed: upstream's daemon may have the files open and go on writing. What is
-//! seen is what the index says now.
+//! Nothing is locked, cut off or changed: upstream's daemon may have the files open and continue to write.
+//! The view shows the present state of the index.
 
 use super::log::Log;
 use super::place::records;
@@ -12,9 +12,9 @@ use formats::lsmt::layer::{FLAG_DATA, FLAG_SEALED, Record, Uuid};
 use formats::lsmt::mapping::Mapping;
 use formats::units::SECTOR;
 
-/// The layer in `files`, whose payload is found in the data file.
+/// The layer in `files`; its payload lies in the data file.
 ///
-/// Its parent is left out: upstream does not check what a writable layer was made on (spec runtime 2).
+/// Its parent is omitted: upstream does not check the parent of a writable layer (spec runtime 2).
 ///
 /// # Errors
 /// [`WritableError`].

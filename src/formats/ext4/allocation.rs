@@ -1,10 +1,9 @@
-//! Which blocks and inodes are in use.
+//! Allocation of blocks and inodes.
 //!
-//! Blocks are given out front to back from two lists of runs, one for metadata and one for file data; on
-//! a disk of our own each list begins as one run. A freed block is marked free and yet never given out
-//! again, by no layer: an upper layer that takes a block over without writing all of it would let the
-//! lower layer's bytes shine through. For the same reason the lists of a disk that is continued
-//! leave out what is free but was ever written.
+//! Blocks are allocated in ascending order from two lists of runs, one for metadata and one for file data; on
+//! a new disk each list begins as one run. A freed block is marked free, but no layer uses it again: if an
+//! upper layer took over a block without writing all of it, the lower layer's bytes would be visible. For the
+//! same reason, the lists of a continued disk omit free blocks that were ever written.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -15,10 +14,10 @@ use crate::units::Bytes;
 /// Bits of a bitmap block.
 const BITS: u32 = BLOCK as u32 * 8;
 
-/// One bitmap a group; a group that was never touched has none and is all free.
+/// One bitmap per group; a group that was never touched has none and is all free.
 #[derive(Debug)]
 pub(super) struct Bitmaps {
-    /// Objects of each full group.
+    /// Objects per full group.
     per_group: u32,
     /// Objects of all groups.
     total: u64,
@@ -33,7 +32,7 @@ impl Bitmaps {
         Bitmaps { per_group, total, pages: BTreeMap::new(), used, dirty: BTreeSet::new() }
     }
 
-    /// Takes over the bitmap of a group as it is on the disk.
+    /// Takes over the bitmap of a group from the disk.
     pub(super) fn load(&mut self, group: u32, page: Box<[u8; BLOCK]>) {
         let valid = self.valid(group) as usize;
         let whole = &page[..valid / 8];
@@ -45,23 +44,23 @@ impl Bitmaps {
         self.pages.insert(group, page);
     }
 
-    /// Objects of `group` in use.
+    /// Number of objects of `group` in use.
     pub(super) fn used(&self, group: u32) -> u32 {
         self.used[group as usize]
     }
 
-    /// Objects of `group`.
+    /// Number of objects of `group`.
     fn valid(&self, group: u32) -> u32 {
         let start = u64::from(group) * u64::from(self.per_group);
         u64::from(self.per_group).min(self.total - start) as u32
     }
 
-    /// Objects free in all groups.
+    /// Number of free objects in all groups.
     pub(super) fn free(&self) -> u64 {
         self.total - self.used.iter().map(|&used| u64::from(used)).sum::<u64>()
     }
 
-    /// Whether an object is in use.
+    /// True if an object is in use.
     pub(super) fn is_used(&self, object: u64) -> bool {
         let (group, bit) = (object / u64::from(self.per_group), object % u64::from(self.per_group));
         self.pages
@@ -74,7 +73,7 @@ impl Bitmaps {
         self.pages.get(&group).map(|page| &**page)
     }
 
-    /// Whether all objects `first..first + count` are in use, or none is.
+    /// True if all objects `first..first + count` have the state `in_use`.
     pub(super) fn are(&self, in_use: bool, first: u64, count: u64) -> bool {
         let end = first + count;
         let mut at = first;
@@ -94,7 +93,7 @@ impl Bitmaps {
         true
     }
 
-    /// Whether what `other` marks in a group is marked here too.
+    /// True if every object of a group that is marked in `other` is marked here too.
     pub(super) fn covers(&self, other: &Bitmaps, group: u32) -> bool {
         let Some(theirs) = other.pages.get(&group) else { return true };
         let valid = self.valid(group) as usize;
@@ -128,7 +127,7 @@ impl Bitmaps {
         runs
     }
 
-    /// Groups whose bitmap changed since the last call, with their bitmaps.
+    /// Groups with a bitmap that changed since the last call, with their bitmaps.
     pub(super) fn take_dirty(&mut self) -> Vec<(u32, &[u8; BLOCK])> {
         let dirty = std::mem::take(&mut self.dirty);
         dirty
@@ -137,7 +136,7 @@ impl Bitmaps {
             .collect()
     }
 
-    /// Makes the bitmap of a group exist. Bits past the group's last object must be ones.
+    /// Makes sure that a group has a bitmap. Bits past the group's last object must be ones.
     fn touch(&mut self, group: u32) -> &mut [u8; BLOCK] {
         let valid = self.valid(group);
         self.dirty.insert(group);
@@ -148,7 +147,7 @@ impl Bitmaps {
         })
     }
 
-    /// Marks objects; each must have been in the other state.
+    /// Marks objects; each must have been in the other state before.
     pub(super) fn mark(&mut self, first: u64, count: u64, in_use: bool) {
         let end = first + count;
         let mut at = first;
@@ -164,13 +163,13 @@ impl Bitmaps {
         }
     }
 
-    /// Forgets that anything changed.
+    /// Forgets all changes.
     pub(super) fn settle(&mut self) {
         self.dirty.clear();
     }
 }
 
-/// Whether the bits `from..to` all have that value, whole bytes at once.
+/// True if the bits `from..to` all have that value; compares whole bytes at once.
 fn all(from: usize, to: usize, page: &[u8; BLOCK], value: bool) -> bool {
     let mut bit = from;
     while bit < to {
@@ -208,7 +207,7 @@ pub(super) struct BlockRun {
     pub(super) count: u64,
 }
 
-/// Removes from `runs` what lies in `holes`; both ascending and without overlap.
+/// Removes the parts of `runs` that lie in `holes`; both must be ascending and without overlap.
 pub(super) fn subtract(runs: &[BlockRun], holes: &[BlockRun]) -> Vec<BlockRun> {
     let mut left = Vec::with_capacity(runs.len());
     let mut holes = holes.iter().peekable();
@@ -233,7 +232,7 @@ pub(super) fn subtract(runs: &[BlockRun], holes: &[BlockRun]) -> Vec<BlockRun> {
     left
 }
 
-/// Runs to give out, front to back.
+/// Runs of free objects, used in ascending order.
 #[derive(Debug, Default)]
 struct Free(VecDeque<BlockRun>);
 
@@ -242,7 +241,7 @@ impl Free {
         self.0.iter().map(|run| run.count).sum()
     }
 
-    /// Up to `count` consecutive ones.
+    /// Takes up to `count` consecutive objects.
     fn take(&mut self, count: u64) -> Option<BlockRun> {
         let first = self.0.front_mut()?;
         let taken = BlockRun { start: first.start, count: count.min(first.count) };
@@ -261,7 +260,7 @@ pub(super) struct Blocks {
     pub(super) bitmaps: Bitmaps,
     metadata: Free,
     data: Free,
-    /// In both lists together.
+    /// Number of blocks in both lists together.
     available: u64,
     size: Bytes,
 }
@@ -279,7 +278,7 @@ impl Blocks {
         Blocks::continued(layout, bitmaps, &[all], layout.data)
     }
 
-    /// A disk of which `free` runs may be given out; those from block `data` on are for file data.
+    /// The blocks of a disk with the free runs `free`; those from block `data` on are for file data.
     pub(super) fn continued(
         layout: &Layout,
         bitmaps: Bitmaps,
@@ -302,12 +301,12 @@ impl Blocks {
         Blocks { bitmaps, metadata, data, available, size }
     }
 
-    /// One block for metadata.
+    /// Takes one block for metadata.
     pub(super) fn metadata_block(&mut self) -> Result<u64, Ext4Error> {
         Ok(self.take(1, false)?.start)
     }
 
-    /// Up to `count` (at least 1) consecutive blocks for metadata or for file data.
+    /// Takes up to `count` (at least 1) consecutive blocks for metadata or for file data.
     pub(super) fn take(&mut self, count: u64, data: bool) -> Result<BlockRun, Ext4Error> {
         let (first, second) = if data {
             (&mut self.data, &mut self.metadata)
@@ -321,7 +320,7 @@ impl Blocks {
         Ok(taken)
     }
 
-    /// Fails early if `count` blocks are not to be had.
+    /// Fails early if fewer than `count` blocks are free.
     pub(super) fn require(&self, count: u64) -> Result<(), Ext4Error> {
         if count > self.available {
             return Err(Ext4Error::NoBlocks { size: self.size });
@@ -335,25 +334,25 @@ impl Blocks {
     }
 }
 
-/// The inodes of the filesystem. Of those that were never used, the lowest number comes first; a
-/// number that this process freed is not given out again.
+/// The inodes of the filesystem. Numbers that were never used are given out in ascending order; a number that
+/// this process freed is not given out again.
 #[derive(Debug)]
 pub(super) struct Inodes {
     pub(super) bitmaps: Bitmaps,
-    /// Of each group.
+    /// Account of each group.
     accounts: Vec<InodeAccount>,
-    /// The numbers to give out, less one.
+    /// The free numbers, less one.
     free: Free,
     per_group: u32,
     /// The highest number.
     last: u32,
 }
 
-/// What a group's descriptor says of its inodes besides how many are free.
+/// Counts of inodes in a group's descriptor, except the number of free ones.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct InodeAccount {
     pub(super) directories: u32,
-    /// Inodes at the end that were never given out.
+    /// Number of inodes at the end that were never given out.
     pub(super) untouched: u32,
 }
 
@@ -372,7 +371,7 @@ impl Inodes {
         inodes
     }
 
-    /// A disk of which `free` runs of numbers, less one, may be given out.
+    /// The inodes of a disk with the free runs of numbers `free`, less one.
     pub(super) fn continued(
         layout: &Layout,
         bitmaps: Bitmaps,
@@ -388,12 +387,12 @@ impl Inodes {
         }
     }
 
-    /// Takes that number for a directory if it is free, else another.
+    /// Takes this number for a directory if it is free, or else another one.
     pub(super) fn claim(&mut self, number: u32) -> Result<u32, Ext4Error> {
         if self.bitmaps.is_used(u64::from(number - 1)) {
             return self.take(true);
         }
-        // On a disk that is continued it may be among those to give out.
+        // On a continued disk it can be among the free numbers.
         let own = BlockRun { start: u64::from(number - 1), count: 1 };
         let free: Vec<BlockRun> = self.free.0.iter().copied().collect();
         if free.iter().any(|run| run.start <= own.start && own.start < run.start + run.count) {
@@ -403,7 +402,7 @@ impl Inodes {
         Ok(number)
     }
 
-    /// The next free number.
+    /// Takes the next free number.
     pub(super) fn take(&mut self, directory: bool) -> Result<u32, Ext4Error> {
         let taken = self.free.take(1).ok_or(Ext4Error::NoInodes { inodes: self.last })?;
         let number = taken.start as u32 + 1;
@@ -419,7 +418,7 @@ impl Inodes {
         }
     }
 
-    /// Notes that a number was in use once.
+    /// Notes that a number was in use at some time.
     fn touch(&mut self, number: u32) {
         let group = self.group_of(number);
         let touched = (number - 1) % self.per_group + 1;
@@ -427,7 +426,7 @@ impl Inodes {
         account.untouched = account.untouched.min(self.per_group - touched);
     }
 
-    /// Counts a directory whose inode was reserved.
+    /// Counts a directory with an inode that was reserved.
     pub(super) fn count_directory(&mut self, number: u32) {
         let group = self.group_of(number);
         self.accounts[group].directories += 1;
@@ -443,7 +442,7 @@ impl Inodes {
         }
     }
 
-    /// Counts of `group`.
+    /// The counts of `group`.
     pub(super) fn account(&self, group: u32) -> InodeAccount {
         self.accounts[group as usize]
     }

@@ -1,20 +1,20 @@
 //! Checksums of metadata: none, CRC-16 of descriptors only (uninit_bg), or CRC-32C of nearly
 //! everything (metadata_csum).
 //!
-//! A disk of our own has the middle one; one that is continued keeps what it has. Source: the kernel's
-//! "ext4 Data Structures and Algorithms", chapter on checksums.
+//! A new disk has CRC-16; a continued disk keeps its own kind. Source: the kernel's "ext4 Data Structures and
+//! Algorithms", chapter on checksums.
 
 use super::field::{high16, low16, put16, put32};
 use super::geometry::BLOCK;
 
-/// How a filesystem protects its metadata.
+/// Protection of a filesystem's metadata.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Checksums {
-    /// Not at all.
+    /// No checksums.
     None,
-    /// Group descriptors, seeded with the UUID.
+    /// Checksums of group descriptors, seeded with the UUID.
     Descriptors { uuid: [u8; 16] },
-    /// All metadata, seeded with the CRC of the UUID or what stands in for it.
+    /// Checksums of all metadata, seeded with the CRC of the UUID or with the seed in the superblock.
     Metadata { seed: u32 },
 }
 
@@ -22,12 +22,12 @@ pub(super) enum Checksums {
 pub(super) const LEAF_TAIL: usize = 12;
 
 impl Checksums {
-    /// Whether descriptors may say that parts of a group were never written.
+    /// True if descriptors may mark parts of a group as never written.
     pub(super) fn of_descriptors(self) -> bool {
         self != Checksums::None
     }
 
-    /// Seals a group descriptor; `group` is its number.
+    /// Writes the checksum of a group descriptor; `group` is its number.
     pub(super) fn seal_descriptor(self, record: &mut [u8], group: u32) {
         let sum = match self {
             Checksums::None => return,
@@ -44,7 +44,7 @@ impl Checksums {
         put16(record, 30, sum);
     }
 
-    /// Notes the checksum of a bitmap in its group's descriptor: `low` and `high` are its fields.
+    /// Writes the checksum of a bitmap into its group's descriptor; `low` and `high` are its fields.
     pub(super) fn note_bitmap(self, record: &mut [u8], (low, high): (usize, usize), bits: &[u8]) {
         if let Checksums::Metadata { seed } = self {
             let sum = crc32c(seed, bits);
@@ -55,7 +55,7 @@ impl Checksums {
         }
     }
 
-    /// Seals the superblock: 1024 bytes.
+    /// Writes the checksum of the superblock: 1024 bytes.
     pub(super) fn seal_superblock(self, record: &mut [u8]) {
         if let Checksums::Metadata { .. } = self {
             let sum = crc32c(u32::MAX, &record[..1020]);
@@ -63,7 +63,7 @@ impl Checksums {
         }
     }
 
-    /// What seals the metadata of one inode.
+    /// The checksum of the metadata of one inode.
     pub(super) fn of_inode(self, inode: u32, generation: u32) -> InodeChecksum {
         InodeChecksum(match self {
             Checksums::Metadata { seed } => {
@@ -73,7 +73,7 @@ impl Checksums {
         })
     }
 
-    /// Seals an attribute block.
+    /// Writes the checksum of an attribute block.
     pub(super) fn seal_xattrs(self, block: &mut [u8], place: u64) {
         if let Checksums::Metadata { seed } = self {
             put32(block, 16, 0);
@@ -83,17 +83,17 @@ impl Checksums {
     }
 }
 
-/// Seals the blocks of one inode; does nothing without metadata_csum.
+/// Writes the checksums of one inode's blocks; does nothing without metadata_csum.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct InodeChecksum(Option<u32>);
 
 impl InodeChecksum {
-    /// Whether blocks need room for it.
+    /// True if blocks need room for it.
     pub(super) fn is_some(self) -> bool {
         self.0.is_some()
     }
 
-    /// Seals the inode itself, of any size.
+    /// Writes the checksum of the inode itself, of any size.
     pub(super) fn seal_inode(self, record: &mut [u8]) {
         let Some(seed) = self.0 else { return };
         put16(record, 124, 0);
@@ -108,7 +108,7 @@ impl InodeChecksum {
         }
     }
 
-    /// Seals a block of an extent tree that has room for as many entries as fit.
+    /// Writes the checksum of a block of an extent tree that has room for as many entries as fit.
     pub(super) fn seal_extents(self, block: &mut [u8; BLOCK]) {
         if let Some(seed) = self.0 {
             let sum = crc32c(seed, &block[..BLOCK - 4]);
@@ -116,19 +116,19 @@ impl InodeChecksum {
         }
     }
 
-    /// Ends a block of directory entries, whose last [`LEAF_TAIL`] bytes are left for it.
+    /// Ends a block of directory entries with its checksum; the last [`LEAF_TAIL`] bytes must be free for it.
     pub(super) fn seal_leaf(self, block: &mut [u8]) {
         if let Some(seed) = self.0 {
             let at = block.len() - LEAF_TAIL;
             put16(block, at + 4, LEAF_TAIL as u16);
-            block[at + 7] = 0xde; // the type of no file
+            block[at + 7] = 0xde; // a type that no file has
             let sum = crc32c(seed, &block[..at]);
             put32(block, at + 8, sum);
         }
     }
 
-    /// Ends a block of a directory's index, whose pairs begin at `slots`, with room for `limit`, and
-    /// are `count`.
+    /// Ends a block of a directory's index with its checksum. The pairs begin at `slots`, with room for
+    /// `limit`; there are `count` of them.
     pub(super) fn seal_index(self, block: &mut [u8], slots: usize, limit: usize, count: usize) {
         if let Some(seed) = self.0 {
             let sum = crc32c(crc32c(seed, &block[..slots + count * 8]), &[0; 8]);
@@ -138,17 +138,17 @@ impl InodeChecksum {
     }
 }
 
-/// The seed of a filesystem that is known by its UUID.
+/// The seed of a filesystem with this UUID.
 pub(super) fn seed_of(uuid: &[u8]) -> u32 {
     crc32c(u32::MAX, uuid)
 }
 
-/// CRC-32C as the kernel has it, without inverting the result. The crate inverts before and after.
+/// CRC-32C as in the kernel, without inversion of the result. The crate inverts before and after.
 fn crc32c(crc: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!crc, bytes)
 }
 
-/// CRC-16 with the reflected polynomial 0x8005, as gdt_csum wants it (kernel `lib/crc16.c`).
+/// CRC-16 with the reflected polynomial 0x8005, as required for gdt_csum (kernel `lib/crc16.c`).
 fn crc16(crc: u16, bytes: &[u8]) -> u16 {
     const TABLE: [u16; 256] = crc16_table();
     bytes.iter().fold(crc, |crc, &byte| (crc >> 8) ^ TABLE[usize::from(crc as u8 ^ byte)])
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn crc16_is_the_kernels() {
-        // The check value of CRC-16/MODBUS, which is this one: initial value 0xffff, reflected
+        // The check value of CRC-16/MODBUS, which has the same parameters: initial value 0xffff, reflected
         // 0x8005.
         assert_eq!(crc16(0xffff, b"123456789"), 0x4b37);
     }

@@ -1,4 +1,4 @@
-//! File data: blocks for it, and where each sector of them lies in the tar.
+//! File data: its blocks, and the position of each of their sectors in the tar.
 
 use super::Ext4Error;
 use super::allocation::{BlockRun, Blocks};
@@ -11,29 +11,27 @@ use crate::units::{Bytes, SECTOR};
 /// The longest file: 2^32 - 1 blocks.
 pub(super) const FILE_MAX: Bytes = Bytes((1 << 44) - BLOCK as u64);
 
-/// Why a file's data cannot be laid out.
+/// Reasons why a file's data cannot be laid out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DataError {
     /// The file is too long.
-    #[error("The file is {size} long; ext4 with 4 KiB blocks holds {FILE_MAX}")]
+    #[error("The file is {size} long; ext4 with 4 KiB blocks allows {FILE_MAX}")]
     TooLong {
         /// Its length.
         size: Bytes,
     },
-    /// The runs are no map of the file.
+    /// The runs do not form a map of the file.
     #[error(
         "The data run at {file_offset} overlaps the one before it, or passes the end of the file or 2^64"
     )]
     BadRun {
-        /// Its place in the file.
+        /// Its offset in the file.
         file_offset: Bytes,
     },
-    /// A run that must be stored came without its bytes.
-    #[error(
-        "The data run at {file_offset} does not lie on whole sectors and came without its bytes"
-    )]
+    /// A run that must be stored has no bytes.
+    #[error("The data run at {file_offset} does not lie on whole sectors and has no stored bytes")]
     NoBytes {
-        /// Its place in the file.
+        /// Its offset in the file.
         file_offset: Bytes,
     },
 }
@@ -44,7 +42,7 @@ struct Segment {
     run: BlockRun,
 }
 
-/// Checks that `runs` describe a file of `size`.
+/// Checks that `runs` describe a file of `size` bytes.
 pub(super) fn check(size: Bytes, runs: &[DataRun]) -> Result<(), DataError> {
     if size > FILE_MAX {
         return Err(DataError::TooLong { size });
@@ -64,7 +62,7 @@ pub(super) fn check(size: Bytes, runs: &[DataRun]) -> Result<(), DataError> {
     Ok(())
 }
 
-/// Allocates the blocks of a file ([`check`]ed) and maps them.
+/// Allocates the blocks of a file and maps them; the file must have passed [`check`].
 pub(super) fn place(
     runs: &[DataRun],
     blocks: &mut Blocks,
@@ -78,7 +76,7 @@ pub(super) fn place(
         let mut logical = first;
         while logical < end {
             let run = blocks.take(end - logical, true)?;
-            // Below 2^32 because the file is not longer than FILE_MAX.
+            // Below 2^32, because a file is not longer than FILE_MAX.
             append(&mut extents, logical as u32, run);
             segments.push(Segment { logical, run });
             logical += run.count;
@@ -88,7 +86,7 @@ pub(super) fn place(
     Ok(extents)
 }
 
-/// Ranges of file blocks that hold any data, ascending, not touching.
+/// Ranges of file blocks with any data, ascending, not adjacent.
 fn covered(runs: &[DataRun]) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = Vec::with_capacity(runs.len());
     for run in runs.iter().filter(|run| run.len > Bytes::ZERO) {
@@ -102,7 +100,7 @@ fn covered(runs: &[DataRun]) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// Says for each run where its sectors are.
+/// Maps the sectors of each run.
 fn map(runs: &[DataRun], segments: &[Segment], layer: &mut LayerBlocks) {
     let mut stored = StoredSectors { layer, open: None };
     let mut segments = segments.iter().peekable();
@@ -137,7 +135,7 @@ fn map(runs: &[DataRun], segments: &[Segment], layer: &mut LayerBlocks) {
     stored.close();
 }
 
-/// Puts bytes at arbitrary ascending places of a file together to sectors.
+/// Assembles whole sectors from bytes at arbitrary ascending positions of a file.
 struct StoredSectors<'a> {
     layer: &'a mut LayerBlocks,
     open: Option<(u64, [u8; SECTOR as usize])>,

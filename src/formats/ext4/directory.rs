@@ -1,10 +1,10 @@
-//! Directories: a chain of entries in one block, or an index by hash over many.
+//! Directories: a chain of entries in one block, or an index by hash over many blocks.
 //!
-//! All entries in one block are sorted by name. What does not fit becomes an indexed directory
-//! ("htree"): entries sorted by the hash of their names, cut into full leaf blocks, and the first
-//! hash of each leaf in the root block or, past 508 leaves, in one level of index blocks between. A
-//! directory of a million names is found in three reads. To a kernel without dir_index the index
-//! looks like empty blocks.
+//! If all entries fit into one block, they are sorted by name. A larger directory becomes an indexed one
+//! ("htree"): its entries are sorted by the hash of their names and cut into full leaf blocks. The first hash
+//! of each leaf stands in the root block or, past 508 leaves, in one level of index blocks between. A name in
+//! a directory of a million is found in three reads. A kernel without dir_index sees the index as empty
+//! blocks.
 
 use super::checksum::{InodeChecksum, LEAF_TAIL};
 use super::field::{put16, put32};
@@ -43,7 +43,7 @@ pub(super) mod file_type {
 pub(super) struct Directory {
     /// Whole blocks.
     pub(super) bytes: Vec<u8>,
-    /// Whether it has an index.
+    /// True if it has an index.
     pub(super) indexed: bool,
 }
 
@@ -51,7 +51,7 @@ pub(super) struct Directory {
 #[derive(Debug)]
 pub(super) struct TooManyEntries;
 
-/// How a filesystem wants its directories.
+/// Directory format of a filesystem.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Style {
     pub(super) hash: HashRule,
@@ -59,18 +59,18 @@ pub(super) struct Style {
 }
 
 impl Style {
-    /// Bytes of a block that entries may take.
+    /// Bytes of a block available to entries.
     fn leaf_room(self) -> usize {
         if self.checksum.is_some() { BLOCK - LEAF_TAIL } else { BLOCK }
     }
 
-    /// Pairs of hash and block behind a header; checksums take the room of one.
+    /// Number of pairs of hash and block behind a header; a checksum takes the room of one pair.
     fn pairs(self, header: usize) -> usize {
         (BLOCK - header) / 8 - usize::from(self.checksum.is_some())
     }
 }
 
-/// Encodes a directory; `entries` sorted by name, without `.` and `..`.
+/// Encodes a directory; `entries` must be sorted by name, without `.` and `..`.
 pub(super) fn encode(
     own: u32,
     parent: u32,
@@ -116,8 +116,8 @@ struct Leaf<'a> {
     entries: &'a [(NameHash, &'a Entry<'a>)],
 }
 
-/// Cuts the sorted entries into full leaf blocks. Where a cut separates names of one hash, the
-/// lowest bit of the second leaf's hash tells the reader who ends at the first to go on there.
+/// Cuts the sorted entries into full leaf blocks. If a cut separates names with the same hash, the lowest bit
+/// of the second leaf's hash tells a reader at the end of the first to continue there.
 fn cut<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)], room: usize) -> Vec<Leaf<'a>> {
     let mut leaves = Vec::new();
     let mut start = 0;
@@ -140,7 +140,7 @@ fn leaf<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)], start: usize, end: usize) -
     Leaf { first: first | u32::from(continued), entries: &sorted[start..end] }
 }
 
-/// Writes the root (whose `.` and `..` are there already) and the index blocks behind it.
+/// Writes the root (with its `.` and `..` already present) and the index blocks behind it.
 fn write_index(index: &mut [u8], leaves: &[(u32, u32)], nodes: usize, style: Style) {
     let (root, inner) = index.split_at_mut(BLOCK);
     root[28] = HALF_MD4;
@@ -160,8 +160,8 @@ fn write_index(index: &mut [u8], leaves: &[(u32, u32)], nodes: usize, style: Sty
     write_pointers(root, ROOT_HEADER, &above, style);
 }
 
-/// Pairs of hash and block behind a header. The first pair's hash is implied; limit and count lie in its
-/// place.
+/// Writes pairs of hash and block behind a header. The first pair's hash is implied; limit and count lie in
+/// its place.
 fn write_pointers(block: &mut [u8], header: usize, pointers: &[(u32, u32)], style: Style) {
     let limit = style.pairs(header);
     let slots = &mut block[header..];
@@ -174,12 +174,12 @@ fn write_pointers(block: &mut [u8], header: usize, pointers: &[(u32, u32)], styl
     style.checksum.seal_index(block, header, limit, pointers.len());
 }
 
-/// Bytes of an entry: eight and the name, in fours.
+/// Bytes of an entry: eight and the name, rounded up to a multiple of four.
 fn length(name: &[u8]) -> usize {
     (8 + name.len()).next_multiple_of(4)
 }
 
-/// Writes entries one behind the other; the last one reaches to the end of the block.
+/// Writes entries one behind the other; the last one extends to the end of the block.
 fn chain<'a>(block: &mut [u8], entries: impl Iterator<Item = &'a Entry<'a>>) {
     let mut at = 0;
     let mut last = 0;

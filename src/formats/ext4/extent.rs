@@ -1,22 +1,22 @@
-//! Extents: which blocks of a file lie where.
+//! Extents: runs of contiguous disk blocks of a file.
 //!
-//! Up to four extents fit into the inode. More go into blocks of 340, and if those are more than
-//! four, into further levels of index blocks. All blocks but the last of a level are full.
+//! Up to four extents fit into the inode. More extents go into blocks of 340; if there are more than four
+//! blocks, further levels of index blocks follow. All blocks but the last of a level are full.
 
 use super::allocation::BlockRun;
 use super::field::{high32, low16, low32, put16, put32};
 use super::geometry::BLOCK;
 
-/// Longest extent that is initialised (larger values of the field mean "reads as zeros").
+/// Longest extent with data (larger values of the field mean "reads as zeros").
 const LONGEST: u32 = 32_768;
 /// Extents or index entries in an inode.
 const IN_INODE: usize = 4;
-/// The same in a block: (4096 - 12) / 12.
+/// Extents or index entries in a block: (4096 - 12) / 12.
 const IN_BLOCK: usize = 340;
-/// Bytes of the header, and of an entry of either kind.
+/// Bytes of the header and of an entry of either kind.
 const ENTRY: usize = 12;
 
-/// `count` blocks of a file from `logical` on lie at `physical`.
+/// An extent: the `count` blocks of a file from `logical` on lie at `physical`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
     pub(super) logical: u32,
@@ -24,7 +24,7 @@ pub(super) struct Extent {
     pub(super) count: u32,
 }
 
-/// Appends a run of blocks, joined to the last extent where both are contiguous.
+/// Appends a run of blocks, joined to the last extent if it continues that one in the file and on the disk.
 pub(super) fn append(extents: &mut Vec<Extent>, logical: u32, run: BlockRun) {
     let BlockRun { mut start, mut count } = run;
     let mut logical = logical;
@@ -41,14 +41,14 @@ pub(super) fn append(extents: &mut Vec<Extent>, logical: u32, run: BlockRun) {
     while count > 0 {
         let part = count.min(u64::from(LONGEST)) as u32;
         extents.push(Extent { logical, physical: start, count: part });
-        // The last block of the largest file is 2^32 - 2, so this cannot overflow but at the end.
+        // The last block of the largest file is 2^32 - 2, so this can overflow only at the end.
         logical = logical.saturating_add(part);
         start += u64::from(part);
         count -= u64::from(part);
     }
 }
 
-/// Number of blocks the tree of that many extents needs outside the inode.
+/// Number of blocks that a tree of that many extents needs outside the inode.
 pub(super) fn tree_blocks(extents: usize) -> usize {
     let mut level = extents;
     let mut blocks = 0;
@@ -64,8 +64,8 @@ pub(super) fn places(extents: &[Extent]) -> impl Iterator<Item = u64> {
     extents.iter().flat_map(|extent| extent.physical..extent.physical + u64::from(extent.count))
 }
 
-/// Encodes the tree: returns what belongs into the inode, and hands each outside block to `write`.
-/// `blocks` are the places of those, [`tree_blocks`] many.
+/// Encodes the tree: returns the bytes for the inode, and passes each block outside it to `write`. `blocks`
+/// are the positions of those, [`tree_blocks`] many.
 pub(super) fn encode(
     extents: &[Extent],
     blocks: &[u64],
@@ -90,7 +90,7 @@ pub(super) fn encode(
     root
 }
 
-/// Writes a node: header, then entries.
+/// Writes a node: the header, then the entries.
 fn fill(node: &mut [u8], entries: &[(u32, [u8; ENTRY])], most: usize, depth: u16) {
     put16(node, 0, 0xf30a); // magic
     put16(node, 2, entries.len() as u16);

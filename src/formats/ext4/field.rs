@@ -20,12 +20,12 @@ pub(super) fn get32(record: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]])
 }
 
-/// A number whose low 32 bits are at `low` and whose high 32 bits at `high`.
+/// A number with its low 32 bits at `low` and its high 32 bits at `high`.
 pub(super) fn get64(record: &[u8], low: usize, high: usize) -> u64 {
     u64::from(get32(record, low)) | u64::from(get32(record, high)) << 32
 }
 
-/// The low 16 bits of a number of which another field holds the rest.
+/// The low 16 bits of a number; another field has the rest.
 pub(super) fn low16(value: u32) -> u16 {
     (value & 0xffff) as u16
 }

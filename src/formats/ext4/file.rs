@@ -1,11 +1,11 @@
-//! What a file is, apart from its names: kind, content, attributes.
+//! A file without its names: kind, content, attributes.
 
 use std::collections::BTreeMap;
 
 pub use crate::tar::Timestamp;
 use crate::units::{Bytes, SECTOR};
 
-/// What a file has besides its content.
+/// Attributes of a file.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Attributes {
     /// Permission bits with set-uid, set-gid and sticky: `0o7777`. Higher bits are ignored.
@@ -14,14 +14,14 @@ pub struct Attributes {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Time of the last change of the content. ext4 holds 1901 to 2446; others are clamped.
+    /// Time of the last change of the content. ext4 covers 1901 to 2446; other times are clamped.
     pub mtime: Timestamp,
     /// Extended attributes: full names (`security.capability`), values in the form of the system
     /// call (POSIX ACLs in the `posix_acl_xattr` form).
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-/// A piece of a file's content, and where it lies in the layer's uncompressed tar.
+/// A piece of a file's content, with its position in the layer's uncompressed tar.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DataRun {
     /// First byte in the file.
@@ -30,7 +30,7 @@ pub struct DataRun {
     pub tar_offset: Bytes,
     /// Length in bytes.
     pub len: Bytes,
-    /// The content itself, `len` bytes, for a piece that no mapping of whole sectors can express
+    /// The content itself, `len` bytes, for a piece that cannot be a mapping of whole sectors
     /// ([`DataRun::needs_bytes`]). `None` for all others.
     pub bytes: Option<Box<[u8]>>,
 }
@@ -42,9 +42,9 @@ impl DataRun {
         DataRun { file_offset, tar_offset, len, bytes: None }
     }
 
-    /// Whether this run cannot be a mapping of whole sectors, so that [`DataRun::bytes`] must be
-    /// filled as the tar passes. `size` is the file's. Never true for a file without holes, whose
-    /// data starts on a sector in the tar and ends with the file.
+    /// True if this run cannot be a mapping of whole sectors, so that [`DataRun::bytes`] must be filled as
+    /// the tar passes. `size` is the file's. Always false for a file without holes that starts on a sector of
+    /// the tar and ends with the file.
     #[must_use]
     pub fn needs_bytes(&self, size: Bytes) -> bool {
         let end = self.file_offset.0.saturating_add(self.len.0);
@@ -53,9 +53,9 @@ impl DataRun {
             || (!end.is_multiple_of(SECTOR) && end != size.0)
     }
 
-    /// This run cut so that as much as possible stays remote: at most a head, whole sectors and a
-    /// tail. Ask each piece [`DataRun::needs_bytes`]. A run whose two offsets differ modulo 512
-    /// cannot be mapped at all and comes back whole; GNU tar never writes one.
+    /// Cuts this run into pieces so that as much as possible stays remote: at most a head, whole sectors and
+    /// a tail. [`DataRun::needs_bytes`] must be tested for each piece. A run with offsets that differ modulo
+    /// 512 cannot be mapped at all and is returned whole; GNU tar never writes one.
     #[must_use]
     pub fn split(self, size: Bytes) -> Vec<DataRun> {
         let phase = self.file_offset.0 % SECTOR;
@@ -82,20 +82,20 @@ impl DataRun {
     }
 }
 
-/// What a node is.
+/// Kind of a node, with its content.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Kind {
-    /// A directory; its entries are reached by [`Tree::children`](super::Tree::children).
+    /// A directory; [`Tree::children`](super::Tree::children) returns its entries.
     Directory,
-    /// A plain file.
+    /// A regular file.
     Regular {
         /// Length in bytes.
         size: Bytes,
-        /// Its data, ascending and without overlap; what lies between is a hole. Empty for a file that
-        /// was [read](super::read) back from a disk: its blocks stay where they are.
+        /// Its data, ascending and without overlap; the gaps are holes. Empty for a file that was
+        /// [read](super::read()) back from a disk: its blocks stay in place.
         runs: Vec<DataRun>,
     },
-    /// A symbolic link and its exact target.
+    /// A symbolic link with its exact target.
     Symlink(Vec<u8>),
     /// A character device.
     Char {
@@ -113,6 +113,6 @@ pub enum Kind {
     },
     /// A named pipe.
     Fifo,
-    /// A socket. No tar has one, but a filesystem that was once in use may.
+    /// A socket. A tar has none, but a filesystem that was in use can have one.
     Socket,
 }

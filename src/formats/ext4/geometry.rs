@@ -1,4 +1,4 @@
-//! Where the fixed parts of the filesystem lie.
+//! Positions of the fixed parts of the filesystem.
 //!
 //! ```text
 //! block 0      superblock (at byte 1024)
@@ -10,33 +10,32 @@
 //! ..           data region: file data in the order of the tar
 //! ```
 //!
-//! flex_bg allows all of a group's tables anywhere; putting them all in front makes everything that
-//! is metadata one short range of the disk, and leaves the rest to data that read-ahead may run
-//! through.
+//! flex_bg allows all tables of a group anywhere. With all of them in front, the metadata is one short range
+//! of the disk, and the rest is data for read-ahead.
 //!
-//! # Why the last inode bitmaps come first
+//! # Reason for the reverse order of the inode bitmaps
 //!
-//! Upstream's `overlaybd-apply` may write a native layer on top of ours. It goes through a cache with lines of
-//! 128 KiB that only whole 4 KiB blocks pass; what is larger or smaller, as the superblock and the descriptors of more than 8 GiB are,
-//! goes around it, and is overwritten when a line comes back with old bytes
-//! (upstream `buffer_file.h:BufferFile`; e2fsck then finds groups counted wrong). It has to be kept from
-//! writing any single block near the descriptors. The inode bitmap of a group without inodes is such a block:
-//! it is marked as uninitialised, and nobody writes it. Upstream's own disks have reserved descriptor blocks there.
+//! Upstream's `overlaybd-apply` may write a native layer on top of a layer of this program. Its cache has
+//! lines of 128 KiB and takes only whole 4 KiB blocks. Smaller or larger writes bypass it: the superblock,
+//! and the descriptors of more than 8 GiB. They are overwritten when a line is written back with old bytes
+//! (upstream `buffer_file.h:BufferFile`; e2fsck then finds wrong counts of groups). So it must never write a
+//! single block near the descriptors. The inode bitmap of a group without inodes is safe there: it is marked
+//! as uninitialised and never written. Upstream's own disks have reserved descriptor blocks in this position.
 
 use super::Ext4Error;
 use crate::units::{Bytes, Sectors};
 
-/// Block size in bytes: the page size, so that one block is one page of the reader's cache.
+/// Block size in bytes: equal to the page size, so that one block is one page of the reader's cache.
 pub(super) const BLOCK: usize = 4096;
 
 /// Sectors in a block.
 pub(super) const BLOCK_SECTORS: u64 = BLOCK as u64 / crate::units::SECTOR;
 
-/// Blocks in a group: as many as one bitmap block has bits.
+/// Blocks in a group: the number of bits in a bitmap block.
 pub(super) const GROUP_BLOCKS: u64 = BLOCK as u64 * 8;
 
-/// Inodes in a group. One for 8 KiB of disk, twice mkfs's default: unused table is a hole and costs
-/// nothing, but the bitmaps that cover the tables are ones, 128 bytes a group.
+/// Inodes in a group. One for 8 KiB of disk, twice the default of mkfs: an unused table is a hole and costs
+/// nothing, but the bitmaps that cover the tables are ones, 128 bytes per group.
 pub(super) const GROUP_INODES: u32 = 16_384;
 
 /// Bytes of an inode.
@@ -60,16 +59,16 @@ impl Geometry {
 }
 
 impl Default for Geometry {
-    /// 64 GiB, as upstream's converter.
+    /// 64 GiB, the size of upstream's converter.
     fn default() -> Self {
         Geometry { size: Bytes(64 << 30) }
     }
 }
 
-/// Blocks of one group's inode table on a disk of ours.
+/// Blocks of one group's inode table on a new disk.
 const TABLE_BLOCKS: u64 = GROUP_INODES as u64 * INODE as u64 / BLOCK as u64;
 
-/// Where a group keeps its accounts and its inodes.
+/// Positions of a group's bitmaps and inode table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct GroupPlaces {
     pub(super) block_bitmap: u64,
@@ -77,8 +76,7 @@ pub(super) struct GroupPlaces {
     pub(super) inode_table: u64,
 }
 
-/// Sizes and places of the fixed parts: as drawn above for a disk of our own making, as found for
-/// another's.
+/// Sizes and positions of the fixed parts: as drawn above for a new disk, as found for a continued one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     /// Blocks of the disk.
@@ -91,11 +89,11 @@ pub(super) struct Layout {
     pub(super) inode_size: usize,
     /// Bytes of a descriptor: a power of two from 32 to 1024.
     pub(super) descriptor_size: usize,
-    /// Where the blocks of descriptors are.
+    /// Positions of the blocks of descriptors.
     pub(super) descriptors: Vec<u64>,
-    /// One a group.
+    /// One entry per group.
     pub(super) groups: Vec<GroupPlaces>,
-    /// Start of the metadata region, which ends where the data region begins. Of our own disks only.
+    /// Start of the metadata region, which ends at the start of the data region. Only for new disks.
     pub(super) metadata: u64,
     pub(super) data: u64,
 }
@@ -113,8 +111,8 @@ impl Layout {
         let block_bitmaps = inode_bitmaps + groups;
         let inode_tables = block_bitmaps + groups;
         let metadata = inode_tables + groups * TABLE_BLOCKS;
-        // A sixteenth for metadata; each region overflows into the other, so this is no limit. The
-        // data region starts on a 1 MiB boundary.
+        // A sixteenth for metadata. This is no limit, as each region overflows into the other. The data
+        // region starts on a 1 MiB boundary.
         let data = (metadata + blocks / 16).next_multiple_of(256);
         let places = |group| GroupPlaces {
             block_bitmap: block_bitmaps + group,
@@ -134,17 +132,17 @@ impl Layout {
         })
     }
 
-    /// Groups: at most 2^32 blocks in groups of at least 8 that all have a descriptor, so this fits.
+    /// Number of groups: at most 2^32 blocks in groups of at least 8 that all have a descriptor, so it fits.
     pub(super) fn group_count(&self) -> u32 {
         self.groups.len() as u32
     }
 
-    /// Inodes of the filesystem.
+    /// Number of inodes of the filesystem.
     pub(super) fn inodes(&self) -> u32 {
         self.group_count().saturating_mul(self.group_inodes)
     }
 
-    /// Blocks of a group.
+    /// Number of blocks of a group.
     pub(super) fn blocks_in(&self, group: u32) -> u32 {
         let start = u64::from(group) * u64::from(self.group_blocks);
         (self.blocks - start).min(u64::from(self.group_blocks)) as u32
@@ -155,8 +153,7 @@ impl Layout {
         (u64::from(self.group_inodes) * self.inode_size as u64).div_ceil(BLOCK as u64)
     }
 
-    /// The block that holds an inode, and the first byte of it there. `inode` is from 1 to
-    /// [`Layout::inodes`].
+    /// The block with an inode in it, and its first byte there. `inode` is from 1 to [`Layout::inodes`].
     pub(super) fn inode_place(&self, inode: u32) -> (u64, usize) {
         let (group, nth) = ((inode - 1) / self.group_inodes, (inode - 1) % self.group_inodes);
         let at = nth as usize * self.inode_size;

@@ -1,4 +1,5 @@
-//! Group descriptors: where a group's bitmaps and inode table lie, and what of it is free.
+//! Group descriptors: positions of a group's bitmaps and inode table, and counts of its free blocks and
+//! inodes.
 
 use super::checksum::Checksums;
 use super::field::{get16, high16, high32, low16, low32, put16, put32};
@@ -6,28 +7,28 @@ use super::geometry::{DESCRIPTOR, GroupPlaces, Layout};
 
 /// The inode bitmap was never written: no inode of the group is in use.
 pub(super) const INODE_UNINIT: u16 = 1;
-/// The block bitmap was never written: in use are the blocks of the filesystem itself.
+/// The block bitmap was never written: only the blocks of the filesystem itself are in use.
 pub(super) const BLOCK_UNINIT: u16 = 2;
-/// What of the inode table is unused reads as zeros; nothing is left to initialise.
+/// The unused part of the inode table reads as zeros; no initialisation is left to do.
 const INODE_ZEROED: u16 = 4;
-/// Fields of the checksums of the bitmaps: the low and the high halves.
+/// Fields of the block bitmap's checksum: the low and the high half.
 pub(super) const BLOCK_BITMAP_SUM: (usize, usize) = (24, 56);
-/// See [`BLOCK_BITMAP_SUM`].
+/// Fields of the inode bitmap's checksum: the low and the high half.
 pub(super) const INODE_BITMAP_SUM: (usize, usize) = (26, 58);
 /// Descriptors from this size on have the high halves of all fields.
 const WIDE: usize = 64;
 
-/// What a group has left.
+/// Free blocks and inodes of a group.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Counts {
     pub(super) free_blocks: u32,
     pub(super) free_inodes: u32,
     pub(super) directories: u32,
-    /// Inodes at the table's end that were never used.
+    /// Inodes at the end of the table that were never used.
     pub(super) untouched_inodes: u32,
 }
 
-/// The descriptors of an empty disk of ours, in whole blocks; each lacks its counts.
+/// The descriptors of an empty new disk, in whole blocks, without their counts.
 pub(super) fn fresh(layout: &Layout) -> Vec<u8> {
     let mut bytes = vec![0; layout.descriptors.len() * super::geometry::BLOCK];
     for (record, places) in bytes.chunks_exact_mut(DESCRIPTOR).zip(&layout.groups) {
@@ -41,7 +42,7 @@ pub(super) fn fresh(layout: &Layout) -> Vec<u8> {
     bytes
 }
 
-/// Notes the counts of a group in its descriptor. `blocks` says that the block bitmap is written.
+/// Writes the counts of a group into its descriptor. `blocks` is true if the block bitmap is written.
 pub(super) fn update(
     record: &mut [u8],
     counts: Counts,

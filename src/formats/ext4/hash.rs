@@ -1,19 +1,18 @@
-//! The hash by which indexed directories are sorted: "half MD4", seeded, over unsigned bytes, or over
-//! signed ones on a disk that says so.
+//! The hash that orders indexed directories: "half MD4", seeded, over unsigned bytes, or over signed ones on
+//! a disk with that flag.
 //!
-//! The result must equal the kernel's bit for bit, or a name is in the directory and yet not found.
-//! Source: `fs/ext4/hash.c` as documented in the kernel's "Hash Tree Directories"; the oracle is
-//! `debugfs -R dx_hash`.
+//! The result must equal the kernel's bit for bit; otherwise a name is in the directory but not found.
+//! Source: `fs/ext4/hash.c` as documented in the kernel's "Hash Tree Directories"; the oracle is `debugfs -R
+//! dx_hash`.
 
-/// `s_def_hash_version` and `dx_root.hash_version` of this hash. Whether bytes are signed is a flag
-/// of the superblock.
+/// `s_def_hash_version` and `dx_root.hash_version` of this hash. A flag of the superblock says if bytes are
+/// signed.
 pub(super) const HALF_MD4: u8 = 1;
 
-/// A name's place in an indexed directory: sorted by `major`, then `minor`.
+/// Position of a name in an indexed directory: sorted by `major`, then `minor`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct NameHash {
-    /// Even: the lowest bit of an index entry says that names of this hash continue from the block
-    /// before.
+    /// Even: the lowest bit of an index entry marks that names of this hash continue from the previous block.
     pub(super) major: u32,
     pub(super) minor: u32,
 }
@@ -21,11 +20,11 @@ pub(super) struct NameHash {
 /// Marks the end for readers of directories by hash; no name may have it.
 const END: u32 = 0x7fff_ffff << 1;
 
-/// What a filesystem's superblock says about hashing.
+/// Hash parameters in a filesystem's superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct HashRule {
     pub(super) seed: [u32; 4],
-    /// Whether bytes of names are signed, as on most machines of old.
+    /// True if bytes of names are signed, as on most older machines.
     pub(super) signed: bool,
 }
 
@@ -44,7 +43,7 @@ pub(super) fn hash(name: &[u8], rule: HashRule) -> NameHash {
     NameHash { major: if major == END { END - 2 } else { major }, minor: state[2] }
 }
 
-/// The next 32 bytes as eight words, padded with the length of what is left.
+/// The next 32 bytes as eight words, padded with the length of the remaining bytes.
 fn words(rest: &[u8], signed: bool) -> [u32; 8] {
     // A name has at most 255 bytes.
     let length = rest.len() as u32;

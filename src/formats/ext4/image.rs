@@ -1,10 +1,9 @@
-//! The image: what the layers so far have put on the disk, and how the next one changes it.
+//! The image: the state of the disk after the layers so far, and the changes of the next one.
 //!
-//! A commit goes through the tree once. Files that are gone give up what they had; new files get
-//! inode numbers in the order of their creation; new data gets blocks in the order of the tar. Then
-//! every file that changed is encoded anew into the places it has, and of all blocks only those
-//! that differ from what lower layers hold go into the layer. Last come bitmaps, descriptors and
-//! the superblock.
+//! A commit goes through the tree once. Removed files release their blocks; new files get inode numbers in
+//! the order of their creation; new data gets blocks in the order of the tar. Then every changed file is
+//! encoded again in its blocks, and the layer receives only the blocks that differ from those of the lower
+//! layers. Bitmaps, descriptors and the superblock are written last.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -30,31 +29,32 @@ use crate::units::Bytes;
 pub(super) const ROOT_INODE: u32 = 2;
 pub(super) const LOST_AND_FOUND_NAME: &[u8] = b"lost+found";
 
-/// What a file has on the disk.
+/// Inode and blocks of a file on the disk.
 #[derive(Debug, Default)]
 pub(super) struct Record {
     pub(super) inode: u32,
     pub(super) directory: bool,
-    /// Its content.
+    /// Extents of its content.
     pub(super) extents: Vec<Extent>,
-    /// Blocks of its extent tree, or of indirect pointers where a file of old has those.
+    /// Blocks of its extent tree, or of indirect pointers in an older file.
     pub(super) tree: Vec<u64>,
     pub(super) xattr_block: Option<u64>,
-    /// Read from the disk, and in the tree only by name: content and pointers stay as they are.
+    /// True for a file read from the disk, which the tree has only by name: content and pointers stay
+    /// unchanged.
     pub(super) kept: bool,
-    /// Read from the disk: the attributes that are there. As long as the tree says the same, they stay.
+    /// Attributes of a file read from the disk. They stay unchanged as long as the tree has the same.
     pub(super) kept_xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
 }
 
 impl Record {
-    /// Blocks of every sort.
+    /// Number of blocks of every kind.
     fn blocks(&self) -> u64 {
         let content: u64 = self.extents.iter().map(|extent| u64::from(extent.count)).sum();
         content + self.tree.len() as u64 + u64::from(self.xattr_block.is_some())
     }
 }
 
-/// What a filesystem has that is the same for all its files.
+/// Properties of a filesystem that apply to all its files.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rules {
     pub(super) checksums: Checksums,
@@ -63,11 +63,11 @@ pub(super) struct Rules {
     pub(super) extra_isize: u16,
     /// The first inode that is not reserved.
     pub(super) first_inode: u32,
-    /// Whether counts of blocks have 64 bits.
+    /// True if counts of blocks have 64 bits.
     pub(super) wide: bool,
 }
 
-/// An ext4 filesystem being built layer by layer.
+/// An ext4 filesystem that is built layer by layer.
 #[derive(Debug)]
 pub struct Image {
     pub(super) layout: Layout,
@@ -75,28 +75,28 @@ pub struct Image {
     pub(super) blocks: Blocks,
     pub(super) inodes: Inodes,
     pub(super) emitted: Emitted,
-    /// By node number.
+    /// Records by node number.
     pub(super) records: Vec<Option<Record>>,
     pub(super) table: InodeTable,
     /// All group descriptors, in whole blocks.
     pub(super) descriptors: Vec<u8>,
-    /// Groups that need a new descriptor whatever happens: all, before the first layer.
+    /// Groups that always need a new descriptor: before the first layer, all.
     pub(super) undescribed: BTreeSet<u32>,
-    /// Block 0, but for the counts.
+    /// Block 0, without the counts.
     pub(super) superblock: Box<[u8; BLOCK]>,
     /// The filesystem's own `lost+found`, which is not in the tree.
     pub(super) lost_and_found: Option<Record>,
-    /// Attribute blocks that several files refer to.
+    /// Attribute blocks that several files share.
     pub(super) shared_xattrs: SharedBlocks,
-    /// The tree's counter at the last commit.
+    /// The tree's change counter at the last commit.
     pub(super) seen: u64,
 }
 
 impl Image {
-    /// An empty disk.
+    /// Makes an empty disk.
     ///
     /// # Errors
-    /// The size is out of bounds.
+    /// [`Ext4Error`] if the size is out of bounds.
     pub fn new(geometry: Geometry, identity: Identity) -> Result<Image, Ext4Error> {
         let layout = Layout::new(geometry)?;
         let seed = superblock::seed_words(&identity.hash_seed);
@@ -130,8 +130,8 @@ impl Image {
         Bytes(self.layout.blocks * BLOCK as u64)
     }
 
-    /// Where on the disk the content of a file is that was laid out or [read](super::read()), in bytes and in the
-    /// order of the file; holes are left out.
+    /// Positions on the disk of a file's content, in bytes and in the order of the file, without holes. The
+    /// file must have been laid out or [read](super::read()).
     pub fn blocks_of(&self, node: NodeId) -> impl Iterator<Item = Range<u64>> + '_ {
         let record = self.records.get(node.index()).and_then(Option::as_ref);
         record.into_iter().flat_map(|record| &record.extents).map(|extent| {
@@ -140,11 +140,11 @@ impl Image {
         })
     }
 
-    /// Lays out what changed in `tree`, always the same one, since the last call.
+    /// Lays out the changes in `tree` since the last call. It must always be the same tree.
     ///
     /// # Errors
-    /// The disk has too few blocks or inodes, or a file cannot be expressed; the message names it.
-    /// After an error the image is half changed and of no more use.
+    /// [`Ext4Error`] if the disk has too few blocks or inodes, or a file cannot be represented; the message
+    /// names the file. After an error the image is partly changed and must be dropped.
     pub fn commit_layer(&mut self, tree: &Tree) -> Result<LayerBlocks, Ext4Error> {
         let mut layer = LayerBlocks::default();
         self.release_removed(tree);
@@ -169,7 +169,7 @@ impl Image {
         Ok(layer)
     }
 
-    /// Frees what removed files had.
+    /// Frees the inodes and blocks of removed files.
     fn release_removed(&mut self, tree: &Tree) {
         for number in 0..self.records.len() {
             if !tree.is_live(NodeId(number as u32))
@@ -199,7 +199,7 @@ impl Image {
         self.table.clear(&self.layout, record.inode);
     }
 
-    /// Gives up a file's attribute block.
+    /// Releases a file's attribute block.
     fn release_xattrs(&mut self, record: &mut Record) {
         if let Some(block) = record.xattr_block.take()
             && self.shared_xattrs.release(block)
@@ -208,7 +208,7 @@ impl Image {
         }
     }
 
-    /// Gives inode numbers to new files and returns those.
+    /// Gives inode numbers to new files and returns these files.
     fn number(&mut self, tree: &Tree, changed: &[NodeId]) -> Result<Vec<NodeId>, Ext4Error> {
         let mut new = Vec::new();
         for &node in changed {
@@ -231,7 +231,7 @@ impl Image {
         Ok(new)
     }
 
-    /// Gives blocks to the data of new files, in the order in which it lies in the tar.
+    /// Allocates blocks for the data of new files, in the order of the data in the tar.
     fn place_data(
         &mut self,
         tree: &Tree,
@@ -258,7 +258,7 @@ impl Image {
         Ok(())
     }
 
-    /// Encodes one file into its places.
+    /// Encodes one file in its blocks and its inode.
     fn write_node(
         &mut self,
         tree: &Tree,
@@ -282,7 +282,7 @@ impl Image {
         Ok(())
     }
 
-    /// Writes what a file has outside its inode, but for file data.
+    /// Writes a file's blocks outside its inode, except file data.
     fn write_kind(
         &mut self,
         tree: &Tree,
@@ -320,7 +320,7 @@ impl Image {
         Ok(Content::New { size, extents, indexed })
     }
 
-    /// The inode of a file as it is now: what lower layers wrote, or a blank one.
+    /// The present inode of a file: the one of the lower layers, or a blank one.
     fn inode_record(&self, record: &Record) -> Vec<u8> {
         let present = record.kept.then(|| self.table.get(&self.layout, record.inode)).flatten();
         present.map_or_else(
@@ -373,7 +373,7 @@ impl Image {
         })
     }
 
-    /// The inode of a file; every one in the tree has a number by now.
+    /// The inode number of a file; by now each file in the tree has one.
     fn inode(&self, node: NodeId) -> u32 {
         if node == NodeId(0) {
             return ROOT_INODE;
@@ -381,7 +381,7 @@ impl Image {
         self.records.get(node.index()).and_then(Option::as_ref).map_or(0, |record| record.inode)
     }
 
-    /// Writes whole blocks into the file's blocks, after adding or freeing some at its end.
+    /// Writes whole blocks into the file's blocks, after adding or freeing blocks at its end.
     fn write_content(
         &mut self,
         record: &mut Record,
@@ -438,8 +438,8 @@ impl Image {
         }))
     }
 
-    /// Writes the attribute block, if one is needed, and returns what belongs into the inode, which has
-    /// `room` bytes for it.
+    /// Writes the attribute block, if one is needed, and returns the bytes for the inode, which has `room`
+    /// bytes for them.
     fn write_xattrs(
         &mut self,
         tree: &Tree,
@@ -450,7 +450,7 @@ impl Image {
     ) -> Result<Xattrs, Ext4Error> {
         let xattrs = &tree.attributes(node).xattrs;
         if record.kept_xattrs.take_if(|kept| kept != xattrs).is_some() {
-            // What other files may share is left to them.
+            // A block that other files may share is left to them.
             if record.xattr_block.is_some_and(|block| self.shared_xattrs.is_shared(block)) {
                 self.release_xattrs(record);
             }
@@ -473,7 +473,7 @@ impl Image {
         Ok(Xattrs::New { in_inode: encoded.in_inode, block: record.xattr_block.unwrap_or(0) })
     }
 
-    /// Keeps a `lost+found` in the root unless the tree has its own. Returns whether that changed.
+    /// Keeps a `lost+found` in the root unless the tree has its own. Returns true if it changed.
     fn write_lost_and_found(
         &mut self,
         tree: &Tree,
@@ -528,7 +528,7 @@ impl Image {
         Ok(())
     }
 
-    /// Bitmaps, descriptors and superblock.
+    /// Writes bitmaps, descriptors and superblock.
     fn write_accounts(&mut self, layer: &mut LayerBlocks) {
         let size = self.layout.descriptor_size;
         let mut groups = std::mem::take(&mut self.undescribed);
@@ -581,7 +581,7 @@ impl Image {
     }
 }
 
-/// Frees blocks; those of metadata are also forgotten.
+/// Frees blocks; blocks of metadata are also forgotten.
 fn release(blocks: &mut Blocks, emitted: &mut Emitted, start: u64, count: u64, metadata: bool) {
     blocks.free(BlockRun { start, count });
     if metadata {

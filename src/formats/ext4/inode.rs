@@ -1,5 +1,5 @@
-//! Inodes: 256 bytes on a disk of ours, the last 96 of which hold small extended attributes; 128 and
-//! more on others.
+//! Inodes: 256 bytes on a new disk, with small extended attributes in the last 96; 128 bytes or more on other
+//! disks.
 
 use super::field::{get16, get32, high16, high32, low16, low32, put16, put32};
 use super::file::{Attributes, Kind, Timestamp};
@@ -14,56 +14,55 @@ const HUGE_FLAG: u32 = 0x4_0000;
 /// Bytes of the fields that every inode has.
 pub(super) const FIXED: usize = 128;
 
-/// Targets up to this length lie in the inode, with a NUL behind.
+/// Targets up to this length lie in the inode, with a closing NUL.
 pub(super) const INLINE_SYMLINK: usize = 59;
 
-/// Directories with more links than fit are said to have one: "unknown" (feature dir_nlink).
+/// A directory with this many links or more gets a count of one: "unknown" (feature dir_nlink).
 pub(super) const LINKS_KNOWN: u32 = 65_000;
 
-/// Where the content of a file is.
+/// Position of a file's content.
 #[derive(Debug)]
 pub(super) enum Content {
-    /// Where it was: size and pointers stay.
+    /// Unchanged: size and pointers stay.
     Kept,
-    /// It was written.
+    /// Newly written.
     New {
-        /// Of directories: their blocks; of regular files: their length; of symbolic links: the
-        /// target's. Bytes.
+        /// Length in bytes: of the blocks of a directory, of a regular file, of the target of a symbolic
+        /// link.
         size: u64,
-        /// The root of the extent tree, for what has one.
+        /// The root of the extent tree, for kinds that have one.
         extents: Option<[u8; 60]>,
-        /// Whether a directory has an index.
+        /// True if a directory has an index.
         indexed: bool,
     },
 }
 
-/// Where the extended attributes of a file are.
+/// Position of a file's extended attributes.
 #[derive(Debug)]
 pub(super) enum Xattrs {
-    /// Where they were.
+    /// Unchanged.
     Kept,
-    /// In the inode and, unless 0, in that block.
+    /// In the inode and in the block, unless that is 0.
     New {
-        /// Bytes behind the fields, as many as there is room for.
+        /// Bytes behind the fields, as many as fit.
         in_inode: Vec<u8>,
         /// The block for the rest.
         block: u64,
     },
 }
 
-/// What an inode is made of besides attributes.
+/// Fields of an inode besides attributes.
 #[derive(Debug)]
 pub(super) struct Fields<'a> {
     pub(super) kind: &'a Kind,
     pub(super) links: u32,
-    /// Blocks of every sort that belong to it.
+    /// Number of blocks of every kind that belong to it.
     pub(super) blocks: u64,
     pub(super) content: Content,
     pub(super) xattrs: Xattrs,
 }
 
-/// An inode of `size` bytes in which nothing is set but how many bytes the fields beyond the first 128
-/// take.
+/// A blank inode of `size` bytes: only the length of the fields beyond the first 128 is set.
 pub(super) fn blank(size: usize, extra: u16) -> Vec<u8> {
     let mut record = vec![0; size];
     if size > FIXED {
@@ -77,25 +76,26 @@ pub(super) fn xattr_room(record: &[u8]) -> usize {
     record.len() - FIXED - extra(record)
 }
 
-/// Bytes of fields beyond the first 128; no more than there are.
+/// Bytes of fields beyond the first 128, bounded by the size of the inode.
 pub(super) fn extra(record: &[u8]) -> usize {
     let room = record.len() - FIXED;
     if room == 0 { 0 } else { usize::from(get16(record, 128)).min(room) }
 }
 
-/// What tells files apart that had the same number one after the other; a seed of checksums.
+/// Generation number: distinguishes files that had the same inode number one after the other; a seed of
+/// checksums.
 pub(super) fn generation(record: &[u8]) -> u32 {
     get32(record, 100)
 }
 
-/// Whether the inode has four bytes at `at`.
+/// True if the inode has four bytes at `at`.
 fn has_field(record: &[u8], at: usize) -> bool {
     at + 4 <= FIXED + extra(record)
 }
 
-/// Encodes an inode over what `record` has: a [`blank`] one, or one that lower layers wrote, of which
-/// stays what a layer cannot change. Access, change and creation time equal the modification time
-/// where that is new: a layer's tar knows no other.
+/// Encodes an inode over `record`: a [`blank`] one, or one from the lower layers, which keeps all fields that
+/// a layer cannot change. If the modification time is new, access, change and creation time are set to it: a
+/// layer's tar has no other times.
 pub(super) fn encode(record: &mut [u8], fields: &Fields, attributes: &Attributes) {
     put16(record, 0, format(fields.kind) | attributes.mode & 0o7777);
     put16(record, 2, low16(attributes.uid));
@@ -126,7 +126,7 @@ pub(super) fn encode(record: &mut [u8], fields: &Fields, attributes: &Attributes
     }
 }
 
-/// The 60 bytes that say where the content is, or are it.
+/// The 60 bytes with the pointers to the content, or with the content itself.
 fn pointers(kind: &Kind, extents: Option<[u8; 60]>) -> [u8; 60] {
     let mut bytes = extents.unwrap_or([0; 60]);
     match *kind {
@@ -178,9 +178,9 @@ pub(super) fn mtime(record: &[u8]) -> Timestamp {
     Timestamp { secs: low + (i64::from(extra & 3) << 32), nanos: (extra >> 2).min(999_999_999) }
 }
 
-/// Seconds in 32 signed bits, and the extra field: two more bits of seconds below 30 of
-/// nanoseconds. The range is 1901-12-13 to 2446-05-10, or to 2038-01-19 without the extra field; what is
-/// outside becomes its nearest end, as in the kernel.
+/// A time as seconds in 32 signed bits, and the extra field: two more bits of seconds below 30 of
+/// nanoseconds. The range is 1901-12-13 to 2446-05-10, or to 2038-01-19 without the extra field; a time
+/// outside becomes the nearest end, as in the kernel.
 fn time(time: Timestamp, has_extra: bool) -> (u32, u32) {
     const FIRST: i64 = i32::MIN as i64;
     let last = if has_extra { 3 << 32 } else { 0 } + i64::from(i32::MAX);

@@ -1,4 +1,4 @@
-//! What one layer puts on the disk.
+//! The part of one layer on the disk.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, RandomState};
 use super::geometry::{BLOCK, BLOCK_SECTORS, sector_of};
 use crate::units::{SECTOR, Sectors};
 
-/// A range of the disk, and what this layer says about it.
+/// A range of the disk in this layer, with its content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Run<'a> {
     /// These bytes, a multiple of 512.
@@ -25,7 +25,7 @@ pub enum Run<'a> {
         /// First sector in the tar.
         target: Sectors,
     },
-    /// Zeros, where a lower layer had something else.
+    /// Zeros, over other content of a lower layer.
     Zeroed {
         /// First sector on the disk.
         lba: Sectors,
@@ -61,14 +61,14 @@ struct Piece {
 
 #[derive(Clone, Copy, Debug)]
 enum Content {
-    /// From this byte on in [`LayerBlocks::bytes`].
+    /// Bytes from this index of [`LayerBlocks::bytes`] on.
     Bytes(usize),
-    /// From this sector on in the tar.
+    /// Sectors of the tar from this one on.
     Tar(u64),
     Zeros,
 }
 
-/// What one layer changes on the disk; what it does not name stays as the layers below have it, or
+/// The sectors that one layer changes on the disk; all others keep the content of the layers below, or are
 /// zero.
 #[derive(Debug, Default)]
 pub struct LayerBlocks {
@@ -92,7 +92,7 @@ impl LayerBlocks {
         })
     }
 
-    /// Length of all metadata runs together, bytes.
+    /// Length of all metadata runs together, in bytes.
     #[must_use]
     pub fn metadata_len(&self) -> u64 {
         self.bytes.len() as u64
@@ -134,9 +134,9 @@ impl LayerBlocks {
     }
 }
 
-/// What metadata blocks hold after all layers so far, as keyed hashes: enough to tell whether a
-/// block changed. A false "unchanged" has a chance of 2^-64 for each block rewritten, and the key
-/// is random, so no input can aim at it.
+/// Keyed hashes of the metadata blocks after all layers so far: enough to tell if a block changed. A false
+/// "unchanged" has a probability of 2^-64 for each rewritten block, and the key is random, so no input can
+/// provoke one.
 #[derive(Debug, Default)]
 pub(super) struct Emitted {
     key: RandomState,
@@ -144,10 +144,10 @@ pub(super) struct Emitted {
 }
 
 impl Emitted {
-    /// Puts a block into the layer unless the layers below already say the same.
+    /// Adds a block to the layer, unless the layers below already have the same content.
     pub(super) fn emit(&mut self, layer: &mut LayerBlocks, block: u64, bytes: &[u8]) {
         if bytes.iter().all(|&byte| byte == 0) {
-            // What was never written reads as zeros.
+            // A block that was never written reads as zeros.
             if self.hashes.remove(&block).is_some() {
                 layer.push(sector_of(block), BLOCK_SECTORS, Content::Zeros);
             }
@@ -160,14 +160,14 @@ impl Emitted {
         }
     }
 
-    /// Notes what the layers below have in a block.
+    /// Notes the content of a block in the layers below.
     pub(super) fn know(&mut self, block: u64, bytes: &[u8]) {
         if bytes.iter().any(|&byte| byte != 0) {
             self.hashes.insert(block, self.key.hash_one(bytes));
         }
     }
 
-    /// A block was freed; nothing refers to it any more.
+    /// Forgets a freed block, which is no longer referenced.
     pub(super) fn forget(&mut self, block: u64) {
         self.hashes.remove(&block);
     }

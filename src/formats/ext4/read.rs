@@ -1,29 +1,30 @@
-//! An ext4 filesystem that is there already, read back so that a layer can go on top of it.
+//! Reading of an existing ext4 filesystem, so that a layer can be added on top of it.
 //!
-//! [`read`] gives what the writer would have in hand had it made the lower layers itself: the [`Tree`] and
-//! an [`Image`] with the filesystem's own geometry, bitmaps, checksums and hash. File data is not
-//! touched: files keep their blocks, and nothing of them is read. All directories are read, all inodes in use,
-//! and attribute blocks.
+//! [`read`] returns the state that the writer would have if it had made the lower layers itself: the
+//! [`Tree`], and an [`Image`] with the filesystem's own geometry, bitmaps, checksums and hash. File data is
+//! not touched: files keep their blocks, and their content is not read. All directories are read, all inodes
+//! in use, and attribute blocks.
 //!
-//! # What is taken over, and what is refused
+//! # Accepted and refused filesystems
 //!
-//! Everything that mkfs makes with 4 KiB blocks: our own, upstream's forked libext2fs, mke2fs for ext2, ext3
-//! and ext4. A later layer writes in the filesystem's own way (descriptors of 32 or 64 bytes,
-//! inodes of 128 bytes and more, CRC-16 or CRC-32C) with what ext4 brought: extents, indexed directories. A
-//! filesystem that lacks these features gets them; older files keep their indirect blocks. What this
-//! cannot honour is refused by name: a journal that must be replayed, bigalloc, encryption, and so on.
+//! All filesystems that mkfs makes with 4 KiB blocks are accepted: those of this program, of upstream's
+//! forked libext2fs, and of mke2fs for ext2, ext3 and ext4. A later layer keeps the filesystem's own format
+//! (descriptors of 32 or 64 bytes, inodes of 128 bytes and more, CRC-16 or CRC-32C) and uses the features of
+//! ext4: extents, indexed directories. A filesystem that lacks these features gets them; older files keep
+//! their indirect blocks. An unsupported feature is refused by name: a journal that must be replayed,
+//! bigalloc, encryption, and so on.
 //!
-//! # What is believed
+//! # Checks
 //!
-//! Nothing that would let a new layer damage a lower file. Every block belongs to one owner and is marked in
-//! use, or reading fails: a block that two files share could not be freed, and one that is in use but not
-//! marked would be given out. This also bounds the work, whatever the bytes are.
+//! The checks make sure that a new layer cannot damage a lower file. Every block belongs to one owner and is
+//! marked in use, or reading fails: a block that two files share could not be freed, and an unmarked block in
+//! use would be given out. This also bounds the work for any input.
 //!
-//! New files get blocks that are free *and* that no lower layer ever wrote, because only those read
-//! as zeros where a layer says nothing ([`super::allocation`]).
+//! New files get blocks that are free *and* were never written by a lower layer, because only those read as
+//! zeros where a layer has no mapping ([`super::allocation`]).
 //!
-//! `lost+found` of mkfs is the filesystem's and not the image's: empty, owned by root, mode 0700, in the
-//! first inode. It stays, and is not in the tree, as with our own writer.
+//! `lost+found` of mkfs belongs to the filesystem and not to the image: empty, owned by root, mode 0700, in
+//! the first inode. It stays, and is not in the tree, as with the writer of this program.
 
 mod blocks;
 mod directory;
@@ -43,13 +44,13 @@ use source::{ByteSource, SourceError};
 use superblock::Superblock;
 use walk::Walk;
 
-/// Why a filesystem cannot be continued.
+/// Reasons why a filesystem cannot be continued.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ReadError {
     /// The disk could not be read.
     #[error("Cannot read the filesystem of the lower layers")]
     Source(#[from] SourceError),
-    /// There is no ext4.
+    /// There is no ext4 filesystem.
     #[error("The lower layers hold no ext4 filesystem: no magic number 0xef53 at byte 1080")]
     NotExt4,
     /// A form of ext4 that this program does not write.
@@ -62,9 +63,9 @@ pub enum ReadError {
         "The filesystem of the lower layers is damaged: {place} {rule}; convert the whole image anew"
     )]
     Damaged {
-        /// What of it.
+        /// The faulty part.
         place: String,
-        /// The rule that does not hold.
+        /// The broken rule.
         rule: String,
     },
 }
@@ -73,11 +74,11 @@ fn damaged(place: impl Into<String>, rule: impl Into<String>) -> ReadError {
     ReadError::Damaged { place: place.into(), rule: rule.into() }
 }
 
-/// Reads the filesystem on `disk`. `written` are the runs of sectors that any layer has data for, ascending
-/// (first sector, length); all others read as zeros.
+/// Reads the filesystem on `disk`. `written` are the runs of sectors with data in any layer, ascending (first
+/// sector, length); all others read as zeros.
 ///
 /// # Errors
-/// [`ReadError`]; whatever the bytes are, nothing worse.
+/// [`ReadError`] for any input that is not accepted.
 pub fn read(
     disk: &dyn ByteSource,
     written: impl IntoIterator<Item = (Sectors, Sectors)>,
@@ -121,7 +122,7 @@ pub fn read(
     Ok((tree, image))
 }
 
-/// The layout, if it is one of ours: then its two regions are known.
+/// The layout, if it is one of this program: its two regions are then known.
 fn own_layout(layout: &Layout) -> Option<Layout> {
     let size = Bytes(layout.blocks * BLOCK as u64);
     let own = Layout::new(Geometry { size }).ok()?;
@@ -129,7 +130,7 @@ fn own_layout(layout: &Layout) -> Option<Layout> {
     same.then_some(own)
 }
 
-/// Runs of sectors as runs of blocks that they touch.
+/// Runs of sectors as runs of the blocks that they touch.
 fn whole_blocks(sectors: impl IntoIterator<Item = (Sectors, Sectors)>) -> Vec<BlockRun> {
     let mut runs: Vec<BlockRun> = Vec::new();
     for (lba, len) in sectors {
@@ -145,7 +146,7 @@ fn whole_blocks(sectors: impl IntoIterator<Item = (Sectors, Sectors)>) -> Vec<Bl
     runs
 }
 
-/// Where metadata ends on a disk that was laid out by others: behind a sixteenth of what is free.
+/// End of the metadata region on a disk of another program: behind a sixteenth of the free blocks.
 fn metadata_end(free: &[BlockRun]) -> u64 {
     let mut left = free.iter().map(|run| run.count).sum::<u64>() / 16;
     for run in free {
@@ -157,8 +158,8 @@ fn metadata_end(free: &[BlockRun]) -> u64 {
     0
 }
 
-/// Inode numbers, less one, to give out. On a disk of ours numbers only go up, so that a layer is the same
-/// whether the ones below it were made by this process or read back; freed ones come last.
+/// The free inode numbers, less one. On a disk of this program, numbers only go up, so that a layer is the
+/// same if the lower layers were made by this process or read back; freed numbers come last.
 fn free_inodes(
     layout: &Layout,
     inodes: &super::allocation::Bitmaps,
@@ -186,7 +187,7 @@ fn free_inodes(
     runs
 }
 
-/// Whole blocks of the disk.
+/// Reads whole blocks of the disk.
 #[derive(Clone, Copy)]
 struct Source<'v>(&'v dyn ByteSource);
 

@@ -1,11 +1,11 @@
-//! The superblock, and which features the filesystem claims.
+//! The superblock, and the features of the filesystem.
 
 use super::checksum::Checksums;
 use super::field::{high32, low32, put16, put32};
 use super::geometry::{BLOCK, DESCRIPTOR, Layout};
 use super::hash::HALF_MD4;
 
-/// The superblock's place within block 0: the first KiB belongs to a boot loader.
+/// Offset of the superblock in block 0: the first KiB belongs to a boot loader.
 pub(super) const OFFSET: usize = 1024;
 
 /// First inode number that is not reserved; `lost+found` by custom.
@@ -22,10 +22,10 @@ const READ_ONLY_COMPATIBLE: u32 = 0x1 | 0x2 | 0x8 | 0x10 | 0x20 | 0x40;
 /// Bytes of an inode's fixed part that lie beyond the first 128.
 pub(super) const EXTRA_ISIZE: u16 = 32;
 
-/// What tells one filesystem from another.
+/// Properties that distinguish one filesystem from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// UUID. Also seeds the checksum of group descriptors.
+    /// UUID. It also seeds the checksum of group descriptors.
     pub uuid: [u8; 16],
     /// Volume name, padded with NUL.
     pub label: [u8; 16],
@@ -34,8 +34,8 @@ pub struct Identity {
 }
 
 impl Default for Identity {
-    /// Fixed, so that the same layers give the same bytes and layers deduplicate between images.
-    /// ext4 mounts any number of filesystems with one UUID.
+    /// Fixed, so that equal layers give equal bytes and layers deduplicate between images. ext4 mounts any
+    /// number of filesystems with one UUID.
     fn default() -> Self {
         const UUID: [u8; 16] = [
             0x74, 0x75, 0x72, 0x62, 0x6f, 0x62, 0x44, 0x00, 0x80, 0x00, 0x65, 0x78, 0x74, 0x34,
@@ -47,7 +47,7 @@ impl Default for Identity {
 
 impl Identity {}
 
-/// The seed of hashes as the words that they start from.
+/// The seed of hashes as their four start words.
 pub(super) fn seed_words(seed: &[u8]) -> [u32; 4] {
     let mut words = [0; 4];
     for (word, bytes) in words.iter_mut().zip(seed.chunks_exact(4)) {
@@ -56,7 +56,7 @@ pub(super) fn seed_words(seed: &[u8]) -> [u32; 4] {
     words
 }
 
-/// Notes in block 0 what is free, and seals it.
+/// Writes the free counts into block 0, and its checksum.
 pub(super) fn update(
     block: &mut [u8; BLOCK],
     free_blocks: u64,
@@ -73,15 +73,15 @@ pub(super) fn update(
     sums.seal_superblock(record);
 }
 
-/// Block 0 of a disk of ours, but for what is free. All times are zero: nothing here may depend on when
-/// it was made.
+/// Block 0 of a new disk, without the free counts. All times are zero: the bytes must not depend on the time
+/// of creation.
 pub(super) fn fresh(layout: &Layout, identity: &Identity) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     let record = &mut block[OFFSET..2 * OFFSET];
     put32(record, 0, layout.inodes());
     put32(record, 4, low32(layout.blocks));
     put32(record, 24, 2); // log2(block size / 1024)
-    put32(record, 28, 2); // the same of clusters
+    put32(record, 28, 2); // log2(cluster size / 1024)
     put32(record, 32, layout.group_blocks);
     put32(record, 36, layout.group_blocks);
     put32(record, 40, layout.group_inodes);
@@ -103,10 +103,10 @@ pub(super) fn fresh(layout: &Layout, identity: &Identity) -> [u8; BLOCK] {
     put32(record, 256, 0xc); // mount options by default: user_xattr, acl
     put32(record, 336, high32(layout.blocks));
     put16(record, 348, EXTRA_ISIZE); // least extra size of inodes
-    put16(record, 350, EXTRA_ISIZE); // wanted
+    put16(record, 350, EXTRA_ISIZE); // requested extra size
     put32(record, 352, 2); // names are hashed as unsigned bytes
     record[372] = layout.group_count().next_power_of_two().ilog2() as u8; // log2(groups per flex group): one holds all
-    // Saves the kernel the sum over all groups at mount; 32 bits do for the tables of 2^17 groups.
+    // Saves the kernel the sum over all groups at mount; 32 bits are enough for the tables of 2^17 groups.
     put32(record, 584, low32(layout.metadata));
     block
 }

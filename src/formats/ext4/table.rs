@@ -1,11 +1,11 @@
-//! The inode tables, as far as they have something: pages by disk block.
+//! The inode tables, as far as they have content: pages by disk block.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::geometry::{BLOCK, Layout};
 use super::layer::{Emitted, LayerBlocks};
 
-/// Blocks of inodes, and which of them this layer changed.
+/// Blocks of inodes, with marks on those that this layer changed.
 #[derive(Debug, Default)]
 pub(super) struct InodeTable {
     pages: BTreeMap<u64, Box<[u8; BLOCK]>>,
@@ -13,7 +13,7 @@ pub(super) struct InodeTable {
 }
 
 impl InodeTable {
-    /// Takes over a block as lower layers have it.
+    /// Takes over a block from the lower layers.
     pub(super) fn load(&mut self, block: u64, page: Box<[u8; BLOCK]>) {
         self.pages.insert(block, page);
     }
@@ -24,7 +24,7 @@ impl InodeTable {
         self.pages.get(&block).map(|page| &page[at..at + layout.inode_size])
     }
 
-    /// Puts an inode into its place.
+    /// Writes an inode to its position.
     pub(super) fn put(&mut self, layout: &Layout, inode: u32, record: &[u8]) {
         let (block, at) = layout.inode_place(inode);
         let page = self.pages.entry(block).or_insert_with(|| Box::new([0; BLOCK]));
@@ -35,12 +35,12 @@ impl InodeTable {
         }
     }
 
-    /// Makes an inode zeros.
+    /// Sets an inode to zeros.
     pub(super) fn clear(&mut self, layout: &Layout, inode: u32) {
         self.put(layout, inode, &vec![0; layout.inode_size]);
     }
 
-    /// Puts what changed into the layer.
+    /// Adds the changed blocks to the layer.
     pub(super) fn write(&mut self, emitted: &mut Emitted, layer: &mut LayerBlocks) {
         for block in std::mem::take(&mut self.dirty) {
             if let Some(page) = self.pages.get(&block) {

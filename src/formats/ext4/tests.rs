@@ -1,10 +1,10 @@
-//! The whole writer against oracles that we did not write: e2fsck, debugfs and the kernel.
+//! Tests of the whole writer against oracles of other projects: e2fsck, debugfs and the kernel.
 
-// What they are made of.
+// Parts of the tests.
 mod disk;
 mod fixture;
 
-// What they promise.
+// The promises.
 mod attribute;
 mod continued;
 mod data;

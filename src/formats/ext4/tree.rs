@@ -1,27 +1,27 @@
 //! The tree of files, kept across the layers of an image.
 //!
-//! Layers are applied to it one after the other (whiteouts remove, entries create), and after each
-//! one [`Image::commit_layer`](super::Image::commit_layer) lays out what changed. Nodes live in one
-//! vector and refer to each other by number, so a path of a million components costs no stack, and
-//! a number is never given twice: the image remembers by it what it wrote for a node.
+//! Layers are applied to it one after the other (whiteouts remove, entries create), and after each one
+//! [`Image::commit_layer`](super::Image::commit_layer) lays out the changes. Nodes are in one vector and
+//! refer to each other by number, so a path of a million components needs no stack. A number is never used
+//! twice: the image finds the record of a node by it.
 //!
-//! Every change stamps the node with a counter. The image keeps the counter of its last commit and
-//! finds what is new by comparing; the tree knows nothing of images.
+//! Every change stamps the node with a counter. The image keeps the counter of its last commit and finds new
+//! changes by comparison; the tree does not depend on images.
 
 use std::collections::BTreeMap;
 
 use super::file::{Attributes, Kind};
 
-/// Longest name of a directory entry, bytes (the field is one byte wide).
+/// Longest name of a directory entry in bytes (its field has one byte).
 pub const NAME_MAX: usize = 255;
 
-/// Most names one file may have, as in the kernel (`EXT4_LINK_MAX`).
+/// Most names of one file, as in the kernel (`EXT4_LINK_MAX`).
 pub const LINKS_MAX: u32 = 65_000;
 
-/// Longest target of a symbolic link, bytes: one block with its closing NUL.
+/// Longest target of a symbolic link in bytes: one block with its closing NUL.
 pub const SYMLINK_MAX: usize = 4095;
 
-/// A file of the tree, whatever names it has.
+/// Number of a file of the tree; all names of the file share it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct NodeId(pub u32);
 
@@ -31,12 +31,12 @@ impl NodeId {
     }
 }
 
-/// Why a change of the tree was refused.
+/// Reasons for refusing a change of the tree.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TreeError {
-    /// A name that no directory can hold.
+    /// A name that no directory can contain.
     #[error(
-        "The name \"{name}\" is not one of a directory entry: 1 to 255 bytes without \"/\" and NUL, not \".\" and not \"..\""
+        "The name \"{name}\" cannot be a directory entry: a name has 1 to 255 bytes without \"/\" and NUL, not \".\" and not \"..\""
     )]
     BadName {
         /// The name, printable.
@@ -48,13 +48,13 @@ pub enum TreeError {
         /// The name, printable.
         name: String,
     },
-    /// No such name.
+    /// The name does not exist.
     #[error("The name \"{name}\" does not exist")]
     NotFound {
         /// The name, printable.
         name: String,
     },
-    /// Something that is not a directory was used as one.
+    /// A file that is not a directory was used as one.
     #[error("The parent of \"{name}\" is not a directory")]
     NotADirectory {
         /// The name, printable.
@@ -72,7 +72,7 @@ pub enum TreeError {
         /// The name, printable.
         name: String,
     },
-    /// A symbolic link's target does not fit.
+    /// The target of a symbolic link does not fit.
     #[error(
         "The target of the symbolic link \"{name}\" is {len} bytes long or holds a NUL; ext4 takes 1 to {SYMLINK_MAX} bytes without NUL"
     )]
@@ -95,7 +95,7 @@ pub enum TreeError {
         minor: u32,
     },
     /// 2^32 nodes have been created.
-    #[error("The tree cannot take \"{name}\": it has given out all its 2^32 node numbers")]
+    #[error("The tree cannot take \"{name}\": all 2^32 node numbers are used")]
     Full {
         /// The name, printable.
         name: String,
@@ -111,20 +111,19 @@ fn printable(name: &[u8]) -> String {
 struct Node {
     kind: Kind,
     attributes: Attributes,
-    /// Of a directory only.
+    /// Children of a directory.
     children: BTreeMap<Box<[u8]>, NodeId>,
-    /// Of a directory: where `..` leads. The root is its own parent.
+    /// Target of a directory's `..`. The root is its own parent.
     parent: NodeId,
-    /// Names of a file; 1 for a directory; 0 when removed.
+    /// Number of names of a file; 1 for a directory; 0 if removed.
     names: u32,
-    /// Directories among the children.
+    /// Number of directories among the children.
     subdirectories: u32,
-    /// The tree's counter at the last change.
+    /// The tree's counter at the last change of the node.
     changed: u64,
 }
 
-/// A tree of files. Node numbers of another tree must not be passed in: they panic or mean another
-/// file.
+/// A tree of files. Node numbers of another tree must not be passed in: they panic or name another file.
 #[derive(Debug)]
 pub struct Tree {
     nodes: Vec<Node>,
@@ -140,7 +139,7 @@ impl Default for Tree {
 const ROOT: NodeId = NodeId(0);
 
 impl Tree {
-    /// A tree with nothing but its root, mode 0755, owned by root, time 0.
+    /// Makes a tree with only its root: mode 0755, owned by root, time 0.
     #[must_use]
     pub fn new() -> Tree {
         let attributes = Attributes { mode: 0o755, ..Attributes::default() };
@@ -162,14 +161,14 @@ impl Tree {
         ROOT
     }
 
-    /// The child of that name, if there is one and `dir` is a directory.
+    /// The child with this name, if there is one and `dir` is a directory.
     #[must_use]
     pub fn lookup(&self, dir: NodeId, name: &[u8]) -> Option<NodeId> {
         self.node(dir).children.get(name).copied()
     }
 
-    /// The directory that holds `dir`; the root for the root. Only for directories: a file may have
-    /// several, and gets the one it was created in.
+    /// The directory that contains `dir`; for the root, the root. Only for directories: a file can have
+    /// several, and the result is the one it was created in.
     #[must_use]
     pub fn parent(&self, dir: NodeId) -> NodeId {
         self.node(dir).parent
@@ -183,8 +182,8 @@ impl Tree {
     /// Adds a file.
     ///
     /// # Errors
-    /// The name is taken or not a name; `dir` is not a directory; the target or the device number
-    /// of `kind` does not fit.
+    /// [`TreeError`] if the name is taken or invalid, `dir` is not a directory, or the target or the device
+    /// number of `kind` does not fit.
     pub fn create(
         &mut self,
         dir: NodeId,
@@ -216,10 +215,10 @@ impl Tree {
         Ok(node)
     }
 
-    /// Gives an existing file a further name.
+    /// Gives an existing file another name.
     ///
     /// # Errors
-    /// The name is taken or not a name; `dir` is not a directory; `target` is one; it has
+    /// [`TreeError`] if the name is taken or invalid, `dir` is not a directory, `target` is one, or it has
     /// [`LINKS_MAX`] names already.
     pub fn link(&mut self, dir: NodeId, name: &[u8], target: NodeId) -> Result<(), TreeError> {
         self.check_free(dir, name)?;
@@ -236,11 +235,10 @@ impl Tree {
         Ok(())
     }
 
-    /// Removes a name, and everything below it if it is a directory. A file goes with its last
-    /// name.
+    /// Removes a name, and everything below it if it is a directory. A file is removed with its last name.
     ///
     /// # Errors
-    /// There is no such name.
+    /// [`TreeError::NotFound`] if there is no such name.
     pub fn remove(&mut self, dir: NodeId, name: &[u8]) -> Result<(), TreeError> {
         let Some(target) = self.node_mut(dir).children.remove(name) else {
             return Err(TreeError::NotFound { name: printable(name) });
@@ -264,10 +262,10 @@ impl Tree {
         Ok(())
     }
 
-    /// A file that a lower layer has, for now without a name. None when all numbers are given out.
+    /// Adds a file of a lower layer, at first without a name. `None` if all numbers are used.
     pub(super) fn restore(&mut self, kind: Kind, attributes: Attributes) -> Option<NodeId> {
         let node = NodeId(u32::try_from(self.nodes.len()).ok()?);
-        // A directory has its one name from the beginning, as in `create`.
+        // A directory has its single name from the beginning, as in `create`.
         let names = u32::from(kind == Kind::Directory);
         let (children, parent) = (BTreeMap::new(), ROOT);
         self.nodes.push(Node {
@@ -282,7 +280,7 @@ impl Tree {
         Some(node)
     }
 
-    /// Gives a restored file a name; a directory must get one only. Nothing counts as changed.
+    /// Gives a restored file a name; a directory must get exactly one. This does not count as a change.
     pub(super) fn restore_name(
         &mut self,
         dir: NodeId,
@@ -301,7 +299,7 @@ impl Tree {
         Ok(())
     }
 
-    /// What a node is.
+    /// Kind of a node.
     #[must_use]
     pub fn kind(&self, node: NodeId) -> &Kind {
         &self.node(node).kind
@@ -313,7 +311,7 @@ impl Tree {
         &self.node(node).attributes
     }
 
-    /// Replaces them all; for every name of the file.
+    /// Replaces all attributes, for every name of the file.
     pub fn set_attributes(&mut self, node: NodeId, attributes: Attributes) {
         if self.node(node).attributes != attributes {
             self.node_mut(node).attributes = attributes;
@@ -321,7 +319,7 @@ impl Tree {
         }
     }
 
-    /// Number of names; for a directory 2 and one for each directory in it. 0 when removed.
+    /// Number of names; for a directory, 2 plus the number of directories in it; 0 if removed.
     #[must_use]
     pub fn links(&self, node: NodeId) -> u32 {
         let node = self.node(node);
@@ -331,7 +329,7 @@ impl Tree {
         }
     }
 
-    /// Where a node is, for messages: the first path found by a walk, lossily printable.
+    /// Path of a node for messages: the first one found by a walk, lossily printable.
     #[must_use]
     pub fn path(&self, node: NodeId) -> String {
         let mut upwards = vec![node];
@@ -358,17 +356,17 @@ impl Tree {
         self.clock
     }
 
-    /// The counter when `node` last changed.
+    /// Value of the counter at the last change of `node`.
     pub(super) fn changed(&self, node: NodeId) -> u64 {
         self.node(node).changed
     }
 
-    /// Whether the node still has a name.
+    /// True if the node still has a name.
     pub(super) fn is_live(&self, node: NodeId) -> bool {
         self.node(node).names > 0
     }
 
-    /// Every node that has a name, in the order of creation.
+    /// Every node with a name, in the order of creation.
     pub(super) fn nodes(&self) -> impl Iterator<Item = NodeId> {
         (0..).zip(&self.nodes).filter(|(_, node)| node.names > 0).map(|(number, _)| NodeId(number))
     }

@@ -1,8 +1,8 @@
-//! Extended attributes: what fits behind the inode's fields, the rest in one block.
+//! Extended attributes: as many as fit behind the inode's fields, the others in one block.
 //!
-//! Both places hold entries from the front and values from the back. In the inode, value positions
-//! count from the first entry and entry hashes are zero; in the block they count from the block's
-//! start, and each entry and the block carry a hash (kernel `fs/ext4/xattr.c`).
+//! Both areas have entries from the front and values from the back. In the inode, value positions count from
+//! the first entry and entry hashes are zero. In the block, positions count from the block's start, and each
+//! entry and the block have a hash (kernel `fs/ext4/xattr.c`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,23 +11,23 @@ use super::field::{put16, put32};
 use super::geometry::BLOCK;
 use super::layer::{Emitted, LayerBlocks};
 
-/// Begins attributes in either place.
+/// Marks the start of attributes in either area.
 pub(super) const MAGIC: u32 = 0xea02_0000;
 /// Bytes before the first entry: the magic in an inode, a header in a block.
 pub(super) const INODE_HEADER: usize = 4;
 pub(super) const BLOCK_HEADER: usize = 32;
-/// An entry without its name; also the least free space between entries and values is 4 zero bytes.
+/// Bytes of an entry without its name; also, the smallest free space between entries and values is 4 zero
+/// bytes.
 pub(super) const ENTRY: usize = 16;
 const END: usize = 4;
 
-/// The prefixes that ext4 knows by number. A full name that is listed with nothing behind it is one
-/// attribute.
+/// The prefixes that ext4 stores as numbers. A listed name with an empty rest is one attribute.
 pub(super) const PREFIXES: [(&[u8], u8); 5] =
     [(b"user.", 1), (ACL_ACCESS, 2), (ACL_DEFAULT, 3), (b"trusted.", 4), (b"security.", 6)];
 pub(super) const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
 pub(super) const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 
-/// Why a file's attributes cannot be stored.
+/// Reasons why a file's attributes cannot be stored.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum XattrError {
     /// ext4 has no number for the name's prefix.
@@ -51,15 +51,15 @@ pub enum XattrError {
         "The attributes need more than the 4096 bytes of ext4's attribute block; \"{name}\" of {len} bytes does not fit"
     )]
     TooLarge {
-        /// The full name of the first that does not fit, printable.
+        /// The full name of the first attribute that does not fit, printable.
         name: String,
-        /// Its value's length in bytes.
+        /// Length of its value in bytes.
         len: usize,
     },
 }
 
-/// Attribute blocks of the layers below that several files refer to, and how many do. What this program
-/// writes is never shared.
+/// Attribute blocks of the layers below that several files share, with the number of files. This program
+/// never writes a shared one.
 #[derive(Debug, Default)]
 pub(super) struct SharedBlocks {
     blocks: BTreeMap<u64, Shared>,
@@ -73,17 +73,17 @@ struct Shared {
 }
 
 impl SharedBlocks {
-    /// A block and the number of references that it claims, at least 2.
+    /// Adds a block and the number of references that it claims, at least 2.
     pub(super) fn insert(&mut self, block: u64, bytes: Box<[u8; BLOCK]>, references: u32) {
         self.blocks.insert(block, Shared { bytes, references });
     }
 
-    /// Whether another file may need the block.
+    /// True if another file may need the block.
     pub(super) fn is_shared(&self, block: u64) -> bool {
         self.blocks.contains_key(&block)
     }
 
-    /// Gives one reference up. Returns whether the block is to be freed.
+    /// Releases one reference. Returns true if the block must be freed.
     pub(super) fn release(&mut self, block: u64) -> bool {
         let Some(shared) = self.blocks.get_mut(&block) else { return true };
         shared.references -= 1;
@@ -96,7 +96,7 @@ impl SharedBlocks {
         false
     }
 
-    /// Puts the new counts into the layer.
+    /// Adds the new counts to the layer.
     pub(super) fn write(
         &mut self,
         sums: Checksums,
@@ -113,15 +113,15 @@ impl SharedBlocks {
     }
 }
 
-/// Attributes as they lie on the disk.
+/// Attributes in their form on the disk.
 #[derive(Debug)]
 pub(super) struct Encoded {
-    /// As many bytes as the inode has room for.
+    /// As many bytes as fit into the inode.
     pub(super) in_inode: Vec<u8>,
     pub(super) block: Option<Box<[u8; BLOCK]>>,
 }
 
-/// An attribute in the kernel's terms and order: by index, then length of the name, then name.
+/// An attribute in the kernel's form and order: by index, then length of the name, then name.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Attribute<'a> {
     index: u8,
@@ -136,7 +136,7 @@ impl Attribute<'_> {
     }
 }
 
-/// Encodes the attributes of one file whose inode has `room` bytes for them.
+/// Encodes the attributes of one file; its inode has `room` bytes for them.
 pub(super) fn encode<'a>(
     xattrs: impl Iterator<Item = (&'a [u8], &'a [u8])>,
     room: usize,
@@ -197,7 +197,7 @@ fn full_name(attribute: &Attribute) -> String {
     String::from_utf8_lossy(&[prefix, attribute.name].concat()).into_owned()
 }
 
-/// From the form of the system call (version 2, 8 bytes an entry) to ext4's (version 1; only named
+/// Converts from the form of the system call (version 2, 8 bytes per entry) to ext4's (version 1; only named
 /// users and groups have an id).
 fn acl(value: &[u8]) -> Option<Vec<u8>> {
     let entries = value.strip_prefix(&2u32.to_le_bytes())?;
@@ -215,11 +215,11 @@ fn acl(value: &[u8]) -> Option<Vec<u8>> {
     Some(stored)
 }
 
-/// Entries growing up, values growing down.
+/// An area with entries from the front and values from the back.
 struct Area {
     bytes: Vec<u8>,
     header: usize,
-    /// What positions of values count from.
+    /// Origin of the positions of values.
     origin: usize,
     entries_end: usize,
     values_start: usize,
@@ -242,7 +242,7 @@ impl Area {
         self.entries_end == self.header
     }
 
-    /// Adds an attribute if there is room.
+    /// Adds an attribute if there is room for it.
     fn add(&mut self, attribute: &Attribute, hashed: bool) -> bool {
         if attribute.size() + END > self.values_start.saturating_sub(self.entries_end) {
             return false;

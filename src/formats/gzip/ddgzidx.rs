@@ -1,9 +1,9 @@
 //! Upstream's index of a gzip layer, the file `gzip.meta` (spec gzip-index).
 //!
-//! Written are block boundaries only: the format has no place for a block's header, so a point
-//! inside a block is left out, and a reader of the file starts at the one before. It can only
-//! describe the first member of a layer, and upstream's reader serves zeros behind it without an
-//! error. So none is written for a layer of several members: a missing file fails when it is opened.
+//! Only block boundaries are written: the format has no field for a block's header, so a checkpoint inside a
+//! block is left out, and a reader of the file starts at the checkpoint before it. The format can describe
+//! only the first member of a layer, and upstream's reader returns zeros behind that member without an error.
+//! So a layer of several members gets no `gzip.meta`: a missing file fails when it is opened.
 
 use libdeflater::Decompressor;
 use thiserror::Error;
@@ -20,22 +20,22 @@ pub const GZIP_META_NAME: &str = "gzip.meta";
 const MAGIC: &[u8; 8] = b"ddgzidx\0";
 const HEADER: usize = 333;
 const ENTRY: usize = 29;
-/// Longest entry table that is read: 64 million checkpoints.
+/// Largest entry table that is read: 64 MiB.
 const MAX_TABLE: u64 = 64 << 20;
-/// Longest stored window: what zlib makes of 32 KiB at worst, generously.
+/// Longest stored window: a generous bound for zlib's worst result for 32 KiB.
 const MAX_WINDOW: u64 = 2 * WINDOW as u64;
 
-/// Why a layer has no `gzip.meta`.
+/// Reasons why a layer has no `gzip.meta`.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum NoGzipMeta {
-    /// The format describes one gzip member.
+    /// The format can describe only one gzip member.
     #[error("The layer has {members} gzip members and gzip.meta can describe only one")]
     ManyMembers {
         /// Number of members.
         members: u64,
     },
     /// A length does not fit the format's signed fields.
-    #[error("The layer is longer than a gzip.meta can say")]
+    #[error("The layer is too long for a gzip.meta")]
     TooLarge,
 }
 
@@ -47,7 +47,7 @@ fn raw_crc32c(bytes: &[u8]) -> u32 {
 /// The `gzip.meta` of a layer.
 ///
 /// # Errors
-/// [`NoGzipMeta`] when the format cannot describe the layer.
+/// [`NoGzipMeta`] if the format cannot describe the layer.
 pub fn write(index: &Index) -> Result<Vec<u8>, NoGzipMeta> {
     if index.members != 1 {
         return Err(NoGzipMeta::ManyMembers { members: index.members });
@@ -93,7 +93,7 @@ pub fn write(index: &Index) -> Result<Vec<u8>, NoGzipMeta> {
     Ok(file)
 }
 
-/// A number of the header or of an entry, signed on disk.
+/// A number of the header or of an entry; stored signed.
 fn number(bytes: &[u8], at: usize) -> Option<u64> {
     let word = i64::from_le_bytes(*bytes.get(at..)?.first_chunk()?);
     u64::try_from(word).ok()
@@ -103,10 +103,10 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
-/// Reads a `gzip.meta`. Windows are not unpacked here: a damaged one shows when it is used.
+/// Reads a `gzip.meta`. Windows are not unpacked here: a damaged window is detected when it is used.
 ///
 /// # Errors
-/// [`GzipError::Meta`] naming the first rule that is broken.
+/// [`GzipError::Meta`] with the first broken rule.
 pub fn read(file: &[u8]) -> Result<Index, GzipError> {
     let broken = |offset: usize, rule| GzipError::Meta { offset: offset as u64, rule };
     if file.len() < HEADER {
@@ -156,7 +156,7 @@ pub fn read(file: &[u8]) -> Result<Index, GzipError> {
     let table_len = count as usize * ENTRY;
     let unpacked;
     let table = if file[10] == 1 {
-        // zlib compresses by at most 1032: a small file cannot claim a large table.
+        // zlib compresses by at most 1032, so a small file cannot claim a large table.
         if table_len > stored.len().saturating_mul(1040) {
             return Err(broken(table_at, "the entry table is too short for its entries"));
         }
@@ -210,7 +210,7 @@ pub fn read(file: &[u8]) -> Result<Index, GzipError> {
             Some(last) if out < last.out.0 || bit <= last.bit.0 => {
                 return Err(broken("the entries are not in order"));
             }
-            // An empty block lies between the two, or nothing but empty blocks follows.
+            // An empty block lies between the two, or only empty blocks follow.
             Some(last) if out == last.out.0 || out == uncompressed_len => continue,
             _ => {}
         }

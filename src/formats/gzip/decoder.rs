@@ -1,9 +1,9 @@
-//! Inflate that knows where it is: fed in pieces, stopping at block boundaries.
+//! Inflate with known positions: it takes input in pieces and stops at block boundaries.
 //!
-//! The state between two calls is a bit position and what kind of thing comes next. Nothing is
-//! half-decoded: a block header, a symbol or a member header that the input at hand does not
-//! complete is not begun, and is tried again when more has come. So the pieces in which the input
-//! arrives cannot influence what comes out or where the boundaries are.
+//! The state between two calls is a bit position and the kind of the next part. No part is decoded halfway:
+//! if the present input does not contain all of a block header, symbol or member header, the part is not
+//! begun, and is tried again with more input. So the sizes of the input pieces cannot change the output or
+//! the boundaries.
 
 use super::index::BlockHeader;
 use super::{GzipError, member};
@@ -14,18 +14,19 @@ use inflate::huffman::{
 use inflate::huffman::{SUBTABLE, Tables};
 use inflate::marks::{MatchLog, WINDOW};
 
-/// History that stays in the buffer: the window of a candidate checkpoint that lies up to 32 KiB back.
+/// History kept in the buffer: enough for the window of a candidate checkpoint that lies up to 32 KiB back.
 const HISTORY: usize = 2 * WINDOW;
-/// Output decoded between two slides of the buffer: with its history it stays in a second-level cache.
+/// Output decoded between two slides of the buffer; with its history it fits a second-level cache.
 const FRESH: usize = 448 << 10;
-/// Room behind the last position at which decoding goes on.
+/// Room behind the last position at which decoding may continue.
 const SLACK: usize = 2 * OUTPUT_ROOM;
-/// Symbol-by-symbol zone before a limit: past it, a round of the fast loop could overshoot the limit.
+/// Bytes before a limit that are decoded symbol by symbol: a round of the fast loop there could overshoot the
+/// limit.
 const CAREFUL: usize = 3 + 258;
-/// Input taken at a time from a larger piece.
+/// Size of the parts in which a larger input piece is taken.
 const PIECE: usize = 128 << 10;
 
-/// Why [`Inflater::run`] came back.
+/// Reasons for the return of [`Inflater::run`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stop {
     /// More input is needed.
@@ -36,7 +37,7 @@ pub(super) enum Stop {
     MemberStart,
     /// At the first bit of a block that is not the first of its member.
     Block,
-    /// Behind a member's trailer, which says this.
+    /// Behind a member's trailer, which has these values.
     MemberEnd { crc32: u32, len: u32 },
 }
 
@@ -50,7 +51,7 @@ enum Next {
     Padding,
 }
 
-/// See the module.
+/// A decoder with known positions; see the module.
 pub(super) struct Inflater {
     input: Vec<u8>,
     /// Blob offset of `input[0]`.
@@ -61,7 +62,7 @@ pub(super) struct Inflater {
     /// Output position of `out[0]`.
     out_at: u64,
     pos: usize,
-    /// `out[..handed]` has been handed on.
+    /// `out[..handed]` has been passed on.
     handed: usize,
     /// First output byte of the current member.
     member_at: u64,
@@ -69,7 +70,7 @@ pub(super) struct Inflater {
     next: Next,
     last_block: bool,
     tables: Box<Tables>,
-    /// Header of the current block: input bytes from its first bit on.
+    /// Header of the current block: input bytes from its first bit.
     header: Vec<u8>,
     header_phase: usize,
     header_bits: usize,
@@ -78,7 +79,7 @@ pub(super) struct Inflater {
 }
 
 impl Inflater {
-    /// At the first byte of a gzip blob.
+    /// A decoder at the first byte of a gzip blob.
     pub(super) fn new() -> Self {
         Self {
             input: Vec::with_capacity(PIECE + 4096),
@@ -101,8 +102,9 @@ impl Inflater {
         }
     }
 
-    /// Inside a member, at bit `bit` of the blob (the first byte fed is the one that holds it), with
-    /// the output before it, and the header of the block it lies in unless it is a block's first bit.
+    /// A decoder inside a member, at bit `bit` of the blob. The first byte fed is the one with that bit in
+    /// it. It needs the output before the bit, and the header of the current block unless the bit is a
+    /// block's first.
     pub(super) fn resume(
         bit: u64,
         window: &[u8],
@@ -145,7 +147,7 @@ impl Inflater {
         rest
     }
 
-    /// Bit position in the blob.
+    /// The bit position in the blob.
     pub(super) fn bit(&self) -> u64 {
         self.input_at * 8 + self.bit as u64
     }
@@ -170,13 +172,13 @@ impl Inflater {
         self.members
     }
 
-    /// Whether the stream may end here: behind a member, with nothing left over.
+    /// True if the stream may end here: behind a member, with no input left.
     pub(super) fn at_end(&self) -> bool {
         let consumed = self.bit.div_ceil(8) >= self.input.len();
         consumed && self.members > 0 && matches!(self.next, Next::Member | Next::Padding)
     }
 
-    /// Whether a checkpoint here needs the header of the current block.
+    /// True if a checkpoint here needs the header of the current block.
     pub(super) fn inside_symbols(&self) -> bool {
         self.next == Next::Symbol
     }
@@ -186,26 +188,26 @@ impl Inflater {
         BlockHeader::from_bits(&self.header, self.header_phase, self.header_bits)
     }
 
-    /// Output positions `from..to`, as far back as the history goes.
+    /// The output at positions `from..to`, as far back as the history reaches.
     pub(super) fn output(&self, from: u64, to: u64) -> &[u8] {
         let start = from.saturating_sub(self.out_at) as usize;
         let end = (to.saturating_sub(self.out_at) as usize).min(self.pos);
         &self.out[start.min(end)..end]
     }
 
-    /// Output that was not handed on yet; it now counts as handed on.
+    /// The output that has not been passed on; it counts as passed on from now.
     pub(super) fn hand_on(&mut self) -> &[u8] {
         let fresh = self.handed..self.pos;
         self.handed = self.pos;
         &self.out[fresh]
     }
 
-    /// Position at which the buffer must be [slid](Self::slide) before decoding can go on.
+    /// Position at which the buffer must be [slid](Self::slide) before decoding can continue.
     pub(super) fn buffer_end(&self) -> u64 {
         self.out_at + (HISTORY + FRESH) as u64
     }
 
-    /// Makes room, keeping the history. Everything must have been handed on.
+    /// Makes room and keeps the history. All output must have been passed on.
     pub(super) fn slide(&mut self) {
         let gone = self.pos.saturating_sub(HISTORY).min(self.handed);
         self.out.copy_within(gone..self.pos, 0);
@@ -215,8 +217,8 @@ impl Inflater {
         self.log.forget_before(self.out_at + WINDOW as u64);
     }
 
-    /// Decodes until something is to be said, or output position `limit` is reached or passed by
-    /// less than a match. `limit` must not lie past [`buffer_end`](Self::buffer_end).
+    /// Decodes until there is an event to report, or until output position `limit` is reached or passed by
+    /// less than a match. `limit` must not be greater than [`buffer_end`](Self::buffer_end).
     pub(super) fn run(&mut self, limit: u64) -> Result<Stop, GzipError> {
         let limit = limit.saturating_sub(self.out_at).min((HISTORY + FRESH) as u64) as usize;
         loop {
@@ -315,7 +317,7 @@ impl Inflater {
         }
     }
 
-    /// At least 56 bits from bit `at` of the input, zeros past its end.
+    /// At least 56 bits from bit `at` of the input; zeros past its end.
     #[inline]
     fn peek(&self, at: usize) -> u64 {
         let from = at / 8;
@@ -329,7 +331,7 @@ impl Inflater {
         word >> (at % 8)
     }
 
-    /// Reads a block header; false when the input at hand does not complete it.
+    /// Reads a block header; false if the present input does not contain all of it.
     fn block_header(&mut self) -> Result<bool, GzipError> {
         let start = self.bit;
         let end = self.input.len() * 8;
@@ -376,7 +378,7 @@ impl Inflater {
         Ok(true)
     }
 
-    /// Code lengths of a dynamic block (RFC 1951, 3.2.7); `None` when the input ends before they do.
+    /// Code lengths of a dynamic block (RFC 1951, 3.2.7); `None` if the input ends before they do.
     fn read_lengths(&self, at: &mut usize, end: usize) -> Result<Option<CodeLengths>, GzipError> {
         read_lengths(|at| self.peek(at), at, end).map_err(|reason| self.fault(reason))
     }
@@ -424,7 +426,7 @@ impl Inflater {
         }
     }
 
-    /// One literal, match or end of block.
+    /// Decodes one literal, match or end of block.
     fn symbol(&mut self) -> Result<Symbol, GzipError> {
         let available = (self.input.len() * 8).saturating_sub(self.bit);
         let bits = self.peek(self.bit);
@@ -517,13 +519,13 @@ impl CodeLengths {
         (&self.lens[..self.litlen], &self.lens[self.litlen..self.litlen + self.distance])
     }
 
-    /// Of the literal and length code.
+    /// Lengths of the literal and length code.
     pub(super) fn litlen(&self) -> &[u8] {
         &self.lens[..self.litlen]
     }
 }
 
-/// Reads code lengths from bit `at` on, which is moved behind them; `None` when bit `end` comes first.
+/// Reads code lengths from bit `at` on and moves `at` behind them; `None` if bit `end` comes first.
 pub(super) fn read_lengths(
     peek: impl Fn(usize) -> u64,
     at: &mut usize,

@@ -1,30 +1,30 @@
-//! What can be wrong with a gzip layer or with an index of one.
+//! Faults of a gzip layer or of its index.
 
 use thiserror::Error;
 
 use crate::units::Bytes;
 
-/// Why a gzip layer cannot be read, or an index does not fit it.
+/// Error of reading a gzip layer, or of an index that does not match it.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum GzipError {
     /// The compressed bytes break a rule of RFC 1951 or RFC 1952.
     #[error("The gzip stream is damaged at compressed byte {}: {reason}", .at.0)]
     Damaged {
-        /// Compressed byte at which the rule was found broken.
+        /// Compressed byte at which the broken rule was found.
         at: Bytes,
-        /// The rule.
+        /// The broken rule.
         reason: &'static str,
     },
     /// The stream ends before its last member does.
     #[error("The gzip stream ends at byte {}, inside a member", .at.0)]
     Truncated {
-        /// Number of compressed bytes there were.
+        /// Number of compressed bytes in the stream.
         at: Bytes,
     },
     /// Bytes that are neither a member nor zero padding follow the last member.
     #[error("Byte {} follows the last gzip member and is neither another member nor zero padding", .at.0)]
     TrailingGarbage {
-        /// Offset of the first such byte.
+        /// Offset of the first of these bytes.
         at: Bytes,
     },
     /// A member's trailer contradicts its content.
@@ -32,11 +32,11 @@ pub enum GzipError {
     Trailer {
         /// Compressed offset of the trailer.
         at: Bytes,
-        /// Which of the two fields.
+        /// The wrong field: CRC-32 or length.
         what: &'static str,
-        /// As decoded.
+        /// Value of the decoded data.
         found: u32,
-        /// As the trailer says.
+        /// Value in the trailer.
         expected: u32,
     },
     /// A `gzip.meta` breaks a rule of its format (spec gzip-index).
@@ -44,7 +44,7 @@ pub enum GzipError {
     Meta {
         /// Offset in the file.
         offset: u64,
-        /// The rule.
+        /// The broken rule.
         rule: &'static str,
     },
     /// A `turbobd.segments` breaks a rule of its format.
@@ -52,15 +52,15 @@ pub enum GzipError {
     Sidecar {
         /// Offset in the file.
         offset: u64,
-        /// The rule.
+        /// The broken rule.
         rule: &'static str,
     },
-    /// Two parts that must describe the same layer do not.
+    /// Two parts that must describe the same layer contradict each other.
     #[error(
-        "The index belongs to another layer: {what} is {ours} in the one and {theirs} in the other"
+        "The index belongs to another layer: {what} is {ours} in the index and {theirs} in the layer or the gzip.meta"
     )]
     OtherLayer {
-        /// What they disagree on.
+        /// The value that differs.
         what: &'static str,
         /// In the index (or the sidecar).
         ours: u64,
@@ -76,7 +76,7 @@ pub enum GzipError {
     /// More checkpoints, or a longer layer, than the format of an index can count.
     #[error("The index is too large to be written: {what}")]
     TooLarge {
-        /// What overflows.
+        /// The part that is too large.
         what: &'static str,
     },
 }

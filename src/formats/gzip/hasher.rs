@@ -1,4 +1,4 @@
-//! The SHA-256 of each segment's compressed bytes, behind a scan.
+//! The SHA-256 of each segment's compressed bytes, computed behind a scan.
 
 use std::collections::VecDeque;
 
@@ -11,53 +11,54 @@ use crate::segments;
 
 /// Hashes the compressed bytes of each segment, and the whole layer.
 ///
-/// It gets the pieces that the [`Scanner`](super::Scanner) gets, and the boundaries as they become
-/// final, in any interleaving; it can run on another thread. A boundary becomes final about a span
-/// behind the scan, so that much compressed data is kept.
+/// It takes the pieces that the [`Scanner`](super::Scanner) takes, and the boundaries once they are final, in
+/// any interleaving; it can run on another thread. A boundary becomes final about a span behind the scan, so
+/// about a span of compressed data is kept.
 ///
-/// A segment's bytes are all it touches: neighbours share a byte when their boundary lies inside one.
+/// The bytes of a segment are all bytes that it touches: neighbours share a byte if their boundary lies
+/// inside one.
 #[derive(Default)]
 pub struct SegmentHasher {
     segments: segments::SegmentHasher,
-    /// Bits of boundaries that were not reached yet.
+    /// Bit positions of boundaries that are not reached yet.
     boundaries: VecDeque<u64>,
     /// Number of boundaries given.
     given: usize,
-    /// Blob offset at which the open segment begins, once a boundary was reached.
+    /// Blob offset at which the open segment begins, once a boundary has been reached.
     open: Option<u64>,
 }
 
 impl SegmentHasher {
-    /// At the first byte of a layer.
+    /// A hasher at the first byte of a layer.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The next compressed bytes.
+    /// Takes the next compressed bytes.
     pub fn push(&mut self, piece: Bytes) {
         self.segments.push(piece);
         self.advance();
     }
 
-    /// The next boundary.
+    /// Takes the next boundary.
     pub fn boundary(&mut self, boundary: Boundary) {
         self.given += 1;
         self.boundaries.push_back(boundary.bit.0);
         self.advance();
     }
 
-    /// Digest and length in bytes of what was pushed so far: of the blob, once all of it was.
+    /// Digest and length in bytes of the pushed data; of the whole blob, once all of it has been pushed.
     #[must_use]
     pub fn whole(&self) -> (Digest, u64) {
         self.segments.whole()
     }
 
-    /// Fills in `index`, whose layer was fed to this hasher, with the digest of each segment and of
-    /// the layer. Boundaries that became final only at the end are taken from the index.
+    /// Adds the digests of each segment and of the layer to `index`, whose layer was fed to this hasher.
+    /// Boundaries that became final only at the end are taken from the index.
     ///
     /// # Errors
-    /// [`GzipError::OtherLayer`] when the boundaries or the length are not those of `index`.
+    /// [`GzipError::OtherLayer`] if the boundaries or the length differ from those of `index`.
     pub fn finish(mut self, index: &mut Index) -> Result<Digest, GzipError> {
         for checkpoint in index.checkpoints.iter().skip(self.given) {
             self.boundary(Boundary { bit: checkpoint.bit, out: checkpoint.out });

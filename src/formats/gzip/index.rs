@@ -1,4 +1,4 @@
-//! The index of a layer: where decoding can start, and what it needs there.
+//! The index of a layer: the positions where decoding can begin, and the data needed there.
 
 use std::ops::Range;
 
@@ -9,29 +9,29 @@ use crate::units::{Bits, Bytes};
 use inflate::huffman;
 use inflate::marks::WINDOW;
 
-/// Where decoding can start, in both coordinates.
+/// A position where decoding can begin, in both coordinates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Boundary {
     /// First bit to decode, from the start of the blob.
     pub bit: Bits,
-    /// Uncompressed position it yields.
+    /// Uncompressed position of its output.
     pub out: Bytes,
 }
 
-/// A place at which decoding can start.
+/// A position where decoding can begin, with the data needed there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
     /// First bit to decode, from the start of the blob.
     pub bit: Bits,
-    /// Uncompressed position it yields.
+    /// Uncompressed position of its output.
     pub out: Bytes,
-    /// What lies there.
+    /// Structure at the position.
     pub kind: CheckpointKind,
-    /// Output before it, as far as it is used; [`SparseWindow::none`] at a member start.
+    /// The output before it, with unused bytes set to zero; [`SparseWindow::none`] at a member start.
     pub window: SparseWindow,
 }
 
-/// What lies at a checkpoint.
+/// Structure of the stream at a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CheckpointKind {
     /// The first deflate block of a gzip member: no history.
@@ -53,7 +53,7 @@ pub struct BlockHeader {
 pub(super) const MAX_HEADER_BITS: usize = 3 + 14 + 19 * 3 + 316 * 14;
 
 impl BlockHeader {
-    /// `bits` bits of `bytes` from bit `phase` on.
+    /// The header from `bits` bits of `bytes`, beginning at bit `phase`.
     pub(super) fn from_bits(bytes: &[u8], phase: usize, bits: usize) -> Self {
         let mut copy: Vec<u8> = (0..bits.div_ceil(8))
             .map(|at| {
@@ -80,8 +80,8 @@ impl BlockHeader {
         self.bits
     }
 
-    /// The code that ends this block, in stream order, and its length in bits; `None` when this is
-    /// not the header of a block with codes.
+    /// The code that ends this block, in stream order, and its length in bits; `None` if this is not the
+    /// header of a block with codes.
     pub(super) fn end_of_block(&self) -> Option<(u32, u32)> {
         match self.bytes.first()? >> 1 & 3 {
             1 if self.bits == 3 => huffman::end_of_block(&huffman::fixed_lengths()),
@@ -111,23 +111,23 @@ impl std::fmt::Debug for BlockHeader {
     }
 }
 
-/// Everything needed to decode any segment of a layer alone.
+/// The data needed to decode any segment of a layer alone.
 ///
-/// Checkpoints are ordered: the first has output position 0, positions strictly increase. Segment
-/// `i` reaches from checkpoint `i` to the next one, or to the end.
+/// Checkpoints are in order: the first has output position 0, and positions strictly increase. Segment `i`
+/// reaches from checkpoint `i` to the next one, or to the end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Index {
-    /// The layer's digest, if the index says so (a `gzip.meta` does not).
+    /// The layer's digest, if the index has it (a `gzip.meta` has none).
     pub layer: Option<Digest>,
-    /// Wanted distance between checkpoints in the output.
+    /// Span: the target distance between checkpoints in the output.
     pub span: Bytes,
     /// Length of the layer.
     pub compressed_len: Bytes,
-    /// Length of what is in it.
+    /// Length of the uncompressed data.
     pub uncompressed_len: Bytes,
     /// Number of gzip members; a `gzip.meta` alone always says 1.
     pub members: u64,
-    /// At least one.
+    /// The checkpoints; at least one.
     pub checkpoints: Vec<Checkpoint>,
     /// CRC-32 of each segment's output, if known.
     pub crc32: Option<Vec<u32>>,
@@ -136,26 +136,26 @@ pub struct Index {
 }
 
 impl Index {
-    /// Number of segments: that of the checkpoints.
+    /// Number of segments: equal to that of the checkpoints.
     #[must_use]
     pub fn segments(&self) -> usize {
         self.checkpoints.len()
     }
 
-    /// The output that segment `i` yields.
+    /// Range of the output of segment `i`.
     ///
     /// # Panics
-    /// When there is no such segment.
+    /// If there is no such segment.
     #[must_use]
     pub fn output(&self, i: usize) -> Range<u64> {
         let end = self.checkpoints.get(i + 1).map_or(self.uncompressed_len, |next| next.out);
         self.checkpoints[i].out.0..end.0
     }
 
-    /// The bytes of the blob that segment `i` touches; the last ones may be shared with its neighbour.
+    /// Range of blob bytes that segment `i` touches; the last byte may be shared with its neighbour.
     ///
     /// # Panics
-    /// When there is no such segment.
+    /// If there is no such segment.
     #[must_use]
     pub fn input(&self, i: usize) -> Range<u64> {
         let end =
@@ -163,7 +163,7 @@ impl Index {
         self.checkpoints[i].bit.byte().0..end.0
     }
 
-    /// Bytes of window in front of segment `i`: none, or 32 KiB.
+    /// Bytes of window in front of segment `i`: 0 or 32 KiB.
     pub(super) fn window_len(&self, i: usize) -> usize {
         match self.checkpoints.get(i) {
             Some(checkpoint) if !checkpoint.window.is_none() => WINDOW,
@@ -171,7 +171,7 @@ impl Index {
         }
     }
 
-    /// A number for where the checkpoints are: what is cut differently has a different one.
+    /// A hash of the positions of the checkpoints: indexes with other segments have other values.
     #[must_use]
     pub fn cuts(&self) -> u32 {
         self.checkpoints.iter().fold(0, |crc, checkpoint| {
@@ -180,7 +180,7 @@ impl Index {
         })
     }
 
-    /// The segment that holds output position `out`, or `None` past the end.
+    /// The segment that contains output position `out`, or `None` past the end.
     #[must_use]
     pub fn segment_at(&self, out: u64) -> Option<usize> {
         (out < self.uncompressed_len.0).then(|| {
@@ -188,7 +188,7 @@ impl Index {
         })
     }
 
-    /// Memory that the windows take, in bytes.
+    /// Memory of the windows, in bytes.
     #[must_use]
     pub fn footprint(&self) -> usize {
         self.checkpoints

@@ -11,30 +11,30 @@ use super::segment::{HEADROOM, SegmentDecoder, TAILROOM};
 use source::ByteSource;
 use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
 
-/// Longest segment that is decoded: an upstream index may have any distance between checkpoints, for
-/// a block cannot be cut there, but a number from a file must not decide how much memory is taken.
+/// Longest segment that is decoded. An upstream index may have any distance between checkpoints, because
+/// upstream cannot cut a block, but a number from a file must not decide how much memory is taken.
 const MAX_SEGMENT: u64 = 1 << 30;
 
 /// A gzip layer and its index.
 ///
-/// Windows stay packed and are unpacked when a segment is decoded: the index of a 10 GB layer takes
-/// about 40 MB.
+/// Windows stay packed and are unpacked for the decoding of a segment: the index of a 10 GB layer takes about
+/// 40 MB.
 pub struct IndexedLayer {
     id: String,
     index: Index,
     blob: Arc<dyn ByteSource>,
-    /// Decoders that no thread is using.
+    /// Decoders that no thread uses at present.
     idle: Mutex<Vec<SegmentDecoder>>,
 }
 
 impl IndexedLayer {
-    /// The layer `blob` of digest `id`, decoded by `index`. A cache knows it by both: two images may
-    /// share a layer and have cut it differently.
+    /// The layer `blob` with digest `id`, decoded by `index`. A cache identifies it by both: two images may
+    /// share a layer but have different checkpoints for it.
     ///
     /// # Errors
-    /// [`GzipError::OtherLayer`] when the blob's length is not the one in the index,
-    /// [`GzipError::Damaged`] when a segment is too short for its output,
-    /// [`GzipError::TooLarge`] when a segment is longer than memory should allow.
+    /// [`GzipError::OtherLayer`] if the blob's length is not that of the index, [`GzipError::Damaged`] if a
+    /// segment is too short for its output, [`GzipError::TooLarge`] if a segment is longer than the limit of
+    /// 1 GiB.
     pub fn new(id: &str, index: Index, blob: Arc<dyn ByteSource>) -> Result<Self, GzipError> {
         if blob.len() != index.compressed_len.0 {
             return Err(GzipError::OtherLayer {
@@ -51,7 +51,7 @@ impl IndexedLayer {
         if u32::try_from(index.segments()).is_err() || (0..index.segments()).any(long) {
             return Err(GzipError::TooLarge { what: "a segment of more than 1 GiB" });
         }
-        // A match takes two bits at least and yields 258 bytes at most.
+        // A match takes at least two bits and yields at most 258 bytes.
         let inflated = |i| {
             let (output, input) = (index.output(i), index.input(i));
             output.end - output.start > (input.end.saturating_sub(input.start)).saturating_mul(1032)
@@ -60,7 +60,7 @@ impl IndexedLayer {
             let at = index.input(i).start;
             return Err(GzipError::damaged(
                 at,
-                "the index says that more comes out of a segment than can",
+                "the index claims more output of a segment than it can contain",
             ));
         }
         let id = format!("{id}#gzip-{:08x}", index.cuts());

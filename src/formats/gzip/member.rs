@@ -2,9 +2,9 @@
 
 use super::GzipError;
 
-/// A header longer than this is refused: names and comments have no length field, so without a
-/// limit a hostile stream could make the reader keep everything. The fixed parts and the longest
-/// extra field take 65,549 bytes.
+/// Longest header that is accepted. Names and comments have no length field, so without a limit a hostile
+/// stream could make the reader keep all of it. The fixed parts and the longest extra field take 65,549
+/// bytes.
 const MAX_HEADER: usize = 1 << 20;
 
 const FHCRC: u8 = 1 << 1;
@@ -12,8 +12,8 @@ const FEXTRA: u8 = 1 << 2;
 const FNAME: u8 = 1 << 3;
 const FCOMMENT: u8 = 1 << 4;
 
-/// Length of the header at the start of `bytes`, which lie at `offset` of the blob; `None` when more
-/// bytes are needed to tell.
+/// Length of the header at the start of `bytes`, which lie at `offset` of the blob; `None` if more bytes are
+/// needed.
 pub(super) fn header_len(bytes: &[u8], offset: u64) -> Result<Option<usize>, GzipError> {
     let damaged = |at: usize, reason| Err(GzipError::damaged(offset + at as u64, reason));
     for (at, (&byte, expected)) in bytes.iter().zip([0x1f, 0x8b, 8]).enumerate() {

@@ -1,13 +1,13 @@
-//! One pass over a layer as it arrives: its output, and the checkpoints of its index.
+//! One pass over a layer during its download: its output, and the checkpoints of its index.
 //!
-//! The next checkpoint is wanted `span` behind the last one. Every block boundary within a quarter
-//! of a span around that target is a candidate, and the one whose window has the fewest used bytes
-//! wins ([`marks`](inflate::marks)); a member start has none and wins at once. Where a block is so
-//! large that there is no candidate, a point between two of its symbols serves, with a copy of the
-//! block's header. So a segment is never longer than two spans.
+//! The target of the next checkpoint is `span` behind the last one. Every block boundary within a quarter of
+//! a span around that target is a candidate. The candidate with the fewest used bytes in its window is chosen
+//! ([`marks`](super::marks)); a member start has none and is chosen at once. If a block is so large that
+//! there is no candidate, the checkpoint is a point between two of its symbols, with a copy of the block's
+//! header. So a segment is never longer than two spans.
 //!
-//! Which points are chosen depends on the stream and the span alone: every decision is taken at an
-//! output position, never at the end of a piece of input.
+//! The chosen points depend only on the stream and the span: every decision is taken at an output position,
+//! never at the end of an input piece.
 
 use std::collections::VecDeque;
 
@@ -18,24 +18,22 @@ use super::window::{SparseWindow, WindowPacker};
 use crate::units::{Bits, Bytes};
 use inflate::marks::{WINDOW, masked};
 
-/// Distance between checkpoints unless told otherwise. A first read of a cold layer fetches one
-/// segment, about a third of this, and inflates it in little more than a millisecond; all metadata
-/// together is 0.51 % of the layer (a Debian `/usr`, gzip -6). Half the span would save 1.5 ms of the 23
-/// that the read takes over 1 Gbit/s and 20 ms, and make 1.07 %, more than the 1 % that it may be
-/// (`perf/README.md`).
+/// Default distance between checkpoints. The first read of a cold layer fetches one segment, about a third of
+/// this, and inflates it in little more than a millisecond. All metadata together is 0.51 % of the layer (a
+/// Debian `/usr`, gzip -6). Half the span would save 1.5 ms of the 23 ms of the read over 1 Gbit/s and 20 ms;
+/// the metadata would then be 1.07 %, above the limit of 1 % (`perf/README.md`).
 pub const DEFAULT_SPAN: Bytes = Bytes(1 << 20);
 
-/// Shortest span, as for upstream (spec gzip-index 2).
+/// Shortest span, equal to upstream's (spec gzip-index 2).
 pub const MIN_SPAN: Bytes = Bytes(64 << 10);
 
-/// Longest span: a segment must fit memory, and a `gzip.meta` counts it in 31 bits.
+/// Longest span: a segment must fit in memory, and a `gzip.meta` counts it in 31 bits.
 pub const MAX_SPAN: Bytes = Bytes(64 << 20);
 
-/// How to scan.
+/// Options of a scan.
 #[derive(Clone, Copy, Debug)]
 pub struct ScanOptions {
-    /// Wanted distance between checkpoints in the output; taken into
-    /// [`MIN_SPAN`]`..=`[`MAX_SPAN`].
+    /// Target distance between checkpoints in the output; clamped to [`MIN_SPAN`]`..=`[`MAX_SPAN`].
     pub span: Bytes,
 }
 
@@ -45,18 +43,18 @@ impl Default for ScanOptions {
     }
 }
 
-/// A block boundary that may become a checkpoint.
+/// A block boundary that can become a checkpoint.
 struct Candidate {
     bit: u64,
     out: u64,
     /// CRC-32 of all output before it.
     crc: u32,
     member_start: bool,
-    /// Used bytes of its window and the window, once 32 KiB have been decoded past it.
+    /// Number of used bytes of its window and the window, once 32 KiB have been decoded past it.
     marked: Option<(u32, Option<Box<[u8; WINDOW]>>)>,
 }
 
-/// Reads a gzip blob once, handing on its output and choosing checkpoints.
+/// Reads a gzip blob once, passes its output on and chooses checkpoints.
 pub struct Scanner {
     inflater: Inflater,
     span: u64,
@@ -65,25 +63,26 @@ pub struct Scanner {
     /// CRC-32 of all output before each checkpoint.
     crc_before: Vec<u32>,
     candidates: VecDeque<Candidate>,
-    /// The last checkpoint lies inside a block and its window is not marked yet.
+    /// True if the last checkpoint lies inside a block and its window is not marked yet.
     unmarked: bool,
-    /// No candidate turned up in time, and the output here cannot be cut: the next boundary serves.
+    /// True if there was no candidate in time, and the output here cannot be cut: the next boundary becomes
+    /// the checkpoint.
     overdue: bool,
-    /// How far the zone was lengthened for that.
+    /// Extra length of the zone for that case.
     zone_extra: u64,
     last_candidate: u64,
-    /// CRC-32 of the output so far, and how far that is.
+    /// CRC-32 of the output so far, and the position that it covers.
     crc: crc32fast::Hasher,
     crc_at: u64,
     /// CRC-32 of all output before the current member.
     member_crc: u32,
-    /// Checkpoints already given away by [`take_boundaries`](Self::take_boundaries).
+    /// Number of checkpoints already returned by [`take_boundaries`](Self::take_boundaries).
     taken: usize,
     failed: Option<GzipError>,
 }
 
 impl Scanner {
-    /// At the first byte of a layer.
+    /// A scanner at the first byte of a layer.
     #[must_use]
     pub fn new(options: ScanOptions) -> Self {
         Self {
@@ -105,12 +104,11 @@ impl Scanner {
         }
     }
 
-    /// Consumes all of `compressed`, in pieces of any size, and hands uncompressed bytes to `sink`
-    /// in order.
+    /// Consumes all of `compressed`, in pieces of any size, and passes uncompressed bytes to `sink` in order.
     ///
     /// # Errors
-    /// [`GzipError`] when the stream is damaged (again on every later call), or what `sink` says;
-    /// the scan cannot go on after that, as the bytes that `sink` refused are not offered again.
+    /// [`GzipError`] if the stream is damaged (again on every later call), or the error of `sink`. The scan
+    /// cannot continue after an error of `sink`: the refused bytes are not offered again.
     pub fn feed<E: From<GzipError>>(
         &mut self,
         compressed: &[u8],
@@ -140,10 +138,9 @@ impl Scanner {
         self.hand_on(sink)
     }
 
-    /// Checkpoints that are final and were not taken yet, for whoever hashes the compressed bytes
-    /// behind the scan.
+    /// Takes the final checkpoints that were not taken yet, to hash the compressed bytes behind the scan.
     pub fn take_boundaries(&mut self) -> Vec<Boundary> {
-        // One that nothing follows may still turn out to be the end.
+        // A checkpoint that no output follows can still turn out to be the end.
         let now = self.inflater.out();
         let fresh = &self.checkpoints[self.taken..];
         let count = fresh
@@ -157,18 +154,18 @@ impl Scanner {
             .collect()
     }
 
-    /// Uncompressed bytes so far.
+    /// Number of uncompressed bytes so far.
     #[must_use]
     pub fn uncompressed_len(&self) -> Bytes {
         Bytes(self.inflater.out())
     }
 
-    /// The index, once the whole layer was fed. It may hold boundaries that
-    /// [`take_boundaries`](Self::take_boundaries) never gave; [`SegmentHasher::finish`](super::SegmentHasher::finish)
-    /// takes them from it.
+    /// The index, once the whole layer has been fed. It can hold boundaries that
+    /// [`take_boundaries`](Self::take_boundaries) never returned;
+    /// [`SegmentHasher::finish`](super::SegmentHasher::finish) takes them from it.
     ///
     /// # Errors
-    /// [`GzipError`] when the stream was damaged or is not complete.
+    /// [`GzipError`] if the stream is damaged or incomplete.
     pub fn finish(mut self) -> Result<Index, GzipError> {
         if let Some(error) = self.failed {
             return Err(error);
@@ -221,8 +218,9 @@ impl Scanner {
 
     /// First output position at which a boundary may become the next checkpoint.
     ///
-    /// A quarter of a span before the target; and early enough that a stored block, which cannot be
-    /// cut and is up to 64 KiB long, begins in the zone if it reaches past its end.
+    /// A quarter of a span before the target. The zone must also start early enough for stored blocks, which
+    /// cannot be cut and are up to 64 KiB long: if such a block reaches past the end of the zone, it must
+    /// begin in the zone.
     fn zone_start(&self) -> u64 {
         let quarter = self.span - self.span / 4;
         self.last() + quarter.min((self.span + self.span / 4).saturating_sub(65536).max(1))
@@ -237,7 +235,7 @@ impl Scanner {
         self.candidates.front().is_some_and(|first| first.out <= self.zone_end())
     }
 
-    /// Decodes up to the next event and deals with it.
+    /// Decodes up to the next event and handles it.
     fn step(&mut self) -> Result<Stop, GzipError> {
         let limit = self.limit();
         let stop = self.inflater.run(limit)?;
@@ -261,7 +259,7 @@ impl Scanner {
         Ok(stop)
     }
 
-    /// The next output position at which something must be decided.
+    /// The next output position at which a decision is due.
     fn limit(&self) -> u64 {
         let out = self.inflater.out();
         let (start, end) = (self.zone_start(), self.zone_end());
@@ -277,7 +275,7 @@ impl Scanner {
         next.min(self.inflater.buffer_end())
     }
 
-    /// Takes what can be decided at the present output position.
+    /// Takes the decisions that are due at the present output position.
     fn settle(&mut self) {
         let out = self.inflater.out();
         self.mark(out);
@@ -304,7 +302,7 @@ impl Scanner {
         while self.has_candidate() && out >= self.zone_end() + WINDOW as u64 && self.choose(out) {}
     }
 
-    /// Marks the windows of candidates that lie 32 KiB or more before `out`.
+    /// Marks the windows of candidates that lie at least 32 KiB before `out`.
     fn mark(&mut self, out: u64) {
         if self.unmarked
             && let Some(last) = self.checkpoints.last_mut()
@@ -317,7 +315,7 @@ impl Scanner {
             }
             self.unmarked = false;
         }
-        // With short spans a candidate that loses here may be needed next, so all are kept.
+        // With short spans, a candidate that is not the best here can be needed next, so all are kept.
         let mut best = u32::MAX;
         let prune = self.span >= 4 * WINDOW as u64;
         let zone_end = self.zone_end();
@@ -336,7 +334,7 @@ impl Scanner {
         }
     }
 
-    /// Makes the best candidate of the zone, before output position `end`, a checkpoint.
+    /// Makes the best candidate of the zone before output position `end` a checkpoint.
     fn choose(&mut self, end: u64) -> bool {
         let target = self.last() + self.span;
         let zone_end = self.zone_end();
@@ -373,7 +371,7 @@ impl Scanner {
         true
     }
 
-    /// Registers the present position, if it lies in the zone.
+    /// Adds the present position to the candidates if it lies in the zone.
     fn boundary(&mut self, member_start: bool) {
         let (bit, out) = (self.inflater.bit(), self.inflater.out());
         if self.checkpoints.is_empty() {
@@ -385,7 +383,7 @@ impl Scanner {
             });
             self.crc_before.push(0);
         }
-        // Blocks may be as short as a byte; so many candidates would only cost time.
+        // Blocks can be as short as a byte; so many candidates would only cost time.
         let spacing = self.span / 128;
         let crowded =
             !self.candidates.is_empty() && out < self.last_candidate + spacing && !member_start;
@@ -433,10 +431,11 @@ impl Scanner {
     }
 }
 
-/// CRC-32 of the last `len` bytes of what has CRC-32 `after`, when all before them has `before`.
+/// CRC-32 of the last `len` bytes of data with CRC-32 `after`; `before` is the CRC-32 of all bytes before
+/// them.
 fn crc_between(before: u32, after: u32, len: u64) -> u32 {
     if before == 0 {
-        return after; // so it is for no bytes at all, and shifting zero yields zero
+        return after; // this covers the case of no bytes; a shifted zero is zero
     }
     let mut shifted = crc32fast::Hasher::new_with_initial_len(before, 0);
     shifted.combine(&crc32fast::Hasher::new_with_initial_len(0, len));

@@ -1,21 +1,20 @@
-//! Decoding one segment alone.
+//! Decoding of one segment alone.
 //!
-//! libdeflate is the fastest decoder there is, but it only takes whole streams that start at a byte
-//! and have no history. So a stream is built around the untouched compressed bytes of the segment:
+//! libdeflate is the fastest decoder, but it takes only whole streams that start at a byte and have no
+//! history. So a stream is built around the untouched compressed bytes of the segment:
 //!
-//! 1. a *stored block* that holds the window: the history becomes output, dropped afterwards;
-//! 2. *alignment blocks*, empty: a fixed one takes 10 bits, a dynamic one 91, so that up to four of
-//!    them bring the stream to any of the eight bit positions within a byte;
-//! 3. for a point inside a block, that block's header;
-//! 4. the segment's bytes; in the first one the bits before the checkpoint are overwritten;
-//! 5. if the next checkpoint lies inside a block, the code that ends that block;
-//!    then an empty final block.
+//! 1. a *stored block* with the window: the history becomes output, which is dropped afterwards;
+//! 2. *alignment blocks*, empty: a fixed one takes 10 bits, a dynamic one 91, so at most four of them move
+//!    the stream to any of the eight bit positions within a byte;
+//! 3. for a checkpoint inside a block, that block's header;
+//! 4. the segment's bytes; in the first byte, the bits before the checkpoint are overwritten;
+//! 5. if the next checkpoint lies inside a block, the code that ends that block; then an empty final block.
 //!
-//! Shifting the compressed bytes instead would not do: a stored block among them is aligned in the
-//! original.
+//! Shifting the compressed bytes instead would fail: a stored block among them is aligned to the original
+//! bytes.
 //!
-//! A segment in which one member ends and another begins is not one deflate stream. libdeflate stops
-//! at the end of the first, short of the expected length, and the scan's own decoder does the rest.
+//! A segment in which one member ends and another begins is not one deflate stream. libdeflate stops at the
+//! end of the first member, before the expected length, and the scan's own decoder decodes the rest.
 
 use std::ops::Range;
 
@@ -30,10 +29,10 @@ use inflate::marks::WINDOW;
 /// Room in front of a segment's compressed bytes: a stored block with the window (5 + 32768 bytes),
 /// at most four alignment blocks (121 bits) and the longest block header (563 bytes).
 pub(super) const HEADROOM: usize = 5 + WINDOW + 16 + super::index::MAX_HEADER_BITS.div_ceil(8) + 1;
-/// Room behind: an end of block code and an empty final block take 25 bits.
+/// Room behind the segment's bytes: an end of block code and an empty final block take 25 bits.
 pub(super) const TAILROOM: usize = 8;
 
-/// Bits, low bit first, written over a buffer.
+/// A writer of bits over a buffer, low bit first.
 struct BitWriter<'a> {
     room: &'a mut [u8],
     bit: usize,
@@ -50,18 +49,18 @@ impl BitWriter<'_> {
         }
     }
 
-    /// An empty fixed block: 10 bits.
+    /// Writes an empty fixed block: 10 bits.
     fn fixed_block(&mut self, last: bool) {
         self.put(u64::from(last) | 1 << 1, 10);
     }
 
-    /// An empty dynamic block: 91 bits. Its codes: literal 0 and the end of the block with one bit
+    /// Writes an empty dynamic block: 91 bits. Its codes: literal 0 and the end of the block with one bit
     /// each, one distance code of one bit.
     fn dynamic_block(&mut self) {
         self.put(2 << 1, 3);
         self.put(0, 10); // 257 literal and length codes, 1 distance code
         self.put(14, 4); // 18 lengths of the code length code
-        // The two symbols that are used, 18 and 1, are third and last of the stored order.
+        // The two used symbols, 18 and 1, are third and last in the stored order.
         for i in 0..18 {
             self.put(u64::from(i == 2 || i == 17), 3);
         }
@@ -73,7 +72,7 @@ impl BitWriter<'_> {
         self.put(1, 1); // end of block
     }
 
-    /// Advances to a bit position that is `phase` modulo 8, from one that is 0.
+    /// Advances from a bit position that is 0 modulo 8 to one that is `phase` modulo 8.
     fn align(&mut self, phase: usize) {
         let (dynamic, fixed) =
             [(0, 0), (1, 3), (0, 1), (1, 0), (0, 2), (1, 1), (0, 3), (1, 2)][phase % 8];
@@ -86,10 +85,10 @@ impl BitWriter<'_> {
     }
 }
 
-/// Why a segment cannot be had, as a reason for [`ChunkError::Damaged`](source::chunk::ChunkError).
+/// Reason for the failure of a segment, for [`ChunkError::Damaged`](source::chunk::ChunkError).
 type Reason = String;
 
-/// What a thread needs to decode segments. Kept between calls: making it allocates.
+/// State of a thread that decodes segments. Kept between calls, because making it allocates.
 pub(super) struct SegmentDecoder(Decompressor);
 
 impl SegmentDecoder {
@@ -97,11 +96,11 @@ impl SegmentDecoder {
         Self(Decompressor::new())
     }
 
-    /// Checks and decodes segment `i` of `index`, which must exist, into `room`, which is as long as
-    /// its window and its output, and says which part of that is the output.
+    /// Checks and decodes segment `i` of `index` into `room`, and returns the range of the output in it. The
+    /// segment must exist; `room` must be as long as its window and its output.
     ///
-    /// `buffer` holds the segment's compressed bytes ([`Index::input`]) between [`HEADROOM`] and
-    /// [`TAILROOM`] bytes of any content; on return they are as they were.
+    /// `buffer` holds the segment's compressed bytes ([`Index::input`]) between [`HEADROOM`] and [`TAILROOM`]
+    /// bytes of any content; on return all bytes are unchanged.
     pub(super) fn decode(
         &mut self,
         index: &Index,
@@ -128,7 +127,7 @@ impl SegmentDecoder {
         Ok(data)
     }
 
-    /// By libdeflate. `false` when the deflate stream ends before the segment does.
+    /// Decodes with libdeflate. Returns `false` if the deflate stream ends before the segment does.
     fn stitched(
         &mut self,
         index: &Index,
@@ -143,8 +142,8 @@ impl SegmentDecoder {
         let first_byte = buffer[HEADROOM];
         let last_byte = buffer[end - 1];
 
-        // The prefix is laid out from the start of the headroom, its length being known only then;
-        // afterwards it moves up against the compressed bytes.
+        // The prefix is written from the start of the headroom, because its length is not known before.
+        // Afterwards it is moved up to the compressed bytes.
         let mut prefix = [0; HEADROOM - WINDOW];
         let mut writer = BitWriter { room: &mut prefix, bit: 0 };
         if let CheckpointKind::MidBlock(header) = &checkpoint.kind {
@@ -195,7 +194,7 @@ impl SegmentDecoder {
         checkpoint.window.unpack(room, &mut self.0).map_err(str::to_owned)
     }
 
-    /// By the decoder of the scan, which reads on behind a member's end.
+    /// Decodes with the decoder of the scan, which continues behind the end of a member.
     fn with_own_decoder(
         &mut self,
         index: &Index,

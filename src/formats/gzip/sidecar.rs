@@ -1,13 +1,13 @@
-//! What a `gzip.meta` cannot hold, in a file of our own beside it.
+//! The file `turbobd.segments`: data that a `gzip.meta` cannot hold, in a file beside it.
 //!
-//! `turbobd.segments` is a member of the layer archive that upstream ignores. It lists all
-//! checkpoints, says for each segment what its bytes must hash to, and holds the windows and block
-//! headers of the checkpoints that the `gzip.meta` does not have. All numbers are little-endian.
+//! `turbobd.segments` is a member of the layer archive that upstream ignores. It lists all checkpoints, has
+//! the checksums of each segment, and holds the windows and block headers of the checkpoints that are not in
+//! the `gzip.meta`. All numbers are little-endian.
 //!
 //! | Offset | Size | Field |
 //! |---|---|---|
 //! | 0 | 8 | magic, `TBDSEGS` and NUL |
-//! | 8 | 2 | version, 1 ([version 2](crate::segments::sidecar) is of layers that are not gzip) |
+//! | 8 | 2 | version, 1 ([version 2](crate::segments::sidecar) is for layers that are not gzip) |
 //! | 10 | 2 | flags: bit 0, windows of block checkpoints lie in `gzip.meta`; bit 1, SHA-256 given; bit 2, CRC-32 given |
 //! | 12 | 4 | number of checkpoints, *n*, at least 1 |
 //! | 16 | 32 | SHA-256 of the layer blob |
@@ -15,8 +15,8 @@
 //! | 56 | 8 | length of its output |
 //! | 64 | 8 | span |
 //! | 72 | 8 | number of gzip members |
-//! | 80 | | column: *n* × varint, bit position minus that of the checkpoint before |
-//! | | | column: *n* × varint, output position minus that of the checkpoint before |
+//! | 80 | | column: *n* × varint, bit position minus that of the previous checkpoint |
+//! | | | column: *n* × varint, output position minus that of the previous checkpoint |
 //! | | *n* | column: kind; 0 member start, 1 block, 2 inside a block |
 //! | | 32 *n* | if flag bit 1: SHA-256 of bytes ⌊bit/8⌋..⌈next bit/8⌉ of the blob; the last segment ends with the blob |
 //! | | 4 *n* | if flag bit 2: CRC-32 of the segment's output |
@@ -44,15 +44,15 @@ const WINDOWS_IN_META: u16 = 1;
 const HAS_SHA256: u16 = 2;
 const HAS_CRC32: u16 = 4;
 
-/// A `turbobd.segments`, read.
+/// A parsed `turbobd.segments`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sidecar {
-    /// The index; windows of block checkpoints are absent when they lie in `gzip.meta`.
+    /// The index; windows of block checkpoints are absent if they lie in `gzip.meta`.
     index: Index,
     needs_meta: bool,
 }
 
-/// A length and that many bytes, at most `limit`.
+/// Reads a length and that many bytes, at most `limit`.
 fn sized<'a>(cursor: &mut Cursor<'a>, limit: usize) -> Result<&'a [u8], GzipError> {
     let len = usize::try_from(cursor.varint()?).ok().filter(|&len| len <= limit);
     let len = len.ok_or(cursor.broken("a window is impossibly long"))?;
@@ -66,8 +66,8 @@ impl From<Broken> for GzipError {
 }
 
 impl Sidecar {
-    /// The sidecar of `index`, for the layer `layer`. With `beside_gzip_meta` it leaves out what the
-    /// `gzip.meta` written from the same index holds.
+    /// The sidecar of `index`, for the layer `layer`. With `beside_gzip_meta` it omits the windows that are
+    /// in the `gzip.meta` written from the same index.
     ///
     /// # Errors
     /// [`GzipError::TooLarge`] for more than 2³² checkpoints.
@@ -135,10 +135,10 @@ impl Sidecar {
         Ok(file)
     }
 
-    /// Reads a sidecar. Windows are not unpacked here: a damaged one shows when it is used.
+    /// Reads a sidecar. Windows are not unpacked here: a damaged window is detected when it is used.
     ///
     /// # Errors
-    /// [`GzipError::Sidecar`] naming the first rule that is broken.
+    /// [`GzipError::Sidecar`] with the first broken rule.
     pub fn read(file: &[u8]) -> Result<Self, GzipError> {
         let at_end = |rule| GzipError::Sidecar { offset: file.len() as u64, rule };
         let Some((body, &crc)) = file.split_last_chunk::<4>() else {
@@ -162,7 +162,7 @@ impl Sidecar {
         let layer = Digest(cursor.array()?);
         let (compressed_len, uncompressed_len) = (cursor.u64()?, cursor.u64()?);
         let (span, members) = (cursor.u64()?, cursor.u64()?);
-        // Each checkpoint takes three bytes at least.
+        // Each checkpoint takes at least three bytes.
         if count == 0 || count > (body.len() - HEADER) / 3 {
             return Err(cursor.broken("the number of checkpoints does not fit the file").into());
         }
@@ -232,14 +232,14 @@ impl Sidecar {
         Ok(Self { index, needs_meta })
     }
 
-    /// Digest of the layer that this describes.
+    /// Digest of the layer that this sidecar describes.
     #[must_use]
     pub fn layer(&self) -> Option<Digest> {
         self.index.layer
     }
 }
 
-/// Whether a sidecar holds the window of such a checkpoint.
+/// True if a sidecar holds the window of a checkpoint of this kind.
 fn has_window_here(kind: &CheckpointKind, beside_gzip_meta: bool) -> bool {
     match kind {
         CheckpointKind::MemberStart => false,
@@ -248,7 +248,7 @@ fn has_window_here(kind: &CheckpointKind, beside_gzip_meta: bool) -> bool {
     }
 }
 
-/// `count` positions of at most `limit`, stored as differences.
+/// Reads `count` positions of at most `limit`, stored as differences.
 fn column(cursor: &mut Cursor<'_>, count: usize, limit: u64) -> Result<Vec<u64>, GzipError> {
     let mut value = 0u64;
     let mut values = Vec::with_capacity(count);
@@ -271,12 +271,12 @@ fn read_header(cursor: &mut Cursor<'_>) -> Result<BlockHeader, GzipError> {
     Ok(header)
 }
 
-/// The full index of a layer from what its archive holds: upstream's images have no sidecar (then
-/// nothing can be verified), layers of several members no `gzip.meta`.
+/// The full index of a layer from the files in its archive. Upstream's images have no sidecar (then no
+/// segment can be verified); layers of several members have no `gzip.meta`.
 ///
 /// # Errors
-/// [`GzipError::OtherLayer`] when the two describe different layers, [`GzipError::NoIndex`] when
-/// one that is needed is missing, or what is wrong with one of them.
+/// [`GzipError::OtherLayer`] if the two describe different layers, [`GzipError::NoIndex`] if a needed file is
+/// missing, or the error of reading one of them.
 pub fn merge(gzip_meta: Option<&[u8]>, sidecar: Option<&[u8]>) -> Result<Index, GzipError> {
     let missing = |name| GzipError::NoIndex { missing: name };
     let meta = gzip_meta.map(ddgzidx::read).transpose()?;

@@ -1,4 +1,4 @@
-//! Promises of the whole module, against decoders that were not written here.
+//! Tests of the whole module, against decoders of other projects.
 
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
@@ -51,7 +51,7 @@ fn sample(len: usize, seed: u64) -> Vec<u8> {
     data
 }
 
-/// `data` through a program.
+/// Pipes `data` through a program.
 fn pipe(program: &str, args: &[&str], data: &[u8]) -> Vec<u8> {
     let mut child = Command::new(program)
         .args(args)
@@ -92,7 +92,7 @@ fn member(deflate: &[u8], data: &[u8]) -> Vec<u8> {
     gzip
 }
 
-/// Stored blocks of at most `block` bytes.
+/// A gzip of stored blocks of at most `block` bytes.
 fn stored_gzip(data: &[u8], block: usize) -> Vec<u8> {
     let mut deflate = Vec::new();
     let count = data.len().div_ceil(block);
@@ -105,7 +105,7 @@ fn stored_gzip(data: &[u8], block: usize) -> Vec<u8> {
     member(&deflate, data)
 }
 
-/// One fixed block of literals only.
+/// A gzip of one fixed block with literals only.
 fn fixed_gzip(data: &[u8]) -> Vec<u8> {
     let (mut bits, mut count, mut deflate) = (0u64, 0, Vec::new());
     let mut put = |value: u32, len: u32| {
@@ -166,7 +166,7 @@ fn layer(gzip: &[u8], index: Index) -> IndexedLayer {
     IndexedLayer::new("blob", index, Arc::new(MemorySource::new("blob", gzip))).unwrap()
 }
 
-/// Every segment, decoded alone, equals its part of `data`.
+/// Checks that every segment, decoded alone, equals its part of `data`.
 fn assert_segments(gzip: &[u8], index: Index, data: &[u8]) {
     let layer = layer(gzip, index);
     let mut at = 0;
@@ -181,7 +181,7 @@ fn assert_segments(gzip: &[u8], index: Index, data: &[u8]) {
     assert_eq!(layer.chunk_at(at), None);
 }
 
-/// Everything that holds for any valid stream.
+/// Checks every property that holds for any valid stream.
 fn assert_layer(name: &str, gzip: &[u8], data: &[u8]) -> Index {
     let mut last = None;
     for span in [64 << 10, 256 << 10, 1 << 20] {
@@ -362,7 +362,8 @@ fn no_flipped_bit_goes_unnoticed() {
     for bit in 0..gzip.len() * 8 {
         let mut damaged = gzip.clone();
         damaged[bit / 8] ^= 1 << (bit % 8);
-        // Time, system and flags of the header carry no data, nor do the bits behind the last block.
+        // Time, system and flags of the header do not affect the data; neither do the bits behind the last
+        // block.
         match scan(&damaged, 1 << 20) {
             Ok((_, out)) => assert!(out == data, "bit {bit}"),
             Err(_) => assert!(!(4..10).contains(&(bit / 8)), "bit {bit}"),
@@ -421,7 +422,7 @@ fn a_damaged_index_is_an_error_and_never_a_panic() {
         damaged[at] ^= 0x41;
         assert!(Sidecar::read(&damaged).is_err());
         assert!(Sidecar::read(&sidecar[..at]).is_err());
-        // Past the checksum, too.
+        // Damage that passes the checksum, too.
         let end = damaged.len() - 4;
         let crc = crc32fast::hash(&damaged[..end]);
         damaged[end..].copy_from_slice(&crc.to_le_bytes());
@@ -442,7 +443,7 @@ fn a_damaged_index_is_an_error_and_never_a_panic() {
     }
 }
 
-/// Loads whatever a damaged index still describes; only panics matter.
+/// Loads every segment that a damaged index still describes; only panics matter.
 fn load_all(gzip: &[u8], index: Index) {
     if let Ok(layer) = IndexedLayer::new("blob", index, Arc::new(MemorySource::new("blob", gzip))) {
         for i in 0..layer.chunk_count().min(4) {

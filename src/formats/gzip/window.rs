@@ -6,7 +6,7 @@ use libdeflater::{CompressionLvl, Compressor, Decompressor};
 
 use inflate::marks::WINDOW;
 
-/// The output before a checkpoint, unused bytes zero, kept as the zlib stream that a `gzip.meta` holds.
+/// The output before a checkpoint, with unused bytes set to zero, stored as the zlib stream of a `gzip.meta`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SparseWindow(Packed);
 
@@ -18,29 +18,29 @@ enum Packed {
 }
 
 impl SparseWindow {
-    /// No history: at the start of a member.
+    /// No history, for the start of a member.
     #[must_use]
     pub fn none() -> Self {
         Self(Packed::None)
     }
 
-    /// From a zlib stream, not checked until it is unpacked.
+    /// A window from a zlib stream; the stream is not checked until it is unpacked.
     pub(super) fn from_zlib(stream: &[u8]) -> Self {
         Self(Packed::Zlib(stream.into()))
     }
 
-    /// From 32 KiB as they are.
+    /// A window from 32 KiB of plain bytes.
     pub(super) fn from_raw(window: &[u8]) -> Self {
         Self(Packed::Raw(window.into()))
     }
 
-    /// Whether there is no history.
+    /// True if there is no history.
     #[must_use]
     pub fn is_none(&self) -> bool {
         matches!(self.0, Packed::None)
     }
 
-    /// Bytes it takes.
+    /// Size in bytes.
     #[must_use]
     pub fn packed_len(&self) -> usize {
         match &self.0 {
@@ -49,7 +49,7 @@ impl SparseWindow {
         }
     }
 
-    /// The zlib stream, made if need be; of 32 KiB of zeros when there is no history.
+    /// The zlib stream; without history, one of 32 KiB of zeros, made by `packer`.
     pub(super) fn zlib(&self, packer: &mut WindowPacker) -> Arc<[u8]> {
         match &self.0 {
             Packed::None => packer.zlib(&[0; WINDOW]).into(),
@@ -58,7 +58,7 @@ impl SparseWindow {
         }
     }
 
-    /// Writes the window into `room`, which must be 32 KiB long; zeros when there is no history.
+    /// Writes the window into `room`, which must be 32 KiB long. Without history, writes zeros.
     pub(super) fn unpack(
         &self,
         room: &mut [u8],
@@ -80,12 +80,11 @@ impl SparseWindow {
     }
 }
 
-/// Level at which windows are compressed. Of 32 KiB that are zero but for some 900 bytes, level 5
-/// makes 1124 bytes in 75 µs and level 9 makes 1120 in 500, a third of the time that the scan takes
-/// for a whole segment.
+/// Level at which windows are compressed. For 32 KiB of zeros with about 900 other bytes, level 5 yields 1124
+/// bytes in 75 µs. Level 9 yields 1120 bytes in 500 µs, a third of the scan's time for a whole segment.
 pub(super) const LEVEL: u8 = 5;
 
-/// Compresses windows: the same bytes for the same window.
+/// Compresses windows; equal windows yield equal bytes.
 pub(super) struct WindowPacker(Compressor);
 
 impl WindowPacker {
@@ -101,7 +100,8 @@ impl WindowPacker {
     /// `bytes` as a zlib stream.
     pub(super) fn zlib(&mut self, bytes: &[u8]) -> Vec<u8> {
         let mut stream = vec![0; self.0.zlib_compress_bound(bytes.len())];
-        // The bound is one: this cannot fail, and an empty stream would be refused when read.
+        // The buffer has the size of the bound, so this cannot fail; an empty stream would be refused by the
+        // reader.
         let len = self.0.zlib_compress(bytes, &mut stream).unwrap_or(0);
         stream.truncate(len);
         stream

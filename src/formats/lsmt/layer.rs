@@ -16,28 +16,28 @@ pub const MAGIC: [u8; 24] = [
 
 /// Set in the record at the beginning, clear in the one at the end.
 pub const FLAG_HEADER: u32 = 1;
-/// Data file rather than an index log.
+/// A data file, not an index log.
 pub const FLAG_DATA: u32 = 1 << 1;
-/// Complete. In a file sealed in place only the trailer says so.
+/// Complete. In a file sealed in place, only the trailer has this flag.
 pub const FLAG_SEALED: u32 = 1 << 2;
 
-/// Largest virtual disk: every sector must have a number that an index entry can hold.
+/// Largest virtual disk: an index entry must be able to hold the number of every sector.
 const MAX_VIRTUAL_SIZE: u64 = super::mapping::LBA_LIMIT * SECTOR;
 
 /// Index bytes read at a time.
 const INDEX_STEP: u64 = 1 << 20;
 
-/// A layer's identity: advisory, upstream never checks it when it opens an image.
+/// A layer's identity. It is advisory: upstream never checks it when it opens an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Uuid(pub [u8; 16]);
 
 impl Uuid {
-    /// No identity: what a layer without a parent names as its parent.
+    /// No identity: the parent of a layer without a parent.
     pub const NULL: Self = Self([0; 16]);
 }
 
 impl fmt::Display for Uuid {
-    /// 36 characters, upper-case as upstream writes them.
+    /// 36 characters, in upper case like upstream's.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (at, byte) in self.0.iter().enumerate() {
             if matches!(at, 4 | 6 | 8 | 10) {
@@ -77,10 +77,10 @@ impl FromStr for Uuid {
     }
 }
 
-/// How a layer's tags are to be read.
+/// Meaning of a layer's tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayerKind {
-    /// All data is in the layer; tags mean nothing (`overlaybd-merge` leaves some).
+    /// All data is in the layer; tags have no meaning (`overlaybd-merge` leaves some).
     Plain,
     /// TurboOCI: tag 0 is the layer's own metadata, 1 the original layer's uncompressed tar.
     Warp,
@@ -91,15 +91,15 @@ pub enum LayerKind {
 pub struct Record {
     /// The flag bits.
     pub flags: u32,
-    /// First byte of the index; meaningful in a trailer only.
+    /// First byte of the index; has a meaning only in a trailer.
     pub index_offset: u64,
-    /// Entries of the index, padding included; meaningful in a trailer only.
+    /// Entries of the index, padding included; has a meaning only in a trailer.
     pub index_size: u64,
-    /// Bytes of the virtual disk, or 0: as large as the layer below says.
+    /// Bytes of the virtual disk; 0 for the size given by the layer below.
     pub virtual_size: u64,
-    /// This layer.
+    /// Identity of this layer.
     pub uuid: Uuid,
-    /// The layer below.
+    /// Identity of the layer below.
     pub parent: Uuid,
     /// The commit message, without trailing NULs.
     pub user_tag: Vec<u8>,
@@ -116,7 +116,7 @@ impl Record {
         if bytes[..24] != MAGIC {
             return Err("its first 24 bytes are not the magic");
         }
-        // Upstream logs an identity that it cannot parse and goes on with none.
+        // Upstream logs an identity that it cannot parse and continues without one.
         let uuid = |at: usize| {
             std::str::from_utf8(&bytes[at..at + 36])
                 .ok()
@@ -138,7 +138,7 @@ impl Record {
         })
     }
 
-    /// The 4096 bytes. A user tag beyond 256 bytes is cut.
+    /// The 4096 bytes. A user tag is truncated to 256 bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![0; RECORD as usize];
@@ -157,7 +157,7 @@ impl Record {
     }
 }
 
-/// An opened layer: everything but its payload.
+/// An opened layer without its payload.
 #[derive(Clone, Debug)]
 pub struct Layer {
     name: String,
@@ -170,7 +170,7 @@ impl Layer {
     /// Reads and checks the header, trailer and index of an LSMT stream, whose length must be exact.
     ///
     /// # Errors
-    /// [`LsmtError`] naming the record or the index entry and the rule it breaks.
+    /// [`LsmtError`] with the record or the index entry and the broken rule.
     pub fn open(source: &dyn ByteSource, kind: LayerKind) -> Result<Self, LsmtError> {
         let trailer = read_trailer(source)?;
         let mappings = read_index(source, kind, &trailer)?;
@@ -179,7 +179,7 @@ impl Layer {
         Ok(layer)
     }
 
-    /// A layer whose index is not in its file: that of one that can still change.
+    /// A layer whose index is not in its file, because the layer still changes.
     ///
     /// # Errors
     /// [`LsmtError::Entry`].
@@ -193,31 +193,31 @@ impl Layer {
         Ok(layer)
     }
 
-    /// A layer that says how large the disk is, and nothing else.
+    /// A layer with the size of the disk and no mappings.
     #[must_use]
     pub fn emptied(self) -> Self {
         Self { mappings: Vec::new(), ..self }
     }
 
-    /// What the layer is called in messages.
+    /// Name of the layer in messages.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// How its tags are read.
+    /// Meaning of its tags.
     #[must_use]
     pub fn kind(&self) -> LayerKind {
         self.kind
     }
 
-    /// The trailer: identity and places.
+    /// The trailer: identity and positions.
     #[must_use]
     pub fn trailer(&self) -> &Record {
         &self.trailer
     }
 
-    /// Size of the disk as this layer says, or 0.
+    /// Size of the disk by this layer, or 0.
     #[must_use]
     pub fn virtual_size(&self) -> Bytes {
         Bytes(self.trailer.virtual_size)
@@ -235,13 +235,13 @@ impl Layer {
         &self.mappings
     }
 
-    /// Order and bounds of all entries (upstream `index.cpp:create_memory_index` and `within`).
+    /// Checks order and bounds of all entries (upstream `index.cpp:create_memory_index` and `within`).
     fn check_mappings(&self) -> Result<(), LsmtError> {
         let limit = self.payload_end().sector();
         let mut free = 0;
         for (entry, mapping) in self.mappings.iter().enumerate() {
-            // Upstream never checks where a zeroed run of a warp layer points, nor remote runs: their
-            // end is known only together with the target, so the disk checks it.
+            // Upstream never checks the position of a zeroed run of a warp layer, nor remote runs. The end of
+            // a remote run is known only together with its target, so the disk checks it.
             let bounded = match self.kind {
                 LayerKind::Plain => true,
                 LayerKind::Warp => mapping.tag == 0 && !mapping.zeroed,
@@ -249,11 +249,11 @@ impl Layer {
             let rule = if mapping.len == 0 {
                 "it has no sectors"
             } else if mapping.lba.0 < free {
-                "it begins before the end of the one in front of it"
+                "it begins before the end of the previous entry"
             } else if bounded && (mapping.moffset < FIRST_SECTOR || mapping.moffset_end() > limit) {
                 "it points outside the layer's payload"
             } else if mapping.tag > 1 {
-                "only two files can be pointed to"
+                "its tag names neither of the two files"
             } else {
                 free = mapping.end().0;
                 continue;
@@ -269,7 +269,7 @@ impl Layer {
     }
 }
 
-/// Header and trailer, of which only the trailer is of use (spec lsmt 2).
+/// Reads header and trailer; only the trailer is used (spec lsmt 2).
 fn read_trailer(source: &dyn ByteSource) -> Result<Record, LsmtError> {
     let name = source.name();
     let record = |part, offset, rule: &str| LsmtError::Record {
@@ -317,7 +317,7 @@ fn read_trailer(source: &dyn ByteSource) -> Result<Record, LsmtError> {
     Ok(trailer)
 }
 
-/// The index without padding. Its size was checked against the file.
+/// Reads the index without padding. Its size was checked against the file.
 fn read_index(
     source: &dyn ByteSource,
     kind: LayerKind,
@@ -340,7 +340,7 @@ fn read_index(
         at += bytes.len() as u64;
         left -= bytes.len() as u64;
     }
-    // Tags count from the smallest in the file: a writer uses its own number (spec lsmt 9).
+    // Tags count from the smallest in the file: each writer uses its own number (spec lsmt 9).
     let lowest = mappings.iter().map(|mapping| mapping.tag).min().unwrap_or(0);
     for mapping in &mut mappings {
         mapping.tag = match kind {

@@ -7,29 +7,29 @@ use crate::units::Sectors;
 /// Bytes of an encoded entry.
 pub const ENTRY: u64 = 16;
 
-/// Most sectors in one entry: its length has 14 bits.
+/// Most sectors in one entry: its length field has 14 bits.
 pub const MAX_LEN: u64 = (1 << 14) - 1;
 
-/// One past the last sector number that an entry can begin at; the number itself marks padding.
+/// One past the last sector number at which an entry can begin; the number itself marks padding.
 pub const LBA_LIMIT: u64 = (1 << 50) - 1;
 
 /// One past the last sector of a file that an entry can point to.
 pub const MOFFSET_LIMIT: u64 = 1 << 55;
 
-/// The entry that fills an index up to a whole page and means nothing.
+/// The entry that pads an index to a whole page and has no meaning.
 pub const PADDING: [u8; ENTRY as usize] =
     [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x03, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
-/// A run of disk sectors and where it is found.
+/// A run of disk sectors and its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// First disk sector.
     pub lba: Sectors,
     /// Number of sectors, 1..=16383.
     pub len: u16,
-    /// Reads as zeros; `moffset` then carries no data.
+    /// True if the run reads as zeros; `moffset` then points to no data.
     pub zeroed: bool,
-    /// Which file `moffset` points into: 0 the layer's own payload, 1 the tar of the original layer.
+    /// The file that `moffset` points into: 0 the layer's own payload, 1 the tar of the original layer.
     pub tag: u8,
     /// First sector in that file.
     pub moffset: Sectors,
@@ -51,7 +51,7 @@ impl Mapping {
         })
     }
 
-    /// The sixteen bytes. Fields beyond their limits lose their upper bits: writers check before.
+    /// The sixteen bytes. Fields beyond their limits lose their upper bits: writers must check before.
     #[must_use]
     pub fn encode(&self) -> [u8; ENTRY as usize] {
         let a = self.lba.0 & LBA_LIMIT | (u64::from(self.len) & MAX_LEN) << 50;
@@ -67,7 +67,7 @@ impl Mapping {
         Sectors(self.lba.0 + self.len as u64)
     }
 
-    /// One past the last sector in the file; a zeroed run has none, so its beginning.
+    /// One past the last sector in the file; `moffset` for a zeroed run, which has no sectors there.
     #[must_use]
     pub const fn moffset_end(&self) -> Sectors {
         Sectors(self.moffset.0 + if self.zeroed { 0 } else { self.len as u64 })

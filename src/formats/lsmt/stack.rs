@@ -1,24 +1,24 @@
 //! Many layers as one disk: merged once, then looked up by sector (spec lsmt 6).
 //!
-//! The merge makes one flat array of extents, ascending and without overlap, in which the topmost
-//! layer that says anything about a sector has won. Runs that continue each other in the same file
-//! are joined: upstream's index cuts them at 16383 sectors.
+//! The merge makes one flat array of extents, ascending and without overlap. Each sector comes from the
+//! topmost layer with a mapping for it. Runs that continue each other in the same file are joined: upstream's
+//! index cuts them at 16383 sectors.
 //!
-//! A look-up is a binary search over the first sectors alone (eight bytes each, so the upper levels
-//! of the search stay in the cache), then a walk.
+//! A look-up is a binary search over the first sectors only (eight bytes each, so the upper levels of the
+//! search stay in the cache), then a walk.
 
 use super::layer::LayerKind;
 use super::{Layer, LsmtError, MAX_LAYERS};
 use crate::units::{Bytes, SECTOR, Sectors};
 
-/// Most entries of all layers together (upstream's limit for its merged index), so that a hostile
-/// image cannot take all memory.
+/// Most entries of all layers together (upstream's limit for its merged index), so that a hostile image
+/// cannot take all memory.
 const MAX_ENTRIES: usize = 128_000_000;
 
-/// Where a run of disk sectors is.
+/// Position of a run of disk sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// Nobody says anything about it, or somebody says that it is zero.
+    /// No layer maps the run, or the topmost mapping of it is zeroed.
     Zero,
     /// At this sector of the layer's own LSMT stream.
     Own(Sectors),
@@ -27,7 +27,7 @@ pub enum Place {
 }
 
 impl Place {
-    /// The place `by` sectors further on.
+    /// The place that is `by` sectors further.
     fn advance(self, by: u64) -> Self {
         match self {
             Place::Zero => Place::Zero,
@@ -37,7 +37,7 @@ impl Place {
     }
 }
 
-/// A run of disk sectors that one layer decides.
+/// A run of disk sectors from one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// First disk sector.
@@ -46,7 +46,7 @@ pub struct Extent {
     pub len: Sectors,
     /// The layer, 0 lowest.
     pub layer: u8,
-    /// Where the run is.
+    /// Position of the run.
     pub place: Place,
 }
 
@@ -57,7 +57,7 @@ impl Extent {
         Sectors(self.lba.0 + self.len.0)
     }
 
-    /// The part inside `from..to`, which overlaps it.
+    /// The part inside `from..to`, which must overlap it.
     fn clip(&self, from: u64, to: u64) -> Self {
         let start = self.lba.0.max(from);
         let end = self.end().0.min(to);
@@ -70,20 +70,20 @@ impl Extent {
     }
 }
 
-/// Part of a looked-up range; unlike an [`Extent`] it may be a hole that no layer knows of.
+/// Part of a looked-up range. Unlike an [`Extent`], it can be a hole that no layer maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     /// First disk sector.
     pub lba: Sectors,
     /// Number of sectors, never 0.
     pub len: Sectors,
-    /// The layer that decided, 0 lowest; 0 for a hole.
+    /// The layer that it comes from, 0 lowest; 0 for a hole.
     pub layer: u8,
-    /// Where the run is.
+    /// Position of the run.
     pub place: Place,
 }
 
-/// What an extent is, without its first sector.
+/// An extent without its first sector.
 #[derive(Clone, Copy)]
 struct Body {
     at: u64,
@@ -106,23 +106,23 @@ pub struct Stack {
 impl Stack {
     /// Merges layers, the lowest first.
     ///
-    /// The disk is as large as the topmost layer that gives a size says; a rest below a whole sector
-    /// does not exist.
+    /// The size of the disk is that of the topmost layer with a size; a remainder below a whole sector is
+    /// dropped.
     ///
     /// # Errors
-    /// [`LsmtError::Stack`] for no layer, more than 255, or none that gives a size.
+    /// [`LsmtError::Stack`] for no layer, for more than 255, or if no layer has a size.
     pub fn merge(layers: &[&Layer]) -> Result<Self, LsmtError> {
         let refuse = |rule| Err(LsmtError::Stack { layers: layers.len(), rule });
         if layers.is_empty() {
-            return refuse("an image has at least one");
+            return refuse("an image has at least one layer");
         }
         if layers.len() > MAX_LAYERS {
-            return refuse("an image has at most 255");
+            return refuse("an image has at most 255 layers");
         }
         let Some(size) =
             layers.iter().rev().map(|layer| layer.virtual_size().0).find(|&size| size > 0)
         else {
-            return refuse("none of them says how large the disk is");
+            return refuse("none of them has the size of the disk");
         };
         if layers.iter().map(|layer| layer.mappings().len()).sum::<usize>() > MAX_ENTRIES {
             return refuse("together they have more than 128000000 index entries");
@@ -151,18 +151,18 @@ impl Stack {
         self.starts.len()
     }
 
-    /// Whether no layer maps anything.
+    /// True if no layer maps any sector.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()
     }
 
-    /// All extents in ascending order, zeroed ones included; some may lie past the end of the disk.
+    /// All extents in ascending order, including zeroed ones; some can lie past the end of the disk.
     pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
         (0..self.starts.len()).map(|number| self.extent(number))
     }
 
-    /// The runs that make up `count` sectors from `lba` on, holes included, without a gap.
+    /// The runs of `count` sectors from `lba` on, including holes, without a gap.
     #[must_use]
     pub fn look_up(&self, lba: Sectors, count: Sectors) -> LookUp<'_> {
         let after = self.starts.partition_point(|&start| start <= lba.0);
@@ -189,7 +189,7 @@ impl Stack {
         }
     }
 
-    /// Appends an extent, or lengthens the last one when this continues it.
+    /// Appends an extent, or lengthens the last one if this one continues it.
     fn push(&mut self, extent: Extent) {
         let (file, at) = match extent.place {
             Place::Zero => (ZERO, 0),
@@ -213,8 +213,8 @@ impl Stack {
     }
 }
 
-/// The merged extents of `layers`, whose lowest has number `first`. By halves, so that each mapping
-/// is copied log(layers) times.
+/// The merged extents of `layers`; the lowest layer has number `first`. Merges by halves, so that each
+/// mapping is copied log(layers) times.
 fn merge_from(layers: &[&Layer], first: u8) -> Vec<Extent> {
     match layers {
         [] => Vec::new(),
@@ -222,7 +222,7 @@ fn merge_from(layers: &[&Layer], first: u8) -> Vec<Extent> {
         _ => {
             let half = layers.len() / 2;
             let (lower, upper) = layers.split_at(half);
-            // `half` is below 255, as the number of layers is.
+            // `half` is below 255, like the number of layers.
             lay_over(&merge_from(upper, first + half as u8), &merge_from(lower, first))
         }
     }
@@ -241,7 +241,7 @@ fn extents_of<'a>(layer: &'a Layer, number: u8) -> impl Iterator<Item = Extent> 
     })
 }
 
-/// All of `upper`, and of `lower` what `upper` leaves free.
+/// All extents of `upper`, and the parts of `lower` that `upper` does not cover.
 fn lay_over(upper: &[Extent], lower: &[Extent]) -> Vec<Extent> {
     let mut merged = Vec::with_capacity(upper.len() + lower.len());
     let mut below = lower.iter().copied().peekable();
@@ -256,7 +256,7 @@ fn lay_over(upper: &[Extent], lower: &[Extent]) -> Vec<Extent> {
     merged
 }
 
-/// Moves the parts of `below` inside `from..to` to `merged`; what ends at or before `to` is used up.
+/// Moves the parts of `below` inside `from..to` to `merged`; extents that end at or before `to` are removed.
 fn fill_gap(
     merged: &mut Vec<Extent>,
     below: &mut std::iter::Peekable<impl Iterator<Item = Extent>>,
@@ -277,7 +277,7 @@ fn fill_gap(
     }
 }
 
-/// See [`Stack::look_up`].
+/// Iterator of [`Stack::look_up`].
 pub struct LookUp<'a> {
     stack: &'a Stack,
     next: usize,
@@ -293,7 +293,7 @@ impl Iterator for LookUp<'_> {
             return None;
         }
         let starts = &self.stack.starts;
-        // The search may land on an extent that ends before the range.
+        // The search can find an extent that ends before the range.
         while self.next < starts.len() && self.stack.extent(self.next).end().0 <= self.at {
             self.next += 1;
         }

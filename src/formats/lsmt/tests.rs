@@ -1,5 +1,5 @@
-//! What holds for layers as a whole. The oracles are layers that upstream's tools wrote, and a map of
-//! sectors too simple to be wrong.
+//! Tests of layers as a whole. The oracles are layers that upstream's tools wrote, and a very simple map of
+//! sectors.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,7 +21,7 @@ fn memory(bytes: Vec<u8>) -> MemorySource {
     MemorySource::new("test", bytes)
 }
 
-/// Mappings that continue each other, joined: what a caller of a writer would give at once.
+/// Joins mappings that continue each other: the runs that a caller gives a writer at once.
 fn joined(mappings: &[Mapping]) -> Vec<(Mapping, u64)> {
     let mut runs: Vec<(Mapping, u64)> = Vec::new();
     for mapping in mappings {
@@ -57,7 +57,7 @@ fn upstreams_native_layers_are_read_and_written_again_byte_for_byte() {
                 writer.zeroed(run.lba, Sectors(len)).unwrap();
                 continue;
             }
-            // The source was a sparse file, whose extents upstream cuts at 16383 sectors first.
+            // The source was a sparse file; upstream first cuts its extents at 16383 sectors.
             let from = run.moffset.bytes().0 as usize;
             let payload = &bytes[from..from + len as usize * 512];
             for (number, part) in payload.chunks(16383 * 512).enumerate() {
@@ -119,13 +119,13 @@ fn a_writer_refuses_what_no_reader_would_open() {
     writer.remote(Sectors(10), Sectors(5), Sectors(3)).unwrap();
     assert_eq!(
         writer.metadata(Sectors(14), &[0; 512]).unwrap_err().to_string(),
-        "Sectors 14..15 cannot be added to a layer: they do not come after the sectors added before"
+        "Sectors 14..15 cannot be added to a layer: they must come after all sectors added before"
     );
     assert!(writer.metadata(Sectors(20), &[0; 100]).is_err());
     assert!(writer.zeroed(Sectors(99), Sectors(2)).is_err());
     assert!(writer.zeroed(Sectors(99), Sectors(u64::MAX)).is_err());
     assert!(writer.remote(Sectors(30), Sectors(1), Sectors(u64::MAX)).is_err());
-    // Remote runs alone would be taken for metadata.
+    // Upstream takes a layer of remote runs alone for metadata.
     assert!(writer.finish(&mut Vec::new()).is_err());
 }
 
@@ -140,7 +140,7 @@ fn one_entry_too_many_is_refused_while_writing() {
     };
     assert!(fill(MAX_ENTRIES).is_ok());
     assert!(matches!(fill(MAX_ENTRIES + 1), Err(LsmtError::TooManyMappings { .. })));
-    // A native index is padded to a page of 256, and 1,000,000 is not a multiple of it.
+    // A native index is padded to a page of 256 entries, and 1,000,000 is not a multiple of it.
     let mut writer = NativeWriter::new(Vec::new(), Bytes(1 << 40), Identity::default()).unwrap();
     for number in 0..MAX_ENTRIES {
         writer.zeroed(Sectors(number * 2), Sectors(1)).unwrap();
@@ -210,7 +210,7 @@ fn a_layer_sealed_in_place_opens_and_so_do_the_tags_of_other_writers() {
         );
     }
     assert!(Layer::open(&sealed(7, 6, [0, 2]), LayerKind::Warp).is_err());
-    // A plain layer's tags are left over from a merge.
+    // A plain layer has leftover tags from a merge.
     let mut writer = NativeWriter::new(Vec::new(), Bytes(1 << 20), Identity::default()).unwrap();
     writer.data(Sectors(1), &[1; 512]).unwrap();
     let mut bytes = writer.finish().unwrap();
@@ -253,15 +253,15 @@ fn a_stack_is_as_large_as_its_topmost_layer_that_has_a_size() {
     assert!(Stack::merge(&vec![&small; 256]).is_err());
 }
 
-/// A call of a writer: gap before it, sectors, and 0 data, 1 remote, 2 zeroed.
+/// A call of a writer: gap before it, sectors, kind (0 data, 1 remote, 2 zeroed), and position.
 type Call = (u64, u64, u8, u64);
 
 const DISK: u64 = 60_000;
 
-/// What every sector is, by the calls themselves.
+/// The content of every sector, by the calls.
 type Model = BTreeMap<u64, (u8, Place)>;
 
-/// Writes a layer, reads it, and lays its sectors over `model`.
+/// Writes a layer, reads it, and applies its sectors to `model`.
 fn write(calls: &[Call], number: u8, model: &mut Model, payloads: &mut Vec<Vec<u8>>) -> Layer {
     let mut writer = WarpWriter::new(Bytes(DISK * 512)).unwrap();
     writer.metadata(Sectors(0), &[0xee; 512]).unwrap();

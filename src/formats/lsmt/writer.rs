@@ -1,8 +1,8 @@
-//! Writing committed layers (spec lsmt 8.1 and 9): the same calls give the same bytes.
+//! Writers of committed layers (spec lsmt 8.1 and 9): equal calls give equal bytes.
 //!
-//! Both writers cut payload into entries the way upstream's `compact` does, 64 sectors at a time and
-//! then joined while the sum stays below 16383, so a layer of upstream's that is read and written
-//! again has the same index.
+//! Both writers cut payload into entries in the way of upstream's `compact`: 64 sectors at a time, then
+//! joined while the sum stays below 16383. So a layer of upstream's that is read and written again has the
+//! same index.
 
 use std::io::Write;
 
@@ -11,28 +11,28 @@ use super::mapping::{ENTRY, LBA_LIMIT, MAX_LEN, MOFFSET_LIMIT, Mapping, PADDING}
 use super::{FIRST_SECTOR, LsmtError, MAX_ENTRIES, RECORD};
 use crate::units::{Bytes, SECTOR, Sectors};
 
-/// Sectors that upstream copies, and gives an entry of their own, at a time.
+/// Number of sectors that upstream copies at a time into an entry of their own.
 const STEP: u64 = 64;
 
 /// A native index is padded to a multiple of this many entries: a page.
 const PAGE_ENTRIES: u64 = RECORD / ENTRY;
 
-/// What a layer says about itself.
+/// A layer's identity.
 #[derive(Clone, Debug, Default)]
 pub struct Identity {
-    /// This layer.
+    /// Identity of this layer.
     pub uuid: Uuid,
-    /// The layer below.
+    /// Identity of the layer below.
     pub parent: Uuid,
     /// A message of at most 256 bytes.
     pub user_tag: Vec<u8>,
 }
 
-/// Writes a native layer to a stream: payload passes through and is not kept.
+/// Writes a native layer to a stream: payload passes through and is not kept in memory.
 pub struct NativeWriter<W>(LayerWriter<W>);
 
 impl<W: Write> NativeWriter<W> {
-    /// Begins a layer of a disk of `virtual_size` (0: as large as the layer below says).
+    /// Begins a layer of a disk of `virtual_size`; 0 stands for the size given by the layer below.
     ///
     /// # Errors
     /// [`LsmtError::Size`], [`LsmtError::Write`].
@@ -40,8 +40,8 @@ impl<W: Write> NativeWriter<W> {
         LayerWriter::new(out, virtual_size, identity).map(Self)
     }
 
-    /// The sectors from `lba` on are `bytes`, whose length is a multiple of 512. Calls of all kinds
-    /// come in ascending order of `lba`.
+    /// Adds `bytes` as the sectors from `lba` on; their length must be a multiple of 512. Calls of all kinds
+    /// must have ascending `lba`.
     ///
     /// # Errors
     /// [`LsmtError::Run`] for a run that overlaps an earlier one or leaves the disk,
@@ -50,10 +50,10 @@ impl<W: Write> NativeWriter<W> {
         self.0.payload(lba, bytes)
     }
 
-    /// `count` sectors from `lba` on are zero, whatever lower layers say.
+    /// Declares `count` sectors from `lba` on as zero, whatever the lower layers contain.
     ///
     /// # Errors
-    /// As [`data`](Self::data).
+    /// The errors of [`data`](Self::data).
     pub fn zeroed(&mut self, lba: Sectors, count: Sectors) -> Result<(), LsmtError> {
         self.0.zeroed(lba, count)
     }
@@ -67,12 +67,12 @@ impl<W: Write> NativeWriter<W> {
     }
 }
 
-/// Writes a native layer whose payload comes in an order of its own: first all payload, as it arrives,
-/// then where each run of the disk lies in it. Readers only ask that the index is sorted.
+/// Writes a native layer with payload in an order of its own: first all payload, as it arrives, then the
+/// position of each run of the disk in it. Readers require only that the index is sorted.
 pub struct ScatteredWriter<W>(LayerWriter<W>);
 
 impl<W: Write> ScatteredWriter<W> {
-    /// Begins a layer of a disk of `virtual_size` (0: as large as the layer below says).
+    /// Begins a layer of a disk of `virtual_size`; 0 stands for the size given by the layer below.
     ///
     /// # Errors
     /// [`LsmtError::Size`], [`LsmtError::Write`].
@@ -80,15 +80,15 @@ impl<W: Write> ScatteredWriter<W> {
         LayerWriter::new(out, virtual_size, identity).map(Self)
     }
 
-    /// Adds payload, a multiple of 512 bytes, and says at which sector of the layer it lies.
+    /// Adds payload, a multiple of 512 bytes, and returns its sector in the layer.
     ///
     /// # Errors
-    /// [`LsmtError::Run`] for bytes that are no whole sectors, [`LsmtError::Write`].
+    /// [`LsmtError::Run`] for bytes that are not whole sectors, [`LsmtError::Write`].
     pub fn append(&mut self, bytes: &[u8]) -> Result<Sectors, LsmtError> {
         let at = self.0.position;
         let count = Bytes(bytes.len() as u64).sectors_ceil();
         if !(bytes.len() as u64).is_multiple_of(SECTOR) || at + count.0 > MOFFSET_LIMIT {
-            let rule = "payload is whole sectors with 55-bit numbers";
+            let rule = "payload must be whole sectors with 55-bit numbers";
             return Err(run_error(Sectors(at), at + count.0, rule));
         }
         self.0.out.write_all(bytes)?;
@@ -96,11 +96,11 @@ impl<W: Write> ScatteredWriter<W> {
         Ok(Sectors(at))
     }
 
-    /// The `count` sectors from `lba` on are the payload from sector `at` of the layer on. Calls of all
-    /// kinds come in ascending order of `lba`.
+    /// Maps the `count` sectors from `lba` on to the payload from sector `at` of the layer on. Calls of all
+    /// kinds must have ascending `lba`.
     ///
     /// # Errors
-    /// [`LsmtError::Run`] for a run that overlaps an earlier one, leaves the disk, or is not in the
+    /// [`LsmtError::Run`] for a run that overlaps an earlier one, leaves the disk, or does not lie in the
     /// payload added so far; [`LsmtError::TooManyMappings`].
     pub fn map(&mut self, lba: Sectors, count: Sectors, at: Sectors) -> Result<(), LsmtError> {
         let end = self.0.admit(lba, count)?;
@@ -111,7 +111,7 @@ impl<W: Write> ScatteredWriter<W> {
         }
         let (mut lba, mut at) = (lba.0, at.0);
         while lba < end {
-            // Whole blocks of 4 KiB, so that no entry ends within one that the reader decodes.
+            // Whole blocks of 4 KiB, so that no entry ends inside a block that the reader decodes.
             let len = (end - lba).min(MAX_LEN - MAX_LEN % 8);
             self.0.entry(lba, len, false, 0, at)?;
             lba += len;
@@ -120,15 +120,15 @@ impl<W: Write> ScatteredWriter<W> {
         Ok(())
     }
 
-    /// `count` sectors from `lba` on are zero, whatever lower layers say.
+    /// Declares `count` sectors from `lba` on as zero, whatever the lower layers contain.
     ///
     /// # Errors
-    /// As [`map`](Self::map).
+    /// The errors of [`map`](Self::map).
     pub fn zeroed(&mut self, lba: Sectors, count: Sectors) -> Result<(), LsmtError> {
         self.0.zeroed(lba, count)
     }
 
-    /// Payload sectors so far, the layer's header included.
+    /// Number of payload sectors so far, including the layer's header.
     #[must_use]
     pub fn position(&self) -> Sectors {
         Sectors(self.0.position)
@@ -156,7 +156,7 @@ impl WarpWriter {
         Self::with_identity(virtual_size, Identity::default())
     }
 
-    /// As [`new`](Self::new), with an identity; upstream's conversion gives none.
+    /// Begins a layer with an identity; upstream's conversion writes none.
     ///
     /// # Errors
     /// [`LsmtError::Size`].
@@ -164,8 +164,8 @@ impl WarpWriter {
         LayerWriter::new(Vec::new(), virtual_size, identity).map(Self)
     }
 
-    /// The sectors from `lba` on are `bytes`, whose length is a multiple of 512. Calls of all kinds
-    /// come in ascending order of `lba`.
+    /// Adds `bytes` as the sectors from `lba` on; their length must be a multiple of 512. Calls of all kinds
+    /// must have ascending `lba`.
     ///
     /// # Errors
     /// [`LsmtError::Run`] for a run that overlaps an earlier one or leaves the disk,
@@ -174,10 +174,10 @@ impl WarpWriter {
         self.0.payload(lba, bytes)
     }
 
-    /// `count` sectors from `lba` on are found from sector `target` of the uncompressed tar on.
+    /// Maps `count` sectors from `lba` on to the uncompressed tar, from its sector `target` on.
     ///
     /// # Errors
-    /// As [`metadata`](Self::metadata).
+    /// The errors of [`metadata`](Self::metadata).
     pub fn remote(
         &mut self,
         lba: Sectors,
@@ -198,10 +198,10 @@ impl WarpWriter {
         Ok(())
     }
 
-    /// `count` sectors from `lba` on are zero, whatever lower layers say.
+    /// Declares `count` sectors from `lba` on as zero, whatever the lower layers contain.
     ///
     /// # Errors
-    /// As [`metadata`](Self::metadata).
+    /// The errors of [`metadata`](Self::metadata).
     pub fn zeroed(&mut self, lba: Sectors, count: Sectors) -> Result<(), LsmtError> {
         self.0.zeroed(lba, count)
     }
@@ -215,8 +215,8 @@ impl WarpWriter {
     /// Writes the LSMT stream: header, metadata, index, trailer.
     ///
     /// # Errors
-    /// [`LsmtError::Run`] when something is mapped but nothing is metadata: readers would take the
-    /// tar for metadata (spec lsmt 9, tag normalisation). [`LsmtError::Write`].
+    /// [`LsmtError::Run`] if the layer has remote runs but no metadata: readers would take the tar for
+    /// metadata (spec lsmt 9, tag normalisation). [`LsmtError::Write`].
     pub fn finish(self, out: &mut impl Write) -> Result<(), LsmtError> {
         let tags = |tag| self.0.index.iter().any(|mapping| mapping.tag == tag);
         if tags(1) && !tags(0) {
@@ -237,14 +237,14 @@ fn run_error(lba: Sectors, end: u64, rule: &'static str) -> LsmtError {
     LsmtError::Run { lba: lba.0, end, rule }
 }
 
-/// What both writers do.
+/// The shared part of the writers.
 struct LayerWriter<W> {
     out: W,
     record: Record,
     /// One past the last sector of the disk.
     limit: u64,
     index: Vec<Mapping>,
-    /// Sector of the output where the next payload goes.
+    /// Sector of the output for the next payload.
     position: u64,
     /// One past the last mapped disk sector.
     free: u64,
@@ -254,10 +254,10 @@ impl<W: Write> LayerWriter<W> {
     fn new(mut out: W, virtual_size: Bytes, identity: Identity) -> Result<Self, LsmtError> {
         let size_error = |rule| Err(LsmtError::Size { size: virtual_size, rule });
         if !virtual_size.0.is_multiple_of(SECTOR) {
-            return size_error("it is a multiple of 512");
+            return size_error("it must be a multiple of 512");
         }
         if virtual_size.sector().0 > LBA_LIMIT {
-            return size_error("its sectors have 50-bit numbers");
+            return size_error("its sectors must have 50-bit numbers");
         }
         let record = Record {
             flags: FLAG_HEADER | FLAG_DATA | FLAG_SEALED,
@@ -277,10 +277,10 @@ impl<W: Write> LayerWriter<W> {
     fn admit(&mut self, lba: Sectors, count: Sectors) -> Result<u64, LsmtError> {
         let end = lba.0.saturating_add(count.0);
         if lba.0 < self.free {
-            return Err(run_error(lba, end, "they do not come after the sectors added before"));
+            return Err(run_error(lba, end, "they must come after all sectors added before"));
         }
         if end > self.limit {
-            return Err(run_error(lba, end, "the disk ends before"));
+            return Err(run_error(lba, end, "the disk ends before them"));
         }
         self.free = end;
         Ok(end)
@@ -318,7 +318,7 @@ impl<W: Write> LayerWriter<W> {
         Ok(())
     }
 
-    /// Adds an entry, joined to the last one by the rule of upstream's `compress_raw_index`.
+    /// Adds an entry; joins it to the last one by the rule of upstream's `compress_raw_index`.
     fn entry(
         &mut self,
         lba: u64,

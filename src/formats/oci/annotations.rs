@@ -1,7 +1,8 @@
-//! The annotations by which a layer says that it is an overlaybd layer (spec turbooci 3.5).
+//! The annotations that mark a layer as an overlaybd layer (spec turbooci 3.5).
 //!
-//! Media types do not tell: a TurboOCI layer calls itself an ordinary gzip layer, so that every
-//! registry stores it. What it is, and which original layer holds its data, stands in annotations.
+//! The media type does not tell the kind of a layer: a TurboOCI layer has the media type of an ordinary gzip
+//! layer, so that every registry stores it. Its annotations say what it is, and which original layer holds
+//! its data.
 
 use thiserror::Error;
 
@@ -18,9 +19,10 @@ pub const BLOB_SIZE: &str = "containerd.io/snapshot/overlaybd/blob-size";
 pub const BLOB_FS_TYPE: &str = "containerd.io/snapshot/overlaybd/blob-fs-type";
 /// Digest of the original layer that holds the data of a TurboOCI layer.
 pub const TARGET_DIGEST: &str = "containerd.io/snapshot/overlaybd/turbo-oci/target-digest";
-/// Media type of the original layer: tells whether it is gzip.
+/// Media type of the original layer; it says if the layer is gzip.
 pub const TARGET_MEDIA_TYPE: &str = "containerd.io/snapshot/overlaybd/turbo-oci/target-media-type";
-/// `yes` on a topmost layer that is no layer but a trace of what a start reads (spec runtime 8).
+/// `yes` on a topmost entry of the layers that is not a layer but a trace, the list of what a start reads
+/// (spec runtime 8).
 pub const ACCELERATION_LAYER: &str = "containerd.io/snapshot/overlaybd/acceleration-layer";
 /// [`TARGET_DIGEST`] under the format's old name.
 pub const LEGACY_TARGET_DIGEST: &str = "containerd.io/snapshot/overlaybd/fastoci/target-digest";
@@ -30,31 +32,32 @@ pub const LEGACY_TARGET_MEDIA_TYPE: &str =
 
 /// Reference name of a manifest in an image layout (OCI image specification).
 pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
-/// The full image name that containerd adds when it exports.
+/// The full image name, added by containerd's export.
 pub const CONTAINERD_IMAGE_NAME: &str = "io.containerd.image.name";
-/// On a manifest of an index: this is no image but a statement about one (build attestations).
+/// Marks a manifest of an index as a statement about an image (a build attestation), not an image.
 pub const DOCKER_REFERENCE_TYPE: &str = "vnd.docker.reference.type";
-/// Digest of the manifest that a statement is about.
+/// Digest of the manifest that the statement is about.
 pub const DOCKER_REFERENCE_DIGEST: &str = "vnd.docker.reference.digest";
 
-/// [`VERSION`] of a layer that holds all its data.
+/// [`VERSION`] of a layer that contains all its data.
 pub const VERSION_NATIVE: &str = "0.1.0";
-/// Ours, on a manifest: the repository of the original layers, when the meta image was written elsewhere.
+/// This project's key, on a manifest: the repository of the original layers, if the meta image was written to
+/// another one.
 pub const ORIGIN: &str = "dev.turbobd.origin";
 /// `artifactType` of a TurboOCI image that names its original as `subject` (spec turbooci 2).
 pub const ARTIFACT_TYPE_TURBO: &str = "application/vnd.containerd.overlaybd.turbo.v1+json";
 /// `artifactType` of a native image that names its original as `subject` (spec turbooci 2).
 pub const ARTIFACT_TYPE_NATIVE: &str = "application/vnd.containerd.overlaybd.native.v1+json";
 
-/// [`VERSION`] of a layer that holds metadata only.
+/// [`VERSION`] of a layer that contains metadata only.
 pub const VERSION_TURBO: &str = "0.1.0-turbo.ociv1";
 /// [`VERSION_TURBO`] under the format's old name.
 pub const LEGACY_VERSION_TURBO: &str = "0.1.0-fastoci";
 
-/// What a layer of a manifest is.
+/// Kinds of layers in a manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LayerKind {
-    /// An ordinary tar, perhaps compressed.
+    /// An ordinary tar, compressed or not.
     Plain,
     /// A native overlaybd layer.
     Native,
@@ -64,7 +67,7 @@ pub enum LayerKind {
         target: Digest,
         /// Its media type.
         target_media_type: String,
-        /// Whether the original calls itself gzip, as whatever is not a plain tar does: see
+        /// True if the media type of the original is not a plain tar; it then counts as gzip: see
         /// [`segments`](crate::segments).
         is_gzip: bool,
     },
@@ -73,7 +76,7 @@ pub enum LayerKind {
 /// Annotations that contradict themselves.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum AnnotationError {
-    /// A TurboOCI layer that does not say where its data is.
+    /// A TurboOCI layer without the digest of its original layer.
     #[error("Layer {layer} is a TurboOCI layer but has no annotation {key}")]
     Missing {
         /// The layer.
@@ -81,16 +84,16 @@ pub enum AnnotationError {
         /// The missing key.
         key: &'static str,
     },
-    /// A target that is no digest.
+    /// A target that is not a digest.
     #[error("Layer {layer} has a bad annotation {TARGET_DIGEST}")]
     Target {
         /// The layer.
         layer: Digest,
-        /// What is wrong.
+        /// The fault in the digest.
         #[source]
         source: DigestError,
     },
-    /// A target of a kind that the format does not know.
+    /// A target of a media type that the format does not know.
     #[error(
         "Layer {layer} has a target of the media type {media_type:?}, which is neither a tar nor a gzip layer"
     )]
@@ -105,12 +108,12 @@ pub enum AnnotationError {
     BlobDigest {
         /// The layer.
         layer: Digest,
-        /// What the annotation says.
+        /// Value of the annotation.
         found: String,
     },
 }
 
-/// The topmost layer, if it is no layer but a trace to prefetch by, and the others.
+/// The topmost layer if it is a trace to prefetch by and not a layer, and all other layers.
 #[must_use]
 pub fn split_acceleration(layers: &[Descriptor]) -> (Option<&Descriptor>, &[Descriptor]) {
     match layers.split_last() {
@@ -124,13 +127,13 @@ pub fn split_acceleration(layers: &[Descriptor]) -> (Option<&Descriptor>, &[Desc
 }
 
 impl LayerKind {
-    /// What the annotations of `layer` say it is.
+    /// Kind of `layer` by its annotations.
     ///
-    /// A target makes a TurboOCI layer; else a blob digest, which upstream's snapshotter looks for, makes a
-    /// native one.
+    /// A target makes a TurboOCI layer. Otherwise a blob digest, which upstream's snapshotter looks for,
+    /// makes a native one.
     ///
     /// # Errors
-    /// [`AnnotationError`] when they contradict themselves.
+    /// [`AnnotationError`] if they contradict each other.
     pub fn of(layer: &Descriptor) -> Result<Self, AnnotationError> {
         let get = |key: &str| layer.annotations.get(key).map(String::as_str);
         let this = layer.digest;
@@ -168,7 +171,7 @@ impl LayerKind {
     }
 }
 
-/// The annotations of a new TurboOCI layer blob of this digest and size.
+/// The annotations of a new TurboOCI layer blob with this digest and size.
 #[must_use]
 pub fn turbo(
     blob: &Digest,
@@ -182,7 +185,7 @@ pub fn turbo(
     annotations
 }
 
-/// The annotations of a new native layer blob of this digest and size.
+/// The annotations of a new native layer blob with this digest and size.
 #[must_use]
 pub fn native(blob: &Digest, size: u64) -> Vec<(String, String)> {
     of_blob(VERSION_NATIVE, blob, size)

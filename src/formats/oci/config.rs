@@ -1,9 +1,9 @@
-//! The image config: JSON that says how to run the image, and the digests of its unpacked layers.
+//! The image config: JSON with the settings to run the image, and the digests of its unpacked layers.
 //!
-//! A converted image has other layers, so `rootfs.diff_ids` must change; and nothing else may. Upstream
-//! reads the config into a structure and writes that out again, which loses what the structure does not
-//! have (health checks, `OnBuild`, `Shell`). Here the config stays *text*: the array is found in it and
-//! replaced, and every other byte is what it was: order, blanks, numbers of any size.
+//! A converted image has other layers, so `rootfs.diff_ids` must change, and all else must stay. Upstream
+//! reads the config into a structure and writes that again; it loses the fields that the structure lacks
+//! (health checks, `OnBuild`, `Shell`). Here the config stays *text*. The array is found in the text and
+//! replaced. Every other byte is kept: order, blanks, numbers of any size.
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use thiserror::Error;
 use crate::oci::digest::{Digest, DigestError};
 use crate::oci::manifest::{DOCUMENT_LIMIT, Platform};
 
-/// Why a config cannot be used.
+/// Reasons to refuse a config.
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// Larger than [`DOCUMENT_LIMIT`].
@@ -27,10 +27,10 @@ pub enum ConfigError {
     Field {
         /// The field.
         field: &'static str,
-        /// What is wrong with it.
+        /// The fault.
         reason: &'static str,
     },
-    /// A layer digest that is none.
+    /// An entry that is not a digest.
     #[error("The image config has a bad entry in rootfs.diff_ids")]
     DiffId(#[source] DigestError),
 }
@@ -41,7 +41,7 @@ pub struct ImageConfig {
     text: String,
     value: Value,
     diff_ids: Vec<Digest>,
-    /// Where the array of digests lies in the text.
+    /// Range of the array of digests in the text.
     place: Range<usize>,
 }
 
@@ -49,7 +49,7 @@ impl ImageConfig {
     /// Reads a config.
     ///
     /// # Errors
-    /// [`ConfigError`], also when `rootfs.diff_ids` occurs twice: readers would disagree which counts.
+    /// [`ConfigError`], also if `rootfs.diff_ids` occurs twice: readers would disagree on which one counts.
     pub fn parse(bytes: &[u8]) -> Result<Self, ConfigError> {
         if bytes.len() as u64 > DOCUMENT_LIMIT {
             return Err(ConfigError::Large(bytes.len()));
@@ -66,7 +66,7 @@ impl ImageConfig {
             .ok_or(field("it is not an array"))?;
         let mut diff_ids = Vec::with_capacity(listed.len());
         for id in listed {
-            let id = id.as_str().ok_or(field("it holds something that is not text"))?;
+            let id = id.as_str().ok_or(field("an entry is not text"))?;
             diff_ids.push(id.parse().map_err(ConfigError::DiffId)?);
         }
         Ok(Self { text, value, diff_ids, place })
@@ -84,13 +84,13 @@ impl ImageConfig {
         self.text.as_bytes()
     }
 
-    /// The config as a JSON value, to look at other fields.
+    /// The config as a JSON value, for access to other fields.
     #[must_use]
     pub fn value(&self) -> &Value {
         &self.value
     }
 
-    /// The platform, when the config names one.
+    /// The platform, if the config names one.
     #[must_use]
     pub fn platform(&self) -> Option<Platform> {
         let text =
@@ -98,7 +98,7 @@ impl ImageConfig {
         Some(Platform::new(text("os")?, text("architecture")?, text("variant")))
     }
 
-    /// The bytes of the same config with these layers. Every byte outside `rootfs.diff_ids` is kept.
+    /// The bytes of this config with other layers. Every byte outside `rootfs.diff_ids` is kept.
     #[must_use]
     pub fn with_diff_ids(&self, diff_ids: &[Digest]) -> Vec<u8> {
         let quoted: Vec<String> = diff_ids.iter().map(|id| format!("\"{id}\"")).collect();
@@ -108,14 +108,14 @@ impl ImageConfig {
 }
 
 impl ImageConfig {
-    /// The bytes of the same config with one more layer on top, and one more entry of its history if it has
-    /// one. Every other byte is kept.
+    /// The bytes of this config with one more layer on top, and one more entry of its history if it has one.
+    /// Every other byte is kept.
     #[must_use]
     pub fn with_layer(&self, diff_id: Digest, history: &Value) -> Vec<u8> {
         let mut diff_ids = self.diff_ids.clone();
         diff_ids.push(diff_id);
         let bytes = self.with_diff_ids(&diff_ids);
-        // What was text stays text.
+        // The bytes were text before, so the edited bytes are text too.
         let Ok(text) = String::from_utf8(bytes.clone()) else { return bytes };
         let Ok(place) = member(&text, 0..text.len(), "history") else { return bytes };
         let Some(list) = text[place.clone()].strip_suffix(']').filter(|list| list.starts_with('['))
@@ -128,7 +128,7 @@ impl ImageConfig {
     }
 }
 
-/// Where the value of `key` lies in the JSON object that spans `object`, in text already known to be JSON.
+/// Range of the value of `key` in the JSON object that spans `object`, in text already known to be JSON.
 fn member(text: &str, object: Range<usize>, key: &str) -> Result<Range<usize>, &'static str> {
     let mut scanner = Scanner { text: text.as_bytes(), at: object.start };
     if scanner.peek() != Some(b'{') {
@@ -156,7 +156,7 @@ fn member(text: &str, object: Range<usize>, key: &str) -> Result<Range<usize>, &
     found.ok_or("it is missing")
 }
 
-/// Finds the ends of values in JSON that has been checked before. On other text it goes astray, but it
+/// Finds the ends of values in JSON that has been checked before. On other text its answers are wrong, but it
 /// always moves on and never leaves the text.
 struct Scanner<'a> {
     text: &'a [u8],
@@ -204,7 +204,7 @@ impl Scanner<'_> {
         start..self.at.min(self.text.len())
     }
 
-    /// Passes a string.
+    /// Skips a string.
     fn string(&mut self) {
         self.at += 1;
         while let Some(&byte) = self.text.get(self.at) {

@@ -1,4 +1,4 @@
-//! `sha256:…`: what a blob is called.
+//! `sha256:…`: the name of a blob.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,13 +6,13 @@ use std::str::FromStr;
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
-/// A text that is not a digest this program can check.
+/// A text that is not a digest, or not one of an algorithm that this program checks.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{0:?} is not a digest: expected sha256: and 64 lower-case hexadecimal digits")]
 pub struct DigestError(pub String);
 
-/// The SHA-256 of a blob. Other algorithms of the OCI specification are refused: no registry in the
-/// field serves them.
+/// The SHA-256 of a blob. Other algorithms of the OCI specification are refused: no known registry serves
+/// them.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest(pub [u8; 32]);
 
@@ -23,7 +23,7 @@ impl Digest {
         Self(Sha256::digest(bytes).into())
     }
 
-    /// The digest of what was fed to `hasher`.
+    /// The digest of the bytes given to `hasher`.
     #[must_use]
     pub fn from_hasher(hasher: Sha256) -> Self {
         Self(hasher.finalize().into())

@@ -1,8 +1,8 @@
-//! Manifest, index, descriptor; in the media types of OCI and of Docker (schema 2).
+//! Manifest, index and descriptor, in the media types of OCI and of Docker (schema 2).
 //!
-//! The two families differ in media types only. A document may leave its media type out (OCI once told
-//! writers to); then its shape tells. One that is both a manifest and an index is refused, whatever it
-//! calls itself: two readers would see two images.
+//! The two families differ only in their media types. A document may omit its media type (OCI once told
+//! writers to do so); then its fields decide. A document that is both a manifest and an index is refused,
+//! whatever its media type: two readers could see two images.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,7 +14,7 @@ use thiserror::Error;
 use crate::oci::annotations::DOCKER_REFERENCE_TYPE;
 use crate::oci::digest::Digest;
 
-/// Largest manifest, index or config that is read: 4 MiB, what the distribution specification asks
+/// Largest manifest, index or config that is read: 4 MiB, the size that the distribution specification asks
 /// registries to accept.
 pub const DOCUMENT_LIMIT: u64 = 4 << 20;
 
@@ -38,28 +38,28 @@ pub mod media {
     pub const DOCKER_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
     pub const DOCKER_LAYER_ZSTD: &str = "application/vnd.docker.image.rootfs.diff.tar.zstd";
 
-    /// What to ask a registry for: every document that this program reads.
+    /// The media types to request from a registry: every document that this program reads.
     pub const ACCEPTED: [&str; 4] = [OCI_INDEX, OCI_MANIFEST, DOCKER_INDEX, DOCKER_MANIFEST];
 
-    /// Whether this is one of Docker's.
+    /// True for a media type of Docker.
     #[must_use]
     pub fn is_docker(media_type: &str) -> bool {
         media_type.starts_with("application/vnd.docker.")
     }
 }
 
-/// Why a document cannot be used.
+/// Reasons to refuse a document.
 #[derive(Debug, Error)]
 pub enum ManifestError {
     /// Larger than [`DOCUMENT_LIMIT`].
     #[error("The document has {0} bytes; at most {DOCUMENT_LIMIT} are read")]
     Large(u64),
-    /// Not JSON, or not with the fields of its kind.
+    /// A document that is not JSON, or lacks the fields of its kind.
     #[error("The document is not a valid {what}")]
     Json {
         /// Manifest or index.
         what: &'static str,
-        /// Where and why.
+        /// Position and reason.
         #[source]
         source: serde_json::Error,
     },
@@ -68,20 +68,20 @@ pub enum ManifestError {
         "The image has a manifest of Docker's schema 1, which no registry should serve any more; push it again with a current tool"
     )]
     Schema1,
-    /// Neither manifest nor index, or both.
+    /// Neither a manifest nor an index, or both.
     #[error("The document is {0}")]
     Kind(String),
-    /// No manifest of the index fits.
-    #[error("The image has nothing for {wanted}; it has {found}")]
+    /// No manifest of the index matches.
+    #[error("The image has no manifest for {wanted}; it has {found}")]
     NoPlatform {
-        /// The platform asked for.
+        /// The requested platform.
         wanted: String,
         /// The platforms of the index.
         found: String,
     },
 }
 
-/// A blob as another document names it.
+/// A reference to a blob in another document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
@@ -92,7 +92,7 @@ pub struct Descriptor {
     pub digest: Digest,
     /// Length of the blob in bytes.
     pub size: u64,
-    /// Other places to get the blob from.
+    /// Other addresses of the blob.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub urls: Vec<String>,
     /// Annotations.
@@ -105,7 +105,7 @@ pub struct Descriptor {
     /// The platform of an image in an index.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<Platform>,
-    /// What kind of artifact the blob is a manifest of.
+    /// Kind of artifact that the manifest describes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
     /// Fields that this program does not know.
@@ -114,7 +114,7 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
-    /// A descriptor with nothing but the necessary.
+    /// A descriptor with the required fields only.
     #[must_use]
     pub fn new(media_type: &str, digest: Digest, size: u64) -> Self {
         Self {
@@ -135,14 +135,14 @@ impl Descriptor {
         Self::new(media_type, Digest::of(bytes), bytes.len() as u64)
     }
 
-    /// Whether this is a statement about an image rather than an image: build attestations hide among the
-    /// manifests of an index, with the platform unknown/unknown.
+    /// True for a statement about an image (a build attestation). Such manifests stand in an index beside the
+    /// images, with the platform unknown/unknown.
     #[must_use]
     pub fn is_attestation(&self) -> bool {
         self.annotations.contains_key(DOCKER_REFERENCE_TYPE)
     }
 
-    /// Whether this names an index or list of manifests.
+    /// True if this names an index or list of manifests.
     #[must_use]
     pub fn is_index(&self) -> bool {
         matches!(self.media_type.as_str(), media::OCI_INDEX | media::DOCKER_INDEX)
@@ -155,10 +155,10 @@ impl Descriptor {
 pub struct Manifest {
     /// Always 2.
     pub schema_version: u32,
-    /// Media type, when written.
+    /// Media type, if present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media_type: Option<String>,
-    /// What kind of artifact this is, when it is no image.
+    /// Kind of artifact, if this is not an image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
     /// The image config.
@@ -186,10 +186,10 @@ pub struct Manifest {
 pub struct Index {
     /// Always 2.
     pub schema_version: u32,
-    /// Media type, when written.
+    /// Media type, if present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media_type: Option<String>,
-    /// What kind of artifact this is, when it holds no images.
+    /// Kind of artifact, if the index holds no images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
     /// The images.
@@ -209,18 +209,19 @@ pub struct Index {
     pub other: Map<String, Value>,
 }
 
-/// What a name may lead to.
+/// Documents that a name can lead to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[allow(clippy::large_enum_variant)] // one exists at a time
+#[allow(clippy::large_enum_variant)] // only one exists at a time
 pub enum Document {
     /// One image.
     Manifest(Manifest),
-    /// Several.
+    /// Several images.
     Index(Index),
 }
 
 impl Document {
-    /// Reads a manifest or an index. `media_type` is what the descriptor or the registry called it, if anything.
+    /// Reads a manifest or an index. `media_type` is the type given by the descriptor or the registry, if
+    /// any.
     ///
     /// # Errors
     /// [`ManifestError`].
@@ -279,13 +280,13 @@ fn is_known(media_type: &str) -> bool {
 }
 
 impl Manifest {
-    /// The bytes to store: compact JSON, always the same for the same manifest.
+    /// The bytes to store: compact JSON, always equal for equal manifests.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         compact(self)
     }
 
-    /// The media type, from the config's family when the manifest does not tell.
+    /// The media type; if the manifest has none, that of the config's family.
     #[must_use]
     pub fn media_type(&self) -> &str {
         let guess = || {
@@ -314,29 +315,30 @@ impl Index {
         }
     }
 
-    /// The bytes to store: compact JSON, always the same for the same index.
+    /// The bytes to store: compact JSON, always equal for equal indexes.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         compact(self)
     }
 
-    /// The media type; OCI's when the index does not tell.
+    /// The media type; OCI's if the index has none.
     #[must_use]
     pub fn media_type(&self) -> &str {
         self.media_type.as_deref().unwrap_or(media::OCI_INDEX)
     }
 
-    /// The images: everything but attestations.
+    /// The images: all manifests that are not attestations.
     pub fn images(&self) -> impl Iterator<Item = &Descriptor> {
         self.manifests.iter().filter(|manifest| !manifest.is_attestation())
     }
 
-    /// The manifest for a machine of this platform: of those that it runs, the closest; of equals the first.
+    /// The manifest for a machine of this platform. Of the manifests that it can run, the closest; of several
+    /// equally close ones, the first.
     ///
-    /// An only image without a platform is taken for whatever is asked: what else could be meant.
+    /// A single image without a platform is accepted for every platform: no other choice exists.
     ///
     /// # Errors
-    /// [`ManifestError::NoPlatform`], which lists what there is.
+    /// [`ManifestError::NoPlatform`], which lists the platforms of the index.
     pub fn select(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
         let rank =
             |image: &&Descriptor| image.platform.as_ref().and_then(|offer| wanted.distance(offer));
@@ -359,17 +361,17 @@ impl Index {
     }
 }
 
-/// Strings and numbers always have a JSON form, so there is nothing to fail.
+/// Strings and numbers always have a JSON form, so this cannot fail.
 fn compact(document: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(document).unwrap_or_default()
 }
 
-/// What an image runs on.
+/// Platform that an image runs on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Platform {
-    /// Processor, as Go calls it.
+    /// Processor, in Go's spelling.
     pub architecture: String,
-    /// Operating system, as Go calls it.
+    /// Operating system, in Go's spelling.
     pub os: String,
     /// Version of the processor: `v8` of arm64, `v3` of amd64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -380,7 +382,7 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// The platform that this program was built for, with no claim beyond the base variant.
+    /// The platform that this program was built for, with the base variant.
     #[must_use]
     pub fn host() -> Self {
         let (architecture, variant) = match std::env::consts::ARCH {
@@ -403,8 +405,8 @@ impl Platform {
         Self { architecture, os, variant: variant.map(str::to_owned), other: Map::new() }
     }
 
-    /// How far an offer is from this machine: 0 is the same, nothing means it does not run. An older variant
-    /// runs, the newest of them best.
+    /// Distance between an offered platform and this machine: 0 is an exact match, `None` means that the
+    /// image does not run. Images for older variants run; the newest of them is closest.
     fn distance(&self, offer: &Self) -> Option<u32> {
         if (&self.os, &self.architecture) != (&offer.os, &offer.architecture) {
             return None;
@@ -430,7 +432,7 @@ impl fmt::Display for Platform {
     }
 }
 
-/// A digest as the text that JSON has.
+/// Writes and reads a digest as a JSON string.
 mod digest_text {
     use serde::{Deserialize as _, Deserializer, Serializer, de};
 
@@ -450,7 +452,7 @@ mod digest_text {
     }
 }
 
-/// Go writes `null` for a map that was never made.
+/// Go writes `null` for an empty map that was never allocated.
 fn null_is_empty<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> Result<BTreeMap<String, String>, D::Error> {
@@ -505,7 +507,7 @@ mod tests {
         }
     }
 
-    /// Found by fuzzing: such a number becomes a float, and must not wander with each rewriting.
+    /// Found by fuzzing: such a number becomes a float, and must not change with each rewriting.
     #[test]
     fn a_number_beyond_64_bits_in_an_unknown_field_reads_back_as_it_was_written() {
         let text = r#"{"schemaVersion":2,"manifests":[],"x":4444444444444444444444444444444444444444444444444444444444444442}"#;
@@ -583,7 +585,7 @@ mod tests {
             index(&["linux/s390x", "attestation", "linux/amd64/v3"]).select(&amd64).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "The image has nothing for linux/amd64; it has linux/s390x, linux/amd64/v3"
+            "The image has no manifest for linux/amd64; it has linux/s390x, linux/amd64/v3"
         );
         assert!(index(&["", "attestation"]).select(&amd64).is_ok());
         assert!(index(&["", ""]).select(&amd64).is_err());

@@ -1,8 +1,8 @@
-//! What a user calls an image.
+//! Names that a user gives for images.
 //!
-//! `[host[:port]/]name[:tag|@digest]` names one in a registry, `oci:DIR[:TAG]` one in an image layout
+//! `[host[:port]/]name[:tag|@digest]` names an image in a registry, `oci:DIR[:TAG]` one in an image layout
 //! directory. Registry names follow Docker: `debian` is `docker.io/library/debian:latest`. The grammar is
-//! that of the distribution specification, and nothing outside it is guessed at.
+//! that of the distribution specification; a name outside it is refused, without a guess.
 
 use std::fmt;
 use std::io;
@@ -19,16 +19,16 @@ pub const DEFAULT_HOST: &str = "docker.io";
 /// The tag of a name without one.
 pub const DEFAULT_TAG: &str = "latest";
 
-/// The folder of Docker's own images, which are named without it.
+/// The folder of Docker's official images; their names omit it.
 const OFFICIAL: &str = "library/";
 
-/// What a layout name starts with.
+/// Prefix of a layout name.
 const LAYOUT_PREFIX: &str = "oci:";
 
-/// Bytes in host and repository together, by the distribution specification.
+/// Largest number of bytes in host and repository together, by the distribution specification.
 const NAME_LIMIT: usize = 255;
 
-/// A text that names no image.
+/// A text that is not an image name.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{text:?} is not an image name: {reason}")]
 pub struct ReferenceError {
@@ -38,7 +38,7 @@ pub struct ReferenceError {
     pub reason: ReferenceRule,
 }
 
-/// Rules of names.
+/// Rules for names.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[allow(missing_docs)]
 pub enum ReferenceRule {
@@ -48,30 +48,30 @@ pub enum ReferenceRule {
     NoDirectory,
     #[error("it starts with a scheme; write host/name alone")]
     Scheme,
-    #[error("the host {0:?} is not a host name or address with an optional port")]
+    #[error("the host {0:?} must be a host name or address with an optional port")]
     Host(String),
     #[error(
-        "the repository {0:?} is not lower-case letters and digits, joined by single . or _, __, - or /"
+        "the repository {0:?} must be lower-case letters and digits, joined by single . or _, __, - or /"
     )]
     Repository(String),
     #[error("host and repository have {0} bytes; {NAME_LIMIT} are allowed")]
     Long(usize),
-    #[error("the tag {0:?} is not 1 to 128 letters, digits, _, . and -, with no . or - in front")]
+    #[error("the tag {0:?} must be 1 to 128 letters, digits, _, . and -, with no . or - in front")]
     Tag(String),
-    #[error("the tag {0:?} of a layout is not letters and digits joined by -._:@+/")]
+    #[error("the tag {0:?} of a layout must be letters and digits joined by -._:@+/")]
     LayoutTag(String),
     #[error(transparent)]
     Digest(#[from] DigestError),
-    #[error("a repository is wanted here, without a tag or digest")]
+    #[error("this must be a repository, without a tag or digest")]
     NotRepository,
 }
 
-/// An image, wherever it is.
+/// An image in a registry or in a directory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ImageName {
-    /// In a registry.
+    /// An image in a registry.
     Registry(RegistryName),
-    /// In an image layout directory.
+    /// An image in an image layout directory.
     Layout(LayoutName),
 }
 
@@ -82,22 +82,22 @@ pub struct RegistryName {
     pub host: String,
     /// The repository: `library/debian`.
     pub repository: String,
-    /// The tag, when one is written.
+    /// The tag, if given.
     pub tag: Option<String>,
-    /// The digest of the manifest. With one, the tag is only a remark.
+    /// The digest of the manifest, if given. It alone then selects the manifest; the tag has no effect.
     pub digest: Option<Digest>,
 }
 
 /// An image in an image layout directory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LayoutName {
-    /// The directory. It cannot contain a colon: what follows one is the tag.
+    /// The directory. It cannot contain a colon, because a colon starts the tag.
     pub dir: PathBuf,
-    /// The reference name (`org.opencontainers.image.ref.name`), when one is written.
+    /// The reference name (`org.opencontainers.image.ref.name`), if given.
     pub tag: Option<String>,
 }
 
-/// A place for images: an image's name without its tag.
+/// A place for images: the name of an image without its tag.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum RepositoryName {
     /// A repository of a registry.
@@ -112,7 +112,7 @@ pub enum RepositoryName {
 }
 
 impl RegistryName {
-    /// What to ask the registry for: the digest, else the tag, else `latest`.
+    /// The reference to request from the registry: the digest, else the tag, else `latest`.
     #[must_use]
     pub fn reference(&self) -> String {
         match (&self.digest, &self.tag) {
@@ -124,7 +124,7 @@ impl RegistryName {
 }
 
 impl ImageName {
-    /// Where the image is, without its tag.
+    /// The place of the image, without its tag.
     #[must_use]
     pub fn repository(&self) -> RepositoryName {
         match self {
@@ -138,10 +138,10 @@ impl ImageName {
 }
 
 impl RepositoryName {
-    /// The image of this tag here.
+    /// The image with this tag in this place.
     ///
     /// # Errors
-    /// [`ReferenceError`] when `tag` is not one.
+    /// [`ReferenceError`] if `tag` is not a valid tag.
     pub fn with_tag(&self, tag: &str) -> Result<ImageName, ReferenceError> {
         let checked = match self {
             Self::Registry { .. } => {
@@ -164,10 +164,10 @@ impl RepositoryName {
 }
 
 impl ImageName {
-    /// The same image for a process with another working directory.
+    /// Makes the directory absolute, so that a process with another working directory finds the same image.
     ///
     /// # Errors
-    /// When this process has no working directory.
+    /// If this process has no working directory.
     pub fn absolute(&self) -> io::Result<Self> {
         Ok(match self {
             Self::Layout(name) => Self::Layout(LayoutName {
@@ -180,10 +180,10 @@ impl ImageName {
 }
 
 impl RepositoryName {
-    /// The same place for a process with another working directory.
+    /// Makes the directory absolute, so that a process with another working directory finds the same place.
     ///
     /// # Errors
-    /// When this process has no working directory.
+    /// If this process has no working directory.
     pub fn absolute(&self) -> io::Result<Self> {
         Ok(match self {
             Self::Layout(dir) => Self::Layout(std::path::absolute(dir)?),
@@ -261,7 +261,7 @@ impl fmt::Display for RepositoryName {
     }
 }
 
-/// A text for a message.
+/// Shortens a text for a message.
 fn shortened(text: &str) -> String {
     text.chars().take(300).collect()
 }
@@ -291,7 +291,7 @@ fn registry_name(text: &str) -> Result<RegistryName, ReferenceRule> {
         Some((rest, digest)) => (rest, Some(digest.parse::<Digest>()?)),
         None => (text, None),
     };
-    // A colon in the last part starts a tag; further left it is that of a port.
+    // A colon in the last part starts a tag; a colon in an earlier part starts a port.
     let last = rest.rfind('/').map_or(0, |slash| slash + 1);
     let (name, tag) = match rest[last..].split_once(':') {
         Some((_, tag)) => (&rest[..rest.len() - tag.len() - 1], Some(tag)),
@@ -325,7 +325,7 @@ fn registry_name(text: &str) -> Result<RegistryName, ReferenceRule> {
     }
 }
 
-/// Docker's rule: the first part is a host when a Docker Hub name could not look like it.
+/// Docker's rule: the first part is a host if it cannot be a name on Docker Hub.
 fn is_like_host(part: &str) -> bool {
     part == "localhost"
         || part.contains(['.', ':', '['])
@@ -363,7 +363,7 @@ fn is_repository(repository: &str) -> bool {
     })
 }
 
-/// Whether `part` is runs of `is_plain` bytes joined by one `.`, one or two `_`, or any number of `-`.
+/// True if `part` is runs of `is_plain` bytes joined by one `.`, one or two `_`, or any number of `-`.
 fn is_joined(part: &[u8], is_plain: impl Fn(u8) -> bool + Copy) -> bool {
     let is_separator =
         |run: &[u8]| matches!(run, b"." | b"_" | b"__") || run.iter().all(|&byte| byte == b'-');
@@ -383,7 +383,7 @@ fn is_tag(tag: &str) -> bool {
         && tag.bytes().next().is_some_and(is_word)
 }
 
-/// The grammar of `org.opencontainers.image.ref.name`, a little wider: separators may repeat.
+/// The grammar of `org.opencontainers.image.ref.name`, slightly relaxed: separators may repeat.
 fn is_layout_tag(tag: &str) -> bool {
     let ends_plain =
         |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
@@ -479,7 +479,7 @@ mod tests {
         assert!(format!("h.x/{}", "r".repeat(252)).parse::<ImageName>().is_err());
         assert_eq!(
             shown("a/B"),
-            "the repository \"a/B\" is not lower-case letters and digits, joined by single . or _, __, - or /"
+            "the repository \"a/B\" must be lower-case letters and digits, joined by single . or _, __, - or /"
         );
     }
 

@@ -1,13 +1,14 @@
-//! Numbers, as both versions of `turbobd.segments` store them.
+//! The number encoding of both versions of `turbobd.segments`.
 //!
-//! A varint is LEB128: seven bits a byte, low ones first, high bit set on all but the last, in its shortest form.
+//! A varint is LEB128 in its shortest form: seven bits a byte, low bits first, high bit set on all bytes but
+//! the last.
 
-/// A rule of the format that is broken, and where.
+/// A broken rule of the format, and its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Broken {
     /// Offset in the file.
     pub(crate) offset: u64,
-    /// The rule.
+    /// The broken rule.
     pub(crate) rule: &'static str,
 }
 
@@ -20,24 +21,24 @@ pub(crate) fn put_varint(file: &mut Vec<u8>, mut value: u64) {
     file.push(value as u8);
 }
 
-/// Reads on, never past the end.
+/// A reader that never passes the end.
 pub(crate) struct Cursor<'a> {
     file: &'a [u8],
     at: usize,
 }
 
 impl<'a> Cursor<'a> {
-    /// At the start of `file`.
+    /// A reader at the start of `file`.
     pub(crate) fn new(file: &'a [u8]) -> Self {
         Self { file, at: 0 }
     }
 
-    /// The rule is broken here.
+    /// An error for `rule` at the present position.
     pub(crate) fn broken(&self, rule: &'static str) -> Broken {
         Broken { offset: self.at as u64, rule }
     }
 
-    /// Whether everything was read.
+    /// True if everything was read.
     pub(crate) fn is_at_end(&self) -> bool {
         self.at == self.file.len()
     }

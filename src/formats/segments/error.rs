@@ -1,8 +1,8 @@
-//! What can be wrong with the segments of a layer.
+//! Faults of the segments of a layer.
 
 use thiserror::Error;
 
-/// Why an index of segments cannot be read, made or used.
+/// Error of reading, making or using an index of segments.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum SegmentsError {
     /// A `turbobd.segments` breaks a rule of its format.
@@ -10,7 +10,7 @@ pub enum SegmentsError {
     Sidecar {
         /// Offset in the file.
         offset: u64,
-        /// The rule.
+        /// The broken rule.
         rule: &'static str,
     },
     /// The index describes another layer.
@@ -18,7 +18,7 @@ pub enum SegmentsError {
         "The index belongs to another layer: {what} is {ours} in the index and {theirs} in the layer"
     )]
     OtherLayer {
-        /// What they disagree on.
+        /// The value that differs.
         what: &'static str,
         /// In the index.
         ours: u64,
@@ -28,7 +28,7 @@ pub enum SegmentsError {
     /// More segments than the format can count.
     #[error("The layer has {count} segments, more than an index can hold")]
     TooMany {
-        /// How many.
+        /// The number of segments.
         count: usize,
     },
 }

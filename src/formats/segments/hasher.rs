@@ -1,4 +1,4 @@
-//! The SHA-256 of each segment's bytes of the blob, behind a scan.
+//! The SHA-256 of each segment's bytes of the blob, computed behind a scan.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -8,11 +8,11 @@ use sha2::{Digest as _, Sha256};
 
 use crate::oci::Digest;
 
-/// What was hashed.
+/// Results of the hasher.
 pub(crate) struct Hashed {
     /// Digest of all bytes.
     pub(crate) layer: Digest,
-    /// Their number.
+    /// Number of bytes.
     pub(crate) len: u64,
     /// Digest of each segment.
     pub(crate) segments: Vec<[u8; 32]>,
@@ -20,8 +20,8 @@ pub(crate) struct Hashed {
 
 /// Hashes the bytes of each segment, and the whole layer.
 ///
-/// It gets the pieces that the scan gets, each before what the scan made of it; it can run on another
-/// thread. What may yet become a segment is kept.
+/// It takes the pieces that the scan takes, each before the scan's results of it; it can run on another
+/// thread. Bytes that can still become a segment are kept.
 #[derive(Default)]
 pub struct SegmentHasher {
     pieces: VecDeque<Bytes>,
@@ -33,13 +33,13 @@ pub struct SegmentHasher {
 }
 
 impl SegmentHasher {
-    /// At the first byte of a layer.
+    /// A hasher at the first byte of a layer.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The next bytes.
+    /// Takes the next bytes.
     pub fn push(&mut self, piece: Bytes) {
         self.whole.update(&piece);
         self.received += piece.len() as u64;
@@ -48,7 +48,7 @@ impl SegmentHasher {
         }
     }
 
-    /// These bytes are the next segment; they were pushed, and not forgotten.
+    /// Hashes these bytes as the next segment; they must have been pushed and not forgotten.
     pub fn segment(&mut self, range: &Range<u64>) {
         self.forget_before(range.start);
         let mut hasher = Sha256::new();
@@ -64,7 +64,7 @@ impl SegmentHasher {
         self.done.push(hasher.finalize().into());
     }
 
-    /// No segment to come begins before blob offset `start`.
+    /// Drops kept bytes before blob offset `start`: no further segment begins there.
     pub fn forget_before(&mut self, start: u64) {
         while let Some(piece) = self.pieces.front_mut() {
             let surplus = start.saturating_sub(self.at).min(piece.len() as u64);
@@ -87,7 +87,7 @@ impl SegmentHasher {
         self.done.len()
     }
 
-    /// Digest and length in bytes of what was pushed so far: of the blob, once all of it was.
+    /// Digest and length in bytes of the pushed data; of the whole blob, once all of it has been pushed.
     #[must_use]
     pub fn whole(&self) -> (Digest, u64) {
         (Digest::from_hasher(self.whole.clone()), self.received)

@@ -1,4 +1,4 @@
-//! What a layer's segments are.
+//! The index of a layer's segments.
 
 use std::ops::Range;
 
@@ -7,21 +7,21 @@ use super::{SegmentHasher, SegmentsError};
 use crate::oci::Digest;
 use crate::units::Bytes;
 
-/// Longest segment, stored or decoded: memory is taken for it whole. A scan stays far below; a number from a
+/// Longest segment, stored or decoded: memory is taken for all of it. A scan stays far below; a number from a
 /// file must not decide how much memory is taken.
 pub const MAX_SEGMENT: Bytes = Bytes(256 << 20);
 
-/// How a layer is encoded.
+/// Encoding of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
-    /// Not at all: a bare tar.
+    /// No encoding: a bare tar.
     Plain,
     /// zstd frames.
     Zstd,
 }
 
 impl Encoding {
-    /// What it is called.
+    /// Name of the encoding.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -31,12 +31,12 @@ impl Encoding {
     }
 }
 
-/// Where decoding of a segment begins.
+/// Position where the decoding of a segment begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// At a frame, or in a bare tar: it needs nothing else.
+    /// At a frame, or in a bare tar: the segment decodes alone.
     Start,
-    /// At a block inside a frame: it goes on where the segment before has ended.
+    /// At a block inside a frame: decoding continues from the previous segment.
     Inside,
 }
 
@@ -51,7 +51,7 @@ pub struct Segment {
     pub out: u64,
     /// Its length in the output, never 0.
     pub out_len: u32,
-    /// Where decoding begins.
+    /// Position where decoding begins.
     pub entry: Entry,
     /// CRC-32 of its output.
     pub crc32: u32,
@@ -71,27 +71,27 @@ impl Segment {
     }
 }
 
-/// What a scan says of a layer; its digests are the [`SegmentHasher`]'s.
+/// Result of a scan of a layer; the digests come from the [`SegmentHasher`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scanned {
-    /// How the layer is encoded.
+    /// Encoding of the layer.
     pub encoding: Encoding,
-    /// Wanted length of a segment's output.
+    /// Target length of a segment's output.
     pub span: Bytes,
     /// Length of the blob.
     pub compressed_len: Bytes,
     /// Length of its output.
     pub uncompressed_len: Bytes,
-    /// In order; their outputs follow each other without a gap.
+    /// The segments in order; their outputs follow each other without a gap.
     pub segments: Vec<Segment>,
 }
 
 impl Scanned {
-    /// The index, with the digests that `hasher` made of the same bytes. Segments that became final only at the
-    /// end are hashed here.
+    /// The index, with the digests that `hasher` computed of the same bytes. Segments that became final only
+    /// at the end are hashed here.
     ///
     /// # Errors
-    /// [`SegmentsError::OtherLayer`] when the hasher got other bytes or segments,
+    /// [`SegmentsError::OtherLayer`] if the hasher received other bytes or segments,
     /// [`SegmentsError::TooMany`].
     pub fn with_digests(self, mut hasher: SegmentHasher) -> Result<SegmentIndex, SegmentsError> {
         for segment in self.segments.iter().skip(hasher.count()) {
@@ -113,18 +113,18 @@ impl Scanned {
     }
 }
 
-/// Everything needed to fetch, verify and decode any segment of a layer.
+/// The data needed to fetch, verify and decode any segment of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentIndex {
     layer: Digest,
     scanned: Scanned,
     sha256: Vec<[u8; 32]>,
-    /// The stretches of more than one segment that decode only from their first on, in order.
+    /// The stretches of more than one segment that decode only from their first segment on, in order.
     serial: Vec<Range<u32>>,
 }
 
 impl SegmentIndex {
-    /// `sha256` has one digest for each segment, of which there are less than 2³².
+    /// `sha256` has one digest for each segment; there are fewer than 2³².
     pub(super) fn new(layer: Digest, scanned: Scanned, sha256: Vec<[u8; 32]>) -> Self {
         let mut serial: Vec<Range<u32>> = Vec::new();
         for (number, segment) in (0u32..).zip(&scanned.segments) {
@@ -144,7 +144,7 @@ impl SegmentIndex {
         self.layer
     }
 
-    /// What the scan said.
+    /// The result of the scan.
     #[must_use]
     pub fn scanned(&self) -> &Scanned {
         &self.scanned
@@ -162,7 +162,7 @@ impl SegmentIndex {
         &self.sha256
     }
 
-    /// The segment that holds output position `out`, or `None` past the end.
+    /// The segment that contains output position `out`, or `None` past the end.
     #[must_use]
     pub fn segment_at(&self, out: u64) -> Option<usize> {
         (out < self.scanned.uncompressed_len.0).then(|| {
@@ -170,8 +170,8 @@ impl SegmentIndex {
         })
     }
 
-    /// The segments that must be decoded one after the other to get at segment `number` or at others of the
-    /// same frame: only itself, unless it is one of several in a long frame.
+    /// The segments that must be decoded one after the other to get segment `number` or others of its frame.
+    /// The range holds only `number`, unless that is one of several segments in a long frame.
     #[must_use]
     pub fn serial(&self, number: u32) -> Range<u32> {
         let at = self.serial.partition_point(|stretch| stretch.end <= number);
@@ -179,7 +179,7 @@ impl SegmentIndex {
         stretch.map_or(number..number.saturating_add(1), Clone::clone)
     }
 
-    /// Length of the output of the longest frame that has several segments, 0 if none has.
+    /// Length of the output of the longest frame with several segments; 0 if there is none.
     #[must_use]
     pub fn longest_serial(&self) -> Bytes {
         let len = |stretch: &Range<u32>| {
@@ -189,7 +189,7 @@ impl SegmentIndex {
         Bytes(self.serial.iter().map(len).max().unwrap_or(0))
     }
 
-    /// A number for where the segments are: what is cut differently has a different one.
+    /// A hash of the positions of the segments: indexes with other segments have other values.
     #[must_use]
     pub fn cuts(&self) -> u32 {
         self.segments().iter().fold(0, |crc, segment| {

@@ -11,21 +11,21 @@ use crate::zstandard::{self, FrameDecoder, FramesDecoder};
 use source::ByteSource;
 use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk, SerialDecoder};
 
-/// A layer that is not gzip, and its index.
+/// A layer that is not gzip, with its index.
 pub struct SegmentedLayer {
     id: String,
     index: Arc<SegmentIndex>,
     blob: Arc<dyn ByteSource>,
-    /// Decoders that no thread is using.
+    /// Decoders that no thread uses at present.
     idle: Mutex<Vec<FramesDecoder>>,
 }
 
 impl SegmentedLayer {
-    /// The layer `blob` of digest `id`, decoded by `index`. A cache knows it by both: two images may share a
-    /// layer and have cut it differently.
+    /// The layer `blob` with digest `id`, decoded by `index`. A cache identifies it by both: two images may
+    /// share a layer but cut it differently.
     ///
     /// # Errors
-    /// [`SegmentsError::OtherLayer`] when the blob's length is not the one in the index.
+    /// [`SegmentsError::OtherLayer`] if the blob's length is not that of the index.
     pub fn new(
         id: &str,
         index: SegmentIndex,
@@ -60,11 +60,11 @@ impl SegmentedLayer {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(decoder);
     }
 
-    /// Decodes a segment that needs no other.
+    /// Decodes a segment that decodes alone.
     fn decode_alone(&self, encoded: &[u8], room: &mut [u8]) -> Result<(), String> {
         match self.index.scanned().encoding {
             Encoding::Plain if encoded.len() == room.len() => room.copy_from_slice(encoded),
-            Encoding::Plain => return Err("it has another length than its index says".to_owned()),
+            Encoding::Plain => return Err("its length is not that of its index".to_owned()),
             Encoding::Zstd => {
                 let mut decoder = self.decoder()?;
                 let result = decoder.decode(encoded, room);
@@ -86,14 +86,14 @@ fn damaged(
     ChunkError::Damaged { blob, chunk, start: range.start, end: range.end, reason }
 }
 
-/// Checks the bytes of segment `number` before they are decoded.
+/// Checks the bytes of segment `number` before their decoding.
 fn check_encoded(index: &SegmentIndex, number: u32, encoded: &[u8]) -> Result<(), String> {
     let digest = index.sha256().get(number as usize);
     let good = digest.is_some_and(|digest| Sha256::digest(encoded)[..] == digest[..]);
     good.then_some(()).ok_or_else(|| "its compressed bytes do not match their SHA-256".to_owned())
 }
 
-/// Checks them afterwards.
+/// Checks the bytes of a segment after their decoding.
 fn check_decoded(segment: &Segment, decoded: &[u8]) -> Result<(), String> {
     let good = crc32fast::hash(decoded) == segment.crc32;
     good.then_some(()).ok_or_else(|| "its output does not match its CRC-32".to_owned())
@@ -121,7 +121,7 @@ impl ChunkSource for SegmentedLayer {
         Some(ChunkSpan { index, start: segment.out, len: segment.out_len })
     }
 
-    /// What has to be decoded from far before it is.
+    /// True for a layer with a frame that must be decoded from far before a chunk.
     fn is_costly(&self) -> bool {
         self.index.longest_serial().0 > 0
     }
@@ -151,7 +151,7 @@ impl ChunkSource for SegmentedLayer {
         let segment = self.segment(index)?;
         let mut decode = || {
             if self.is_serial(index) {
-                return Err("it decodes only behind those before it".to_owned());
+                return Err("it decodes only after the earlier segments of its frame".to_owned());
             }
             check_encoded(&self.index, index, encoded.bytes())?;
             self.decode_alone(encoded.bytes(), room)?;
@@ -190,7 +190,7 @@ impl ChunkSource for SegmentedLayer {
     }
 }
 
-/// A frame of several segments, as far as it is decoded.
+/// A decoder of a frame of several segments, at one of them.
 struct LongFrame {
     index: Arc<SegmentIndex>,
     blob: Arc<dyn ByteSource>,

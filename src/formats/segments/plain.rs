@@ -6,23 +6,23 @@ use super::index::{Encoding, Entry, Scanned, Segment};
 use crate::units::Bytes;
 use source::chunk::PlainChunks;
 
-/// Bytes in a segment: those of a layer without an index, so that both are the same chunks.
+/// Bytes in a segment: equal to the chunk of a layer without an index, so that both have the same chunks.
 pub const PLAIN_SPAN: Bytes = Bytes(PlainChunks::CHUNK);
 
 /// Cuts a tar as it arrives.
 #[derive(Default)]
 pub struct PlainScanner {
     at: u64,
-    /// Bytes of the segment that is open.
+    /// Number of bytes in the open segment.
     open: u64,
     crc: crc32fast::Hasher,
     segments: Vec<Segment>,
-    /// Segments that were given out.
+    /// Number of segments that were returned.
     taken: usize,
 }
 
 impl PlainScanner {
-    /// The next bytes.
+    /// Takes the next bytes.
     pub fn feed(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let left = (PLAIN_SPAN.0 - self.open) as usize;
@@ -45,7 +45,7 @@ impl PlainScanner {
         self.segments.push(Segment { start, len, out, out_len: len, entry, crc32 });
     }
 
-    /// The segments that have become final since the last call.
+    /// Takes the segments that have become final since the last call.
     pub fn take_segments(&mut self) -> Vec<Range<u64>> {
         let new = self.segments[self.taken..].iter().map(Segment::input).collect();
         self.taken = self.segments.len();

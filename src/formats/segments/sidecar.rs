@@ -1,7 +1,7 @@
 //! The segments of a layer as a file: `turbobd.segments`, version 2.
 //!
-//! [Version 1](crate::gzip::sidecar) is of gzip layers, and is written for them as before. Whoever knows only
-//! version 1 refuses this one by its number. All numbers are little-endian, a varint is LEB128.
+//! [Version 1](crate::gzip::sidecar) is for gzip layers and is still written for them. A reader that knows
+//! only version 1 refuses this one by its number. All numbers are little-endian, a varint is LEB128.
 //!
 //! | Offset | Size | Field |
 //! |---|---|---|
@@ -14,16 +14,16 @@
 //! | 48 | 8 | length of the layer blob |
 //! | 56 | 8 | length of its output |
 //! | 64 | 8 | span |
-//! | 72 | | column: *n* × varint, bytes of the blob between the end of the segment before and the start of this one |
+//! | 72 | | column: *n* × varint, bytes of the blob between the end of the previous segment and the start of this one |
 //! | | | column: *n* × varint, length in the blob, at least 1 |
 //! | | | column: *n* × varint, length of the output, at least 1 |
-//! | | *n* | column: entry; 0 decodes alone, 1 only behind the segment before |
+//! | | *n* | column: entry; 0 decodes alone, 1 only behind the previous segment |
 //! | | 32 *n* | SHA-256 of the segment's bytes of the blob |
 //! | | 4 *n* | CRC-32 of the segment's output |
 //! | end − 4 | 4 | CRC-32 of everything before |
 //!
-//! Outputs follow each other without a gap, and are all of the layer's. Bytes of the blob that are in no
-//! segment are zstd frames to be skipped, or empty ones.
+//! Outputs follow each other without a gap and cover the whole output of the layer. Bytes of the blob that
+//! belong to no segment are skippable or empty zstd frames.
 
 use super::SegmentsError;
 use super::columns::{Broken, Cursor, put_varint};
@@ -35,7 +35,8 @@ const MAGIC: &[u8; 8] = b"TBDSEGS\0";
 const VERSION: u16 = 2;
 const HEADER: usize = 72;
 
-/// Most output of a byte of zstd: a block of 4 bytes that repeats one byte yields 128 KiB (RFC 8878, 3.1.1.2).
+/// Most output of a byte of zstd: a block of 4 bytes that repeats one byte yields 128 KiB (RFC 8878,
+/// 3.1.1.2).
 const MOST_YIELD: u64 = 32 << 10;
 
 impl From<Broken> for SegmentsError {
@@ -44,13 +45,13 @@ impl From<Broken> for SegmentsError {
     }
 }
 
-/// Whether this is a sidecar of version 2, whole or not.
+/// True if this is a sidecar of version 2, complete or not.
 #[must_use]
 pub fn is_version_2(file: &[u8]) -> bool {
     file.starts_with(MAGIC) && file.get(8..10) == Some(&VERSION.to_le_bytes())
 }
 
-/// The file of `index`.
+/// The bytes of `index` as a file.
 #[must_use]
 pub fn write(index: &SegmentIndex) -> Vec<u8> {
     let scanned = index.scanned();
@@ -90,7 +91,7 @@ pub fn write(index: &SegmentIndex) -> Vec<u8> {
 /// Reads a file of version 2.
 ///
 /// # Errors
-/// [`SegmentsError::Sidecar`] naming the first rule that is broken.
+/// [`SegmentsError::Sidecar`] with the first broken rule.
 pub fn read(file: &[u8]) -> Result<SegmentIndex, SegmentsError> {
     let at_end = |rule| SegmentsError::Sidecar { offset: file.len() as u64, rule };
     let Some((body, &crc)) = file.split_last_chunk::<4>() else {
@@ -117,7 +118,7 @@ pub fn read(file: &[u8]) -> Result<SegmentIndex, SegmentsError> {
     let count = u32::from_le_bytes(cursor.array()?) as usize;
     let layer = Digest(cursor.array()?);
     let [compressed_len, uncompressed_len, span] = [cursor.u64()?, cursor.u64()?, cursor.u64()?];
-    // Each segment takes three varints, a kind and two checksums at least.
+    // Each segment takes at least three varints, a kind and two checksums.
     if count > (body.len() - HEADER) / 40 {
         return Err(cursor.broken("the number of segments does not fit the file").into());
     }
@@ -131,7 +132,7 @@ pub fn read(file: &[u8]) -> Result<SegmentIndex, SegmentsError> {
         };
     }
     if segments.first().is_some_and(|first| first.entry == Entry::Inside) {
-        return Err(cursor.broken("the first segment goes on from one before").into());
+        return Err(cursor.broken("the first segment continues a segment before it").into());
     }
     let sha256 = cursor.take(32 * count)?.as_chunks().0.to_vec();
     let (words, _) = cursor.take(4 * count)?.as_chunks();
@@ -151,7 +152,7 @@ pub fn read(file: &[u8]) -> Result<SegmentIndex, SegmentsError> {
     Ok(SegmentIndex::new(layer, scanned, sha256))
 }
 
-/// The three columns of positions, within the lengths of the blob and of its output.
+/// Reads the three columns of positions and checks them against the lengths of the blob and of its output.
 fn read_places(
     cursor: &mut Cursor<'_>,
     count: usize,
@@ -172,7 +173,7 @@ fn read_places(
         let out_len = length(cursor)?;
         let start = end.checked_add(gap).filter(|&start| start <= compressed_len);
         let start = start.ok_or(cursor.broken("a segment lies outside the layer"))?;
-        // Both are below 2³² more than a length that was within bounds.
+        // Both are at most 2³² above a length that was within bounds.
         end = start.saturating_add(len.into());
         if end > compressed_len {
             return Err(cursor.broken("a segment lies outside the layer"));
@@ -182,18 +183,18 @@ fn read_places(
             Encoding::Zstd => u64::from(out_len) <= u64::from(len) * MOST_YIELD,
         };
         if !possible {
-            return Err(cursor.broken("a segment has another length than it can have"));
+            return Err(cursor.broken("the lengths of a segment contradict its encoding"));
         }
         segments.push(Segment { start, len, out, out_len, entry: Entry::Start, crc32: 0 });
         out = out.saturating_add(out_len.into());
     }
     if out != uncompressed_len {
-        return Err(cursor.broken("the segments are not all of the output"));
+        return Err(cursor.broken("the segments do not cover the output"));
     }
     Ok(segments)
 }
 
-/// The length of a segment.
+/// Reads the length of a segment.
 fn length(cursor: &mut Cursor<'_>) -> Result<u32, Broken> {
     let len = cursor.varint()?;
     let fits = (1..=MAX_SEGMENT.0).contains(&len);
@@ -254,7 +255,7 @@ mod tests {
             file[at] ^= bits;
             prop_assert!(read(&file).is_err());
             prop_assert!(read(&file[..at]).is_err());
-            // With a checksum that fits, whatever is read keeps the rules.
+            // With a matching checksum, every file that is accepted obeys the rules.
             let (body, _) = file.split_last_chunk::<4>().unwrap();
             let sealed = [body, &crc32fast::hash(body).to_le_bytes()].concat();
             if let Ok(read) = read(&sealed) {

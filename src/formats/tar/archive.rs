@@ -1,8 +1,8 @@
-//! The small tar of upstream's layer format: a few named members, nothing else.
+//! The small tar of upstream's layer format: a few named members only.
 //!
-//! A TurboOCI layer blob is a gzip of such an archive (spec turbooci 3.1), and its `diff_id` is the
-//! digest of exactly these bytes. So the writer is deterministic and writes what Go's `archive/tar`
-//! writes for a header that has a name, mode 0644 and a size, and nothing else.
+//! A TurboOCI layer blob is a gzip of such an archive (spec turbooci 3.1), and its `diff_id` is the digest of
+//! exactly these bytes. So the writer is deterministic. It writes the bytes that Go's `archive/tar` writes
+//! for a header with only a name, mode 0644 and a size.
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -19,20 +19,20 @@ const MODE: u64 = 0o644;
 /// Largest size that 11 octal digits hold.
 const SIZE_LIMIT: u64 = 0o777_7777_7777;
 
-/// Why an archive cannot be read.
+/// Error of reading an archive.
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum ArchiveError {
     /// Not a tar.
     #[error(transparent)]
     Tar(#[from] TarError),
-    /// A member that is not a plain file with a plain name.
+    /// A member that is not a regular file in the top folder.
     #[error("Member {name} at byte {offset} of the layer archive {reason}")]
     Member {
         /// Its name.
         name: String,
         /// Offset of its header.
         offset: u64,
-        /// Which rule it breaks.
+        /// The broken rule.
         reason: &'static str,
     },
 }
@@ -44,8 +44,8 @@ impl Archive {
     /// Writes an archive of `members` (name, content) in this order, with the end marker.
     ///
     /// # Errors
-    /// What `out` returns; `InvalidInput` for a name that is empty or longer than 100 bytes, or for a
-    /// member of 8 GiB or more.
+    /// The errors of `out`; `InvalidInput` for a name that is empty or longer than 100 bytes, or for a member
+    /// of 8 GiB or more.
     pub fn write(out: &mut impl Write, members: &[(&str, &[u8])]) -> io::Result<()> {
         for (name, content) in members {
             out.write_all(&header(name, content.len() as u64)?)?;
@@ -70,10 +70,10 @@ fn padding(len: usize) -> usize {
     len.wrapping_neg() % BLOCK
 }
 
-/// The header block of one member. Public to this crate's writers that stream a member's content.
+/// The header block of one member. Public for the writers of this crate that stream a member's content.
 ///
 /// # Errors
-/// `InvalidInput` as [`Archive::write`].
+/// `InvalidInput` for a name that is empty or longer than 100 bytes, or for a size of 8 GiB or more.
 pub fn header(name: &str, size: u64) -> io::Result<[u8; BLOCK]> {
     let invalid = |reason: &str| {
         io::Error::new(
@@ -95,7 +95,7 @@ pub fn header(name: &str, size: u64) -> io::Result<[u8; BLOCK]> {
     put(116, b"0000000\0"); // gid
     put(124, format!("{size:011o}\0").as_bytes());
     put(136, b"00000000000\0"); // mtime
-    put(148, b"        "); // the checksum counts itself as blanks
+    put(148, b"        "); // the checksum field counts as blanks
     put(156, b"0");
     put(257, b"ustar\x0000");
     put(329, b"0000000\0"); // major
@@ -105,11 +105,11 @@ pub fn header(name: &str, size: u64) -> io::Result<[u8; BLOCK]> {
     Ok(block)
 }
 
-/// The members of an archive and where their contents lie in it, in order.
+/// The members of an archive and the ranges of their contents in it, in order.
 ///
 /// # Errors
-/// [`ArchiveError`] for what is not such an archive: damaged, or with a member that is not a regular
-/// file in the top folder, or with two of one name.
+/// [`ArchiveError`] for a damaged archive, a member that is not a regular file in the top folder, or two
+/// members of one name.
 pub fn read_members(archive: &[u8]) -> Result<Vec<(String, Range<usize>)>, ArchiveError> {
     let mut members: Vec<(String, Range<usize>)> = Vec::new();
     let mut parser = Parser::new();
@@ -121,14 +121,14 @@ pub fn read_members(archive: &[u8]) -> Result<Vec<(String, Range<usize>)>, Archi
             reason,
         };
         if entry.kind != EntryKind::Regular || entry.content != Content::Plain {
-            return Err(bad("is not a plain file"));
+            return Err(bad("is not a regular file"));
         }
         let name =
             std::str::from_utf8(&entry.name).map_err(|_| bad("has a name that is not UTF-8"))?;
-        // GNU tar writes `./name` when told to pack `.`.
+        // GNU tar writes `./name` if told to pack `.`.
         let name = name.strip_prefix("./").unwrap_or(name);
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
-            return Err(bad("is not a name in the top folder"));
+            return Err(bad("is not in the top folder"));
         }
         if members.iter().any(|(known, _)| known == name) {
             return Err(bad("occurs twice"));
@@ -141,7 +141,7 @@ pub fn read_members(archive: &[u8]) -> Result<Vec<(String, Range<usize>)>, Archi
         members.push((name.to_owned(), range));
         Ok(())
     })?;
-    parser.finish()?; // every range lies in the archive: a member cut short is an error
+    parser.finish()?; // refuses a member that is cut short: every range lies in the archive
     Ok(members)
 }
 

@@ -1,11 +1,11 @@
-//! What the parser gives: one entry with everything its extra headers said about it.
+//! The result of the parser: one entry, with the information of its extra headers.
 
 use crate::units::Bytes;
 
 /// A point in time: seconds since 1970 and nanoseconds after that second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp {
-    /// Seconds since 1970-01-01 00:00 UTC; before it, negative.
+    /// Seconds since 1970-01-01 00:00 UTC; negative before that.
     pub secs: i64,
     /// Nanoseconds after `secs`, `0..1_000_000_000`, also when `secs` is negative.
     pub nanos: u32,
@@ -14,13 +14,13 @@ pub struct Timestamp {
 /// One file, directory, link or device of a tar.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Offset of the entry's first block, which may be that of its pax records or long name.
+    /// Offset of the entry's first block, which can be that of its pax records or long name.
     pub header_offset: Bytes,
-    /// The path as written: not cleaned, perhaps with leading or trailing slashes. No NUL.
+    /// The path as written: not normalised, possibly with leading or trailing slashes. No NUL.
     pub name: Vec<u8>,
-    /// What it is.
+    /// Kind of the entry.
     pub kind: EntryKind,
-    /// Permission, set-id and sticky bits: `0o7777` at most.
+    /// Permission, set-id and sticky bits: at most `0o7777`.
     pub mode: u32,
     /// Owner.
     pub uid: u64,
@@ -34,7 +34,7 @@ pub struct Entry {
     pub data_offset: Bytes,
     /// Bytes of data in the tar, without padding.
     pub stored_len: Bytes,
-    /// How the stored bytes make up the file.
+    /// Relation between the stored bytes and the file.
     pub content: Content,
 }
 
@@ -43,7 +43,7 @@ pub struct Entry {
 pub enum EntryKind {
     /// A file with data.
     Regular,
-    /// A further name of the file at this path in the archive.
+    /// Another name of the file at this path in the archive.
     HardLink(Vec<u8>),
     /// A symbolic link with this text.
     Symlink(Vec<u8>),
@@ -67,17 +67,17 @@ pub enum EntryKind {
     Fifo,
 }
 
-/// How the stored bytes make up the file.
+/// Relation between the stored bytes and the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// They are the file.
+    /// The stored bytes are the file.
     Plain,
-    /// They are the pieces of a file that has holes.
+    /// The stored bytes are the pieces of a file that has holes.
     Sparse {
         /// Length of the file.
         size: Bytes,
-        /// The pieces, ascending, not empty, not overlapping, within `size`. Their lengths add up to
-        /// the stored length. They need not start at multiples of anything.
+        /// The pieces, ascending, not empty, not overlapping, within `size`. Their lengths add up to the
+        /// stored length. They can start at any byte.
         pieces: Vec<SparsePiece>,
     },
 }

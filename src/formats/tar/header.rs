@@ -1,23 +1,24 @@
 //! The 512-byte header block.
 //!
-//! Fields lie at fixed places (POSIX `ustar`; GNU and star use the same first 345 bytes). The
-//! archive that pads `ustar\0` and `00` is POSIX, `ustar  \0` is GNU, neither is the format of V7
-//! Unix. A header is recognised by its checksum alone.
+//! Fields lie at fixed places (POSIX `ustar`; GNU and star use the same first 345 bytes). The magic `ustar\0`
+//! with version `00` means POSIX, `ustar  \0` means GNU, any other value the format of V7 Unix. A header is
+//! recognised by its checksum alone.
 
 use crate::tar::BLOCK;
 
-/// A header block whose checksum is right.
+/// A header block with a correct checksum.
 #[derive(Clone, Copy)]
 pub(super) struct Header<'a>(&'a [u8; BLOCK]);
 
-/// Why a number field cannot be read.
+/// Reason why a number field is invalid.
 pub(super) type NumberError = &'static str;
 
 impl<'a> Header<'a> {
-    /// The block as a header, when its checksum is right.
+    /// The block as a header, if its checksum is correct.
     ///
-    /// The checksum is the sum of all bytes with its own field taken as blanks. It was meant as a
-    /// sum of unsigned bytes; old tars of systems with a signed `char` summed those. Both are accepted.
+    /// The checksum is the sum of all bytes with its own field taken as blanks. The format means a sum of
+    /// unsigned bytes, but old tar programs on systems with a signed `char` summed signed bytes. Both sums
+    /// are accepted.
     pub(super) fn new(block: &'a [u8; BLOCK]) -> Option<Self> {
         let header = Self(block);
         let stored = octal(header.bytes(148, 8)).ok()?;
@@ -45,7 +46,7 @@ impl<'a> Header<'a> {
         self.0[156]
     }
 
-    /// The name, with the prefix that `ustar` has room for. GNU keeps other things there.
+    /// The name, with the prefix field of `ustar`. GNU stores other things there.
     pub(super) fn name(self) -> Vec<u8> {
         let prefix = match self.magic() {
             Magic::Ustar => self.text(345, 155),
@@ -88,8 +89,8 @@ impl<'a> Header<'a> {
         number(self.bytes(337, 8))
     }
 
-    /// The start of an old GNU sparse map: four pairs, whether more blocks follow, and the length
-    /// of the whole file.
+    /// The start of an old GNU sparse map: four pairs, a flag that more blocks follow, and the length of the
+    /// whole file.
     pub(super) fn old_sparse(self) -> (&'a [u8], bool, &'a [u8]) {
         (self.bytes(386, 96), self.0[482] != 0, self.bytes(483, 12))
     }
@@ -106,7 +107,7 @@ impl<'a> Header<'a> {
 
 enum Magic {
     Ustar,
-    /// Schilling's star: `ustar` with times at the end of the prefix.
+    /// Schilling's star: `ustar` with times at the end of the prefix field.
     Star,
     Gnu,
     V7,
@@ -117,8 +118,8 @@ pub(super) fn until_nul(field: &[u8]) -> &[u8] {
     field.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
-/// A number field: octal digits, or (first bit set) a big-endian two's complement number, which GNU
-/// introduced for sizes of 8 GiB and more, large ids and times before 1970.
+/// A number field: octal digits, or, if the first bit is set, a big-endian two's complement number. GNU
+/// introduced the latter for sizes of 8 GiB and more, large ids and times before 1970.
 pub(super) fn number(field: &[u8]) -> Result<i64, NumberError> {
     match field.first() {
         Some(&first) if first & 0x80 != 0 => base256(field),
@@ -127,7 +128,7 @@ pub(super) fn number(field: &[u8]) -> Result<i64, NumberError> {
     }
 }
 
-/// `0x80` starts a positive number, `0xff` a negative one: the bit below the marker is the sign.
+/// `0x80` starts a positive number, `0xff` a negative one. The sign is the bit below the marker.
 fn base256(field: &[u8]) -> Result<i64, NumberError> {
     let negative = field[0] & 0x40 != 0;
     let mut value: i128 = if negative { -1 } else { 0 };

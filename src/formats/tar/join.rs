@@ -1,4 +1,4 @@
-//! One entry from its header and everything that the extra entries before it said.
+//! Joins one header with the extra entries before it to one entry.
 
 use std::borrow::Cow;
 
@@ -9,12 +9,12 @@ use crate::tar::sparse::SparseKind;
 use crate::tar::{TarError, shown};
 use crate::units::Bytes;
 
-/// What extra entries said about the one that comes next.
+/// Information of extra entries about the next entry.
 #[derive(Default)]
 pub(super) struct Pending {
     /// Offset of the first of them.
     pub(super) offset: Option<u64>,
-    /// Of several pax headers in a row the last counts, as for Go.
+    /// The last of several pax headers in a row counts, as in Go.
     pub(super) records: Option<Vec<u8>>,
     pub(super) name: Option<Vec<u8>>,
     pub(super) link: Option<Vec<u8>>,
@@ -25,7 +25,7 @@ pub(super) struct Draft {
     pub(super) entry: Entry,
     /// Length of the file.
     pub(super) size: u64,
-    /// Bytes in the tar, a map in the data included.
+    /// Bytes in the tar, including a map in the data.
     pub(super) stored: u64,
 }
 
@@ -66,10 +66,11 @@ impl Current {
         TarError::TooLong { offset: self.offset, name: shown(&self.name), what, len }
     }
 
-    /// Joins the header of an entry proper, which ends at `position`, with what came before. The name that
-    /// is current becomes that of the entry.
+    /// Joins the header of an entry proper, which ends at `position`, with the extra entries before it. The
+    /// current name becomes the name of the entry.
     ///
-    /// Of several names the last of these counts: header, pax record, GNU long name (as for Go), sparse name.
+    /// If several names are given, the last in this order counts: header, pax record, GNU long name (as in
+    /// Go), sparse name.
     pub(super) fn join(
         &mut self,
         header: Header<'_>,
@@ -96,7 +97,7 @@ impl Current {
         Ok((self.draft(header, &records, link, position)?, sparse))
     }
 
-    /// Everything about an entry but its sparse map.
+    /// The entry without its sparse map.
     fn draft(
         &self,
         header: Header<'_>,
@@ -148,9 +149,9 @@ impl Current {
             Ok((major as u32, minor as u32))
         };
         Ok(match header.flag() {
-            // V7 had no type for directories but a slash at the end.
+            // V7 had no type for directories; a slash at the end marks them.
             0 if self.name.ends_with(b"/") => EntryKind::Directory,
-            // '7' asked for contiguous storage on systems that had it.
+            // '7' requested contiguous storage on systems that offered it.
             0 | b'0' | b'7' | b'S' => EntryKind::Regular,
             b'1' => EntryKind::HardLink(link),
             b'2' => EntryKind::Symlink(link),

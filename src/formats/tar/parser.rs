@@ -1,4 +1,4 @@
-//! The push parser: a small machine that is always within one of a few things ([`State`]).
+//! The push parser: a state machine ([`State`]).
 
 use crate::tar::entry::{Entry, EntryKind};
 use crate::tar::header::{Header, number, until_nul};
@@ -8,57 +8,57 @@ use crate::tar::sparse::{self, SparseKind};
 use crate::tar::{BLOCK, TarError, shown};
 use crate::units::Bytes;
 
-/// Most bytes that pax records, a long name or a sparse map of one entry may have: 1 MiB. They are
-/// held in memory, and a header can claim any length. Go's reader, which is what containerd unpacks
-/// with, has the same limit.
+/// Largest size of the pax records, the long name or the sparse map of one entry: 1 MiB. They are kept in
+/// memory, and a header can claim any length. Go's reader, which containerd uses to unpack, has the same
+/// limit.
 pub const METADATA_LIMIT: u64 = 1 << 20;
 
-/// What the parser found.
+/// An event that the parser reports.
 #[derive(Debug)]
 pub enum Event<'a> {
     /// An entry; its data, if any, follows.
     Entry(Entry),
-    /// A piece of the data of the last entry as it is stored: not empty, not padding. Only from a parser made
+    /// A piece of the last entry's stored data: not empty, no padding. Reported only by a parser made with
     /// [`with_data`](Parser::with_data).
     Data(&'a [u8]),
 }
 
 /// Reads a tar that arrives in pieces.
 ///
-/// After an error the parser is of no further use.
+/// After an error the parser must be dropped.
 pub struct Parser {
     with_data: bool,
     /// Bytes fed so far.
     position: u64,
     state: State,
-    /// The block that is being gathered, and how much of it is there.
+    /// The block that is being collected, and the number of its bytes that are present.
     block: Box<[u8; BLOCK]>,
     filled: usize,
-    /// pax records of `g` headers: they hold for all entries that follow.
+    /// pax records of `g` headers; they apply to all entries that follow.
     global: Records,
     pending: Pending,
     /// The entry (or extra entry) that is being read, for messages.
     current: Current,
 }
 
-/// Where the parser is. The first group gathers whole blocks.
+/// Position of the parser in the tar's structure. The first group collects whole blocks.
 enum State {
-    /// At an entry, or at the end.
+    /// Before an entry or the end.
     Header,
     /// Behind one zero block.
     SecondZeroBlock,
-    /// Behind the header of a hard link that claims so many bytes of data.
+    /// Behind the header of a hard link that claims this many bytes of data.
     LinkData(u64),
     /// In the extra blocks of an old sparse map.
     OldSparse(Box<Draft>, sparse::Pairs),
     /// In the sparse map at the start of the data; `.2` is the length of the map so far.
     LineMap(Box<Draft>, sparse::LineMap, u64),
 
-    /// In the payload of an extra entry of this kind and length.
+    /// In the payload of an extra entry, with its kind and length.
     Payload(Extra, usize, Vec<u8>),
-    /// In file data: so many bytes left.
+    /// In file data, with the number of bytes left.
     Data(u64),
-    /// In bytes that mean nothing: so many left.
+    /// In bytes without meaning, with the number of bytes left.
     Padding(u64),
     /// Behind the end marker.
     End,
@@ -101,7 +101,7 @@ impl Default for Parser {
 }
 
 impl Parser {
-    /// A parser at the start of a tar that reports entries only.
+    /// A parser at the start of a tar that reports only entries.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -128,10 +128,10 @@ impl Parser {
         Bytes(self.position)
     }
 
-    /// Takes the next bytes of the stream, in pieces of any size, and reports what they complete.
+    /// Takes the next bytes of the stream, in pieces of any size, and reports the events that they complete.
     ///
     /// # Errors
-    /// [`TarError`] when the stream breaks a rule; whatever `on` returns. Nothing is reported after that.
+    /// [`TarError`] if the stream breaks a rule, or the error of `on`. After an error, no event is reported.
     pub fn feed<E: From<TarError>>(
         &mut self,
         mut bytes: &[u8],
@@ -185,10 +185,11 @@ impl Parser {
         Ok(())
     }
 
-    /// The end of the stream: returns its length.
+    /// Ends the stream and returns its length.
     ///
-    /// A missing end marker is accepted, as by containerd and (with a warning) GNU tar, when the last
-    /// entry is whole. Its padding must be there: the disk maps whole sectors of the tar.
+    /// If the last entry is complete, a missing end marker is accepted; containerd and (with a warning) GNU
+    /// tar do so too. The padding of the entry must be present, because the disk maps whole sectors of the
+    /// tar.
     ///
     /// # Errors
     /// [`TarError::Truncated`] or [`TarError::Dangling`].
@@ -219,7 +220,7 @@ impl Parser {
         }
     }
 
-    /// A whole block is there and belongs to one of the states that gather blocks.
+    /// Handles a complete block, in one of the states that collect blocks.
     fn take_block<E: From<TarError>>(&mut self, on: Callback<'_, E>) -> Result<(), E> {
         let block = *self.block;
         let start = self.position - BLOCK as u64;
@@ -260,7 +261,8 @@ impl Parser {
             return Ok(self.start_payload(extra, header, start)?);
         }
         if header.flag() == b'V' {
-            // GNU's name for the whole archive. It is no file and nothing that precedes it describes a file.
+            // GNU's name for the whole archive. It is not a file, and the extra entries before it describe no
+            // file.
             self.pending = Pending::default();
             let len = self.current.unsigned("size", header.size(), i64::MAX as u64)?;
             self.state = if len > 0 {
@@ -312,7 +314,7 @@ impl Parser {
         Ok(())
     }
 
-    /// The header of an entry proper.
+    /// Handles the header of an entry proper.
     fn take_entry<E: From<TarError>>(
         &mut self,
         header: Header<'_>,
@@ -331,16 +333,17 @@ impl Parser {
         }
     }
 
-    /// Reports an entry and moves on to its data, `stored` bytes if the header is right.
+    /// Reports an entry and moves on to its data: `stored` bytes if the header is correct.
     fn emit<E: From<TarError>>(
         &mut self,
         mut entry: Entry,
         stored: u64,
         on: Callback<'_, E>,
     ) -> Result<(), E> {
-        // A size of an entry that has no data is noise, as for Go and GNU tar, with two exceptions: a
-        // directory of a GNU dump, and a hard link: pax may store the data once more with each link,
-        // while older tars give the size of the file and no data. Only the next block tells.
+        // The size of an entry that has no data is ignored, as in Go and GNU tar. There are two exceptions. A
+        // directory of a GNU dump has data. A hard link may have data: pax can store the file again with each
+        // link, while older tars give the size of the file and store no data. Only the next block shows
+        // which.
         let is_dump = entry.kind == EntryKind::Directory && self.block[156] == b'D';
         self.state = match &entry.kind {
             EntryKind::Regular => data(self.position, stored),
@@ -426,7 +429,7 @@ impl Parser {
         self.emit_sparse(*draft, &pairs, on)
     }
 
-    /// Reports a sparse file whose map is complete: the data starts here.
+    /// Reports a sparse file with a complete map; its data starts here.
     fn emit_sparse<E: From<TarError>>(
         &mut self,
         draft: Draft,
@@ -442,12 +445,12 @@ impl Parser {
     }
 }
 
-/// The state in `len` bytes of data that start at `position`, a multiple of the block size.
+/// The state for `len` bytes of data that start at `position`, a multiple of the block size.
 fn data(position: u64, len: u64) -> State {
     if len > 0 { State::Data(len) } else { padding(position) }
 }
 
-/// The state in the padding that fills the block in which `position` lies.
+/// The state for the padding that fills the block with `position` in it.
 fn padding(position: u64) -> State {
     match position % BLOCK as u64 {
         0 => State::Header,

@@ -1,10 +1,10 @@
 //! Pax records: `LENGTH KEY=VALUE\n`, repeated.
 //!
-//! The length counts itself, in decimal, so a value may hold anything, newlines and NULs included.
-//! An empty value withdraws what an earlier header said (except of an extended attribute, which may
-//! well be empty). POSIX `pax` has the standard keys; `SCHILY.xattr.NAME` holds an extended attribute
-//! as raw bytes, `LIBARCHIVE.xattr.NAME` the same with a URL-encoded name and a base64 value,
-//! `GNU.sparse.*` a sparse map.
+//! The decimal length counts its own digits too, so a value can contain any byte, newlines and NULs included.
+//! An empty value cancels the value of an earlier header; an extended attribute is an exception, it can be
+//! empty. POSIX `pax` defines the standard keys; `SCHILY.xattr.NAME` holds an extended attribute as raw
+//! bytes, `LIBARCHIVE.xattr.NAME` the same with a URL-encoded name and a base64 value, `GNU.sparse.*` a
+//! sparse map.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,20 +18,20 @@ use crate::tar::Timestamp;
 const SCHILY_XATTR: &[u8] = b"SCHILY.xattr.";
 const LIBARCHIVE_XATTR: &[u8] = b"LIBARCHIVE.xattr.";
 
-/// What a global header may say: attributes and sparse maps are those of one file, and other keys have no
+/// Keys allowed in a global header. Attributes and sparse maps belong to one file, and other keys have no
 /// meaning here.
 const GLOBAL_KEYS: [&[u8]; 6] = [b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime"];
 
 /// Extended attributes: name and value.
 type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// libarchive writes no padding; others may.
+/// libarchive writes no padding; other writers may.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// Why records cannot be read: the key (or nothing), and the rule.
+/// A fault in pax records: the key (empty if unknown) and the broken rule.
 pub(super) struct PaxError {
     pub(super) key: String,
     pub(super) reason: String,
@@ -43,10 +43,10 @@ impl PaxError {
     }
 }
 
-/// The records that hold for an entry.
+/// The records that apply to an entry.
 #[derive(Clone, Default)]
 pub(super) struct Records {
-    /// Shared, so that the records of a global header cost little with each entry.
+    /// Shared, so that the records of a global header cost little per entry.
     values: BTreeMap<Vec<u8>, Arc<[u8]>>,
     /// Keys of extended attributes in the order of their records.
     xattr_keys: Vec<Vec<u8>>,
@@ -55,12 +55,12 @@ pub(super) struct Records {
 }
 
 impl Records {
-    /// Adds the records of an extended header, which override those that are here.
+    /// Adds the records of an extended header, which override the present ones.
     pub(super) fn merge(&mut self, payload: &[u8]) -> Result<(), PaxError> {
         self.merge_if(payload, |_| true)
     }
 
-    /// Adds the records of a global header, which hold for all entries that follow.
+    /// Adds the records of a global header, which apply to all entries that follow.
     pub(super) fn merge_global(&mut self, payload: &[u8]) -> Result<(), PaxError> {
         self.merge_if(payload, |key| GLOBAL_KEYS.contains(&key))
     }
@@ -84,7 +84,7 @@ impl Records {
         let is_xattr = key.starts_with(SCHILY_XATTR) || key.starts_with(LIBARCHIVE_XATTR);
         match key {
             b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
-                // The halves of a pair take turns; a pair in another order has no meaning.
+                // The two halves of a pair alternate; another order has no meaning.
                 let expects_offset = self.sparse_pairs.len().is_multiple_of(2);
                 if expects_offset != (key == b"GNU.sparse.offset") {
                     return Err(PaxError::new(key, "offsets and lengths do not alternate"));
@@ -130,8 +130,8 @@ impl Records {
         }
     }
 
-    /// The extended attributes. Both spellings of one attribute are usual (bsdtar writes both); the
-    /// raw one wins, as it is the only one that containerd reads.
+    /// The extended attributes. An attribute often has both spellings (bsdtar writes both); the raw one
+    /// counts, because containerd reads only that one.
     pub(super) fn xattrs(&self) -> Result<Xattrs, PaxError> {
         let mut xattrs = Xattrs::with_capacity(self.xattr_keys.len());
         let mut places: BTreeMap<Vec<u8>, usize> = BTreeMap::new();
@@ -164,7 +164,7 @@ impl Records {
     }
 }
 
-/// A record, and what follows it.
+/// A record, and the bytes behind it.
 struct Record<'a> {
     key: &'a [u8],
     value: &'a [u8],
@@ -179,7 +179,7 @@ impl<'a> Record<'a> {
             blank.ok_or_else(|| bad("a record does not start with its length and a blank"))?;
         let len = decimal(b"", &payload[..blank])?;
         let len = usize::try_from(len).ok().filter(|&len| len > blank + 1 && len <= payload.len());
-        let len = len.ok_or_else(|| bad("the length of a record leaves the header"))?;
+        let len = len.ok_or_else(|| bad("a record is longer than its header"))?;
         let (record, rest) = payload.split_at(len);
         let (body, end) = record[blank + 1..].split_at(len - blank - 2);
         if end != b"\n" {
@@ -205,7 +205,7 @@ pub(super) fn decimal(key: &[u8], text: &[u8]) -> Result<u64, PaxError> {
     i64::try_from(value).map(i64::cast_unsigned).map_err(|_| bad())
 }
 
-/// `[-]SECONDS[.FRACTION]`, cut (not rounded) to nanoseconds.
+/// `[-]SECONDS[.FRACTION]`, truncated (not rounded) to nanoseconds.
 fn time(text: &[u8]) -> Option<Timestamp> {
     let (negative, text) = match text.strip_prefix(b"-") {
         Some(text) => (true, text),
@@ -228,7 +228,7 @@ fn time(text: &[u8]) -> Option<Timestamp> {
     })
 }
 
-/// `%41` becomes `A`; anything that is not such a code stays.
+/// Decodes `%41` to `A`; other text stays unchanged.
 fn url_decoded(text: &[u8]) -> Vec<u8> {
     percent_encoding::percent_decode(text).collect()
 }

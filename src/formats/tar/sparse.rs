@@ -1,4 +1,4 @@
-//! Maps of sparse files, in the four ways that GNU tar has written them.
+//! Maps of sparse files, in the four formats that GNU tar has written.
 //!
 //! | format | where the map is |
 //! |---|---|
@@ -7,7 +7,7 @@
 //! | pax 0.1 | one record `GNU.sparse.map`: `offset,length,offset,length…` |
 //! | pax 1.0 | decimal lines at the start of the data: count, offset, length, … padded to a block |
 //!
-//! All end as the same list. It is checked here once: ascending, within the file, and as long in sum
+//! All four become the same list, which is checked here once: ascending, within the file, and as long in sum
 //! as the stored data.
 
 use crate::tar::entry::{Content, SparsePiece};
@@ -18,7 +18,7 @@ use crate::units::Bytes;
 /// Bytes of one pair of number fields in the old format.
 const OLD_PAIR: usize = 24;
 
-/// A sparse map in the making: the numbers as they came, offset and length in turn.
+/// An incomplete sparse map: the numbers in stored order, offset and length in turn.
 pub(super) type Pairs = Vec<u64>;
 
 /// Takes the pairs of an old map's field; an empty field ends the map.
@@ -37,10 +37,10 @@ pub(super) fn old_pairs(field: &[u8], pairs: &mut Pairs) -> Result<(), &'static 
     Ok(())
 }
 
-/// Reads the map of format 1.0 from the data, which comes in blocks.
+/// Reads the map of format 1.0 from the data, which arrives in blocks.
 #[derive(Default)]
 pub(super) struct LineMap {
-    /// Numbers still to come; unknown before the first line.
+    /// Numbers still expected; `None` before the first line.
     awaited: Option<u64>,
     pairs: Pairs,
     digits: u64,
@@ -48,7 +48,7 @@ pub(super) struct LineMap {
 }
 
 impl LineMap {
-    /// Takes a block; gives the pairs when the map is complete. The rest of that block is padding.
+    /// Takes a block; returns the pairs once the map is complete. The rest of that block is padding.
     pub(super) fn block(&mut self, block: &[u8]) -> Result<Option<Pairs>, &'static str> {
         for &byte in block {
             match byte {
@@ -63,7 +63,7 @@ impl LineMap {
                         None => {
                             let awaited = value.checked_mul(2);
                             self.awaited =
-                                Some(awaited.ok_or("the sparse map has too many pieces")?);
+                                Some(awaited.ok_or("the sparse map claims too many pieces")?);
                         }
                         Some(awaited) => {
                             *awaited -= 1;
@@ -134,7 +134,7 @@ pub(super) fn content(
     Ok(Content::Sparse { size: Bytes(size), pieces })
 }
 
-/// How an entry's sparse map is stored.
+/// Storage formats of an entry's sparse map.
 pub(super) enum SparseKind {
     No,
     Old,

@@ -1,4 +1,4 @@
-//! The parser against GNU tar and Python's tarfile, which share nothing with it.
+//! Tests of the parser against GNU tar and Python's tarfile, which share no code with it.
 
 use std::fs;
 use std::path::Path;
@@ -40,7 +40,7 @@ fn run(dir: &Path, command: &str) {
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A folder with one of everything that a test may make without privileges.
+/// Makes a folder with one file of each kind that a test can make without privileges.
 fn sample_folder() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let script = r#"
@@ -62,7 +62,7 @@ fn long_names(dir: &Path) {
     run(dir, &script);
 }
 
-/// Entries as Python's tarfile sees them, one JSON object each.
+/// Entries as read by Python's tarfile, one JSON object each.
 fn python(path: &Path) -> Vec<Value> {
     const SCRIPT: &str = r#"
 import tarfile, sys, json
@@ -146,7 +146,7 @@ fn every_format_of_gnu_tar_reads_as_python_reads_it() {
     let dir = sample_folder();
     for format in ["v7", "oldgnu", "gnu", "ustar", "posix"] {
         if format == "gnu" {
-            long_names(dir.path()); // v7 has no room for these, ustar gets what fits
+            long_names(dir.path()); // v7 has no room for these, ustar has room for some
         }
         let skipped = if format == "v7" { "--exclude=fifo" } else { "--no-wildcards" };
         let skipped_long =
@@ -216,7 +216,7 @@ fn sparse_files_of_every_version_give_the_same_pieces() {
             let Content::Sparse { size, pieces } = &entry.content else {
                 panic!("{options}: not sparse")
             };
-            // The pieces over zeros are the file.
+            // The pieces over zeros give the file.
             let mut file = vec![0; size.get() as usize];
             for piece in pieces {
                 let (at, from, len) = (
@@ -236,7 +236,7 @@ fn sparse_files_of_every_version_give_the_same_pieces() {
     }
 }
 
-/// Runs a Python script that writes a tar through `t`, an open `tarfile`, and reads it back here.
+/// Runs a Python script that writes a tar through `t`, an open `tarfile`, and reads the result here.
 fn python_tar(format: &str, script: &str) -> (tempfile::TempDir, Vec<Entry>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("p.tar");
@@ -308,7 +308,7 @@ fn attributes_written_by_gnu_tar_are_read() {
     assert!(entries[0].xattrs.contains(&expected), "{:?}", entries[0].xattrs);
 }
 
-/// A header block with a right checksum. Tests that need the impossible change fields first.
+/// A header block with a correct checksum. Tests of invalid blocks change fields first.
 fn block(name: &str, flag: u8, size: u64, change: impl Fn(&mut [u8; BLOCK])) -> Vec<u8> {
     let mut block = archive::header("placeholder", size).unwrap();
     block[..100].fill(0);
@@ -445,11 +445,11 @@ fn what_breaks_a_rule_is_refused_with_name_and_offset() {
         ),
         (
             plain("a", b'0', b"x")[..600].to_vec(),
-            "The tar is cut short at byte 600, within the padding of the entry at byte 0 (\"a\")",
+            "The tar is cut short at byte 600, within the padding of entry \"a\" at byte 0",
         ),
         (
             plain("a", b'0', &[1; 100])[..600].to_vec(),
-            "The tar is cut short at byte 600, within the data of the entry at byte 0 (\"a\")",
+            "The tar is cut short at byte 600, within the data of entry \"a\" at byte 0",
         ),
         (
             [
@@ -479,7 +479,7 @@ fn what_breaks_a_rule_is_refused_with_name_and_offset() {
     assert_eq!(parse(&[0; 512]), Ok(vec![]));
 }
 
-/// A small tar with every kind of extra.
+/// A small tar with every kind of extra entry.
 fn varied() -> Vec<u8> {
     let mut sparse = [pax(&[
         ("GNU.sparse.major", "1"),
@@ -535,7 +535,7 @@ fn no_flipped_bit_makes_the_parser_panic() {
     for bit in 0..tar.len() * 8 {
         tar[bit / 8] ^= 1 << (bit % 8);
         if let Ok(entries) = parse(&tar) {
-            // Only pax text, names and data are outside any checksum.
+            // Only pax text, names and data are not covered by a checksum.
             assert!(!entries.is_empty() && entries.len() <= whole.len());
         }
         tar[bit / 8] ^= 1 << (bit % 8);
@@ -581,8 +581,8 @@ fn the_interop_layers_read_as_python_reads_them() {
     }
 }
 
-/// Shows figures with `cargo test --release --lib tar::tests::many -- --nocapture`. What it requires is far more than
-/// any machine needs, and less than a parser takes that looks at what it has seen again.
+/// Shows figures with `cargo test --release --lib tar::tests::many -- --nocapture`. Its bounds are far above
+/// the time that any machine needs, and below that of a parser that looks at the same bytes again and again.
 #[test]
 fn many_entries_and_much_data_take_no_time_to_speak_of() {
     let headers: Vec<u8> = (0..200_000)

@@ -1,4 +1,4 @@
-//! One block, compressed: the same bytes whichever thread does it.
+//! Compression of one block; the result does not depend on the thread.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use super::ZFileError;
 use super::header::{Algo, BLOCK_SEED, raw_crc32c};
 use super::writer::Options;
 
-/// Compresses blocks of one `ZFile`. Each stands for itself, so many encoders may share a file.
+/// Compresses blocks of one `ZFile`. Blocks are independent, so many encoders may work on one file.
 pub struct BlockEncoder {
     verify: bool,
     codec: Codec,
@@ -27,7 +27,7 @@ impl BlockEncoder {
         Ok(Self { verify: options.verify, codec, scratch: Vec::new() })
     }
 
-    /// Adds the stored form of `plain` (compressed bytes and, if wanted, their checksum) to `out`, and
+    /// Appends the stored form of `plain` (compressed bytes and, if enabled, their checksum) to `out`, and
     /// returns its length.
     pub fn encode(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Result<u64, ZFileError> {
         let bound = match self.codec {

@@ -1,53 +1,53 @@
 //! The record at both ends of a `ZFile` (spec zfile 2 and 3; upstream `zfile.cpp:HeaderTrailer`).
 //!
-//! Files of 2021 carry whatever was on the stack in the unused bits of `flags`, in the digests and
-//! behind the record. So bits are tested one by one, digests only when their bit says that they
-//! are there, and `size`, reserved fields and padding never.
+//! Files of 2021 contain uninitialised stack bytes in the unused bits of `flags`, in the digests and behind
+//! the record. So bits are tested one by one; digests are tested only if their bit says that they are
+//! present; `size`, reserved fields and padding are never tested.
 
 use super::ZFileError;
 use source::ByteSource;
 
-/// Bytes that each record takes.
+/// Bytes of each record with its padding.
 pub const SPACE: usize = 512;
 
-/// "ZFile\0\1\0", then sixteen bytes that only this format begins with.
+/// "ZFile\0\1\0", then sixteen bytes that are unique to this format.
 pub const MAGIC: [u8; 24] = *b"ZFile\x00\x01\x00tuji.yyf@Alibaba";
 
-/// Bytes of a record that mean something; written into `size`, never checked.
+/// Bytes of a record that have a meaning; written into `size`, never checked.
 const RECORD_LEN: u32 = 96;
 
 /// Set in the record at the beginning, clear in the one at the end.
 pub const FLAG_HEADER: u64 = 1;
 /// Always set.
 pub const FLAG_DATA: u64 = 1 << 1;
-/// Set at the end only.
+/// Set only at the end.
 pub const FLAG_SEALED: u64 = 1 << 2;
 /// The header was rewritten with the final values: the trailer need not be read.
 pub const FLAG_OVERWRITTEN: u64 = 1 << 3;
 /// The digest of the record and the checksum of the jump table are valid.
 pub const FLAG_DIGEST: u64 = 1 << 4;
 
-/// Block sizes that upstream's reader can address (spec zfile 4).
+/// Smallest block size that upstream's reader can address (spec zfile 4).
 pub const MIN_BLOCK: u32 = 4 << 10;
-/// Larger ones make upstream divide by zero.
+/// Largest block size; larger blocks make upstream divide by zero.
 pub const MAX_BLOCK: u32 = 64 << 10;
 
-/// Most blocks in a file that upstream opens (spec zfile 4).
+/// Largest number of blocks in a file that upstream opens (spec zfile 4).
 pub const MAX_BLOCKS: u64 = 1_000_000_000;
 
-/// How a block is compressed.
+/// Compression of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Algo {
     /// LZ4, raw block format.
     Lz4,
-    /// ZSTD, one frame a block.
+    /// ZSTD, one frame per block.
     Zstd,
 }
 
 /// A header or a trailer, without its magic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// The flag bits; unknown ones may hold anything.
+    /// The flag bits; unknown ones can have any value.
     pub flags: u64,
     /// First byte of the jump table.
     pub index_offset: u64,
@@ -59,16 +59,16 @@ pub struct Record {
     pub index_crc: u32,
     /// Plain bytes in every block but the last.
     pub block_size: u32,
-    /// How blocks are compressed.
+    /// Compression of the blocks.
     pub algo: Algo,
     /// Bytes between the header and the first block.
     pub dict_size: u32,
-    /// Whether four bytes of checksum follow every block.
+    /// True if a checksum of four bytes follows every block.
     pub verify: bool,
 }
 
-/// CRC-32C as upstream computes it: the register starts at `seed` and comes out as it is, while the
-/// usual CRC-32C inverts it before and after (spec zfile 3).
+/// CRC-32C as upstream computes it: the register starts at `seed` and is returned unchanged, while the usual
+/// CRC-32C inverts it before and after (spec zfile 3).
 #[must_use]
 pub fn raw_crc32c(seed: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!seed, bytes)
@@ -89,7 +89,7 @@ fn le64(bytes: &[u8; SPACE], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Digest of a record: over all 512 bytes with its own field zero.
+/// Digest of a record: computed over all 512 bytes with its own field set to zero.
 fn digest(bytes: &[u8; SPACE]) -> u32 {
     let mut blank = *bytes;
     blank[28..32].fill(0);
@@ -97,16 +97,16 @@ fn digest(bytes: &[u8; SPACE]) -> u32 {
 }
 
 impl Record {
-    /// Whether all bits of `flag` are set.
+    /// True if all bits of `flag` are set.
     #[must_use]
     pub const fn has(&self, flag: u64) -> bool {
         self.flags & flag == flag
     }
 
-    /// Reads a record that begins at byte `offset` of `name`, for messages.
+    /// Reads a record. `name` and `offset`, the position of the record in it, are for messages.
     ///
     /// # Errors
-    /// [`ZFileError::NotZFile`] without the magic, [`ZFileError::Invalid`] naming the broken rule.
+    /// [`ZFileError::NotZFile`] without the magic, [`ZFileError::Invalid`] with the broken rule.
     pub fn parse(bytes: &[u8; SPACE], name: &str, offset: u64) -> Result<Self, ZFileError> {
         let part = if offset == 0 { "Header" } else { "Trailer" };
         let invalid =
@@ -141,7 +141,9 @@ impl Record {
             )));
         }
         if bytes[78] != 0 {
-            return Err(invalid("it asks for a dictionary, which no writer ever made".to_owned()));
+            return Err(invalid(
+                "it requires a dictionary, which no known writer makes".to_owned(),
+            ));
         }
         Ok(Self {
             flags,
@@ -156,7 +158,7 @@ impl Record {
         })
     }
 
-    /// The 512 bytes, with their digest when [`FLAG_DIGEST`] is set.
+    /// The 512 bytes, with their digest if [`FLAG_DIGEST`] is set.
     #[must_use]
     pub fn encode(&self) -> [u8; SPACE] {
         let mut bytes = [0; SPACE];
@@ -186,11 +188,11 @@ impl Record {
     }
 }
 
-/// Whether a source begins like a `ZFile`. A wrong digest does not make it plain: that is left to
-/// [`Record::parse`] to refuse.
+/// True if a source begins with the magic of a `ZFile`. A wrong digest does not make it plain;
+/// [`Record::parse`] then refuses it.
 ///
 /// # Errors
-/// [`ZFileError::Source`] when the first bytes cannot be read.
+/// [`ZFileError::Source`] if the first bytes cannot be read.
 pub fn is_zfile(source: &dyn ByteSource) -> Result<bool, ZFileError> {
     if source.len() < SPACE as u64 {
         return Ok(false);

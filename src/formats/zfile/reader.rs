@@ -13,20 +13,20 @@ use crate::zfile::Algo;
 use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
 use source::{ByteSource, SourceError};
 
-/// Plain bytes in a chunk, and the grain of the jump table: 32 blocks of 4 KiB. Large enough that
-/// one range request is worth its round trip, small enough that a lone 4 KiB read decodes in well
-/// under a millisecond.
+/// Plain bytes in a chunk, and the grain of the jump table: 32 blocks of 4 KiB. Large enough that a range
+/// request is worth its round trip; small enough that a single 4 KiB read decodes in well under a
+/// millisecond.
 const CHUNK: u32 = 128 << 10;
 
-/// Most bytes that any compressor adds to an incompressible block: LZ4's bound is n/255 + 16,
-/// ZSTD's n/256 + 64, upstream's own buffer has 512; and the checksum. A longer entry in a jump
-/// table is damage, and would be an allocation of somebody else's choice.
+/// Most bytes that any compressor adds to an incompressible block: LZ4's bound is n/255 + 16, ZSTD's n/256 +
+/// 64, upstream's own buffer has 512; the checksum comes in addition. A longer entry in a jump table is
+/// damage, and would let the file decide the size of an allocation.
 const MAX_EXPANSION: u32 = 1024;
 
 /// Bytes read at a time from the jump table.
 const INDEX_STEP: u64 = 1 << 20;
 
-/// An open `ZFile`: its record and its jump table.
+/// An open `ZFile`, with its record and its jump table.
 pub struct ZFile {
     source: Arc<dyn ByteSource>,
     record: Record,
@@ -38,7 +38,7 @@ pub struct ZFile {
     grain: u64,
 }
 
-/// An empty vector with room for `len` bytes, or an error where there is none.
+/// An empty vector with room for `len` bytes, or an error if there is not enough memory.
 pub(super) fn room(name: &str, len: u64) -> Result<Vec<u8>, ZFileError> {
     let mut bytes = Vec::new();
     let fits = usize::try_from(len).is_ok_and(|len| bytes.try_reserve_exact(len).is_ok());
@@ -53,7 +53,7 @@ impl ZFile {
     /// Opens a `ZFile` that begins at byte 0 of `source` and reads its jump table.
     ///
     /// # Errors
-    /// [`ZFileError`] naming the record and the rule it breaks.
+    /// [`ZFileError`] with the record and the broken rule.
     pub fn open(source: Arc<dyn ByteSource>) -> Result<Self, ZFileError> {
         let (record, end) = read_record(&*source)?;
         let (lengths, index_crc) = read_index(&*source, &record, end)?;
@@ -83,7 +83,7 @@ impl ZFile {
             at += u64::from(length); // below 1e9 blocks of 65 KiB: no overflow
         }
         if at != record.index_offset {
-            return Err(invalid(format!("its blocks end at byte {at}, not where it begins")));
+            return Err(invalid(format!("its blocks end at byte {at}, not at its beginning")));
         }
         Ok(Self { source, record, lengths, bases, grain })
     }
@@ -100,10 +100,10 @@ impl ZFile {
         &self.record
     }
 
-    /// All plain bytes.
+    /// Reads all plain bytes.
     ///
     /// # Errors
-    /// [`ZFileError`] when a block is damaged or there is no room for the bytes.
+    /// [`ZFileError`] if a block is damaged or there is no memory for the bytes.
     pub fn read_all(&self) -> Result<Vec<u8>, ZFileError> {
         let mut plain = room(self.source.name(), self.record.original_size)?;
         plain.resize(self.record.original_size as usize, 0);
@@ -111,15 +111,15 @@ impl ZFile {
         Ok(plain)
     }
 
-    /// All plain bytes into `plain`, which is as long as they are.
+    /// Reads all plain bytes into `plain`, which has their length; on all cores if the file is large enough.
     ///
     /// # Errors
-    /// [`ZFileError`] when a block is damaged.
+    /// [`ZFileError`] if a block is damaged.
     pub fn read_into(&self, plain: &mut [u8]) -> Result<(), ZFileError> {
         self.decode_into(0, self.lengths.len() as u64, plain)
     }
 
-    /// Where block `number` begins. `number` may be one past the last.
+    /// Offset of block `number`, which may be one past the last.
     fn start_of(&self, number: u64) -> u64 {
         let group = (number / self.grain) as usize;
         let Some(&base) = self.bases.get(group) else { return self.record.index_offset };
@@ -127,13 +127,13 @@ impl ZFile {
         base + lengths.iter().map(|&length| u64::from(length)).sum::<u64>()
     }
 
-    /// Plain bytes of block `number`, which exists.
+    /// Plain bytes of block `number`, which must exist.
     fn plain_len(&self, number: u64) -> usize {
         let start = number * u64::from(self.record.block_size);
         (self.record.original_size - start).min(u64::from(self.record.block_size)) as usize
     }
 
-    /// Decodes `count` blocks from `first` on, fewer where the file ends.
+    /// Decodes `count` blocks from `first` on; fewer at the end of the file.
     fn decode(&self, first: u64, count: u64) -> Result<Vec<u8>, ZFileError> {
         let last = first.saturating_add(count).min(self.lengths.len() as u64);
         let mut plain = vec![0; (first..last).map(|number| self.plain_len(number)).sum()];
@@ -141,11 +141,7 @@ impl ZFile {
         Ok(plain)
     }
 
-    /// The same into `plain`, which is as long as they are.
-    /// Plain bytes of at most `count` blocks from block `first` on into `plain`, which is as long as they are.
-    ///
-    /// # Errors
-    /// [`ZFileError`] when a block is damaged.
+    /// Decodes `count` blocks from `first` on into `plain`, which has their length.
     pub fn decode_into(&self, first: u64, count: u64, plain: &mut [u8]) -> Result<(), ZFileError> {
         let blocks = self.lengths.len() as u64;
         let last = first.saturating_add(count).min(blocks);
@@ -162,7 +158,7 @@ impl ZFile {
         self.decode_stored(first..last, stored, plain)
     }
 
-    /// Whether the stored bytes of `blocks` match the checksums among them; `None` when there are none.
+    /// Checks the stored bytes of `blocks` against the checksums among them; `None` if there are none.
     fn verify_stored(&self, blocks: Range<u64>, stored: &[u8]) -> Option<bool> {
         let mut rest = stored;
         for number in self.record.verify.then_some(blocks)? {
@@ -177,7 +173,7 @@ impl ZFile {
         Some(rest.is_empty())
     }
 
-    /// Decodes `blocks` from their stored bytes into `plain`, which is as long as they are.
+    /// Decodes `blocks` from their stored bytes into `plain`, which has their length.
     fn decode_stored(
         &self,
         blocks: Range<u64>,
@@ -208,7 +204,7 @@ impl ZFile {
         Ok(())
     }
 
-    /// Verifies and decodes one block, or says what is wrong with it.
+    /// Verifies and decodes one block, or returns the fault found.
     fn decode_block(
         &self,
         decoder: &mut Decoder,
@@ -236,7 +232,7 @@ impl ZFile {
     }
 }
 
-/// The record to go by, and the byte before which the jump table ends.
+/// The valid record, and the byte before which the jump table ends.
 fn read_record(source: &dyn ByteSource) -> Result<(Record, u64), ZFileError> {
     let name = source.name();
     let len = source.len();
@@ -251,7 +247,7 @@ fn read_record(source: &dyn ByteSource) -> Result<(Record, u64), ZFileError> {
     }
     let at = len - SPACE as u64;
     if header.has(FLAG_OVERWRITTEN) {
-        // The trailer is not needed, but a file that was cut off has no room for it.
+        // The trailer is not needed, but a truncated file has no room for it.
         return Ok((header, at));
     }
     source.read_exact_at(&mut bytes, at)?;
@@ -268,8 +264,8 @@ fn read_record(source: &dyn ByteSource) -> Result<(Record, u64), ZFileError> {
     Ok((trailer, at))
 }
 
-/// The jump table and its checksum, after every number that describes it was checked against the
-/// length of the file.
+/// The jump table and its checksum. All numbers that describe it are first checked against the length of the
+/// file.
 fn read_index(
     source: &dyn ByteSource,
     record: &Record,
@@ -326,14 +322,14 @@ impl Decoder {
         })
     }
 
-    /// Decoded length, or the codec's complaint.
+    /// Decoded length, or the codec's error message.
     fn decode(&mut self, packed: &[u8], plain: &mut [u8]) -> Result<usize, String> {
         match self {
             Self::Lz4 => lz4_flex::block::decompress_into(packed, plain)
-                .map_err(|e| format!("LZ4 says: {e}")),
-            Self::Zstd(decoder) => {
-                decoder.decompress_to_buffer(packed, plain).map_err(|e| format!("ZSTD says: {e}"))
-            }
+                .map_err(|e| format!("LZ4 reports: {e}")),
+            Self::Zstd(decoder) => decoder
+                .decompress_to_buffer(packed, plain)
+                .map_err(|e| format!("ZSTD reports: {e}")),
         }
     }
 }
@@ -389,7 +385,7 @@ pub struct ZFileChunks {
 }
 
 impl ZFileChunks {
-    /// Chunks of `file`, known to a cache as `id`.
+    /// Chunks of `file`; a cache knows them as `id`.
     pub fn new(id: impl Into<String>, file: Arc<ZFile>) -> Self {
         Self { id: id.into(), file }
     }

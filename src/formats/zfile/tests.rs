@@ -1,4 +1,4 @@
-//! What holds for `ZFile`s as a whole. The oracles are files that upstream's tools wrote.
+//! Tests of `ZFile`s as a whole. The oracles are files that upstream's tools wrote.
 
 use std::io::{Cursor, Write as _};
 use std::path::Path;
@@ -26,7 +26,7 @@ fn upstream(name: &str) -> Arc<dyn ByteSource> {
     Arc::new(FileSource::open(&path).unwrap())
 }
 
-/// Bytes that compress a little, and differ everywhere.
+/// Bytes that compress a little and do not repeat.
 fn text(len: usize) -> Vec<u8> {
     (0..len)
         .map(
@@ -65,7 +65,7 @@ fn our_records_and_our_tar_are_upstreams_bytes() {
     assert!(ours == theirs);
     let file = ZFile::open(inner.clone()).unwrap();
     assert_eq!(file.record().encode(), theirs[1536..2048]);
-    // Only the choice of LZ4 matches differs from here on: the plain bytes read back.
+    // From here on only the choice of LZ4 matches differs: the plain bytes read back.
     let plain = file.read_all().unwrap();
     let again = ZFile::open(memory(pack(&plain, Options::default()))).unwrap();
     assert_eq!(again.record().flags, 0x1b);
@@ -114,7 +114,7 @@ fn an_incompressible_block_of_64_kib_is_refused_because_upstream_cannot_read_it(
         let options = |block_size| Options { algo, block_size, ..Options::default() };
         let mut writer = Writer::new(Vec::new(), options(65536)).unwrap();
         assert!(writer.write_all(&noise).is_err());
-        // The failure sticks: what follows would not be a file.
+        // The failure stays: later blocks would not form a valid file.
         assert!(matches!(
             writer.finish_streaming(),
             Err(ZFileError::BlockTooLong { block: 0, .. })
@@ -128,7 +128,7 @@ fn an_incompressible_block_of_64_kib_is_refused_because_upstream_cannot_read_it(
 
 #[test]
 fn garbage_that_old_files_carry_is_tolerated() {
-    // What upstream's `ext4_64` of 2021 looks like: stray flag bits, digests, and padding.
+    // A header like that of upstream's `ext4_64` of 2021: stray flag bits, digests, and padding.
     let mut bytes = pack(&text(9000), Options::default());
     let end = bytes.len();
     for at in [0, end - 512] {
@@ -180,7 +180,7 @@ fn hostile_numbers_are_refused_before_anything_is_allocated() {
     let many = refused(&|record| (record.index_size, record.original_size) = (1 << 29, 1 << 41));
     assert!(many.contains("end past byte"), "{many}");
     assert!(refused(&|record| record.index_offset = u64::MAX).contains("end past byte"));
-    assert!(refused(&|record| record.dict_size = u32::MAX).contains("not where it begins"));
+    assert!(refused(&|record| record.dict_size = u32::MAX).contains("not at its beginning"));
     assert!(refused(&|record| record.block_size = 1 << 20).contains("not a power of two"));
 }
 
@@ -204,7 +204,7 @@ fn a_form_b_archive_is_seen_through_and_other_archives_are_refused() {
     assert!(unwrap(archive(b'5', file.len() as u64)).is_err());
     assert!(unwrap(archive(b'0', 1 << 32)).is_err());
     assert!(unwrap(archive(b'x', 100)).is_err());
-    // Not an archive: as it is.
+    // Not an archive: returned unchanged.
     assert_eq!(unwrap(memory(file)).unwrap().1, Wrapping::Raw);
 }
 
@@ -221,7 +221,7 @@ fn no_flipped_bit_of_a_tar_header_makes_a_reader_panic() {
             source.clone(),
             vec![Fault::FlipAt(bit / 8, 1 << (bit % 8))],
         ));
-        // With a broken archive the file is taken as it is, and that is not a `ZFile`.
+        // With a broken archive the source is returned unchanged, and that is not a `ZFile`.
         match open(flipped) {
             Ok(Payload::ZFile(file)) => assert_eq!(file.read_all().unwrap(), text(3000)),
             Ok(Payload::Plain(_)) | Err(_) => {}

@@ -1,7 +1,7 @@
 //! The tar archive around a layer (spec zfile 8).
 //!
-//! A native layer in a registry is a tar archive with one member. Upstream's reader knows exactly
-//! two forms and so do we: *B*, one ustar header and the data behind it; *A*, a pax header with the
+//! A native layer in a registry is a tar archive with one member. Upstream's reader accepts exactly two
+//! forms, and so does this one: *B*, one ustar header and the data behind it; *A*, a pax header with the
 //! member's size in front of a member header whose own size field is 0.
 
 use std::io::{self, Write};
@@ -13,10 +13,10 @@ use source::{ByteSource, SubSource};
 /// Bytes in a tar record.
 const BLOCK: u64 = 512;
 
-/// What is around the bytes of a layer.
+/// Wrapping of the bytes of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wrapping {
-    /// Nothing.
+    /// None.
     Raw,
     /// A pax header and a member header: 1536 bytes (form A).
     TarPax,
@@ -24,10 +24,10 @@ pub enum Wrapping {
     Tar,
 }
 
-/// The member of a one-member tar archive, or the source as it is.
+/// The member of a one-member tar archive, or the source unchanged.
 ///
 /// # Errors
-/// [`ZFileError::Invalid`] when the archive has another form, or its member does not fit.
+/// [`ZFileError::Invalid`] if the archive has another form, or its member does not fit.
 pub fn unwrap(source: Arc<dyn ByteSource>) -> Result<(Arc<dyn ByteSource>, Wrapping), ZFileError> {
     if source.len() < BLOCK {
         return Ok((source, Wrapping::Raw));
@@ -56,12 +56,12 @@ pub fn unwrap(source: Arc<dyn ByteSource>) -> Result<(Arc<dyn ByteSource>, Wrapp
             let mut record = [0; BLOCK as usize];
             source.read_exact_at(&mut record, BLOCK)?;
             let size = pax_size(&record[..field_size as usize])
-                .ok_or_else(|| invalid(BLOCK, "its pax record gives no size".to_owned()))?;
+                .ok_or_else(|| invalid(BLOCK, "its pax record has no size".to_owned()))?;
             source.read_exact_at(&mut header, 2 * BLOCK)?;
             if !is_ustar(&header) || !matches!(header[156], b'0' | 0) {
                 return Err(invalid(
                     2 * BLOCK,
-                    "no plain member follows the pax header".to_owned(),
+                    "no regular member follows the pax header".to_owned(),
                 ));
             }
             (3 * BLOCK, size, Wrapping::TarPax)
@@ -83,7 +83,7 @@ pub fn unwrap(source: Arc<dyn ByteSource>) -> Result<(Arc<dyn ByteSource>, Wrapp
     Ok((Arc::new(SubSource::new(source, start, len)?), wrapping))
 }
 
-/// Whether a block is a ustar header with a correct checksum (upstream `tar_file.cpp:is_tar_file`).
+/// True if a block is a ustar header with a correct checksum (upstream `tar_file.cpp:is_tar_file`).
 fn is_ustar(header: &[u8; BLOCK as usize]) -> bool {
     if &header[257..262] != b"ustar" || &header[263..265] != b"00" {
         return false;
@@ -98,14 +98,14 @@ fn is_ustar(header: &[u8; BLOCK as usize]) -> bool {
     stored == unsigned || stored == signed
 }
 
-/// Sum of a header's bytes, its checksum field counted as spaces.
+/// Sum of a header's bytes, with spaces in place of the checksum field.
 fn checksum(header: &[u8; BLOCK as usize], value: impl Fn(u8) -> u64) -> u64 {
     let byte =
         |(at, &byte): (usize, &u8)| value(if (148..156).contains(&at) { b' ' } else { byte });
     header.iter().enumerate().map(byte).fold(0, u64::wrapping_add)
 }
 
-/// An octal field: spaces, digits, then anything after a space or NUL. `None` without a digit.
+/// Reads an octal field: spaces, digits, then any bytes after a space or NUL. `None` without a digit.
 fn number(field: &[u8]) -> Option<u64> {
     let digits = field.trim_ascii_start();
     let len =
@@ -129,12 +129,13 @@ fn pax_size(mut record: &[u8]) -> Option<u64> {
     size
 }
 
-/// The 1536 bytes in front of a `ZFile` of `len` bytes in form A, as `overlaybd-commit -z -t` under
-/// umask 022 as root writes them.
+/// The 1536 bytes in front of a `ZFile` of `len` bytes in form A, equal to the output of `overlaybd-commit -z
+/// -t` under umask 022 as root.
 #[must_use]
 pub fn head(len: u64) -> Vec<u8> {
     let mut text = String::new();
-    // A pax record counts its own length; it has at most 28 bytes, so two digits always suffice.
+    // The length of a pax record includes its own digits; the record has at most 28 bytes, so two digits
+    // always suffice.
     for digits in 1..=2 {
         let total = digits + " size=\n".len() + len.to_string().len();
         text = format!("{total} size={len}\n");
@@ -165,7 +166,7 @@ pub fn head(len: u64) -> Vec<u8> {
     head
 }
 
-/// Magic, version and checksum.
+/// Fills in magic, version and checksum.
 fn seal(header: &mut [u8; BLOCK as usize]) {
     header[257..263].copy_from_slice(b"ustar\0");
     header[263..265].copy_from_slice(b"00");
@@ -173,10 +174,10 @@ fn seal(header: &mut [u8; BLOCK as usize]) {
     header[148..156].copy_from_slice(format!("{sum:>6o} \0").as_bytes());
 }
 
-/// Writes what follows a `ZFile` of `len` bytes in a tar archive: padding and two zero records.
+/// Writes the bytes behind a `ZFile` of `len` bytes in a tar archive: padding and two zero records.
 ///
 /// # Errors
-/// The output's.
+/// The errors of the output.
 pub fn write_tail(len: u64, out: &mut impl Write) -> io::Result<()> {
     let padding = len.next_multiple_of(BLOCK) - len + 2 * BLOCK;
     out.write_all(&vec![0; padding as usize])

@@ -1,7 +1,7 @@
-//! Writing a `ZFile` (spec zfile 7): the same input and options give the same bytes.
+//! Writer of a `ZFile` (spec zfile 7): equal input and options give equal bytes.
 //!
-//! The rules checked here are those of upstream's reader, which are stricter than the format: it
-//! reads a block through a buffer of 64 KiB, and keeps offsets inside a group of blocks in 16 bits.
+//! The checks here are those of upstream's reader, which are stricter than the format: it reads a block
+//! through a buffer of 64 KiB, and stores offsets inside a group of blocks in 16 bits.
 
 use std::io::{self, Seek, SeekFrom, Write};
 
@@ -16,30 +16,31 @@ use super::header::{
 /// `zfile.cpp:BlockReader` (the "64 KiB hazard" of spec zfile 7).
 const MAX_STORED: u64 = 65536;
 
-/// Blocks of one group share a 64-bit base in upstream's `JumpTable::build`; the rest is 16 bits.
+/// Largest sum of lengths in a group: blocks of one group share a 64-bit base in upstream's
+/// `JumpTable::build`, and their offsets have 16 bits.
 const MAX_IN_GROUP: u64 = 65535;
 
-/// How to write.
+/// Options of the writer.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// How blocks are compressed.
+    /// Compression of the blocks.
     pub algo: Algo,
-    /// Level of ZSTD; LZ4 has none.
+    /// Level of ZSTD; LZ4 has no levels.
     pub level: i32,
     /// Plain bytes in a block: a power of two from 4096 to 65536.
     pub block_size: u32,
-    /// Whether each block is followed by its checksum.
+    /// True if a checksum follows each block.
     pub verify: bool,
 }
 
 impl Default for Options {
-    /// What upstream's conversion always uses.
+    /// The options that upstream's conversion always uses.
     fn default() -> Self {
         Self { algo: Algo::Lz4, level: 3, block_size: 4096, verify: true }
     }
 }
 
-/// What was written.
+/// Sizes of the written file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Summary {
     /// Bytes of the whole `ZFile`.
@@ -50,8 +51,8 @@ pub struct Summary {
     pub blocks: u64,
 }
 
-/// Compresses what is written to it. Close it with [`finish`](Self::finish), or with
-/// [`finish_streaming`](Self::finish_streaming) where the output cannot seek.
+/// Compresses its input. Close it with [`finish`](Self::finish), or with
+/// [`finish_streaming`](Self::finish_streaming) if the output cannot seek.
 pub struct Writer<W> {
     out: W,
     options: Options,
@@ -64,11 +65,11 @@ pub struct Writer<W> {
     original_size: u64,
     /// Bytes given to `out`.
     written: u64,
-    /// The first failure: what came after it would not be a `ZFile`.
+    /// The first failure: bytes written after it would not form a `ZFile`.
     failed: Option<ZFileError>,
 }
 
-/// Blocks that another thread has compressed: they follow each other in `bytes`.
+/// Blocks compressed by another thread; they follow each other in `bytes`.
 #[derive(Default)]
 pub struct PackedBlocks {
     /// Stored bytes of all blocks.
@@ -83,7 +84,7 @@ impl<W: Write> Writer<W> {
     /// Begins a file at the present position of `out`.
     ///
     /// # Errors
-    /// [`ZFileError::Options`] for a block size that no reader takes, [`ZFileError::Write`].
+    /// [`ZFileError::Options`] for a block size that no reader accepts, [`ZFileError::Write`].
     pub fn new(mut out: W, options: Options) -> Result<Self, ZFileError> {
         let size = options.block_size;
         if !size.is_power_of_two() || !(MIN_BLOCK..=MAX_BLOCK).contains(&size) {
@@ -107,8 +108,7 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    /// Writes the jump table and the trailer, and leaves the header as it was: readers then go by
-    /// the trailer.
+    /// Writes the jump table and the trailer, and leaves the header unchanged: readers then use the trailer.
     ///
     /// # Errors
     /// [`ZFileError::BlockTooLong`], [`ZFileError::Write`].
@@ -117,7 +117,7 @@ impl<W: Write> Writer<W> {
         Ok((self.out, summary))
     }
 
-    /// Compresses what is left, writes the jump table and the trailer, and returns the latter.
+    /// Compresses the remaining bytes, writes the jump table and the trailer, and returns the trailer.
     fn close(&mut self) -> Result<(Record, Summary), ZFileError> {
         if !self.plain.is_empty() {
             let plain = std::mem::take(&mut self.plain);
@@ -165,8 +165,8 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Adds blocks that were compressed elsewhere with the same options. All blocks but the last of the
-    /// file have the full size, and nothing is written by [`Write`] beside this.
+    /// Appends blocks that were compressed elsewhere with the same options. All blocks but the last of the
+    /// file must have the full size, and the caller must not also write through [`Write`].
     pub fn put_packed(&mut self, blocks: &PackedBlocks) -> Result<(), ZFileError> {
         for &stored in &blocks.lengths {
             let length = self.admit(stored)?;
@@ -195,7 +195,7 @@ impl<W: Write> Writer<W> {
         if block.is_multiple_of(group) {
             self.in_group = 0;
         }
-        // The last block of a group may end anywhere: only beginnings are kept in 16 bits.
+        // The last block of a group may end anywhere: only offsets of beginnings are stored in 16 bits.
         if block % group != group - 1 {
             self.in_group += stored;
             if self.in_group >= MAX_IN_GROUP {
@@ -209,8 +209,8 @@ impl<W: Write> Writer<W> {
 }
 
 impl<W: Write + Seek> Writer<W> {
-    /// Writes the jump table and the trailer, and the final values into the header too, so that a
-    /// reader needs one request less (what `overlaybd-commit -z` does). Leaves `out` at the end.
+    /// Writes the jump table and the trailer, and also the final values into the header, so that a reader
+    /// needs one request less (like `overlaybd-commit -z`). Leaves `out` at the end.
     ///
     /// # Errors
     /// [`ZFileError::BlockTooLong`], [`ZFileError::Write`].
@@ -219,7 +219,10 @@ impl<W: Write + Seek> Writer<W> {
         header.flags = FLAG_HEADER | FLAG_DATA | FLAG_OVERWRITTEN | FLAG_DIGEST;
         let end = self.out.stream_position()?;
         let Some(start) = end.checked_sub(summary.len) else {
-            return Err(io::Error::other("The output moved while a ZFile was written to it").into());
+            return Err(io::Error::other(
+                "The position of the output changed while a ZFile was written to it",
+            )
+            .into());
         };
         self.out.seek(SeekFrom::Start(start))?;
         self.out.write_all(&header.encode())?;
@@ -252,13 +255,13 @@ impl<W: Write> Write for Writer<W> {
         Ok(bytes.len())
     }
 
-    /// Passes on to the output what is compressed; a partial block stays.
+    /// Passes the compressed bytes on to the output; a partial block stays.
     fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
 }
 
-/// A record with everything but the index.
+/// A record with all fields but those of the index.
 fn record(options: &Options, flags: u64) -> Record {
     Record {
         flags,

@@ -1,28 +1,28 @@
-//! Decoding segments: whole frames at once, a long one piece by piece.
+//! Decoding of segments: whole frames at once, a long frame piece by piece.
 
 use zstd::bulk::Decompressor;
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 
-/// Why a segment cannot be had, as a reason for [`ChunkError::Damaged`](source::chunk::ChunkError).
+/// Reason for the failure of a segment, for [`ChunkError::Damaged`](source::chunk::ChunkError).
 type Reason = String;
 
-/// What a thread needs to decode segments of whole frames. Kept between calls: making it allocates.
+/// State of a thread that decodes segments of whole frames. Kept between calls, because making it allocates.
 pub struct FramesDecoder(Decompressor<'static>);
 
 impl FramesDecoder {
-    /// A new one.
+    /// Makes a decoder.
     ///
     /// # Errors
-    /// That there is no memory for it, as a reason.
+    /// A reason if there is no memory for it.
     pub fn new() -> Result<Self, Reason> {
         Decompressor::new().map(Self).map_err(|error| format!("no decoder can be made: {error}"))
     }
 
-    /// Decodes frames, whose output is as long as `room`; those to be skipped are skipped. The output is the
-    /// window here, so a frame's own needs no memory.
+    /// Decodes frames whose output is as long as `room`; skippable frames are skipped. The output serves as
+    /// the window, so the window of a frame needs no memory.
     ///
     /// # Errors
-    /// What is wrong with them, as a reason.
+    /// The reason of the failure.
     pub fn decode(&mut self, encoded: &[u8], room: &mut [u8]) -> Result<(), Reason> {
         match self.0.decompress_to_buffer(encoded, room) {
             Ok(len) if len == room.len() => Ok(()),
@@ -32,22 +32,22 @@ impl FramesDecoder {
     }
 }
 
-/// A long frame, as far as it is decoded. It holds the frame's window and little else.
+/// A decoder of a long frame, at some block of it. It holds the frame's window and little else.
 pub struct FrameDecoder(Decoder<'static>);
 
 impl FrameDecoder {
-    /// At the beginning of a frame.
+    /// Makes a decoder at the beginning of a frame.
     ///
     /// # Errors
-    /// That there is no memory for it, as a reason.
+    /// A reason if there is no memory for it.
     pub fn new() -> Result<Self, Reason> {
         Decoder::new().map(Self).map_err(|error| format!("no decoder can be made: {error}"))
     }
 
-    /// Decodes the next whole blocks, whose output is as long as `room`.
+    /// Decodes the next whole blocks; their output is as long as `room`.
     ///
     /// # Errors
-    /// What is wrong with them, as a reason; then the decoder is of no further use.
+    /// The reason of the failure; the decoder must then be dropped.
     pub fn decode_next(&mut self, encoded: &[u8], room: &mut [u8]) -> Result<(), Reason> {
         let mut input = InBuffer::around(encoded);
         let mut filled = 0;

@@ -1,24 +1,24 @@
-//! What can be wrong with a zstd layer.
+//! Faults of a zstd layer.
 
 use std::io;
 
 use thiserror::Error;
 
-/// Why a zstd layer cannot be read. Offsets are of the compressed blob, in bytes.
+/// Error of reading a zstd layer. Offsets are in bytes of the compressed blob.
 #[derive(Debug, Error)]
 pub enum ZstdError {
     /// Bytes that break a rule of RFC 8878.
     #[error("The zstd stream is damaged at byte {at}: {rule}")]
     Damaged {
-        /// Where.
+        /// Offset of the fault.
         at: u64,
-        /// The rule.
+        /// The broken rule.
         rule: &'static str,
     },
-    /// The decoder found the frame wrong.
+    /// A frame that the decoder refuses.
     #[error("The zstd frame at byte {at} is damaged")]
     Frame {
-        /// Where the frame begins.
+        /// Offset of the frame.
         at: u64,
         /// The decoder's reason.
         #[source]
@@ -27,37 +27,37 @@ pub enum ZstdError {
     /// The stream ends before its last frame does.
     #[error("The zstd stream ends at byte {at}, inside a frame")]
     Truncated {
-        /// Number of bytes there were.
+        /// Number of bytes in the stream.
         at: u64,
     },
-    /// Decoding would take too much memory.
+    /// A frame that needs too much memory to decode.
     #[error(
         "The zstd frame at byte {at} needs a window of {window} bytes, and at most {most} are allowed: compress the layer without --long, or with --long=27",
         most = super::MAX_WINDOW
     )]
     Window {
-        /// Where the frame begins.
+        /// Offset of the frame.
         at: u64,
         /// The window in its header, bytes.
         window: u64,
     },
-    /// A dictionary, which a layer cannot bring along.
+    /// A frame that needs a dictionary, which a layer cannot contain.
     #[error(
-        "The zstd frame at byte {at} needs the dictionary {dictionary}, which no layer brings along: compress it without one"
+        "The zstd frame at byte {at} needs the dictionary {dictionary}, which a layer cannot contain: compress it without one"
     )]
     Dictionary {
-        /// Where the frame begins.
+        /// Offset of the frame.
         at: u64,
-        /// The dictionary's number.
+        /// Number of the dictionary.
         dictionary: u32,
     },
-    /// Much input, and hardly any output: it would have to be kept to be verified.
+    /// Much input with hardly any output. It would have to be kept in memory for its checksum.
     #[error("The zstd stream has more than {most} bytes before byte {at} that yield almost nothing", most = super::scan::MOST_INPUT)]
     Empty {
-        /// Where it became too much.
+        /// Offset at which the limit was reached.
         at: u64,
     },
-    /// There is no memory for a decoder.
+    /// There is not enough memory for a decoder.
     #[error("Cannot make a zstd decoder")]
     Decoder(#[source] io::Error),
 }

@@ -1,8 +1,8 @@
-//! Where to cut a layer into segments, found while it is decoded for the first time.
+//! Finds the cuts of a layer into segments during its first decoding.
 //!
-//! A segment is as many whole frames as fit into the span, or one frame that is longer; only a frame longer
-//! than [`LONG`] is cut inside, at the first end of a block behind each span. Whether a frame is that long is
-//! known when it has been so long; until then the places inside it are only noted.
+//! A segment is as many whole frames as fit into the span, or one longer frame. Only a frame longer than
+//! [`LONG`] is cut inside: at the first end of a block behind each span. The scan learns that a frame is long
+//! only when it reaches that length; until then it only notes the positions inside the frame.
 
 use std::ops::Range;
 
@@ -14,21 +14,22 @@ use crate::segments::index::MAX_SEGMENT;
 use crate::segments::{Encoding, Entry, Scanned, Segment};
 use crate::units::Bytes;
 
-/// Output of a frame from which on it is cut inside, 4 MiB, or the span if that is longer. Decoding so much for one
-/// read takes some milliseconds.
+/// Length of a frame's output above which it is cut inside: 4 MiB, or the span if that is longer. Decoding 4
+/// MiB for one read takes some milliseconds.
 pub const LONG: Bytes = Bytes(4 << 20);
 
-/// Frames to be skipped that are longer do not become part of a segment, 64 KiB: they would be fetched for nothing.
+/// Longest run of skippable frames that becomes part of a segment: 64 KiB. A longer run would be fetched
+/// without need.
 const LONG_GAP: u64 = 64 << 10;
 
-/// Most bytes of a blob in which no segment ends: they are kept to be hashed. Twice the longest span is less,
-/// unless hardly anything comes out of them.
+/// Most bytes of a blob without an end of a segment: they are kept to be hashed. Twice the longest span stays
+/// below this, unless the bytes yield hardly any output.
 pub const MOST_INPUT: u64 = MAX_SEGMENT.0;
 
 /// Bytes decoded at a time.
 const STEP: usize = 256 << 10;
 
-/// What may become a segment, or a part of one.
+/// A stretch of the blob that becomes a segment or a part of one.
 struct Stretch {
     input: Range<u64>,
     output: Range<u64>,
@@ -45,7 +46,7 @@ impl Stretch {
         self.output.end - self.output.start
     }
 
-    /// The two together; `next` follows at once, or behind bytes that are skipped.
+    /// Joins two stretches; `next` follows at once, or behind skipped bytes.
     fn join(&mut self, next: &Stretch) {
         self.input.end = next.input.end;
         self.output.end = next.output.end;
@@ -53,33 +54,33 @@ impl Stretch {
     }
 }
 
-/// The frame that the scan is in.
+/// The frame that is being scanned.
 struct Frame {
-    /// Stretches between the places at which it may be cut; the last is still being decoded.
+    /// Stretches between the positions where the frame can be cut; the last is still being decoded.
     stretches: Vec<Stretch>,
     start: u64,
     is_long: bool,
 }
 
-/// Decodes a layer as it arrives, and cuts it.
+/// Decodes a layer as it arrives, and cuts it into segments.
 pub struct Scanner {
     span: u64,
     long: u64,
     walker: Walker,
     decoder: Decoder<'static>,
     buffer: Vec<u8>,
-    /// Output so far.
+    /// Number of output bytes so far.
     out: u64,
-    /// Whole frames that are not a segment yet.
+    /// Whole frames that are not part of a segment yet.
     open: Option<Stretch>,
     frame: Option<Frame>,
     segments: Vec<Segment>,
-    /// Segments that were given out.
+    /// Number of segments that were returned.
     taken: usize,
 }
 
 impl Scanner {
-    /// At the first byte of a layer, for segments of about `span`.
+    /// A scanner at the first byte of a layer, for segments of about `span`.
     ///
     /// # Errors
     /// [`ZstdError::Decoder`].
@@ -101,7 +102,7 @@ impl Scanner {
     /// Decodes all of `input` into `sink`.
     ///
     /// # Errors
-    /// [`ZstdError`], or what `sink` says.
+    /// [`ZstdError`], or the error of `sink`.
     pub fn feed<E: From<ZstdError>>(
         &mut self,
         mut input: &[u8],
@@ -139,7 +140,7 @@ impl Scanner {
         self.decode(&header, sink)
     }
 
-    /// Ends the open segment when much was skipped behind it.
+    /// Ends the open segment if many bytes were skipped behind it.
     fn close_before_gap(&mut self) {
         let at = self.walker.at();
         if self.open.as_ref().is_some_and(|open| at - open.input.end > LONG_GAP) {
@@ -147,7 +148,7 @@ impl Scanner {
         }
     }
 
-    /// Decodes bytes of the frame.
+    /// Decodes bytes of a frame.
     fn decode<E: From<ZstdError>>(
         &mut self,
         bytes: &[u8],
@@ -167,19 +168,19 @@ impl Scanner {
                 stretch.output.end = self.out;
             }
             sink(&self.buffer[..filled])?;
-            // A full buffer may have left more inside the decoder.
+            // If the buffer is full, the decoder may hold more output.
             if filled < capacity && input.pos() == bytes.len() {
                 return Ok(());
             }
             if filled == 0 && input.pos() == before {
                 let at = self.walker.frame();
-                let rule = "a frame goes on behind its end";
+                let rule = "a frame continues behind its end";
                 return Err(ZstdError::Damaged { at, rule }.into());
             }
         }
     }
 
-    /// Notes a place at which the frame may be cut, and cuts it there if it is a long one.
+    /// Notes a position where the frame can be cut, and cuts there if the frame is a long one.
     fn end_block(&mut self) {
         let (at, out) = (self.walker.at(), self.out);
         let Some(frame) = &mut self.frame else { return };
@@ -195,8 +196,8 @@ impl Scanner {
         self.close_inside();
     }
 
-    /// The stretches of a long frame become segments, all but the last two: the one that is being decoded, and
-    /// the one that it will be joined to if nothing comes out of it.
+    /// Makes segments of the stretches of a long frame, except the last two: the one that is being decoded,
+    /// and the one that it joins if it yields no output.
     fn close_inside(&mut self) {
         let Some(frame) = self.frame.as_mut().filter(|frame| frame.is_long) else { return };
         let whole = frame.stretches.len().saturating_sub(2);
@@ -205,12 +206,12 @@ impl Scanner {
     }
 
     fn end_frame(&mut self) -> Result<(), ZstdError> {
-        // Header and checksum have gone through the decoder; it must agree that this is the end.
+        // Header and checksum have passed through the decoder; it must agree that this is the end.
         let Some(mut frame) = self.frame.take() else { return Ok(()) };
         if let Some(last) = frame.stretches.last_mut() {
             last.input.end = self.walker.at();
         }
-        // What yields nothing belongs to what is before it.
+        // A stretch without output belongs to the one before it.
         while let [.., before, last] = &mut frame.stretches[..]
             && last.out_len() == 0
         {
@@ -229,14 +230,14 @@ impl Scanner {
         Ok(())
     }
 
-    /// Adds a whole frame to what is open.
+    /// Adds a whole frame to the open segment.
     fn add(&mut self, frame: Stretch) {
         let fits = |open: &&mut Stretch| open.out_len() + frame.out_len() <= self.span;
         match self.open.as_mut().filter(fits) {
             Some(open) => open.join(&frame),
             None => {
                 self.close_open();
-                // An empty frame alone is no segment.
+                // An empty frame alone forms no segment.
                 self.open = Some(frame).filter(|frame| frame.out_len() > 0);
             }
         }
@@ -260,7 +261,7 @@ impl Scanner {
         open.or(frame).map_or(self.walker.keep_from(), |first| first.input.start)
     }
 
-    /// The segments that have become final since the last call.
+    /// Takes the segments that have become final since the last call.
     pub fn take_segments(&mut self) -> Vec<Range<u64>> {
         let new = self.segments[self.taken..].iter().map(Segment::input).collect();
         self.taken = self.segments.len();
@@ -270,7 +271,7 @@ impl Scanner {
     /// Ends the layer.
     ///
     /// # Errors
-    /// [`ZstdError::Truncated`] within a frame.
+    /// [`ZstdError::Truncated`] inside a frame.
     pub fn finish(mut self) -> Result<Scanned, ZstdError> {
         let at = self.walker.at();
         if self.walker.is_inside() {
@@ -287,7 +288,7 @@ impl Scanner {
     }
 }
 
-/// All lengths are at most [`MOST_INPUT`], or two spans and a block.
+/// Makes a segment. All lengths are at most [`MOST_INPUT`], or two spans and a block.
 fn close(stretch: &Stretch) -> Segment {
     Segment {
         start: stretch.input.start,

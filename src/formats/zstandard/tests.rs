@@ -1,4 +1,4 @@
-//! Layers made by libzstd's encoder, cut by the scan, and decoded in every way.
+//! Tests with layers made by libzstd's encoder, cut by the scan, and decoded in every way.
 
 use std::io::Write as _;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use source::{Fault, FaultySource, MemorySource};
 
 const SPAN: Bytes = Bytes(64 << 10);
 
-/// Bytes that compress to some extent.
+/// Bytes that compress to some degree.
 fn plain(seed: u32, len: usize) -> Vec<u8> {
     let mut state = seed | 1;
     (0..len)
@@ -46,7 +46,7 @@ fn skipped(len: u32) -> Vec<u8> {
     frame
 }
 
-/// A layer of several frames as the scan sees it, in pieces of `cut` bytes.
+/// Scans a layer of several frames, in pieces of `cut` bytes.
 fn scan(layer: &[u8], cut: usize) -> Result<(SegmentIndex, Vec<u8>), ZstdError> {
     let mut scanner = Scanner::new(SPAN)?;
     let mut hasher = SegmentHasher::new();
@@ -68,7 +68,7 @@ fn layer_of(blob: &[u8], index: SegmentIndex) -> SegmentedLayer {
         .unwrap()
 }
 
-/// What must hold of any index: each segment has its digest, and decodes to its part of the output.
+/// Checks the properties of any index: each segment has its digest, and decodes to its part of the output.
 fn check(blob: &[u8], index: &SegmentIndex, out: &[u8]) {
     let Scanned { compressed_len, uncompressed_len, .. } = index.scanned();
     assert_eq!((compressed_len.0, uncompressed_len.0), (blob.len() as u64, out.len() as u64));
@@ -121,7 +121,7 @@ fn many_frames_are_segments_about_a_span_long_and_each_decodes_alone() {
         check(&layer, &index, &out);
         let lens: Vec<u32> = index.segments().iter().map(|segment| segment.out_len).collect();
         assert_eq!(lens, [3000, 70_000, 50_005, 200_000, 64 << 10, 1], "cut {cut}");
-        // What is skipped at the end is in no segment.
+        // Bytes skipped at the end belong to no segment.
         assert!(index.segments().last().unwrap().input().end < layer.len() as u64 - 100_000);
         assert_eq!(index.longest_serial(), Bytes(0));
     }
@@ -142,15 +142,15 @@ fn a_long_frame_is_cut_between_its_blocks_and_decodes_from_its_beginning() {
     for segment in &index.segments()[1..serial.end as usize - 1] {
         assert!((SPAN.0..SPAN.0 + (128 << 10)).contains(&segment.out_len.into()), "{segment:?}");
     }
-    // A frame that is just not long is one segment.
+    // A frame just below the limit of a long one is one segment.
     let exact = &index.segments()[serial.end as usize + 1];
     assert_eq!((exact.out_len as usize, exact.entry), (just.len(), Entry::Start));
-    // One of its chunks alone is not decoded, whatever it would give.
+    // A chunk of it is not decoded alone, whatever the result would be.
     let layer = layer_of(&layer, index);
     let mut encoded = EncodedChunk::new(&layer.encoded(2).unwrap(), Vec::new());
     let mut room = vec![0; layer.room(2)];
     let refused = layer.decode(2, &mut encoded, &mut room).unwrap_err().to_string();
-    assert!(refused.contains("only behind those before it"), "{refused}");
+    assert!(refused.contains("only after the earlier segments"), "{refused}");
     assert!(layer.begin_serial(2).is_err());
     assert!(layer.load(5).unwrap()[..] == whole[index_of(&layer, 5)]);
 }
@@ -198,7 +198,7 @@ fn a_window_that_is_too_large_a_dictionary_and_what_is_no_frame_are_refused_by_n
     let dictionary = [0x28, 0xb5, 0x2f, 0xfd, 0x21, 9, 4, 0x21, 0, 0];
     assert!(refused(&dictionary).contains("the dictionary 9"), "{}", refused(&dictionary));
     let garbage = [frame(&plain(1, 100)), b"and so on".to_vec()].concat();
-    assert!(refused(&garbage).contains("neither a frame nor one to be skipped"));
+    assert!(refused(&garbage).contains("neither a frame nor a skippable frame"));
     let good = frame(&plain(1, 100_000));
     for len in [1, 3, 6, 20, good.len() - 1] {
         assert!(refused(&good[..len]).contains("inside a frame"), "{len}");
@@ -212,7 +212,8 @@ fn a_window_that_is_too_large_a_dictionary_and_what_is_no_frame_are_refused_by_n
     );
 }
 
-/// libzstd's two decoders disagree about this one, so the scan would take what a reader refuses.
+/// libzstd's two decoders treat this block differently, so the scan would accept a frame that a reader
+/// refuses.
 #[test]
 fn an_empty_compressed_block_is_refused_by_name() {
     let header = [0x28, 0xb5, 0x2f, 0xfd, 0, 0x58];
@@ -221,7 +222,7 @@ fn an_empty_compressed_block_is_refused_by_name() {
     let empty = [&header[..], &block(2, 0), &last_raw].concat();
     let refused = scan(&empty, 4).unwrap_err().to_string();
     assert!(refused.contains("a compressed block is empty"), "{refused}");
-    // Where the content is stored it may be empty.
+    // A block with stored content may be empty.
     let stored = [&header[..], &block(0, 0), &block(0, 2), b"hi", &last_raw].concat();
     assert_eq!(scan(&stored, 4).unwrap().1, b"hi");
 }
@@ -250,7 +251,7 @@ fn a_wrong_byte_never_comes_out() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Whatever frames a layer is made of and however it arrives, the segments are its output.
+    /// Any chain of frames in any pieces: the segments yield its output.
     #[test]
     fn any_chain_of_frames_is_indexed(
         frames in proptest::collection::vec((any::<u32>(), 0_usize..150_000, 0_u32..3), 1..12),
@@ -269,7 +270,7 @@ proptest! {
         check(&layer, &index, &out);
     }
 
-    /// Damage is an error, or does not matter: nothing panics, and nothing takes much memory.
+    /// Damage yields an error or does not matter. It causes no panic and takes no large amount of memory.
     #[test]
     fn damaged_layers_are_refused_or_decode_to_what_libzstd_says(at in any::<prop::sample::Index>(), bits in 1_u8.., cut in 1_usize..5000) {
         let mut layer = [frame(&plain(1, 30_000)), skipped(10), frame(&plain(2, 100_000))].concat();

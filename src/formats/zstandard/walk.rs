@@ -1,24 +1,24 @@
-//! Frames and blocks by their headers (RFC 8878, 3.1).
+//! Walks over frames and blocks by their headers (RFC 8878, 3.1).
 //!
 //! ```text
 //! frame      magic 28 b5 2f fd, descriptor, [window], [dictionary], [content size], blocks, [checksum, 4]
 //! block      3 bytes: last (1 bit), kind (2 bits), size (21 bits); then its content
-//! to skip    magic 5x 2a 4d 18, size (4), that many bytes
+//! skippable  magic 5x 2a 4d 18, size (4), that many bytes
 //! ```
 
 use super::ZstdError;
 
-/// Largest window of a frame, 128 MiB: what zstd's own decoder takes unless it is told to take more
+/// Largest window of a frame, 128 MiB: the default limit of zstd's own decoder
 /// (`ZSTD_WINDOWLOG_LIMIT_DEFAULT` is 27).
 pub const MAX_WINDOW: u64 = 1 << 27;
 
 /// Longest frame header: magic, descriptor, window, dictionary, content size.
 const LONGEST_HEADER: usize = 4 + 1 + 1 + 4 + 8;
 const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-/// Its first byte is 50 to 5f.
+/// The magic of a skippable frame without its first byte, which is 50 to 5f.
 const MAGIC_TO_SKIP: [u8; 3] = [0x2a, 0x4d, 0x18];
 
-/// Whether these are the first bytes of a zstd stream.
+/// True if these are the first bytes of a zstd stream.
 #[must_use]
 pub fn is_zstd(bytes: &[u8]) -> bool {
     match bytes.first_chunk() {
@@ -28,10 +28,10 @@ pub fn is_zstd(bytes: &[u8]) -> bool {
     }
 }
 
-/// What a piece of the stream is.
+/// Kind of a piece of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// The last of a frame's header, which is whole now: see [`Walker::header`].
+    /// The last part of a frame's header, which is then complete: see [`Walker::header`].
     Header,
     /// Bytes of a frame behind its header.
     Body,
@@ -39,12 +39,12 @@ pub enum Part {
     Skipped,
 }
 
-/// What lies at the end of a piece.
+/// Position at the end of a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edge {
-    /// Nothing in particular.
+    /// No edge.
     None,
-    /// The end of a block, with others behind it.
+    /// The end of a block that others follow.
     Block,
     /// The end of a frame.
     Frame,
@@ -53,18 +53,18 @@ pub enum Edge {
 /// A piece of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// What it is.
+    /// Kind of the piece.
     pub part: Part,
-    /// Bytes of the input that it took, perhaps none.
+    /// Bytes of the input in the piece; can be 0.
     pub taken: usize,
-    /// What lies behind it.
+    /// Edge behind the piece.
     pub edge: Edge,
 }
 
-/// Where in the grammar the walk is, and how many bytes are left of that.
+/// Position of the walk in the grammar, with the bytes left in that part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// In the header of either kind of frame; between frames if nothing is held.
+    /// In the header of either kind of frame; between frames if no byte is held.
     FrameHeader,
     BlockHeader,
     Content {
@@ -82,11 +82,11 @@ enum State {
 /// Cuts a stream into [`Piece`]s.
 pub struct Walker {
     state: State,
-    /// A header that is not whole yet, or was given out last.
+    /// A header that is incomplete, or that was returned last.
     held: Vec<u8>,
     /// Blob offset behind the last byte that was walked over.
     at: u64,
-    /// Where the frame began.
+    /// Offset of the current frame.
     frame: u64,
     has_checksum: bool,
 }
@@ -105,25 +105,25 @@ impl Walker {
         self.at
     }
 
-    /// Where the frame began that the walk is in.
+    /// Offset of the current frame.
     #[must_use]
     pub fn frame(&self) -> u64 {
         self.frame
     }
 
-    /// Where the frame began, or the present place if it is skipped.
+    /// Offset of the current frame; for a skippable frame, the present offset.
     #[must_use]
     pub fn keep_from(&self) -> u64 {
         if matches!(self.state, State::Skipped { .. }) { self.at } else { self.frame }
     }
 
-    /// The header of the frame, when [`Part::Header`] was just given.
+    /// The header of the frame, after the return of [`Part::Header`].
     #[must_use]
     pub fn header(&self) -> &[u8] {
         &self.held
     }
 
-    /// Whether a frame of either kind is begun and not at its end.
+    /// True inside a frame of either kind: begun and not at its end.
     #[must_use]
     pub fn is_inside(&self) -> bool {
         self.state != State::FrameHeader || self.at > self.frame
@@ -133,10 +133,10 @@ impl Walker {
         ZstdError::Damaged { at: self.at, rule }
     }
 
-    /// The next piece of `input`; `None` when there is not enough of it for one, and it was all taken.
+    /// The next piece of `input`; `None` if it has not enough bytes for a piece. All of them are taken then.
     ///
     /// # Errors
-    /// [`ZstdError`] when a header breaks a rule.
+    /// [`ZstdError`] if a header breaks a rule.
     pub fn next(&mut self, input: &[u8]) -> Result<Option<Piece>, ZstdError> {
         let body = |taken, edge| Some(Piece { part: Part::Body, taken, edge });
         match self.state {
@@ -171,7 +171,7 @@ impl Walker {
         }
     }
 
-    /// Takes up to `left` bytes; says how many, and how many are left.
+    /// Takes up to `left` bytes; returns the number of bytes taken and the number left.
     fn advance(&mut self, left: u64, input: &[u8]) -> (usize, u64) {
         let taken = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
         self.at += taken as u64;
@@ -200,7 +200,8 @@ impl Walker {
         Edge::Frame
     }
 
-    /// Holds bytes of a header until there are `len`; says how many it took, and whether that is all.
+    /// Holds bytes of a header until there are `len`; returns the number of bytes taken, and true if the
+    /// header is complete.
     fn hold(&mut self, len: usize, input: &[u8]) -> (usize, bool) {
         let taken = len.saturating_sub(self.held.len()).min(input.len());
         self.held.extend_from_slice(&input[..taken]);
@@ -215,7 +216,7 @@ impl Walker {
         }
         let to_skip = self.held[1..4] == MAGIC_TO_SKIP && matches!(self.held[0], 0x50..=0x5f);
         if !to_skip && self.held[..4] != MAGIC {
-            let rule = "neither a frame nor one to be skipped begins here";
+            let rule = "neither a frame nor a skippable frame begins here";
             return Err(ZstdError::Damaged { at: self.frame, rule });
         }
         let descriptor = self.held[4];
@@ -237,7 +238,7 @@ impl Walker {
         Ok(Some(Piece { part, taken, edge: Edge::None }))
     }
 
-    /// Refuses what cannot be decoded in bounded memory, or at all.
+    /// Refuses a frame that does not decode in bounded memory, or not at all.
     fn check_header(&self, descriptor: u8) -> Result<(), ZstdError> {
         if descriptor & 8 != 0 {
             return Err(self.damaged("a reserved bit of a frame header is set"));
@@ -253,10 +254,10 @@ impl Walker {
         }
     }
 
-    /// The window of the frame whose whole header is held.
+    /// The window of the frame whose complete header is held.
     fn window(&self, descriptor: u8) -> u64 {
         if descriptor & SINGLE != 0 {
-            // It has no window field, for it needs all that it holds.
+            // It has no window field, because its window is its whole content.
             let size = number(&self.held[5 + dictionary_len(descriptor)..]);
             return size.saturating_add(if descriptor >> 6 == 1 { 256 } else { 0 });
         }
@@ -267,7 +268,7 @@ impl Walker {
 
     fn block_header(&mut self, input: &[u8]) -> Result<Option<Piece>, ZstdError> {
         if self.held.len() >= 3 {
-            self.held.clear(); // the frame's header, which was given out
+            self.held.clear(); // the frame's header, which was returned
         }
         let (taken, whole) = self.hold(3, input);
         if whole {
@@ -275,7 +276,7 @@ impl Walker {
             let (last, size) = (header & 1 != 0, header >> 3);
             let left = match header >> 1 & 3 {
                 1 => 1, // one byte, repeated
-                // libzstd reads over it when streaming, and refuses it when it has the frame as a whole.
+                // libzstd ignores it when streaming, and refuses it when it decodes the frame as a whole.
                 2 if size == 0 => return Err(self.damaged("a compressed block is empty")),
                 3 => return Err(self.damaged("a block is of the reserved kind")),
                 _ => size,
@@ -287,15 +288,16 @@ impl Walker {
     }
 }
 
-/// The bit of a descriptor by which a frame is a single segment.
+/// The descriptor bit that marks a frame with a single segment.
 const SINGLE: u8 = 0x20;
 
-/// Bytes of a dictionary's number.
+/// Length in bytes of a dictionary's number.
 fn dictionary_len(descriptor: u8) -> usize {
     [0, 1, 2, 4][usize::from(descriptor & 3)]
 }
 
-/// The window, in bytes, of the frame that begins there; `None` when none does, or not one that is decoded.
+/// The window, in bytes, of the frame at the start of these bytes; `None` if they start no frame, or one that
+/// is refused.
 #[must_use]
 pub fn window(frame: &[u8]) -> Option<u64> {
     let mut walker = Walker::default();
@@ -303,7 +305,7 @@ pub fn window(frame: &[u8]) -> Option<u64> {
     (piece.part == Part::Header).then(|| walker.window(walker.held[4]))
 }
 
-/// Bytes of the header of a frame with this descriptor.
+/// Length in bytes of the header of a frame with this descriptor.
 fn header_len(descriptor: u8) -> usize {
     let single = descriptor & SINGLE != 0;
     let size = match descriptor >> 6 {

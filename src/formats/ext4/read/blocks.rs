@@ -1,4 +1,4 @@
-//! Which blocks a file has: by extents, or by the pointers of ext2 and ext3.
+//! The blocks of a file, found by extents or by the pointers of ext2 and ext3.
 
 use super::groups::Groups;
 use super::{ReadError, Source, damaged};
@@ -7,24 +7,24 @@ use crate::ext4::extent::{Extent, append};
 use crate::ext4::field::{get16, get32};
 use crate::ext4::geometry::BLOCK;
 
-/// Deepest tree of extents, as in the kernel.
+/// Greatest depth of an extent tree, as in the kernel.
 const DEEPEST: u16 = 5;
-/// Bytes of the header, and of an entry of either kind.
+/// Bytes of the header and of an entry of either kind.
 const ENTRY: usize = 12;
-/// Longer "lengths" are of extents that are allocated and read as zeros.
+/// Larger "lengths" mark extents that are allocated and read as zeros.
 const LONGEST: u32 = 32_768;
 /// Pointers in a block.
 const POINTERS: u64 = BLOCK as u64 / 4;
-/// Pointers in the inode that lead to data at once.
+/// Pointers in the inode that lead directly to data.
 const DIRECT: usize = 12;
 
-/// What a file has.
+/// Blocks of a file.
 #[derive(Debug, Default)]
 pub(super) struct FileBlocks {
     pub(super) extents: Vec<Extent>,
     /// Blocks of the tree or of pointers.
     pub(super) tree: Vec<u64>,
-    /// Whether some of it is allocated and not written.
+    /// True if a part of the file is allocated but not written.
     pub(super) unwritten: bool,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct BlockReader<'a, 'v> {
 }
 
 impl BlockReader<'_, '_> {
-    /// By the root of the extent tree, 60 bytes of the inode.
+    /// Reads the blocks from the root of the extent tree, 60 bytes of the inode.
     pub(super) fn by_extents(&mut self, root: &[u8]) -> Result<FileBlocks, ReadError> {
         let mut found = FileBlocks::default();
         let depth = get16(root, 6);
@@ -57,7 +57,7 @@ impl BlockReader<'_, '_> {
         Ok(found)
     }
 
-    /// One node of the tree: extents are taken, index entries put on the stack in reverse.
+    /// Handles one node of the tree: takes its extents, and puts its index entries on the stack in reverse.
     fn node(
         &mut self,
         node: &[u8],
@@ -99,7 +99,7 @@ impl BlockReader<'_, '_> {
         Ok(())
     }
 
-    /// By the fifteen pointers of the inode.
+    /// Reads the blocks from the fifteen pointers of the inode.
     pub(super) fn by_pointers(&mut self, pointers: &[u8]) -> Result<FileBlocks, ReadError> {
         let mut found = FileBlocks::default();
         for nth in 0..DIRECT {
@@ -114,7 +114,7 @@ impl BlockReader<'_, '_> {
         Ok(found)
     }
 
-    /// A block of pointers, `level` steps above the data.
+    /// Reads a block of pointers, `level` steps above the data.
     fn pointer_block(
         &mut self,
         place: u32,

@@ -1,4 +1,4 @@
-//! The entries of a directory. An index by hash looks like empty entries, so it needs no care.
+//! The entries of a directory. An index by hash looks like empty entries, so it needs no special handling.
 
 use super::{ReadError, damaged};
 use crate::ext4::field::{get16, get32};
@@ -14,7 +14,7 @@ pub(super) fn entries(
     let mut at = 0;
     while at < block.len() {
         if block.len() - at < 8 {
-            return bad("has an entry that its block cuts off");
+            return bad("has an entry that passes the end of its block");
         }
         let length = usize::from(get16(block, at + 4));
         let name_length = usize::from(block[at + 6]);
@@ -24,14 +24,14 @@ pub(super) fn entries(
         }
         if target != 0 {
             if name_length + 8 > length {
-                return bad("has a name that its entry cuts off");
+                return bad("has a name that passes the end of its entry");
             }
             let name = &block[at + 8..at + 8 + name_length];
             if name.is_empty()
                 || name.len() > NAME_MAX
                 || name.iter().any(|b| matches!(b, 0 | b'/'))
             {
-                return bad("has a name that is none");
+                return bad("has an invalid name");
             }
             if !matches!(name, b"." | b"..") {
                 names.push((name.into(), target));

@@ -1,4 +1,4 @@
-//! One inode: what it is and what it has.
+//! One inode: its kind, content and attributes.
 
 use super::blocks::{BlockReader, FileBlocks};
 use super::groups::Groups;
@@ -13,7 +13,7 @@ use crate::ext4::inode::{self, EXTENTS_FLAG, INLINE_SYMLINK};
 use crate::ext4::tree::SYMLINK_MAX;
 use crate::units::Bytes;
 
-/// Flags of inodes that this program would not keep true.
+/// Flags of inodes that this program does not support.
 const REFUSED: [(u32, &str); 6] = [
     (0x4, "is compressed"),
     (0x800, "is encrypted"),
@@ -23,7 +23,7 @@ const REFUSED: [(u32, &str); 6] = [
     (0x4000_0000, "has names without case (casefold)"),
 ];
 
-/// A file as it is on the disk.
+/// A file as stored on the disk.
 pub(super) struct File {
     pub(super) kind: Kind,
     pub(super) attributes: Attributes,
@@ -32,7 +32,7 @@ pub(super) struct File {
     pub(super) content: Vec<u64>,
 }
 
-/// Reads one inode and claims what it has.
+/// Reads one inode and claims its blocks.
 pub(super) fn read(
     source: Source<'_>,
     groups: &mut Groups,
@@ -55,7 +55,7 @@ pub(super) fn read(
     if record.len() > inode::FIXED {
         let extra = usize::from(get16(&record, 128));
         if !extra.is_multiple_of(4) || extra > record.len() - inode::FIXED {
-            return Err(bad(format!("says that it has {extra} B of fields beyond 128")));
+            return Err(bad(format!("claims {extra} B of fields beyond 128")));
         }
     }
     let mode = get16(&record, 0);
@@ -115,7 +115,7 @@ pub(super) fn read(
     Ok(File { kind, attributes: found, record, content })
 }
 
-/// The blocks of a directory of that size, none of which may be missing.
+/// The blocks of a directory of that size; none may be missing.
 fn directory_blocks(blocks: &FileBlocks, size: u64) -> Result<Vec<u64>, String> {
     let needed = size / BLOCK as u64;
     let mut content = Vec::new();
@@ -156,7 +156,7 @@ fn target(
     Ok((!bytes.contains(&0)).then(|| bytes.to_vec()))
 }
 
-/// A device number in the old form, 8 bits each, or the new one.
+/// A device number in the old form, 8 bits each, or in the new one.
 fn device(pointers: &[u8], kind: impl Fn(u32, u32) -> Kind) -> Kind {
     let (old, new) = (get32(pointers, 0), get32(pointers, 4));
     if old != 0 {

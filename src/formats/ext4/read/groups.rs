@@ -9,17 +9,17 @@ use crate::ext4::group::{BLOCK_UNINIT, INODE_UNINIT};
 use crate::ext4::layer::Emitted;
 use crate::ext4::table::InodeTable;
 
-/// The accounts of the filesystem, and who owns which block.
+/// The counts of the filesystem, and the owner of each block.
 pub(super) struct Groups {
     pub(super) layout: Layout,
     pub(super) descriptors: Vec<u8>,
-    /// In use by the filesystem's word.
+    /// Blocks in use by the filesystem's bitmaps.
     pub(super) blocks: Bitmaps,
     pub(super) inodes: Bitmaps,
     pub(super) accounts: Vec<InodeAccount>,
     pub(super) table: InodeTable,
     pub(super) emitted: Emitted,
-    /// Owned by what has been read so far.
+    /// Blocks owned by the files read so far.
     claimed: Bitmaps,
 }
 
@@ -79,7 +79,7 @@ impl Groups {
         Ok(())
     }
 
-    /// Claims blocks that are in range and have no owner yet.
+    /// Claims blocks, which must be in range and without an owner.
     fn take(&mut self, start: u64, count: u64, what: &str) -> Result<(), ReadError> {
         let end = start.checked_add(count).filter(|&end| end <= self.layout.blocks);
         let end = end.ok_or_else(|| {
@@ -87,7 +87,7 @@ impl Groups {
         })?;
         if !self.claimed.are(false, start, end - start) {
             let place = format!("One of the blocks {start}..{end}");
-            return Err(damaged(place, format!("has two owners, one of which is {what}")));
+            return Err(damaged(place, format!("has two owners; one of them is {what}")));
         }
         self.claimed.mark(start, end - start, true);
         Ok(())
@@ -150,7 +150,7 @@ impl Groups {
         Ok(())
     }
 
-    /// Loads the blocks of a group's table that have an inode in use.
+    /// Loads the blocks of a group's table that contain an inode in use.
     fn load_table(
         &mut self,
         source: Source<'_>,
@@ -169,13 +169,13 @@ impl Groups {
             }
             if let Some(bad) = (touched.max(first)..end).find(|&nth| is_used(nth)) {
                 let number = group * self.layout.group_inodes + bad as u32 + 1;
-                let rule = "is in use in a part of the table that is said to be unused";
+                let rule = "is in use in a part of the table that is marked unused";
                 return Err(damaged(format!("Inode {number}"), rule));
             }
             let block = table + (first / in_block) as u64;
             let mut page = source.block(block)?;
             self.emitted.know(block, &page[..]);
-            // What lies there was never written, and may be anything.
+            // The bytes there were never written, and can have any value.
             page[(touched.clamp(first, end) - first) * self.layout.inode_size..].fill(0);
             self.table.load(block, page);
         }
@@ -183,7 +183,7 @@ impl Groups {
     }
 }
 
-/// Reads all descriptors, and where they say that things are.
+/// Reads all descriptors, and the positions in them.
 fn places(source: Source<'_>, superblock: &Superblock) -> Result<(Layout, Vec<u8>), ReadError> {
     let count = superblock.groups();
     let per_block = superblock.descriptors_in_block();

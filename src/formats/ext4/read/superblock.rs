@@ -1,4 +1,4 @@
-//! The superblock: which features there are, and whether they can be honoured.
+//! The superblock: the features of the filesystem, and the check that this program supports them.
 
 use super::{ReadError, Source, damaged};
 use crate::ext4::checksum::{Checksums, seed_of};
@@ -36,7 +36,7 @@ mod read_only {
     pub(super) const DIR_NLINK: u32 = 0x20;
     pub(super) const EXTRA_ISIZE: u32 = 0x40;
     pub(super) const METADATA_CSUM: u32 = 0x400;
-    /// The 0x4 was never used.
+    /// The bit 0x4 was never used.
     pub(super) const KNOWN: u32 = SPARSE_SUPER
         | LARGE_FILE
         | 0x4
@@ -47,7 +47,7 @@ mod read_only {
         | METADATA_CSUM;
 }
 
-/// What stands in the way, by feature bit.
+/// Unsupported features by bit.
 const REFUSED_INCOMPATIBLE: [(u32, &str); 10] = [
     (0x1, "compression"),
     (0x4, "a journal that must be replayed: it was not unmounted cleanly"),
@@ -72,11 +72,11 @@ const REFUSED_READ_ONLY: [(u32, &str); 9] = [
     (0x1_0000, "orphan files that must be freed (orphan_present): it was not unmounted cleanly"),
 ];
 
-/// Names of directories are hashed as signed bytes; as unsigned bytes.
+/// Flag for the hash of names as signed bytes; the next one for unsigned bytes.
 const SIGNED_HASH: u32 = 1;
 const UNSIGNED_HASH: u32 = 2;
 
-/// What the superblock says.
+/// The fields of the superblock.
 pub(super) struct Superblock {
     /// Block 0, with the features that a later layer needs.
     pub(super) block: Box<[u8; BLOCK]>,
@@ -87,9 +87,9 @@ pub(super) struct Superblock {
     pub(super) descriptor_size: usize,
     pub(super) first_inode: u32,
     pub(super) checksums: Checksums,
-    /// Blocks of descriptors, or the first group of those that keep theirs to themselves.
+    /// First group with its own blocks of descriptors (feature meta_bg), if any.
     pub(super) first_meta_group: Option<u32>,
-    /// Blocks behind the descriptors that are kept for more of them.
+    /// Reserved blocks behind the descriptors for more of them.
     pub(super) reserved_descriptors: u64,
     backups: Backups,
     hash: HashRule,
@@ -97,7 +97,7 @@ pub(super) struct Superblock {
     wide: bool,
 }
 
-/// Which groups begin with a copy of the superblock.
+/// Groups that begin with a copy of the superblock.
 #[derive(Clone, Copy)]
 enum Backups {
     All,
@@ -171,18 +171,18 @@ impl Superblock {
         }
     }
 
-    /// Groups of the disk.
+    /// Number of groups of the disk.
     pub(super) fn groups(&self) -> u32 {
         // At most 2^32 blocks in groups of at least 256.
         self.blocks.div_ceil(u64::from(self.group_blocks)) as u32
     }
 
-    /// Descriptors in a block.
+    /// Number of descriptors in a block.
     pub(super) fn descriptors_in_block(&self) -> u32 {
         (BLOCK / self.descriptor_size) as u32
     }
 
-    /// Whether a group begins with a copy of the superblock, or with itself.
+    /// True if a group begins with the superblock or a copy of it.
     pub(super) fn has_superblock(&self, group: u32) -> bool {
         let power = |base: u32| {
             let mut value = base;
@@ -203,13 +203,13 @@ impl Superblock {
         let broken = |rule: String| Err(damaged("The superblock", rule));
         let Self { blocks, group_blocks, group_inodes, inode_size, descriptor_size, .. } = *self;
         if blocks == 0 || blocks > Geometry::MAX.0 / BLOCK as u64 || blocks > disk / BLOCK as u64 {
-            return broken(format!("says {blocks} blocks of 4096 B on a disk of {disk} B"));
+            return broken(format!("claims {blocks} blocks of 4096 B on a disk of {disk} B"));
         }
         if !(256..=BLOCK as u32 * 8).contains(&group_blocks) || !group_blocks.is_multiple_of(8) {
-            return broken(format!("says {group_blocks} blocks a group"));
+            return broken(format!("claims {group_blocks} blocks per group"));
         }
         if !inode_size.is_power_of_two() || !(128..=BLOCK).contains(&inode_size) {
-            return broken(format!("says {inode_size} B an inode"));
+            return broken(format!("claims {inode_size} B per inode"));
         }
         if !(8..=BLOCK as u32 * 8).contains(&group_inodes)
             || !group_inodes.is_multiple_of(8)
@@ -217,17 +217,17 @@ impl Superblock {
             || get32(&self.block[..], OFFSET) != self.groups() * group_inodes
         {
             return broken(format!(
-                "says {group_inodes} inodes a group and {} in {} groups",
+                "claims {group_inodes} inodes per group and {} in {} groups",
                 get32(&self.block[..], OFFSET),
                 self.groups()
             ));
         }
         let least = if self.wide { 64 } else { 32 };
         if !descriptor_size.is_power_of_two() || !(least..=1024).contains(&descriptor_size) {
-            return broken(format!("says {descriptor_size} B a group descriptor"));
+            return broken(format!("claims {descriptor_size} B per group descriptor"));
         }
         if !(FIRST_INODE..=group_inodes).contains(&self.first_inode) {
-            return broken(format!("says {} for the first inode", self.first_inode));
+            return broken(format!("claims {} as the first inode", self.first_inode));
         }
         Ok(())
     }
@@ -260,7 +260,7 @@ fn check_features(record: &[u8]) -> Result<(), ReadError> {
         return Err(unsupported(&format!("blocks of {size} B, not of 4096 B")));
     }
     if get32(record, 20) != 0 {
-        return Err(damaged("The superblock", "says that data begins behind block 0"));
+        return Err(damaged("The superblock", "claims that data begins behind block 0"));
     }
     Ok(())
 }
@@ -289,14 +289,14 @@ fn checksums(record: &[u8], read_only: u32, incompatible: u32) -> Result<Checksu
     Ok(if of_groups { Checksums::Descriptors { uuid } } else { Checksums::None })
 }
 
-/// Extra bytes of a new inode: those that the filesystem wants, at least all times.
+/// Extra bytes of a new inode: as many as the filesystem requests, at least enough for all times.
 fn extra_isize(record: &[u8], inode_size: usize) -> u16 {
     let room = inode_size.saturating_sub(128) as u16;
     let wanted = get16(record, 350).max(EXTRA_ISIZE).min(room);
     wanted & !3
 }
 
-/// Turns on what a later layer writes: extents, indexed directories, large files, long times.
+/// Turns on the features that a later layer uses: extents, indexed directories, large files, long times.
 fn adopt(record: &mut [u8], inode_size: usize) {
     let mut or = |at: usize, bits: u32| {
         let value = get32(record, at) | bits;

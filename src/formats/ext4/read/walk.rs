@@ -1,4 +1,4 @@
-//! All directories from the root down, then the tree.
+//! Reads all directories from the root down, then builds the tree.
 
 use std::collections::BTreeMap;
 
@@ -15,9 +15,9 @@ use crate::ext4::xattr::SharedBlocks;
 type Names = Vec<(Box<[u8]>, u32)>;
 type Finished = (Tree, Vec<Option<Record>>, Option<Record>, SharedBlocks);
 
-/// What was found.
+/// Result of the walk.
 pub(super) struct Walk {
-    /// By inode: ours come back in the order in which they were made.
+    /// Files by inode number: those of this program are returned in the order of their creation.
     files: BTreeMap<u32, File>,
     names: BTreeMap<u32, Names>,
     lost_and_found: Option<Record>,
@@ -50,7 +50,7 @@ impl Walk {
                 if child < superblock.first_inode
                     || known.is_some_and(|file| file.kind == Kind::Directory)
                 {
-                    let rule = "is a directory with two names, or reserved and has one";
+                    let rule = "is a directory with two names, or a reserved inode with a name";
                     return Err(damaged(format!("Inode {child}"), rule));
                 }
                 if known.is_none() {
@@ -68,7 +68,7 @@ impl Walk {
         Ok(walk)
     }
 
-    /// Takes mkfs's own directory out of the tree.
+    /// Removes mkfs's own directory from the tree.
     fn hide_lost_and_found(&mut self, inode: u32) {
         let is_own = |file: &File| {
             let own = &file.attributes;
@@ -91,7 +91,7 @@ impl Walk {
         }
     }
 
-    /// The tree, what its nodes have by number, and the filesystem's own `lost+found`.
+    /// The tree, the records of its nodes by number, and the filesystem's own `lost+found`.
     pub(super) fn finish(self) -> Result<Finished, ReadError> {
         let mut tree = Tree::new();
         let mut records = Vec::with_capacity(self.files.len());
@@ -112,7 +112,7 @@ impl Walk {
             for (name, inode) in names {
                 if let (Some(&dir), Some(&node)) = (nodes.get(&dir), nodes.get(&inode)) {
                     tree.restore_name(dir, name, node).map_err(|error| {
-                        damaged("A directory", format!("holds what none can: {error}"))
+                        damaged("A directory", format!("has an entry that is not allowed: {error}"))
                     })?;
                 }
             }
@@ -137,7 +137,7 @@ fn read_names(
     Ok(names)
 }
 
-/// Attribute blocks, which several files may share.
+/// Attribute blocks, which several files can share.
 #[derive(Default)]
 pub(super) struct XattrBlocks(BTreeMap<u64, XattrBlock>);
 
@@ -170,12 +170,13 @@ impl XattrBlocks {
         Ok(())
     }
 
-    /// Those with more than one file.
+    /// The blocks that more than one file has.
     fn shared(self) -> Result<SharedBlocks, ReadError> {
         let mut shared = SharedBlocks::default();
         for (place, block) in self.0 {
             if block.found > block.claimed {
-                let rule = format!("counts {} files, but {} have it", block.claimed, block.found);
+                let rule =
+                    format!("counts {} files, but {} refer to it", block.claimed, block.found);
                 return Err(damaged(format!("The attribute block {place}"), rule));
             }
             if block.claimed > 1 {

@@ -1,4 +1,4 @@
-//! Extended attributes, from the inode and from a block.
+//! Reads extended attributes from the inode and from a block.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::ext4::xattr::{
 
 type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
 
-/// Adds what lies behind the fields of an inode.
+/// Adds the attributes behind the fields of an inode.
 pub(super) fn in_inode(inode: u32, area: &[u8], found: &mut Xattrs) -> Result<(), ReadError> {
     if area.len() < INODE_HEADER || get32(area, 0) != MAGIC {
         return Ok(());
@@ -18,7 +18,7 @@ pub(super) fn in_inode(inode: u32, area: &[u8], found: &mut Xattrs) -> Result<()
     entries(inode, area, INODE_HEADER, INODE_HEADER, found)
 }
 
-/// Adds what an attribute block holds; returns how many files refer to it by its own word.
+/// Adds the attributes of a block; returns the number of files that refer to it by its header.
 pub(super) fn in_block(inode: u32, block: &[u8], found: &mut Xattrs) -> Result<u32, ReadError> {
     if get32(block, 0) != MAGIC || get32(block, 8) != 1 {
         return Err(damaged(
@@ -30,7 +30,7 @@ pub(super) fn in_block(inode: u32, block: &[u8], found: &mut Xattrs) -> Result<u
     Ok(get32(block, 4))
 }
 
-/// Entries from `first` on; positions of values count from `origin`.
+/// Reads entries from `first` on; positions of values count from `origin`.
 fn entries(
     inode: u32,
     area: &[u8],
@@ -41,10 +41,10 @@ fn entries(
     let bad = |rule: &str| damaged(format!("An extended attribute of inode {inode}"), rule);
     let mut at = first;
     while area.len() >= at + 4 && get32(area, at) != 0 {
-        let entry = area.get(at..at + ENTRY).ok_or_else(|| bad("is cut off"))?;
+        let entry = area.get(at..at + ENTRY).ok_or_else(|| bad("is truncated"))?;
         let (name_length, index) = (usize::from(entry[0]), entry[1]);
         let name =
-            area.get(at + ENTRY..at + ENTRY + name_length).ok_or_else(|| bad("is cut off"))?;
+            area.get(at + ENTRY..at + ENTRY + name_length).ok_or_else(|| bad("is truncated"))?;
         if get32(entry, 4) != 0 {
             return Err(ReadError::Unsupported(format!(
                 "inode {inode} keeps an attribute in another inode (ea_inode)"
@@ -54,7 +54,9 @@ fn entries(
         let start = origin + usize::from(get16(entry, 2));
         let value = match length {
             0 => &[][..],
-            _ => area.get(start..start.saturating_add(length)).ok_or_else(|| bad("is cut off"))?,
+            _ => {
+                area.get(start..start.saturating_add(length)).ok_or_else(|| bad("is truncated"))?
+            }
         };
         let prefix = PREFIXES.iter().find(|(_, number)| *number == index);
         let (prefix, _) = prefix.ok_or_else(|| {
@@ -67,7 +69,7 @@ fn entries(
             return Err(bad("has a name that does not fit its class"));
         }
         let value = if is_acl {
-            acl(value).ok_or_else(|| bad("is no access control list"))?
+            acl(value).ok_or_else(|| bad("is not an access control list"))?
         } else {
             value.to_vec()
         };
@@ -79,8 +81,7 @@ fn entries(
     Ok(())
 }
 
-/// From ext4's form of a list to that of the system call: each entry gets an id, all ones where it has
-/// none.
+/// Converts ext4's form of a list to that of the system call: each entry gets an id, all ones if it has none.
 fn acl(stored: &[u8]) -> Option<Vec<u8>> {
     let mut rest = stored.strip_prefix(&1u32.to_le_bytes())?;
     let mut value = 2u32.to_le_bytes().to_vec();

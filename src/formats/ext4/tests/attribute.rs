@@ -110,7 +110,7 @@ fn attributes_go_into_the_inode_then_into_a_block() {
     let mut disk = Disk::new(64 * MIB);
     disk.commit_clean(&tree);
     disk.compare(&tree);
-    // Taken away and exchanged by a later layer.
+    // A later layer removes and replaces them.
     for (name, _) in &sets {
         let node = tree.lookup(tree.root(), name.as_bytes()).unwrap();
         let other = if *name == "block" {

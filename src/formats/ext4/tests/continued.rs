@@ -1,4 +1,4 @@
-//! Reading back what is on a disk, and going on from there.
+//! A filesystem is read back from a disk and continued.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -15,7 +15,7 @@ use crate::ext4::{Kind, LayerBlocks, NodeId, Run, Tree, read};
 use crate::units::Sectors;
 use source::{ByteSource, SourceError};
 
-/// That two trees are the same but for where data lies.
+/// Checks that two trees are equal except for the positions of data.
 pub(super) fn assert_same(ours: &Tree, theirs: &Tree) {
     let mut open = vec![(ours.root(), theirs.root())];
     let mut pairs: BTreeMap<NodeId, NodeId> = BTreeMap::new();
@@ -69,7 +69,7 @@ proptest! {
     }
 }
 
-/// A disk in memory, of which only blocks with data are held.
+/// A disk in memory that stores only blocks with data.
 #[derive(Clone)]
 struct Sparse {
     size: u64,
@@ -131,7 +131,7 @@ impl ByteSource for Sparse {
     }
 }
 
-/// A disk of ours, and some of mke2fs, each with a few files of many kinds.
+/// A disk of this program, and some of mke2fs, each with a few files of many kinds.
 static DISKS: LazyLock<Vec<Sparse>> = LazyLock::new(|| {
     let mut tree = Tree::new();
     let mut tar = TarOffsets::default();
@@ -186,7 +186,7 @@ static DISKS: LazyLock<Vec<Sparse>> = LazyLock::new(|| {
     disks
 });
 
-/// Adds, links, changes and removes.
+/// Adds, links, changes and removes files.
 fn change(tree: &mut Tree, serial: usize) {
     let mut tar = TarOffsets::default();
     for (nth, step) in [
@@ -203,7 +203,7 @@ fn change(tree: &mut Tree, serial: usize) {
     .iter()
     .enumerate()
     {
-        // A name or link that the damaged tree has no room for is no matter here.
+        // A name or link for which the damaged tree has no room does not matter here.
         apply(tree, &mut tar, serial * 100 + nth, step, 31 * nth + serial);
     }
 }
@@ -231,7 +231,7 @@ proptest! {
         let mut disk = DISKS[which].clone();
         let numbers: Vec<u64> = disk.blocks.keys().copied().collect();
         for (block, at, flip) in flips {
-            // The superblock is one block of many, and the most of it is zeros.
+            // The superblock is one block of many, and most of it is zeros.
             let number = *block.get(&numbers);
             let at = if number == 0 { 1024 + at % 1024 } else { at };
             disk.blocks.get_mut(&number).unwrap()[at] ^= flip;

@@ -1,4 +1,4 @@
-//! A file's bytes are where the tar has them, and holes are holes.
+//! A file has the bytes of the tar, and holes stay holes.
 
 use super::disk::Disk;
 use super::fixture::{MIB, TarOffsets, attributes};
@@ -36,7 +36,7 @@ fn sparse_files_have_holes_and_their_odd_pieces_are_stored() {
     let extents = disk.debugfs("dump_extents /holes");
     assert!(extents.lines().count() > 10_000);
     disk.compare(&tree);
-    // And its tree goes when it goes.
+    // The extent tree is freed together with the file.
     tree.remove(tree.root(), b"holes").unwrap();
     disk.commit_clean(&tree);
 }
@@ -57,7 +57,7 @@ fn a_file_of_terabytes_has_a_tree_of_two_levels() {
 
 #[test]
 fn a_piece_beside_the_sectors_keeps_its_tail_out_of_the_hole() {
-    // The run ends within a sector and a hole follows: what the tar holds behind it must not show.
+    // The run ends inside a sector and a hole follows: the bytes behind it in the tar must not be visible.
     let mut tree = Tree::new();
     let kind = TarOffsets::default().sparse(8192, &[(0, 1000)]);
     tree.create(tree.root(), b"file", kind, attributes(0o644)).unwrap();

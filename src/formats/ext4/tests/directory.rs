@@ -72,8 +72,8 @@ fn names_of_all_lengths_and_bytes_are_found() {
 
 #[test]
 fn colliding_hashes_across_leaves_are_found() {
-    // Names of one major hash, found by trying: birthday over 31 bits needs many, so the leaves are
-    // cut with long names until a pair straddles two of them.
+    // Names with the same major hash, found by trying. By the birthday bound over 31 bits, that takes many
+    // names, so the leaves are cut with long names until a pair lies on both sides of a cut.
     let seed = rule();
     let mut seen = std::collections::HashMap::new();
     let mut pairs = Vec::new();
@@ -87,8 +87,7 @@ fn colliding_hashes_across_leaves_are_found() {
     let mut tree = Tree::new();
     let mut hashes: Vec<_> = seen.iter().collect();
     hashes.sort_unstable();
-    // Around each pair its neighbours in hash order, more or fewer of them, so that cuts fall
-    // everywhere.
+    // Each pair gets a varying number of neighbours in hash order, so that cuts fall everywhere.
     for (nth, &(one, other)) in pairs.iter().enumerate() {
         let dir = tree
             .create(tree.root(), format!("{nth}").as_bytes(), Kind::Directory, attributes(0o755))
@@ -125,7 +124,7 @@ fn colliding_hashes_across_leaves_are_found() {
 
 #[test]
 fn directories_grow_and_shrink_in_their_own_blocks() {
-    // Two that grow in turns have scattered blocks, so that their extents need a tree.
+    // Two files that grow in turns have scattered blocks, so that their extents need a tree.
     let mut tree = Tree::new();
     let mut disk = Disk::new(64 * MIB);
     let dirs = [&b"one"[..], b"two"]

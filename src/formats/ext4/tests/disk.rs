@@ -1,4 +1,4 @@
-//! A disk as a sparse file, and the programs that judge it.
+//! A disk as a sparse file, and the programs that check it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -10,7 +10,7 @@ use crate::ext4::{Geometry, Identity, Image, Kind, LayerBlocks, NodeId, Run, Tre
 use crate::units::{Bytes, Sectors};
 use source::FileSource;
 
-/// Byte `offset` of the fake tar that every layer's data comes from; never zero.
+/// Byte `offset` of the fake tar with the data of every layer; never zero.
 pub(super) fn tar_byte(offset: u64) -> u8 {
     let mixed = (offset / 8 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (8 * (offset % 8));
     (mixed as u8).max(1)
@@ -50,7 +50,7 @@ impl Disk {
         Disk { _dir: dir, path, file, image }
     }
 
-    /// Reads the filesystem back, as a process does that has not made the lower layers.
+    /// Reads the filesystem back, like a process that did not make the lower layers.
     pub(super) fn reopen(&mut self) -> Tree {
         let volume = FileSource::open(&self.path).unwrap();
         let (tree, image) = read(&volume, written(&self.file)).unwrap();
@@ -58,12 +58,12 @@ impl Disk {
         tree
     }
 
-    /// Commits a layer and writes it over what is there, as a stack of layers would be read.
+    /// Commits a layer and writes it over the present content, as a reader of the stack would see it.
     pub(super) fn commit(&mut self, tree: &Tree) -> LayerBlocks {
         self.commit_with(tree, true)
     }
 
-    /// The same, with or without file data.
+    /// Commits a layer with or without file data.
     pub(super) fn commit_with(&mut self, tree: &Tree, data: bool) -> LayerBlocks {
         let layer = self.image.commit_layer(tree).unwrap();
         let mut end = 0;
@@ -87,7 +87,7 @@ impl Disk {
         layer
     }
 
-    /// Commits and has e2fsck judge.
+    /// Commits and checks the result with e2fsck.
     pub(super) fn commit_clean(&mut self, tree: &Tree) -> LayerBlocks {
         let layer = self.commit(tree);
         self.fsck();
@@ -97,11 +97,11 @@ impl Disk {
     pub(super) fn fsck(&self) {
         let (clean, text) = fsck(&self.path);
         assert!(clean, "{text}");
-        // Some remarks, as on extent trees that could be smaller, do not change the exit code.
+        // Some remarks, such as those about extent trees that could be smaller, do not change the exit code.
         assert!(!text.contains('?'), "{text}");
     }
 
-    /// What `debugfs -R command` prints.
+    /// Output of `debugfs -R command`.
     pub(super) fn debugfs(&self, command: &str) -> String {
         let output = Command::new("debugfs")
             .arg("-R")
@@ -112,7 +112,7 @@ impl Disk {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Mounts it, unless this is not root.
+    /// Mounts the disk, if this process is root.
     pub(super) fn mount(&self) -> Option<Mount> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: mounting needs root");
@@ -129,7 +129,7 @@ impl Disk {
         Some(Mount { dir })
     }
 
-    /// Mounts it and compares everything with the tree.
+    /// Mounts the disk and compares everything with the tree.
     pub(super) fn compare(&self, tree: &Tree) {
         let Some(mount) = self.mount() else { return };
         let mut inodes = BTreeMap::new();
@@ -158,7 +158,7 @@ impl Disk {
     }
 }
 
-/// Whether `e2fsck -fn` finds nothing wrong, and the beginning of what it says.
+/// Runs `e2fsck -fn`; returns true if it finds no fault, and the beginning of its output.
 pub(super) fn fsck(path: &Path) -> (bool, String) {
     let output =
         Command::new("e2fsck").arg("-fn").arg(path).output().expect("e2fsck (e2fsprogs) is needed");
@@ -228,7 +228,7 @@ fn compare_one(tree: &Tree, node: NodeId, path: &Path) {
     compare_xattrs(tree, node, path);
 }
 
-/// Up to a MiB of zeros at each end of a hole.
+/// Checks up to a MiB of zeros at each end of a hole.
 fn expect_hole(file: &File, start: u64, end: u64) {
     let len = (end - start).min(1 << 20);
     for at in [start, end - len] {

@@ -1,4 +1,4 @@
-//! What the trees of these tests are made of: attributes, and data in a tar that is not there.
+//! Material for the trees of these tests: attributes, and data in a tar that does not exist.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,7 @@ pub(super) fn with_xattrs(pairs: &[(&str, &[u8])]) -> Attributes {
     Attributes { xattrs, ..attributes(0o644) }
 }
 
-/// Hands out places in the fake tar, each behind a header.
+/// Allocates positions in the fake tar, each behind a header.
 #[derive(Default)]
 pub(super) struct TarOffsets(pub(super) u64);
 
@@ -39,7 +39,7 @@ impl TarOffsets {
         Kind::Regular { size: Bytes(size), runs: vec![run] }
     }
 
-    /// Data where `pieces` (offset, length) are, holes elsewhere.
+    /// A file with data at `pieces` (offset, length) and holes elsewhere.
     pub(super) fn sparse(&mut self, size: u64, pieces: &[(u64, u64)]) -> Kind {
         self.0 += SECTOR;
         let mut runs = Vec::new();

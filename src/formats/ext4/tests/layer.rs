@@ -1,4 +1,4 @@
-//! Layer upon layer: each clean, as small as its change, quick, and the same in every run.
+//! Layer upon layer: each clean, as small as its change, fast, and identical in every run.
 
 use super::disk::Disk;
 use super::fixture::{MIB, TarOffsets, attributes, with_xattrs};

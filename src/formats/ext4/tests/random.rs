@@ -33,7 +33,7 @@ pub(super) fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Every node by a walk, with the directory and name it was found by.
+/// Every node by a walk, with the directory and name by which it was found.
 pub(super) fn walk(tree: &Tree) -> Vec<(NodeId, Vec<u8>, NodeId)> {
     let mut found = Vec::new();
     let mut open = vec![tree.root()];
