@@ -620,9 +620,9 @@ fn a_file_is_asked_for_credentials() {
 fn a_service_that_fails_is_named_when_access_is_denied_and_no_secret_is() {
     let (registry, bytes) = locked();
     for (body, reason) in [
-        (r#"{"success": false}"#, "it says that it had no success"),
+        (r#"{"success": false}"#, "its answer says that it failed"),
         (r#"{"success": true, "data": {"auths": {"x": "hunter2"}}}"#, "not in docker's form"),
-        ("hunter2", "its answer is not the JSON it should be"),
+        ("hunter2", "its answer is not valid JSON of credentials"),
     ] {
         let (address, asked) = serve_http(body.to_owned(), 1);
         let config = credential_config("http", &address, serde_json::json!({}));
