@@ -1,26 +1,26 @@
-//! The devices of this host: one process that serves them all, and a socket to ask it.
+//! The daemon: one process that serves all devices of this host, and a socket for requests to it.
 //!
-//! `turbobd attach` asks the daemon for a device and mounts it itself; `turbobd detach` unmounts and
-//! asks for the removal. The daemon never mounts: it lives in a mount namespace of its own, entered
-//! before it opens anything. A server that shares a namespace with the users of its devices cannot
-//! end cleanly, as the unmount at its end needs reads that nobody serves any more.
+//! `turbobd attach` asks the daemon for a device and mounts it itself; `turbobd detach` unmounts and asks for
+//! the removal. The daemon never mounts: it lives in a mount namespace of its own, entered before it opens
+//! anything. A server in the same namespace as the users of its devices cannot end cleanly, because the
+//! unmount at its end needs reads that the ended server can no longer answer.
 //!
-//! A daemon that a client started ([`Client::connect_or_spawn`]) ends [`IDLE`] after its last device
-//! and connection are gone; one that was started by hand or by an init system stays. SIGTERM,
-//! SIGINT and `turbobd daemon --stop` end it too, but never under a device that is mounted or
-//! otherwise claimed: such devices are named, and it serves on.
+//! A daemon that a client started ([`Client::connect_or_spawn`]) ends [`IDLE`] after its last device and
+//! connection are gone; one that was started by hand or by an init system stays. SIGTERM, SIGINT and `turbobd
+//! daemon --stop` end it too, but never while a device is mounted or otherwise in use: then it reports these
+//! devices and continues to serve.
 //!
-//! How an image becomes a volume is the business of an [`ImageOpener`].
+//! An [`ImageOpener`] turns an image into a volume.
 //!
-//! * `protocol`  what goes over the socket: one JSON object a line
+//! * `protocol`  the messages on the socket: one JSON object a line
 //! * `table`     the devices
-//! * `waits`     the reads of a device that wait, and how long they may; `alarm` looks after them
-//! * `trim`      gives back what opening an image has left in the heap
-//! * [`view`]    what is known of an image's traffic and of where its bytes are
-//! * `snapshots` upstream's interface for making one of a device in use
+//! * `waits`     the reads of a device that wait, and their deadlines; `alarm` wakes at these
+//! * `trim`      returns the heap memory that opening an image leaves
+//! * [`view`]    an image's traffic, and the sources of its bytes
+//! * `snapshots` upstream's interface for a snapshot of a device in use
 //! * `server`    accepts, answers, ends
 //! * `client`    finds or starts a daemon and asks it
-//! * `extents`   where a file of a mounted image lies on its device
+//! * `extents`   positions of a file of a mounted image on its device
 //! * `mounts`    ext4 mounts of a device, in the caller's namespace
 //! * `signals`   waits for SIGTERM and SIGINT
 //!
@@ -60,50 +60,50 @@ pub use waits::{ReadPolicy, WaitReading};
 pub struct Opened {
     /// The disk.
     pub volume: Arc<dyn Volume>,
-    /// How the image is listed.
+    /// Name of the image in lists.
     pub name: String,
-    /// What else is known of it, asked for at each listing.
+    /// Other facts about it, queried at each listing.
     pub view: Arc<dyn ImageView>,
-    /// Who watches what is touched of it, if that can be watched.
+    /// Recorders of its reads, if they can be recorded.
     pub recorders: Option<Arc<Recorders>>,
-    /// Who makes snapshots of it, if it can be written.
+    /// Interface for snapshots, if it can be written.
     pub snapshots: Option<Arc<dyn Snapshots>>,
 }
 
 /// A disk that can be continued on a new writable layer.
 pub trait Snapshots: Send + Sync {
-    /// Continues on the layer that the configuration at `config` names, which becomes the device's.
+    /// Continues on the layer that the configuration at `config` names, which becomes the device's layer.
     ///
     /// # Errors
-    /// Whatever the client should read; the disk is then as it was.
+    /// Returns the text for the client; the disk is then unchanged.
     fn take(
         &self,
         config: &std::path::Path,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
 }
 
-/// Makes a volume of what a client asked for.
+/// Turns a client's request into a volume.
 pub trait ImageOpener: Send + Sync {
     /// Opens an image. May take as long as a network takes; runs on the connection's thread.
     ///
     /// # Errors
-    /// Whatever the client should read.
+    /// Returns the text for the client.
     fn open(
         &self,
         request: &AttachRequest,
     ) -> Result<Opened, Box<dyn std::error::Error + Send + Sync>>;
 
-    /// Puts what all images share (a cache, its threads) onto a page of metrics.
+    /// Adds the metrics that all images share (a cache, its threads) to a page of metrics.
     fn observe(&self, page: &mut Page) {
         let _ = page;
     }
 
-    /// What came from registries so far: requests and bytes.
+    /// Traffic from registries so far: requests and bytes.
     fn downloaded(&self) -> Totals {
         Totals::default()
     }
 
-    /// The longest request in microseconds since this was last asked for.
+    /// The longest request in microseconds since the last call.
     fn take_longest_download(&self) -> u64 {
         0
     }
@@ -121,15 +121,15 @@ where
     }
 }
 
-/// Why the daemon or a request to it failed.
+/// Reasons why the daemon or a request to it failed.
 #[derive(Debug, Error)]
 pub enum DaemonError {
-    /// Something with a file, a socket or a mount.
+    /// A step with a file, a socket or a mount failed.
     #[error("Cannot {what} {path}", path = path.display())]
     Step {
-        /// What was tried.
+        /// The step.
         what: &'static str,
-        /// On what.
+        /// Its object.
         path: PathBuf,
         /// The system's answer.
         #[source]
@@ -151,17 +151,17 @@ pub enum DaemonError {
         "The daemon speaks version {theirs} of the protocol, this program {ours}: restart it (turbobd daemon --stop)"
     )]
     Version {
-        /// Of the daemon.
+        /// Version of the daemon.
         theirs: u32,
-        /// Of this program.
+        /// Version of this program.
         ours: u32,
     },
-    /// A line on the socket was no message.
-    #[error("The other side of {path} sent what is no message: {what}", path = path.display())]
+    /// A line on the socket was not a message.
+    #[error("The other side of {path} sent an invalid message: {what}", path = path.display())]
     Protocol {
         /// The socket.
         path: PathBuf,
-        /// What is wrong.
+        /// The defect.
         what: String,
     },
     /// The connection ended before the answer.
@@ -173,10 +173,10 @@ pub enum DaemonError {
         /// Its message, with its causes.
         message: String,
     },
-    /// No device answers to this name.
-    #[error("No device, mount point or image is called {0}: see turbobd ls")]
+    /// No device has this name.
+    #[error("No device, mount point or image has the name {0}: see turbobd ls")]
     NotFound(String),
-    /// Several devices answer to this name.
+    /// Several devices have this name.
     #[error("{what} is attached as {devices}: name one of them")]
     Ambiguous {
         /// The name.
@@ -184,12 +184,12 @@ pub enum DaemonError {
         /// The devices.
         devices: String,
     },
-    /// Somebody uses the device.
+    /// The device has users.
     #[error("{device} is in use: unmount it first{mounted}", device = device.display())]
     Busy {
         /// The device.
         device: PathBuf,
-        /// Where, if known.
+        /// Mount point, if known.
         mounted: String,
     },
     /// The opener's error.
@@ -206,7 +206,7 @@ pub enum DaemonError {
     Ublk {
         /// The image.
         image: String,
-        /// Why.
+        /// Reason.
         #[source]
         source: crate::ublk::UblkError,
     },
@@ -215,33 +215,33 @@ pub enum DaemonError {
     Looped {
         /// The image.
         image: String,
-        /// Why.
+        /// Reason.
         #[source]
         source: crate::looped::LoopedError,
     },
     /// Another device has this name.
-    #[error("{device} is called {name} already: detach it, or choose another --dev-id", device = device.display())]
+    #[error("{device} has the name {name} already: detach it, or choose another --dev-id", device = device.display())]
     Taken {
         /// The name.
         name: String,
         /// The device.
         device: PathBuf,
     },
-    /// No snapshot was made.
+    /// The snapshot was not taken.
     #[error("There is no snapshot of {device}", device = device.display())]
     Snapshot {
         /// The device.
         device: PathBuf,
-        /// Why not.
+        /// Reason.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// What is read of a device cannot be recorded, or was not begun to be.
-    #[error("What is read of {device} is not recorded: {why}", device = device.display())]
+    /// Reads of a device cannot be recorded, or no recording was begun.
+    #[error("Reads of {device} are not recorded: {why}", device = device.display())]
     Recording {
         /// The device.
         device: PathBuf,
-        /// Why not.
+        /// Reason.
         why: &'static str,
     },
     /// The daemon is about to end.

@@ -1,7 +1,7 @@
-//! What goes over the socket: one JSON object a line, in both directions.
+//! The messages on the socket: one JSON object a line, in both directions.
 //!
 //! A client first asks for the version; a daemon that is about to end closes the connection instead of
-//! answering, and the client looks for another. After that, each request has one reply.
+//! answering, and the client looks for another one. After that, each request has one reply.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::{DaemonError, step};
 use crate::disk::explain::Placed;
 
-/// Version of the messages below. Changed when one side could misunderstand the other.
+/// Version of the messages below. It changes when one side could misunderstand the other.
 pub const VERSION: u32 = 1;
 
 /// Longest line that is read, in bytes: a list of 10,000 devices has about 4 MiB.
@@ -22,7 +22,7 @@ const MAX_LINE: u64 = 16 << 20;
 /// Environment variable that names the run directory.
 pub const RUN_DIR_VARIABLE: &str = "TURBOBD_RUN_DIR";
 
-/// Where socket, lock, log and FUSE mount points are: `$TURBOBD_RUN_DIR`, else `/run/turbobd`.
+/// Directory of socket, lock, log and FUSE mount points: `$TURBOBD_RUN_DIR`, else `/run/turbobd`.
 #[must_use]
 pub fn run_dir() -> PathBuf {
     std::env::var_os(RUN_DIR_VARIABLE)
@@ -36,11 +36,11 @@ pub fn socket(run_dir: &Path) -> PathBuf {
     run_dir.join("turbobd.sock")
 }
 
-/// Which front end makes the device.
+/// Front end of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Frontend {
-    /// ublk, or loop where ublk cannot be had.
+    /// ublk, or loop if ublk is unavailable.
     #[default]
     Auto,
     /// ublk or an error.
@@ -49,18 +49,18 @@ pub enum Frontend {
     Loop,
 }
 
-/// What `attach` asks for.
+/// Request of `attach`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct AttachRequest {
     /// Image reference or path of a config file, as the user gave it.
     pub image: String,
-    /// The front end wished for.
+    /// The requested front end.
     #[serde(default)]
     pub frontend: Frontend,
-    /// What the device is called beside its node, by who asks for snapshots.
+    /// Name of the device besides its node, for requests of snapshots.
     #[serde(default)]
     pub dev_id: Option<String>,
-    /// For the opener alone, untouched on the way.
+    /// Options for the opener alone; the daemon passes them on unchanged.
     #[serde(default)]
     pub options: serde_json::Value,
 }
@@ -69,46 +69,46 @@ pub struct AttachRequest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Who are you?
+    /// Ask for the version.
     Version,
-    /// Make a device.
+    /// Create a device.
     Attach(AttachRequest),
     /// The client has mounted a device, or (`None`) unmounted it.
     Mounted {
         /// The device.
         id: u64,
-        /// Where.
+        /// The mount point.
         mountpoint: Option<PathBuf>,
     },
-    /// Which devices are there?
+    /// List the devices.
     List,
     /// Remove a device.
     Detach {
         /// The device.
         id: u64,
     },
-    /// Where bytes of a device come from, and what is wrong with it.
+    /// Explain the sources of a device's bytes, and its problems.
     Explain {
         /// The device.
         id: u64,
-        /// First byte and length of each part of the disk that is asked about.
+        /// First byte and length of each part of the disk to explain.
         ranges: Vec<(u64, u64)>,
-        /// Most places that are told.
+        /// Limit on the number of places in the answer.
         most: usize,
     },
     /// The page of metrics.
     Metrics,
-    /// Begin to record what is touched of a device.
+    /// Begin a recording of a device's reads.
     BeginTrace {
         /// The device.
         id: u64,
     },
-    /// End that, and say what it was.
+    /// End the recording, and return its trace.
     EndTrace {
         /// The device.
         id: u64,
     },
-    /// Remove all devices that nobody uses, and end if none is left.
+    /// Remove all unused devices, and end if none is left.
     Stop,
 }
 
@@ -129,7 +129,7 @@ pub enum Reply {
     Attached {
         /// The new device.
         device: DeviceRecord,
-        /// What the user should know, such as a slower front end and why.
+        /// A note for the user, such as a slower front end and the reason.
         note: Option<String>,
     },
     /// To [`Request::List`].
@@ -142,22 +142,22 @@ pub enum Reply {
     Done,
     /// To [`Request::EndTrace`].
     Traced(crate::trace::Trace),
-    /// To [`Request::Stop`]: the devices in use, for which the daemon stays. None: it ends.
+    /// To [`Request::Stop`]: the devices in use, for which the daemon stays. Empty: it ends.
     Stopping(Vec<DeviceRecord>),
     /// To any request.
     Error {
-        /// What failed, with its causes.
+        /// The failure, with its causes.
         message: String,
     },
 }
 
-/// How a device is.
+/// State of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// Served, used by nobody.
+    /// Served, and not in use.
     Ready,
-    /// Served, and mounted or claimed by somebody.
+    /// Served, and mounted or otherwise in use.
     InUse,
     /// Served, but a read waits for longer than is usual.
     Stalled,
@@ -172,15 +172,15 @@ pub struct DeviceRecord {
     pub id: u64,
     /// Name of the image.
     pub image: String,
-    /// What the user asked for, if that was another string.
+    /// The string of the user's request, if it differs from the name.
     pub requested: String,
-    /// How it is served.
+    /// Its front end.
     pub frontend: Frontend,
     /// `/dev/ublkbN` or `/dev/loopN`.
     pub device: PathBuf,
-    /// Where the client that attached it mounted it.
+    /// Mount point chosen by the client that attached it.
     pub mountpoint: Option<PathBuf>,
-    /// How it is.
+    /// Its state.
     pub state: State,
     /// Bytes of the disk.
     pub size: u64,
@@ -191,35 +191,35 @@ pub struct DeviceRecord {
     pub bytes_fetched: u64,
     /// Bytes of the memory cache that the image's blobs take; shared blobs count for each.
     pub bytes_cached: u64,
-    /// Failed reads, and chunks that could not be had.
+    /// Failed reads, and chunks that could not be fetched.
     pub errors: u64,
-    /// Requests to registries that failed and were made again.
+    /// Requests to registries that failed and were repeated.
     #[serde(default)]
     pub retries: u64,
     /// Reads that wait for their bytes now.
     #[serde(default)]
     pub waiting: u64,
-    /// How long the oldest of them does, milliseconds.
+    /// Age of the oldest of them in milliseconds.
     #[serde(default)]
     pub oldest_wait: u64,
-    /// When it was attached, seconds since 1970.
+    /// Time of the attach, in seconds since 1970.
     pub since: u64,
-    /// How long the image took to open, microseconds.
+    /// Time to open the image, in microseconds.
     #[serde(default)]
     pub opening: u64,
-    /// How long the device then took to make, microseconds.
+    /// Time to create the device after that, in microseconds.
     #[serde(default)]
     pub making: u64,
 }
 
-/// What `turbobd explain` shows.
+/// Answer for `turbobd explain`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Explanation {
     /// The device.
     pub device: DeviceRecord,
-    /// What was asked about, part by part.
+    /// The requested parts, in order.
     pub places: Vec<Placed>,
-    /// The reads that wait, the oldest first; not all of many.
+    /// The reads that wait, the oldest first, up to a limit.
     pub waiting: Vec<WaitingRecord>,
     /// The blobs behind the device.
     pub blobs: Vec<BlobRecord>,
@@ -232,16 +232,16 @@ pub struct WaitingRecord {
     pub offset: u64,
     /// Number of bytes.
     pub len: u64,
-    /// How long it waits, milliseconds.
+    /// Time that it has waited, in milliseconds.
     pub waits: u64,
-    /// Where its bytes come from.
+    /// Sources of its bytes.
     pub places: Vec<Placed>,
-    /// How often it failed and was asked for again, by the policy to wait.
+    /// Number of failures after which it was tried again, by the policy to wait.
     pub tries: u32,
-    /// How it failed last.
+    /// Its last error.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
-    /// In how many milliseconds it is asked for again; none: it is on its way.
+    /// Milliseconds until it is tried again; `None`: it is in flight.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub next: Option<u64>,
 }
@@ -249,68 +249,68 @@ pub struct WaitingRecord {
 /// A blob behind a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlobRecord {
-    /// As the cache knows it: its digest, and how it is cut.
+    /// Name in the cache: its digest, and its division into chunks.
     pub blob: String,
-    /// Where it comes from, for people.
+    /// Its source, for display.
     pub source: String,
-    /// Who was asked for it last; none: it is near.
+    /// The host that was asked for it last; `None`: it is near.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub host: Option<String>,
-    /// Bytes that came of it, since it was opened.
+    /// Bytes fetched of it, since it was opened.
     pub fetched: u64,
     /// Requests made for them.
     pub requests: u64,
-    /// Of those, repeated ones.
+    /// Repeated ones among them.
     pub retries: u64,
     /// Bytes of the memory cache that its chunks take.
     pub cached: u64,
-    /// Requests that have failed and are made again.
+    /// Requests that have failed and are being repeated.
     pub trying_again: Vec<RetryRecord>,
     /// Its last failures, the oldest first.
     pub failures: Vec<FailureRecord>,
 }
 
-/// A request that has failed and is made again.
+/// A request that has failed and is being repeated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RetryRecord {
     /// First byte of the blob.
     pub start: u64,
     /// One past the last byte.
     pub end: u64,
-    /// How long it has been going on, milliseconds.
+    /// Time since its first try, in milliseconds.
     pub waits: u64,
     /// Failed tries.
     pub tries: u32,
-    /// How the last one failed.
+    /// Error of the last one.
     pub error: String,
-    /// In how many milliseconds it is tried next.
+    /// Milliseconds until the next try.
     pub next: u64,
 }
 
-/// Something that went wrong with a chunk.
+/// A failure of a chunk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FailureRecord {
-    /// When, milliseconds since 1970.
+    /// Time, in milliseconds since 1970.
     pub at: u64,
-    /// Which chunk of the blob.
+    /// The chunk of the blob.
     pub chunk: u32,
-    /// Whether it was asked for again then.
+    /// True if it was fetched again then.
     pub again: bool,
-    /// What happened.
+    /// Reason.
     pub reason: String,
 }
 
-/// The one device among `records` that `what` names: a device path, a mount point or an image. For an
-/// image attached several times the name is not enough.
+/// Returns the one device among `records` that `what` names: a device path, a mount point or an image. For an
+/// image attached several times the name is ambiguous.
 ///
 /// # Errors
-/// [`DaemonError::NotFound`] or [`DaemonError::Ambiguous`].
+/// Returns [`DaemonError::NotFound`] or [`DaemonError::Ambiguous`].
 pub fn find<'a>(records: &'a [DeviceRecord], what: &str) -> Result<&'a DeviceRecord, DaemonError> {
     let path = std::fs::canonicalize(what).unwrap_or_else(|_| PathBuf::from(what));
     let by_path = |record: &&DeviceRecord| {
         record.device == path || record.mountpoint.as_deref() == Some(&path)
     };
-    // The newest mount on a mount point is the one that is seen there.
+    // The newest mount on a mount point is the visible one.
     if let Some(record) = records.iter().rev().find(by_path) {
         return Ok(record);
     }
@@ -348,7 +348,7 @@ impl Connection {
         send(self.reader.get_mut()).map_err(step("write to", &self.path))
     }
 
-    /// The next message; `None` at the end of the connection.
+    /// Receives the next message; `None` at the end of the connection.
     pub(super) fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<T>, DaemonError> {
         let mut line = Vec::new();
         let read = (&mut self.reader).take(MAX_LINE).read_until(b'\n', &mut line);
