@@ -218,7 +218,7 @@ impl Table {
         let taken = match snapshots {
             Some(snapshots) => snapshots.take(config),
             None => {
-                Err("it has no writable layer of a device config, so it can never change"
+                Err("it has no writable layer of a device config, so its contents cannot change"
                     .into())
             }
         };

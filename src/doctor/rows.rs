@@ -1,14 +1,14 @@
-//! From facts to rows: pure, so that hosts which we do not have can be tested.
+//! From facts to rows: pure, so that hosts which are not available can be tested.
 
 use super::kernel::{Facts, Node};
 use super::{Report, Row, State};
 use crate::ublk::probe::{Driver, Ring, feature_names};
 
-/// Bits that this program makes use of, and what is lost without them.
+/// Feature bits that this program uses, and the loss without them.
 const NEED_GET_DATA: u64 = 1 << 2;
 
 pub(super) fn report(facts: &Facts) -> Report {
-    // Under root the module is loaded when it is needed.
+    // With root, the module is loaded when it is needed.
     let driver = match facts.ublk.driver {
         Driver::Present => facts.control == Node::Opens,
         Driver::Loadable => facts.sys_admin,
@@ -37,7 +37,7 @@ pub(super) fn report(facts: &Facts) -> Report {
     Report { rows, ublk, looped }
 }
 
-/// What rules one front end out is a failure only if the other is no help.
+/// A fact that rules out one front end is a failure only if the other does not work either.
 fn unless(other: bool) -> State {
     if other { State::Warn } else { State::Fail }
 }
@@ -229,7 +229,7 @@ mod tests {
     use super::*;
     use crate::ublk::probe::{Findings, known_bad};
 
-    /// A host with everything, as Debian's 7.3.
+    /// A host with everything, with the facts of Debian's 7.3.
     fn good() -> Facts {
         Facts {
             ublk: Findings {
