@@ -100,10 +100,10 @@ impl Repository {
                 }
                 // A mirror of a part, or one without a list of referrers, counts as healthy.
                 Err(error @ RegistryError::NotFound { .. }) => {
-                    tracing::info!(mirror = %mirror.host, %error, "registry: going past a mirror");
+                    tracing::info!(mirror = %mirror.host, %error, "registry: skipping a mirror");
                 }
                 Err(error) => {
-                    tracing::warn!(mirror = %mirror.host, %error, "registry: going past a mirror");
+                    tracing::warn!(mirror = %mirror.host, %error, "registry: skipping a mirror");
                     if error.is_transient() {
                         mirror.state.failed(error.retry_after());
                     }

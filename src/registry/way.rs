@@ -206,7 +206,7 @@ impl Way {
             match self.ask_peer(peer, &range, &url, deadline).await {
                 Ok(body) => return Ok(body),
                 Err(error) => {
-                    tracing::warn!(peer = %peer.host.name(), %error, "registry: going past a peer");
+                    tracing::warn!(peer = %peer.host.name(), %error, "registry: skipping a peer");
                     peer.host.failed(None);
                     self.set_moved(None); // or the URL has expired
                 }

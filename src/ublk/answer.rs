@@ -97,7 +97,7 @@ impl Answers {
             None => tracing::error!(
                 offset,
                 bytes,
-                "A read of the disk failed: the volume forgot its waiter"
+                "A read of the disk failed: the volume dropped its waiter"
             ),
         }
         count(&counters.errors, 1);

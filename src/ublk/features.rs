@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 6.1 | no list of features | the flags every driver knows; commands by number |
 //! | 6.5 | `GET_FEATURES` | as offered |
-//! | 6.6 | `DEL_DEV_ASYNC` | a device goes although somebody has its node open |
+//! | 6.6 | `DEL_DEV_ASYNC` | a deletion does not wait for other users of the node |
 //! | 7.0 | `NO_AUTO_PART_SCAN` | no reads of the partition scan, and no wait for them at the start |
 //!
 //! `NEED_GET_DATA` is always required: without it a stray write would be copied to the address of the tag's

@@ -25,17 +25,17 @@ pub mod zfile;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What was checked, and what is wrong.
+/// The checked rules, and the broken ones.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Every rule that was asked for, and how often.
+    /// Every checked rule, with its number of checks.
     pub checked: BTreeMap<&'static str, u64>,
     /// Rules that are broken, each with the first example.
     pub broken: BTreeMap<&'static str, String>,
 }
 
 impl Report {
-    /// Notes whether `rule` holds here.
+    /// Records a check of `rule`.
     pub fn hold(
         &mut self,
         rule: &'static str,
@@ -49,7 +49,7 @@ impl Report {
         holds
     }
 
-    /// The value of `result`; without one, `rule` is broken.
+    /// The value of `result`; an error breaks `rule`.
     pub fn ok<T, E: std::fmt::Display>(
         &mut self,
         rule: &'static str,

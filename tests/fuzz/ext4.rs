@@ -1,5 +1,5 @@
-//! Any bytes as a filesystem below a new layer: refused, or continued so that what comes out is read back again
-//! as the same tree.
+//! Any bytes as a filesystem below a new layer: refused, or continued so that the result reads back as the
+//! same tree.
 //!
 //! The input is a sparse disk: block number and length, 16 bits each, and the beginning of that block.
 #![no_main]
@@ -66,13 +66,13 @@ impl Volume for Disk {
         if end > self.size() {
             return Err(VolumeError::PastEnd { offset, end, size: self.size() });
         }
-        // Only whole blocks are asked for.
+        // Only whole blocks are requested.
         let bytes = self.0.get(&(offset / BLOCK as u64)).cloned().unwrap_or_else(|| vec![0; len]);
         Ok(Located::Ready(vec![Piece::Memory { guard: Arc::new(bytes), range: 0..len }]))
     }
 }
 
-/// Paths with what can be seen of each file, by a walk.
+/// Paths with the visible properties of each file, by a walk.
 fn listing(tree: &Tree) -> BTreeMap<Vec<u8>, String> {
     let mut found = BTreeMap::new();
     let mut open = vec![(Vec::new(), tree.root())];

@@ -1,4 +1,4 @@
-//! Any bytes as a tar stream, in pieces of any size: the pieces must not matter.
+//! Any bytes as a tar stream, in pieces of any size: the sizes must not matter.
 #![no_main]
 
 #[path = "checksums.rs"]
