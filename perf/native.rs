@@ -16,7 +16,7 @@ use turbobd::lsmt;
 use turbobd::oci::Descriptor;
 use turbobd::zfile::{Algo, Options};
 
-/// What a run took.
+/// Cost of a run.
 struct Run {
     wall: f64,
     cpu: f64,

@@ -32,7 +32,8 @@ fn converted(work: &Path, tar: &[u8]) -> Mounted {
     Mounted::ext4(&raw)
 }
 
-/// Counts the names of `unpacked`, apart from the roots, and asserts that the two trees are equal.
+/// Asserts that the mounted tree equals the unpacked one, apart from the roots; returns the number of
+/// unpacked names.
 fn compare(mounted: &Mounted, unpacked: &Path, compare_times: bool) -> usize {
     let (ours, theirs) = (list(mounted.path()), list(unpacked));
     let skip = |path: &str| path == "." || path == "lost+found";
