@@ -86,7 +86,7 @@ impl fmt::Display for Report {
         let can = match (self.ublk, self.looped) {
             (true, _) => "Devices are served through ublk.",
             (false, true) => {
-                "Devices are served through FUSE and loop: slower, and they end with their server."
+                "Devices are served through FUSE and a loop device, which is slower than ublk."
             }
             (false, false) => {
                 "No device can be served here; turbobd export, convert and check still work."

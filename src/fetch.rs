@@ -28,7 +28,7 @@
 //! * [`blob`]    a blob with the state of its fetches
 //! * [`queue`]   wanted chunks, and their division into requests
 //! * `recent`    the last failures of a blob
-//! * [`fill`]    whole layers, with what is to spare
+//! * [`fill`]    whole layers, with spare capacity
 //! * `pace`      priority of demand over the fill
 //! * `crew`      the fetch threads
 //! * `run`       the buffers of one request

@@ -56,12 +56,12 @@ pub enum LoopedError {
         source: io::Error,
     },
     /// The device has users.
-    #[error("{path} is still in use: unmount it, or close what has it open", path = path.display())]
+    #[error("{path} is still in use: unmount it, or end the programs that use it", path = path.display())]
     Busy {
         /// The loop device.
         path: PathBuf,
     },
-    /// Other programs took every free loop device before us.
+    /// Other programs took every free loop device first.
     #[error("No free loop device in {0} attempts: another program takes them")]
     NoFreeDevice(u32),
 }

@@ -53,7 +53,7 @@ pub enum StoreError {
         got: Digest,
     },
     /// A stream broke before its end.
-    #[error("Blob {digest} of {store} broke off")]
+    #[error("The stream of blob {digest} of {store} broke")]
     Broken {
         /// The store's name.
         store: String,

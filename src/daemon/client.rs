@@ -55,7 +55,7 @@ impl Client {
             }
             Ok(Some(other)) => Err(DaemonError::Protocol {
                 path,
-                what: format!("{other:?} to a question for the version"),
+                what: format!("{other:?} in answer to the version request"),
             }),
             Ok(None) | Err(DaemonError::Step { .. }) => Ok(None),
             Err(error) => Err(error),
@@ -113,7 +113,7 @@ impl Client {
     fn unexpected(&self, reply: &Reply) -> DaemonError {
         DaemonError::Protocol {
             path: self.path.clone(),
-            what: format!("{reply:?}, which answers another question"),
+            what: format!("{reply:?}, which answers another request"),
         }
     }
 

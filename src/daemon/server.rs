@@ -69,7 +69,7 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
     }
     let _lock = lock(run_dir)?;
     let path = socket(run_dir);
-    // Ours alone by the lock, so an existing one is a dead daemon's.
+    // The lock makes this process the only owner, so an existing socket belongs to a dead daemon.
     let _ = std::fs::remove_file(&path);
     let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let listener = UnixListener::bind(&path);

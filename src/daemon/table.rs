@@ -515,7 +515,7 @@ fn serve(
                 if request.frontend == Frontend::Auto =>
             {
                 note = Some(format!(
-                    "{why}; served through FUSE and a loop device, which is slower and ends with its server"
+                    "{why}; served through FUSE and a loop device, which is slower than ublk"
                 ));
             }
             Err(source) => return Err(DaemonError::Ublk { image: image(), source }),

@@ -65,7 +65,7 @@ fn privileges(facts: &Facts) -> Row {
         "privileges",
         state,
         detail,
-        "run as root (what is shown below may be wrong without it)",
+        "run as root (the rows below may be wrong without root rights)",
     )
 }
 
@@ -111,7 +111,7 @@ fn features(facts: &Facts) -> Row {
             what,
             State::Warn,
             "not told",
-            "the kernel is older than 6.5, or this is not root: only what 6.1 has is used",
+            "the kernel is older than 6.5, or this is not root: only 6.1's features are used",
         ),
         None => Row::new(what, State::Ok, "no driver to ask", ""),
     }
@@ -216,7 +216,7 @@ fn namespace(facts: &Facts) -> Row {
             what,
             State::Warn,
             "not that of process 1",
-            "what attach mounts is seen in this namespace alone; nsenter -t 1 -m for the host's",
+            "mounts of attach are visible in this namespace only; nsenter -t 1 -m for the host's",
         ),
         None => {
             Row::new(what, State::Warn, "cannot be compared with that of process 1", "run as root")

@@ -535,7 +535,7 @@ impl Drop for FuseSession {
         if let Err(error) = self.join() {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
-                "A FUSE session stays behind"
+                "A FUSE session does not end"
             );
         }
     }

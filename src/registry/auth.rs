@@ -215,7 +215,7 @@ fn answer(
     let (credential, problem) = match services.credentials.find(scope) {
         Ok(credential) => (credential, None),
         Err(problem) => {
-            tracing::warn!(%problem, "registry: going on without credentials");
+            tracing::warn!(%problem, "registry: continuing without credentials");
             (None, Some(problem.to_string()))
         }
     };

@@ -141,7 +141,7 @@ impl Service<Uri> for Route {
     }
 }
 
-/// A TCP connection that knows whether requests on it need their whole URL.
+/// A TCP connection, and if requests on it need their whole URL.
 pub(super) struct Link {
     stream: TokioIo<TcpStream>,
     proxied: bool,

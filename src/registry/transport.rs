@@ -93,7 +93,7 @@ pub enum TransportError {
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
     /// The reader that was to be uploaded failed.
-    #[error("the reader to be uploaded failed")]
+    #[error("the reader of the upload failed")]
     Reader(#[source] Arc<io::Error>),
 }
 
@@ -330,7 +330,7 @@ impl Transport {
 
 /// The error of a task that ended without a result: it panicked, or its runtime is gone.
 fn gave_up() -> TransportError {
-    TransportError::Broken("the I/O thread gave up".to_owned())
+    TransportError::Broken("the I/O thread ended without an answer".to_owned())
 }
 
 /// The answer to come.
@@ -425,7 +425,7 @@ impl Exchange {
                         || gauge.starved.load(Ordering::Relaxed) => {}
                 Err(_) => {
                     return Err(TransportError::Silent {
-                        waiting_for: "the upload to go on",
+                        waiting_for: "the upload to continue",
                         after: limit,
                     });
                 }

@@ -336,7 +336,7 @@ impl Way {
                 if (first, last) != (range.start, range.end - 1) {
                     let (start, end) = (range.start, range.end - 1);
                     return Err(protocol(format!(
-                        "bytes {first}-{last} came instead of {start}-{end}"
+                        "it sent bytes {first}-{last} instead of {start}-{end}"
                     )));
                 }
             }
@@ -359,7 +359,7 @@ impl Way {
             .filter(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity"))
         {
             return Err(protocol(format!(
-                "the body was encoded as {encoding:?} although this was not wanted"
+                "the body was encoded as {encoding:?} although no encoding was requested"
             )));
         }
         if let Some(stated) = content_length(headers).filter(|stated| *stated != length) {

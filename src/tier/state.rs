@@ -357,7 +357,7 @@ impl Shared {
         };
         let Slot { extent, turn } = slot;
         let wrong = if extent.len as usize != buf.len() {
-            Some("it is of another length".to_owned())
+            Some("its length is different".to_owned())
         } else if let Err(error) = data.read_exact_at(buf, extent.at) {
             count(&self.counters.failures, 1);
             Some(error.to_string())

@@ -171,7 +171,7 @@ impl Traces {
         match thread::Builder::new().name("traces".into()).spawn(body) {
             Ok(_) => active.watched = true,
             // The recording then ends with the device.
-            Err(error) => tracing::warn!(%error, "No thread watches the recording of a start"),
+            Err(error) => tracing::warn!(%error, "Cannot start the thread that ends recordings"),
         }
     }
 
@@ -234,10 +234,10 @@ fn seek_and_replay(
         let Some(trace) = seek() else { return };
         let Some(recorders) = recorders.upgrade() else { return };
         let replayed = fetch_ahead(others.get_or_init(|| trace), &recorders, &cache);
-        tracing::info!("By a published trace {replayed}");
+        tracing::info!("Replay of a published trace: {replayed}");
     };
     if let Err(error) = thread::Builder::new().name("trace-seek".into()).spawn(body) {
-        tracing::warn!(%error, "No thread looks for a published trace");
+        tracing::warn!(%error, "Cannot start a thread to find a published trace");
     }
 }
 

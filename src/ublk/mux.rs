@@ -367,7 +367,7 @@ impl Driver {
             }
             _ => {
                 if result != sys::UBLK_IO_RES_ABORT {
-                    tracing::error!(tag, result, "The ublk driver gave a request slot up");
+                    tracing::error!(tag, result, "The ublk driver gave up a request slot");
                 }
                 if let Some(writes) = &mut queue.writes {
                     writes.gave_up(tag);

@@ -50,7 +50,7 @@ pub fn feature_names(mask: u64) -> Vec<String> {
 /// The reason why a kernel must not be used with ublk, or `None`.
 ///
 /// A change of NUMA allocation was backported into 6.18.4 and some Ubuntu 6.17 cloud kernels without
-/// the reordering it needs: the first `ADD_DEV` oopses and holds the driver's lock for ever. Fixed in
+/// the reordering it needs: the first `ADD_DEV` oopses and never releases the driver's lock. Fixed in
 /// 6.18.6. Seen in public reports for 6.18.4, 6.18.5, 6.17.0-1015-azure, -1018-azure, -1017-aws;
 /// builds 1015 to 1018 of the cloud flavours are refused together.
 #[must_use]

@@ -185,7 +185,7 @@ impl<'a> Worker<'a> {
                         queue = self.context.queue,
                         tag,
                         result,
-                        "The ublk driver gave a request slot up"
+                        "The ublk driver gave up a request slot"
                     );
                 }
                 if let Some(writes) = &mut self.writes {

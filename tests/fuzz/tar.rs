@@ -7,8 +7,7 @@ mod checksums;
 use libfuzzer_sys::fuzz_target;
 use turbobd::tar::{Event, Parser, TarError};
 
-/// The entries, each with its data, and how it ended.
-/// What the parser saw of each entry, and how it ended.
+/// The parser's entries, each with its data, and its result.
 type Seen = (Vec<(String, Vec<u8>)>, Result<(), TarError>);
 
 fn entries(data: &[u8], piece: usize) -> Seen {
