@@ -28,7 +28,7 @@ impl Client {
     /// Connects to the daemon of `run_dir`; `None` if there is none.
     ///
     /// # Errors
-    /// Returns [`DaemonError::Version`]; [`DaemonError::Step`] if there is one that cannot be reached.
+    /// [`DaemonError::Version`]; [`DaemonError::Step`] if there is one that cannot be reached.
     pub fn connect(run_dir: &Path) -> Result<Option<Self>, DaemonError> {
         let path = socket(run_dir);
         let stream = match UnixStream::connect(&path) {

@@ -51,7 +51,7 @@ pub struct DaemonOptions {
 /// mount namespace that it enters is that of the calling thread and its later children.
 ///
 /// # Errors
-/// Returns [`DaemonError::Running`]; [`DaemonError::Step`] when it cannot set up.
+/// [`DaemonError::Running`]; [`DaemonError::Step`] when it cannot set up.
 pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), DaemonError> {
     let run_dir = &options.run_dir;
     enter_namespace()?;

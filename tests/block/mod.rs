@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 pub const MIB: usize = 1 << 20;
 
-/// Random numbers, equal in every run.
+/// Random numbers, the same in every run.
 pub struct Random(pub u64);
 
 impl Random {
