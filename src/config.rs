@@ -60,7 +60,7 @@ pub enum ConfigError {
         /// The defect, with its place.
         rule: String,
     },
-    /// A key has an invalid value.
+    /// A key has a value that it cannot have.
     #[error("Key {key} of {file} is invalid: {rule}")]
     Key {
         /// The file.

@@ -14,10 +14,10 @@
 //!
 //! * `protocol`  the messages on the socket: one JSON object a line
 //! * `table`     the devices
-//! * `waits`     the reads of a device that wait, and their deadlines; `alarm` wakes at these
-//! * `trim`      returns the heap memory that opening an image leaves
-//! * [`view`]    an image's traffic, and the sources of its bytes
-//! * `snapshots` upstream's interface for a snapshot of a device in use
+//! * `waits`     the reads of a device that wait, and how long they may; `alarm` looks after them
+//! * `trim`      gives back what opening an image has left in the heap
+//! * [`view`]    what is known of an image's traffic and of where its bytes are
+//! * `snapshots` upstream's interface for making one of a device in use
 //! * `server`    accepts, answers, ends
 //! * `client`    finds or starts a daemon and asks it
 //! * `extents`   positions of a file of a mounted image on its device
@@ -93,7 +93,7 @@ pub trait ImageOpener: Send + Sync {
         request: &AttachRequest,
     ) -> Result<Opened, Box<dyn std::error::Error + Send + Sync>>;
 
-    /// Adds the metrics that all images share (a cache, its threads) to a page of metrics.
+    /// Puts what all images share (a cache, its threads) onto a page of metrics.
     fn observe(&self, page: &mut Page) {
         let _ = page;
     }

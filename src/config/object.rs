@@ -152,7 +152,7 @@ impl<'a> Object<'a> {
         })
     }
 
-    /// Warns of the keys that were not taken.
+    /// Warns of what nobody has taken.
     pub(super) fn end(self) {
         let mut warnings = self.notes.warnings.borrow_mut();
         for key in self.map.keys() {

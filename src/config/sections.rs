@@ -34,7 +34,7 @@ impl LogConfig {
         let legacy = (root.number("logLevel")?, root.path("logPath")?);
         let mut section = root.section("logConfig")?;
         let (level, path) = (section.number("logLevel")?, section.path("logPath")?);
-        // overlaybd reads the legacy keys when logConfig names no file.
+        // overlaybd looks at the legacy keys when logConfig names no file.
         let (level, path) =
             if path.is_some() { (level, path) } else { (legacy.0.or(level), legacy.1) };
         let log = Self {

@@ -178,7 +178,7 @@ impl Waits {
                 let (since, others) =
                     failed.map_or((since, Vec::new()), |failed| (failed.since, failed.waiters));
                 self.times.add(now.saturating_duration_since(since));
-                // If it is dropped uncalled, the front end's waiter is an error too.
+                // Dropped uncalled, the front end's waiter is an error too.
                 if let Some(result) = result {
                     waiter(result);
                 }

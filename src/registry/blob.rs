@@ -82,7 +82,7 @@ impl Deliveries {
         blob.ways[way].sender(by_peer)
     }
 
-    /// Forgets the sources of the bytes of `range`, and returns them.
+    /// Forgets who sent bytes of `range`, and says who it was.
     fn take(&self, range: &Range<u64>) -> Vec<(usize, bool)> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let meets = |other: &Range<u64>| other.start < range.end && range.start < other.end;
@@ -132,9 +132,8 @@ impl RemoteBlob {
         &self.stats
     }
 
-    /// Fetches `range` with as many requests as it takes, like [`ByteSource::read_run`] but with a
-    /// matchable error. The bytes that arrived before a break are kept, and only the rest is
-    /// requested again.
+    /// As [`ByteSource::read_run`], with an error that can be matched: by as many requests as it takes.
+    /// What arrived before a break is kept, and the rest is asked for.
     ///
     /// # Errors
     /// See [`RegistryError`]. The caller has checked that the range lies in the blob.

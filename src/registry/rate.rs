@@ -46,7 +46,7 @@ impl Tokens {
     }
 }
 
-/// Rate limits: bytes a second of all reads ahead of demand, and of the background fill alone.
+/// Bytes a second of reads ahead of demand, and of the background fill alone.
 #[derive(Debug)]
 pub struct RateLimits {
     ahead: Option<Mutex<Tokens>>,
