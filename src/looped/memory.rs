@@ -1,9 +1,8 @@
 //! The allocator's threshold for large buffers, raised for the buffers of the FUSE library.
 //!
-//! Each session thread has a buffer of 16 MiB, of which a read-only file system uses one page. If it is
-//! mapped from the system, it costs only that page. But glibc treats a size that was freed once as frequently
-//! used, and the next device gets its buffers from the heap, zeroed: 32 MiB of memory and 12 ms
-//! (`perf/attach`).
+//! Each session thread has a buffer of 16 MiB; a read-only file system uses one page of it. If it is mapped
+//! from the system, it costs only that page. But glibc treats a size that was freed once as frequently used,
+//! and the next device gets its buffers from the heap, zeroed: 32 MiB of memory and 12 ms (`perf/attach`).
 //!
 //! `unsafe` is needed for `mallopt(3)`.
 #![allow(unsafe_code)]

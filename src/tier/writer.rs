@@ -515,7 +515,7 @@ impl Writer {
         }
     }
 
-    /// Frees the pages of these offers, some of which may have been written.
+    /// Frees the pages of these offers, including those that may have been written.
     fn undo(&self, data: &dyn StoredFile, offers: &[Offer]) {
         for offer in offers {
             let _ = data.punch(offer.at, in_pages(offer.len()));
