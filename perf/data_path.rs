@@ -1,4 +1,5 @@
-//! `cargo bench --bench data_path`: from compressed bytes to a reader, and where the limits are.
+//! `cargo bench --bench data_path`: the rates of each step from compressed bytes to a reader, and their
+//! limits.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 
@@ -30,7 +31,7 @@ use registry::{Client, ClientOptions};
 use source::chunk::{ChunkSource, EncodedChunk};
 
 const ROUNDS: usize = 5;
-/// A near registry.
+/// Round trip to a near registry.
 const DELAY: Duration = Duration::from_millis(20);
 const GIGABIT: f64 = 1e9 / 8.0;
 
@@ -40,7 +41,7 @@ fn seconds(work: impl FnOnce()) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-/// A layout with the layer and its meta image, made once.
+/// A layout with the layer and its meta image, created once.
 fn layout(layer: &Path) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let dir = root.join("target/perf/data_path");
@@ -72,13 +73,13 @@ fn open(image: &str, cache: Arc<Cache>) -> Disk {
     open_image(&*store, &*store, &manifest, cache).unwrap().disk
 }
 
-/// Every byte of the disk is asked for in order and let go of.
+/// Reads every byte of the disk in order and drops it; returns the seconds.
 fn discard(disk: &Disk) -> f64 {
     let steps = steps(disk.mapped(), disk.size());
     seconds(|| scan::<VolumeError>(disk, &steps, |_, _| Ok(())).unwrap())
 }
 
-/// Segments one after the other into one piece of memory, from memory: seconds.
+/// Decodes segments from memory, one after the other into one buffer; returns the seconds.
 fn decode(source: &dyn ChunkSource, gzip: &[u8], first: u32, step: usize) -> f64 {
     let mut room = vec![1; 4 << 20];
     let mut buffer = Vec::new();
@@ -103,7 +104,7 @@ fn libdeflate(gzip: &[u8], out: &mut [u8]) -> f64 {
     })
 }
 
-/// The time that both parts of a work take at once, one on each core.
+/// The time of both parts of a work at once, one on each core.
 fn both(part: impl Fn(u32) + Sync) -> f64 {
     seconds(|| {
         thread::scope(|scope| {
@@ -113,7 +114,7 @@ fn both(part: impl Fn(u32) + Sync) -> f64 {
     })
 }
 
-/// The same segments by an index that has no checksums to compare.
+/// The same segments by an index without checksums.
 fn without_checksums(layout: &Path, source: &Arc<dyn ChunkSource>) -> IndexedLayer {
     let store = LayoutStore::open(layout).unwrap();
     let (_, manifest) = host_manifest(&store, &Selector::Tag("turbo".into())).unwrap();

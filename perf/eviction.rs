@@ -1,8 +1,8 @@
-//! `cargo bench --bench eviction`: hit ratios of eviction policies on what real starts read.
+//! `cargo bench --bench eviction`: hit ratios of eviction policies on the recorded reads of real starts.
 //!
-//! A Python image is started and read through FUSE and a loop device (root), once each way, and every read that
-//! reaches the disk is written down. A host's day is put together of these: devices of the same image begin
-//! with an empty page cache each, so what one has read, the next one reads again.
+//! A Python image is started and read through FUSE and a loop device (root), once in each way, and every read
+//! that reaches the disk is recorded. A host's day is assembled from these recordings: each device of the
+//! same image begins with an empty page cache, so the reads of one are repeated by the next.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 
@@ -21,7 +21,7 @@ use python::{FRAMEWORK, SERVICE, Watched};
 use registry::store;
 use registry::{Client, ClientOptions};
 
-/// A chunk: its layer and number. Its bytes in the cache.
+/// A chunk: its layer and number. A touch has also its bytes in the cache.
 type Key = (u8, u32);
 type Touch = (Key, u64);
 
@@ -33,7 +33,7 @@ fn open() -> Disk {
     open_image(&*store, &*store, &manifest, Cache::new(256 << 20, 2)).unwrap().disk
 }
 
-/// The chunks that a command reads, in the order in which it reads them.
+/// The chunks that a command reads, in the order of its reads.
 fn record(command: &[&str]) -> Vec<Touch> {
     let disk = Arc::new(Watched { disk: open(), reads: Mutex::default() });
     python::run(&disk, command);
@@ -58,9 +58,9 @@ fn record(command: &[&str]) -> Vec<Touch> {
     touches
 }
 
-/// What decides what goes.
+/// An eviction policy.
 trait Policy {
-    /// Whether the chunk was there; it is afterwards.
+    /// Touches a chunk; returns true if it was in the cache. Afterwards it is.
     fn touch(&mut self, touch: Touch) -> bool;
 }
 
@@ -128,12 +128,12 @@ struct Entry {
     bytes: u64,
     used: u8,
     main: bool,
-    /// Number of chunks that had come when it came.
+    /// Number of earlier chunks at its arrival.
     came: u64,
 }
 
-/// S3-FIFO: new ones in a small queue, those used there in the main one; `aged`: a use counts only when the
-/// burst of reads that brought the chunk is over.
+/// S3-FIFO: new chunks in a small queue, those used there in the main queue; `aged`: a use counts only after
+/// the end of the burst of reads that loaded the chunk.
 struct S3Fifo {
     budget: u64,
     share: u64,
@@ -186,7 +186,7 @@ impl S3Fifo {
                 self.small_bytes -= entry.bytes;
                 self.ghosts.insert(key);
                 self.ghost_order.push_back(key);
-                // As many as are held.
+                // As many keys as chunks are held.
                 while self.ghost_order.len() > self.entries.len() {
                     let old = self.ghost_order.pop_front().unwrap();
                     self.ghosts.remove(&old);
@@ -223,7 +223,7 @@ impl Policy for S3Fifo {
     }
 }
 
-/// Misses, as a share of the distinct touches: those that a burst repeats count once.
+/// Misses, as a share of the distinct touches: repetitions within a burst count once.
 fn misses(policy: &mut dyn Policy, touches: &[Touch]) -> f64 {
     let mut last = None;
     let (mut all, mut missed) = (0_u64, 0_u64);
@@ -240,7 +240,7 @@ fn misses(policy: &mut dyn Policy, touches: &[Touch]) -> f64 {
     missed as f64 / all as f64
 }
 
-/// The reads of two devices at once, a few of each in turns.
+/// The reads of two devices at once, in turns of a few each.
 fn beside(one: &[Touch], other: &[Touch]) -> Vec<Touch> {
     let (mut one, mut other) = (one.chunks(8), other.chunks(8));
     let mut both = Vec::new();

@@ -27,7 +27,7 @@ const DELAY: Duration = Duration::from_millis(5);
 const GIGABIT: f64 = 1e9 / 8.0;
 const BUDGET: u64 = 256 << 20;
 
-/// A start: what it took and what it asked for. `published`: it looks for a trace beside the image.
+/// One start: its time and its requests. `published`: it looks for a trace beside the image.
 fn start(
     line: &Line,
     traces: Option<&Arc<Traces>>,
@@ -86,7 +86,7 @@ fn start(
     trace
 }
 
-/// Puts `trace` beside the image, and serves that anew.
+/// Publishes `trace` beside the image, and serves the image anew.
 fn publish(layout: &Path, trace: &Trace) -> Line {
     let store = LayoutStore::open(layout).unwrap();
     let (subject, _) = host_manifest(&store, &Selector::Tag("turbo".to_owned())).unwrap();

@@ -1,7 +1,7 @@
-//! How fast a gzip layer is scanned, and its segments decoded: `gzip_scan FILE.gz [SPAN_KIB]`.
+//! Speed of a gzip layer's scan and of decoding its segments: `gzip_scan FILE.gz [SPAN_KIB]`.
 //!
-//! Speeds are MB/s of uncompressed data on one thread. `gzip -dc` runs in between, so that a busy
-//! machine slows all alike.
+//! Speeds are MB/s of uncompressed data on one thread. `gzip -dc` runs in between, so that a busy machine
+//! slows all of them equally.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 //! `cargo bench --bench http2`: ranges of a blob by parallel HTTP/1.1 connections against streams of one HTTP/2
 //! connection, both by hyper in clear text, from a registry 20 ms away behind one line for all connections.
 //!
-//! The transfer runs at a gigabit, and as fast as both ends can: then what the receiver pays for a byte counts. Beside the
-//! transfer somebody asks for a segment now and then, as demand does beside read-ahead.
+//! The transfer runs at a gigabit, and at full speed of both ends, which shows the receiver's cost of a byte.
+//! Beside the transfer a second reader requests a segment now and then, as demand does beside read-ahead.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 
@@ -37,10 +37,10 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
 const BLOB: u64 = 256 << 20;
-/// A request of read-ahead, and how many of them are under way.
+/// Length of a read-ahead request, and number of them in flight.
 const RANGE_LEN: u64 = 2 << 20;
 const PARALLEL: usize = 8;
-/// A usual segment's compressed bytes.
+/// Compressed bytes of a usual segment.
 const SEGMENT: u64 = 340 << 10;
 const PIECE: usize = 64 << 10;
 const DELAY: Duration = Duration::from_millis(20);
@@ -56,7 +56,7 @@ enum Protocol {
     Http2Wide,
 }
 
-/// A body whose pieces come as the line has room for them.
+/// A body whose pieces are sent when the line has room for them.
 struct Pieces(mpsc::Receiver<Bytes>);
 
 impl Body for Pieces {
@@ -85,7 +85,7 @@ async fn answer(
         while left > 0 {
             let now = PIECE.min(left);
             let until = Instant::from_std(line.carry(now));
-            // tokio's timers are no finer, and a wait that is left out is made up for by the next.
+            // tokio's timers are no finer; a wait that is skipped is made up for by the next one.
             if until > Instant::now() + Duration::from_millis(1) {
                 sleep_until(until).await;
             }
@@ -127,7 +127,7 @@ fn serve(protocol: Protocol, rate: f64) -> SocketAddr {
     told.recv().unwrap()
 }
 
-/// What sends requests: one connection, or a stream of one.
+/// A sender of requests: one connection, or a stream of one.
 #[derive(Debug)]
 enum Sender {
     One(client1::SendRequest<Empty<Bytes>>),
@@ -181,7 +181,8 @@ async fn connect(protocol: Protocol, address: SocketAddr, number: usize) -> Vec<
     senders
 }
 
-/// Wall seconds and the receiver's processor seconds of the blob, and the median milliseconds of a segment meanwhile.
+/// Seconds of wall time and of the receiver's processor time for the blob, and the median milliseconds of a
+/// segment requested during the transfer.
 fn transfer(protocol: Protocol, address: SocketAddr) -> [f64; 3] {
     let work = async move {
         let mut senders = connect(protocol, address, PARALLEL + 1).await;

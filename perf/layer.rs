@@ -1,4 +1,4 @@
-//! The layer that the benchmarks share.
+//! The layer that all benchmarks use.
 
 #![allow(
     unreachable_pub,
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// A real layer: this machine's /usr, its first 850 MB of tar, compressed as `docker build` would.
+/// A real layer: this machine's /usr, its first 850 MB of tar, compressed in the way of `docker build`.
 pub fn layer() -> PathBuf {
     if let Some(path) = std::env::var_os("TURBOBD_BENCH_LAYER") {
         return path.into();

@@ -13,10 +13,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Bytes written at a time: what the line's clock is kept for.
+/// Bytes written at a time: the unit of the line's clock.
 const PIECE: usize = 64 << 10;
 
-/// What was asked of the registry.
+/// Requests to the registry.
 #[derive(Default)]
 pub struct Asked {
     /// Requests for ranges of blobs.
@@ -25,11 +25,11 @@ pub struct Asked {
     pub bytes: AtomicU64,
 }
 
-/// One bandwidth for all who send.
+/// One bandwidth for all senders.
 pub struct Clock {
     /// Bytes a second.
     rate: f64,
-    /// When the line is free again.
+    /// Time at which the line is free again.
     free: Mutex<Instant>,
 }
 
@@ -38,7 +38,7 @@ impl Clock {
         Self { rate, free: Mutex::new(Instant::now()) }
     }
 
-    /// When the line will have carried so many bytes, behind what was sent before.
+    /// Time at which the line will have carried so many bytes, after those sent before.
     pub fn carry(&self, bytes: usize) -> Instant {
         let mut free = self.free.lock().unwrap();
         *free = (*free).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / self.rate);

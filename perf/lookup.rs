@@ -1,4 +1,4 @@
-//! `cargo bench --bench lookup`: a sector's way through a stack of ten layers with 100,000 mappings.
+//! `cargo bench --bench lookup`: look-up of a sector in a stack of ten layers with 100,000 mappings.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 
@@ -13,7 +13,7 @@ use formats::units::{Bytes, Sectors};
 use source::MemorySource;
 
 const LAYERS: usize = 10;
-const MAPPINGS: u64 = 10_000; // each
+const MAPPINGS: u64 = 10_000; // for each layer
 const DISK: u64 = 64 << 30;
 const LOOK_UPS: usize = 1_000_000;
 
@@ -29,7 +29,7 @@ fn main() {
     let mut one_layer = || {
         let mut writer = WarpWriter::new(Bytes(DISK)).unwrap();
         let step = (4 << 30) / 512 / MAPPINGS;
-        writer.metadata(Sectors(0), &[1; 512]).unwrap(); // no layer is without
+        writer.metadata(Sectors(0), &[1; 512]).unwrap(); // every layer has some metadata
         for number in 1..=MAPPINGS {
             let len = 8 + 8 * random(step / 8 - 2);
             writer

@@ -16,7 +16,7 @@ use formats::oci::Descriptor;
 use formats::zfile::{Algo, Options};
 use layer::{gzip_dc, median};
 
-/// What a run took.
+/// Cost of a run.
 struct Run {
     wall: f64,
     cpu: f64,

@@ -12,13 +12,13 @@ use disk::Disk;
 use disk::volume::{Located, Volume, VolumeError, Waiter};
 use frontends::looped::LoopedDevice;
 
-/// What a data scientist's program begins with: about 1,500 files.
+/// The first imports of a data scientist's program: about 1,500 files.
 pub const FRAMEWORK: &str = "import numpy, scipy.stats, pandas, sklearn.linear_model";
-/// What a small service's begins with.
+/// The first imports of a small service.
 pub const SERVICE: &str = "import json, ssl, sqlite3, email, xml.dom, asyncio";
 
-/// A layout with the image and its meta image under the tag `turbo`, made once: a layer of Debian with Python,
-/// and on it what pip installed.
+/// A layout with the image and its meta image under the tag `turbo`, created once: a layer of Debian with
+/// Python, and on it a layer of pip's packages.
 pub fn layout() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let dir = root.join("target/perf/python");
@@ -66,7 +66,7 @@ touch "$dir/made"
 /// A read of the disk: its first byte and its length.
 pub type Read = (u64, u32);
 
-/// A disk whose reads are written down.
+/// A disk whose reads are recorded.
 pub struct Watched {
     pub disk: Disk,
     pub reads: Mutex<Vec<Read>>,
@@ -87,7 +87,7 @@ impl Volume for Watched {
     }
 }
 
-/// Mounts a disk, runs a command of its own in it (chroot), and unmounts it: how long the command took.
+/// Mounts a disk, runs one of its commands in it (chroot), and unmounts it; returns the time of the command.
 pub fn run(disk: &Arc<Watched>, command: &[&str]) -> Duration {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("mnt");

@@ -28,13 +28,13 @@ use layer::{gzip_dc, median};
 use source::chunk::ChunkSource as _;
 use source::{ByteSource, FileSource, MemorySource, SharedBytes, SourceError};
 
-/// Reads of distinct places, cold.
+/// Number of cold reads at distinct places.
 const READS: usize = 300;
-/// A near registry: what each range request costs, and the line's bytes a second.
+/// A near registry: the cost of each range request, and the line's bytes a second.
 const ROUND_TRIP: Duration = Duration::from_millis(20);
 const LINE: f64 = 1e9 / 8.0;
 
-/// A blob that counts what is asked of it.
+/// A blob that counts the requests for it.
 struct Counted {
     blob: Arc<dyn ByteSource>,
     requests: AtomicU64,
@@ -108,7 +108,7 @@ fn seconds(work: impl FnOnce()) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-/// Everything on the disk, hashed: what `export --digest` does.
+/// Hashes everything on the disk, like `export --digest`.
 fn whole_disk(converted: &Converted, path: &std::path::Path) {
     let cores = thread::available_parallelism().map_or(2, usize::from);
     let mut ratios = Vec::new();
@@ -127,7 +127,7 @@ fn whole_disk(converted: &Converted, path: &std::path::Path) {
     println!("whole disk against gzip -dc: median {:.3}", median(ratios));
 }
 
-/// All segments, verified, against libdeflate over the blob in one piece.
+/// Decodes all segments, verified, against libdeflate over the blob in one piece.
 fn decoding(converted: &Converted, path: &std::path::Path) {
     let gzip = std::fs::read(path).unwrap();
     let target = converted.target();
@@ -143,7 +143,7 @@ fn decoding(converted: &Converted, path: &std::path::Path) {
     };
     for _ in 0..3 {
         let whole = seconds(|| libdeflate(&mut out));
-        // What a second core is worth just now: twice the same work, at once.
+        // The present gain from a second core: twice the same work, at once.
         let both = seconds(|| {
             thread::scope(|scope| {
                 scope.spawn(|| libdeflate(&mut other));
@@ -172,8 +172,8 @@ fn decoding(converted: &Converted, path: &std::path::Path) {
     );
 }
 
-/// 4 KiB reads at places of the disk that lie in the layer, each in a segment not read before if there
-/// are enough, with nothing in the cache: milliseconds from a local file, and from a registry.
+/// 4 KiB reads at places of the disk that lie in the layer, each in a segment not read before if there are
+/// enough, with an empty cache: milliseconds from a local file, and from a registry.
 fn first_reads(converted: &Converted) -> [Vec<f64>; 2] {
     let disk = converted.disk(Cache::new(0, 1)); // keeps nothing
     let remote: Vec<_> = disk
@@ -198,7 +198,7 @@ fn first_reads(converted: &Converted) -> [Vec<f64>; 2] {
         bytes.store(0, Ordering::Relaxed);
         let time = seconds(|| disk.read_at(&mut page, at).unwrap());
         assert!(requests.load(Ordering::Relaxed) >= 1, "not cold");
-        // All ranges of one read are asked for at once: one round trip.
+        // All ranges of one read are requested at once: one round trip.
         let line = ROUND_TRIP.as_secs_f64() + bytes.load(Ordering::Relaxed) as f64 / LINE;
         local.push(time * 1e3);
         far.push((time + line) * 1e3);
@@ -229,7 +229,7 @@ fn main() {
     println!("span     meta    fetched (median)     median    p90     median    p90");
     let mut results: Vec<[Vec<f64>; 2]> = vec![Default::default(); spans.len()];
     for _ in 0..3 {
-        // In turns, so that a busy machine slows all alike.
+        // In turns, so that a busy machine slows all of them equally.
         for (result, converted) in results.iter_mut().zip(&all) {
             for (sum, more) in result.iter_mut().zip(first_reads(converted)) {
                 sum.extend(more);

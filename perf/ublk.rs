@@ -1,6 +1,7 @@
-//! `perf/ublk`: what a read through ublk costs, against a null target of the same library; a thousand devices.
+//! `perf/ublk`: the cost of a read through ublk, against a null target of the same library; a thousand
+//! devices.
 //!
-//! Runs where ublk is; `perf/ublk` brings it into a guest.
+//! It runs on a machine with ublk; `perf/ublk` brings it into a guest.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 #![allow(unsafe_code)] // the reader's ring, see `random_reads`
@@ -28,7 +29,7 @@ use source::chunk::{ChunkSource, PlainChunks};
 use source::{MemorySource, SharedBytes};
 
 const MIB: u64 = 1 << 20;
-/// Bytes that are read from, on every contestant: all of them fit into the cache.
+/// Bytes of the range that is read, on every contestant: all of them fit into the cache.
 const RANGE: u64 = 32 * MIB;
 const WINDOW: Duration = Duration::from_millis(1000);
 const ROUNDS: usize = 3;
@@ -96,7 +97,7 @@ fn null(tell: &Sender<u32>, stopped: Receiver<()>) {
     ctrl.run_target(init, queue, live).unwrap();
 }
 
-/// Answers of one direct 4 KiB random reader a second, with `depth` requests in flight.
+/// Direct random 4 KiB reads a second of one reader, with `depth` requests in flight.
 fn random_reads(path: &Path, depth: u32) -> f64 {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).unwrap();
     let mut ring = IoUring::new(depth.next_power_of_two()).unwrap();
@@ -111,7 +112,7 @@ fn random_reads(path: &Path, depth: u32) -> f64 {
         seed % (RANGE / 4096) * 4096
     };
     let mut push = |ring: &mut IoUring, slot: u64| {
-        // SAFETY: the slot is below the depth, so the address lies in the buffers.
+        // SAFETY: the slot is below the depth, so the address is in the buffers.
         let buffer = unsafe { buffers.add(slot as usize * 4096) };
         let entry = opcode::Read::new(types::Fd(file.as_raw_fd()), buffer, 4096);
         let entry = entry.offset(place()).build().user_data(slot);
@@ -140,7 +141,7 @@ fn random_reads(path: &Path, depth: u32) -> f64 {
         }
     }
     let rate = done as f64 / start.elapsed().as_secs_f64();
-    // SAFETY: made above with the same layout; no read is under way.
+    // SAFETY: allocated above with the same layout; no read is in flight.
     unsafe { std::alloc::dealloc(buffers, layout) };
     rate
 }
@@ -151,7 +152,7 @@ fn disk() -> Disk {
     let mut writer = WarpWriter::new(Bytes(2 * RANGE)).unwrap();
     writer.metadata(Sectors(0), &[1; 4096]).unwrap();
     for (number, at) in (0..RANGE / 512).step_by(128).enumerate() {
-        // Every other piece belongs to a file further on in the tar, so that mappings do not join.
+        // Every other piece belongs to a later file of the tar, so that mappings do not join.
         let target = if number % 2 == 0 { at } else { (at + RANGE / 1024) % (RANGE / 512) };
         writer.remote(Sectors(at + 8), Sectors(120), Sectors(target)).unwrap();
     }
@@ -280,7 +281,7 @@ fn main() {
     }
 }
 
-/// The usual shape, or QUEUES and DEPTH of the environment.
+/// The default options, or QUEUES and DEPTH of the environment.
 fn shape() -> UblkOptions {
     let mut options = UblkOptions::default();
     let number = |name| std::env::var(name).ok().and_then(|text: String| text.parse().ok());

@@ -1,6 +1,6 @@
-//! Devices from begin to end, by the real program: what they show, and that nothing stays behind.
+//! Devices from start to end, by the real program: their contents, and that nothing remains of them.
 //!
-//! Through the loop front end, which every machine has; `frontends.rs` holds ublk against the same.
+//! By the loop front end, which every machine has; `frontends.rs` tests the same of ublk.
 
 mod block;
 mod host;
@@ -26,17 +26,17 @@ use run_dir::RunDir;
 use serde_json::Value;
 use serve::serve;
 
-/// A run directory of our own, and everything that serves out of it: ended when dropped.
+/// A run directory of this test, and all processes that serve out of it: ended when dropped.
 ///
 /// [One at a time](block::alone).
 struct Host {
     dir: RunDir,
-    /// Devices that were made, and the kernel's number of each use of a device.
+    /// Devices that were created, with the kernel's number of each use of a device.
     devices: Mutex<Vec<(String, String)>>,
     _turn: MutexGuard<'static, ()>,
 }
 
-/// Which use of the loop device this is.
+/// The kernel's number of this use of the loop device.
 fn diskseq(device: &str) -> String {
     fs::read_to_string(format!("/sys/block/{}/diskseq", device.trim_start_matches("/dev/")))
         .unwrap_or_default()
@@ -76,7 +76,7 @@ impl Host {
         image::is_refusal(&end(&mut self.turbobd(args)), args, needles)
     }
 
-    /// Attaches through loop; gives the device.
+    /// Attaches through loop; returns the device.
     #[track_caller]
     fn attach(&self, name: &str) -> String {
         let device = self.done(&["attach", name, "--frontend", "loop"]);
@@ -85,7 +85,7 @@ impl Host {
         device
     }
 
-    /// Attaches through loop and mounts at `mnt`; gives the device.
+    /// Attaches through loop and mounts at `mnt`; returns the device.
     #[track_caller]
     fn mount(&self, name: &str) -> String {
         let mnt = self.mnt();
@@ -105,7 +105,7 @@ impl Host {
         serde_json::from_str(&self.done(&["ls", "--json"])).unwrap()
     }
 
-    /// Processes with our run directory.
+    /// Processes with this run directory.
     fn processes(&self) -> Vec<u32> {
         let ours = format!("TURBOBD_RUN_DIR={}", self.dir.path().join("run").display());
         let processes = fs::read_dir("/proc")
@@ -118,7 +118,7 @@ impl Host {
         processes.filter(is_ours).collect()
     }
 
-    /// Those of our devices that still have a file behind them.
+    /// Devices of this test that still have a file behind them.
     fn loops(&self) -> Vec<String> {
         let devices = self.devices.lock().unwrap();
         let lives = |(device, seq): &&(String, String)| {
@@ -129,7 +129,7 @@ impl Host {
         devices.iter().filter(lives).map(|(device, _)| device.clone()).collect()
     }
 
-    /// What is mounted in our directory.
+    /// Mounts in this directory.
     fn mounts(&self) -> Vec<String> {
         let ours = self.dir.path().display().to_string();
         let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -347,7 +347,7 @@ fn what_cannot_be_attached_leaves_no_device_no_mount_and_no_process() {
 #[test]
 fn a_disk_that_is_no_ext4_is_not_left_attached() {
     let (host, images) = (Host::new(), Images::converted());
-    // The upper layer alone is no filesystem.
+    // The upper layer alone is not a filesystem.
     let mut manifest = images.manifest("turbo");
     manifest["layers"].as_array_mut().unwrap().remove(0);
     images.set_manifest("half", &manifest);
@@ -374,7 +374,7 @@ fn a_detach_of_a_busy_mount_fails_and_the_device_stays() {
     let text = host.refused(&["daemon", "--stop"], &[&device, "in use"]);
     assert!(text.contains("detach it first"), "{text}");
     drop(file);
-    // Held by somebody else than a mount.
+    // Held by another user than a mount.
     host.done(&["detach", &device]);
     let device = host.attach(&images.name("turbo"));
     let other = host.place("other");
@@ -386,7 +386,7 @@ fn a_detach_of_a_busy_mount_fails_and_the_device_stays() {
             .unwrap()
             .success()
     );
-    // What this process sees mounted is unmounted, whoever mounted it.
+    // All mounts that this process sees are unmounted, by whatever process they were made.
     host.done(&["detach", &device]);
     host.assert_clean(1);
 }
@@ -539,10 +539,10 @@ fn a_read_error_reaches_its_reader_alone_and_is_counted() {
     assert_eq!(fs::read(host.mnt().join("b")).unwrap(), b);
     let record = host.list().remove(0);
     assert!(record["errors"].as_u64().unwrap() > 0, "{record}");
-    // The daemon says what it was.
+    // The daemon's log has the reason.
     let log = fs::read_to_string(host.dir.path().join("run/turbobd.log")).unwrap();
     assert!(log.contains("SHA-256"), "{log}");
-    // And it heals: nothing bad was kept.
+    // It recovers: no bad data was kept.
     file.write_all_at(&byte, 500_000).unwrap();
     assert_eq!(fs::read(host.mnt().join("a")).unwrap(), a);
     host.done(&["detach", host.mnt().to_str().unwrap()]);
@@ -571,12 +571,12 @@ fn a_registry_that_lies_gives_eio_and_a_slip_does_not() {
     assert_eq!(fs::read(&big).unwrap(), prose(1, 5 << 20));
 }
 
-/// A configuration that reads fail by after `seconds`, and by which metrics are served at `port`.
+/// A configuration in which reads fail after `seconds`, and metrics are served at `port`.
 fn service_config(host: &Host, seconds: u64, on_error: &str, port: u16) -> String {
     let path = host.dir.path().join("service.json");
     let text = serde_json::json!({
         "exporterConfig": { "enable": port > 0, "port": port.max(1), "uriPrefix": "/numbers" },
-        // What was read before, fetched ahead or kept on disk, nobody would have to wait for.
+        // Without these, data from earlier reads, from read-ahead or on disk would need no wait.
         "cacheConfig": { "cacheSizeGB": 0 },
         "gzipCacheConfig": { "enable": false },
         "download": { "enable": false },
@@ -640,7 +640,7 @@ fn a_read_that_waits_is_seen_explained_and_ended_by_its_deadline() {
     assert!(sample(&page, "turbobd_device_oldest_wait_seconds", &labels).unwrap() > 5.0, "{page}");
     let (read, after) = reader.join().unwrap();
     assert_eq!(read.unwrap_err().raw_os_error(), Some(5));
-    // The kernel asks for what is left of a failed read-ahead once more, page by page.
+    // The kernel repeats the rest of a failed read-ahead once more, page by page.
     assert!(after >= Duration::from_secs(7) && after < Duration::from_secs(20), "{after:?}");
     registry.clear_faults();
     assert_eq!(fs::read(host.mnt().join("big")).unwrap(), prose(1, 5 << 20));
@@ -736,7 +736,7 @@ fn explain_tells_where_a_file_and_a_byte_of_the_disk_come_from() {
     for needle in ["SEGMENT", "data", only_host] {
         assert!(of_mount.contains(needle), "{needle:?} is not in\n{of_mount}");
     }
-    // The superblock is metadata, and lies in no blob.
+    // The superblock is metadata, and is in no blob.
     let told = explain(&["--offset", "1024"]);
     assert_eq!(told["parts"][0]["what"], "metadata", "{told}");
     assert_eq!(told["parts"][0]["chunk"], Value::Null);
@@ -746,8 +746,8 @@ fn explain_tells_where_a_file_and_a_byte_of_the_disk_come_from() {
     host.refused(&["explain", "/dev/nosuch"], &["/dev/nosuch", "turbobd ls"]);
 }
 
-/// What a device read, or what was filled in the background, is on disk: the next daemon needs no registry for
-/// it; damage is found by who looks for it; and it can all be given up.
+/// Chunks that a device read, or that were filled in the background, are on disk: the next daemon needs no
+/// registry for them; a check finds damage; and all of them can be removed.
 #[test]
 fn what_is_kept_on_disk_outlives_the_daemon_and_is_verified_and_pruned() {
     let (host, images) = (Host::new(), Images::converted());
@@ -775,7 +775,7 @@ fn what_is_kept_on_disk_outlives_the_daemon_and_is_verified_and_pruned() {
         host.wait_for_end();
     };
     let device = attach();
-    // Nobody reads; the whole layer comes in the background.
+    // Without a reader, the whole layer is fetched in the background.
     let begun = Instant::now();
     let filled = || {
         let page = host.done(&["ls", "--metrics"]);

@@ -1,5 +1,5 @@
-//! Whatever the input: an error that says what and where, status 1, and nothing left behind. Never a
-//! panic, never wrong bytes.
+//! For any input: an error with its reason and place, status 1, and nothing left behind. Never a panic, never
+//! wrong bytes.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -31,7 +31,7 @@ fn no_conversion(images: &Images, needles: &[&str]) -> String {
     text
 }
 
-/// Replaces the bytes of a blob and leaves its name.
+/// Replaces the bytes of a blob under the same name.
 fn damage(images: &Images, digest: &str, change: impl FnOnce(&mut Vec<u8>)) {
     let mut bytes = images.blob(digest);
     change(&mut bytes);
@@ -324,7 +324,7 @@ fn a_config_that_is_none_is_told_with_its_digest() {
 
 // The meta image.
 
-/// The content digest, or the refusal, of an image; nothing third.
+/// The content digest, or the refusal, of an image; any other result fails.
 #[track_caller]
 fn right_or_refused(name: &str, right: &str, what: &str) -> Option<String> {
     let args = ["export", name, "--digest"];
@@ -352,7 +352,7 @@ fn flipped_bits_of_a_layer_archive_are_damage() {
     }
 }
 
-/// Flips bits all over one member, and cuts it, with all digests made to fit.
+/// Flips bits all over one member, and truncates it, with all digests corrected.
 fn flip_member(member: &str, flips: usize) {
     let images = Images::sample();
     images.convert(&["--span", "256"]);
@@ -420,7 +420,7 @@ fn an_archive_without_its_members_says_what_it_lacks() {
     images.forge("forged", 0, |members| members.retain(|(name, _)| name != "ext4.fs.meta"));
     refused(&export, &["Layer 0", "no ext4.fs.meta", "gzip.meta"]);
     images.forge("forged", 0, |members| members[0].0 = "erofs.fs.meta".into());
-    // It is taken for what it is called, and the layer above is of another kind.
+    // Its name decides how it is read, and the layer above is of another kind.
     refused(&export, &["Layer 1", "no erofs.fs.meta", "ext4.fs.meta"]);
     images.forge("forged", 0, |members| members.truncate(2));
     refused(&export, &["Layer 0", "no gzip index"]);
@@ -483,12 +483,12 @@ fn a_target_that_is_another_blob_is_refused() {
     let images = Images::converted();
     let forged = images.name("forged");
     let export = ["export", forged.as_str(), "--digest"];
-    // Another digest: the sidecar knows better.
+    // Another digest: the sidecar detects it.
     retarget(&images, &images.layer("latest", 1));
     refused(&export, &["Layer 0", "index belongs to another layer", &images.layer("latest", 1)]);
     retarget(&images, "sha256:short");
     refused(&export, &["Layer 0", "target-digest"]);
-    // Of another length under the right name; without a sidecar it is all there is to tell.
+    // Another length under the right name; without a sidecar only the length shows it.
     let target = images.layer("latest", 0);
     let whole = images.blob(&target);
     fs::write(images.blob_path(&target), &whole[..whole.len() - 1]).unwrap();
@@ -496,7 +496,7 @@ fn a_target_that_is_another_blob_is_refused() {
         &["export", &images.name("turbo"), "--digest"],
         &["Layer 0", "belongs to another layer", "compressed length"],
     );
-    // Of the same length: told at the first segment that differs.
+    // The same length: detected at the first segment that differs.
     fs::write(images.blob_path(&target), noise(6, whole.len())).unwrap();
     refused(&["export", &images.name("turbo"), "--digest"], &["Chunk ", &target[7..], "SHA-256"]);
     let check = end(turbobd().args(["check", &images.name("turbo"), "--data"]));
@@ -532,7 +532,8 @@ fn a_target_of_the_wrong_kind_is_refused() {
         &["export", &forged, "--digest"],
         &["Layer 0", "without a meta image", "turbobd convert"],
     );
-    // Called a plain tar, the mappings of a gzip layer leave it or lead to compressed bytes: never wrong bytes.
+    // Annotated as a plain tar, the mappings of a gzip layer point outside or to compressed bytes: never
+    // wrong bytes.
     with(&|notes| notes[kind] = "application/vnd.oci.image.layer.v1.tar".into());
     right_or_refused(&forged, &right, "a gzip target called plain")
         .expect("a gzip target was read as a tar");
@@ -568,7 +569,7 @@ fn served() -> (Images, Double, String) {
     (images, registry, name)
 }
 
-/// What `export --digest` does when every request that matches meets `fault`, `times` times.
+/// Result of `export --digest` when every matching request meets `fault`, `times` times.
 #[track_caller]
 fn with_fault(
     served: &(Images, Double, String),
@@ -611,7 +612,7 @@ fn a_registry_that_misbehaves_for_good_is_told_within_seconds() {
         ("manifests/turbo", Fault::Status(404), vec!["Not found", "turbo", "check the name"]),
         ("manifests/turbo", Fault::Garbage(vec![b' '; 9 << 20]), vec!["turbo", "4194304"]),
     ];
-    // At the same time, each with a registry of its own: most of it is waiting.
+    // In parallel, each with a registry of its own: most of the time is waiting.
     std::thread::scope(|scope| {
         for (pattern, fault, needles) in cases {
             let images = &served.0;
@@ -653,7 +654,7 @@ fn a_slip_of_the_registry_is_passed_over() {
         Fault::Delay(Duration::from_millis(300)),
     ] {
         for blob in [&target, &meta] {
-            // What is wrong with a whole blob is told, by its size or digest; only pieces are asked for again.
+            // Damage of a whole blob is reported by its size or digest; only pieces are fetched again.
             if blob == &meta
                 && matches!(fault, Fault::Flip(..) | Fault::ContentRange(_) | Fault::ShortBody(_))
             {
@@ -737,7 +738,7 @@ fn no_registry_at_all_is_told_within_seconds() {
 
 // Device configurations.
 
-/// A folder with the members of layer 0 and its target, as upstream's snapshotter lays them out.
+/// A folder with the members of layer 0 and its target, laid out as upstream's snapshotter does.
 fn unpacked(images: &Images) -> tempfile::TempDir {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     for number in 0..2 {

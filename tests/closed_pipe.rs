@@ -1,7 +1,7 @@
-//! Who reads what a command prints may stop at any time: `turbobd inspect … | head -1`.
+//! A reader of a command's output may stop at any time: `turbobd inspect … | head -1`.
 //!
-//! The command does not panic and does not complain, and its status is what it is when all is read. What else
-//! stands in the way of its output is a failure in one sentence.
+//! The command does not panic and prints no complaint, and its status is the same as with all output read.
+//! Any other obstacle to its output is a failure in one sentence.
 
 mod image;
 
@@ -10,12 +10,12 @@ use std::process::{Command, Stdio};
 
 use image::{Ended, Images, end, turbobd};
 
-/// A pipe from which nobody reads.
+/// A pipe without a reader.
 fn nobody() -> std::io::PipeWriter {
     std::io::pipe().unwrap().1
 }
 
-/// Runs a command of whose output nobody reads a byte.
+/// Runs a command whose output is not read.
 fn unread(command: &mut Command) -> Ended {
     let output = command.stdout(nobody()).stderr(Stdio::piped()).spawn().unwrap();
     let output = output.wait_with_output().unwrap();

@@ -1,4 +1,5 @@
-//! What `turbobd commit` promises. The kernel's ext4 makes the changes, e2fsck and the raw disk are the oracles.
+//! Promises of `turbobd commit`. The kernel's ext4 makes the changes, e2fsck and the raw disk are the
+//! oracles.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -71,7 +72,7 @@ fn change(image: &str, raw: &Path, upper: &Path) {
     layer.flush().unwrap();
 }
 
-/// The line of `export --digest` of a raw disk, by an image that holds nothing else.
+/// The line of `export --digest` of a raw disk, by an image with this disk as its only layer.
 fn content_of_raw(raw: &Path, work: &Path) -> String {
     let upper = work.join("whole");
     let mut layer =
@@ -111,7 +112,7 @@ fn a_committed_layer_on_top_of_its_image_is_the_disk_that_was_written() {
         assert_eq!(images.tagged("built")["digest"], digest);
         assert_eq!(content(&images.name("built")), content_of_raw(&raw, work.path()));
         assert_ne!(content(&images.name("built")), content(&images.name(form)));
-        // The image is the one below and one layer more, its config too.
+        // The image has the layers of the lower one and one more, and so has its config.
         let (base, built) = (images.manifest(form), images.manifest("built"));
         assert_eq!(built["mediaType"], base["mediaType"]);
         assert_eq!(built["layers"][0], base["layers"][0]);
@@ -128,7 +129,7 @@ fn a_committed_layer_on_top_of_its_image_is_the_disk_that_was_written() {
         );
         let config = images.document(&built["config"]["digest"]);
         assert_eq!(config["rootfs"]["diff_ids"][1], layer["digest"]);
-        // A second commit is the same; one on top of the first is another.
+        // A second commit has the same result; one on top of the first has another.
         assert_eq!(done(&args), digest);
         assert!(built["annotations"].get("dev.turbobd.chains").is_none());
     }

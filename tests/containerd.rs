@@ -1,5 +1,5 @@
-//! The oracle that we did not write: containerd itself unpacks the same image into overlayfs, and what
-//! it shows must be what the converted image shows when the kernel mounts it.
+//! Comparison with an independent oracle: containerd unpacks the same image into overlayfs, and its tree must
+//! equal the tree of the converted image mounted by the kernel.
 
 mod host;
 mod listing;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use host::{Mounted, layout, run, turbobd};
 use listing::{differences, list};
 
-/// A containerd of our own, with everything in one directory.
+/// A containerd of this test, with all its state in one directory.
 struct Containerd {
     process: Child,
     dir: tempfile::TempDir,
@@ -54,7 +54,7 @@ impl Containerd {
         command
     }
 
-    /// Imports and unpacks an OCI layout; gives the mounted view.
+    /// Imports and unpacks an OCI layout; returns the mounted view.
     fn mount(&self, layout: &Path, name: &str) -> ContainerdMount<'_> {
         let tar = self.dir.path().join(format!("{name}.tar"));
         run(Command::new("tar").arg("-C").arg(layout).arg("-cf").arg(&tar).arg("."));
@@ -91,7 +91,8 @@ impl Drop for ContainerdMount<'_> {
     }
 }
 
-/// Converts `layers` and asserts that the kernel shows of the result what containerd shows of the original.
+/// Converts `layers` and asserts that the kernel shows the same tree of the result as containerd of the
+/// original.
 fn assert_same_tree(containerd: &Containerd, work: &Path, name: &str, layers: &[PathBuf]) {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
     let dir = work.join(name);
@@ -106,7 +107,7 @@ fn assert_same_tree(containerd: &Containerd, work: &Path, name: &str, layers: &[
     let mounted = Mounted::ext4(&raw);
     let ours = list(mounted.path());
 
-    // Directories that no layer describes get the time of the unpack in containerd.
+    // In containerd, directories that no layer describes get the time of the unpack.
     let unpacked_now =
         |_: &str, their: &listing::Listed| their.directory && their.mtime.0 >= started - 60;
     let skip = |path: &str| path == "." || path == "lost+found";
@@ -116,7 +117,8 @@ fn assert_same_tree(containerd: &Containerd, work: &Path, name: &str, layers: &[
     println!("{name}: {} names agree", ours.len());
 }
 
-/// Makes the layers of `interop/gen_layers.py`, without the hard links into lower layers that containerd cannot unpack.
+/// Creates the layers of `interop/gen_layers.py`, without the hard links into lower layers that containerd
+/// cannot unpack.
 fn generated_layers(work: &Path) -> PathBuf {
     let dir = work.join("layers");
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
@@ -145,7 +147,7 @@ fn a_mounted_image_shows_what_containerd_shows() {
     }
 }
 
-/// The image that `scripts/demo` makes: a real Debian root and a layer of whiteouts.
+/// The image that `scripts/demo` creates: a real Debian root and a layer of whiteouts.
 #[test]
 fn a_debian_root_shows_what_containerd_shows() {
     host::need_root();

@@ -1,9 +1,9 @@
-//! Layers on top of filesystems that others made: mkfs and the kernel here, upstream's tools in
+//! Layers on top of filesystems of other programs: mkfs and the kernel here, upstream's tools in
 //! `tests/interop`.
 //!
-//! The oracle is the kernel: a copy of the lower filesystem is mounted for writing, what the layer hides
-//! is removed, and GNU tar unpacks the layer into it. What that shows must be what the disk shows after
-//! turbobd's layer, and e2fsck must find nothing that it did not find before.
+//! The oracle is the kernel: a copy of the lower filesystem is mounted for writing, the names that the layer
+//! hides are removed, and GNU tar unpacks the layer into it. The resulting tree must equal that of the disk
+//! after turbobd's layer, and e2fsck must find no new problem.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -60,7 +60,7 @@ fn written(file: &File) -> Vec<(Sectors, Sectors)> {
     runs
 }
 
-/// What e2fsck says about a disk, without the figures of its last line.
+/// e2fsck's complaints about a disk, without the figures of its last line.
 fn complaints(disk: &Path) -> BTreeSet<String> {
     let done = output(Command::new("e2fsck").arg("-fn").arg(disk));
     let text = String::from_utf8_lossy(&done.stdout).replace(disk.to_str().unwrap(), "disk");
@@ -72,7 +72,7 @@ fn complaints(disk: &Path) -> BTreeSet<String> {
     found
 }
 
-/// A disk image in a file, and how it was before.
+/// A disk image in a file, with its earlier state.
 struct Lower {
     work: tempfile::TempDir,
     disk: PathBuf,
@@ -80,7 +80,7 @@ struct Lower {
 }
 
 impl Lower {
-    /// Makes a filesystem of 256 MiB and fills it through the kernel.
+    /// Creates a filesystem of 256 MiB and fills it through the kernel.
     fn mkfs(program: &str, options: &[&str]) -> Self {
         let work = tempfile::tempdir().unwrap();
         let disk = work.path().join("disk");
@@ -97,7 +97,7 @@ impl Lower {
         Self { work, disk, before }
     }
 
-    /// Puts a layer on top; the kernel and GNU tar do the same to a copy, and both must look the same.
+    /// Adds a layer; the kernel and GNU tar do the same to a copy, and both must look the same.
     fn layer(&self, script: &str) {
         let tar = self.work.path().join("layer.tar");
         run(Command::new("python3").arg("-c").arg(LAYER_HEAD.to_owned() + script).arg(&tar));
@@ -121,7 +121,7 @@ impl Lower {
     }
 }
 
-/// Applies a tar and writes what the layer says over the disk, as a stack of layers would be read.
+/// Applies a tar and writes the layer's data over the disk, as a stack of layers would be read.
 fn apply_and_write(tree: &mut Tree, image: &mut Image, tar: &[u8], disk: &File) {
     let mut layer = LayerApply::new(tree);
     let mut parser = Parser::with_data();
@@ -165,7 +165,8 @@ fn in_rw_mount(disk: &Path, work: impl FnOnce(&Path)) {
     run(Command::new("umount").arg(dir.path()));
 }
 
-/// What the kernel and GNU tar make of a layer: whiteouts first, for they speak of the layers below.
+/// The tree of a layer by the kernel and GNU tar: whiteouts first, because they name files of the layers
+/// below.
 fn unpack(tar: &Path, root: &Path) {
     for name in run(Command::new("tar").arg("-tf").arg(tar)).lines() {
         let (dir, base) = name.rsplit_once('/').unwrap_or((".", name));
@@ -208,7 +209,7 @@ for info in tarfile.open(sys.argv[1]):
         os.utime(info.name, (info.mtime, info.mtime))
 ";
 
-/// Everything that a filesystem may have, some of it made and deleted again.
+/// Every feature of a filesystem, some of it created and deleted again.
 const POPULATE: &str = r#"
 import os, socket, stat, struct, sys
 os.chdir(sys.argv[1])
@@ -261,7 +262,7 @@ for i in range(5):
     write(f'replaced/{i}', os.urandom(20000))
 "#;
 
-/// How layers are written: `add(name, data)`, `directory`, `link`, `symlink`, `gone`.
+/// Functions that write layers: `add(name, data)`, `directory`, `link`, `symlink`, `gone`.
 const LAYER_HEAD: &str = r"
 import io, sys, tarfile
 out = tarfile.open(sys.argv[1], 'w', format=tarfile.PAX_FORMAT)
@@ -278,7 +279,7 @@ def symlink(name, target): put(name, tarfile.SYMTYPE, linkname=target, mode=0o77
 def gone(name): add(name.rpartition('/')[0] + '/.wh.' + name.rpartition('/')[2] if '/' in name else '.wh.' + name)
 ";
 
-/// Replaces, removes, links to, and grows what [`POPULATE`] made.
+/// Replaces, removes, links to, and extends files of [`POPULATE`].
 const CHANGES: &str = r"
 gone('a/size1048576'); gone('a/fifo'); gone('a/link4000'); gone('a/sparse'); gone('many'); gone('nothing')
 directory('opaque'); add('opaque/.wh..wh..opq'); add('opaque/new', b'n' * 10000)
@@ -302,7 +303,7 @@ put('fresh/dev', tarfile.CHRTYPE, devmajor=300, devminor=70000)
 put('fresh/pipe', tarfile.FIFOTYPE)
 ";
 
-/// On top of [`CHANGES`].
+/// Further changes, on top of [`CHANGES`].
 const MORE_CHANGES: &str = r"
 gone('fresh/htree'); gone('newhard'); gone('a/b/hard'); gone('a/size5000')
 for i in range(1, 6):
@@ -312,7 +313,7 @@ add('fresh/large', b'small'); link('again', 'fresh/attr', pax_headers={'SCHILY.x
 directory('lost+found', 0o755); add('lost+found/file', b'own')
 ";
 
-/// Every set of features that mkfs commonly makes.
+/// Every usual set of mkfs features.
 const FILESYSTEMS: [(&str, &[&str]); 14] = [
     ("mkfs.ext4", &[]),
     (
@@ -413,7 +414,7 @@ fn interop(name: &str) -> Option<PathBuf> {
     [Some(stored), extra].into_iter().flatten().find(|path| path.exists())
 }
 
-/// An upstream's image in a layout, as its converter would have put it there; `None` names the file it lacks.
+/// An upstream's image in a layout, in the form of its converter's output; an error names the missing file.
 fn upstreams_image(images: &Images, case: &Value) -> Result<(), String> {
     const KEY: &str = "containerd.io/snapshot/overlaybd";
     let read = |name: &Value| {
@@ -556,7 +557,7 @@ fn a_conversion_that_reads_its_lower_layers_back_gives_the_bytes_of_one_go_and_r
     let (images, fresh) = (three_layers(), three_layers());
     let expected = convert(&fresh, "three", &["--turboOCI", "turbo"]);
     convert(&images, "two", &["--turboOCI", "turbo"]);
-    // The metadata of a TurboOCI layer is all that reading back takes: damage in the data is not seen.
+    // Reading back needs only the metadata of a TurboOCI layer: damage in the data is not noticed.
     let lowest = images.layer("three", 0);
     let mut blob = images.blob(&lowest);
     let middle = blob.len() / 2;
@@ -593,7 +594,7 @@ fn new_layers_of_one_format_go_on_top_of_the_other() {
         }
         let digest = |tag: &str| done(&["export", &images.name(tag), "--digest"]);
         assert_eq!(digest("mixed"), digest("whole"), "{above} on {below}");
-        // What stands on a base is found again under its tag, and made of it again.
+        // An image on a base is found again under its tag, and has the same result when it is created again.
         let once = images.tagged("mixed");
         convert(&images, "three", &[above, "mixed"]);
         assert_eq!(images.tagged("mixed"), once);

@@ -1,4 +1,4 @@
-//! What `turbobd convert` promises, held against the real program.
+//! Promises of `turbobd convert`, tested on the real program.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -35,7 +35,7 @@ fn content(name: &str) -> String {
     done(&["export", name, "--digest"])
 }
 
-/// Reads a file of an image by way of `export` and `debugfs`, which we did not write.
+/// Reads a file of an image by `export` and the independent program `debugfs`.
 fn file_in(name: &str, path: &str) -> Vec<u8> {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let raw = dir.path().join("raw");
@@ -401,7 +401,7 @@ fn a_registry_and_a_directory_get_the_same_bytes() {
     let (media_type, bytes) = registry.manifest("team/app", "turbo").unwrap();
     assert_eq!(media_type, DOCKER_MANIFEST);
     assert_eq!(&bytes[..], images.blob(&there));
-    // Each layer came once, whole.
+    // Each layer was downloaded once, whole.
     for number in 0..2 {
         let digest: Digest = images.layer("latest", number).parse().unwrap();
         let size = images.blob(&digest.to_string()).len();
@@ -456,7 +456,7 @@ fn tokens_that_run_out_within_a_conversion_are_renewed() {
         real_life: Duration::from_secs(60),
         refusal: 401,
     });
-    // Whatever the service said, these requests find their token expired.
+    // Whatever lifetime the service stated, these requests find their token expired.
     let upper = images.layer("latest", 1);
     for late in ["manifests/latest", upper.as_str(), "POST ", "PUT ", "manifests/turbo"] {
         registry.fault(late, Fault::RevokeTokens, 1);
@@ -525,7 +525,7 @@ fn the_reference_registry_takes_and_serves_it() {
     let is = |bytes: &Vec<u8>, what: &str| {
         bytes.starts_with(b"{") && String::from_utf8_lossy(bytes).contains(what)
     };
-    // The attestation is no real one: left out, as is the index that names it.
+    // The attestation is not a real one: left out, like the index that names it.
     let index = images.blob(images.tagged("latest")["digest"].as_str().unwrap());
     blobs.retain(|bytes| *bytes != index && !is(bytes, r#""config":{},"#));
     blobs.sort_by_key(|bytes| (is(bytes, r#""manifests":"#), is(bytes, r#""layers":["#)));

@@ -1,7 +1,7 @@
-//! What upstream's tools write, and how its device configurations name it, read by the real program.
+//! Files of upstream's tools, and upstream's device configurations that name them, read by the real program.
 //!
-//! Forms that `interop/` has no file for are made here by a writer that knows the specification and nothing of
-//! turbobd (`checker/writer.rs`): sealed, sparse and merged layers, ZFiles of every kind, wrapped or not, and erofs.
+//! Forms without a file in `interop/` are created here by a writer that is based on the specification alone
+//! (`checker/writer.rs`): sealed, sparse and merged layers, ZFiles of every kind, wrapped or not, and erofs.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -84,7 +84,7 @@ impl Device {
     }
 }
 
-/// What `export --digest` must say of this disk.
+/// The expected output of `export --digest` for this disk.
 fn content(disk: &[u8]) -> String {
     let mut hasher = Sha256::new();
     for (number, block) in disk.chunks(4096).enumerate() {
@@ -96,7 +96,7 @@ fn content(disk: &[u8]) -> String {
     format!("content_sha256={} vsize={}", field::hex(&hasher.finalize()), disk.len())
 }
 
-/// A layer of 100 sectors from sector 16 on, and what the disk is then.
+/// A layer of 100 sectors from sector 16 on, with the resulting disk.
 fn sample(way: Way) -> (Vec<u8>, Vec<u8>) {
     let data = noise(9, 100 * 512);
     let mut disk = vec![0; MIB as usize];
@@ -106,7 +106,7 @@ fn sample(way: Way) -> (Vec<u8>, Vec<u8>) {
         Way::SealedSparse => {
             ([vec![0; 16 * 512], data].concat(), vec![entry(16, 100, 24, false, 0)])
         }
-        // Merging keeps the numbers of the layers as tags, and its entries do not continue each other.
+        // A merge keeps the numbers of the layers as tags, and its entries do not continue each other.
         Way::Merged => (
             data,
             vec![
@@ -206,7 +206,7 @@ fn a_stack_with_a_gap_a_cycle_or_in_the_wrong_order_is_refused_by_name() {
     };
     stack(&[(A, nobody), (B, A), (C, B)]);
     device.export();
-    // A layer without identity may lie anywhere.
+    // A layer without identity may be at any place.
     stack(&[(A, nobody), NOBODY, (C, B)]);
     device.export();
     stack(&[(A, nobody), (C, B)]);
@@ -325,8 +325,8 @@ fn a_malformed_configuration_is_refused_by_its_key() {
     device.refused(&["it is not JSON"]);
 }
 
-/// An image of a native layer and a TurboOCI layer in a registry, with the files that a snapshotter would have
-/// unpacked beside the configuration.
+/// An image of a native layer and a TurboOCI layer in a registry, with the files that a snapshotter would
+/// have unpacked beside the configuration.
 fn remote(device: &Device, registry: &Double) -> (Value, String) {
     let images = Images::new();
     images.add("latest", &[(OCI_GZIP, gzip(&image::lower())), (OCI_TAR, image::upper())]);
@@ -355,7 +355,7 @@ fn remote(device: &Device, registry: &Double) -> (Value, String) {
     device.write("local", &native);
     let url = format!("{}/v2/team/app/blobs", registry.base_url());
     let remote = json!({"repoBlobUrl": url, "lowers": lowers});
-    // The same from local files alone.
+    // The disk from local files alone.
     let mut local = remote.clone();
     for (number, lower) in local["lowers"].as_array_mut().unwrap().iter_mut().enumerate() {
         match number {
@@ -382,7 +382,7 @@ fn blobs_that_are_not_here_come_from_the_registry_that_the_configuration_names()
     device.config(&config);
     assert_eq!(device.export(), expected);
     assert!(registry.count("/blobs/") > 0);
-    // With the slash that upstream's snapshotter may leave behind.
+    // With the slash that upstream's snapshotter may append.
     let mut slashed = config.clone();
     slashed["repoBlobUrl"] = format!("{}/", config["repoBlobUrl"].as_str().unwrap()).into();
     device.config(&slashed);
@@ -506,13 +506,13 @@ fn a_list_of_files_is_a_trace_of_reading_them() {
     };
     let rest = begins_with(&bytes("/usr/../usr/big\n\n /dir/one \n/absent\n/loop\n"), &big);
     assert!(begins_with(&rest, &one).is_empty());
-    // A directory alone is no file; with a slash or a star it is all that is below.
+    // A directory alone is not a file; with a slash or a star it stands for everything below.
     assert!(bytes("/dir\n").is_empty());
     for list in ["/dir/\n", "/dir/*"] {
         let rest = begins_with(&bytes(list), &one);
         assert!(begins_with(&rest, &two).is_empty());
     }
-    // What is no list is passed over, and an image starts all the same.
+    // A file that is not a list is skipped, and the image starts all the same.
     let too_long = "/other\n".repeat(10_000);
     for none in ["relative\n", "/fine\nrelative\n", "\u{1}", &too_long] {
         assert!(listed(none).is_none(), "{none:.20}");
@@ -544,7 +544,7 @@ fn erofs_metadata_is_exported_and_mounted() {
         done(&["check", &name, "--data"]);
         mount_and_compare(&name, &data);
     }
-    // With both, ext4 is taken; with neither, both names are said.
+    // With both, ext4 is used; with neither, the error has both names.
     let before = done(&["export", &images.name("turbo"), "--digest"]);
     images.forge("both", 0, |members| members.insert(0, ("erofs.fs.meta".into(), b"x".to_vec())));
     assert_eq!(done(&["export", &images.name("both"), "--digest"]), before);

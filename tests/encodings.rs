@@ -1,7 +1,9 @@
-//! However a layer is encoded, the image is the same disk: bare tar, zstd of one frame and of many, zstd:chunked.
+//! In every encoding of a layer, the image is the same disk: bare tar, zstd of one frame and of many,
+//! zstd:chunked.
 //!
-//! The layers are made by others: libzstd, `pzstd`, `skopeo`; what they hold is told by the gzip image of the same
-//! tar. From a registry they are read by ranges; what is wrong is fetched again, and a long frame is decoded once.
+//! The layers are created by other programs: libzstd, `pzstd`, `skopeo`; their expected contents come from
+//! the gzip image of the same tar. From a registry they are read by ranges; damaged bytes are fetched again,
+//! and a long frame is decoded once.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -43,12 +45,12 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::encode_all(bytes, 3).unwrap()
 }
 
-/// Frames of so many bytes each, one behind the other.
+/// Frames of so many bytes each, one after the other.
 fn frames(bytes: &[u8], len: usize) -> Vec<u8> {
     bytes.chunks(len).flat_map(zstd).collect()
 }
 
-/// The seekable format of zstd's contrib folder: frames, and a table of them in one to be skipped.
+/// The seekable format of zstd's contrib folder: frames, and a table of them in a skippable one.
 fn seekable(bytes: &[u8], len: usize) -> Vec<u8> {
     let (mut layer, mut table) = (Vec::new(), Vec::new());
     for part in bytes.chunks(len) {
@@ -66,7 +68,7 @@ fn seekable(bytes: &[u8], len: usize) -> Vec<u8> {
     layer
 }
 
-/// By the program `pzstd`, at a level at which it makes a frame of each 2 MiB.
+/// The output of the program `pzstd`, at a level at which it makes a frame of each 2 MiB.
 fn pzstd(bytes: &[u8]) -> Vec<u8> {
     let mut child = Command::new("pzstd")
         .args(["-1", "-p", "2", "-q", "-c"])
@@ -82,7 +84,7 @@ fn pzstd(bytes: &[u8]) -> Vec<u8> {
     output.stdout
 }
 
-/// The layers of `latest` as skopeo compresses them: zstd:chunked has a frame for each file.
+/// The layers of `latest`, compressed by skopeo: zstd:chunked has a frame for each file.
 fn by_skopeo(images: &Images, format: &str) -> Vec<(&'static str, Vec<u8>)> {
     let copy = Images::new();
     let mut skopeo = Command::new("skopeo");
@@ -112,14 +114,14 @@ fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-/// What the first layer of `turbo` is, as `inspect --json` tells.
+/// The first layer of `turbo`, from `inspect --json`.
 fn target(images: &Images) -> Value {
     let told: Value =
         serde_json::from_str(&done(&["inspect", "--json", &images.name("turbo")])).unwrap();
     told["layers"][0]["target"].clone()
 }
 
-/// An image whose lower layer is encoded in each way, with its name, and whether it has a long frame.
+/// Images whose lower layer is in each encoding, with its name, and true if it has a long frame.
 fn encodings() -> Vec<(&'static str, Images, bool)> {
     let of = |layers: &[(&str, Vec<u8>)]| {
         let images = Images::new();
@@ -142,7 +144,7 @@ fn encodings() -> Vec<(&'static str, Images, bool)> {
         ("zstd of small frames", two((OCI_ZSTD, frames(&lower(), 100_000))), false),
         ("seekable zstd", two((OCI_ZSTD, seekable(&lower(), 2 * MIB))), false),
         ("pzstd", two((OCI_ZSTD, parallel)), false),
-        // The big file is one frame, longer than what is decoded at once.
+        // The big file is one frame, longer than the limit of one decoding.
         ("zstd:chunked", of(&chunked), true),
         ("zstd under the media type of gzip", two((OCI_GZIP, zstd(&lower()))), true),
     ]
@@ -176,7 +178,7 @@ fn upstream_refuses_a_zstd_layer_when_it_opens_it_and_reads_a_tar_as_before() {
     let images = Images::new();
     images.add("latest", &[(OCI_ZSTD, zstd(&lower())), (OCI_TAR, upper())]);
     images.convert(&[]);
-    // It takes whatever is not gzip for a bare tar, and opens no gzip layer without a gzip.meta.
+    // It takes any layer that is not gzip for a bare tar, and opens no gzip layer without a gzip.meta.
     for (number, media_type) in [OCI_GZIP, OCI_TAR].into_iter().enumerate() {
         let layer = images.manifest("turbo")["layers"][number].clone();
         assert_eq!(layer["annotations"][TYPE], media_type);
@@ -194,7 +196,7 @@ fn layers_that_were_converted_before_are_known_again_whatever_they_are() {
     let (first, kept) = (images.manifest("turbo"), folder());
     let more = ["--layer-store", kept.path().to_str().unwrap()];
     for _ in 0..3 {
-        // From the tag, then from the store, in which the second finds what the first left.
+        // From the tag, then from the store, in which the second finds the results of the first.
         images.convert(&more);
         assert_eq!(images.manifest("turbo")["layers"], first["layers"]);
         images.tag("turbo", &images.tagged("latest"));
@@ -230,7 +232,7 @@ fn a_zstd_layer_that_is_cut_off_or_needs_too_much_memory_is_refused_by_name() {
     images.add("latest", &[(OCI_ZSTD, damaged)]);
     let ended =
         end(turbobd().args(["convert", "-r", &images.place(), "-i", "latest", "--turboOCI", "t"]));
-    // Without a checksum of the content, damage may pass for data; a panic may not.
+    // Without a checksum of the content, damage may pass for data; it must not cause a panic.
     assert!(matches!(ended.code, Some(0 | 1)) && !ended.stderr.contains("panicked"), "{ended:?}");
 }
 
@@ -265,7 +267,7 @@ fn a_sidecar_that_breaks_a_rule_is_refused_by_name() {
     forge(0, &|file| file[56] ^= 1, &["do not cover the output"]);
     forge(0, &|file| file.push(0), &["bytes follow"]);
     forge(1, &|file| file[10] = 2, &["the target is zstd", "say that it is tar"]);
-    // A checksum that is wrong is no matter of opening, but of reading.
+    // A wrong checksum fails at a read, not at the opening.
     images.forge("forged", 0, |members| {
         let (_, file) = members.iter_mut().find(|(name, _)| name == "turbobd.segments").unwrap();
         let end = file.len() - 4;
@@ -284,7 +286,7 @@ fn crc32(bytes: &[u8]) -> u32 {
     crc.sum()
 }
 
-/// An image of one layer with segments of 256 KiB, in a registry; and its disk as it should be.
+/// An image of one layer with segments of 256 KiB, in a registry, with its expected disk.
 struct Served {
     registry: Double,
     target: String,
@@ -292,7 +294,7 @@ struct Served {
     _images: Images,
 }
 
-/// Some 15 MiB in files large and small.
+/// About 15 MiB in files large and small.
 fn tar() -> Vec<u8> {
     tar_of(&[
         ("a", &prose(1, 6 * MIB)),
@@ -371,8 +373,8 @@ fn a_wrong_byte_of_any_encoding_is_fetched_again_counted_and_never_served() {
         served.registry.fault(&served.target, Fault::Flip(place + 50, 8), 1);
         served.is_right(&disk, first);
         assert_eq!((count(&counters.damaged), count(&counters.failed)), (1, 0), "layer {number}");
-        // Three times wrong is an error with a reason, and nothing of it is kept. (Near enough to be in the next
-        // request of a long frame, far enough not to be read ahead.)
+        // A third damage is an error with a reason, and none of the data are kept. (Near enough to be in the
+        // next request of a long frame, far enough not to be read ahead.)
         let (last, _, place) = chunks[8];
         served.registry.fault(&served.target, Fault::Flip(place + 50, 8), 3);
         let mut read = [0; 512];
@@ -450,7 +452,7 @@ fn a_long_frame_is_decoded_once_into_the_tier_however_many_read_it_in_whatever_o
     assert_eq!(count(&counters.frames), 1, "the frame was begun again");
     assert!(count(&counters.bytes) <= len, "{} of {len}", count(&counters.bytes));
     assert_eq!(count(&counters.failed), 0);
-    // The frame's thread goes on to the end of it by itself.
+    // The frame's thread continues to its end by itself.
     let source = disk.chunk_sources()[0].clone().unwrap();
     let blob = disk.blobs()[0].clone().unwrap();
     let begun = std::time::Instant::now();
@@ -619,7 +621,7 @@ fn a_registry_that_fails_in_the_middle_of_a_frame_is_an_error_once_and_no_reader
     let served = Served::new(OCI_ZSTD, zstd(&tar()));
     let disk = served.open(Tiers::default());
     let order = chunks(&disk);
-    // 404 is no use to try again.
+    // 404 is not tried again.
     served.registry.fault(&served.target, Fault::Status(404), 1);
     let mut block = [0; 512];
     assert!(disk.read_at(&mut block, order[10].0).is_err());
@@ -701,7 +703,7 @@ fn a_device_config_finds_the_sidecar_where_the_snapshotter_unpacks_it() {
         fs::write(dir.path().join("layer"), encoded).unwrap();
         let mut lower = serde_json::json!({"file": "ext4.fs.meta", "targetFile": "layer"});
         if is_gzip {
-            // What is annotated as gzip: there is no such file.
+            // Annotated as gzip: there is no such file.
             lower["gzipIndex"] = "gzip.meta".into();
         } else {
             lower["gzipSidecar"] = "turbobd.segments".into();

@@ -1,4 +1,4 @@
-//! What a registry does wrong while a disk is read: no wrong byte, no reader that waits for another's trouble,
+//! Faults of a registry while a disk is read: no wrong byte, no reader that waits because of another's fault,
 //! a number and a reason for each.
 
 mod image;
@@ -64,7 +64,7 @@ impl Served {
         Arc::new(opened.disk)
     }
 
-    /// The same disk from local files: what every read must give.
+    /// The same disk from local files: the expected bytes of every read.
     fn truth(&self) -> Vec<u8> {
         let raw = self.images.path().join("raw");
         image::done(&["export", &self.images.name("turbo"), "-o", raw.to_str().unwrap()]);
@@ -112,7 +112,7 @@ fn a_wrong_byte_is_fetched_again_and_counted_and_three_times_wrong_is_an_error_w
     let failures = view.blobs().remove(0).failures;
     let again: Vec<_> = failures.iter().map(|failure| failure.again).collect();
     assert_eq!(again, [true, true, true, false], "{failures:?}");
-    // The fourth is right: nothing of the bad ones was kept.
+    // The fourth is right: none of the bad ones was kept.
     is_right(&truth, last, &sector(&disk, last).unwrap());
 }
 
@@ -140,7 +140,7 @@ fn a_registry_that_stalls_in_a_body_holds_up_nobody_else() {
     }
     is_right(&truth, other, &sector(&disk, other).unwrap());
     assert_eq!(*ended.lock().unwrap(), None, "the other was served after the stuck one");
-    // Which is asked for again when the body has been silent for a second: by a second request beside it, or
+    // It is requested again when the body has been silent for a second: by a second request beside it, or
     // after it.
     is_right(&truth, stuck, &stuck_reader.join().unwrap().unwrap());
     let counters = DiskView::new(disk.clone()).blobs().remove(0);
@@ -148,7 +148,7 @@ fn a_registry_that_stalls_in_a_body_holds_up_nobody_else() {
     assert_eq!(counters.trying_again, []);
 }
 
-/// A line to a server that can be cut and mended.
+/// A connection to a server that can be cut and restored.
 struct Line {
     address: SocketAddr,
     cut: Arc<AtomicBool>,
@@ -259,7 +259,7 @@ fn a_registry_that_stays_away_is_an_error_that_may_pass_when_the_deadline_has() 
     assert!(failures.last().unwrap().reason.contains("gave up after"), "{failures:?}");
     let _line = Line::open(address, &served.registry.host());
     is_right(&served.truth(), offset, &sector(&disk, offset).unwrap());
-    // What is not there at all never will be.
+    // A missing blob stays missing.
     served.registry.fault(&served.target, Fault::Status(404), 1);
     let last = chunks(&disk).pop().unwrap().0;
     let error = sector(&disk, last).unwrap_err();

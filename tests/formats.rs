@@ -1,7 +1,8 @@
-//! What turbobd writes, read by a checker that knows the specification and nothing of turbobd.
+//! Files written by turbobd, read by a checker that is based on the specification alone.
 //!
-//! First upstream's own files, so that the checker is known to be right; then everything that turbobd writes: each
-//! rule holds, and each disk has the content that `turbobd export --digest` says. Last, that the checker can fail.
+//! First upstream's own files, which prove the checker right; then all files that turbobd writes: each rule
+//! holds, and each disk has the content that `turbobd export --digest` reports. The last test proves that the
+//! checker can fail.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

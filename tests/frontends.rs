@@ -1,8 +1,8 @@
-//! The two front ends serve the bytes of a volume, and nothing else, and leave nothing behind.
+//! The two front ends serve exactly the bytes of a volume, and leave nothing behind.
 //!
-//! The loop tests need root, FUSE and loop devices, and run wherever those are. The ublk tests need
-//! a kernel with ublk: without one, the test `ublk_in_a_guest` runs this same binary inside
-//! `scripts/vm`. If no guest can be had, it says so and passes, or fails with `TURBOBD_GUEST=1`.
+//! The loop tests need root, FUSE and loop devices, and run on every machine that has them. The ublk tests
+//! need a kernel with ublk: without one, the test `ublk_in_a_guest` runs this same binary inside
+//! `scripts/vm`. If no guest is available, it prints that and passes, or fails with `TURBOBD_GUEST=1`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -78,7 +78,7 @@ enum Kind {
     Looped,
 }
 
-/// The usual shape, on these threads.
+/// Default options, with this queue driver.
 fn with(driver: QueueDriver) -> UblkOptions {
     UblkOptions { driver, ..UblkOptions::default() }
 }
@@ -102,7 +102,7 @@ impl Device {
         }
     }
 
-    /// Stops it and checks that nothing is left.
+    /// Stops it and checks that nothing remains.
     fn stop(self) {
         match self {
             Self::Ublk(device) => {
@@ -254,7 +254,7 @@ fn serves_two_devices_at_once(kind: Kind) {
         scope.spawn(|| random_reads(first.path(), &one, 20));
         scope.spawn(|| random_reads(second.path(), &two, 20));
     });
-    // The second still serves when the first is gone.
+    // The second still serves after the first is gone.
     match first {
         Device::Ublk(device) => device.stop().unwrap(),
         Device::Looped(device, _dir) => device.stop().unwrap(),
@@ -270,7 +270,7 @@ fn leaves_nothing_behind_when_the_start_fails(kind: Kind) {
     let dir = tempfile::tempdir().unwrap();
     let mount = dir.path().join("mount");
     let before = getrlimit(Resource::Nofile);
-    // The host may have others' devices.
+    // The host may have devices of other programs.
     let devices = || {
         let all = std::fs::read_dir("/sys/block").unwrap().flatten().map(|entry| entry.path());
         all.filter(|path| path.to_str().unwrap().contains("ublkb") || path.join("loop").exists())
@@ -364,7 +364,7 @@ device_tests!(looped, Kind::Looped, loop_here());
 device_tests!(ublk, Kind::Ublk(QueueDriver::Shared), ublk_here());
 device_tests!(own_ublk, Kind::Ublk(QueueDriver::OwnThreads), ublk_here());
 
-/// What only ublk has.
+/// Tests for ublk only.
 mod ublk_only {
     use super::*;
 
@@ -378,7 +378,7 @@ mod ublk_only {
         let options = UblkOptions { read_only: false, ..UblkOptions::default() };
         let device =
             UblkDevice::start(Arc::new(MemoryVolume::new(bytes.clone())), &options).unwrap();
-        // Leaves the address of our memory in every slot.
+        // Leaves the address of this process's memory in every slot.
         assert_eq!(std::fs::read(device.path()).unwrap(), bytes);
         let file = OpenOptions::new()
             .read(true)
@@ -423,7 +423,7 @@ mod ublk_only {
             let after = device.counters();
             let reads = after.reads - before.reads;
             assert!(reads >= 500, "{driver:?}: {after:?}");
-            // The commit of one request arms the tag for the next: one of each, whatever else came.
+            // The commit of one request arms the tag for the next: one of each, whatever other requests came.
             assert_eq!(after.submissions - before.submissions, reads, "{driver:?}");
             assert_eq!(after.completions - before.completions, reads, "{driver:?}");
             assert_eq!(after.direct - before.direct, reads, "{driver:?}");
@@ -463,7 +463,7 @@ mod ublk_only {
                 });
             }
         });
-        // Every second one goes; the others serve on, and newcomers take the places.
+        // Every second one is removed; the others continue to serve, and new ones take the places.
         let mut rest = Vec::new();
         for (number, (device, bytes)) in devices.into_iter().enumerate() {
             if number % 2 == 0 {

@@ -1,9 +1,9 @@
-//! The whole way on the real driver: an image converted here, attached over ublk in a kernel that has
-//! it, mounted, and compared name by name with what the same disk shows without ublk.
+//! The whole path on the real driver: an image converted here, attached over ublk in a kernel that has it,
+//! mounted, and compared name by name with the tree of the same disk without ublk.
 //!
-//! Without ublk on this machine, [`an_image_attached_over_ublk_shows_the_same_tree`] runs this binary
-//! again inside `scripts/vm`. If no guest can be had it says so and passes, or fails with
-//! `TURBOBD_GUEST=1`, which `scripts/test` sets.
+//! Without ublk on this machine, [`an_image_attached_over_ublk_shows_the_same_tree`] runs this binary again
+//! inside `scripts/vm`. If no guest is available it prints that and passes, or fails with `TURBOBD_GUEST=1`,
+//! which `scripts/test` sets.
 
 mod host;
 mod listing;
@@ -15,7 +15,7 @@ use std::process::Command;
 use host::{Mounted, layout, run, turbobd};
 use listing::list;
 
-/// Where the host left the image and the expected listing.
+/// Folder of the image and the expected listing, left by the host.
 const WORK: &str = "TURBOBD_GUEST_WORK";
 
 /// A tree as lines of text. Kernels are built with and without `security.*` attributes on ext4, so
@@ -65,7 +65,7 @@ fn an_image_attached_over_ublk_shows_the_same_tree() {
     assert!(output.status.success() && text.contains("the trees agree"), "{text}");
 }
 
-/// Runs only as the test above starts it; else there is nothing to do.
+/// Runs only when the test above starts it; otherwise it does nothing.
 #[test]
 fn in_the_guest() {
     let Some(work) = std::env::var_os(WORK) else { return };

@@ -1,11 +1,12 @@
-//! Disks that upstream's own tools built read as upstream reads them, byte for byte, and mount as the same tree.
+//! Disks built by upstream's own tools: they must read byte for byte as upstream reads them, and mount as the
+//! same tree.
 //!
 //! `tests/interop/cases.json` lists them with a digest of their content. One case needs a layer that
 //! is not stored here (upstream's base layer `ext4_64`): it runs when `TURBOBD_INTEROP_EXTRA` names a
 //! folder that has it.
 //!
-//! The tree that a disk must show is that of its raw file, which the kernel mounts without any of our devices,
-//! once the file has the digest that upstream's reading gave.
+//! The expected tree of a disk is that of its raw file, which the kernel mounts without any turbobd device,
+//! after the file was found to have the digest of upstream's reading.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -35,7 +36,7 @@ use sha2::{Digest as _, Sha256};
 use source::chunk::{ChunkSource, PlainChunks};
 use source::{ByteSource, MemorySource};
 
-/// Inflates a target whole with zlib's rules: an oracle that does not know the index.
+/// Inflates a whole target by zlib's rules: an oracle without the index.
 struct Inflated;
 
 impl TargetOpener for Inflated {
@@ -67,7 +68,7 @@ fn locate(name: &str) -> Option<PathBuf> {
     [Some(stored), extra].into_iter().flatten().find(|path| path.exists())
 }
 
-/// The configuration of a case with absolute paths, or the file that it lacks.
+/// The configuration of a case with absolute paths, or the name of a missing file.
 fn config_of(case: &serde_json::Value) -> Result<serde_json::Value, String> {
     let mut config = case["config"].clone();
     for lower in config["lowers"].as_array_mut().unwrap() {
@@ -97,7 +98,7 @@ fn digest_of(disk: &Disk) -> (String, u64) {
     (digest.hex(), size)
 }
 
-/// Runs a test of each case that has its files, says which have not, and sees to it that most have.
+/// Runs a test of each case that has its files, prints the cases without, and asserts that most have them.
 fn with_each_case(test: impl Fn(&str, &serde_json::Value)) {
     let mut ran = 0;
     for (name, case) in &cases() {
@@ -114,7 +115,7 @@ fn with_each_case(test: impl Fn(&str, &serde_json::Value)) {
     assert!(ran >= 4, "only {ran} cases ran");
 }
 
-/// What upstream's reading of a case gave: the digest of the content, and the size.
+/// Result of upstream's reading of a case: the digest of the content, and the size.
 fn expected_of(case: &serde_json::Value) -> (String, u64) {
     (case["content_sha256"].as_str().unwrap().to_owned(), case["vsize"].as_u64().unwrap())
 }
@@ -126,8 +127,8 @@ fn every_disk_of_upstream_reads_as_upstream_reads_it() {
     });
 }
 
-/// The digest and the size of a raw disk, by the rule of `cases.json` and none of our code: each block of 4 KiB
-/// that is not zero, behind its place.
+/// The digest and the size of a raw disk, by the rule of `cases.json` and without turbobd's code: each block
+/// of 4 KiB that is not zero, after its place.
 fn digest_of_file(path: &Path) -> (String, u64) {
     let file = File::open(path).unwrap();
     let (mut hasher, mut block) = (Sha256::new(), [0; 4096]);
@@ -147,11 +148,11 @@ fn digest_of_file(path: &Path) -> (String, u64) {
     (digest, file.metadata().unwrap().len())
 }
 
-/// A device that a daemon of our own has mounted.
+/// A device mounted by a daemon of this test.
 struct Attached(RunDir);
 
 impl Attached {
-    /// Attaches and mounts as a user does it.
+    /// Attaches and mounts with the commands of a user.
     fn new(config: &Path, frontend: &str) -> Self {
         let host = RunDir::new();
         let line = host::run(
@@ -175,12 +176,12 @@ impl Attached {
     }
 }
 
-/// Attaches and mounts each case by this front end, and compares all that is there with what its raw file shows.
+/// Attaches and mounts each case by this front end, and compares the whole tree with that of its raw file.
 fn every_disk_mounts(frontend: &str) {
     host::need_root();
     let _alone = block::alone();
     with_each_case(|name, case| {
-        // Where holes are holes: in a guest, the working directory is a filesystem of the host's.
+        // A filesystem that keeps holes: in a guest, the working directory is a filesystem of the host's.
         let work = tempfile::tempdir().unwrap();
         let (config, raw) = (work.path().join("config.v1.json"), work.path().join("raw"));
         fs::write(&config, config_of(case).unwrap().to_string()).unwrap();

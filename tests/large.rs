@@ -1,7 +1,7 @@
-//! Layers of more than 4 GiB: no length and no offset of 32 bits is left anywhere.
+//! Layers of more than 4 GiB: they find every length and offset of only 32 bits.
 //!
-//! The tar is zeros but for a few bytes at its ends, so that its gzip and zstd are small and quick to make: one member
-//! or frame of 64 MiB of zeros, many times over.
+//! The tar is zeros except for a few bytes at its ends, so that its gzip and zstd are small and fast to
+//! create: one member or frame of 64 MiB of zeros, many times over.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -15,9 +15,9 @@ use serde_json::Value;
 
 const OCI_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 const CONFIG: &str = r#"{"rootfs": {"diff_ids": []}}"#;
-/// What is repeated.
+/// Length of the repeated part.
 const PART: usize = 64 << 20;
-/// How often: 4.5 GiB.
+/// Number of repetitions: 4.5 GiB.
 const PARTS: u64 = 72;
 const LARGE: u64 = PART as u64 * PARTS;
 
@@ -30,7 +30,7 @@ fn header(name: &str, size: u64) -> Vec<u8> {
     header.as_bytes().to_vec()
 }
 
-/// A layer of a file of zeros and one behind it, each part encoded alone.
+/// A layer of a file of zeros and one after it, each part encoded alone.
 fn layer(encode: &dyn Fn(&[u8]) -> Vec<u8>) -> Vec<u8> {
     let zeros = encode(&vec![0; PART]);
     let mut layer = encode(&header("zeros", LARGE));
@@ -47,7 +47,7 @@ fn tail() -> Vec<u8> {
     tail
 }
 
-/// The same tar as one frame.
+/// The tar as one frame.
 fn one_frame() -> Vec<u8> {
     let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
     let zeros = vec![0; PART];
@@ -57,7 +57,7 @@ fn one_frame() -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// A file of an image by `debugfs`, which we did not write.
+/// A file of an image, read by the independent program `debugfs`.
 fn debugfs(images: &Images, request: &str) -> String {
     let raw = images.path().join("raw");
     let output = Command::new("debugfs").args(["-R", request]).arg(&raw).output().unwrap();

@@ -1,4 +1,4 @@
-//! A plain image finds the meta image that fits it, and gets one when there is none.
+//! A plain image finds its meta image, and gets one when there is none.
 
 mod image;
 
@@ -89,7 +89,7 @@ fn what_one_host_publishes_the_next_one_finds() {
     host.forget_local();
     let found = host.meta(false, None).unwrap();
     assert_eq!((found.found, found.stored.digest), (Found::Referrer, built.stored.digest));
-    // Publishing twice lists it once.
+    // A second publication does not list it twice.
     host.meta(true, None).unwrap();
     let listed = host.store().referrers(&host.plain().0.digest).unwrap().unwrap();
     let listed = String::from_utf8(listed.bytes).unwrap();
@@ -113,7 +113,7 @@ fn the_tag_of_a_converted_image_is_tried_and_one_that_moved_on_is_passed_over() 
     ]);
     let host = Host::new(images);
     assert_eq!(host.meta(false, None).unwrap().found, Found::Tag);
-    // The plain tag moves to another image: the converted one does not fit any more.
+    // The plain tag moves to another image: the converted one no longer matches.
     host.images.add("latest", &[(media::OCI_LAYER_GZIP, image::gzip(&image::upper()))]);
     assert_eq!(host.meta(false, None).unwrap().found, Found::Built);
 }
@@ -132,7 +132,7 @@ fn an_entry_of_the_images_own_index_is_used_if_it_fits() {
         artifact_type: Some(ARTIFACT_TYPE_TURBO.to_owned()),
         ..Descriptor::of(&stored.media_type, &stored.bytes)
     };
-    // First one that is no meta image of this at all, whatever it calls itself.
+    // First one that is not a meta image of this image, whatever its annotations say.
     let (plain, _) = host.plain();
     let other = Index::of(vec![entry(&plain)]);
     assert_eq!(host.meta(false, Some(&other)).unwrap().found, Found::Built);

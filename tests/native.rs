@@ -1,4 +1,4 @@
-//! What `turbobd convert --overlaybd` promises. The oracles are e2fsck, GNU tar, the kernel's ext4, the `lz4`
+//! Promises of `turbobd convert --overlaybd`. The oracles are e2fsck, GNU tar, the kernel's ext4, the `lz4`
 //! and `zstd` programs, and the TurboOCI conversion of the same image.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -50,7 +50,8 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::encode_all(bytes, 3).unwrap()
 }
 
-/// The `ZFile` in a native layer, found by hand: 1536 bytes of tar in front, its length in the pax record.
+/// The `ZFile` in a native layer, found without turbobd: 1536 bytes of tar before it, its length in the pax
+/// record.
 fn zfile_of(blob: &[u8]) -> &[u8] {
     let record = std::str::from_utf8(&blob[512..1024]).unwrap();
     let size = record.split_once("size=").unwrap().1.split_once('\n').unwrap().0;
@@ -125,7 +126,7 @@ fn export_prefix(images: &Images, tag: &str, count: usize, raw: &Path) {
     done(&["export", "--config", config.to_str().unwrap(), "-o", raw.to_str().unwrap()]);
 }
 
-/// Layers with what is hard: whiteouts, an opaque directory, links down, holes, zeros, odd sizes.
+/// Layers with difficult contents: whiteouts, an opaque directory, links down, holes, zeros, odd sizes.
 fn hard_layers() -> Vec<Vec<u8>> {
     let mut zeros = noise(7, 50_000);
     zeros[8192..40_960].fill(0);
@@ -360,7 +361,7 @@ fn a_second_conversion_reads_no_layer() {
     native(&images, &["--turboOCI", "turbo"]);
     let after = images.snapshot();
     assert!(after.iter().all(|(path, digest)| before.get(path) == Some(digest)));
-    // Another recipe is another conversion.
+    // Other options make another conversion.
     let place = images.place();
     let args = ["convert", "-r", &place, "-i", "latest", "--overlaybd", "obd", "--bs", "8"];
     refused(&args, &["has no blob"]);
@@ -393,7 +394,7 @@ fn an_image_takes_the_layers_it_shares_with_another_from_wherever_they_are() {
     for other in [&from_store, &from_image] {
         assert!(other.snapshot() == fresh.snapshot());
     }
-    // What the store has lost is made anew.
+    // Blobs that the store has lost are created again.
     let blobs = store_dir.join("blobs/sha256");
     fs::remove_file(blobs.join(images.layer("obd", 0).trim_start_matches("sha256:"))).unwrap();
     let (again, _) = convert(&["--layer-store", store_dir.to_str().unwrap()]);
@@ -436,7 +437,7 @@ fn in_a_registry_a_second_conversion_reads_no_layer_and_another_repository_mount
     registry.clear_log();
     assert_eq!(convert_in(&app, &[]), digests);
     assert!(sources.iter().all(|source| registry.traffic(source) == (0, 0)));
-    // Only the manifests are put anew.
+    // Only the manifests are put again.
     assert_eq!(registry.count("PUT /v2/team/app/blobs"), 0);
 
     let (obd, turbo) = (format!("{app}:obd"), format!("{app}:turbo"));

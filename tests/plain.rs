@@ -13,7 +13,7 @@ use image::{Images, OCI_GZIP, OCI_TAR, done, end, gzip, lower, prose, refused, t
 use registry_double::Double;
 use serve::serve;
 
-/// `export --digest` with a local store, and what it logs.
+/// Runs `export --digest` with a local store; returns its output and its log.
 fn export(name: &str, store: &Path, more: &[&str]) -> (String, String) {
     let mut command = turbobd();
     command.args(["-v", "export", name, "--digest", "--meta-dir"]).arg(store).args(more);
@@ -22,7 +22,7 @@ fn export(name: &str, store: &Path, more: &[&str]) -> (String, String) {
     (ended.stdout.trim_end().to_owned(), ended.stderr)
 }
 
-/// What the image is when it was converted beforehand, with the size that a meta image has.
+/// The digest of the image after a conversion, with the size that a meta image has.
 fn converted(images: &Images) -> String {
     done(&["convert", "-r", &images.place(), "-i", "latest", "--turboOCI", "beforehand"]);
     done(&["export", &images.name("beforehand"), "--digest"])

@@ -1,4 +1,4 @@
-//! The distribution client against a registry that misbehaves on purpose, and against a real one.
+//! The distribution client against a registry with injected faults, and against a real one.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -64,7 +64,7 @@ fn login(text: &str) -> ClientOptions {
     ClientOptions { credential: Some(Credential::from_user_password(text)), ..options() }
 }
 
-/// Bytes that differ everywhere: a piece from the wrong place is seen.
+/// Bytes that differ everywhere: a piece from the wrong place is detected.
 fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
     let step = |_| {
@@ -90,7 +90,7 @@ fn read(blob: &RemoteBlob, offset: u64, length: usize) -> Result<Vec<u8>, Source
     blob.read_exact_at(&mut buf, offset).map(|()| buf)
 }
 
-/// How a read fails.
+/// The error of a read.
 #[track_caller]
 fn failure(blob: &RemoteBlob, offset: u64, length: usize) -> String {
     match read(blob, offset, length) {
@@ -350,7 +350,7 @@ fn faults_of_the_store_are_met_as_those_of_the_registry() {
     }
 }
 
-// Who may ask.
+// Authentication.
 
 #[test]
 fn a_token_is_fetched_with_encoded_values_and_used_for_all() {
@@ -624,7 +624,7 @@ fn a_reader_that_fails_or_ends_early_stores_nothing() {
     assert!(wrong.to_string().contains("DIGEST_INVALID"), "{wrong}");
 }
 
-// A whole blob.
+// Whole blobs.
 
 fn read_all(registry: &Double, digest: &Digest, length: usize) -> io::Result<Vec<u8>> {
     let mut all = Vec::new();
@@ -692,7 +692,7 @@ fn a_slow_reader_slows_the_sender_and_loses_nothing() {
     assert_eq!(registry.log().len(), 1, "the connection was held, not broken");
 }
 
-// The way there.
+// Connections.
 
 #[test]
 fn a_plain_proxy_is_used_and_given_its_password() {
@@ -729,7 +729,7 @@ fn an_unknown_authority_is_refused_with_the_remedy_and_accepted_when_given() {
     assert_reads(&blob(trusting.clone()), &bytes, 5, 50_000);
     assert_reads(&blob(ClientOptions { insecure: true, ..options() }), &bytes, 5, 50_000);
 
-    // With an authority given, this machine is spoken to by TLS without being told.
+    // With an authority given, this machine is reached by TLS without an option.
     let repository =
         Client::new(trusting.clone()).unwrap().repository(&front.host(), REPOSITORY).unwrap();
     assert!(repository.blob_exists(&Digest::of(&bytes)).unwrap());
@@ -760,8 +760,7 @@ fn a_client_certificate_is_shown_to_who_asks() {
     assert_reads(&blob(with), &bytes, 5, 5);
 }
 
-/// A proxy that opens one tunnel, to `target` whatever it is asked for; returns its address, and later what
-/// it was asked.
+/// A proxy that opens one tunnel, to `target` for any request; returns its address, and later the request.
 fn tunnel_to(target: String) -> (String, thread::JoinHandle<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -789,7 +788,7 @@ fn read_head(stream: &mut TcpStream) -> io::Result<String> {
     Ok(String::from_utf8(head).unwrap())
 }
 
-/// The program, asked for an image that no registry has, with `file` as this machine's authorities.
+/// Runs the program for an image that no registry has, with `file` as this machine's authorities.
 fn ask_for_nothing(image: &str, file: &Path, proxy: Option<&str>) -> String {
     let mut asked = host::turbobd();
     asked.args(["-v", "inspect", image]).env("SSL_CERT_FILE", file);
@@ -883,7 +882,7 @@ fn an_upload_is_sent_again_with_a_new_token() {
     );
 }
 
-// A registry that we did not write.
+// An independent registry.
 
 #[test]
 fn the_reference_registry_takes_and_gives_what_the_double_does() {

@@ -1,4 +1,4 @@
-//! Who is asked for a blob, and who instead: mirrors, peers, second requests, credential services.
+//! Sources of a blob: mirrors, peers, second requests, credential services.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -33,7 +33,7 @@ fn settings(text: &str) -> ServiceConfig {
     config
 }
 
-/// What a host's configuration makes of a client, but for the files of this machine, and with short pauses.
+/// Client options from a host's configuration, without the files of this machine, and with short pauses.
 fn options(text: &str) -> ClientOptions {
     let retry = RetryPolicy {
         max_tries: 4,
@@ -215,7 +215,7 @@ fn what_is_for_the_registry_never_goes_to_a_mirror() {
     assert_reads(&blob(given, &registry.host(), &bytes), &bytes, 10, 10);
     assert!(mirror.log().iter().all(|seen| seen.authorization.is_none()), "{:?}", mirror.log());
 
-    // What a file says of the mirror's own host is for the mirror.
+    // Credentials of a file for the mirror's own host are used for the mirror.
     let file = tempfile::NamedTempFile::new().unwrap();
     let auths =
         serde_json::json!({"auths": {mirror.host(): {"username": "me", "password": "secret"}}});
@@ -266,7 +266,7 @@ fn a_peer_is_given_the_actual_url() {
     assert!(line.starts_with(&expected), "{line}");
     assert_eq!(peer.log().len(), 3);
 
-    // Behind a redirect it is the signed URL.
+    // After a redirect it is the signed URL.
     let [registry] = registries(&bytes);
     let store = Double::start_storage_of(&registry);
     let peer = Double::start_peer_of(&registry);
@@ -435,7 +435,7 @@ fn second_requests_can_be_switched_off_and_have_a_budget() {
     assert_reads(&blob, &bytes, 500, 100);
     assert_eq!(get(&blob.stats().hedges), 0);
 
-    // A host that is slow as a whole is not asked for everything twice.
+    // A host that is slow as a whole does not get every request twice.
     let [registry] = registries(&bytes);
     let blob = self::blob(options("{}"), &registry.host(), &bytes);
     warm(&blob, &bytes);
@@ -498,9 +498,9 @@ fn limits_are_for_what_nobody_waits_for() {
     );
 }
 
-// Who knows our passwords.
+// Sources of passwords.
 
-/// Answers every request on `stream` once with `body`; returns what was asked.
+/// Answers every request on `stream` once with `body`; returns the requests.
 fn answer(mut stream: impl Read + Write, body: &str) -> String {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -519,7 +519,7 @@ fn answer(mut stream: impl Read + Write, body: &str) -> String {
 }
 
 fn service_answer(registry: &Double) -> String {
-    // The longest match wins, whatever the order.
+    // The longest match wins, in any order.
     serde_json::json!({"traceId": "1", "success": true, "data": {"auths": {
         registry.host(): {"username": "me", "password": "wrong"},
         format!("{}/team", registry.host()): {"username": "me", "password": "secret"},
@@ -621,9 +621,9 @@ fn a_file_is_asked_for_credentials() {
 fn a_service_that_fails_is_named_when_access_is_denied_and_no_secret_is() {
     let (registry, bytes) = locked();
     for (body, reason) in [
-        (r#"{"success": false}"#, "it says that it had no success"),
+        (r#"{"success": false}"#, "its answer says that it failed"),
         (r#"{"success": true, "data": {"auths": {"x": "hunter2"}}}"#, "not in docker's form"),
-        ("hunter2", "its answer is not the JSON it should be"),
+        ("hunter2", "its answer is not valid JSON of credentials"),
     ] {
         let (address, asked) = serve_http(body.to_owned(), 1);
         let config = credential_config("http", &address, serde_json::json!({}));
@@ -633,7 +633,7 @@ fn a_service_that_fails_is_named_when_access_is_denied_and_no_secret_is() {
         assert!(!text.contains("hunter2"), "{text}");
         asked.join().unwrap();
     }
-    // Nobody answers: it is given up after its timeout.
+    // Without an answer, it is given up after its timeout.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = silent.local_addr().unwrap().to_string();
     let config = credential_config("http", &address, serde_json::json!({}));
@@ -658,6 +658,6 @@ fn the_hosts_certificate_and_authority_are_used_for_registries() {
     .to_string();
     let host = format!("https://{}", front.host());
     assert_reads(&blob(options(&text), &host, &bytes), &bytes, 10, 10);
-    // And a registry on this machine is still spoken to plainly.
+    // A registry on this machine is still reached in clear text.
     assert_reads(&blob(options(&text), &registry.host(), &bytes), &bytes, 10, 10);
 }

@@ -1,10 +1,10 @@
-//! Files with holes, in every form that tar has for them: what the kernel shows of the converted image must be
-//! what others unpack.
+//! Files with holes, in every form that tar has for them: the tree of the converted image, mounted by the
+//! kernel, must equal the tree that other programs unpack.
 //!
-//! containerd cannot unpack the old GNU form (Go's reader gives it as a type that containerd does not handle),
-//! so here GNU tar is the oracle. It pads every piece to whole blocks in the archive; Go, Python, libarchive and
-//! this program take pieces as lying one behind the other. GNU tar itself only makes pieces of whole blocks, for
-//! which both are the same; for all others Python is the oracle.
+//! containerd cannot unpack the old GNU form (Go's reader reports it as a type that containerd does not
+//! handle), so here GNU tar is the oracle. It pads every piece to whole blocks in the archive; Go, Python,
+//! libarchive and this program expect pieces without padding between them. GNU tar itself only writes pieces
+//! of whole blocks, for which both readings agree; for all others Python is the oracle.
 
 mod host;
 mod listing;
@@ -32,7 +32,8 @@ fn converted(work: &Path, tar: &[u8]) -> Mounted {
     Mounted::ext4(&raw)
 }
 
-/// Names of `unpacked` on which the two trees differ, apart from the roots.
+/// Asserts that the mounted tree equals the unpacked one, apart from the roots; returns the number of
+/// unpacked names.
 fn compare(mounted: &Mounted, unpacked: &Path, compare_times: bool) -> usize {
     let (ours, theirs) = (list(mounted.path()), list(unpacked));
     let skip = |path: &str| path == "." || path == "lost+found";
@@ -41,10 +42,10 @@ fn compare(mounted: &Mounted, unpacked: &Path, compare_times: bool) -> usize {
     theirs.len()
 }
 
-/// Data of a file and where it begins.
+/// Data of a file, with their positions.
 type Pieces = Vec<(u64, Vec<u8>)>;
 
-/// Makes files with holes; gives the folder.
+/// Creates files with holes; returns the folder.
 fn files_with_holes(work: &Path) -> PathBuf {
     let holes: Pieces = (0..100).map(|i| (i * 65_536, vec![i as u8 + 1; 4096])).collect();
     let shapes: [(&str, u64, Pieces); 6] = [
@@ -107,7 +108,7 @@ fn files_with_holes_are_what_gnu_tar_unpacks() {
     }
 }
 
-/// A file of `size` bytes whose pieces (offset, length) are not made of sectors.
+/// A file of `size` bytes whose pieces (offset, length) are not whole sectors.
 struct Uneven {
     name: &'static str,
     size: u64,
@@ -129,7 +130,7 @@ const UNEVEN: [Uneven; 7] = [
 ];
 
 impl Uneven {
-    /// The bytes of the pieces, one behind the other.
+    /// The bytes of the pieces, one after the other.
     fn stored(&self) -> Vec<u8> {
         let len: u64 = self.pieces.iter().map(|&(_, len)| len).sum();
         (0..len).map(|at| (at * 7 % 251) as u8 + 1).collect()
@@ -231,8 +232,8 @@ fn pieces_that_are_not_whole_sectors_are_what_python_unpacks() {
     assert_eq!(compare(&mounted, &unpacked, false), 3 * UNEVEN.len() + 1);
 }
 
-/// More than the 8192 extents that upstream's converter reads back of one file, losing the rest without a
-/// word (spec turbooci 3.3).
+/// More than the 8192 extents that upstream's converter reads back of one file, losing the rest without an
+/// error (spec turbooci 3.3).
 const MANY_PIECES: u64 = 10_000;
 
 #[test]
@@ -249,14 +250,14 @@ fn a_file_of_more_than_8192_extents_is_whole() {
     drop(file);
     let (tar, unpacked) = (work.path().join("tar"), work.path().join("unpacked"));
     fs::create_dir(&unpacked).unwrap();
-    // By its zeros: where a filesystem keeps no holes of one block, there are none to be found.
+    // By its zeros: a filesystem that keeps no holes of one block has none to find.
     let sparse = ["--sparse", "--hole-detection=raw", "-C"];
     run(Command::new("tar").args(sparse).arg(&folder).arg("-cf").arg(&tar).arg("."));
     run(Command::new("tar").args(["--sparse", "-p", "-C"]).arg(&unpacked).arg("-xf").arg(&tar));
     let mounted = converted(work.path(), &fs::read(&tar).unwrap());
     assert_eq!(compare(&mounted, &unpacked, true), 2);
     let told = run(Command::new("filefrag").arg("-v").arg(mounted.path().join("many")));
-    // "  ext:     logical_offset:        physical_offset: length:" and what follows.
+    // "  ext:     logical_offset:        physical_offset: length:" and the lines after it.
     let extents = told.lines().filter(|line| line.contains("..")).count() as u64;
     assert_eq!(extents, MANY_PIECES, "{told}");
 }

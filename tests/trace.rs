@@ -1,4 +1,4 @@
-//! Traces by the real program: recorded, learned, kept, replayed, and upstream's read.
+//! Traces by the real program: recorded, learned, kept, replayed; and upstream's traces, read.
 
 mod block;
 mod host;
@@ -25,7 +25,7 @@ use run_dir::RunDir;
 use serde_json::{Value, json};
 use serve::serve;
 
-/// A run directory, and traces that are learned in a folder of it.
+/// A run directory, with learned traces in a folder of it.
 struct Host(RunDir);
 
 impl Host {
@@ -124,7 +124,7 @@ fn the_second_start_has_what_the_first_read_before_it_reads_by_another_index_too
     let name = |tag: &str| format!("{}/team/app:{tag}", registry.host());
     host.mount(&name("fine"));
     assert_eq!(registry.traffic(&target), (0, 0), "nothing is known yet");
-    // Lone pages, so that nothing but the trace fetches ahead: neither the kernel nor the cache.
+    // Single pages, so that only the trace fetches ahead: neither the kernel nor the cache.
     let read = || [0, 3, 5].iter().for_each(|&file| host.read_page(file));
     read();
     host.done(&["detach", &host.text("mnt")]);
@@ -135,7 +135,7 @@ fn the_second_start_has_what_the_first_read_before_it_reads_by_another_index_too
 
     registry.clear_log();
     host.mount(&name("coarse"));
-    // Until nothing comes any more.
+    // Until no more bytes arrive.
     let fetched = || registry.traffic(&target).1;
     wait(|| {
         let before = fetched();
@@ -157,7 +157,7 @@ fn a_command_in_an_image_a_device_and_what_was_recorded() {
     let images = files(&[("turbo", "128")]);
     let out = host.text("out.trace");
     let device = host.mount(&images.name("turbo"));
-    // From now on, of a device that is served already.
+    // Reads from now on, of a device that is served already.
     let head = host.path("mnt/file1");
     let read = format!("cat {}", head.display());
     host.done(&["trace", "record", &device, "-o", &out, "--", "sh", "-c", &read]);
@@ -168,7 +168,7 @@ fn a_command_in_an_image_a_device_and_what_was_recorded() {
     assert_eq!(shown["blobs"][0], images.layer("latest", 0));
     assert_eq!(shown["touches"].as_array().unwrap().len(), trace.touches.len());
     assert!(host.done(&["trace", "show", &out]).stdout.starts_with("SECONDS"));
-    // Whoever records a command learns how it ended; its trace is kept.
+    // `record` returns the command's exit status; its trace is kept.
     let ended = end(&mut host.turbobd(&["trace", "record", &device, "-o", &out, "--", "false"]));
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("exit status: 1"), "{}", ended.stderr);
@@ -240,23 +240,23 @@ fn upstreams_trace_is_written_and_as_an_acceleration_layer_replayed() {
     serve(&images, &registry, "team/app");
     let layer: Digest = images.layer("app", 0).parse().unwrap();
     let name = format!("{}/team/app:app", registry.host());
-    // The trace is no layer of the disk.
+    // The trace is not a layer of the disk.
     let export = |name: &str| host.done(&["export", name, "--digest"]).stdout;
     assert_eq!(export(&name), export(&plain.name("app")));
     registry.clear_log();
     host.done(&["attach", &name, "--frontend", "loop"]);
     let wanted: u64 = reads.iter().filter(|read| read.layer == 0).map(|read| read.count).sum();
-    // Packed, it is at least a tenth.
+    // In compressed form it is at least a tenth.
     wait(|| registry.traffic(&layer).1 as u64 > wanted / 10);
     host.done(&["detach", &name]);
 
-    // One that is broken is advice that nobody takes.
+    // A broken trace is ignored.
     let broken = native(Some(&bytes[..bytes.len() - 1]));
     assert_eq!(export(&broken.name("app")), export(&plain.name("app")));
 }
 
 impl Host {
-    /// Records what reading the middle of `file1` of the image touches.
+    /// Records the touches of a read in the middle of `file1` of the image.
     fn record(&self, name: &str) -> String {
         let out = self.text("published.trace");
         let device = self.mount(name);
@@ -274,7 +274,7 @@ impl Host {
         line.trim().parse().unwrap()
     }
 
-    /// Attaches, reads nothing, and waits until something was loaded and nothing comes any more.
+    /// Attaches, reads nothing, and waits until some chunks were loaded and no more arrive.
     fn mount_and_wait(&self, name: &str, more: &[&str]) {
         let (mnt, at) = (self.text("mnt"), ["attach", name, "--frontend", "loop", "--mount"]);
         self.done(&[&at[..], &[&mnt], more].concat());
@@ -286,7 +286,7 @@ impl Host {
         });
     }
 
-    /// Reads what was recorded; it must be there.
+    /// Reads the recorded parts, which must be there.
     fn read_without_a_miss(&self) {
         let misses = || self.counter("turbobd_cache_misses_total");
         let before = misses();
@@ -305,7 +305,7 @@ fn a_published_trace_spares_other_hosts_the_start_that_knows_nothing() {
     let name = |tag: &str| format!("{}/team/app:{tag}", registry.host());
     let first = Host::new();
     let trace = first.record(&name("turbo"));
-    // The image itself stays what it is, and whoever publishes the same again changes nothing.
+    // The image itself is unchanged, and a second publication of the same trace changes nothing.
     let manifest = registry.manifest("team/app", "turbo");
     for said in ["published beside", "published already beside"] {
         let told = first.done(&["trace", "publish", &name("turbo"), "--trace", &trace]).stderr;
@@ -320,7 +320,8 @@ fn a_published_trace_spares_other_hosts_the_start_that_knows_nothing() {
     next.read_without_a_miss();
     assert_eq!(registry.traffic(&target), fetched);
     next.done(&["detach", &next.text("mnt")]);
-    // What others have learned is the beginning of what this host learns; then nobody is asked any more.
+    // The published trace is the first part of this host's own; after that the registry is not asked any
+    // more.
     let [learned] = &next.learned()[..] else { panic!("one image, one trace") };
     assert_eq!(learned.starts, 2);
     registry.clear_log();
@@ -328,7 +329,7 @@ fn a_published_trace_spares_other_hosts_the_start_that_knows_nothing() {
     assert_eq!(registry.count("/referrers/"), 0);
     next.done(&["detach", &next.text("mnt")]);
 
-    // The plain image has none of its own, and the next host builds what it is read through.
+    // The plain image has no trace, and the next host builds the meta image through which it is read.
     first.done(&[
         "trace",
         "publish",

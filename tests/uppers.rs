@@ -1,5 +1,6 @@
-//! The writable layer of a device config: read by whoever reads the disk, written over a device, and, while that
-//! device is in use, sealed and followed by another. The kernel's ext4, e2fsck and a copy of the tree are the oracles.
+//! The writable layer of a device config: read by every reader of the disk, written over a device, and, while
+//! that device is in use, sealed and followed by another. The kernel's ext4, e2fsck and a copy of the tree
+//! are the oracles.
 //!
 //! Where this machine has no ublk, [`in_a_guest_with_ublk`] runs the tests named after it inside `scripts/vm`.
 
@@ -44,7 +45,7 @@ struct Disks {
 }
 
 impl Disks {
-    /// In a folder that keeps all that `cp -a` keeps, in a guest too.
+    /// Creates them in a folder that keeps everything that `cp -a` keeps, in a guest too.
     fn new(frontend: &str) -> Self {
         let work = match frontend {
             "ublk" => tempfile::tempdir().unwrap(),
@@ -77,7 +78,7 @@ impl Disks {
             Kind::Appended => {
                 drop(WritableLayer::create(&files, Bytes(DISK), Identity::default()).unwrap());
             }
-            // As `overlaybd-create -s` does (spec lsmt 7), with a size that the layer below says.
+            // Created in the way of `overlaybd-create -s` (spec lsmt 7), with the size of the layer below.
             Kind::Sparse => {
                 fs::create_dir(self.at(name)).unwrap();
                 let (uuid, parent) = (Uuid([7; 16]), Uuid::NULL);
@@ -105,7 +106,7 @@ impl Disks {
         path.to_str().unwrap().to_owned()
     }
 
-    /// Attaches and mounts; gives the device.
+    /// Attaches and mounts; returns the device.
     fn attach(&self, frontend: &str, config: &str, more: &[&str]) -> String {
         let args = ["attach", "--frontend", frontend, "--config", config, "--mount"];
         let ended = end(self.work.turbobd(&args).arg(self.at("mnt")).args(more));
@@ -118,7 +119,7 @@ impl Disks {
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     }
 
-    /// Exports the disk, and gives its tree.
+    /// Exports the disk, and returns its tree.
     fn exported(&self, config: &str, clean: bool) -> host::Mounted {
         let raw = self.at("raw");
         done(&["export", "--config", config, "-o", raw.to_str().unwrap()]);
@@ -158,7 +159,7 @@ fn is_written_and_read_again(frontend: &str) {
         let before = disks.at(&format!("{name}-copy"));
         copy(&mnt, &before);
         disks.detach(&device);
-        // Who reads the disk finds it, and changes nothing of it.
+        // Another reader of the disk finds the layer, and changes nothing of it.
         let state = |path: &Path| (fs::read(path).unwrap(), fs::metadata(path).unwrap().modified());
         let files = state(&upper.index).0;
         same_trees(disks.exported(&config, true).path(), &before);
@@ -178,7 +179,7 @@ fn is_written_and_read_again(frontend: &str) {
     }
 }
 
-/// Asks for a snapshot; gives the status and the answer.
+/// Requests a snapshot; returns the status and the answer.
 fn snapshot(port: u16, query: &str) -> (u16, Value) {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     write!(stream, "POST /snapshot?{query} HTTP/1.0\r\n\r\n").unwrap();
@@ -205,7 +206,7 @@ fn continues_on_another(frontend: &str) {
         sync();
         copy(&mnt, &disks.at("first"));
 
-        // What cannot be done leaves everything as it was.
+        // A refused snapshot leaves everything unchanged.
         let same = disks.config("same.json", &disks.lowers(), Some(&one));
         let (status, told) = snapshot(port, &format!("dev_id=box&config={same}"));
         assert_eq!((status, &told["success"]), (500, &json!(false)), "{told}");
@@ -233,7 +234,8 @@ fn continues_on_another(frontend: &str) {
         copy(&mnt, &disks.at("second"));
         disks.detach(&device);
 
-        // The snapshot is the disk as it was, the device is as it was left, and the sealed layer takes no writes.
+        // The snapshot has the old contents, the device continues with its own, and the sealed layer accepts
+        // no writes.
         let frozen = disks.config("frozen.json", &lowers, None);
         same_trees(disks.exported(&frozen, false).path(), &disks.at("first"));
         same_trees(disks.exported(&config, true).path(), &disks.at("second"));

@@ -1,4 +1,4 @@
-//! What `turbobd attach --upper` promises over either front end: a device that can be written, survives, and
+//! Promises of `turbobd attach --upper` over either front end: a device that can be written, survives, and
 //! becomes a layer. The kernel's ext4 writes, e2fsck and a copy of the tree are the oracles.
 //!
 //! Without ublk on this machine, [`in_a_guest_with_ublk`] runs the tests that are named after it inside
@@ -59,16 +59,16 @@ impl Device {
         Self { server, path }
     }
 
-    /// Ends it in order.
+    /// Ends it regularly.
     fn detach(mut self) {
         let pid = rustix::process::Pid::from_child(&self.server);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         assert!(self.server.wait().unwrap().success());
     }
 
-    /// Kills the server; the device goes with it.
+    /// Kills the server; the device is gone then.
     fn kill(mut self) {
-        // A loop device stays, for whoever takes it next.
+        // A loop device stays, for its next user.
         let backing = block::sys_block(&self.path).join("loop/backing_file");
         let before = fs::read(&backing).ok();
         let path = self.path.clone();
@@ -86,7 +86,7 @@ impl Device {
     }
 }
 
-/// A folder for what a test makes: one that keeps all that `cp -a` keeps, in a guest too.
+/// A folder for a test's files: one that keeps everything that `cp -a` keeps, in a guest too.
 fn work(frontend: &str) -> tempfile::TempDir {
     match frontend {
         "ublk" => tempfile::tempdir().unwrap(),
@@ -109,7 +109,7 @@ fn base() -> Images {
     images
 }
 
-/// Changes a mounted tree in all the ways that a build does.
+/// Changes a mounted tree in all the ways of a build.
 fn build(root: &Path) {
     fs::write(root.join("etc/name"), "new\n").unwrap();
     fs::remove_file(root.join("data")).unwrap();
@@ -141,12 +141,12 @@ fn is_there_again_and_becomes_an_image(frontend: &str) {
         );
         build(&at("mnt"));
         host::run(Command::new("cp").arg("-a").arg(at("mnt").join(".")).arg(at("copy")));
-        // Another may not write to the same layer meanwhile.
+        // A second writer of the same layer is refused.
         let upper = at("upper");
         refused(&["commit", upper.to_str().unwrap(), "-o", "/dev/null"], &["in use"]);
         device.detach();
 
-        // The layer is there at the next attach, and a clean filesystem.
+        // The layer is there at the next attach, with a clean filesystem.
         let device = Device::attach(frontend, &images.name(form), &at("upper"), None, &at("run"));
         host::run(Command::new("e2fsck").arg("-fn").arg(&device.path));
         host::run(Command::new("mount").args(["-o", "ro"]).arg(&device.path).arg(at("mnt")));
@@ -170,7 +170,7 @@ fn survives_the_death_of_its_server(frontend: &str) {
     let work = work(frontend);
     let at = |name: &str| work.path().join(name);
     fs::create_dir(at("run")).unwrap();
-    // On the device itself: an ext4 without a journal promises nothing of its own after a crash.
+    // On the device itself: an ext4 without a journal guarantees nothing after a crash.
     let write = |device: &Path, seek: u64, byte: u8, sync: bool| {
         let input = at("input");
         fs::write(&input, vec![byte; 1 << 20]).unwrap();
@@ -198,7 +198,7 @@ fn survives_the_death_of_its_server(frontend: &str) {
     // Each block is old or new, never anything else.
     let mixed = read(500);
     assert!(mixed.chunks(512).all(|s| s == [0xaa; 512] || s == [0xcc; 512]));
-    // What a discard covers reads as zeros, and the layer below does not show through.
+    // A discarded range reads as zeros, and does not show the layer below.
     host::run(Command::new("blkdiscard").args(["-o", "0", "-l", "1048576"]).arg(&device.path));
     assert!(read(0) == vec![0; 1 << 20]);
     device.detach();

@@ -1,4 +1,4 @@
-//! What a ublk device of a volume that can be written promises, on both queue drivers.
+//! Promises of a writable ublk device, for both queue drivers.
 //!
 //! Without ublk on this machine, [`in_a_guest_with_ublk`] runs these tests inside `scripts/vm`.
 
@@ -25,7 +25,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 const DRIVERS: [QueueDriver; 2] = [QueueDriver::Shared, QueueDriver::OwnThreads];
 
-/// Runs a test with each driver where there is ublk.
+/// Runs a test with each queue driver, if there is ublk.
 fn with_each_driver(test: impl Fn(QueueDriver)) {
     let _alone = alone();
     if !ublk_here() {
@@ -42,7 +42,7 @@ fn start(volume: Arc<dyn Volume>, driver: QueueDriver) -> UblkDevice {
     UblkDevice::start(volume, &UblkOptions { driver, ..UblkOptions::default() }).unwrap()
 }
 
-/// Opens for writing past the page cache; with `durable`, each write waits until it is (FUA).
+/// Opens for writing past the page cache; with `durable`, each write waits until it is durable (FUA).
 fn open_for_writing(path: &Path, durable: bool) -> File {
     let flags = libc::O_DIRECT | if durable { libc::O_DSYNC } else { 0 };
     OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).unwrap()
@@ -69,7 +69,7 @@ fn whole(volume: &dyn Volume) -> Vec<u8> {
     bytes
 }
 
-/// A disk in memory that notes its changes, is late with them, and fails where it is told to.
+/// A disk in memory that records its changes, delays them, and fails where the test says.
 struct Noted {
     bytes: Mutex<Vec<u8>>,
     changes: Mutex<Vec<String>>,
@@ -154,13 +154,13 @@ fn over_ublk_the_kernel_knows_what_a_device_can_and_each_request_is_passed_on() 
         assert_eq!(noted.changes(), ["write 4096 8192"]);
         file.sync_all().unwrap();
         assert_eq!(noted.changes(), ["flush"]);
-        // A write ends at the border of a chunk, as a read does.
+        // A write ends at the border of a chunk, like a read.
         write(&file, 255 * 1024, &[2; 2048]).unwrap();
         let mut changes = noted.changes();
         changes.sort();
         assert_eq!(changes, ["write 261120 1024", "write 262144 1024"]);
         write(&open_for_writing(device.path(), true), 512, &[3; 512]).unwrap();
-        // The kernel's O_DSYNC is a write with FUA, and then a flush for the file's sake.
+        // The kernel's O_DSYNC is a write with FUA, and then a flush for the file itself.
         assert_eq!(noted.changes(), ["write 512 512", "flush", "flush"]);
         let zeros = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&file, zeros, MIB as u64, MIB as u64).unwrap();
@@ -291,7 +291,7 @@ fn over_ublk_reads_see_every_acknowledged_write() {
     });
 }
 
-/// One thread's part of a disk, and what should be there.
+/// One thread's part of a disk, with its expected contents.
 struct Part<'a> {
     file: File,
     path: &'a Path,
@@ -331,7 +331,7 @@ impl Part<'_> {
             }
             18 if self.random.below(4) == 0 => {
                 let discard = Command::new("blkdiscard")
-                    // Forced, or it wants the device for itself.
+                    // Forced, otherwise it wants the device for itself.
                     .args(["-f", "-o", &(self.base + at).to_string(), "-l", &len.to_string()])
                     .arg(self.path)
                     .status();
@@ -365,7 +365,7 @@ fn over_ublk_a_disk_is_what_its_writers_wrote_and_so_is_its_layer_later() {
             }
         });
         assert!(std::fs::read(device.path()).unwrap() == model);
-        // Through the page cache, and left to the device's end to be written.
+        // Through the page cache, written back at the end of the device.
         let file = OpenOptions::new().write(true).open(device.path()).unwrap();
         file.write_all_at(b"buffered", 3 * MIB as u64 + 77).unwrap();
         model[3 * MIB + 77..][..8].copy_from_slice(b"buffered");
@@ -436,7 +436,7 @@ impl Drop for Small {
     }
 }
 
-/// Fills the device up to the first refusal of each size; gives the offsets that were refused.
+/// Fills the device up to the first refusal of each size; returns the offsets that were refused.
 fn fill(file: &File, model: &mut [u8], random: &mut Random) -> usize {
     let mut refused = 0;
     for size in [65_536_u64, 4096, 512] {
@@ -475,7 +475,7 @@ fn over_ublk_a_full_layer_is_told_as_such_and_nothing_acknowledged_is_lost() {
                 assert_eq!(wrong, None, "{kind}");
             };
             check(&device);
-            // The records of all that was written find room, though nothing else does.
+            // The records of all writes find room, although no more data do.
             file.sync_all().unwrap();
             drop(file);
             device.stop().unwrap();
@@ -484,7 +484,7 @@ fn over_ublk_a_full_layer_is_told_as_such_and_nothing_acknowledged_is_lost() {
             }
             let device = start(upper(&dir, &lower), driver);
             check(&device);
-            // With space it goes on where it was.
+            // With space it continues at its old position.
             if kind == "tmpfs" {
                 small.mount(&["-o", "remount,size=64M"], "small");
                 write(&open_for_writing(device.path(), true), 0, &[9; 65_536]).unwrap();

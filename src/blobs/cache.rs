@@ -1,21 +1,21 @@
-//! Decoded chunks in memory: bounded, and each loaded once however many wait for it.
+//! Decoded chunks in memory: bounded, and each loaded once for any number of waiters.
 //!
-//! [`Batch::get`] never blocks. It answers at once with the chunk, or puts the caller on the list of
-//! those who wait for it; the first of them has it fetched ([`fetch`](crate::fetch)), and when it is
-//! there, everybody is called back. A failure is delivered to all who waited and then forgotten, so
-//! that the next request tries again. Nobody is left without an answer: not by an error, not by a
-//! decoder that panics, not by the end of the cache.
+//! [`Batch::get`] never blocks. It returns the chunk at once, or adds the caller to the chunk's list of
+//! waiters; the first waiter starts the load ([`fetch`](crate::fetch)), and when the chunk is there, all
+//! waiters are called. A failure is delivered to all waiters and then forgotten, so that the next request
+//! tries again. Every waiter gets an answer: after an error, after a decoder's panic, and at the end of the
+//! cache.
 //!
-//! Chunks are decoded straight into the cache's own memory, its `arena`, which is exactly as large as the
-//! budget. Room is made *before* a chunk is decoded, by giving up what is least worth keeping; what no
-//! room can be made for is decoded on the heap, served, and not kept. What is given up while
-//! somebody still reads it goes when the last reader has let go.
+//! Chunks are decoded directly into the cache's own memory, its `arena`, which is exactly as large as the
+//! budget. Room is made *before* a chunk is decoded, by evicting the chunks that are least worth keeping; a
+//! chunk without room is decoded on the heap, served, and not kept. The memory of an evicted chunk that still
+//! has readers is freed when the last reader drops it.
 //!
-//! A blob is [opened](Cache::open) before its chunks are asked for, and whoever opens a blob of the same
-//! identity shares it: two images with a common layer have it once.
+//! A blob is [opened](Cache::open) before its chunks are requested. Opening a blob of the same identity again
+//! gives the same one: two images with a common layer have it once.
 //!
-//! Contents: `arena` the memory, `shard` one lock's worth of chunks, `queues` which of them goes
-//! first, `backlog` what will be wanted, `resident` what images have in memory beside the cache.
+//! Contents: `arena` the memory, `shard` the chunks under one lock, `queues` the order of eviction, `backlog`
+//! the chunks to load later, `resident` memory of open images outside the budget.
 
 mod arena;
 mod backlog;
@@ -43,7 +43,7 @@ use shard::{Found, Shard};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
 
-/// Called once with the chunk or the reason why there is none, from any thread.
+/// Callback of one request: called once, from any thread, with the chunk or the reason why there is none.
 pub type ChunkWaiter = Box<dyn FnOnce(Result<Arc<ChunkBytes>, Arc<ChunkError>>) + Send>;
 
 /// Answer to [`Batch::get`].
@@ -54,14 +54,14 @@ pub enum Lookup {
     Pending,
 }
 
-/// What a cache did so far.
+/// Counters of a cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheStats {
     /// Look-ups answered at once.
     pub hits: u64,
-    /// Look-ups that had to wait, whoever had the chunk loaded.
+    /// Look-ups that had to wait, including those for a chunk that was loading already.
     pub misses: u64,
-    /// Chunks asked of their sources, ahead of demand or for it.
+    /// Chunks requested from their sources, on demand or ahead of it.
     pub loads: u64,
     /// Loads that failed.
     pub errors: u64,
@@ -69,62 +69,62 @@ pub struct CacheStats {
     pub bytes: u64,
     /// Chunks held now.
     pub chunks: u64,
-    /// Chunks given up for others.
+    /// Chunks evicted for others.
     pub evictions: u64,
-    /// Chunks that there was no room for.
+    /// Chunks not kept for lack of room.
     pub unkept: u64,
 }
 
-/// Shape of a cache.
+/// Size and threads of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheOptions {
-    /// Bytes of decoded chunks at most.
+    /// Limit on decoded chunks in bytes.
     pub budget: u64,
-    /// The threads behind it.
+    /// The threads that load chunks.
     pub fetch: FetchOptions,
 }
 
-/// Locks in the map of chunks: enough that the queues of many devices rarely meet at one.
+/// Number of locks in the map of chunks: enough that the queues of many devices rarely meet at one.
 const SHARDS: usize = 32;
 
-/// Blobs known, open or not, from which on those are forgotten of which nothing is left.
+/// Number of known blobs, open or not, above which those without any chunk are forgotten.
 const MANY_BLOBS: usize = 1024;
 
-/// Share of the budget that one reader's read-ahead may take: several readers fit beside what is used.
+/// Share of the budget that one reader's read-ahead may take: several readers fit beside the chunks in use.
 const AHEAD_SHARE: u64 = 8;
 
-/// Bytes given up at most for one chunk, as a multiple of its own: more only means that readers hold
-/// pieces everywhere, and then the heap is cheaper than an empty cache.
+/// Limit on the bytes evicted for one chunk, as a multiple of its length: the need for more only means that
+/// readers hold pieces everywhere, and then the heap costs less than an empty cache.
 const WORTH: u64 = 8;
 
-/// The cache. Dropping it ends its threads; who still waits gets an error.
+/// The cache. Dropping it ends its threads; remaining waiters get an error.
 pub struct Cache {
     chunks: Arc<Chunks>,
     fetcher: Fetcher,
-    /// Behind the fetcher, whose threads write to them.
+    /// Declared after the fetcher, whose threads write to them.
     tiers: Tiers,
     budget: u64,
-    /// Bytes that may be decoded ahead of a reader.
+    /// Limit on bytes decoded ahead of a reader.
     ahead: u64,
     backlog: Backlog,
     residents: Residents,
 }
 
 impl Cache {
-    /// A cache that holds at most `budget` bytes, whose chunks `workers` threads decode.
+    /// Creates a cache that holds at most `budget` bytes, and decodes chunks with `workers` threads.
     #[must_use]
     pub fn new(budget: u64, workers: usize) -> Arc<Self> {
         let fetch = FetchOptions { workers, connections: CONNECTIONS };
         Self::with(CacheOptions { budget, fetch })
     }
 
-    /// A cache of this shape. Its threads start as they are needed.
+    /// Creates a cache with these options. Its threads start when they are needed.
     #[must_use]
     pub fn with(options: CacheOptions) -> Arc<Self> {
         Self::over(options, Tiers::default())
     }
 
-    /// The same with chunks on disk behind it.
+    /// Creates a cache with these options and with chunks on disk behind it.
     #[must_use]
     pub fn over(options: CacheOptions, tiers: Tiers) -> Arc<Self> {
         let chunks = Arc::new(Chunks::new(options.budget));
@@ -135,58 +135,59 @@ impl Cache {
         Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents, backlog })
     }
 
-    /// The blob whose chunks `source` makes, or the one of the same identity that is open already.
+    /// Opens the blob whose chunks `source` makes; returns the open blob of the same identity if there is
+    /// one.
     #[must_use]
     pub fn open(&self, source: Arc<dyn ChunkSource>) -> Arc<Blob> {
         let mut blobs = self.chunks.blobs.lock().unwrap_or_else(PoisonError::into_inner);
         blobs.open(source, &self.tiers)
     }
 
-    /// What there is on disk.
+    /// The tiers behind this cache.
     #[must_use]
     pub fn tiers(&self) -> &Tiers {
         &self.tiers
     }
 
-    /// Fetches all chunks of these blobs, in this order, with what is to spare; until the answer is
+    /// Fetches all chunks of these blobs, in this order, with spare capacity, until the returned value is
     /// dropped.
     #[must_use]
     pub fn fill(&self, blobs: Vec<Arc<Blob>>, options: FillOptions) -> Filling {
         self.fetcher.fill(blobs, options)
     }
 
-    /// Begins to ask for chunks that belong together.
+    /// Begins a request for chunks that belong together.
     #[must_use]
     pub fn batch(&self) -> Batch<'_> {
         Batch { cache: self, wanted: Vec::new() }
     }
 
-    /// Whether a chunk is here.
+    /// True if the chunk is in memory.
     #[must_use]
     pub fn holds(&self, blob: &Blob, index: u32) -> bool {
         let key = blob.key(index);
         self.chunks.shard(key).holds(key)
     }
 
-    /// Bytes of decoded chunks that it may hold.
+    /// Limit on decoded chunks in bytes.
     #[must_use]
     pub fn budget(&self) -> u64 {
         self.budget
     }
 
-    /// What the images that are open have in memory for as long as they are.
+    /// Bytes that open images keep in memory while they are open.
     #[must_use]
     pub fn residents(&self) -> &Residents {
         &self.residents
     }
 
-    /// What was fetched so far.
+    /// Counters of fetches.
     #[must_use]
     pub fn fetched(&self) -> &Arc<FetchCounters> {
         self.fetcher.counters()
     }
 
-    /// What the cache did so far.
+    /// Counters of the cache.
     #[must_use]
     pub fn stats(&self) -> CacheStats {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -204,23 +205,24 @@ impl Cache {
     }
 }
 
-/// Chunks that are asked for together, so that neighbours come by one request. What is missing is
-/// fetched when this is dropped.
+/// Chunks requested together, so that neighbours are fetched by one request. Missing chunks are fetched when
+/// this is dropped.
 pub struct Batch<'a> {
     cache: &'a Cache,
     wanted: Vec<Wanted>,
 }
 
 impl Batch<'_> {
-    /// The chunk, or a promise to call a waiter. `waiter` is called to make one only if the answer is
-    /// [`Lookup::Pending`]; it must not use the cache, one of whose locks is held meanwhile.
+    /// Returns the chunk, or a promise to call a waiter. `waiter` is called to create one only if the answer
+    /// is [`Lookup::Pending`]; it must not use the cache, because one of the cache's locks is held during the
+    /// call.
     pub fn get(
         &mut self,
         blob: &Arc<Blob>,
         index: u32,
         waiter: &mut dyn FnMut() -> ChunkWaiter,
     ) -> Lookup {
-        // What no trace has foreseen is a reason to guess what comes next.
+        // A read that the trace does not list is a reason to guess the next one.
         let mut guess = !blob.is_foreseen();
         let before = self.wanted.len();
         let lookup = self.look_up(blob, index, waiter, &mut guess);
@@ -267,7 +269,7 @@ impl Batch<'_> {
         Lookup::Pending
     }
 
-    /// Has those of `indices` loaded that are neither here nor on their way, for nobody yet.
+    /// Loads those of `indices` that are neither in memory nor loading, without a waiter.
     pub fn prefetch(&mut self, blob: &Arc<Blob>, indices: Range<u32>) {
         for index in indices {
             if self.cache.chunks.shard(blob.key(index)).claim(blob, index) {
@@ -276,13 +278,13 @@ impl Batch<'_> {
         }
     }
 
-    /// Has chunks loaded, all together, when there is room for them: when what was asked for ahead before has
-    /// been read. `read`: bytes of them that will probably be read.
+    /// Loads chunks, all together, when there is room for them: when the chunks loaded ahead before have been
+    /// read. `read`: bytes of them that will probably be read.
     pub fn prefetch_later(&mut self, blob: &Arc<Blob>, chunks: Range<u32>, read: u64) {
         self.cache.backlog.add(blob, chunks, read);
     }
 
-    /// A chunk of so many bytes that was asked for ahead is read now.
+    /// Records that a chunk of so many bytes, loaded ahead, is read now.
     fn follow(&mut self, bytes: u64) {
         for (blob, chunks) in self.cache.backlog.read(bytes) {
             self.prefetch(&blob, chunks);
@@ -310,7 +312,7 @@ struct Blobs {
     next: u32,
 }
 
-/// A blob that is open, or of which chunks are left.
+/// A blob that is open, or that has chunks left in memory.
 struct Known {
     number: u32,
     blob: Weak<Blob>,
@@ -343,7 +345,7 @@ impl Blobs {
     }
 }
 
-/// What the threads share. They do not hold the [`Cache`], so that it can end.
+/// State shared by the threads. They do not hold the [`Cache`], so that it can end.
 struct Chunks {
     shards: Vec<Mutex<Shard>>,
     hasher: RandomState,
@@ -351,7 +353,7 @@ struct Chunks {
     arena: Arc<Arena>,
     budget: u64,
     held: AtomicU64,
-    /// The order in which they go.
+    /// The order of eviction.
     queues: Mutex<Queues>,
     clock: Clock,
     hits: AtomicU64,
@@ -382,7 +384,8 @@ impl Chunks {
         }
     }
 
-    /// No code panics while it holds a shard, except a waiter's maker; a shard is whole even then.
+    /// No code panics while it holds a shard, except the function that creates a waiter; a shard is
+    /// consistent even then.
     fn lock(&self, number: usize) -> MutexGuard<'_, Shard> {
         self.shards[number].lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -395,8 +398,8 @@ impl Chunks {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives up one chunk, and says how many bytes it took; none if there is none to give up. Nobody who has
-    /// a shard's lock takes the queues'.
+    /// Evicts one chunk, and returns its bytes; `None` if there is none to evict. Lock order: the queues'
+    /// lock is never taken by a thread that holds a shard's lock.
     fn evict_one(&self) -> Option<u64> {
         let bytes = self.queues().evict(self.budget, &mut |key, _| self.shard(key).evict(key))?;
         self.held.fetch_sub(bytes, Ordering::Relaxed);
@@ -448,7 +451,7 @@ impl Delivery for Chunks {
         if let Some(bytes) = kept {
             self.held.fetch_add(bytes.held(), Ordering::Relaxed);
         }
-        // Into the queues first: what is in a shard alone could never be given up.
+        // Into the queues first: a chunk that is only in a shard could never be evicted.
         let main = kept.is_some_and(|bytes| self.queues().insert(key, bytes.held(), &self.clock));
         let waiters = self.shard(key).end_load(key, kept.cloned(), self.clock.now(), main);
         for waiter in waiters {

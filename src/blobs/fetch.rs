@@ -1,38 +1,38 @@
-//! From "this chunk is wanted" to decoded, verified bytes.
+//! From a wanted chunk to its decoded, verified bytes.
 //!
-//! Two things take time, and different ones: a range request waits for the network, inflating needs
-//! a core. So they have threads of their own. A *fetch thread* takes wanted chunks out of the
-//! [`queue`], always the most urgent first, and with them whatever of the same blob is wanted beside
-//! them: neighbours come by one request. As soon as one chunk's bytes are whole, and while the rest of
-//! the request still arrives, an *inflate worker* takes them over: there is one for each core, and
-//! demand goes first there too. It decodes straight into the cache's memory, after the checksums have
-//! been compared; then everyone who waits is told.
+//! Two kinds of work take time: a range request waits for the network, and decoding needs a core. So each has
+//! threads of its own. A *fetch thread* takes wanted chunks out of the [`queue`], always the most urgent
+//! first, together with wanted chunks beside them in the same blob: neighbours are fetched by one request. As
+//! soon as one chunk's bytes are complete, and while the rest of the request still arrives, a *decode thread*
+//! takes them over: there is one for each core, and demand goes first there too. It decodes directly into the
+//! cache's memory, after the checksums have been compared; then all waiters are called.
 //!
-//! What is near needs no fetch thread: a chunk of a local file, or one that a [disk tier](crate::tier)
-//! has, goes to the workers at once, who read it themselves. What the tier turns out not to have, or
-//! not whole, is fetched like anything else. What was fetched is offered to the tier once everyone who
-//! waited is told.
+//! A near chunk needs no fetch thread: a chunk of a local file, or one that a [disk tier](crate::tier) has,
+//! goes to the decode threads at once, which read it themselves. A chunk that the tier turns out not to have,
+//! or has damaged, is fetched like any other. A fetched chunk is offered to the tier after all its waiters
+//! are called.
 //!
-//! A long zstd frame decodes only from its beginning, so its chunks go another way: what the tier does not have is
-//! decoded by the frame's own thread, for everyone who wants some of it ([`serial`]).
+//! A long zstd frame can be decoded only from its beginning, so its chunks are handled differently: a chunk
+//! that the tier does not have is decoded by the frame's own thread, for all waiters of the frame
+//! ([`serial`]).
 //!
-//! Bytes that fail their checksum are not an error yet. The tier forgets them, the source is told not
-//! to trust whoever sent them, and they are fetched again; only the third damage of a chunk is given
-//! to those who wait. A failed prefetch for which somebody waits by now is repeated as demand.
+//! Bytes that fail their checksum are not an error yet. The tier forgets them, the source marks their sender
+//! as bad, and they are fetched again; only the third damage of a chunk is reported to its waiters. A failed
+//! prefetch that has a waiter by then is repeated as demand.
 //!
 //! # Contents
 //!
-//! * [`ahead`]   which chunks will probably be asked for next
-//! * `streams`   what is read in order
-//! * [`depth`]   how much to keep on its way
-//! * [`blob`]    a blob with everything that is known of where its bytes are
-//! * [`queue`]   what is wanted, and what goes together
+//! * [`ahead`]   guesses of the chunks that are read next
+//! * `streams`   sequential reads
+//! * [`depth`]   number of bytes to keep in flight
+//! * [`blob`]    a blob with the state of its fetches
+//! * [`queue`]   wanted chunks, and their division into requests
 //! * `recent`    the last failures of a blob
-//! * [`fill`]    whole layers, with what is to spare
-//! * `pace`      who has to stand back for whom
+//! * [`fill`]    whole layers, with spare capacity
+//! * `pace`      priority of demand over the fill
 //! * `crew`      the fetch threads
 //! * `run`       the buffers of one request
-//! * `inflate`   the workers
+//! * `inflate`   the decode threads
 //! * `serial`    frames that decode only from their beginning
 
 pub mod ahead;
@@ -68,47 +68,47 @@ pub use queue::Wanted;
 pub use recent::{Failure, Recent};
 use serial::Serials;
 
-/// Where decoded chunks go: the cache.
+/// Receiver of decoded chunks: the cache.
 pub trait Delivery: Send + Sync {
     /// Memory to decode `len` bytes into.
     fn room(&self, len: usize) -> Box<dyn Room>;
 
-    /// The same if there is some that nothing has to be given up for.
+    /// Memory to decode `len` bytes into, if some is free without an eviction.
     fn spare_room(&self, len: usize) -> Option<Box<dyn Room>>;
 
-    /// Bytes that nothing has to be given up for.
+    /// Bytes that are free without an eviction.
     fn spare(&self) -> u64;
 
-    /// Takes it upon the caller to load a chunk, if it is neither there nor on its way.
+    /// Claims the load of a chunk for the caller, if the chunk is neither in memory nor loading.
     fn claim(&self, blob: &Blob, chunk: u32) -> Claim;
 
-    /// Ends the load of a chunk without delivering it. False when somebody waits for it by now: then it
-    /// must be delivered.
+    /// Ends the load of a chunk without delivering it. False when it has a waiter by now: then it must be
+    /// delivered.
     fn abandon(&self, key: Key) -> bool;
 
-    /// Ends the wait for a chunk.
+    /// Ends the load of a chunk and calls its waiters.
     fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>);
 
-    /// Whether somebody waits for a chunk that was wanted ahead of time.
+    /// True if a chunk that was wanted ahead of time has a waiter.
     fn is_awaited(&self, key: Key) -> bool;
 }
 
 /// Answer to [`Delivery::claim`].
 pub enum Claim {
-    /// The caller must see to the load.
+    /// The caller must load it.
     Claimed,
-    /// Somebody else does.
+    /// It is loading already.
     Loading,
-    /// It is there.
+    /// It is in memory.
     Held(Arc<ChunkBytes>),
 }
 
-/// How much is done at once.
+/// Limits on parallel work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FetchOptions {
-    /// Inflate workers: one for each core that may be used.
+    /// Number of decode threads: one for each core that may be used.
     pub workers: usize,
-    /// Most range requests under way.
+    /// Limit on range requests in flight.
     pub connections: usize,
 }
 
@@ -119,22 +119,22 @@ impl Default for FetchOptions {
     }
 }
 
-/// Range requests under way at most. One request brings a gigabit line 2.5 MB in 20 ms, so a few of
-/// them fill it; more are for many devices at once, and for object stores that give each connection
-/// 50 MB/s.
+/// Default limit on range requests in flight. One request fetches 2.5 MB over a gigabit line in 20 ms, so a
+/// few of them fill it; more are for many devices at once, and for object stores that give each connection 50
+/// MB/s.
 pub const CONNECTIONS: usize = 24;
 
 /// Damaged deliveries of one chunk after which it is an error.
 const MOST_TRIES: u8 = 3;
 
-/// What was fetched so far.
+/// Counters of fetches.
 #[derive(Debug, Default)]
 pub struct FetchCounters {
     /// Range requests made for demand.
     pub demand_requests: AtomicU64,
     /// Range requests made ahead of demand.
     pub ahead_requests: AtomicU64,
-    /// Chunks that those requests brought; more than requests where neighbours came together.
+    /// Chunks that those requests fetched; more than requests when neighbours were fetched together.
     pub chunks: AtomicU64,
     /// Encoded bytes of those.
     pub bytes: AtomicU64,
@@ -144,7 +144,7 @@ pub struct FetchCounters {
     pub stored: AtomicU64,
     /// Chunks whose bytes did not match their checksum.
     pub damaged: AtomicU64,
-    /// Chunks that could not be had.
+    /// Chunks that could not be fetched.
     pub failed: AtomicU64,
     /// Range requests made by the background fill.
     pub fill_requests: AtomicU64,
@@ -152,22 +152,22 @@ pub struct FetchCounters {
     pub filled: AtomicU64,
     /// Encoded bytes of those.
     pub filled_bytes: AtomicU64,
-    /// From a request to its first byte.
+    /// Time from a request to its first byte.
     pub first_byte: Histogram,
-    /// From a request to its last byte.
+    /// Time from a request to its last byte.
     pub whole: Histogram,
     /// Encoded bytes that were decoded.
     pub inflate_in: AtomicU64,
-    /// Decoded bytes that came out.
+    /// Decoded bytes produced.
     pub inflate_out: AtomicU64,
-    /// How long a chunk took to verify and decode.
+    /// Time to verify and decode a chunk.
     pub inflate: Histogram,
-    /// Long zstd frames begun to be decoded, the same one perhaps several times.
+    /// Passes begun through long zstd frames, possibly several through the same frame.
     pub frames: AtomicU64,
 }
 
 impl FetchCounters {
-    /// A chunk was decoded.
+    /// Records that a chunk was decoded.
     fn inflated(&self, encoded: usize, decoded: usize, begun: Instant) {
         count(&self.inflate_in, encoded as u64);
         count(&self.inflate_out, decoded as u64);
@@ -175,12 +175,12 @@ impl FetchCounters {
     }
 }
 
-/// The threads. Dropping this ends them; what is still wanted gets an error.
+/// The threads. Dropping this ends them; remaining waiters get an error.
 pub struct Fetcher {
     shared: Arc<Shared>,
 }
 
-/// What the threads share.
+/// State shared by the threads.
 struct Shared {
     delivery: Arc<dyn Delivery>,
     counters: Arc<FetchCounters>,
@@ -192,7 +192,7 @@ struct Shared {
 }
 
 impl Fetcher {
-    /// Starts the first threads; more come as they are needed.
+    /// Starts the first threads; more start when they are needed.
     pub fn start(delivery: Arc<dyn Delivery>, options: FetchOptions) -> Self {
         let shared = Arc::new(Shared {
             delivery,
@@ -207,25 +207,24 @@ impl Fetcher {
         Self { shared }
     }
 
-    /// What was fetched so far.
+    /// Counters of fetches.
     #[must_use]
     pub fn counters(&self) -> &Arc<FetchCounters> {
         &self.shared.counters
     }
 
-    /// Has chunks fetched and decoded; neighbours among them together. The caller has made sure that
-    /// nobody else does.
+    /// Fetches and decodes chunks, neighbours among them together. The caller has claimed their loads.
     pub fn want(&self, wanted: Vec<Wanted>) {
         self.shared.want(wanted);
     }
 
-    /// Has whole blobs fetched with what is to spare, until the answer is dropped.
+    /// Fetches whole blobs with spare capacity, until the returned value is dropped.
     #[must_use]
     pub fn fill(&self, blobs: Vec<Arc<Blob>>, options: FillOptions) -> Filling {
         fill::begin(&self.shared, blobs, options)
     }
 
-    /// Somebody waits now for a chunk that was wanted ahead of time.
+    /// Makes demand of a chunk that was wanted ahead of time: it has a waiter now.
     pub fn urge(&self, key: Key) {
         self.shared.pace.demand();
         self.shared.crew.urge(key);
@@ -255,12 +254,13 @@ impl Drop for Fetcher {
 }
 
 impl Shared {
-    /// To the workers what is near or perhaps is, else to the fetch threads.
+    /// Sends chunks that are near, or may be, to the decode threads, and the others to the fetch threads.
     fn want(self: &Arc<Self>, wanted: Vec<Wanted>) {
         if wanted.iter().any(|wanted| wanted.class == Class::Demand) {
             self.pace.demand();
         }
-        // A worker looks for a chunk of a long frame in the tier first, and passes it on if it is not there.
+        // A decode thread looks for a chunk of a long frame in the tier first, and passes it on if it is not
+        // there.
         let is_near = |wanted: &Wanted| {
             let Wanted { blob, chunk, .. } = wanted;
             blob.is_near(*chunk) || blob.source().is_serial(*chunk)
@@ -278,9 +278,9 @@ impl Shared {
         self.want_far(far);
     }
 
-    /// To the fetch threads, or to those of long frames.
+    /// Sends chunks to the fetch threads, or to those of long frames.
     fn want_far(self: &Arc<Self>, wanted: Vec<Wanted>) {
-        // To be kept as it comes, a chunk need not be decoded.
+        // A chunk that the fill stores encoded need not be decoded.
         let is_serial = |wanted: &Wanted| {
             let encoded = matches!(wanted.blob.stored().target(), Some((Kind::Encoded, _)));
             wanted.blob.source().is_serial(wanted.chunk)
@@ -299,8 +299,8 @@ impl Shared {
         }
     }
 
-    /// A chunk could not be had. Nobody waits for most of what is fetched ahead; where somebody does,
-    /// it gets the care of demand.
+    /// Ends a load without success. Most chunks that are fetched ahead have no waiter; one that has is
+    /// repeated as demand.
     fn fail(self: &Arc<Self>, wanted: &Wanted, error: Arc<ChunkError>) {
         let key = wanted.key();
         if wanted.class > Class::Demand
@@ -320,7 +320,7 @@ impl Shared {
         self.deliver(key, Err(error));
     }
 
-    /// A waiter that panics must not take a thread with it.
+    /// Delivers a chunk. A panic of a waiter must not end the thread.
     fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
         self.fill.ended(key, result.is_ok());
         if catch_unwind(AssertUnwindSafe(|| self.delivery.deliver(key, result))).is_err() {
@@ -333,7 +333,7 @@ fn count(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
 
-/// What everyone gets who still waits at the end.
+/// The error for waiters that remain at the end.
 fn ended(blob: &Blob) -> Arc<ChunkError> {
     failure(blob, "The cache was closed before this chunk was loaded")
 }

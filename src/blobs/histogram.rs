@@ -1,27 +1,27 @@
-//! Durations, counted by how long they were.
+//! Durations, counted by length.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Upper bounds of the buckets in microseconds. From what a local disk takes to the minute after which a
-/// read fails; three a decade are enough to tell a slow registry from a far one.
+/// Upper bounds of the buckets in microseconds: from the time of a local disk to the minute after which a
+/// read fails; three a decade are enough to tell a slow registry from a distant one.
 pub const BOUNDS: [u64; 18] = [
     100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000,
     1_000_000, 2_500_000, 5_000_000, 10_000_000, 30_000_000, 60_000_000,
 ];
 
-/// Counts durations; any thread may.
+/// Counts durations; any thread may add to it.
 #[derive(Debug, Default)]
 pub struct Histogram {
     buckets: [AtomicU64; BOUNDS.len() + 1],
     /// Microseconds.
     sum: AtomicU64,
-    /// Longest since it was last asked for, microseconds.
+    /// Longest duration since the last call of `take_longest`, in microseconds.
     longest: AtomicU64,
 }
 
 impl Histogram {
-    /// Counts one.
+    /// Counts one duration.
     pub fn add(&self, duration: Duration) {
         let micros = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let bucket = BOUNDS.partition_point(|&bound| bound < micros);
@@ -32,7 +32,7 @@ impl Histogram {
         }
     }
 
-    /// What was counted so far.
+    /// A copy of the counts.
     #[must_use]
     pub fn times(&self) -> Times {
         let mut buckets = [0; BOUNDS.len() + 1];
@@ -42,7 +42,7 @@ impl Histogram {
         Times { buckets, sum: self.sum.load(Ordering::Relaxed) }
     }
 
-    /// The longest in microseconds since this was last called.
+    /// The longest duration in microseconds since the last call.
     #[must_use]
     pub fn take_longest(&self) -> u64 {
         self.longest.swap(0, Ordering::Relaxed)
@@ -52,9 +52,9 @@ impl Histogram {
 /// A copy of a [`Histogram`] at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Times {
-    /// Durations between the [`BOUNDS`], the last above all of them.
+    /// Number of durations between the [`BOUNDS`]; the last one counts those above all of them.
     pub buckets: [u64; BOUNDS.len() + 1],
-    /// All durations together, microseconds.
+    /// Sum of all durations, in microseconds.
     pub sum: u64,
 }
 

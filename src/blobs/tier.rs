@@ -1,44 +1,44 @@
-//! Chunks on disk: what was fetched once need not be fetched again, by whichever device, after a restart.
+//! Chunks on disk: a chunk that was fetched once need not be fetched again, by any device, after a restart.
 //!
-//! One kind of store, used twice. The *encoded* tier (overlaybd's `cacheConfig`) keeps a blob's bytes as
-//! they came; they are verified by their SHA-256 or by decoding them. The *decoded* tier
-//! (`gzipCacheConfig`) keeps what came out, about three times as large and ready to be read; its bytes
-//! are verified by their CRC-32. Where an image has no checksums, the tier's own are compared.
+//! There is one kind of store, used twice. The *encoded* tier (overlaybd's `cacheConfig`) keeps a blob's
+//! bytes as they were fetched; they are verified by their SHA-256 or by decoding them. The *decoded* tier
+//! (`gzipCacheConfig`) keeps the decoded bytes, about three times as large and ready to be read; they are
+//! verified by their CRC-32. For an image without checksums, the tier's own are compared.
 //!
-//! Each blob has a sparse file, named by its digest and by how it is cut, in which every chunk has a
-//! place that follows from its number, in whole pages that no other chunk shares; and beside it a
-//! [presence map](presence). A chunk is given up alone, by punching a hole, and the capacity is a hard
-//! limit on what the files take.
+//! Each blob has a sparse file, named by its digest and by its division into chunks. Every chunk has a place
+//! in it that follows from its number, in whole pages that no other chunk shares. Beside it is a [presence
+//! map](presence). Each chunk is evicted alone, by punching a hole, and the capacity is a hard limit on the
+//! size of the files.
 //!
-//! # What a crash may leave
+//! # State after a crash
 //!
-//! A chunk's record is appended to the map when its bytes are durable, and the record that it is gone is
-//! durable before its hole is punched. So whatever was not made durable is only missing. Nothing rests
-//! on it, though: every chunk is verified whenever it is read, and one that is wrong, for whatever
-//! reason, is forgotten, counted, and fetched again.
+//! A chunk's record is appended to the map when its bytes are durable, and the record of its removal is
+//! durable before its hole is punched. So data that was not durable before a crash is only missing.
+//! Correctness does not depend on that, though: every chunk is verified at every read, and a wrong one,
+//! whatever the cause, is forgotten, counted, and fetched again.
 //!
-//! # Who waits for whom
+//! # Waiting
 //!
-//! Nobody waits for a write: what is [offered](Stored::offer) goes into a queue of bounded size, and is dropped
-//! when that is full. One thread writes batches from it: victims out, data in, sync, records. It holds
-//! no lock while it waits for the disk.
+//! Readers never wait for a write: a chunk that is [offered](Stored::offer) goes into a queue of bounded
+//! size, and is dropped when that is full. One thread writes batches from it: evictions, data, sync, records.
+//! It holds no lock while it waits for the disk.
 //!
-//! Two processes cannot share a tier: the second goes without, and says so.
+//! Two processes cannot share a tier: the second one runs without it, and logs that.
 //!
 //! # Page cache or `O_DIRECT`
 //!
-//! The page cache, by measurement; the figures are in `perf/README.md`. What was written is dropped from it
-//! at once: it has just been in memory as a chunk.
+//! The page cache, by measurement; the figures are in `perf/README.md`. Written data is dropped from it at
+//! once: it has just been in memory as a chunk.
 //!
 //! # Contents
 //!
-//! * [`store`]    what is asked of a directory; the real one
-//! * [`memory`]   one in memory, whose power can fail, and a faulty one
+//! * [`store`]    the interface to a directory; the real one
+//! * [`memory`]   a directory in memory, whose power can fail, and a faulty one
 //! * `presence`   the map, on disk
-//! * `fifo`       what to give up first
+//! * `fifo`       the order of eviction
 //! * `state`      the map of all files, in memory
 //! * `opening`    reading a directory, after a crash or not
-//! * `writer`     the thread
+//! * `writer`     the thread that writes
 //! * `uring`      its `io_uring`
 
 mod fifo;
@@ -68,18 +68,19 @@ use state::Shared;
 use store::{DirStore, Payload, Store};
 use writer::{Command, Offer};
 
-/// Grain of the data files: what a filesystem gives and takes.
+/// Unit of allocation in the data files: the filesystem's page.
 const PAGE: u64 = 4096;
 
-/// Bytes that wait to be written, at most. A disk that writes 100 MB/s takes a third of a second for them.
+/// Limit on the bytes that wait to be written. A disk that writes 100 MB/s takes a third of a second for
+/// them.
 pub const QUEUE: u64 = 32 << 20;
 
-/// Which bytes of chunks a tier keeps.
+/// Form of the chunks that a tier keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// As they came.
+    /// Encoded bytes, as they were fetched.
     Encoded,
-    /// As they are read.
+    /// Decoded bytes, as they are read.
     Decoded,
 }
 
@@ -99,7 +100,7 @@ impl Kind {
         }
     }
 
-    /// What it is called, and how its files' names end.
+    /// Name of the kind, and suffix of its files' names.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -109,24 +110,25 @@ impl Kind {
     }
 }
 
-/// Where a tier is and how large.
+/// Place and size of a tier.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TierOptions {
-    /// Its directory; made if it is not there.
+    /// Its directory; created if it does not exist.
     pub dir: PathBuf,
-    /// Bytes that its files may take.
+    /// Limit on the bytes of its files.
     pub capacity: u64,
-    /// Bytes that stay free on the filesystem: below, the tier shrinks and takes no more.
+    /// Bytes to leave free on the filesystem: with less free space, the tier shrinks and takes no more
+    /// chunks.
     pub floor: u64,
 }
 
-/// Why there is no tier.
+/// Reasons why a tier cannot be opened.
 #[derive(Debug, Error)]
 pub enum TierError {
-    /// Something with the directory.
+    /// An operation on the directory failed.
     #[error("Cannot {what} {dir}", dir = dir.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
         /// The directory.
         dir: PathBuf,
@@ -134,15 +136,15 @@ pub enum TierError {
         #[source]
         source: io::Error,
     },
-    /// Another process has it.
+    /// Another process uses it.
     #[error("Another process uses the {kind} cache in {dir}", dir = dir.display())]
     InUse {
-        /// Of which kind.
+        /// Kind of the tier.
         kind: &'static str,
         /// The directory.
         dir: PathBuf,
     },
-    /// No holes can be punched there.
+    /// The filesystem cannot punch holes.
     #[error("The filesystem of {dir} cannot free parts of a file: choose another for the cache", dir = dir.display())]
     NoHoles {
         /// The directory.
@@ -151,7 +153,7 @@ pub enum TierError {
         #[source]
         source: io::Error,
     },
-    /// It lies on a device that we serve.
+    /// It lies on a device that this process serves.
     #[error("{dir} lies on {device}, which turbobd itself serves: choose another place for the cache", dir = dir.display())]
     OwnDevice {
         /// The directory.
@@ -161,10 +163,10 @@ pub enum TierError {
     },
 }
 
-/// What a tier did so far.
+/// Counters of a tier.
 #[derive(Debug, Default)]
 pub struct TierCounters {
-    /// Chunks read and found good.
+    /// Chunks read and verified.
     pub reads: AtomicU64,
     /// Bytes of those.
     pub read_bytes: AtomicU64,
@@ -172,45 +174,45 @@ pub struct TierCounters {
     pub writes: AtomicU64,
     /// Bytes of those.
     pub written_bytes: AtomicU64,
-    /// Chunks not written because too much was waiting.
+    /// Chunks not written because the queue was full.
     pub dropped: AtomicU64,
-    /// Chunks not written for want of space: the floor, a full disk, or longer than the capacity.
+    /// Chunks not written for lack of space: the floor, a full disk, or a chunk longer than the capacity.
     pub refused: AtomicU64,
-    /// Chunks given up for others or for the floor.
+    /// Chunks evicted for others or for the floor.
     pub evicted: AtomicU64,
-    /// Chunks that were not what they should be, and are fetched again.
+    /// Chunks that failed verification, and are fetched again.
     pub damaged: AtomicU64,
-    /// Files that were removed, cut off or of another version, and are begun anew.
+    /// Files that were removed, truncated or of another version, and are created anew.
     pub resets: AtomicU64,
     /// Reads, writes and syncs that the system refused.
     pub failures: AtomicU64,
 }
 
-/// What a tier holds now.
+/// Present contents of a tier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Usage {
     /// Bytes that it takes on the disk.
     pub bytes: u64,
     /// Bytes that it may take.
     pub capacity: u64,
-    /// Blobs.
+    /// Number of blobs.
     pub blobs: usize,
-    /// Chunks.
+    /// Number of chunks.
     pub chunks: usize,
 }
 
-/// What became of a [`Tier::verify`].
+/// Result of [`Tier::verify`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Verified {
     /// Chunks that are good.
     pub good: u64,
     /// Bytes of them.
     pub bytes: u64,
-    /// Chunks that were not, and are forgotten.
+    /// Chunks that are damaged, and now forgotten.
     pub damaged: u64,
 }
 
-/// A tier. Dropping it writes what waits, and lets its directory go.
+/// A tier. Dropping it writes the queue's chunks, and releases its directory.
 pub struct Tier {
     shared: Arc<Shared>,
     writer: Mutex<Option<JoinHandle<()>>>,
@@ -220,26 +222,26 @@ pub struct Tier {
 /// The tiers of a host.
 #[derive(Clone, Default)]
 pub struct Tiers {
-    /// Chunks as they came.
+    /// Tier of encoded chunks, as they were fetched.
     pub encoded: Option<Arc<Tier>>,
-    /// Chunks as they are read.
+    /// Tier of decoded chunks, as they are read.
     pub decoded: Option<Arc<Tier>>,
 }
 
-/// What the tiers have of one blob.
+/// The chunks of one blob in the tiers.
 #[derive(Default)]
 pub struct StoredBlob {
-    /// As it came.
+    /// Encoded chunks.
     pub encoded: Option<Stored>,
-    /// As it is read.
+    /// Decoded chunks.
     pub decoded: Option<Stored>,
-    /// Where more of it goes: each chunk is kept once.
+    /// Tier for new chunks of it: each chunk is kept once.
     pub target: Option<Kind>,
 }
 
 impl Tiers {
-    /// What there is of the blob of `source`. What is costly to decode goes to the decoded tier, everything
-    /// else to the encoded one; to the other where that one is missing.
+    /// The stored chunks of the blob of `source`. A blob that is costly to decode goes to the decoded tier,
+    /// every other to the encoded one; to the other tier if the preferred one is missing.
     #[must_use]
     pub fn blob(&self, source: &dyn ChunkSource) -> StoredBlob {
         let local = source.blob().is_local();
@@ -260,13 +262,13 @@ impl Tiers {
 }
 
 impl StoredBlob {
-    /// Whether a chunk is there, in whatever form.
+    /// True if a chunk is there, in either form.
     #[must_use]
     pub fn has(&self, chunk: u32) -> bool {
         [&self.decoded, &self.encoded].into_iter().flatten().any(|stored| stored.has(chunk))
     }
 
-    /// Where more of it goes.
+    /// The tier for new chunks of the blob.
     #[must_use]
     pub fn target(&self) -> Option<(Kind, &Stored)> {
         match self.target? {
@@ -281,10 +283,10 @@ fn count(counter: &AtomicU64, n: u64) {
 }
 
 impl Tier {
-    /// Opens the tier in a directory and finds what an earlier process left there.
+    /// Opens the tier in a directory and finds the chunks that an earlier process left there.
     ///
     /// # Errors
-    /// [`TierError`]: the directory cannot be used, or another process does.
+    /// Returns [`TierError`]: the directory is unusable, or another process uses it.
     pub fn open(kind: Kind, options: &TierOptions) -> Result<Self, TierError> {
         let dir = &options.dir;
         let lock = opening::lock(kind, dir)?;
@@ -296,7 +298,7 @@ impl Tier {
     /// Opens a tier in a store.
     ///
     /// # Errors
-    /// [`TierError::Io`].
+    /// Returns [`TierError::Io`].
     pub fn with_store(
         kind: Kind,
         store: Arc<dyn Store>,
@@ -323,7 +325,7 @@ impl Tier {
         Ok(Self { shared, writer, _lock: lock })
     }
 
-    /// Which bytes it keeps.
+    /// Form of the chunks that it keeps.
     #[must_use]
     pub fn kind(&self) -> Kind {
         self.shared.kind
@@ -335,19 +337,19 @@ impl Tier {
         &self.shared.options.dir
     }
 
-    /// What it did so far.
+    /// Counters so far.
     #[must_use]
     pub fn counters(&self) -> &Arc<TierCounters> {
         &self.shared.counters
     }
 
-    /// What it holds now.
+    /// Present contents.
     #[must_use]
     pub fn usage(&self) -> Usage {
         self.shared.usage()
     }
 
-    /// Whether the disk has no space for more; it may have again later.
+    /// True if the disk has no space for more; it may have again later.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.shared.is_full()
@@ -359,8 +361,7 @@ impl Tier {
         self.shared.queued()
     }
 
-    /// The file for the chunks of `source`. None when they have no name that is theirs for ever: only a
-    /// digest is one.
+    /// The file for the chunks of `source`. `None` when they have no permanent name: only a digest is one.
     #[must_use]
     pub fn file(&self, source: &dyn ChunkSource) -> Option<Stored> {
         let id = source.id();
@@ -380,7 +381,7 @@ impl Tier {
         Some(Stored { shared: self.shared.clone(), file })
     }
 
-    /// Waits until everything that was offered so far is written and durable.
+    /// Waits until every chunk offered so far is written and durable.
     pub fn flush(&self) {
         let (sender, receiver) = channel();
         if self.shared.send(Command::Flush(sender)) {
@@ -388,7 +389,7 @@ impl Tier {
         }
     }
 
-    /// Gives up chunks until at most `bytes` are taken. Returns what is taken then.
+    /// Evicts chunks until at most `bytes` are taken. Returns the bytes that are taken then.
     #[must_use]
     pub fn prune(&self, bytes: u64) -> u64 {
         let (sender, receiver) = channel();
@@ -398,7 +399,7 @@ impl Tier {
         self.usage().bytes
     }
 
-    /// Reads every chunk and forgets what is damaged.
+    /// Reads every chunk and forgets those that are damaged.
     #[must_use]
     pub fn verify(&self) -> Verified {
         let mut verified = Verified::default();
@@ -430,7 +431,7 @@ impl Drop for Tier {
     }
 }
 
-/// A blob's chunks in a tier.
+/// The chunks of a blob in a tier.
 pub struct Stored {
     shared: Arc<Shared>,
     file: u32,
@@ -443,7 +444,7 @@ impl Stored {
         self.shared.extent(self.file, chunk).map(|extent| extent.len as usize)
     }
 
-    /// Whether a chunk is there.
+    /// True if a chunk is there.
     #[must_use]
     pub fn has(&self, chunk: u32) -> bool {
         self.len_of(chunk).is_some()
@@ -455,20 +456,21 @@ impl Stored {
         self.shared.count(self.file)
     }
 
-    /// Reads a chunk into `buf`, as long as it is. `verify` says whether it is right, or that nothing but
-    /// the tier's own checksum does. False when it is not there or not right; it is forgotten then.
+    /// Reads a chunk into `buf`, which has the chunk's length. `verify` returns the result of its check, or
+    /// `None` if only the tier's own checksum can check the chunk. False when the chunk is not there or
+    /// damaged; a damaged one is forgotten.
     #[must_use]
     pub fn read(&self, chunk: u32, buf: &mut [u8], verify: &dyn Fn(&[u8]) -> Option<bool>) -> bool {
         self.shared.read(self.file, chunk, buf, verify)
     }
 
-    /// A chunk turned out to be wrong after it was read.
+    /// Forgets a chunk that turned out to be wrong after it was read.
     pub fn forget(&self, chunk: u32) {
         self.shared.forget(self.file, chunk, "it does not decode");
     }
 
-    /// Offers a chunk that is good and begins at byte `start` of what the file is of. False when it is
-    /// dropped, because too much is waiting.
+    /// Offers a verified chunk that begins at byte `start` of the blob or its decoded bytes. False when it is
+    /// dropped, because the queue is full.
     pub fn offer(&self, chunk: u32, start: u64, payload: Payload) -> bool {
         if payload.bytes().is_empty() || self.has(chunk) {
             return true;
@@ -484,13 +486,13 @@ impl Stored {
         self.shared.queued()
     }
 
-    /// Whether the disk has no space for more.
+    /// True if the disk has no space for more.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.shared.is_full()
     }
 
-    /// Bytes that the whole tier may take.
+    /// Limit on the bytes of the whole tier.
     #[must_use]
     pub fn capacity(&self) -> u64 {
         self.shared.options.capacity
@@ -503,13 +505,14 @@ impl Drop for Stored {
     }
 }
 
-/// Where a chunk lies in its data file: by its order, in pages of its own. Chunks begin anywhere and may share
-/// a byte with their neighbour, so each is moved two pages further than the one before.
+/// Position of a chunk in its data file: in the order of the chunks, in pages of its own. Chunks begin
+/// anywhere and may share a byte with their neighbour, so each is moved two pages further than the one
+/// before.
 fn place(start: u64, chunk: u32) -> u64 {
     start / PAGE * PAGE + u64::from(chunk) * 2 * PAGE
 }
 
-/// Bytes that so many take in whole pages.
+/// Bytes that so many bytes take in whole pages.
 fn in_pages(len: u64) -> u64 {
     len.div_ceil(PAGE) * PAGE
 }

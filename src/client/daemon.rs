@@ -1,4 +1,4 @@
-//! Finds a daemon, or starts one, and asks it.
+//! Client of the daemon: finds a daemon, or starts one, and sends it requests.
 
 use std::fs::{DirBuilder, OpenOptions};
 use std::io::{self, BufRead, BufReader};
@@ -22,7 +22,7 @@ use crate::protocol::{
 };
 use crate::spec::DeviceSpec;
 
-/// How often a client may meet a daemon that is just ending.
+/// Number of times that a client may meet a daemon that is just ending.
 const ATTEMPTS: u32 = 5;
 
 /// A connection to the daemon.
@@ -33,7 +33,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// The daemon of `run_dir`, or `None` if there is none.
+    /// Connects to the daemon of `run_dir`; `None` if there is none.
     ///
     /// # Errors
     /// [`ClientError::Version`]; [`ClientError::Step`] if there is one that cannot be reached.
@@ -50,7 +50,7 @@ impl Client {
             Err(error) => return Err(step("connect to", path)(error)),
         };
         let mut connection = Connection::new(stream, path.clone());
-        // An ending daemon closes without an answer: as good as none.
+        // An ending daemon closes without an answer: it counts as none.
         if connection.send(&Request::Version).is_err() {
             return Ok(None);
         }
@@ -64,19 +64,20 @@ impl Client {
             }
             Ok(Some(other)) => Err(ClientError::Protocol {
                 path,
-                what: format!("{other:?} to a question for the version"),
+                what: format!("{other:?} in answer to the version request"),
             }),
             Ok(None) | Err(ClientError::Step { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// The daemon of `run_dir`; if there is none, `command` is run in the background, which must become
-    /// one (`turbobd daemon --auto`, with the daemon's option `auto`). Its standard
+    /// Connects to the daemon of `run_dir`. If there is none, runs `command` in the background, which must
+    /// become one (`turbobd daemon --auto`, with [`DaemonOptions::auto`](super::DaemonOptions)). Its standard
     /// error goes to `turbobd.log` in `run_dir`.
     ///
-    /// # Errors
-    /// As [`connect`](Self::connect), and [`ClientError::NotStarted`] with the end of the log.
+    /// Returns the errors of [`connect`](Self::connect), and [`DaemonError::NotStarted`] with the end of the
+    /// log.
+    /// As [`connect`](Self::connect), and [`DaemonError::NotStarted`] with the end of the log.
     pub fn connect_or_spawn(
         run_dir: &Path,
         command: impl Fn() -> Command,
@@ -86,7 +87,7 @@ impl Client {
             .mode(0o700)
             .create(run_dir)
             .map_err(step("create", run_dir))?;
-        // Clients come here one after the other, so that one of them starts a daemon.
+        // The lock lets one client after the other pass, so that only one of them starts a daemon.
         let lock = run_dir.join("spawn.lock");
         let file =
             OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock);
@@ -103,7 +104,7 @@ impl Client {
         Err(ClientError::NoAnswer(socket(run_dir)))
     }
 
-    /// The daemon's process.
+    /// Process id of the daemon.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
@@ -121,14 +122,14 @@ impl Client {
     fn unexpected(&self, reply: &Reply) -> ClientError {
         ClientError::Protocol {
             path: self.path.clone(),
-            what: format!("{reply:?}, which answers another question"),
+            what: format!("{reply:?}, which answers another request"),
         }
     }
 
-    /// Makes a device. The second value is what the user should be told.
+    /// Creates a device. The second value is a note for the user.
     ///
     /// # Errors
-    /// The daemon's; nothing is left behind then.
+    /// Returns the daemon's error; nothing remains then.
     pub fn attach(
         &mut self,
         request: DeviceSpec,
@@ -147,22 +148,22 @@ impl Client {
         }
     }
 
-    /// [`attach`](Self::attach), then mounts the ext4 on the device at `dir`, in this process's mount
+    /// Creates a device ([`attach`](Self::attach)), then mounts its ext4 at `dir`, in this process's mount
     /// namespace.
     ///
     /// # Errors
-    /// The daemon's or the mount's; nothing is left behind then.
+    /// Returns the daemon's or the mount's error; nothing remains then.
     pub fn attach_and_mount(
         &mut self,
         request: DeviceSpec,
         dir: &Path,
     ) -> Result<(DeviceRecord, Option<String>), ClientError> {
-        // First what needs no device.
+        // First the steps that need no device.
         let dir = std::fs::canonicalize(dir).map_err(step("find the mount point", dir))?;
         let (mut device, note) = self.attach(request)?;
         let start = Instant::now();
         if let Err(error) = mounts::mount_image(&device.device, &dir) {
-            // Why it could not be mounted is what the user asked about.
+            // The mount's error is the one to return.
             if let Err(left) = self.done(&Request::Detach { id: device.id }) {
                 let left = with_causes(&left);
                 tracing::warn!("{} could not be removed again: {left}", device.device.display());
@@ -183,7 +184,7 @@ impl Client {
     /// The devices.
     ///
     /// # Errors
-    /// The connection's.
+    /// Returns the connection's error.
     pub fn list(&mut self) -> Result<Vec<DeviceRecord>, ClientError> {
         match self.ask(&Request::List)? {
             Reply::Devices(devices) => Ok(devices),
@@ -191,11 +192,11 @@ impl Client {
         }
     }
 
-    /// Where parts of a device's disk (first byte and length of each) come from, in at most `most` places,
-    /// and what is wrong with the device.
+    /// Sources of parts of a device's disk (first byte and length of each), in at most `most` places, and the
+    /// device's problems.
     ///
     /// # Errors
-    /// The daemon's.
+    /// Returns the daemon's error.
     pub fn explain(
         &mut self,
         id: u64,
@@ -211,7 +212,7 @@ impl Client {
     /// The page of metrics, Prometheus' text.
     ///
     /// # Errors
-    /// The connection's.
+    /// Returns the connection's error.
     pub fn metrics(&mut self) -> Result<String, ClientError> {
         match self.ask(&Request::Metrics)? {
             Reply::Metrics(text) => Ok(text),
@@ -219,20 +220,20 @@ impl Client {
         }
     }
 
-    /// Begins to record what is touched of the device that `what` names.
+    /// Begins a recording of the reads of the device that `what` names.
     ///
     /// # Errors
-    /// [`find`]'s; the daemon's when the image cannot be watched.
+    /// Returns the errors of [`find`]; [`DaemonError::Recording`] when it cannot be recorded.
     pub fn begin_trace(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
         self.done(&Request::BeginTrace { id: record.id })?;
         Ok(record)
     }
 
-    /// Ends that, and returns what was touched.
+    /// Ends the recording, and returns its trace.
     ///
     /// # Errors
-    /// The daemon's, as when the device is gone.
+    /// Returns the daemon's error, for example when the device is gone.
     pub fn end_trace(&mut self, id: u64) -> Result<Trace, ClientError> {
         match self.ask(&Request::EndTrace { id })? {
             Reply::Traced(trace) => Ok(trace),
@@ -240,11 +241,11 @@ impl Client {
         }
     }
 
-    /// Unmounts the device that `what` names (device, mount point or image) wherever this process sees
-    /// it mounted, and removes it.
+    /// Unmounts the device that `what` names (device, mount point or image) at every place where this process
+    /// sees it mounted, and removes it.
     ///
     /// # Errors
-    /// [`find`]'s; [`ClientError::Busy`]; the daemon's.
+    /// Returns the errors of [`find`]; [`DaemonError::Busy`]; the daemon's error.
     pub fn detach(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
         for place in mounts::mounted_from(&record.device)?.iter().rev() {
@@ -254,11 +255,11 @@ impl Client {
         Ok(record)
     }
 
-    /// Asks the daemon to remove what nobody uses and to end. What comes back is in use; if anything
-    /// does, the daemon stays.
+    /// Asks the daemon to remove unused devices and to end. Returns the devices in use; if there are any, the
+    /// daemon stays.
     ///
     /// # Errors
-    /// The connection's.
+    /// Returns the connection's error.
     pub fn stop(&mut self) -> Result<Vec<DeviceRecord>, ClientError> {
         match self.ask(&Request::Stop)? {
             Reply::Stopping(left) => Ok(left),
@@ -293,7 +294,7 @@ fn spawn(run_dir: &Path, mut command: Command) -> Result<(), ClientError> {
         .stderr(file)
         .spawn()
         .map_err(step("run", program))?;
-    // The pipe says "ready", or ends with the daemon; the daemon itself is not waited for.
+    // The pipe carries "ready", or ends with the daemon; this does not wait for the daemon itself.
     let mut lines = child.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines);
     if lines.any(|line| line.is_ok_and(|line| line.ends_with(READY))) {
         // Only a client that outlives the daemon needs this: it would leave a zombie.
@@ -301,7 +302,7 @@ fn spawn(run_dir: &Path, mut command: Command) -> Result<(), ClientError> {
         return Ok(());
     }
     let _ = child.wait();
-    // Long enough for the log's last line to be written by whoever shares it.
+    // Long enough for other processes to write the log's last line.
     std::thread::sleep(Duration::from_millis(10));
     let text = std::fs::read(&log).unwrap_or_default();
     let new = text.get(usize::try_from(from).unwrap_or(usize::MAX)..).unwrap_or_default();

@@ -14,10 +14,10 @@ use crate::error::{ClientError, step};
 /// First bytes of an erofs superblock, little-endian `0xE0F5_E1E2`, 1024 bytes into the device.
 const EROFS_MAGIC: [u8; 4] = [0xe2, 0xe1, 0xf5, 0xe0];
 
-/// Mounts what is on a device: erofs if its superblock says so, else ext4 ([`mount_ext4`]).
+/// Mounts the file system on a device: erofs if its superblock says so, else ext4 ([`mount_ext4`]).
 ///
 /// # Errors
-/// [`ClientError::Step`].
+/// Returns [`DaemonError::Step`].
 pub fn mount_image(device: &Path, dir: &Path) -> Result<(), ClientError> {
     let mut magic = [0; 4];
     let read = std::fs::File::open(device).and_then(|file| file.read_exact_at(&mut magic, 1024));
@@ -32,12 +32,12 @@ pub fn mount_image(device: &Path, dir: &Path) -> Result<(), ClientError> {
 
 /// Mounts the ext4 of a device: read-only if the device is.
 ///
-/// `noload`: a journal, if the image has one, must not be replayed on a read-only disk; `errors=continue`:
-/// a failed read of metadata must never panic the host, whatever the superblock says. The options
-/// that ext4 takes from the image are thereby ours.
+/// `noload`: a journal, if the image has one, must not be replayed on a read-only disk; `errors=continue`: a
+/// failed read of metadata must never panic the host, whatever the superblock says. These options override
+/// those of the image.
 ///
 /// # Errors
-/// [`ClientError::Step`].
+/// Returns [`DaemonError::Step`].
 pub fn mount_ext4(device: &Path, dir: &Path) -> Result<(), ClientError> {
     let (flags, options) = if is_writable(device).map_err(step("examine", device))? {
         (MountFlags::empty(), c"errors=remount-ro,discard")
@@ -49,17 +49,17 @@ pub fn mount_ext4(device: &Path, dir: &Path) -> Result<(), ClientError> {
         .map_err(step("mount an ext4 at", dir))
 }
 
-/// What sysfs says of a block device.
+/// True if sysfs reports the block device as writable.
 fn is_writable(device: &Path) -> io::Result<bool> {
     let number = std::fs::metadata(device)?.rdev();
     let path = format!("/sys/dev/block/{}:{}/ro", major(number), minor(number));
     Ok(std::fs::read_to_string(path).is_ok_and(|text| text.trim() == "0"))
 }
 
-/// Unmounts what is mounted last at `dir`.
+/// Unmounts the last mount at `dir`.
 ///
 /// # Errors
-/// [`ClientError::Busy`] if files there are open, [`ClientError::Step`].
+/// Returns [`DaemonError::Busy`] if files there are open, [`DaemonError::Step`].
 pub fn unmount_dir(dir: &Path) -> Result<(), ClientError> {
     match unmount(dir, UnmountFlags::NOFOLLOW) {
         Err(rustix::io::Errno::BUSY) => Err(ClientError::Busy(dir.to_owned())),
@@ -67,10 +67,10 @@ pub fn unmount_dir(dir: &Path) -> Result<(), ClientError> {
     }
 }
 
-/// Where the file system on `device` is mounted, in the order in which it was.
+/// Mount points of the file system on `device`, in the order of the mounts.
 ///
 /// # Errors
-/// [`ClientError::Step`] if the device or the list of mounts cannot be read.
+/// Returns [`DaemonError::Step`] if the device or the list of mounts cannot be read.
 pub fn mounted_from(device: &Path) -> Result<Vec<PathBuf>, ClientError> {
     let number = std::fs::metadata(device).map_err(step("examine", device))?.rdev();
     let list = Path::new("/proc/self/mountinfo");
@@ -78,8 +78,8 @@ pub fn mounted_from(device: &Path) -> Result<Vec<PathBuf>, ClientError> {
     Ok(parse(&text, major(number), minor(number)))
 }
 
-/// proc(5): fields by spaces; the third is `major:minor`, the fifth the mount point, with blanks, tabs,
-/// line ends and backslashes as octal `\ooo`.
+/// Parses the format of proc(5): fields separated by spaces; the third is `major:minor`, the fifth the mount
+/// point, with blanks, tabs, line ends and backslashes as octal `\ooo`.
 fn parse(mountinfo: &[u8], major: u32, minor: u32) -> Vec<PathBuf> {
     let number = format!("{major}:{minor}");
     mountinfo

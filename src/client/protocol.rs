@@ -1,10 +1,7 @@
-//! Messages on the socket: one JSON object a line, in both directions. The page `PROTOCOL.md` describes them for
-//! other languages.
+//! The messages on the socket: one JSON object a line, in both directions.
 //!
-//! A client first asks for the [version](Request::Version) and learns the range that the daemon speaks; both then use
-//! the highest version that they have in common. A daemon that is about to end closes the connection instead of
-//! answering, and the client looks for another. After that, each request has one reply. Numbers carry their unit in
-//! the name of their field.
+//! A client first asks for the version; a daemon that is about to end closes the connection instead of
+//! answering, and the client looks for another one. After that, each request has one reply.
 
 use std::path::{Path, PathBuf};
 
@@ -30,7 +27,7 @@ pub const READY: &str = "turbobd is ready";
 /// Environment variable that names the run directory.
 pub const RUN_DIR_VARIABLE: &str = "TURBOBD_RUN_DIR";
 
-/// Where socket, lock, log and FUSE mount points are: `$TURBOBD_RUN_DIR`, else `/run/turbobd`.
+/// Directory of socket, lock, log and FUSE mount points: `$TURBOBD_RUN_DIR`, else `/run/turbobd`.
 #[must_use]
 pub fn run_dir() -> PathBuf {
     std::env::var_os(RUN_DIR_VARIABLE)
@@ -48,46 +45,46 @@ pub fn socket(run_dir: &Path) -> PathBuf {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Which versions does the daemon speak, and which program is it? Every version has this request.
+    /// Ask for the version.
     Version,
-    /// Make a device.
+    /// Create a device.
     Attach(DeviceSpec),
     /// The client has mounted a device, or (`None`) unmounted it.
     Mounted {
         /// The device.
         id: u64,
-        /// Where.
+        /// The mount point.
         mountpoint: Option<PathBuf>,
     },
-    /// Which devices are there?
+    /// List the devices.
     List,
     /// Remove a device.
     Detach {
         /// The device.
         id: u64,
     },
-    /// Where bytes of a device come from, and what is wrong with it.
+    /// Explain the sources of a device's bytes, and its problems.
     Explain {
         /// The device.
         id: u64,
-        /// First byte and length of each part of the disk that is asked about.
+        /// First byte and length of each part of the disk to explain.
         ranges: Vec<(u64, u64)>,
-        /// Most places that are told.
+        /// Limit on the number of places in the answer.
         most: usize,
     },
     /// The page of metrics.
     Metrics,
-    /// Begin to record what is touched of a device.
+    /// Begin a recording of a device's reads.
     BeginTrace {
         /// The device.
         id: u64,
     },
-    /// End that, and say what it was.
+    /// End the recording, and return its trace.
     EndTrace {
         /// The device.
         id: u64,
     },
-    /// Remove all devices that nobody uses, and end if none is left.
+    /// Remove all unused devices, and end if none is left.
     Stop,
 }
 
@@ -111,7 +108,7 @@ pub enum Reply {
     Attached {
         /// The new device.
         device: DeviceRecord,
-        /// What the user should know, such as a slower front end and why.
+        /// A note for the user, such as a slower front end and the reason.
         note: Option<String>,
     },
     /// To [`Request::List`].
@@ -124,19 +121,19 @@ pub enum Reply {
     Done,
     /// To [`Request::EndTrace`].
     Traced(Trace),
-    /// To [`Request::Stop`]: the devices in use, for which the daemon stays. None: it ends.
-    Stopping(Vec<DeviceRecord>),
     /// To any request.
+    Stopping(Vec<DeviceRecord>),
+    /// The failure, with its causes.
     Error(Fault),
 }
 
-/// How a device is.
+/// State of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DeviceState {
-    /// Served, used by nobody.
+    /// Served, and not in use.
     Ready,
-    /// Served, and mounted or claimed by somebody.
+    /// Served, and mounted or otherwise in use.
     InUse,
     /// Served, but a read waits for longer than is usual.
     Stalled,
@@ -151,17 +148,17 @@ pub struct DeviceRecord {
     pub id: u64,
     /// Name of the image.
     pub image: String,
-    /// What the user asked for, if that was another string.
+    /// The string of the user's request, if it differs from the name.
     pub requested: String,
-    /// How it is served.
+    /// Its front end.
     pub frontend: Frontend,
     /// `/dev/ublkbN` or `/dev/loopN`.
     pub device: PathBuf,
-    /// Where the client that attached it mounted it.
+    /// Mount point chosen by the client that attached it.
     pub mountpoint: Option<PathBuf>,
-    /// How it is.
+    /// Its state.
     pub state: DeviceState,
-    /// Size of the disk.
+    /// Bytes of the disk.
     pub size_bytes: u64,
     /// Bytes read by the kernel.
     pub bytes_read: u64,
@@ -170,35 +167,35 @@ pub struct DeviceRecord {
     pub bytes_fetched: u64,
     /// Bytes of the memory cache that the image's blobs take; shared blobs count for each.
     pub bytes_cached: u64,
-    /// Failed reads, and chunks that could not be had.
+    /// Failed reads, and chunks that could not be fetched.
     pub errors: u64,
-    /// Requests to registries that failed and were made again.
+    /// Requests to registries that failed and were repeated.
     #[serde(default)]
     pub retries: u64,
     /// Reads that wait for their bytes now.
     #[serde(default)]
     pub waiting: u64,
-    /// Wait of the oldest of them, milliseconds.
+    /// Age of the oldest of them in milliseconds.
     #[serde(default)]
     pub oldest_wait_ms: u64,
-    /// Time of the attach, seconds since 1970.
+    /// Time of the attach, in seconds since 1970.
     pub since_unix_s: u64,
-    /// Time that opening the image took, microseconds.
+    /// Time to open the image, in microseconds.
     #[serde(default)]
     pub opening_us: u64,
-    /// Time that making the device then took, microseconds.
+    /// Time to create the device after that, in microseconds.
     #[serde(default)]
     pub making_us: u64,
 }
 
-/// What `turbobd explain` shows.
+/// Answer for `turbobd explain`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Explanation {
     /// The device.
     pub device: DeviceRecord,
-    /// What was asked about, part by part.
+    /// The requested parts, in order.
     pub places: Vec<PlacedRecord>,
-    /// The reads that wait, the oldest first; not all of many.
+    /// The reads that wait, the oldest first, up to a limit.
     pub waiting: Vec<WaitingRecord>,
     /// The blobs behind the device.
     pub blobs: Vec<BlobRecord>,
@@ -211,16 +208,16 @@ pub struct WaitingRecord {
     pub offset_bytes: u64,
     /// Number of bytes.
     pub length_bytes: u64,
-    /// Time for which it waits.
+    /// Time that it has waited, in milliseconds.
     pub waits_ms: u64,
-    /// Where its bytes come from.
+    /// Sources of its bytes.
     pub places: Vec<PlacedRecord>,
-    /// How often it failed and was asked for again, by the policy to wait.
+    /// Number of failures after which it was tried again, by the policy to wait.
     pub tries: u32,
-    /// How it failed last.
+    /// Its last error.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
-    /// Time until it is asked for again; none: it is on its way.
+    /// Milliseconds until it is tried again; `None`: it is in flight.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub next_ms: Option<u64>,
 }
@@ -228,68 +225,68 @@ pub struct WaitingRecord {
 /// A blob behind a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlobRecord {
-    /// As the cache knows it: its digest, and how it is cut.
+    /// Name in the cache: its digest, and its division into chunks.
     pub blob: String,
-    /// Where it comes from, for people.
+    /// Its source, for display.
     pub source: String,
-    /// Who was asked for it last; none: it is near.
+    /// The host that was asked for it last; `None`: it is near.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub host: Option<String>,
-    /// Bytes fetched of it since it was opened.
+    /// Bytes fetched of it, since it was opened.
     pub fetched_bytes: u64,
     /// Requests made for them.
     pub requests: u64,
-    /// Of those, repeated ones.
+    /// Repeated ones among them.
     pub retries: u64,
     /// Bytes of the memory cache that its chunks take.
     pub cached_bytes: u64,
-    /// Requests that have failed and are made again.
+    /// Requests that have failed and are being repeated.
     pub trying_again: Vec<RetryRecord>,
     /// Its last failures, the oldest first.
     pub failures: Vec<FailureRecord>,
 }
 
-/// A request that has failed and is made again.
+/// A request that has failed and is being repeated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RetryRecord {
     /// First byte of the blob.
     pub start_bytes: u64,
     /// One past the last byte.
     pub end_bytes: u64,
-    /// Time since its first try.
+    /// Time since its first try, in milliseconds.
     pub waits_ms: u64,
     /// Failed tries.
     pub tries: u32,
-    /// How the last one failed.
+    /// Error of the last one.
     pub error: String,
-    /// Time until the next try.
+    /// Milliseconds until the next try.
     pub next_ms: u64,
 }
 
-/// Something that went wrong with a chunk.
+/// A failure of a chunk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FailureRecord {
-    /// Time of the failure, milliseconds since 1970.
+    /// Time, in milliseconds since 1970.
     pub at_unix_ms: u64,
-    /// Number of the chunk in the blob.
+    /// The chunk of the blob.
     pub chunk: u32,
-    /// Whether it was asked for again then.
+    /// True if it was fetched again then.
     pub again: bool,
-    /// What happened.
+    /// Reason.
     pub reason: String,
 }
 
-/// The one device among `records` that `what` names: a device path, a mount point or an image. For an
-/// image attached several times the name is not enough.
+/// Returns the one device among `records` that `what` names: a device path, a mount point or an image. For an
+/// image attached several times the name is ambiguous.
 ///
 /// # Errors
-/// [`ClientError::NotFound`] or [`ClientError::Ambiguous`].
+/// Returns [`DaemonError::NotFound`] or [`DaemonError::Ambiguous`].
 pub fn find<'a>(records: &'a [DeviceRecord], what: &str) -> Result<&'a DeviceRecord, ClientError> {
     let path = std::fs::canonicalize(what).unwrap_or_else(|_| PathBuf::from(what));
     let by_path = |record: &&DeviceRecord| {
         record.device == path || record.mountpoint.as_deref() == Some(&path)
     };
-    // The newest mount on a mount point is the one that is seen there.
+    // The newest mount on a mount point is the visible one.
     if let Some(record) = records.iter().rev().find(by_path) {
         return Ok(record);
     }

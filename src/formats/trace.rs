@@ -1,14 +1,14 @@
 //! A trace and its file.
 //!
-//! All numbers are little-endian; *varint* is LEB128 of at most 64 bits, *signed* the same with the sign
+//! All numbers are little-endian; *varint* is LEB128 of at most 64 bits, *signed* is a varint with the sign
 //! folded into the lowest bit.
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! |---|---|
 //! | 8 | `turbotrc` |
 //! | 2 | version, 1 |
 //! | 2 | zero |
-//! | 4 | starts that were merged into it |
+//! | 4 | number of starts that were merged into it |
 //! | 4 | number of blobs |
 //! | 4 | number of touches |
 //! | 32 each | SHA-256 digests of the blobs |
@@ -27,24 +27,24 @@ use crate::oci::Digest;
 pub const MAGIC: [u8; 8] = *b"turbotrc";
 /// Version of the format.
 pub const VERSION: u16 = 1;
-/// Most blobs of a trace: more than the layers that a disk may have, as images change.
+/// Limit on the blobs of a trace: more than the layers that a disk may have, as images change.
 pub const MAX_BLOBS: usize = 4096;
-/// Most touches: 32 GiB in chunks of 128 KiB.
+/// Limit on touches: 32 GiB in chunks of 128 KiB.
 pub const MAX_TOUCHES: usize = 1 << 18;
 /// Longest file that is read, in bytes.
 pub const MAX_FILE: usize = 16 << 20;
-/// Most a weight can be; see [`Trace::merge`].
+/// Limit on a weight; see [`Trace::merge`].
 pub const MAX_WEIGHT: u8 = 4;
 
 /// Unit of time in the file, in milliseconds.
 const TICK: u32 = 10;
 const HEAD: usize = 24;
 
-/// Why bytes are no trace.
+/// Reasons why bytes are not a trace.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum TraceError {
     /// It begins with something else.
-    #[error("This is no trace: it begins with other bytes than turbotrc")]
+    #[error("This is not a trace: it does not begin with turbotrc")]
     Magic,
     /// A later program wrote it.
     #[error("The trace has version {0}, and this program reads version {VERSION}: record it again")]
@@ -55,20 +55,20 @@ pub enum TraceError {
     /// It was changed after it was written.
     #[error("The trace is damaged: its checksum is {found:08x}, and {expected:08x} was written")]
     Checksum {
-        /// That of the bytes.
+        /// Checksum of the bytes.
         found: u32,
-        /// That in the file.
+        /// Checksum in the file.
         expected: u32,
     },
     /// A number is out of its bounds.
     #[error("Touch {touch} of the trace is invalid: {rule}")]
     Touch {
-        /// Which, from 0.
+        /// Number of the touch, from 0.
         touch: usize,
-        /// What should hold.
+        /// The broken rule.
         rule: &'static str,
     },
-    /// A part is too large, or something follows the end.
+    /// A part is too large, or bytes follow the end.
     #[error("The trace is invalid: {0}")]
     Invalid(&'static str),
     /// Upstream's format; see [`upstream`](super::upstream).
@@ -79,15 +79,15 @@ pub enum TraceError {
 /// A piece of a blob that a start touched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Touch {
-    /// Which of [`Trace::blobs`].
+    /// Index into [`Trace::blobs`].
     pub blob: u32,
-    /// First decoded byte.
+    /// Position of its first decoded byte.
     pub start: u64,
     /// Number of decoded bytes, never 0.
     pub len: u64,
-    /// When it was first touched: milliseconds since the first touch of the start, in steps of 10.
+    /// Time of its first touch: milliseconds since the first touch of the start, in steps of 10.
     pub at: u32,
-    /// How far it is from being forgotten, 1 to [`MAX_WEIGHT`].
+    /// Number of starts without it until it is forgotten, 1 to [`MAX_WEIGHT`].
     pub weight: u8,
 }
 
@@ -99,10 +99,10 @@ impl Touch {
     }
 }
 
-/// What a start reads.
+/// The pieces that a start reads.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Trace {
-    /// Starts that were merged into this.
+    /// Number of starts that were merged into this.
     pub starts: u32,
     /// The blobs that hold the data.
     pub blobs: Vec<Digest>,
@@ -117,7 +117,7 @@ impl Trace {
         self.touches.iter().fold(0, |sum, touch| sum.saturating_add(touch.len))
     }
 
-    /// The number of a blob, which is added if it is new; none if there are too many.
+    /// Number of a blob, which is added if it is new; `None` if there are too many.
     pub fn blob(&mut self, digest: Digest) -> Option<u32> {
         let at = self.blobs.iter().position(|blob| *blob == digest);
         if at.is_none() {
@@ -129,7 +129,8 @@ impl Trace {
         Some(at.unwrap_or(self.blobs.len() - 1) as u32)
     }
 
-    /// The file of this trace. Touches past [`MAX_TOUCHES`], and of blobs that it does not have, are left out.
+    /// Encodes the file of this trace. Touches past [`MAX_TOUCHES`], and of blobs that it does not have, are
+    /// left out.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let is_known = |touch: &&Touch| (touch.blob as usize) < self.blobs.len();
@@ -163,7 +164,7 @@ impl Trace {
     /// Reads a trace file.
     ///
     /// # Errors
-    /// [`TraceError`] that says which rule the bytes break.
+    /// Returns a [`TraceError`] with the rule that the bytes break.
     pub fn parse(bytes: &[u8]) -> Result<Self, TraceError> {
         if bytes.len() > MAX_FILE {
             return Err(TraceError::Invalid("it is larger than 16 MiB"));
@@ -218,7 +219,7 @@ fn put(out: &mut Vec<u8>, mut number: u64) {
     out.push(number as u8);
 }
 
-/// What is left to be read.
+/// The bytes that are left to be read.
 struct Rest<'a> {
     bytes: &'a [u8],
 }
@@ -309,7 +310,7 @@ mod tests {
         }
     }
 
-    /// With its checksum set right.
+    /// Corrects the checksum.
     fn sealed(mut bytes: Vec<u8>) -> Vec<u8> {
         let len = bytes.len() - 4;
         let sum = crc32fast::hash(&bytes[..len]);

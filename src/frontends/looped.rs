@@ -1,25 +1,26 @@
 //! The fallback: the disk as one file through FUSE, under a loop device.
 //!
-//! Where a kernel has no ublk, the virtual disk appears as the file `disk` of a small FUSE
-//! file system, and a loop device makes a block device of the file, so that the same ext4 is
-//! mounted and everything above it runs unchanged.
+//! On a kernel without ublk, the virtual disk appears as the file `disk` of a small FUSE file system, and a
+//! loop device makes a block device of the file, so that the same ext4 is mounted and everything above it is
+//! unchanged.
 //!
-//! A read travels: ext4, loop device (a kernel worker), FUSE request, one of our session threads,
-//! [`Volume::locate`]; if the bytes are there, the thread answers at once, and the kernel copies from
-//! the cache. If not, the request waits at the volume and an *answer thread* replies later: a slow
-//! fetch never holds a session thread. Waiters only send a message, as they may be called under a
-//! lock of the volume.
+//! The path of a read: ext4, loop device (a kernel worker), FUSE request, a *session thread* of this process,
+//! [`Volume::locate`]; if the bytes are there, the session thread answers at once, and the kernel copies from
+//! the cache. If not, the request waits at the volume and an *answer thread* replies later: a slow fetch
+//! never holds a session thread. Waiters only send a message, because they may be called under a lock of the
+//! volume.
 //!
-//! The loop device reads the file with direct I/O where it can: the page cache then holds the data
-//! once, above the loop device, not twice.
+//! The loop device reads the file with direct I/O where it can: the page cache then holds the data once,
+//! above the loop device, not twice.
 //!
-//! A volume that can be [written](disk::volume::WritableVolume) makes a device that can be: writes are handed to
-//! it as they come, a flush of the device is an `fsync` of the file, and discards are holes punched into it.
+//! A volume that can be [written](disk::volume::WritableVolume) makes a writable device: writes are handed
+//! to it as they come, a flush of the device is an `fsync` of the file, and discards are holes punched into
+//! it.
 //!
-//! Slower than ublk (each request crosses two more layers), and it cannot survive its server: when this
-//! process dies, reads fail. Nothing is left then: the FUSE mount is detached from the tree as soon as
-//! its file is open (the open file keeps it alive), and the loop device is made with
-//! `LO_FLAGS_AUTOCLEAR` and kept open, so that it goes with the last file that has it open.
+//! This front end is slower than ublk (each request crosses two more layers). When this process dies, reads
+//! fail, and nothing remains: the FUSE mount is detached from the tree as soon as its file is open (the open
+//! file keeps it alive), and the loop device is created with `LO_FLAGS_AUTOCLEAR` and kept open, so that it
+//! goes away when its last user closes it.
 //!
 //! [`Volume::locate`]: disk::volume::Volume::locate
 
@@ -37,30 +38,30 @@ use disk::volume::Volume;
 use formats::units::SECTOR;
 pub use fuse::FuseTotals;
 
-/// Why the fallback could not be made or removed.
+/// Reasons why the fallback could not be set up or removed.
 #[derive(Debug, Error)]
 pub enum LoopedError {
     /// The disk has a size that no block device can have.
     #[error("A loop device cannot have {0} bytes: the size must be a multiple of 512, not 0")]
     Size(u64),
-    /// A step on the way failed.
+    /// A step failed.
     #[error("Cannot {what} {path}", path = path.display())]
     Step {
-        /// What was tried.
+        /// The step.
         what: &'static str,
-        /// On what.
+        /// Its object.
         path: PathBuf,
         /// The system's answer.
         #[source]
         source: io::Error,
     },
-    /// Somebody keeps the device.
-    #[error("{path} is still in use: unmount it, or close what has it open", path = path.display())]
+    /// The device has users.
+    #[error("{path} is still in use: unmount it, or end the programs that use it", path = path.display())]
     Busy {
         /// The loop device.
         path: PathBuf,
     },
-    /// Other programs took every free loop device before us.
+    /// Other programs took every free loop device first.
     #[error("No free loop device in {0} attempts: another program takes them")]
     NoFreeDevice(u32),
 }
@@ -81,12 +82,12 @@ pub struct LoopedDevice {
 }
 
 impl LoopedDevice {
-    /// Mounts the file system at `dir` for the moment it takes to open its file, and sets up a loop
-    /// device on that file. `dir` is created if it does not exist, and then removed again. Needs
-    /// `CAP_SYS_ADMIN`. Nothing is left behind on an error.
+    /// Mounts the file system at `dir` for the moment it takes to open its file, and sets up a loop device on
+    /// that file. `dir` is created if it does not exist, and then removed again. Needs `CAP_SYS_ADMIN`. After
+    /// an error nothing remains.
     ///
     /// # Errors
-    /// [`LoopedError`], naming the step.
+    /// Returns [`LoopedError`], naming the step.
     pub fn start(volume: Arc<dyn Volume>, dir: &Path) -> Result<Self, LoopedError> {
         let size = volume.size();
         if size == 0 || !size.is_multiple_of(SECTOR) {
@@ -114,13 +115,13 @@ impl LoopedDevice {
         &self.path
     }
 
-    /// Whether the loop device reads with direct I/O, past the page cache of the file.
+    /// True if the loop device reads with direct I/O, past the page cache of the file.
     #[must_use]
     pub fn direct(&self) -> bool {
         self.direct
     }
 
-    /// What the file system did so far.
+    /// Counters of the file system.
     #[must_use]
     pub fn counters(&self) -> FuseTotals {
         self.session.as_ref().map(fuse::FuseSession::counters).unwrap_or_default()
@@ -129,8 +130,8 @@ impl LoopedDevice {
     /// Detaches the loop device, waits for the file system to end, and joins the threads.
     ///
     /// # Errors
-    /// [`LoopedError::Busy`] if the device is mounted or open: it then serves on, and goes away by
-    /// itself when the last user has closed it.
+    /// Returns [`LoopedError::Busy`] if the device is mounted or open: it then continues to serve, and goes
+    /// away by itself when the last user has closed it.
     pub fn stop(mut self) -> Result<(), LoopedError> {
         self.end()
     }

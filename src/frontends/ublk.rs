@@ -1,59 +1,59 @@
 //! The block device: `/dev/ublkbN`, served from this process.
 //!
-//! # How a read travels
+//! # Path of a read
 //!
-//! The kernel's ublk driver hands each block request of the disk to a *driver thread* of ours, as the
-//! completion of an `io_uring` command that the thread left with the driver: one command for each
-//! *tag* (request slot) of each queue. The thread looks the bytes up ([`Volume::locate`]) and answers
-//! with the next command, `COMMIT_AND_FETCH`, which carries the result and re-arms the tag: one
-//! submission and one completion a request.
+//! The kernel's ublk driver hands each block request of the disk to a *queue thread* of this process, as the
+//! completion of an `io_uring` command that the thread left with the driver: one command for each *tag*
+//! (request slot) of each queue. The thread looks the bytes up ([`Volume::locate`]) and answers with the next
+//! command, `COMMIT_AND_FETCH`, which carries the result and re-arms the tag: one submission and one
+//! completion a request.
 //!
-//! In the driver's copy mode the commit carries the address to copy *from*, and every commit may
-//! name another one. So we commit the address of the decoded chunk itself: the kernel copies from
-//! our cache into the reader's pages, and nobody copies in user space. A hole commits a shared zero
-//! area. Only a request whose bytes lie in several places is gathered first into a scratch buffer
-//! (counted in [`QueueCounters`]). The request size is bounded by [`UblkOptions::chunk`], so most
-//! requests lie in one place.
+//! In the driver's copy mode the commit carries the address to copy *from*, and every commit may name another
+//! address. So the commit names the address of the decoded chunk itself: the kernel copies from this
+//! process's cache into the reader's pages, without a copy in user space. A hole commits a shared zero area.
+//! Only a request whose bytes lie in several places is gathered first into a scratch buffer (counted in
+//! [`QueueCounters`]). The request size is bounded by [`UblkOptions::chunk`], so most requests lie in one
+//! place.
 //!
-//! The kernel copies while it *issues* the commit, that is, inside our `io_uring_enter`. A chunk's
-//! guard is therefore kept until the enter that issued the commit has returned, and the ring has no
-//! feature that would issue later (no SQPOLL, no links, no `IOSQE_ASYNC`).
+//! The kernel copies while it *issues* the commit, that is, inside `io_uring_enter`. A chunk's guard is
+//! therefore kept until the enter that issued the commit has returned, and the ring uses no feature that
+//! would issue later (no SQPOLL, no links, no `IOSQE_ASYNC`).
 //!
 //! # Threads
 //!
-//! A few threads serve all devices ([`QueueDriver::Shared`]): a thousand devices are a thousand times
-//! two queues and still two threads. libublk, which gives each queue of each device a thread, is the
-//! other [`QueueDriver`]; both answer requests by the same code (`answer`) and pass the same tests.
+//! A few queue threads serve all devices ([`QueueDriver::Shared`]): a thousand devices have two thousand
+//! queues and still two threads. libublk, which gives each queue of each device a thread, is the other
+//! [`QueueDriver`]; both answer requests by the same code (`answer`) and pass the same tests.
 //!
 //! # Waiting
 //!
-//! A driver thread never blocks on anything but its ring: one slow fetch would stop all its queues,
-//! the kernel's partition scan included. For bytes that are not there yet, the volume keeps a waiter
-//! that puts the tag into the thread's mailbox, and writes an eventfd only if the thread sleeps.
+//! A queue thread never blocks on anything but its ring: otherwise one slow fetch would stop all its queues,
+//! the kernel's partition scan included. For bytes that are not there yet, the volume keeps a waiter that
+//! puts the tag into the thread's mailbox, and writes an eventfd only if the thread sleeps.
 //!
 //! # Writes
 //!
-//! With `UBLK_F_NEED_GET_DATA` a write is announced before its data are copied, and we say where to. A
-//! volume that can be written ([`WritableVolume`]) makes a device that can: a write gets a buffer of its own, is
-//! stored by a thread that may wait for the disk, and then committed (`writer`). The same threads flush, and
-//! make zeros of what is discarded.
+//! With `UBLK_F_NEED_GET_DATA` the driver announces a write before its data are copied, and the queue thread
+//! names their destination. A volume that can be written ([`WritableVolume`]) makes a writable device: a
+//! write gets a buffer of its own, is stored by a thread that may wait for the disk, and then committed
+//! (`writer`). The same threads flush, and write zeros for discards.
 //!
 //! Any other disk is read-only, but the kernel's block layer only warns about a write that arrives anyway:
-//! it is let into a dummy buffer and refused. Without the flag it would be copied to the address of the
-//! tag's last commit: into the cache.
+//! its data are copied into a dummy buffer, and it is refused. Without the flag they would be copied to the
+//! address of the tag's last commit: into the cache.
 //!
 //! # Contents
 //!
-//! * [`probe`]    what this kernel's ublk can do, and whether it may be touched at all
-//! * `features`   what is asked of it
-//! * `device`     a device's shape and life
-//! * `shared`     a device on the threads of `mux`, set up by the commands of `control`
+//! * [`probe`]    features of this kernel's ublk, and kernels that must not use it
+//! * `features`   features that are requested
+//! * `device`     a device's options and lifetime
+//! * `shared`     a device on the queue threads of `mux`, set up by the commands of `control`
 //! * `threads`    a device on threads of its own, by libublk; `queue` is their body
-//! * `request`    what the driver asks for
+//! * `request`    requests from the driver
 //! * `answer`     from a request to the address that is committed for it
-//! * `writer`     what a device that can be written has besides: buffers, and threads that store them
-//! * `mailbox`    from waiters to a driver thread
-//! * `counters`   what the queues did
+//! * `writer`     additions for a writable device: buffers, and threads that store them
+//! * `mailbox`    from waiters to a queue thread
+//! * `counters`   counters of the queues
 //!
 //! Only this module names the crate `libublk`, whose interface changes between releases.
 //!
@@ -79,11 +79,11 @@ pub use device::{QueueDriver, UblkDevice, UblkOptions};
 
 use thiserror::Error;
 
-/// Stops many devices, several at a time: for most of the time that a device takes to stop, the kernel
-/// waits (for readers of freed memory), and it can wait for several at once, if nobody holds its lock.
+/// Stops many devices, several at a time. For most of the time that a device takes to stop, the kernel waits
+/// (for readers of freed memory), and it can wait for several at once, if no thread holds its lock.
 ///
 /// # Errors
-/// The first refusal; the other devices are stopped all the same.
+/// Returns the first refusal; the other devices are stopped all the same.
 pub fn stop_all(devices: Vec<UblkDevice>) -> Result<(), UblkError> {
     let rest = std::sync::Mutex::new(devices.into_iter());
     let next = || rest.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
@@ -104,18 +104,18 @@ pub fn stop_all(devices: Vec<UblkDevice>) -> Result<(), UblkError> {
     })
 }
 
-/// Devices that are stopped at the same time.
+/// Number of devices that are stopped at the same time.
 const STOPPERS: usize = 8;
 
-/// Why a ublk device could not be made or removed.
+/// Reasons why a ublk device could not be created or removed.
 #[derive(Debug, Error)]
 pub enum UblkError {
-    /// There is no ublk here.
+    /// This kernel has no ublk.
     #[error("This kernel ({kernel}) has no ublk: {reason}")]
     Unavailable {
         /// `uname -r`.
         kernel: String,
-        /// What is missing.
+        /// The missing part.
         reason: String,
     },
     /// The kernel would crash.
@@ -123,40 +123,40 @@ pub enum UblkError {
     KnownBadKernel {
         /// `uname -r`.
         kernel: String,
-        /// What is known about it.
+        /// The known defect.
         reason: &'static str,
     },
-    /// An option is outside what the driver takes.
+    /// An option is outside the driver's limits.
     #[error("A ublk device cannot have {what} {value}: {rule}")]
     Option {
-        /// Which option.
+        /// The option.
         what: &'static str,
         /// Its value.
         value: u64,
-        /// What is allowed.
+        /// The allowed values.
         rule: &'static str,
     },
     /// The driver refused a control command.
     #[error("The ublk driver refused to {what}")]
     Control {
-        /// What was asked.
+        /// The command.
         what: &'static str,
-        /// Its answer.
+        /// The driver's answer.
         #[source]
         source: std::io::Error,
     },
-    /// A queue thread could not set up.
+    /// A queue thread could not be set up.
     #[error("Queue {queue} of the ublk device failed at {what}")]
     Queue {
         /// Number of the queue.
         queue: u16,
-        /// Which step.
+        /// The step.
         what: &'static str,
         /// The step's failure.
         #[source]
         source: std::io::Error,
     },
-    /// A thread could not be made.
+    /// A thread could not be started.
     #[error("Cannot start the thread {name}")]
     Thread {
         /// Its name.
@@ -170,7 +170,7 @@ pub enum UblkError {
     Node {
         /// The expected path.
         path: String,
-        /// How long was waited.
+        /// Seconds waited.
         seconds: u64,
     },
     /// The control thread ended without an answer.
@@ -178,7 +178,7 @@ pub enum UblkError {
     ControlThreadGone,
 }
 
-/// libublk's error as the system error that it wraps.
+/// The system error that libublk's error wraps.
 fn system_error(error: libublk::UblkError) -> std::io::Error {
     use libublk::UblkError as E;
     match error {

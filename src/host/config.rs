@@ -1,17 +1,17 @@
-//! The service configuration: what holds for all devices of this host.
+//! The service configuration: settings for all devices of this host.
 //!
-//! It is overlaybd's JSON (spec runtime 3), so that a host that runs overlaybd needs no second file, with
-//! what overlaybd has no word for under the key `turbobd`. `CONFIG.md` lists every key with meaning and
-//! default, and a test holds the page and the parser together.
+//! It is overlaybd's JSON (spec runtime 3), so that a host that runs overlaybd needs no second file; settings
+//! that overlaybd does not have are under the key `turbobd`. `CONFIG.md` lists every key with meaning and
+//! default, and a test compares the page with the parser.
 //!
-//! A key that nobody knows is a warning that names it: it may belong to another version. A value of the
-//! wrong type, or one that cannot be meant, is an error that names file, key and what is expected: to
-//! guess there would serve containers by settings that nobody wrote. Without a file the defaults
-//! hold, which differ from overlaybd's where a section that is *absent* says nothing: then the background
-//! fill begins at once and the disk tier is used. A section that is there means what overlaybd says.
+//! An unknown key causes a warning that names it: it may belong to another version. A value of the wrong
+//! type, or an impossible one, is an error that names file, key and the expected value: a guess would serve
+//! containers by settings that no user wrote. Without a file the defaults hold, which differ from overlaybd's
+//! for a section that is *absent*: then the background fill begins at once and the disk tier is used. A
+//! section that is present has overlaybd's meaning.
 //!
-//! Sizes are bytes and times are durations once they are parsed. A [`ServiceConfig`] is read once, when the
-//! program starts, and shared behind an `Arc`.
+//! After parsing, sizes are bytes and times are durations. A [`ServiceConfig`] is read once, when the program
+//! starts, and shared behind an `Arc`.
 //!
 //! Contents: `object` takes keys one by one; `sections` overlaybd's; `own` ours.
 
@@ -33,14 +33,14 @@ pub use sections::{
     P2pConfig, PrefetchConfig,
 };
 
-/// Environment variable that names the file, as `--service-config` does.
+/// Environment variable that names the file, like `--service-config`.
 pub const VARIABLE: &str = "TURBOBD_SERVICE_CONFIG";
 
-/// Where the file is looked for when nobody names one.
+/// Files that are tried when none is named.
 pub const DEFAULT_FILES: [&str; 3] =
     ["/etc/turbobd/config.json", "/etc/overlaybd/overlaybd.json", "/etc/overlaybd/config.json"];
 
-/// Why a configuration cannot be used.
+/// Reasons why a configuration is unusable.
 #[derive(Clone, Debug, Error)]
 pub enum ConfigError {
     /// The file cannot be read.
@@ -57,7 +57,7 @@ pub enum ConfigError {
     NotJson {
         /// The file.
         file: String,
-        /// What is wrong, with its place.
+        /// The defect, with its place.
         rule: String,
     },
     /// A key has a value that it cannot have.
@@ -67,7 +67,7 @@ pub enum ConfigError {
         file: String,
         /// Path of the key, such as `cacheConfig.cacheSizeGB`.
         key: String,
-        /// What is expected, and what was found.
+        /// The expected value, and the found one.
         rule: String,
     },
 }
@@ -75,7 +75,7 @@ pub enum ConfigError {
 /// Settings of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceConfig {
-    /// The file it was read from; `None`: these are the defaults.
+    /// The file it was read from; `None` for the defaults.
     pub file: Option<PathBuf>,
     /// `logConfig`, or the legacy `logLevel` and `logPath`.
     pub log: LogConfig,
@@ -99,7 +99,7 @@ pub struct ServiceConfig {
     pub audit: AuditConfig,
     /// `certConfig`: a client certificate for registries.
     pub certificate: Option<CertificateConfig>,
-    /// `userAgent`, or `None`: our own.
+    /// `userAgent`, or `None` for this project's own.
     pub user_agent: Option<String>,
     /// `serviceConfig`: the live snapshot service.
     pub api: ApiConfig,
@@ -117,10 +117,10 @@ impl Default for ServiceConfig {
 
 impl ServiceConfig {
     /// Reads the file that the user named, or that [`VARIABLE`] names, or the first of [`DEFAULT_FILES`] that
-    /// exists, or no file at all. Keys that nobody knows are logged as warnings.
+    /// exists, or no file at all. Unknown keys are logged as warnings.
     ///
     /// # Errors
-    /// [`ConfigError`]; a file that was named must exist.
+    /// Returns [`ConfigError`]; a named file must exist.
     pub fn load(named: Option<&Path>) -> Result<Self, ConfigError> {
         let variable = std::env::var_os(VARIABLE).filter(|value| !value.is_empty());
         let named = named.map(Path::to_owned).or_else(|| variable.map(PathBuf::from));
@@ -142,7 +142,7 @@ impl ServiceConfig {
     /// Parses a configuration; `file` is its name for messages. Returns the warnings too.
     ///
     /// # Errors
-    /// [`ConfigError::NotJson`] and [`ConfigError::Key`].
+    /// Returns [`ConfigError::NotJson`] and [`ConfigError::Key`].
     pub fn parse(text: &str, file: &str) -> Result<(Self, Vec<String>), ConfigError> {
         let notes = Notes::default();
         let config = Self::take(Object::parse(text, file, &notes)?)?;

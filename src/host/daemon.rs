@@ -1,16 +1,16 @@
-//! The devices of this host: one process that serves them all, and a socket to ask it.
+//! The daemon: one process that serves all devices of this host, and a socket for requests to it.
 //!
-//! `turbobd attach` asks the daemon for a device and mounts it itself; `turbobd detach` unmounts and
-//! asks for the removal. The daemon never mounts: it lives in a mount namespace of its own, entered
-//! before it opens anything. A server that shares a namespace with the users of its devices cannot
-//! end cleanly, as the unmount at its end needs reads that nobody serves any more.
+//! `turbobd attach` asks the daemon for a device and mounts it itself; `turbobd detach` unmounts and asks for
+//! the removal. The daemon never mounts: it lives in a mount namespace of its own, entered before it opens
+//! anything. A server in the same namespace as the users of its devices cannot end cleanly, because the
+//! unmount at its end needs reads that the ended server can no longer answer.
 //!
-//! A daemon that a client started ([`Client::connect_or_spawn`](client::Client::connect_or_spawn)) ends [`IDLE`] after its last device
-//! and connection are gone; one that was started by hand or by an init system stays. SIGTERM,
-//! SIGINT and `turbobd daemon --stop` end it too, but never under a device that is mounted or
-//! otherwise claimed: such devices are named, and it serves on.
+//! A daemon that a client started ([`Client::connect_or_spawn`](client::Client::connect_or_spawn)) ends [`IDLE`] after its last device and
+//! connection are gone; one that was started by hand or by an init system stays. SIGTERM, SIGINT and `turbobd
+//! daemon --stop` end it too, but never while a device is mounted or otherwise in use: then it reports these
+//! devices and continues to serve.
 //!
-//! How an image becomes a volume is the business of an [`ImageOpener`].
+//! An [`ImageOpener`] turns an image into a volume.
 //!
 //! * `error`     failures, with their codes
 //! * `table`     the devices
@@ -50,22 +50,22 @@ pub use waits::{ReadPolicy, WaitReading};
 pub struct Opened {
     /// The disk.
     pub volume: Arc<dyn Volume>,
-    /// How the image is listed.
+    /// Name of the image in lists.
     pub name: String,
-    /// What else is known of it, asked for at each listing.
+    /// Other facts about it, queried at each listing.
     pub view: Arc<dyn ImageView>,
-    /// Who watches what is touched of it, if that can be watched.
+    /// Recorders of its reads, if they can be recorded.
     pub recorders: Option<Arc<Recorders>>,
-    /// Who makes snapshots of it, if it can be written.
+    /// Interface for snapshots, if it can be written.
     pub snapshots: Option<Arc<dyn Snapshots>>,
 }
 
 /// A disk that can be continued on a new writable layer.
 pub trait Snapshots: Send + Sync {
-    /// Continues on the layer that the configuration at `config` names, which becomes the device's.
+    /// Continues on the layer that the configuration at `config` names, which becomes the device's layer.
     ///
     /// # Errors
-    /// Whatever the client should read; the disk is then as it was.
+    /// Returns the text for the client; the disk is then unchanged.
     fn take(&self, config: &std::path::Path) -> Result<(), Box<dyn Error + Send + Sync>>;
 }
 
@@ -85,12 +85,12 @@ impl<E: Error + Send + Sync + 'static> From<E> for OpenFailure {
     }
 }
 
-/// Makes a volume of what a client asked for.
+/// Turns a spec into a volume.
 pub trait ImageOpener: Send + Sync {
     /// Opens an image. May take as long as a network takes; runs on the connection's thread.
     ///
     /// # Errors
-    /// Whatever the client should read.
+    /// The failure for the client.
     fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure>;
 
     /// Puts what all images share (a cache, its threads) onto a page of metrics.
@@ -98,12 +98,12 @@ pub trait ImageOpener: Send + Sync {
         let _ = page;
     }
 
-    /// What came from registries so far: requests and bytes.
+    /// Traffic from registries so far: requests and bytes.
     fn downloaded(&self) -> Totals {
         Totals::default()
     }
 
-    /// The longest request in microseconds since this was last asked for.
+    /// The longest request in microseconds since the last call.
     fn take_longest_download(&self) -> u64 {
         0
     }

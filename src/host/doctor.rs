@@ -1,8 +1,8 @@
-//! What this host can do, and the remedy for what it cannot.
+//! Abilities of this host, and a remedy for each one that is missing.
 //!
-//! Each row of the report is one fact that a front end depends on, looked up without changing
-//! anything: no module is loaded, no device made. A row *fails* when it alone rules both front ends
-//! out, or one of them without the other to fall back on; it *warns* when something works less well.
+//! Each row of the report is one fact that a front end depends on, examined without changing anything: no
+//! module is loaded, no device created. A row *fails* when it alone prevents both front ends, or prevents one
+//! of them while the other is not available as a fallback; it *warns* when something works less well.
 //! `turbobd doctor` fails when neither front end can work.
 
 mod kernel;
@@ -12,11 +12,11 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// How a fact is.
+/// State of a fact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// As it should be.
+    /// Good.
     Ok,
     /// Works, with a loss.
     Warn,
@@ -27,13 +27,13 @@ pub enum State {
 /// One fact.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Row {
-    /// What was looked at.
+    /// The fact.
     pub what: &'static str,
-    /// How it is.
+    /// Its state.
     pub state: State,
-    /// What was found.
+    /// The finding.
     pub detail: String,
-    /// What to do about it; empty if nothing.
+    /// The remedy; empty if none is needed.
     pub remedy: String,
 }
 
@@ -52,11 +52,11 @@ impl Row {
 /// All facts.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// In the order in which they are worth reading.
+    /// The rows, in reading order.
     pub rows: Vec<Row>,
-    /// Whether a ublk device can be made.
+    /// True if a ublk device can be created.
     pub ublk: bool,
-    /// Whether a loop device over FUSE can be made.
+    /// True if a loop device over FUSE can be created.
     pub looped: bool,
 }
 
@@ -69,7 +69,7 @@ impl Report {
 }
 
 impl fmt::Display for Report {
-    /// A table; remedies stand below their row.
+    /// A table; remedies are below their row.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.rows.iter().map(|row| row.what.len()).max().unwrap_or(0);
         for row in &self.rows {
@@ -86,7 +86,7 @@ impl fmt::Display for Report {
         let can = match (self.ublk, self.looped) {
             (true, _) => "Devices are served through ublk.",
             (false, true) => {
-                "Devices are served through FUSE and loop: slower, and they end with their server."
+                "Devices are served through FUSE and a loop device, which is slower than ublk."
             }
             (false, false) => {
                 "No device can be served here; turbobd export, convert and check still work."
@@ -96,7 +96,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// Looks at everything.
+/// Examines all facts.
 #[must_use]
 pub fn examine() -> Report {
     rows::report(&kernel::Facts::of_this_host())

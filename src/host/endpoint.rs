@@ -1,7 +1,7 @@
-//! A small HTTP server of this host: the metrics and the snapshots are asked for through one each.
+//! A small HTTP server for this host: one serves the metrics, another the snapshots.
 //!
-//! One thread of its own, which serves a few connections and nothing else: a client that hangs, or many of
-//! them, cost the devices nothing.
+//! It has one thread of its own, which serves a few connections and no other work: a client that hangs, or
+//! many of them, do not slow the devices.
 
 use std::convert::Infallible;
 use std::io;
@@ -20,13 +20,13 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::{Semaphore, oneshot};
 
-/// Connections at most: a scraper or two, and somebody who looks.
+/// Limit on connections: a scraper or two, and a user who looks.
 const CONNECTIONS: usize = 16;
 
-/// How long a client may take to say what it wants, and an idle connection may stay.
+/// Time limit for a client's request, and for an idle connection.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A request. Nobody reads its body.
+/// A request. Its body is not read.
 pub type Asked = Request<Incoming>;
 
 /// An answer.
@@ -52,10 +52,10 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Listens at `address` on a thread called `name`.
+    /// Listens at `address` on a thread named `name`.
     ///
     /// # Errors
-    /// When the address is taken, or there is no thread to be had.
+    /// Returns an error when the address is in use, or no thread can be started.
     pub fn start(name: &'static str, address: SocketAddr, answer: Answer) -> io::Result<Self> {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
@@ -75,7 +75,7 @@ impl Endpoint {
         Ok(Self { address, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// Where it listens.
+    /// Its address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -112,13 +112,13 @@ async fn accept(name: &'static str, listener: TcpListener, answer: Answer) {
                     });
                     let mut http = http1::Builder::new();
                     http.timer(TokioTimer::new()).header_read_timeout(PATIENCE);
-                    // A client that breaks off has no answer coming.
+                    // A client that breaks off needs no answer.
                     let _ = http.serve_connection(TokioIo::new(stream), service).await;
                     drop(permit);
                 });
             }
             Err(error) => {
-                // For want of descriptors, mostly: try again in a while.
+                // Usually for lack of descriptors: try again after a pause.
                 tracing::warn!(%error, "The endpoint of the {name} lost a connection");
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }

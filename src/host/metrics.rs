@@ -1,20 +1,20 @@
-//! What the daemon counts, and how others read it.
+//! Metrics of the daemon: counters, and their export.
 //!
-//! Whoever does something counts it in a struct of relaxed atomics of its own ([`FetchCounters`],
-//! [`QueueCounters`], …): that costs a few nanoseconds and knows nothing of metrics. What those numbers
-//! are called outside is said in one place, [`names`]: for each such struct a table, and in it one line
-//! for each metric with its name, its kind, what it means and how to read it. So a new counter is
-//! a field and a line. Nothing is kept here: whoever asks for the metrics gets a new [`Page`], onto which
-//! each part's struct is put with its table.
+//! Each part counts its work in a struct of relaxed atomics of its own ([`FetchCounters`], [`QueueCounters`],
+//! …): that costs a few nanoseconds and needs no knowledge of metrics. The exported names of these numbers
+//! are in one place, [`names`]: for each such struct a table, and in it one line for each metric with its
+//! name, its kind, its meaning and the function that reads it. So a new counter is a field and a line. No
+//! values are kept here: each request for the metrics builds a new [`Page`], to which each part's struct is
+//! added with its table.
 //!
-//! Times are measured only where something is waited for anyway, on a miss: a [`Histogram`] takes two
-//! looks at the clock, and a hot read takes none.
+//! Times are measured only where a thread waits anyway, on a miss: a [`Histogram`] reads the clock twice, and
+//! a cached read never does.
 //!
-//! The page is Prometheus' text format, at `http://127.0.0.1:9863/metrics` if the host's configuration
+//! The page is in Prometheus' text format, at `http://127.0.0.1:9863/metrics` if the host's configuration
 //! enables the [`exporter`] (`exporterConfig`, upstream's key), and by `turbobd ls --metrics` in any case.
-//! Upstream's own names are served too ([`upstream`]), so that dashboards made for it go on.
+//! Upstream's own names are served too ([`upstream`]), so that dashboards made for it continue to work.
 //!
-//! `METRICS.md` lists what there is; a test holds it to [`names`].
+//! `METRICS.md` lists all metrics; a test compares it with [`names`].
 //!
 //! [`FetchCounters`]: blobs::fetch::FetchCounters
 //! [`QueueCounters`]: frontends::ublk::QueueCounters
@@ -29,19 +29,19 @@ pub use blobs::histogram::{BOUNDS, Histogram, Times};
 pub use page::{Label, Page};
 pub use process::Process;
 
-/// How a metric behaves.
+/// Behaviour of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Only grows, as long as the daemon runs or the device exists.
+    /// Only grows, while the daemon runs or the device exists.
     Counter,
     /// Goes up and down.
     Gauge,
-    /// Durations, counted by how long they were.
+    /// Durations, counted by length.
     Histogram,
 }
 
 impl Kind {
-    /// As Prometheus calls it.
+    /// Name of the kind in Prometheus.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -61,7 +61,7 @@ pub enum Reading {
     Real(f64),
     /// Durations.
     Times(Times),
-    /// There is none now, so nothing is said.
+    /// There is no value now, so no sample is written.
     Absent,
 }
 
@@ -89,15 +89,15 @@ impl From<&Histogram> for Reading {
     }
 }
 
-/// A metric of a part whose numbers are in a `T`.
+/// A metric of a part whose counters are in a `T`.
 pub struct Metric<T: ?Sized> {
     /// Its name, with its unit at the end.
     pub name: &'static str,
-    /// How it behaves.
+    /// Its kind.
     pub kind: Kind,
-    /// Labels that tell it from others of its name.
+    /// Labels that tell it from others of the same name.
     pub labels: &'static [Label<'static>],
-    /// What it means, as one sentence without a full stop.
+    /// Its meaning, as one sentence without a full stop.
     pub help: &'static str,
     /// Its value.
     pub read: fn(&T) -> Reading,

@@ -1,13 +1,13 @@
 //! Challenges and tokens.
 //!
-//! A registry answers 401 with one or more challenges (RFC 9110 11.6.1). `Basic` is answered with the
-//! password itself. `Bearer` names a token service (`realm`) that turns the password, or nothing,
-//! into a token for a scope such as `repository:team/app:pull`.
+//! A registry answers 401 with one or more challenges (RFC 9110 11.6.1). The answer to `Basic` is
+//! the password itself. `Bearer` names a token service (`realm`) that turns the password, or
+//! nothing, into a token for a scope such as `repository:team/app:pull`.
 //!
-//! Tokens are kept per registry, repository and action, and replaced a little before they run out.
-//! When a registry refuses one all the same (401, or 403: some say that of an expired token), it is
-//! replaced once. Of many threads that are refused at the same time, one fetches the new token and
-//! the others take it.
+//! Tokens are kept per registry, repository and action, and replaced a little before they expire.
+//! When a registry still refuses one (401, or 403: some registries answer an expired token so), it
+//! is replaced once. If many threads are refused at the same time, one fetches the new token and
+//! the others use it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,36 +28,36 @@ use super::credentials::Credential;
 use super::error::RegistryError;
 use super::redirect::same_origin;
 
-/// What RFC 3986 leaves unreserved stays as it is; everything else in a query value is encoded.
+/// Characters of a query value that are percent-encoded: all but the unreserved ones of RFC 3986.
 const QUERY_VALUE: &AsciiSet =
     &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// The life of a token whose answer states none (distribution specification, token authentication).
+/// Lifetime of a token whose answer states none (distribution specification, token authentication).
 const DEFAULT_TOKEN_LIFE: Duration = Duration::from_secs(60);
 
 /// Pause between two attempts to replace a token that has not been refused yet.
 const REPLACE_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
-/// Tokens are a few KiB; some carry a list of groups.
+/// Limit on a token service's answer in bytes. Tokens are a few KiB; some carry a list of groups.
 const TOKEN_ANSWER_LIMIT: usize = 256 << 10;
 
-/// One way to prove who we are, as offered by a server.
+/// One authentication method that a server offers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Challenge {
     /// A token from a token service.
     Bearer {
         /// URL of the service.
         realm: String,
-        /// What the service calls this registry.
+        /// Name of this registry as the token service knows it.
         service: Option<String>,
-        /// What the token must allow.
+        /// Scope that the token must have.
         scope: Option<String>,
     },
     /// The password itself.
     Basic,
 }
 
-/// All challenges in the `WWW-Authenticate` fields of an answer; unknown schemes are passed over.
+/// All challenges in the `WWW-Authenticate` fields of an answer; unknown schemes are skipped.
 #[must_use]
 pub fn parse_challenges(headers: &HeaderMap) -> Vec<Challenge> {
     let fields = headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
@@ -89,7 +89,7 @@ fn parse_field(field: &str) -> Vec<Challenge> {
     found.into_iter().filter_map(|(scheme, parameters)| challenge(&scheme, parameters)).collect()
 }
 
-/// A token, or a quoted string with its escapes taken out; and what follows it.
+/// Splits off a token, or a quoted string without its escapes; returns it and the rest.
 fn parse_value(text: &str) -> (String, &str) {
     let Some(quoted) = text.strip_prefix('"') else {
         let end = text.find([' ', '\t', ',']).unwrap_or(text.len());
@@ -119,21 +119,21 @@ fn challenge(scheme: &str, mut parameters: HashMap<String, String>) -> Option<Ch
     }
 }
 
-/// What a token is for.
+/// Purpose of a token: a repository of a registry, and an action.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Scope {
     /// The registry's origin, such as `https://registry.example`.
     pub(super) origin: String,
-    /// Host with its port: the key of credentials.
+    /// Host with its port: the key for credentials.
     pub(super) host: String,
     pub(super) repository: String,
     /// `pull` or `pull,push`.
     pub(super) actions: &'static str,
-    /// Whether the host stands for another registry.
+    /// True if the host is a mirror of another registry.
     pub(super) is_mirror: bool,
 }
 
-/// Tokens by what they are for.
+/// Tokens by [`Scope`].
 #[derive(Default)]
 pub(super) struct TokenCache {
     slots: Mutex<HashMap<Scope, Arc<Mutex<Slot>>>>,
@@ -143,12 +143,12 @@ pub(super) struct TokenCache {
 struct Slot {
     header: Option<HeaderValue>,
     replace_at: Option<Instant>,
-    /// The last challenge, for refreshing ahead of time and after a 403 that brings none.
+    /// The last challenge, for a refresh ahead of time and after a 403 without a challenge.
     challenges: Vec<Challenge>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is guarded is replaced whole, so it is sound after a panic elsewhere.
+    // The guarded value is always replaced whole, so it is consistent after a panic elsewhere.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -157,7 +157,8 @@ impl TokenCache {
         lock(&self.slots).entry(scope.clone()).or_default().clone()
     }
 
-    /// What to send as `Authorization`, as far as we know; a token about to run out is replaced first.
+    /// The `Authorization` header to send, if one is known; a token about to expire is replaced
+    /// first.
     pub(super) fn current(
         &self,
         services: &Services,
@@ -169,7 +170,7 @@ impl TokenCache {
         if slot.replace_at.is_some_and(|at| at <= Instant::now()) {
             let challenges = slot.challenges.clone();
             if let Err(error) = answer(services, scope, &challenges, deadline, &mut slot) {
-                // The token may still be good, and if not, the registry will say so.
+                // The token may still be valid; if it is not, the registry answers 401.
                 tracing::warn!(%error, "registry: keeping a token that could not be replaced ahead of time");
                 slot.replace_at = Some(Instant::now() + REPLACE_AGAIN_AFTER);
             }
@@ -177,8 +178,8 @@ impl TokenCache {
         Ok(slot.header.clone())
     }
 
-    /// A new `Authorization` after `refused` was answered with 401 or 403; `None` when there is nothing
-    /// new to try, and an error that says why when it could not be had.
+    /// A new `Authorization` after `refused` was answered with 401 or 403; `None` when there is
+    /// nothing new to try, and an error with the reason when the new one could not be obtained.
     pub(super) fn renew(
         &self,
         services: &Services,
@@ -192,7 +193,7 @@ impl TokenCache {
         if let Some(header) = &slot.header
             && Some(header) != refused
         {
-            return Ok(Some(header.clone())); // Another thread was quicker.
+            return Ok(Some(header.clone())); // Another thread has already renewed it.
         }
         let challenges = if challenges.is_empty() { slot.challenges.clone() } else { challenges };
         if challenges.is_empty() {
@@ -203,7 +204,7 @@ impl TokenCache {
     }
 }
 
-/// Answers the best of `challenges` and remembers the answer in `slot`.
+/// Answers the strongest of `challenges` and stores the answer in `slot`.
 fn answer(
     services: &Services,
     scope: &Scope,
@@ -214,7 +215,7 @@ fn answer(
     let (credential, problem) = match services.credentials.find(scope) {
         Ok(credential) => (credential, None),
         Err(problem) => {
-            tracing::warn!(%problem, "registry: going on without credentials");
+            tracing::warn!(%problem, "registry: continuing without credentials");
             (None, Some(problem.to_string()))
         }
     };
@@ -227,7 +228,7 @@ fn answer(
         Some(Challenge::Basic) => (asker.basic_header()?, None),
         None => {
             return Err(
-                asker.denied("it offers no way to log in that is known here (Bearer, Basic)")
+                asker.denied("it offers no way to log in that is supported (Bearer, Basic)")
             );
         }
     };
@@ -308,7 +309,7 @@ impl Asker<'_> {
             rule: rule.into(),
         };
         let answer: TokenAnswer = serde_json::from_slice(&body)
-            .map_err(|_| protocol("the token service's answer is not the JSON it should be"))?;
+            .map_err(|_| protocol("the token service's answer is not valid JSON of a token"))?;
         let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
         let token = token.ok_or_else(|| protocol("the token service's answer holds no token"))?;
         let header = secret_header(format!("Bearer {token}"))
@@ -330,7 +331,7 @@ impl Asker<'_> {
         let wrong = || RegistryError::Protocol {
             what: format!("a token for {}/{}", self.scope.host, self.scope.repository),
             host: self.scope.host.clone(),
-            rule: format!("its token service {realm:?} is not a URL that can be used"),
+            rule: format!("its token service {realm:?} is not a usable URL"),
         };
         let own_scope = format!("repository:{}:{}", self.scope.repository, self.scope.actions);
         let scopes = scope.filter(|scope| !scope.is_empty()).unwrap_or(&own_scope);
@@ -346,7 +347,8 @@ impl Asker<'_> {
         if refresh {
             add("scope", scopes);
         } else {
-            // Several scopes of one challenge are several parameters (distribution, token/scope).
+            // Several scopes of one challenge become several parameters (distribution,
+            // token/scope).
             scopes.split_ascii_whitespace().for_each(|scope| add("scope", scope));
         }
         if let Some(Credential::IdentityToken(token)) = &self.credential {
@@ -376,7 +378,8 @@ impl Asker<'_> {
         built.map_err(|_| wrong())
     }
 
-    /// A registry reached by TLS must not make us send a password in the clear.
+    /// Refuses a realm in clear text for a registry reached by TLS: it would make this client send
+    /// a password in clear text.
     fn check_realm(&self, realm: &Uri) -> Option<()> {
         let origin: Uri = self.scope.origin.parse().ok()?;
         let clear = realm.scheme_str() == Some("http");

@@ -1,11 +1,13 @@
 //! Range reads of one blob.
 //!
-//! A read is one `GET` with a `Range`, and an answer is believed only when it says that it is the very
-//! range: 206, `Content-Range` with our first and last byte and the blob's size, and exactly that many
-//! bytes. The size comes from the descriptor, so nothing is asked before the first read.
+//! A read is one `GET` with a `Range`. An answer is accepted only when it states exactly that
+//! range: status 206, `Content-Range` with the requested first and last byte and the blob's size,
+//! and exactly that many bytes. The size comes from the descriptor, so no request is needed before
+//! the first read.
 //!
-//! Who is asked is decided in `way`, how one read goes in `race`. Here reads are repeated until they are
-//! whole or the budget is used up, and it is remembered who sent what, in case it turns out to be wrong.
+//! `way` chooses the source, `race` runs one read. This file repeats reads until they are whole or
+//! the budget is used up, and remembers which source sent which bytes, in case they turn out to be
+//! wrong.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -20,29 +22,30 @@ use super::way::BlobAddress;
 use formats::oci::Digest;
 use source::{ByteSource, Class, OneBuffer, Retries, Run, SourceError, Traffic};
 
-/// What was fetched of a blob so far.
+/// Counters of one blob's fetches.
 #[derive(Debug, Default)]
 pub struct RemoteStats {
-    /// Range requests made, each with all its redirects counted as one.
+    /// Range requests made; a request with all its redirects counts as one.
     pub requests: AtomicU64,
     /// Bytes of bodies that arrived.
     pub bytes: AtomicU64,
-    /// Reads that failed every way and were made again.
+    /// Reads that failed at every source and were tried again.
     pub retries: AtomicU64,
     /// Reads that failed for good.
     pub failures: AtomicU64,
-    /// Reads that have failed and are about to be made again.
+    /// Reads that have failed and wait for their next try.
     pub trying_again: Retries,
     /// Second requests, for reads that took unusually long.
     pub hedges: AtomicU64,
-    /// Second requests that were done first.
+    /// Second requests that finished first.
     pub hedges_won: AtomicU64,
 }
 
-/// Deliveries remembered: more than are between the network and the checksums at any time.
+/// Number of deliveries remembered: more than are between the network and the checksums at any
+/// time.
 const REMEMBERED: usize = 256;
 
-/// Which bytes came from whom lately.
+/// Recent byte ranges with their source.
 #[derive(Default)]
 pub(super) struct Deliveries(Mutex<VecDeque<Delivery>>);
 
@@ -53,7 +56,8 @@ struct Delivery {
 }
 
 impl Deliveries {
-    /// Bytes came; those that follow on what came the same way before are one delivery.
+    /// Adds a range that arrived; a range that continues the previous one from the same source
+    /// extends that delivery.
     pub(super) fn add(&self, range: Range<u64>, way: usize, by_peer: bool) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let same = |last: &&mut Delivery| {
@@ -69,7 +73,7 @@ impl Deliveries {
         all.push_back(Delivery { range, way, by_peer });
     }
 
-    /// Who sent the last bytes; before any came, who will be asked first.
+    /// Name of the source of the last bytes; before any arrived, of the source that is asked first.
     fn last(&self, blob: &BlobAddress) -> String {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let last = all.back().map(|last| (last.way, last.by_peer));
@@ -110,7 +114,7 @@ impl RemoteBlob {
         size: u64,
     ) -> Result<Self, RegistryError> {
         let name = place.describe(&digest.to_string());
-        // The reader's error names the blob; what is under it need not do so again.
+        // The reader's error names the blob; the errors below need not repeat it.
         let blob = BlobAddress::new(place, mirrors, digest, size, "this blob")?;
         Ok(Self { blob, name, stats: Arc::default(), deliveries: Deliveries::default() })
     }
@@ -122,7 +126,7 @@ impl RemoteBlob {
         self
     }
 
-    /// What was fetched so far.
+    /// Counters of the fetches so far.
     #[must_use]
     pub fn stats(&self) -> &Arc<RemoteStats> {
         &self.stats
@@ -218,7 +222,7 @@ impl ByteSource for RemoteBlob {
             let way = &self.blob.ways[way];
             let sender = way.sender(by_peer);
             tracing::warn!(
-                "Bytes {}..{} of {} that {sender} sent are wrong: asking others first",
+                "Bytes {}..{} of {} that {sender} sent are wrong: asking other sources first",
                 range.start,
                 range.end,
                 self.name

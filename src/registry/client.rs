@@ -27,42 +27,43 @@ use super::tls::{self, ClientCertificate};
 use super::transport::{Body, Reply, Timeouts, Transport, TransportError};
 use super::wait::block_on;
 
-/// How to reach registries. The default is what docker would do on this machine.
+/// Options of a client. The default is docker's behaviour on this machine.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
-    /// Speak HTTP without TLS. Hosts of this machine are spoken to so without being asked, unless
-    /// authorities or a client certificate are given.
+    /// Use HTTP without TLS. Hosts of this machine are reached without TLS even if this is false,
+    /// unless authorities or a client certificate are given.
     pub plain: bool,
-    /// Believe any certificate.
+    /// Accept any certificate.
     pub insecure: bool,
-    /// Authorities to believe besides the platform's: PEM files, or directories of them.
+    /// Authorities to trust besides the platform's: PEM files, or directories of them.
     pub authorities: Vec<PathBuf>,
-    /// What to show to a registry that wants a certificate.
+    /// Certificate for registries that require one.
     pub certificate: Option<ClientCertificate>,
-    /// Used for every registry that is asked, before any file.
+    /// Credential for every registry that asks for one; it comes before any file.
     pub credential: Option<Credential>,
     /// Files of docker's form, in order.
     pub credential_files: Vec<PathBuf>,
-    /// The way out.
+    /// Proxies between this machine and the registries.
     pub proxies: Proxies,
-    /// How long each stage may be silent.
+    /// Limit of silence for each stage.
     pub timeouts: Timeouts,
-    /// How often and how long a command's request is tried: manifests, uploads.
+    /// Tries and deadline of a command's request: manifests, uploads.
     pub retry: RetryPolicy,
-    /// The same for reads of blobs, behind which processes wait.
+    /// Tries and deadline of blob reads, which block processes.
     pub read_retry: RetryPolicy,
-    /// What to call ourselves.
+    /// `User-Agent` of this client.
     pub user_agent: String,
-    /// Whether hosts of this machine are spoken to without TLS; `None`: unless authorities or a client
-    /// certificate are given.
+    /// True to reach hosts of this machine without TLS; with `None`, they are reached without TLS
+    /// unless authorities or a client certificate are given.
     pub plain_loopback: Option<bool>,
-    /// A service that knows credentials, asked before any file.
+    /// A service that gives credentials, asked before any file.
     pub credential_service: Option<CredentialService>,
-    /// For a registry's host as it is named, or `*` for any other: URLs to ask first, in order.
+    /// Mirrors by the registry's host as it is named, or `*` for any other host: URLs to ask first,
+    /// in order.
     pub mirrors: BTreeMap<String, Vec<String>>,
-    /// A peer-to-peer proxy for blobs: the actual URL is put behind this one.
+    /// A peer-to-peer proxy for blobs: the actual URL is appended to this one.
     pub p2p: Option<String>,
-    /// What is shared with other clients of this process.
+    /// State shared with other clients of this process.
     pub network: Arc<Network>,
 }
 
@@ -96,7 +97,7 @@ pub struct Client {
     services: Arc<OnceLock<Arc<Services>>>,
 }
 
-/// What all repositories of a client share.
+/// State shared by all repositories of a client.
 pub(super) struct Services {
     pub(super) transport: Transport,
     pub(super) credentials: CredentialStore,
@@ -105,7 +106,7 @@ pub(super) struct Services {
     pub(super) retry: RetryPolicy,
     pub(super) read_retry: RetryPolicy,
     plain: bool,
-    /// Speak plainly to this machine without being asked.
+    /// Reach hosts of this machine without TLS by default.
     plain_loopback: bool,
     pub(super) network: Arc<Network>,
     mirrors: BTreeMap<String, Vec<String>>,
@@ -119,15 +120,17 @@ pub(super) struct P2p {
 }
 
 impl Client {
-    /// A client with these options.
+    /// Creates a client with these options.
     ///
     /// # Errors
-    /// [`RegistryError::Setup`] naming the certificate, key or authority that cannot be used.
+    /// Returns [`RegistryError::Setup`] naming the certificate, key or authority that cannot be
+    /// used.
     pub fn new(options: ClientOptions) -> Result<Self, RegistryError> {
         let checked = !options.authorities.is_empty() || options.certificate.is_some();
         let client = Self { options: Arc::new(options), services: Arc::default() };
-        // What the user gave is read at once. The platform's authorities, half of the time that an image
-        // in a local directory takes to open, are read when a registry is named.
+        // The user's own files are read at once. The platform's authorities, whose reading takes
+        // half of the time to open an image in a local directory, are read when a registry is
+        // named.
         if checked {
             client.services()?;
         }
@@ -142,17 +145,18 @@ impl Client {
         Ok(self.services.get_or_init(|| made))
     }
 
-    /// What is known of the hosts that were asked.
+    /// State of the hosts asked so far.
     #[must_use]
     pub fn network(&self) -> &Arc<Network> {
         &self.options.network
     }
 
-    /// The repository `name` on `host`: `registry.example`, `127.0.0.1:5000`, `docker.io`. A host may be
-    /// given as `http://…` or `https://…` to settle whether TLS is spoken.
+    /// The repository `name` on `host`: `registry.example`, `127.0.0.1:5000`, `docker.io`. A host
+    /// may be given as `http://…` or `https://…` to choose between clear text and TLS.
     ///
     /// # Errors
-    /// [`RegistryError::BadName`] when the two cannot be part of a URL; [`RegistryError::Setup`].
+    /// Returns [`RegistryError::BadName`] when the two cannot be part of a URL;
+    /// [`RegistryError::Setup`].
     pub fn repository(&self, host: &str, name: &str) -> Result<Repository, RegistryError> {
         let services = self.services()?;
         let place = Arc::new(Place::new(services.clone(), host, name)?);
@@ -172,7 +176,7 @@ impl P2p {
         Ok(Self { host: network.host(authority.as_str()), address })
     }
 
-    /// Where `url` is asked for at the proxy.
+    /// The URL at the proxy that stands for `url`.
     pub(super) fn wrap(&self, url: &Uri) -> Result<Uri, RegistryError> {
         let text = format!("{}/{url}", self.address);
         text.parse().map_err(|_| RegistryError::BadName { text, expected: "a URL" })
@@ -208,7 +212,7 @@ impl Services {
         })
     }
 
-    /// What a failed exchange with `host` means.
+    /// The [`RegistryError`] for a failed exchange with `host`.
     pub(super) fn broken(&self, what: &str, host: &str, error: &TransportError) -> RegistryError {
         let (what, host) = (what.to_owned(), host.to_owned());
         match error {
@@ -232,13 +236,13 @@ pub(super) struct Place {
     /// Scheme and authority to connect to.
     pub(super) origin: Uri,
     pub(super) name: String,
-    /// What a mirror must be told of the registry it stands for.
+    /// Query for a mirror, which names the registry that it mirrors.
     query: String,
-    /// Whether this is somebody who stands for the registry, who must not see its passwords.
+    /// True if this is a mirror, which must not see the registry's passwords.
     pub(super) is_mirror: bool,
-    /// URL below which repositories lie, such as `https://registry.example/v2`.
+    /// URL under which repositories lie, such as `https://registry.example/v2`.
     base: String,
-    /// How the host fares.
+    /// Health and counters of the host.
     pub(super) state: Arc<Host>,
 }
 
@@ -259,7 +263,7 @@ impl Place {
         }
         let plain = services.plain || (services.plain_loopback && is_loopback(authority.host()));
         let scheme = scheme.unwrap_or(if plain { "http" } else { "https" });
-        // docker's hub is served by another host than its name says, and its own images lie in `library`.
+        // docker's hub is served by a host of another name, and its own images lie in `library`.
         let hub = matches!(bare, "docker.io" | "index.docker.io");
         let connect = if hub { "registry-1.docker.io" } else { bare };
         let name =
@@ -283,8 +287,8 @@ impl Place {
         })
     }
 
-    /// The same repository at the mirror `url`. A path with a part `v2` stands for the registry's `/v2`;
-    /// behind any other, `/v2` is added (as containerd's `override_path` decides).
+    /// The same repository at the mirror `url`. A path with a part `v2` replaces the registry's
+    /// `/v2`; to any other path `/v2` is added (the rule of containerd's `override_path`).
     fn mirror(&self, url: &str) -> Result<Self, RegistryError> {
         let bad = || RegistryError::BadName {
             text: url.to_owned(),
@@ -305,7 +309,7 @@ impl Place {
             host: authority.as_str().to_owned(),
             origin: format!("{scheme}://{authority}/").parse().map_err(|_| bad())?,
             name: self.name.clone(),
-            // containerd tells mirrors so; those that serve several registries need it.
+            // containerd names the registry to mirrors so; mirrors of several registries need it.
             query: format!("?ns={}", utf8_percent_encode(&self.host, NON_ALPHANUMERIC)),
             is_mirror: true,
             base: format!("{scheme}://{authority}{path}{end}"),
@@ -340,8 +344,8 @@ impl Place {
         }
     }
 
-    /// Sends `call`, proves who we are when asked, and follows redirects. Any other answer is returned
-    /// as it is.
+    /// Sends `call`, authenticates when asked to, and follows redirects. Any other answer is
+    /// returned unchanged.
     pub(super) fn exchange(
         &self,
         call: &Call,
@@ -350,7 +354,7 @@ impl Place {
         block_on(self.exchange_async(call, deadline))
     }
 
-    /// As `exchange`; blocks only while a token is fetched.
+    /// Asynchronous form of `exchange`; it blocks only while a token is fetched.
     pub(super) async fn exchange_async(
         &self,
         call: &Call,
@@ -360,7 +364,7 @@ impl Place {
             deadline.unwrap_or_else(|| Instant::now() + self.services.retry.deadline);
         let scope = self.scope(call.actions);
         let mut url = call.url.clone();
-        // Once a redirect has left the registry, nothing brings `Authorization` back.
+        // After a redirect has left the registry, no later redirect restores `Authorization`.
         let mut at_home = same_origin(&url, &self.origin);
         let (mut renewed, mut hops) = (false, 0);
         loop {
@@ -414,7 +418,7 @@ impl Place {
         let headers = request.headers_mut();
         headers.extend(call.headers.clone());
         headers.insert(USER_AGENT, self.services.user_agent.clone());
-        // Bytes are named by digest and position: nobody may compress them on the way.
+        // Bytes are named by digest and position, so no compression on the way is allowed.
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         if let Some(value) = authorization {
             headers.insert(AUTHORIZATION, value.clone());
@@ -439,8 +443,8 @@ impl Place {
         }
         let location = reply.headers.get(LOCATION).and_then(|value| value.to_str().ok());
         let next = location.and_then(|location| resolve(url, location));
-        let next = next.ok_or_else(|| protocol("its redirect leads to no HTTP URL".to_owned()))?;
-        // Blobs are checked by digest wherever they come from; names and manifests by tag are not.
+        let next = next.ok_or_else(|| protocol("its redirect is not an HTTP URL".to_owned()))?;
+        // Blobs are checked by digest, whatever their source; names and manifests by tag are not.
         let downgrade = url.scheme_str() == Some("https") && next.scheme_str() == Some("http");
         if downgrade && !call.verified {
             return Err(protocol(format!(
@@ -452,14 +456,14 @@ impl Place {
     }
 }
 
-/// What is to be asked. `what` is for messages.
+/// A request to make. `what` names its object in messages.
 pub(super) struct Call {
     pub(super) method: Method,
     pub(super) url: Uri,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
     pub(super) actions: &'static str,
-    /// Whether what comes back is checked by digest.
+    /// True if the result is checked by digest.
     pub(super) verified: bool,
     pub(super) what: String,
 }
@@ -485,11 +489,11 @@ impl Call {
     }
 }
 
-/// An answer, and where it came from after redirects.
+/// An answer, and its origin after redirects.
 pub(super) struct Landed {
     pub(super) reply: Reply,
     pub(super) url: Uri,
-    /// Whether a redirect left the registry.
+    /// True if a redirect left the registry.
     pub(super) away: bool,
 }
 
@@ -507,7 +511,7 @@ fn is_redirect(reply: &Reply) -> bool {
     matches!(reply.status.as_u16(), 301 | 302 | 303 | 307 | 308)
 }
 
-/// What an answer that is no success means. `host` gave it, `registry` is the one to log in to.
+/// The error for an answer that is no success. `host` answered; `registry` is the one to log in to.
 pub(super) fn refusal(what: &str, host: &str, registry: &str, reply: Reply) -> RegistryError {
     let status = reply.status.as_u16();
     let now = unix_now();
@@ -547,8 +551,8 @@ struct Complaint {
     message: String,
 }
 
-/// The text of an error answer: its first `errors` entry (distribution specification, error codes), or
-/// the start of whatever it is. Never more than a line.
+/// The text of an error answer: its first `errors` entry (distribution specification, error codes),
+/// or else the start of its body. At most one line.
 pub(super) fn read_complaint(body: Body) -> String {
     let Ok(bytes) = body.collect(16 << 10) else { return String::new() };
     let text = match serde_json::from_slice::<Complaints>(&bytes) {
@@ -566,7 +570,7 @@ pub(super) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// Distribution specification, "Pulling manifests": the grammar of `<name>`.
+/// Tests a name against the grammar of `<name>` (distribution specification, "Pulling manifests").
 fn is_repository_name(name: &str) -> bool {
     let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let part = |part: &str| {

@@ -1,10 +1,10 @@
-//! A service that knows credentials (overlaybd's `credentialConfig` modes `http`, `https` and `uds`, spec
-//! runtime 3).
+//! A service that gives credentials (overlaybd's `credentialConfig` modes `http`, `https` and
+//! `uds`, spec runtime 3).
 //!
-//! It is asked `GET <path>?remote_url=<URL of the repository's blobs>`, over a Unix socket
-//! `GET /auth?remote_url=…`, and answers `{"traceId", "success": bool, "data": {"auths": {…}}}` with `auths`
-//! in docker's form. It is asked anew for every token, so a rotated password is found. Of what it
-//! answers the longest match wins, as in a file.
+//! The request is `GET <path>?remote_url=<URL of the repository's blobs>`, or over a Unix socket
+//! `GET /auth?remote_url=…`. The answer is `{"traceId", "success": bool, "data": {"auths": {…}}}`
+//! with `auths` in docker's form. The service is asked again for every token, so a rotated password
+//! is found. The longest match in its answer wins, as in a file.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -26,7 +26,7 @@ use super::proxy::Proxies;
 use super::tls::{self, ClientCertificate};
 use super::transport::{Timeouts, Transport, on_io_thread};
 
-/// An answer may list many registries.
+/// Limit on an answer in bytes. An answer may list many registries.
 const ANSWER_LIMIT: usize = 1 << 20;
 
 /// One service. Clones share its connections.
@@ -36,7 +36,7 @@ pub struct CredentialService {
     timeout: Duration,
     certificate: Option<ClientCertificate>,
     authority: Option<PathBuf>,
-    /// Made when it is first asked: the authorities of the platform take long to read.
+    /// Created by the first request: the authorities of the platform take long to read.
     transport: Arc<OnceLock<Result<Transport, RegistryError>>>,
 }
 
@@ -70,8 +70,7 @@ struct Data {
 }
 
 impl CredentialService {
-    /// A service at `place` that must answer within `timeout`. It is shown `certificate`, and believed if its own
-    /// certificate comes from `authority`; both matter for HTTPS alone.
+    /// The service named in the configuration; `None` in mode `file`.
     #[must_use]
     pub fn new(
         place: CredentialPlace,
@@ -93,9 +92,9 @@ impl CredentialService {
         CredentialError::Service { address: self.address(), reason: reason.into() }
     }
 
-    /// The credential for a repository, or `None` when the service knows none.
+    /// The credential for a repository, or `None` when the service has none.
     pub(super) fn find(&self, scope: &Scope) -> Result<Option<Credential>, CredentialError> {
-        // overlaybd names a blob; what decides is the part before it.
+        // overlaybd sends the URL of a blob; only the part before the digest decides.
         let blobs = format!("{}/v2/{}/blobs/", scope.origin, scope.repository);
         let query = format!("remote_url={}", utf8_percent_encode(&blobs, NON_ALPHANUMERIC));
         let (status, body) = match &self.place {
@@ -108,9 +107,9 @@ impl CredentialService {
         }
         // serde's text may quote a secret.
         let answer: Answer = serde_json::from_slice(&body)
-            .map_err(|_| self.failed("its answer is not the JSON it should be"))?;
+            .map_err(|_| self.failed("its answer is not valid JSON of credentials"))?;
         if !answer.success {
-            return Err(self.failed("it says that it had no success"));
+            return Err(self.failed("its answer says that it failed"));
         }
         if answer.data.auths.is_null() {
             return Ok(None);

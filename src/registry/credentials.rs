@@ -1,15 +1,15 @@
-//! Who we are to which registry.
+//! Credentials per registry.
 //!
-//! Sources, in this order: what the command line gave (`-u user:password`), a credential service
-//! ([`credential_service`](super::credential_service)), then files of docker's form, the first that knows
-//! the repository. A file is
-//! `{"auths": {"host" | "host/path": {"auth": base64} | {"username", "password"}}}`; overlaybd's
-//! `/opt/overlaybd/cred.json` is the same (spec runtime 3). Within a file the **longest** key that is the
-//! repository or a folder above it wins, whatever the order; docker's credential programs
-//! (`credHelpers`, `credsStore`) are asked before its `auths`.
+//! The sources, in this order: the command line (`-u user:password`), a credential service
+//! ([`credential_service`](super::credential_service)), then files of docker's form; the first that
+//! has the repository wins. A file is `{"auths": {"host" | "host/path": {"auth": base64} |
+//! {"username", "password"}}}`; overlaybd's `/opt/overlaybd/cred.json` has the same form (spec
+//! runtime 3). Within a file the **longest** key that is the repository or a folder above it wins,
+//! in any order of keys; docker's credential programs (`credHelpers`, `credsStore`) are asked
+//! before its `auths`.
 //!
-//! Files are read anew for every token, so a rotated password is found. Nothing of a secret is ever
-//! in a message, a log line or a `Debug` text.
+//! Files are read again for every token, so a rotated password is found. No part of a secret is
+//! ever in a message, a log line or a `Debug` text.
 
 use std::fmt;
 use std::io::{Read as _, Write as _};
@@ -26,13 +26,14 @@ use thiserror::Error;
 use super::auth::Scope;
 use super::credential_service::CredentialService;
 
-/// A credential program that has not answered by then is stopped. They may ask a cloud's metadata server.
+/// Time limit for a credential program, which is stopped after it. Some programs ask a cloud's
+/// metadata server.
 const HELPER_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// docker's name for its hub in `auths`, and the host that serves it.
+/// Keys of docker's hub in `auths`, and the host that serves it.
 const HUB_KEYS: [&str; 3] = ["index.docker.io", "docker.io", "registry-1.docker.io"];
 
-/// What proves who we are.
+/// A credential.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credential {
     /// A name and its password, or an access token used as one.
@@ -42,7 +43,7 @@ pub enum Credential {
         /// Its secret.
         password: String,
     },
-    /// A refresh token that the registry's token service changes for access tokens (docker's
+    /// A refresh token that the registry's token service exchanges for access tokens (docker's
     /// `identitytoken`).
     IdentityToken(String),
 }
@@ -65,7 +66,7 @@ impl fmt::Debug for Credential {
     }
 }
 
-/// Why a source of credentials could not be used.
+/// Reasons why a source of credentials is unusable.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum CredentialError {
     /// The file exists but cannot be read.
@@ -81,7 +82,7 @@ pub enum CredentialError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The rule that it breaks.
         rule: String,
     },
     /// A credential service failed.
@@ -89,7 +90,7 @@ pub enum CredentialError {
     Service {
         /// Its URL or socket.
         address: String,
-        /// What happened.
+        /// Reason of the failure.
         reason: String,
     },
     /// A credential program failed.
@@ -99,7 +100,7 @@ pub enum CredentialError {
         name: String,
         /// The file that names it.
         path: PathBuf,
-        /// What happened.
+        /// Reason of the failure.
         reason: String,
     },
 }
@@ -107,16 +108,16 @@ pub enum CredentialError {
 /// The sources, in order.
 #[derive(Clone, Debug, Default)]
 pub struct CredentialStore {
-    /// What the command line gave; used for every registry that is asked.
+    /// Credential from the command line; used for every registry that asks for one.
     pub explicit: Option<Credential>,
     /// A service to ask before any file.
     pub service: Option<CredentialService>,
-    /// Files of docker's form; those that do not exist are passed over.
+    /// Files of docker's form; missing files are skipped.
     pub files: Vec<PathBuf>,
 }
 
 impl CredentialStore {
-    /// The files that docker, podman and overlaybd use on this machine.
+    /// Files that docker, podman and overlaybd use on this machine.
     #[must_use]
     pub fn default_files() -> Vec<PathBuf> {
         let variable = |name: &str| {
@@ -133,11 +134,11 @@ impl CredentialStore {
             .collect()
     }
 
-    /// The credential for a repository of a host, or `None`: be anonymous. What was given for the
-    /// registry is not for its mirrors.
+    /// The credential for a repository of a host, or `None` for anonymous access. A credential
+    /// given for the registry is not used for its mirrors.
     ///
     /// # Errors
-    /// The first source that could not be used, when no other had an answer.
+    /// Returns the error of the first unusable source, when no other source has an answer.
     pub(super) fn find(&self, scope: &Scope) -> Result<Option<Credential>, CredentialError> {
         let (host, repository) = (scope.host.as_str(), scope.repository.as_str());
         if let Some(credential) = self.explicit.as_ref().filter(|_| !scope.is_mirror) {
@@ -201,7 +202,7 @@ fn find_in_file(
     let file: AuthFile =
         serde_json::from_slice(&text).map_err(|error| CredentialError::Malformed {
             path: path.to_owned(),
-            // Only the place: serde's text may quote the value.
+            // Only the position: serde's text may quote the value.
             rule: format!("line {}, column {}", error.line(), error.column()),
         })?;
     if let Some(name) = longest_match(&file.helpers, host, repository) {
@@ -240,14 +241,15 @@ fn longest_match<'a, V>(
     Some(best.1)
 }
 
-/// `https://index.docker.io/v1/` → `index.docker.io`: docker writes old URLs, others bare hosts.
+/// `https://index.docker.io/v1/` → `index.docker.io`: docker writes old URLs, other tools bare
+/// hosts.
 fn normal_key(key: &str) -> &str {
     let key = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key);
     let key = key.trim_end_matches('/');
     key.strip_suffix("/v1").or_else(|| key.strip_suffix("/v2")).unwrap_or(key)
 }
 
-/// The credential in `auths` of docker's form; `name` is where they come from.
+/// The credential in `auths` of docker's form; `name` is the file or service that holds them.
 pub(super) fn find_in_auths(
     name: &Path,
     auths: serde_json::Value,
@@ -256,7 +258,7 @@ pub(super) fn find_in_auths(
     let auths: std::collections::BTreeMap<String, AuthEntry> = serde_json::from_value(auths)
         .map_err(|_| CredentialError::Malformed {
             path: name.to_owned(),
-            rule: "auths is no object of credentials".to_owned(),
+            rule: "auths is not an object of credentials".to_owned(),
         })?;
     longest_match(&auths, &scope.host, &scope.repository)
         .map_or(Ok(None), |entry| read_entry(name, entry))
@@ -317,15 +319,15 @@ fn ask_helper(path: &Path, name: &str, host: &str) -> Result<Option<Credential>,
         .map_err(|reason| failed(&reason))
 }
 
-/// What a credential program's output means.
+/// Interprets a credential program's output.
 fn read_answer(success: bool, output: &[u8]) -> Result<Option<Credential>, String> {
     if !success {
-        // "credentials not found in native keychain" is the protocol's word for "none".
+        // The protocol says "credentials not found in native keychain" for "none".
         let none = String::from_utf8_lossy(output).contains("credentials not found");
         return if none { Ok(None) } else { Err("it ended with an error".to_owned()) };
     }
     let answer: HelperAnswer = serde_json::from_slice(output)
-        .map_err(|_| "its answer is not what the protocol wants".to_owned())?;
+        .map_err(|_| "its answer does not follow the protocol".to_owned())?;
     Ok(Some(if answer.username == "<token>" {
         Credential::IdentityToken(answer.secret)
     } else {
@@ -362,7 +364,7 @@ fn run_helper(mut program: Command, server: &str) -> Result<(bool, Vec<u8>), Str
     };
     let mut output = Vec::new();
     if let Some(stdout) = child.stdout.take() {
-        // What fits the pipe: the program has ended, and an answer is a few hundred bytes.
+        // The pipe holds all output: the program has ended, and an answer is a few hundred bytes.
         let _ = stdout.take(64 << 10).read_to_end(&mut output);
     }
     Ok((status.success(), output))
@@ -475,6 +477,6 @@ mod tests {
         assert_eq!(token, Ok(Some(Credential::IdentityToken("t".into()))));
         assert_eq!(ask("echo credentials not found in native keychain; exit 1"), Ok(None));
         assert_eq!(ask("echo secret; exit 1"), Err("it ended with an error".into()));
-        assert_eq!(ask("echo secret"), Err("its answer is not what the protocol wants".into()));
+        assert_eq!(ask("echo secret"), Err("its answer does not follow the protocol".into()));
     }
 }

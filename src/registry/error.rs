@@ -1,4 +1,4 @@
-//! What can go wrong with a registry, by what the caller can do about it.
+//! Errors of a registry, sorted by the caller's possible reactions.
 
 use std::io;
 use std::sync::Arc;
@@ -6,16 +6,17 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-/// Why a registry did not do what was asked. `what` is the thing asked for with its place, such as
-/// `blob sha256:… of registry.example/team/app`. Cheap to clone: one failed read has many waiters.
+/// Reasons why a registry did not do what was asked. `what` is the requested object with its place,
+/// such as `blob sha256:… of registry.example/team/app`. Cheap to clone: one failed read has many
+/// waiters.
 #[derive(Clone, Debug, Error)]
 pub enum RegistryError {
-    /// 404: no such manifest or blob, or a repository that is hidden from us.
+    /// 404: no such manifest or blob, or a repository that this user may not see.
     #[error(
-        "Not found: {what}; check the name, and log in if the repository is private: some registries hide those"
+        "Not found: {what}; check the name, and log in if the repository is private: some registries hide private repositories"
     )]
     NotFound {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
     },
     /// 401 or 403, after a fresh token.
@@ -23,32 +24,32 @@ pub enum RegistryError {
         "Access to {what} was denied: {reason}; log in with docker login {host}, or give -u USER:PASSWORD"
     )]
     Denied {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
-        /// Which registry wants credentials.
+        /// The registry that wants credentials.
         host: String,
-        /// What it or its token service said.
+        /// Text from it or from its token service.
         reason: String,
     },
     /// 429, and 503 with `Retry-After`.
     #[error("The registry limits the rate of requests for {what}{}; wait, log in, or use a mirror", after(*.retry_after))]
     RateLimited {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
-        /// How long it asked us to wait.
+        /// Pause that it asks for.
         retry_after: Option<Duration>,
     },
-    /// No connection, or it broke, or nothing came in time.
+    /// No connection, a broken connection, or no answer in time.
     #[error("Cannot reach {host} for {what}: {reason}")]
     Unreachable {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
-        /// The host that was spoken to: the registry or where it redirected.
+        /// The host that was asked: the registry or the target of its redirect.
         host: String,
-        /// What happened.
+        /// Reason of the failure.
         reason: String,
     },
-    /// The server's certificate does not lead to an authority we trust.
+    /// The server's certificate does not lead to a trusted authority.
     #[error(
         "The certificate of {host} is not trusted ({reason}): give the authority's certificate with --root-ca FILE, \
          use --plain for a registry without TLS, or --insecure to skip the check"
@@ -56,78 +57,78 @@ pub enum RegistryError {
     Untrusted {
         /// The host.
         host: String,
-        /// Which check failed.
+        /// The check that failed.
         reason: String,
     },
-    /// 5xx, or any status that has no meaning here.
+    /// 5xx, or any status without a meaning here.
     #[error("{host} answered {status} for {what}{}", said(.reason))]
     Server {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
-        /// Who answered.
+        /// The host that answered.
         host: String,
         /// The HTTP status.
         status: u16,
-        /// What it said, or nothing.
+        /// Text from the host, or empty.
         reason: String,
     },
     /// An answer that breaks a rule of HTTP or of the distribution specification.
     #[error("{host} gave a wrong answer for {what}: {rule}")]
     Protocol {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
-        /// Who answered.
+        /// The host that answered.
         host: String,
-        /// Which rule, and how it was broken.
+        /// The broken rule, and the deviation.
         rule: String,
     },
-    /// 200 to a ranged request: the whole blob was sent instead of a piece.
+    /// 200 to a range request: the server sent the whole blob instead of a piece.
     #[error(
         "The registry ignores range requests: {host} answered 200 to a range of {what}; \
          it, or a proxy before it, cannot serve images lazily"
     )]
     RangeIgnored {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
-        /// Who answered.
+        /// The host that answered.
         host: String,
     },
-    /// The blob has another size than its descriptor says, so no read of it can be right.
+    /// The blob has another size than its descriptor states, so no read of it can be right.
     #[error(
         "{host} has {actual} bytes of {what}, but its descriptor says {expected}: the manifest is wrong, or the server"
     )]
     SizeMismatch {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
-        /// Who answered.
+        /// The host that answered.
         host: String,
-        /// Bytes by the descriptor.
+        /// Size in bytes by the descriptor.
         expected: u64,
-        /// Bytes by the server.
+        /// Size in bytes by the server.
         actual: u64,
     },
-    /// The bytes are not the ones that were named.
+    /// The received bytes have another digest than the requested one.
     #[error("The registry sent wrong bytes for {what}: expected {expected}, got {actual}")]
     DigestMismatch {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
-        /// The digest asked for.
+        /// The requested digest.
         expected: String,
-        /// The digest of what came.
+        /// The digest of the received bytes.
         actual: String,
     },
-    /// Larger than a manifest, token or error page may be.
+    /// The answer is larger than a manifest, token or error page may be.
     #[error("{what} is larger than {limit} bytes, the most that is accepted")]
     TooLarge {
-        /// What was asked for, and where.
+        /// The requested object and its place.
         what: String,
-        /// The bound in bytes.
+        /// The limit in bytes.
         limit: usize,
     },
-    /// What was to be uploaded could not be read.
-    #[error("Cannot read what is to be uploaded as {what}")]
+    /// The content to upload could not be read.
+    #[error("Cannot read the content to upload as {what}")]
     Upload {
-        /// What was uploaded, and whereto.
+        /// The uploaded object and its destination.
         what: String,
         /// The reader's reason.
         #[source]
@@ -138,23 +139,23 @@ pub enum RegistryError {
     BadName {
         /// The text given.
         text: String,
-        /// What it should have been.
+        /// The expected form.
         expected: &'static str,
     },
-    /// An option of this client that cannot be used: a certificate, a key, a proxy.
+    /// An unusable option of this client: a certificate, a key, a proxy.
     #[error("Cannot set up the registry client: {reason}")]
     Setup {
-        /// Which option, and why.
+        /// The option, and the reason.
         reason: String,
     },
-    /// The retry budget is used up; `last` is how the last try ended.
+    /// The retry budget is used up; `last` is the result of the last try.
     #[error("{last} (gave up after {tries} tries in {:.1} s)", .elapsed.as_secs_f64())]
     GaveUp {
-        /// How often it was tried.
+        /// Number of tries.
         tries: u32,
-        /// From the first try on.
+        /// Time since the first try.
         elapsed: Duration,
-        /// How the last try ended.
+        /// Error of the last try.
         last: Box<RegistryError>,
     },
 }
@@ -168,7 +169,7 @@ fn said(reason: &str) -> String {
 }
 
 impl RegistryError {
-    /// Whether the same request may succeed a moment later.
+    /// True if the same request may succeed a moment later.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
@@ -178,7 +179,7 @@ impl RegistryError {
         }
     }
 
-    /// How the matter ended when the tries are set aside.
+    /// The error without the count of tries.
     #[must_use]
     pub fn root(&self) -> &Self {
         match self {
@@ -187,7 +188,7 @@ impl RegistryError {
         }
     }
 
-    /// What the server asked us to wait.
+    /// Pause that the server asked for.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::RateLimited { retry_after, .. } => *retry_after,

@@ -1,16 +1,16 @@
-//! What is known of the hosts that are asked: how they fare, how fast they are, how often they failed.
+//! State of the hosts that are asked: their health, their speed, their failures.
 //!
-//! A [`Network`] is shared by all clients of a process, because what one device learns of a host holds
-//! for all. Of each host it keeps
+//! All clients of a process share one [`Network`], because an observation of one device about a
+//! host holds for all. For each host it keeps
 //!
-//! * **health**: a host that fails is passed over for a second, and twice as long after each further
-//!   failure in a row, up to a minute; one success clears it. Passed over means asked last, not never:
-//!   when all fail, all are asked.
-//! * **patience**: three times the ninth decile of the last 64 waits for a first byte. A read that takes
-//!   longer is a straggler, for which somebody else may be asked too. Second requests have a budget, a
-//!   share of all requests: when a host is slow as a whole, asking twice makes it slower.
-//! * **retries**: a bucket of tokens that fills slowly, and by each success. Many readers of a dead
-//!   registry together make a few requests a second, not a few each.
+//! * **health**: a host that fails is asked last for a second, and twice as long after each further
+//!   failure in a row, up to a minute; one success clears it. It is never left out: when all hosts
+//!   fail, all are asked.
+//! * **patience**: three times the ninth decile of the last 64 waits for a first byte. A read that
+//!   takes longer is a straggler, and another host may be asked for it too. Second requests have a
+//!   budget, a share of all requests: when a host is slow as a whole, asking twice makes it slower.
+//! * **retries**: a bucket of tokens that fills slowly, and with each success. All readers of a
+//!   dead registry together make a few requests a second, not a few each.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,41 +19,42 @@ use std::time::{Duration, Instant};
 
 use super::rate::{RateLimits, Tokens};
 
-/// Passed over after one failure; doubled for each further one in a row.
+/// Time that a host is asked last after one failure; doubled for each further one in a row.
 const FIRST_BREAK: Duration = Duration::from_secs(1);
 const LONGEST_BREAK: Duration = Duration::from_secs(60);
 
-/// A host that sent wrong bytes is passed over at least so long: it may be one bad node of many, but the
-/// next read should not be the one to find out.
+/// Least time that a host which sent wrong bytes is asked last: it may be one bad node of many, but
+/// the next read should not be the one to find out.
 const BREAK_OF_LIARS: Duration = Duration::from_secs(30);
 
-/// Waits for a first byte that are remembered.
+/// Number of waits for a first byte that are remembered.
 const SAMPLES: usize = 64;
-/// Waits before which nothing is said of a host.
+/// Number of waits before a host has a patience of its own.
 const ENOUGH_SAMPLES: usize = 8;
-/// A straggler takes so many times the ninth decile. At three, a log-normal tail gives one in some
+/// Factor on the ninth decile that makes a straggler. At three, a log-normal tail gives one in some
 /// hundred requests, well inside the budget.
 const STRAGGLER: u32 = 3;
-/// Patience with a host of which nothing is known: longer than a handshake across an ocean.
+/// Patience with a host without measurements: longer than a handshake across an ocean.
 const PATIENCE_AT_FIRST: Duration = Duration::from_secs(1);
-/// A body may come so many times slower than the host's bodies lately did.
+/// Factor by which a body may be slower than the host's recent bodies.
 const SLOW_BODY: f64 = 4.0;
 /// Weight of a new measurement of bandwidth.
 const WEIGHT: f64 = 0.125;
-/// Bodies below this many bytes come in one burst and say nothing of bandwidth.
+/// Least size of a body that is measured, in bytes: smaller bodies arrive in one burst and say
+/// nothing of bandwidth.
 const TELLING_BODY: u64 = 64 << 10;
 
-/// Second requests that may be made at once, when none were for long.
+/// Second requests that may be made at once after a long time without any.
 const HEDGE_BURST: f64 = 8.0;
 
 /// Retries of one host at once, and a second.
 const RETRY_BURST: f64 = 16.0;
 const RETRIES_PER_SECOND: f64 = 4.0;
-/// Most that a retry waits for its turn. Longer would use up the deadline of the read itself.
+/// Longest wait of a retry for its turn. A longer one would use up the deadline of the read itself.
 const LONGEST_TURN: Duration = Duration::from_secs(5);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Numbers that are right one by one: sound after a panic elsewhere.
+    // The guarded numbers are independent, so they are valid after a panic elsewhere.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -103,7 +104,7 @@ impl Default for Network {
 }
 
 impl Network {
-    /// A network of which no host is known yet.
+    /// Creates a network without hosts; hedging and limits are those of `service`.
     #[must_use]
     pub fn new(options: NetworkOptions) -> Self {
         Self {
@@ -129,13 +130,13 @@ impl Network {
         hosts
     }
 
-    /// What reads that nobody waits for may take of the line.
+    /// Limits on background reads: the share of the line that they may use.
     #[must_use]
     pub fn limits(&self) -> &RateLimits {
         &self.limits
     }
 
-    /// Ends reads that wait for a registry to come back: no further try is made of anything.
+    /// Ends reads that wait for a registry to come back: no further try is made of any read.
     pub fn end(&self) {
         self.ending.store(true, Ordering::Relaxed);
     }
@@ -144,13 +145,13 @@ impl Network {
         self.ending.load(Ordering::Relaxed)
     }
 
-    /// A read is about to begin: it earns its share of a second request.
+    /// Adds the share of a second request that each new read earns.
     pub(super) fn earn_hedge(&self) {
         let mut hedges = lock(&self.hedges);
         *hedges = (*hedges + f64::from(self.hedge.budget_percent) / 100.0).min(HEDGE_BURST);
     }
 
-    /// Whether second requests are made at all, and not sooner than when.
+    /// Least wait before a second request; `None` if second requests are turned off.
     pub(super) fn hedges_after(&self) -> Option<Duration> {
         let made = self.hedge.enable && self.hedge.budget_percent > 0;
         made.then_some(self.hedge.after)
@@ -167,7 +168,7 @@ impl Network {
     }
 }
 
-/// What a host was asked, and how it answered. Redirects count for the host that gave them.
+/// Counters of one host's requests and answers. Redirects count for the host that sent them.
 #[derive(Debug, Default)]
 pub struct HostStats {
     /// Requests for bytes of blobs.
@@ -178,11 +179,11 @@ pub struct HostStats {
     pub failures: AtomicU64,
     /// Answers that ask for fewer requests (429, or 503 with `Retry-After`).
     pub limited: AtomicU64,
-    /// Requests made again after all ways to a blob had failed.
+    /// Requests repeated after all sources of a blob had failed.
     pub retries: AtomicU64,
     /// Second requests made because this host took long.
     pub hedges: AtomicU64,
-    /// Of those, how many were done first.
+    /// Second requests that finished first.
     pub hedges_won: AtomicU64,
     /// Deliveries whose bytes did not match their checksum.
     pub distrusted: AtomicU64,
@@ -203,9 +204,9 @@ struct State {
     passed_over_until: Option<Instant>,
     waits: Vec<Duration>,
     next: usize,
-    /// Three times the ninth decile, kept up with every few waits.
+    /// Three times the ninth decile, updated every few waits.
     patience: Duration,
-    /// Bytes a second; 0 before the first telling body.
+    /// Bytes a second; 0 before the first body that is large enough to measure.
     bandwidth: f64,
 }
 
@@ -232,32 +233,32 @@ impl Host {
         &self.name
     }
 
-    /// What it was asked.
+    /// Its counters.
     #[must_use]
     pub fn stats(&self) -> &HostStats {
         &self.stats
     }
 
-    /// Whether it is not passed over now.
+    /// True if it has no recent failure that makes it asked last.
     #[must_use]
     pub fn is_healthy(&self) -> bool {
         lock(&self.state).passed_over_until.is_none_or(|until| until <= Instant::now())
     }
 
-    /// How long it may keep a reader waiting before it counts as a straggler.
+    /// Longest wait before a reader counts it as a straggler.
     #[must_use]
     pub fn patience(&self) -> Duration {
         lock(&self.state).patience
     }
 
-    /// How long a body of so many bytes may take, when that is known.
+    /// Longest time for a body of so many bytes, when the bandwidth is known.
     pub(super) fn patience_with_body(&self, bytes: u64) -> Option<Duration> {
         let bandwidth = lock(&self.state).bandwidth;
         let seconds = SLOW_BODY * bytes as f64 / bandwidth;
         (bandwidth > 0.0).then(|| Duration::try_from_secs_f64(seconds).ok()).flatten()
     }
 
-    /// It failed, or asked to be left alone for `wait`.
+    /// Records a failure, or a request for a pause of `wait`.
     pub(super) fn failed(&self, wait: Option<Duration>) {
         self.stats.failures.fetch_add(1, Ordering::Relaxed);
         let mut state = lock(&self.state);
@@ -267,7 +268,7 @@ impl Host {
         state.passed_over_until = Some(Instant::now() + rest);
     }
 
-    /// Its bytes did not match their checksum.
+    /// Records bytes that did not match their checksum.
     pub(super) fn lied(&self) {
         self.stats.distrusted.fetch_add(1, Ordering::Relaxed);
         let mut state = lock(&self.state);
@@ -275,7 +276,7 @@ impl Host {
         state.passed_over_until = state.passed_over_until.max(Some(until));
     }
 
-    /// A read of it was whole. What lied stays passed over.
+    /// Records a whole read. A host that sent wrong bytes stays asked last.
     pub(super) fn succeeded(&self) {
         let mut state = lock(&self.state);
         if state.failures_in_a_row > 0 {
@@ -286,7 +287,7 @@ impl Host {
         lock(&self.retries).give(1.0);
     }
 
-    /// The first byte came after `wait`.
+    /// Records a first byte that came after `wait`.
     pub(super) fn heard_after(&self, wait: Duration) {
         let mut state = lock(&self.state);
         let place = state.next % SAMPLES;
@@ -304,7 +305,7 @@ impl Host {
         }
     }
 
-    /// A body of so many bytes took `time` from its first to its last.
+    /// Records a body of so many bytes that took `time` from its first to its last byte.
     pub(super) fn brought(&self, bytes: u64, time: Duration) {
         let seconds = time.as_secs_f64();
         if bytes < TELLING_BODY || seconds <= 0.0 {
@@ -319,7 +320,7 @@ impl Host {
         };
     }
 
-    /// How long a retry waits for its turn.
+    /// Time that a retry waits for its turn.
     pub(super) fn retry_after(&self) -> Duration {
         self.stats.retries.fetch_add(1, Ordering::Relaxed);
         lock(&self.retries).take(1.0, LONGEST_TURN)
@@ -348,7 +349,7 @@ mod tests {
         let host = Host::new("r");
         assert_eq!(host.patience(), PATIENCE_AT_FIRST);
         for number in 0..64 {
-            // One in twenty is a straggler: the ninth decile does not see it.
+            // One in twenty is a straggler: the ninth decile is not affected by it.
             host.heard_after(Duration::from_millis(if number % 20 == 0 { 900 } else { 10 }));
         }
         assert_eq!(host.patience(), Duration::from_millis(30));

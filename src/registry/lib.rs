@@ -1,46 +1,49 @@
 //! The distribution client: names, credentials, ranges, uploads.
 //!
-//! A registry is an HTTP server that hands out manifests by tag and blobs by digest. What makes a
-//! client of it more than a `GET` is everything that happens in between, and in a program that
-//! starts containers *while* it downloads them, each of these is met in the middle of a page fault:
+//! A registry is an HTTP server that serves manifests by tag and blobs by digest. A client needs
+//! more than `GET`, and a program that starts containers *while* it downloads them meets each of
+//! these needs in the middle of a page fault:
 //!
-//! * **Who may read.** A registry answers 401 with a challenge; a token service turns a password
-//!   (or nothing) into a token for one repository. Tokens run out while a container runs, and some
-//!   registries then say 403. Both mean: fetch a new token, once, and ask again ([`auth`]).
-//!   Passwords come from the command line, from files in docker's form, or from docker's credential
-//!   programs ([`credentials`]); they are looked up anew for every token, so a rotated one is found.
-//! * **Where the bytes are.** Blobs are mostly answered by a redirect to a signed URL of an object
-//!   store. Redirects are followed here, by hand: `Authorization` never leaves the registry's own
-//!   origin, and the signed URL is kept until it expires ([`redirect`]).
-//! * **What arrives.** A range read needs 206, the very `Content-Range` asked for and exactly that many
-//!   bytes. A proxy that answers 200 with the whole blob would otherwise put the blob's first bytes
-//!   where others belong ([`RemoteBlob`]).
-//! * **Who is asked.** Mirrors come before the registry, a peer-to-peer proxy before both, each as long as
-//!   it answers and tells the truth ([`host`]). A demand that is kept waiting longer than usual is asked for
-//!   a second time, elsewhere if there is an elsewhere, and the first answer wins (`race`).
-//! * **When it does not arrive.** Every read has a deadline and a number of tries ([`RetryPolicy`]);
-//!   what can never succeed (404, 403 after a new token) fails at once.
+//! * **Authentication.** A registry answers 401 with a challenge; a token service turns a password
+//!   (or nothing) into a token for one repository. Tokens expire while a container runs, and some
+//!   registries then answer 403. In both cases the client fetches a new token, once, and repeats
+//!   the request ([`auth`]). Passwords come from the command line, from files in docker's form, or
+//!   from docker's credential programs ([`credentials`]); they are looked up again for every token,
+//!   so a rotated password is found.
+//! * **Redirects.** Most registries answer a blob request with a redirect to a signed URL of an
+//!   object store. This client follows redirects itself: `Authorization` never leaves the
+//!   registry's own origin, and the signed URL is kept until it expires ([`redirect`]).
+//! * **Checked answers.** A range read requires status 206, exactly the requested `Content-Range`
+//!   and exactly that many bytes. Without this check, a proxy that answers 200 with the whole blob
+//!   would put the blob's first bytes in the place of others ([`RemoteBlob`]).
+//! * **Mirrors and peers.** Mirrors are asked before the registry, and a peer-to-peer proxy before
+//!   both, as long as they answer and send right bytes ([`host`]). A demand read that waits longer
+//!   than usual gets a second request, at another host if there is one, and the first answer wins
+//!   (`race`).
+//! * **Failures.** Every read has a deadline and a maximum number of tries ([`RetryPolicy`]); an
+//!   error that no retry can mend (404, 403 after a new token) fails at once.
 //!
 //! # Threads
 //!
-//! Callers are plain threads that want bytes: queue workers, inflate workers, a converter. The sockets
-//! live on one or two I/O threads of this process, and [`transport`] is the synchronous face of
-//! them: a request goes over, a head comes back, and the body follows through a bounded channel. So
-//! a 10 GB layer is streamed in a few hundred KiB of memory, and a slow reader slows the sender.
+//! The callers are plain threads that want bytes: queue threads, decode threads, a converter. The
+//! sockets belong to one or two I/O threads of this process, and [`transport`] is their synchronous
+//! interface: a request goes over, a head comes back, and the body follows through a bounded
+//! channel. So a layer of 10 GB is streamed in a few hundred KiB of memory, and a slow reader slows
+//! the sender.
 //!
 //! # Contents
 //!
 //! * [`client`]      [`Client`] and its options; one authorised exchange with retries
 //! * [`repository`]  [`Repository`]: manifests and uploads
 //! * [`blob`]        [`RemoteBlob`]: range reads of one blob, a [`ByteSource`](source::ByteSource)
-//! * `way`           where a blob can be had: the registry, a mirror, a peer; `race` one read of it
-//! * [`stream`]      [`BlobReader`]: one blob from front to end, resumed where it broke
+//! * `way`           one source of a blob: the registry, a mirror, a peer; `race` one read of it
+//! * [`stream`]      [`BlobReader`]: one blob from front to end, resumed after a broken connection
 //! * [`auth`]        challenges and tokens
-//! * [`credentials`] who we are to which registry; [`credential_service`] who knows it
-//! * [`host`]        what is known of hosts: health, patience, retries; [`rate`] limits
-//! * [`redirect`]    where a `Location` leads and how long it holds
-//! * [`retry`]       when to try again, and when to stop
-//! * [`transport`]   the I/O threads (`payload`: what is sent); [`tls`] trust; [`proxy`] the way out
+//! * [`credentials`] credentials per registry; [`credential_service`] a service that gives them
+//! * [`host`]        state of each host: health, patience, retries; [`rate`] limits
+//! * [`redirect`]    target and lifetime of a `Location`
+//! * [`retry`]       retry policy: pauses, deadlines, numbers of tries
+//! * [`transport`]   the I/O threads (`payload`: request bodies); [`tls`] trust; [`proxy`] proxies
 //! * [`error`]       [`RegistryError`]
 
 pub mod auth;

@@ -1,4 +1,5 @@
-//! The body of a request: bytes in memory, or pieces that a caller's thread reads while they are sent.
+//! The body of a request: bytes in memory, or pieces that a caller's thread reads while they are
+//! sent.
 
 use std::io;
 use std::pin::Pin;
@@ -10,11 +11,11 @@ use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::sync::mpsc;
 
-/// How far an upload is, seen from the I/O thread.
+/// Progress of an upload, as seen from the I/O thread.
 #[derive(Debug, Default)]
 pub(super) struct Gauge {
     pub(super) sent: AtomicU64,
-    /// The reader has not produced the next piece yet: not the server's fault.
+    /// The reader has not produced the next piece yet, so the delay is not the server's fault.
     pub(super) starved: AtomicBool,
     pub(super) done: AtomicBool,
 }

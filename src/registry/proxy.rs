@@ -1,9 +1,9 @@
-//! The way to a host: straight, or through a proxy.
+//! Connections to a host: direct, or through a proxy.
 //!
-//! Proxies are named by the variables that every tool reads (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`,
-//! `NO_PROXY`, in either case). For `https` a tunnel is asked for with `CONNECT`, so the proxy sees
-//! no more than the host's name; a plain request is sent to the proxy with its whole URL. Hosts of
-//! this machine are always reached straight, as in Go's client, which the field is used to.
+//! Proxies are named by the usual environment variables (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`,
+//! `NO_PROXY`, in either case). For `https` the client opens a tunnel with `CONNECT`, so the proxy
+//! sees only the host's name; a plain request goes to the proxy with its whole URL. Hosts of this
+//! machine are always reached directly, as in Go's client, whose behaviour container tools share.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -23,27 +23,27 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tower_service::Service;
 
-/// Where proxies are named.
+/// Source of the proxies' names.
 #[derive(Clone, Default)]
 pub enum Proxies {
-    /// In the environment, at the time the client is made.
+    /// The environment, at the time the client is created.
     #[default]
     Environment,
-    /// Nowhere: connect straight.
+    /// No proxy: connect directly.
     Direct,
-    /// Here.
+    /// Named here.
     Explicit {
         /// Proxy for plain requests, such as `http://proxy:3128`, or empty.
         http: String,
         /// Proxy for TLS, or empty.
         https: String,
-        /// Hosts to reach straight, in the form of `NO_PROXY`.
+        /// Hosts to reach directly, in the form of `NO_PROXY`.
         no: String,
     },
 }
 
 impl fmt::Debug for Proxies {
-    /// Without the addresses: they may hold a password.
+    /// Omits the addresses: they may hold a password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Environment => "Proxies::Environment",
@@ -65,7 +65,7 @@ impl Proxies {
     }
 }
 
-/// Whether `host` (without port) is this machine: `localhost`, 127.0.0.0/8 or `::1`.
+/// True if `host` (without port) is this machine: `localhost`, 127.0.0.0/8 or `::1`.
 #[must_use]
 pub fn is_loopback(host: &str) -> bool {
     let bare = host.trim_start_matches('[').trim_end_matches(']');
@@ -90,7 +90,7 @@ impl Route {
         Self { tcp, proxies: Arc::new(proxies.matcher()) }
     }
 
-    /// What a plain request through a proxy must carry to be let through.
+    /// `Proxy-Authorization` for a plain request through a proxy.
     pub(super) fn proxy_authorization(&self, uri: &Uri) -> Option<HeaderValue> {
         if uri.scheme_str() != Some("http") || uri.host().is_some_and(is_loopback) {
             return None;
@@ -141,7 +141,7 @@ impl Service<Uri> for Route {
     }
 }
 
-/// A TCP connection that knows whether requests on it need their whole URL.
+/// A TCP connection, and if requests on it need their whole URL.
 pub(super) struct Link {
     stream: TokioIo<TcpStream>,
     proxied: bool,

@@ -1,18 +1,19 @@
 //! One read of a blob: usually one request, sometimes two that race.
 //!
-//! Most requests for the same kind of thing take about the same time, and a few take many times
-//! longer: a server that collects garbage, a lost packet, a disk that retries. A process that starts makes
-//! hundreds of reads one after the other, so the few decide how long it takes. A demand whose
-//! first byte, or next byte, is later than its host's patience ([`host`](super::host)) is therefore
-//! asked for a second time, at the next way if there is one and else over another connection. Both
-//! are listened to, each byte is taken from whoever brings it first, and the first to reach
-//! the end ends the read; the other connection is closed.
+//! Most requests for the same kind of object take about the same time, and a few take many times
+//! longer: a server that collects garbage, a lost packet, a disk that retries. A process that
+//! starts makes hundreds of reads one after the other, so these few decide its total time. When the
+//! first byte or the next byte of a demand read is later than its host's patience
+//! ([`host`](super::host)), a second request is made for the rest, at the next source if there is
+//! one and else over another connection. Both answers are read, each byte is taken from the answer
+//! that brings it first, and the first answer to reach the end completes the read; the other
+//! connection is closed.
 //!
-//! Nobody waits for a prefetch, so that is never asked for twice. Ways that fail are followed by the
-//! next way at once; only when all have failed does the read fail.
+//! No process waits for a prefetch, so it never gets a second request. When a source fails, the
+//! next one is asked at once; the read fails only when all have failed.
 //!
-//! A frame is taken when there is another behind it or a proper end: an answer that goes on past its
-//! end is not believed.
+//! A frame is accepted when another frame or a proper end follows it: an answer that continues past
+//! its end is rejected.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -33,7 +34,7 @@ fn count(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
 
-/// A read under way, over all its tries.
+/// A read in progress, over all its tries.
 pub(super) struct Reading<'a> {
     pub(super) blob: &'a BlobAddress,
     pub(super) network: &'a Network,
@@ -41,7 +42,7 @@ pub(super) struct Reading<'a> {
     pub(super) deliveries: &'a Deliveries,
     /// The next byte that is wanted.
     pub(super) at: u64,
-    /// One past the last.
+    /// One past the last byte.
     pub(super) end: u64,
     pub(super) class: Class,
     pub(super) run: &'a mut dyn Run,
@@ -54,10 +55,10 @@ struct Lane<'a> {
     is_second: bool,
     begun: Instant,
     from: u64,
-    /// When the head came, and the last frame.
+    /// Time of the head, and of the last frame.
     head: Option<Instant>,
     heard: Option<Instant>,
-    /// The blob's byte behind the last that was handed out.
+    /// Position in the blob after the last byte that was handed out.
     at: u64,
     held: Option<Bytes>,
     stage: Stage<'a>,
@@ -108,7 +109,7 @@ impl Lane<'_> {
         matches!(&self.stage, Stage::Flowing(body) if body.by_peer)
     }
 
-    /// When a second request is due.
+    /// Time at which a second request is due.
     fn patience_ends(&self, end: u64, least: Duration) -> Instant {
         let host = &self.way.place.state;
         let patience = host.patience().max(least);
@@ -120,7 +121,7 @@ impl Lane<'_> {
 }
 
 impl<'a> Reading<'a> {
-    /// Reads on from `at`, every way once; `at` says afterwards how far it came.
+    /// Reads on from `at`, asking each source once; afterwards `at` is the position reached.
     pub(super) fn once(&mut self, deadline: Instant) -> Result<(), RegistryError> {
         let order = self.blob.order();
         let mut next = order.iter().copied();
@@ -168,7 +169,8 @@ impl<'a> Reading<'a> {
                     let by_peer = self.broken(&mut lane, &error);
                     tell(&mut told, error, lane.way);
                     if lanes.is_empty() {
-                        // What a peer broke off is asked for straight.
+                        // The rest of a read that a peer broke off is requested from the registry
+                        // or mirror directly.
                         let again = by_peer.then_some(lane.number).or_else(|| next.next());
                         lanes.extend(again.map(|number| self.lane(number, deadline, !by_peer)));
                     }
@@ -201,7 +203,7 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// The second request for what `first` takes so long with. A peer has had its chance.
+    /// Starts the second request for a read that `first` is late with. A peer is not asked again.
     fn second(&self, first: &Lane<'_>, next: Option<usize>, deadline: Instant) -> Lane<'a> {
         tracing::debug!(host = %first.way.place.host, at = self.at, "registry: asking a second time");
         count(&self.stats.hedges, 1);
@@ -217,7 +219,7 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// Takes what nobody else has brought yet.
+    /// Takes the bytes that no other request has brought yet.
     fn take(&mut self, lane: &mut Lane<'_>, mut bytes: Bytes) {
         let arrived = bytes.len() as u64;
         count(&self.stats.bytes, arrived);
@@ -249,7 +251,7 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// Keeps what is sure of a broken answer; says whether it was the peer's.
+    /// Keeps the accepted part of a broken answer; returns true if a peer sent it.
     fn broken(&mut self, lane: &mut Lane<'_>, error: &RegistryError) -> bool {
         let Stage::Flowing(body) = &lane.stage else {
             lane.way.failed(error);

@@ -1,9 +1,10 @@
-//! Limits on what nobody waits for.
+//! Rate limits on reads that no process waits for.
 //!
-//! A bucket of tokens fills at the allowed rate; a read takes as many as it has bytes before it is sent,
-//! and may leave a debt that the next one waits for. So the rate holds over some requests, not within
-//! one, and a request that was begun runs at full speed: a demand that waits for the same bytes is not
-//! held up by the limit. Demand takes nothing and waits for nothing.
+//! A bucket of tokens fills at the allowed rate. Before a read is sent, it takes as many tokens as
+//! it has bytes, and may leave a debt that the next read waits for. So the rate holds over several
+//! requests, not within one, and a request that has begun runs at full speed: a demand read that
+//! waits for the same bytes is not held up by the limit. Demand reads take no tokens and do not
+//! wait.
 
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use source::Class;
 
-/// Longest sleep for a limit. The rate is at least 1 MB/s and a request some MB, so that this only bounds
-/// a debt that many readers made together.
+/// Longest sleep for a limit. The rate is at least 1 MB/s and a request some MB, so this bounds
+/// only a debt that many readers made together.
 const LONGEST: Duration = Duration::from_secs(60);
 
 /// A bucket of tokens.
@@ -25,12 +26,12 @@ pub(super) struct Tokens {
 }
 
 impl Tokens {
-    /// Full, with room for `most`.
+    /// Creates a full bucket with room for `most`.
     pub(super) fn new(per_second: f64, most: f64) -> Self {
         Self { per_second, most, left: most, at: Instant::now() }
     }
 
-    /// Takes `count` and says how long to wait until they are really there, at most `longest`.
+    /// Takes `count` and returns the time until they are really there, at most `longest`.
     pub(super) fn take(&mut self, count: f64, longest: Duration) -> Duration {
         let now = Instant::now();
         let earned = now.duration_since(self.at).as_secs_f64() * self.per_second;
@@ -53,7 +54,8 @@ pub struct RateLimits {
 }
 
 impl RateLimits {
-    /// In bytes a second; `None`: no limit. A tenth of a second's worth may come at once.
+    /// Creates limits in bytes a second; `None` is no limit. A burst of a tenth of a second is
+    /// allowed.
     #[must_use]
     pub fn new(ahead: Option<u64>, fill: Option<u64>) -> Self {
         let bucket = |rate: u64| {
@@ -63,7 +65,8 @@ impl RateLimits {
         Self { ahead: ahead.map(bucket), fill: fill.map(bucket) }
     }
 
-    /// Accounts for `bytes` that are about to be asked for, and says how long to wait with it.
+    /// Accounts for `bytes` that are about to be requested, and returns the time to wait before
+    /// that.
     #[must_use]
     pub fn wait(&self, class: Class, bytes: u64) -> Duration {
         let take = |bucket: &Option<Mutex<Tokens>>| {
@@ -79,7 +82,7 @@ impl RateLimits {
         waits.into_iter().flatten().max().unwrap_or_default()
     }
 
-    /// Waits until `bytes` may be asked for.
+    /// Waits until `bytes` may be requested.
     pub(super) fn pace(&self, class: Class, bytes: u64) {
         let wait = self.wait(class, bytes);
         if !wait.is_zero() {

@@ -1,4 +1,4 @@
-//! Where a `Location` leads, whether it is still the same server, and how long it holds.
+//! Targets of redirects: resolution of `Location`, comparison of origins, lifetime of signed URLs.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use super::retry::days_since_1970;
 /// Redirects followed for one request. Registries use one, object stores sometimes a second.
 pub(super) const MAX_HOPS: u32 = 5;
 
-/// How long a redirect without a stated expiry is used (upstream's guess, spec runtime 6).
+/// Lifetime of a redirect without a stated expiry (upstream's guess, spec runtime 6).
 const DEFAULT_LIFE: Duration = Duration::from_secs(300);
 
-/// No redirect is trusted longer, whatever it states.
+/// Longest lifetime of a redirect, whatever it states.
 const LONGEST_LIFE: Duration = Duration::from_secs(3600);
 
-/// Scheme, host and port: what decides whether `Authorization` may be sent.
+/// True if scheme, host and port are equal: only then may `Authorization` be sent.
 #[must_use]
 pub fn same_origin(a: &Uri, b: &Uri) -> bool {
     let host = |uri: &Uri| uri.host().map(str::to_ascii_lowercase);
@@ -26,8 +26,8 @@ fn port(uri: &Uri) -> u16 {
     uri.port_u16().unwrap_or(if uri.scheme_str() == Some("http") { 80 } else { 443 })
 }
 
-/// The absolute URL that `location` means in an answer of `base` (RFC 3986 5.2, without `..`), or
-/// `None` when it is not an HTTP URL or carries a user name.
+/// The absolute URL of `location` in an answer of `base` (RFC 3986 5.2, without `..`), or `None`
+/// when it is not an HTTP URL or carries a user name.
 #[must_use]
 pub fn resolve(base: &Uri, location: &str) -> Option<Uri> {
     let location = location.trim();
@@ -51,9 +51,9 @@ pub fn resolve(base: &Uri, location: &str) -> Option<Uri> {
     (http && anonymous && uri.host().is_some_and(|host| !host.is_empty())).then_some(uri)
 }
 
-/// How long a signed URL can be used from now on, by what its query says: `X-Amz-Expires` and
-/// `X-Goog-Expires` (seconds, counted from `X-Amz-Date`), `Expires` (seconds since 1970), `se` (Azure, a
-/// date). A tenth is kept back, at most 30 s, for reads under way.
+/// Time that a signed URL stays valid, by its query: `X-Amz-Expires` and `X-Goog-Expires` (seconds,
+/// counted from `X-Amz-Date`), `Expires` (seconds since 1970), `se` (Azure, a date). A tenth is
+/// kept back, at most 30 s, for reads in progress.
 #[must_use]
 pub fn lifetime(url: &Uri, unix_now: u64) -> Duration {
     let stated =
@@ -77,7 +77,7 @@ fn stated_lifetime(query: &str, unix_now: u64) -> Option<u64> {
             let signed = value(&format!("{vendor}-Date"))
                 .and_then(|text| parse_timestamp(&text))
                 .unwrap_or(unix_now);
-            // A clock that is behind the signer's must not lengthen the life.
+            // A clock that is behind the signer's must not lengthen the lifetime.
             return Some(signed.saturating_add(seconds).saturating_sub(unix_now).min(seconds));
         }
     }

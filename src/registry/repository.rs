@@ -20,11 +20,11 @@ use super::stream::BlobReader;
 use super::transport::Reply;
 use formats::oci::Digest;
 
-/// Registries must accept manifests of 4 MiB and need not accept larger ones (distribution
-/// specification, "Pushing manifests").
+/// Limit on a manifest in bytes. Registries must accept manifests of 4 MiB and need not accept
+/// larger ones (distribution specification, "Pushing manifests").
 const MANIFEST_LIMIT: usize = 4 << 20;
 
-/// Every form in which an image or an index of images is stored.
+/// Media types accepted for manifests: every form of an image or an index of images.
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, \
     application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, \
@@ -32,10 +32,11 @@ const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, \
 
 const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
-/// A mirror that has not answered for a manifest by then is not worth waiting for.
+/// Deadline of a mirror's manifest answer; after it the next host is asked.
 const MIRROR_DEADLINE: Duration = Duration::from_secs(10);
 
-/// An upload may take as long as it goes on; only the number of tries counts.
+/// Deadline of an upload. An upload may take as long as it makes progress; only the number of tries
+/// counts.
 const UPLOAD_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// A manifest as the registry stores it.
@@ -45,7 +46,7 @@ pub struct Manifest {
     pub media_type: String,
     /// The bytes that `digest` names.
     pub bytes: Vec<u8>,
-    /// Computed from `bytes`.
+    /// Digest, computed from `bytes`.
     pub digest: Digest,
 }
 
@@ -53,7 +54,7 @@ pub struct Manifest {
 #[derive(Clone)]
 pub struct Repository {
     place: Arc<Place>,
-    /// Who is asked first.
+    /// The mirrors, which are asked first.
     mirrors: Arc<[Arc<Place>]>,
 }
 
@@ -67,7 +68,7 @@ impl Repository {
         &self.place
     }
 
-    /// The registry, as it was named.
+    /// The registry's host, as it was named.
     #[must_use]
     pub fn host(&self) -> &str {
         &self.place.host
@@ -86,7 +87,7 @@ impl Repository {
         Budget::new(self.place.services.retry, &self.place).run(attempt)
     }
 
-    /// Asks the mirrors that are well, each once, and then the registry until its budget is used up.
+    /// Asks the healthy mirrors, each once, and then the registry until its budget is used up.
     fn read<T>(
         &self,
         attempt: impl Fn(&Place, Instant) -> Result<T, RegistryError>,
@@ -97,12 +98,12 @@ impl Repository {
                     mirror.state.succeeded();
                     return Ok(done);
                 }
-                // A mirror of a part, or one without a list of referrers, is well.
+                // A mirror of a part, or one without a list of referrers, counts as healthy.
                 Err(error @ RegistryError::NotFound { .. }) => {
-                    tracing::info!(mirror = %mirror.host, %error, "registry: going past a mirror");
+                    tracing::info!(mirror = %mirror.host, %error, "registry: skipping a mirror");
                 }
                 Err(error) => {
-                    tracing::warn!(mirror = %mirror.host, %error, "registry: going past a mirror");
+                    tracing::warn!(mirror = %mirror.host, %error, "registry: skipping a mirror");
                     if error.is_transient() {
                         mirror.state.failed(error.retry_after());
                     }
@@ -133,11 +134,12 @@ impl Repository {
         Err(refusal(&call.what, &host, &self.place.host, landed.reply))
     }
 
-    /// The manifest under a tag or a digest, whatever it describes. By digest, the bytes are verified; by
-    /// tag, they are checked against `Docker-Content-Digest` when the registry sends it.
+    /// The manifest under a tag or a digest, of any media type. By digest, the bytes are verified;
+    /// by tag, they are checked against `Docker-Content-Digest` when the registry sends it.
     ///
     /// # Errors
-    /// [`RegistryError::TooLarge`] past 4 MiB, [`RegistryError::DigestMismatch`], and all others.
+    /// Returns [`RegistryError::TooLarge`] past 4 MiB, [`RegistryError::DigestMismatch`], and all
+    /// others.
     pub fn manifest(&self, reference: &str) -> Result<Manifest, RegistryError> {
         let expected = check_reference(reference)?;
         let what = self.place.describe(&format!("manifest {reference}"));
@@ -240,12 +242,12 @@ impl Repository {
             let landed = place.exchange(&call, Some(deadline))?;
             match landed.reply.status.as_u16() {
                 200 => self.read_manifest(&call, landed, None).map(Some),
-                // A mirror of an older kind says nothing of what the registry has.
+                // An older mirror does not know which referrers the registry has.
                 400 | 404 | 405 if !place.is_mirror => Ok(None),
                 _ => self.accept(&call, landed, &[]).map(|_| None),
             }
         })?;
-        // Some registries answer anything they do not know with a login page.
+        // Some registries answer unknown requests with a login page.
         let index = "application/vnd.oci.image.index.v1+json";
         if let Some(manifest) = found.filter(|manifest| manifest.media_type == index) {
             return Ok(Some(manifest));
@@ -257,10 +259,10 @@ impl Repository {
         }
     }
 
-    /// Whether the repository has this blob.
+    /// True if the repository has this blob.
     ///
     /// # Errors
-    /// See [`RegistryError`]; "not found" is no error here.
+    /// See [`RegistryError`]; "not found" is not an error here.
     pub fn blob_exists(&self, digest: &Digest) -> Result<bool, RegistryError> {
         let what = self.place.describe(&format!("blob {digest}"));
         let url = self.place.url(&format!("blobs/{digest}"))?;
@@ -272,10 +274,11 @@ impl Repository {
         }
     }
 
-    /// Length of a blob in bytes, for one whose descriptor is not at hand.
+    /// Length of a blob in bytes, for callers without its descriptor.
     ///
     /// # Errors
-    /// See [`RegistryError`]; [`RegistryError::Protocol`] when the registry does not say.
+    /// See [`RegistryError`]; [`RegistryError::Protocol`] when the registry does not state the
+    /// length.
     pub fn blob_size(&self, digest: &Digest) -> Result<u64, RegistryError> {
         let what = self.place.describe(&format!("blob {digest}"));
         let landed = self.read(|place, deadline| {
@@ -296,7 +299,7 @@ impl Repository {
         })
     }
 
-    /// Range reads of a blob whose `size` in bytes its descriptor gives. Asks nothing yet.
+    /// Opens a blob for range reads; its descriptor gives `size` in bytes. Makes no request yet.
     ///
     /// # Errors
     /// [`RegistryError::BadName`] never happens for a digest, but the URL is built here.
@@ -304,19 +307,21 @@ impl Repository {
         RemoteBlob::new(&self.place, &self.mirrors, digest, size)
     }
 
-    /// A blob of `size` bytes from front to end. The caller verifies the digest.
+    /// Opens a blob of `size` bytes for reading from front to end. The caller verifies the digest.
     ///
     /// # Errors
-    /// As [`Repository::blob`]; the first read asks the registry.
+    /// Returns the errors of [`Repository::blob`]; the first read asks the registry.
     pub fn blob_stream(&self, digest: &Digest, size: u64) -> Result<BlobReader, RegistryError> {
         BlobReader::new(&self.place, &self.mirrors, digest, size)
     }
 
-    /// Takes over a blob of the repository `from` of the same registry without sending it; says whether the
-    /// registry did. One that does not do such things opens an upload instead, which is left to expire.
+    /// Mounts a blob of the repository `from` of the same registry without sending it; returns true
+    /// if the registry did so. A registry that does not support this opens an upload instead, which
+    /// is left to expire.
     ///
     /// # Errors
-    /// See [`RegistryError`]; a refusal, as for want of the right to read `from`, is no error here.
+    /// See [`RegistryError`]; a refusal, for example without the right to read `from`, is not an
+    /// error here.
     pub fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool, RegistryError> {
         let what = self.place.describe(&format!("blob {digest}"));
         let path = format!("blobs/uploads/?mount=sha256%3A{}&from={from}", digest.hex());
@@ -333,7 +338,7 @@ impl Repository {
         }
     }
 
-    /// Stores a blob that is in memory, unless the repository has it; says whether it was sent.
+    /// Stores a blob that is in memory, unless the repository has it; returns true if it was sent.
     ///
     /// # Errors
     /// See [`RegistryError`].
@@ -343,11 +348,12 @@ impl Repository {
         })
     }
 
-    /// Stores a blob of `length` bytes, unless the repository has it; says whether it was sent. `open` is
-    /// called for each try and gives the blob from its start.
+    /// Stores a blob of `length` bytes, unless the repository has it; returns true if it was sent.
+    /// `open` is called for each try and returns a reader of the blob from its start.
     ///
     /// # Errors
-    /// [`RegistryError::Upload`] when the reader fails or ends early; else see [`RegistryError`].
+    /// Returns [`RegistryError::Upload`] when the reader fails or ends early; else see
+    /// [`RegistryError`].
     pub fn push_blob_from(
         &self,
         digest: &Digest,
@@ -380,11 +386,11 @@ impl Repository {
 
 enum Stored {
     Yes,
-    /// The registry takes no body with the closing `PUT`.
+    /// The registry accepts no body with the closing `PUT`.
     NotThisWay,
 }
 
-/// One blob on its way up (distribution specification, "Pushing blobs").
+/// One blob being uploaded (distribution specification, "Pushing blobs").
 struct Upload<'a> {
     repository: &'a Repository,
     digest: Digest,
@@ -437,7 +443,7 @@ impl Upload<'_> {
             .header(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))
     }
 
-    /// Opens an upload and says where it goes on.
+    /// Opens an upload and returns the URL for its next request.
     fn session(&self) -> Result<Uri, RegistryError> {
         let url = self.repository.place.url("blobs/uploads/")?;
         let call = Call::new(Method::POST, url, self.what.clone())
@@ -465,7 +471,8 @@ impl Upload<'_> {
         text.parse().map_err(|_| RegistryError::BadName { text, expected: "a URL" })
     }
 
-    /// Sends the blob's bytes as the body of `call`; with a new token once more when it is refused.
+    /// Sends the blob's bytes as the body of `call`; repeats it once with a new token when it is
+    /// refused.
     fn send(
         &self,
         call: &Call,
@@ -517,12 +524,13 @@ impl Upload<'_> {
     }
 }
 
-/// `Docker-Content-Digest`, when it is one that can be checked.
+/// `Docker-Content-Digest`, if its algorithm can be checked.
 fn stated_digest(headers: &HeaderMap) -> Option<Digest> {
     headers.get(DOCKER_CONTENT_DIGEST)?.to_str().ok()?.trim().parse().ok()
 }
 
-/// A tag (distribution specification, "Pulling manifests") or a digest, which is returned.
+/// Checks a tag (distribution specification, "Pulling manifests") or a digest, and returns the
+/// digest.
 fn check_reference(reference: &str) -> Result<Option<Digest>, RegistryError> {
     if reference.contains(':') {
         let expected = "a digest (sha256: and 64 lower-case hexadecimal digits)";

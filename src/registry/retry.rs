@@ -1,10 +1,10 @@
-//! When to try again, and when to stop.
+//! Retry policy: pauses, deadlines, numbers of tries.
 //!
-//! Pauses double from a short first one up to a bound, each a quarter shorter or longer by chance: the
-//! hosts of a fleet must not come back to their registry all at once. The readers of one host take turns
-//! besides ([`host`](super::host)), so that an outage is no storm. A server's `Retry-After` is obeyed
-//! when the deadline allows it; when it does not, the read fails at once instead of sleeping into a
-//! certain failure.
+//! Pauses double from a short first one up to a bound, each shortened at random by up to a half:
+//! the hosts of a fleet must not return to their registry all at once. In addition the readers of
+//! one host take turns ([`host`](super::host)), so that an outage causes no storm of requests. A
+//! server's `Retry-After` is obeyed when the deadline allows it; when it does not, the read fails
+//! at once instead of sleeping until a certain failure.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
@@ -15,22 +15,23 @@ use super::client::Place;
 use super::error::RegistryError;
 use super::host::{Host, Network};
 
-/// How often and how long one operation is tried.
+/// Limits on the tries of one operation.
 #[derive(Clone, Copy, Debug)]
 pub struct RetryPolicy {
-    /// Tries in all, the first included; at least 1.
+    /// Number of tries, the first included; at least 1.
     pub max_tries: u32,
-    /// From the first try to the last byte. Longer than any healthy answer, shorter than the two
-    /// minutes after which the kernel complains of a hung task.
+    /// Time from the first try to the last byte. Longer than any healthy answer, shorter than the
+    /// two minutes after which the kernel reports a hung task.
     pub deadline: Duration,
     /// Pause after the first failure; doubled after each further one.
     pub first_pause: Duration,
-    /// No pause is longer, unless the server asks for it.
+    /// Longest pause, unless the server asks for a longer one.
     pub max_pause: Duration,
 }
 
 impl RetryPolicy {
-    /// For a person who waits for a command: a slip is passed over, a wrong host is told in seconds.
+    /// For a user who waits for a command: one lost request is repeated, and a wrong host is
+    /// reported in seconds.
     pub const COMMAND: Self = Self {
         max_tries: 5,
         deadline: Duration::from_secs(60),
@@ -38,19 +39,19 @@ impl RetryPolicy {
         max_pause: Duration::from_secs(5),
     };
 
-    /// For a read behind which processes wait: a registry that restarts is waited for, a minute long.
+    /// For a read that blocks processes: it waits for up to a minute while a registry restarts.
     pub const READ: Self = Self { max_tries: u32::MAX, ..Self::COMMAND };
 }
 
-/// `pause` or up to a half less, so that what failed together does not come back together. Never more: a
-/// policy's longest pause is a promise.
+/// `pause` shortened at random by up to a half, so that reads that failed together are not repeated
+/// together. Never longer: a policy's longest pause is a promise.
 fn by_chance(pause: Duration) -> Duration {
     let chance = RandomState::new().hash_one(()) >> 32;
     pause.mul_f64(0.5 + chance as f64 / (1_u64 << 33) as f64)
 }
 
 /// Tries of a request whose answers break the rules. Such a server may be one bad node of many, but
-/// is more likely to stay as it is: a minute of it would only hide the reason.
+/// is more likely to stay broken: retries for a minute would only hide the reason.
 const MAX_TRIES_OF_NONSENSE: u32 = 5;
 
 /// The budget of one operation.
@@ -71,7 +72,7 @@ impl Budget {
         Self { policy, started: Instant::now(), tries: 0, host, network }
     }
 
-    /// When everything must be done.
+    /// Time at which the operation must be done.
     pub(super) fn deadline(&self) -> Instant {
         self.started + self.policy.deadline
     }
@@ -82,15 +83,17 @@ impl Budget {
         self.tries = 0;
     }
 
-    /// Takes note of a failed try and sleeps before the next one.
+    /// Records a failed try and sleeps before the next one.
     ///
     /// # Errors
-    /// `error` itself when it is final, [`RegistryError::GaveUp`] when the budget is used up.
+    /// Returns `error` itself when it is final, [`RegistryError::GaveUp`] when the budget is used
+    /// up.
     pub(super) fn pause(&mut self, error: RegistryError) -> Result<(), RegistryError> {
         self.pause_telling(error, |_, _| ())
     }
 
-    /// The same; `tell` is told of the error and the time until the next try before it sleeps.
+    /// Form of [`Budget::pause`] that calls `tell` with the error and the time until the next try
+    /// before it sleeps.
     pub(super) fn pause_telling(
         &mut self,
         error: RegistryError,
@@ -102,7 +105,8 @@ impl Budget {
         }
         let doubled = self.policy.first_pause.saturating_mul(1 << (self.tries - 1).min(20));
         let left = self.policy.deadline.saturating_sub(self.started.elapsed());
-        // The time is there to be used: what would end past it comes earlier, the last tries close together.
+        // A pause that would end after the deadline is shortened, so the last tries come close
+        // together.
         let wait = by_chance(doubled.min(self.policy.max_pause))
             .min(left.mul_f64(0.75))
             .max(error.retry_after().unwrap_or_default())

@@ -1,13 +1,13 @@
-//! Where an image lives.
+//! Places that hold images.
 //!
-//! Conversion and attachment need few things of a place that holds images: a manifest by tag or
-//! digest, a blob as a stream or by range, and a way to add blobs and manifests. [`ImageStore`] is
-//! that; an OCI image layout directory ([`LayoutStore`]) and a repository of a registry
-//! ([`RepositoryStore`]) are the two real ones, [`MemoryStore`] serves tests and images that are
-//! built and attached in one go. What a blob brought is counted by its source ([`ByteSource::traffic`]).
+//! Conversion and attachment need few operations of such a place: a manifest by tag or digest, a blob as a
+//! stream or by range, and a way to add blobs and manifests. [`ImageStore`] defines them; an OCI image layout
+//! directory ([`LayoutStore`]) and a repository of a registry ([`RepositoryStore`]) are the two real
+//! implementations, [`MemoryStore`] serves tests and images that are built and attached in one go. A blob's
+//! source counts the bytes that were read of it ([`ByteSource::traffic`]).
 //!
-//! Nothing is believed: a blob or manifest asked for by digest is checked against it here, and
-//! streams are checked by whoever reads them to the end.
+//! All content is checked: a blob or manifest requested by digest is verified against it here, and a stream
+//! is verified by the code that reads it to its end.
 
 mod layout;
 mod memory;
@@ -30,7 +30,7 @@ pub use repository::RepositoryStore;
 /// Largest config or meta blob read into memory at once, 1 GiB: the meta image of a 100 GB layer.
 const MAX_BLOB_IN_MEMORY: u64 = 1 << 30;
 
-/// Why a store did not deliver.
+/// Reasons why a store did not deliver.
 #[derive(Debug, Error)]
 pub enum StoreError {
     /// Reading or writing the layout directory failed.
@@ -47,23 +47,23 @@ pub enum StoreError {
     Damaged {
         /// The store's name.
         store: String,
-        /// What was asked for.
+        /// The requested digest.
         digest: Digest,
-        /// What was found.
+        /// The digest of the bytes.
         got: Digest,
     },
     /// A stream broke before its end.
-    #[error("Blob {digest} of {store} broke off")]
+    #[error("The stream of blob {digest} of {store} broke")]
     Broken {
         /// The store's name.
         store: String,
         /// The blob.
         digest: Digest,
-        /// How.
+        /// Reason of the failure.
         #[source]
         source: std::io::Error,
     },
-    /// A descriptor promises more than is reasonable to hold in memory.
+    /// A descriptor states a size that is too large to hold in memory.
     #[error(
         "Blob {digest} of {store} claims {size} bytes, more than the {limit} that are read at once"
     )]
@@ -77,18 +77,18 @@ pub enum StoreError {
         /// The limit in bytes.
         limit: u64,
     },
-    /// A manifest that is none.
-    #[error("Document {digest} of {store} is no manifest")]
+    /// The document is not a manifest.
+    #[error("Document {digest} of {store} is not a manifest")]
     Document {
         /// The store's name.
         store: String,
         /// The document.
         digest: Digest,
-        /// Why not.
+        /// Reason.
         #[source]
         source: ManifestError,
     },
-    /// Nothing of that name.
+    /// The store has no manifest or blob of that name.
     #[error("{store} has no {what}")]
     NotFound {
         /// The store's name.
@@ -98,21 +98,21 @@ pub enum StoreError {
     },
 }
 
-/// How a manifest is asked for.
+/// Ways to name a manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Selector {
     /// By tag.
     Tag(String),
     /// By digest.
     Digest(Digest),
-    /// The one that is meant when nobody says: the only one, or `latest`.
+    /// The default when no name is given: the only manifest, or `latest`.
     Default,
 }
 
 /// A manifest or index as stored.
 #[derive(Clone, Debug)]
 pub struct StoredManifest {
-    /// Its media type, as the store says or else the document itself.
+    /// Its media type, from the store or else from the document itself.
     pub media_type: String,
     /// Digest of `bytes`.
     pub digest: Digest,
@@ -122,42 +122,43 @@ pub struct StoredManifest {
 
 /// A place that holds images.
 pub trait ImageStore: Send + Sync {
-    /// What to call it in messages: `oci:DIR` or `host/repository`.
+    /// Name in messages: `oci:DIR` or `host/repository`.
     fn name(&self) -> &str;
 
-    /// A manifest or index.
+    /// Returns a manifest or index.
     ///
     /// # Errors
-    /// [`StoreError`]; by digest, the bytes are verified.
+    /// Returns [`StoreError`]; by digest, the bytes are verified.
     fn manifest(&self, selector: &Selector) -> Result<StoredManifest, StoreError>;
 
-    /// A blob from its first byte to its last. The reader's bytes are not verified yet.
+    /// Opens a blob for reading from its first byte to its last. The reader's bytes are not verified yet.
     ///
     /// # Errors
-    /// [`StoreError`] when it cannot be opened.
+    /// Returns [`StoreError`] when it cannot be opened.
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError>;
 
-    /// A blob to read at any position; `size` is its length in bytes if known.
+    /// Opens a blob for reading at any position; `size` is its length in bytes if known.
     ///
     /// # Errors
-    /// [`StoreError`] when there is no such blob, or a store that must be asked for the size fails.
+    /// Returns [`StoreError`] when there is no such blob, or when the store must be asked for the size and
+    /// fails.
     fn blob_source(
         &self,
         digest: &Digest,
         size: Option<u64>,
     ) -> Result<Arc<dyn ByteSource>, StoreError>;
 
-    /// Adds a blob unless it is there already. Seen whole or not at all.
+    /// Adds a blob unless the store has it already. Readers see it whole or not at all.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`].
     fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError>;
 
-    /// Adds a blob of `size` bytes that need not fit memory, unless it is there already. `open` is called for
-    /// each try and gives the blob from its start.
+    /// Adds a blob of `size` bytes that need not fit memory, unless the store has it already. `open` is
+    /// called for each try and returns a reader of the blob from its start.
     ///
     /// # Errors
-    /// [`StoreError`]; [`StoreError::Damaged`] when the bytes have another digest.
+    /// Returns [`StoreError`]; [`StoreError::Damaged`] when the bytes have another digest.
     fn put_blob_from(
         &self,
         digest: &Digest,
@@ -165,23 +166,23 @@ pub trait ImageStore: Send + Sync {
         open: &mut dyn FnMut() -> Result<Box<dyn Read + Send>, StoreError>,
     ) -> Result<(), StoreError>;
 
-    /// Whether the blob is there.
+    /// True if the store has the blob.
     ///
     /// # Errors
-    /// [`StoreError`] when that cannot be found out.
+    /// Returns [`StoreError`] when the store cannot answer.
     fn has_blob(&self, digest: &Digest, size: u64) -> Result<bool, StoreError>;
 
-    /// Takes over a blob that the store `from` has, without moving its bytes; says whether that worked. Only
-    /// repositories of one registry can.
+    /// Takes over a blob that the store `from` has, without moving its bytes; returns true if it did. Only
+    /// repositories of one registry support it.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`].
     fn mount_blob(&self, digest: &Digest, from: &dyn ImageStore) -> Result<bool, StoreError> {
         let _ = (digest, from);
         Ok(false)
     }
 
-    /// Host and name of the repository that this store is, if it is one.
+    /// Host and name of the repository, if this store is one.
     fn repository(&self) -> Option<(&str, &str)> {
         None
     }
@@ -189,7 +190,7 @@ pub trait ImageStore: Send + Sync {
     /// Adds a manifest, and points `tag` at it.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`].
     fn put_manifest(
         &self,
         tag: Option<&str>,
@@ -200,16 +201,16 @@ pub trait ImageStore: Send + Sync {
     /// The index of manifests that name the manifest `digest` as their subject, if the store keeps one.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`].
     fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
         let _ = digest;
         Ok(None)
     }
 
-    /// A small blob, whole and verified.
+    /// Reads a small blob whole and verifies it.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`].
     fn read_blob(&self, blob: &Descriptor) -> Result<Vec<u8>, StoreError> {
         let store = || self.name().to_owned();
         let digest = blob.digest;
@@ -224,7 +225,7 @@ pub trait ImageStore: Send + Sync {
         let mut bytes = Vec::new();
         self.open_blob(blob)?.take(blob.size + 1).read_to_end(&mut bytes).map_err(|error| {
             match error.downcast::<RegistryError>() {
-                Ok(error) => error.into(), // names the blob and its place itself
+                Ok(error) => error.into(), // the error names the blob and its place itself
                 Err(source) => StoreError::Broken { store: store(), digest, source },
             }
         })?;
@@ -236,10 +237,10 @@ pub trait ImageStore: Send + Sync {
     }
 }
 
-/// Opens the place of an image, and says which manifest of it is meant.
+/// Opens the store of an image, and returns it with the selector of the image's manifest.
 ///
 /// # Errors
-/// [`StoreError`] when a layout directory is none; a registry is not contacted yet.
+/// Returns [`StoreError`] when the directory is not a layout directory; a registry is not contacted yet.
 pub fn open(
     image: &ImageName,
     client: &Client,
@@ -255,10 +256,10 @@ pub fn open(
     Ok((open_repository(&image.repository(), client)?, selector))
 }
 
-/// Opens a place that exists.
+/// Opens an existing store.
 ///
 /// # Errors
-/// [`StoreError`] when a layout directory is none; a registry is not contacted yet.
+/// Returns [`StoreError`] when the directory is not a layout directory; a registry is not contacted yet.
 pub fn open_repository(
     place: &RepositoryName,
     client: &Client,
@@ -271,10 +272,10 @@ pub fn open_repository(
     })
 }
 
-/// Opens a place to write to; a layout directory is made when there is none.
+/// Opens a store to write to; a missing layout directory is created.
 ///
 /// # Errors
-/// [`StoreError`] when a directory holds something else.
+/// Returns [`StoreError`] when a directory holds something else.
 pub fn create_repository(
     place: &RepositoryName,
     client: &Client,

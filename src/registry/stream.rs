@@ -1,8 +1,8 @@
-//! One blob from front to end, resumed where it broke.
+//! One blob from front to end, resumed after a broken connection.
 //!
-//! For the converter, which needs every byte of a layer once. A connection that breaks after 9 GB of 10
-//! is continued by a range request; from a registry without ranges the blob is fetched again and
-//! the known part thrown away, which is slow but gets there.
+//! This is for the converter, which needs every byte of a layer once. A connection that breaks
+//! after 9 GB of 10 is continued by a range request; from a registry without ranges the blob is
+//! fetched again and the known part discarded, which is slow but succeeds.
 
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -15,19 +15,19 @@ use super::retry::Budget;
 use super::way::{BlobAddress, RangeBody};
 use formats::oci::Digest;
 
-/// Progress after which the count of tries starts anew: a link that gives less between two breaks is
-/// not worth holding on to.
+/// Progress in bytes after which the count of tries starts anew: a connection that gives less
+/// between two breaks is given up.
 const PROGRESS: u64 = 64 << 10;
 
-/// Reads a whole blob. Exactly its size in bytes, or an [`io::Error`] that holds a [`RegistryError`]; whether
-/// they are the right bytes is for the caller to verify.
+/// Reader of a whole blob. It gives exactly the blob's size in bytes, or an [`io::Error`] that
+/// holds a [`RegistryError`]; the caller verifies the digest.
 pub struct BlobReader {
     blob: BlobAddress,
     body: Option<RangeBody>,
     frame: Bytes,
     /// Bytes that arrived, delivered or in `frame`.
     received: u64,
-    /// Bytes of the present body to throw away: it started at 0.
+    /// Bytes of the present body to discard: it started at 0.
     skip: u64,
     received_at_break: u64,
     ranges_ignored: bool,
@@ -100,7 +100,7 @@ impl BlobReader {
         self.skip -= known;
         let received = self.received + frame.len() as u64;
         if received == self.blob.size {
-            // The end must be the end: this reads the mark, and gives the connection back.
+            // The body must end here: this reads its end, and returns the connection to the pool.
             body.next_frame()?;
         } else {
             self.body = Some(body);

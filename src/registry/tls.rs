@@ -1,11 +1,11 @@
-//! Whom to believe: the platform's authorities, the user's, and our own certificate.
+//! Trust: the platform's authorities, the user's authorities, and this client's own certificate.
 //!
 //! The cryptography is named explicitly (ring): two providers in one program without a default make
 //! rustls panic at its first handshake.
 //!
-//! The platform's authorities (on Debian some 150 files) take as long to read as a small image to open, and a
-//! registry in clear text needs none: they are read at the first handshake. The user's own are read at once,
-//! so that a wrong path is an error of the setting.
+//! The platform's authorities (on Debian some 150 files) take as long to read as a small image
+//! takes to open, and a registry in clear text needs none, so they are read at the first handshake.
+//! The user's own files are read at once, so that a wrong path is an error of the setting.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -24,16 +24,16 @@ use super::error::RegistryError;
 /// A certificate that this client shows to registries that ask for one.
 #[derive(Clone, Debug)]
 pub struct ClientCertificate {
-    /// PEM file with the certificate and what stands between it and its authority.
+    /// PEM file with the certificate and the certificates between it and its authority.
     pub certificate: PathBuf,
     /// PEM file with its private key.
     pub key: PathBuf,
 }
 
-/// Builds the TLS side of a client.
+/// Builds the TLS configuration of a client.
 ///
 /// # Errors
-/// [`RegistryError::Setup`] naming the file that cannot be used.
+/// Returns [`RegistryError::Setup`] naming the file that cannot be used.
 pub(super) fn configure(
     authorities: &[PathBuf],
     certificate: Option<&ClientCertificate>,
@@ -59,7 +59,7 @@ pub(super) fn configure(
         setup(format!("{} holds no private key in PEM form: {error}", key.display()))
     })?;
     builder.with_client_auth_cert(chain, private).map_err(|error| {
-        setup(format!("{} and {} do not fit: {error}", certificate.display(), key.display()))
+        setup(format!("{} and {} do not match: {error}", certificate.display(), key.display()))
     })
 }
 
@@ -71,7 +71,7 @@ fn read_roots(files: &[PathBuf]) -> Result<RootCertStore, RegistryError> {
             for authority in certificates(&file)? {
                 store.add(authority).map_err(|error| RegistryError::Setup {
                     reason: format!(
-                        "{} holds a certificate that is no authority: {error}",
+                        "{} holds a certificate that is not an authority's: {error}",
                         file.display()
                     ),
                 })?;
@@ -98,7 +98,7 @@ fn bundle_files(path: &Path) -> Result<Vec<PathBuf>, RegistryError> {
     Ok(files)
 }
 
-/// Read once a process: some platforms have a file for each.
+/// The platform's authorities, read once a process: some platforms have a file for each.
 fn platform_roots() -> &'static [CertificateDer<'static>] {
     static ROOTS: OnceLock<Vec<CertificateDer<'static>>> = OnceLock::new();
     ROOTS.get_or_init(|| {
@@ -123,12 +123,13 @@ fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, RegistryErr
     Ok(chain)
 }
 
-/// Who vouches for servers.
+/// Authorities that vouch for servers.
 #[derive(Debug)]
 struct Authorities {
-    /// The user's.
+    /// The user's authorities.
     own: RootCertStore,
-    /// Of those and the platform's, made at the first handshake; none when there are no authorities at all.
+    /// Verifier of the user's and the platform's authorities, made at the first handshake; `None`
+    /// when there are no authorities at all.
     verifier: OnceLock<Option<Arc<WebPkiServerVerifier>>>,
 }
 
@@ -143,11 +144,11 @@ impl Authorities {
     }
 }
 
-/// Whom to believe. The signatures of a handshake are checked in any case.
+/// Verifier of servers' certificates. The signatures of a handshake are checked in any case.
 #[derive(Debug)]
 struct Verifier {
     provider: Arc<CryptoProvider>,
-    /// None with `--insecure`: any certificate will do.
+    /// `None` with `--insecure`: any certificate is accepted.
     authorities: Option<Authorities>,
 }
 

@@ -1,16 +1,16 @@
-//! One request at a time, synchronously, over sockets that live elsewhere.
+//! Synchronous requests, one at a time, over sockets that I/O threads own.
 //!
 //! [`Transport::send`] hands a request to an I/O thread and blocks until the head of the answer is
-//! here. The body follows through a channel of a few frames: when the caller does not take them, the
-//! I/O thread stops reading, the TCP window closes and the server waits. An upload runs the other
-//! way: the caller's thread reads its reader and feeds the I/O thread.
+//! there. The body follows through a channel of a few frames: when the caller does not take them,
+//! the I/O thread stops reading, the TCP window closes and the server waits. An upload runs the
+//! other way: the caller's thread reads its reader and feeds the I/O thread.
 //!
-//! Nothing waits for ever. Connecting, the wait for a head, and silence in the middle of a body each
-//! have a limit ([`Timeouts`]), and a whole exchange may have a deadline. The waiting side needs no
-//! clock of its own: the I/O thread always sends an end or a reason.
+//! Every wait ends. Connecting, the wait for a head, and silence in the middle of a body each have
+//! a limit ([`Timeouts`]), and a whole exchange may have a deadline. The waiting side needs no
+//! clock of its own: the I/O thread always sends an end or an error.
 //!
-//! HTTP/1.1 only, by as many connections as there are requests at a time: HTTP/2 was measured and gains nothing
-//! (`perf/http2.rs`).
+//! HTTP/1.1 only, with as many connections as there are parallel requests: HTTP/2 was measured and
+//! gains nothing (`perf/http2.rs`).
 
 use std::error::Error as StdError;
 use std::io::{self, Read};
@@ -39,23 +39,25 @@ use super::payload::{Gauge, Payload};
 use super::proxy::{Proxies, Route};
 use super::wait::block_on;
 
-/// Frames of a body between the I/O thread and its reader. hyper's frames are at most some 400 KiB, so
-/// a stream holds a few MiB in the worst case; fewer frames would make the two threads wait in turns.
+/// Frames of a body between the I/O thread and its reader. hyper's frames are at most some 400 KiB,
+/// so a stream holds a few MiB in the worst case; fewer frames would make the two threads wait in
+/// turns.
 const FRAMES_AHEAD: usize = 8;
 
 /// Bytes read from an uploader at once.
 const UPLOAD_PIECE: usize = 256 << 10;
 
-/// Idle connections kept a host. More parallel reads than this open more, and drop them afterwards.
+/// Idle connections kept per host. More parallel reads than this open more, and close them
+/// afterwards.
 const IDLE_CONNECTIONS: usize = 32;
 
-/// How long each stage of an exchange may be silent.
+/// Limit of silence for each stage of an exchange.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
     /// TCP connect.
     pub connect: Duration,
-    /// From the request to the head of its answer, TLS handshake included; counted from the last byte of
-    /// an upload.
+    /// From the request to the head of its answer, TLS handshake included; counted from the last
+    /// byte of an upload.
     pub head: Duration,
     /// Between two frames of a body, in either direction.
     pub idle: Duration,
@@ -71,7 +73,7 @@ impl Default for Timeouts {
     }
 }
 
-/// Why an exchange did not happen. The text is the reason; the caller knows host and purpose.
+/// Reasons why an exchange failed. The text is the reason alone; the caller knows host and purpose.
 #[derive(Clone, Debug, Error)]
 pub enum TransportError {
     /// No connection, a broken one, or an answer that is not HTTP.
@@ -83,16 +85,16 @@ pub enum TransportError {
     /// Nothing came in time.
     #[error("nothing arrived for {:.1} s while waiting for {waiting_for}", .after.as_secs_f64())]
     Silent {
-        /// Which stage.
+        /// The stage that was waited for.
         waiting_for: &'static str,
-        /// How long it lasted.
+        /// Length of the silence.
         after: Duration,
     },
-    /// More than the caller accepts.
+    /// The body is larger than the caller accepts.
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
     /// The reader that was to be uploaded failed.
-    #[error("the reader to be uploaded failed")]
+    #[error("the reader of the upload failed")]
     Reader(#[source] Arc<io::Error>),
 }
 
@@ -103,7 +105,8 @@ struct IoThreads {
     next: AtomicUsize,
 }
 
-/// Two, so that one connection's TLS does not hold up the others; a machine of one core gets one.
+/// The runtime of the I/O threads. It has two, so that one connection's TLS does not hold up the
+/// others; a machine with one core gets one.
 fn io_threads() -> Result<&'static IoThreads, TransportError> {
     static THREADS: OnceLock<Result<IoThreads, String>> = OnceLock::new();
     let threads = THREADS.get_or_init(|| {
@@ -134,10 +137,11 @@ impl IoThreads {
     }
 }
 
-/// Runs `task` on an I/O thread and waits for it. For what is no request, such as a socket of another kind.
+/// Runs `task` on an I/O thread and waits for it. For work that is not a request, such as a socket
+/// of another kind.
 ///
 /// # Errors
-/// [`TransportError::Broken`] when there is no I/O thread, or the task panicked.
+/// Returns [`TransportError::Broken`] when there is no I/O thread, or the task panicked.
 pub(super) fn on_io_thread<T: Send + 'static>(
     task: impl Future<Output = T> + Send + 'static,
 ) -> Result<T, TransportError> {
@@ -146,7 +150,7 @@ pub(super) fn on_io_thread<T: Send + 'static>(
 
 type Connector = HttpsConnector<Route>;
 
-/// A pool of connections with one idea of trust, proxies and time.
+/// A pool of connections with one setting of trust, proxies and timeouts.
 #[derive(Clone)]
 pub struct Transport {
     pool: Client<Connector, Payload>,
@@ -154,18 +158,18 @@ pub struct Transport {
     timeouts: Timeouts,
 }
 
-/// The head of an answer, and its body to come.
+/// The head of an answer, with the body to come.
 #[derive(Debug)]
 pub struct Reply {
     /// HTTP status.
     pub status: StatusCode,
     /// Header fields.
     pub headers: HeaderMap,
-    /// What follows.
+    /// Body of the answer.
     pub body: Body,
 }
 
-/// A body on its way. Dropping it closes the connection unless all of it was read.
+/// A body in transfer. Dropping it closes the connection unless all of it was read.
 #[derive(Debug)]
 pub struct Body {
     frames: mpsc::Receiver<Result<Bytes, TransportError>>,
@@ -177,7 +181,7 @@ impl Body {
         self.frames.blocking_recv()
     }
 
-    /// As [`Body::next_frame`], without blocking.
+    /// Form of [`Body::next_frame`] that does not block.
     pub fn poll_frame(
         &mut self,
         context: &mut Context<'_>,
@@ -185,10 +189,10 @@ impl Body {
         self.frames.poll_recv(context)
     }
 
-    /// All of it, when it has at most `limit` bytes.
+    /// The whole body, when it has at most `limit` bytes.
     ///
     /// # Errors
-    /// [`TransportError::TooLarge`] past `limit`; else how the connection broke.
+    /// Returns [`TransportError::TooLarge`] past `limit`; else the reason why the connection broke.
     pub fn collect(mut self, limit: usize) -> Result<Vec<u8>, TransportError> {
         let mut all = Vec::new();
         while let Some(frame) = self.next_frame() {
@@ -201,12 +205,12 @@ impl Body {
         Ok(all)
     }
 
-    /// Reads what is left when that is little, so that the connection can be used again.
+    /// Reads the rest when it is short, so that the connection can be used again.
     pub fn discard(self) {
         block_on(self.discard_async());
     }
 
-    /// As [`Body::discard`], without blocking.
+    /// Form of [`Body::discard`] that does not block.
     pub async fn discard_async(mut self) {
         let mut left = 64 << 10;
         while let Some(Ok(frame)) = self.frames.recv().await {
@@ -219,7 +223,7 @@ impl Body {
 }
 
 impl Transport {
-    /// A pool with these rules.
+    /// Creates a pool with these rules.
     #[must_use]
     pub fn new(tls: ClientConfig, proxies: &Proxies, timeouts: Timeouts) -> Self {
         let route = Route::new(proxies, timeouts.connect);
@@ -241,7 +245,7 @@ impl Transport {
     /// must arrive before `deadline`, if there is one.
     ///
     /// # Errors
-    /// [`TransportError`]: any HTTP status is an answer, not an error.
+    /// Returns [`TransportError`]. Any HTTP status is an answer, not an error.
     pub fn send(
         &self,
         request: Request<Bytes>,
@@ -250,10 +254,10 @@ impl Transport {
         block_on(self.send_async(request, deadline))
     }
 
-    /// As [`Transport::send`], without blocking. Who drops this future ends the exchange.
+    /// Form of [`Transport::send`] that does not block. Dropping this future ends the exchange.
     ///
     /// # Errors
-    /// As [`Transport::send`].
+    /// Returns the errors of [`Transport::send`].
     pub async fn send_async(
         &self,
         request: Request<Bytes>,
@@ -266,7 +270,8 @@ impl Transport {
     /// Sends `length` bytes of `reader` as the body of a request, and waits for the head of the answer.
     ///
     /// # Errors
-    /// [`TransportError::Reader`] when `reader` fails or ends early, else as [`Transport::send`].
+    /// Returns [`TransportError::Reader`] when `reader` fails or ends early, else the errors of
+    /// [`Transport::send`].
     pub fn upload(
         &self,
         request: Request<()>,
@@ -288,7 +293,8 @@ impl Transport {
                 return Err(TransportError::Reader(error));
             }
             left -= piece.len() as u64;
-            // A server that answers early need not read on, so sending alone might wait for ever.
+            // A server that answers early need not read on, so sending alone might block without
+            // end.
             let early = handle.block_on(async {
                 tokio::select! {
                     sent = pieces.send(Ok(piece.into())) => if sent.is_ok() { None } else { Some(answer.0.recv().await) },
@@ -323,9 +329,9 @@ impl Transport {
     }
 }
 
-/// A task that ended without a word: it panicked, or its runtime is gone.
+/// The error of a task that ended without a result: it panicked, or its runtime is gone.
 fn gave_up() -> TransportError {
-    TransportError::Broken("the I/O thread gave up".to_owned())
+    TransportError::Broken("the I/O thread ended without an answer".to_owned())
 }
 
 /// The answer to come.
@@ -359,7 +365,7 @@ impl Exchange {
         };
         let answer = tokio::select! {
             answer = answer => answer,
-            // Nobody wants it any more: somebody else was quicker.
+            // The reader has gone: another request was quicker.
             () = head.closed() => return,
         };
         let (sender, frames) = mpsc::channel(FRAMES_AHEAD);
@@ -398,7 +404,7 @@ impl Exchange {
         }
     }
 
-    /// As `answer`, but the clock only runs while it is the server that keeps us waiting.
+    /// Form of `answer` whose clock runs only while the server causes the wait.
     async fn answer_upload(
         &self,
         request: Request<Payload>,
@@ -420,7 +426,7 @@ impl Exchange {
                         || gauge.starved.load(Ordering::Relaxed) => {}
                 Err(_) => {
                     return Err(TransportError::Silent {
-                        waiting_for: "the upload to go on",
+                        waiting_for: "the upload to continue",
                         after: limit,
                     });
                 }
@@ -464,7 +470,7 @@ impl Exchange {
 fn explain(error: &ClientError) -> TransportError {
     let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
     while let Some(here) = cause {
-        // An `io::Error` hides what it wraps from `source()` of the level above.
+        // `source()` of the level above skips the error that an `io::Error` wraps.
         let wrapped = here.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
         let tls = wrapped
             .and_then(|inner| find_certificate_error(inner))

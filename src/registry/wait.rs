@@ -1,8 +1,8 @@
 //! Waiting for a future on a plain thread, up to a point in time.
 //!
-//! What is waited for is a channel that an I/O thread feeds, so nothing of a runtime is needed here: the
-//! thread parks, and the waker unparks it. That also leaves the thread free to block inside a future,
-//! as the look-up of a credential does.
+//! The future waits for a channel that an I/O thread feeds, so no runtime is needed here: the
+//! thread parks, and the waker unparks it. That also leaves the thread free to block inside a
+//! future, which the look-up of a credential does.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ impl Wake for Unpark {
     }
 }
 
-/// What `future` comes to, or `None` when it is not done by `until`.
+/// The result of `future`, or `None` when it is not done by `until`.
 pub(super) fn block_until<T>(future: impl Future<Output = T>, until: Option<Instant>) -> Option<T> {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut context = Context::from_waker(&waker);
@@ -40,7 +40,7 @@ pub(super) fn block_until<T>(future: impl Future<Output = T>, until: Option<Inst
     }
 }
 
-/// What `future` comes to.
+/// The result of `future`.
 pub(super) fn block_on<T>(future: impl Future<Output = T>) -> T {
     let mut future = pin!(future);
     loop {

@@ -1,16 +1,18 @@
-//! Where a blob can be had: at the registry, or at a mirror of it; and through a peer, when there is one.
+//! Sources of a blob: the registry, a mirror of it, and a peer for each, when there is one.
 //!
 //! When a registry redirects, the final URL is kept ([`redirect::lifetime`]) and the next reads go
-//! straight there, without `Authorization`. When that URL is refused (401, 403, 404, 410) it is dropped and
-//! the registry is asked again within the same try.
+//! directly there, without `Authorization`. When that URL is refused (401, 403, 404, 410) it is
+//! dropped and the registry is asked again within the same try.
 //!
-//! Mirrors come before the registry, in the order of the configuration. One that failed lately is asked
-//! after the others, one that does not have this blob, or lied about it, is asked last for a while. All
-//! ways together are one try: only when the last has failed is there a pause.
+//! Mirrors come before the registry, in the order of the configuration. A mirror that failed
+//! recently is asked after the others; one that does not have this blob, or sent wrong bytes of it,
+//! is asked last for a while. All sources together are one try: there is a pause only when the last
+//! one has failed.
 //!
-//! A peer-to-peer proxy is given the *actual* URL, behind its own (spec runtime 6), so that what peers share is
-//! named by where it comes from. Where that is, is asked once, straight. Whether the peer is used is decided
-//! for each request: what it does not answer at once and rightly is asked for straight.
+//! A peer-to-peer proxy is given the *actual* URL, appended to its own (spec runtime 6), so that
+//! peers name shared bytes by their origin. The actual URL is learnt by one direct request. Each
+//! request decides again about the peer: if the peer does not answer at once and correctly, the
+//! bytes are requested directly.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,20 +32,21 @@ use super::transport::{Body, TransportError};
 use super::wait::block_on;
 use formats::oci::Digest;
 
-/// A mirror without this blob is asked last for so long, then perhaps it has it.
+/// Time that a mirror without this blob is asked last; after that it may have the blob.
 const MISSING: Duration = Duration::from_secs(300);
 
-/// Who lied about a blob is asked for it last for so long: the copy itself may be damaged.
+/// Time that a source which sent wrong bytes of a blob is asked last for it: the copy itself may be
+/// damaged.
 const LIED: Duration = Duration::from_secs(600);
 
-/// A blob, and all ways to it.
+/// A blob, and all its sources.
 pub(super) struct BlobAddress {
     pub(super) ways: Vec<Way>,
     pub(super) size: u64,
 }
 
 impl BlobAddress {
-    /// `place` is the registry; `what` is for messages.
+    /// Creates the address. `place` is the registry; `what` names the blob in messages.
     pub(super) fn new(
         place: &Arc<Place>,
         mirrors: &[Arc<Place>],
@@ -72,15 +75,16 @@ impl BlobAddress {
         &self.ways[self.ways.len() - 1].place
     }
 
-    /// In which order to ask: who is well first, each in the order of the configuration.
+    /// The order in which sources are asked: healthy ones first, each group in the order of the
+    /// configuration.
     pub(super) fn order(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.ways.len()).collect();
         order.sort_by_key(|way| !self.ways[*way].is_well());
         order
     }
 
-    /// Asks for `range` (not empty, inside the blob), one way after the other, and checks the head of the
-    /// answer.
+    /// Requests `range` (not empty, inside the blob) from one source after the other, and checks
+    /// the head of the answer.
     pub(super) fn open(
         &self,
         range: &Range<u64>,
@@ -101,14 +105,14 @@ impl BlobAddress {
     }
 }
 
-/// Of several errors, the registry's own is the one that is told.
+/// Chooses the error to report: of several, the registry's own.
 pub(super) fn tell(told: &mut Option<RegistryError>, error: RegistryError, way: &Way) {
     if told.is_none() || !way.place.is_mirror {
         *told = Some(error);
     }
 }
 
-/// One way to a blob.
+/// One source of a blob.
 pub(super) struct Way {
     pub(super) place: Arc<Place>,
     url: Uri,
@@ -117,7 +121,7 @@ pub(super) struct Way {
     moved: Mutex<Option<Moved>>,
     /// The place itself has the bytes: it was asked, and did not redirect.
     at_home: AtomicBool,
-    /// Asked last until then.
+    /// Time until which this source is asked last.
     last_until: Mutex<Option<Instant>>,
     /// The peer has wrong bytes of this blob.
     peer_lied: AtomicBool,
@@ -140,7 +144,7 @@ impl Way {
         *self.last_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
     }
 
-    /// The blob could not be had here.
+    /// Records that the blob could not be read here.
     pub(super) fn failed(&self, error: &RegistryError) {
         let state = &self.place.state;
         match error {
@@ -155,11 +159,11 @@ impl Way {
             _ => state.failed(None),
         }
         if self.place.is_mirror {
-            tracing::warn!(mirror = %self.place.host, %error, "registry: passing over a mirror for a while");
+            tracing::warn!(mirror = %self.place.host, %error, "registry: asking a mirror last for a while");
         }
     }
 
-    /// Who sends what comes this way: the host that the redirect led to, while it holds.
+    /// Name of the host that sends the bytes: the target of the redirect, while that is valid.
     pub(super) fn sender(&self, by_peer: bool) -> String {
         if let Some(peer) = self.place.services.p2p.as_ref().filter(|_| by_peer) {
             return peer.host.name().to_owned();
@@ -168,9 +172,9 @@ impl Way {
         moved.unwrap_or_else(|| self.place.host.clone())
     }
 
-    /// Bytes that came this way were wrong.
+    /// Records that bytes from this source were wrong.
     pub(super) fn lied(&self, by_peer: bool) {
-        // Another node may stand behind another URL.
+        // Another URL may lead to another node.
         self.set_moved(None);
         if by_peer {
             self.peer_lied.store(true, Ordering::Relaxed);
@@ -180,7 +184,8 @@ impl Way {
         }
     }
 
-    /// Asks for `range` and checks the head of the answer; through the peer first, if that is wanted.
+    /// Requests `range` and checks the head of the answer; through the peer first, if that is
+    /// wanted.
     pub(super) async fn open(
         &self,
         range: Range<u64>,
@@ -201,9 +206,9 @@ impl Way {
             match self.ask_peer(peer, &range, &url, deadline).await {
                 Ok(body) => return Ok(body),
                 Err(error) => {
-                    tracing::warn!(peer = %peer.host.name(), %error, "registry: going past a peer");
+                    tracing::warn!(peer = %peer.host.name(), %error, "registry: skipping a peer");
                     peer.host.failed(None);
-                    self.set_moved(None); // or it was the URL that has run out
+                    self.set_moved(None); // or the URL has expired
                 }
             }
         }
@@ -218,7 +223,7 @@ impl Way {
         if let Some(moved) = self.moved_to() {
             let landed = self.ask(range, moved.url, deadline).await;
             match landed {
-                // The URL ran out before its time: the registry knows a new one.
+                // The URL expired before its time: the registry knows a new one.
                 Ok(landed)
                     if matches!(landed.reply.status.as_u16(), 400 | 401 | 403 | 404 | 410) =>
                 {
@@ -245,7 +250,8 @@ impl Way {
         Ok(body)
     }
 
-    /// The peer is asked once and believed when it has the range: all else is for the straight way.
+    /// Asks the peer once and accepts its answer when it is the range; every other result leads to
+    /// a direct request.
     async fn ask_peer(
         &self,
         peer: &P2p,
@@ -330,7 +336,7 @@ impl Way {
                 if (first, last) != (range.start, range.end - 1) {
                     let (start, end) = (range.start, range.end - 1);
                     return Err(protocol(format!(
-                        "bytes {first}-{last} came instead of {start}-{end}"
+                        "it sent bytes {first}-{last} instead of {start}-{end}"
                     )));
                 }
             }
@@ -353,7 +359,7 @@ impl Way {
             .filter(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity"))
         {
             return Err(protocol(format!(
-                "the body was encoded as {encoding:?} although this was not wanted"
+                "the body was encoded as {encoding:?} although no encoding was requested"
             )));
         }
         if let Some(stated) = content_length(headers).filter(|stated| *stated != length) {
@@ -384,24 +390,24 @@ pub(super) struct RangeBody {
     host: String,
     place: Arc<Place>,
     body: Body,
-    /// Whose bytes these are.
+    /// The host that sends these bytes.
     pub(super) source: Arc<Host>,
-    /// Whether they come through the peer.
+    /// True if they come through the peer.
     pub(super) by_peer: bool,
 }
 
 impl RangeBody {
-    /// Bytes of the range that have not come yet.
+    /// Bytes of the range that have not arrived yet.
     pub(super) fn left(&self) -> u64 {
         self.left
     }
 
-    /// The next bytes, never more than are left; `None` once all have come. Blocks.
+    /// The next bytes, never more than are left; `None` once all have arrived. Blocks.
     pub(super) fn next_frame(&mut self) -> Result<Option<Bytes>, RegistryError> {
         block_on(std::future::poll_fn(|context| self.poll_frame(context)))
     }
 
-    /// As `next_frame`, without blocking.
+    /// Form of `next_frame` that does not block.
     pub(super) fn poll_frame(
         &mut self,
         context: &mut Context<'_>,
@@ -443,7 +449,7 @@ fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// `bytes 0-99/1000` (RFC 9110 14.4). An unknown size (`*`) is not accepted: it proves nothing.
+/// Parses `bytes 0-99/1000` (RFC 9110 14.4). An unknown size (`*`) is rejected: it proves nothing.
 fn parse_content_range(text: &str) -> Option<(u64, u64, u64)> {
     let (range, total) = text.trim().strip_prefix("bytes")?.trim_start().split_once('/')?;
     let (first, last) = range.split_once('-')?;

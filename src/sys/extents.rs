@@ -1,7 +1,7 @@
-//! Where a file of a mounted image lies on its device: the file system is asked, by `FS_IOC_FIEMAP`.
+//! Positions of a file of a mounted image on its device: the file system is asked, by `FS_IOC_FIEMAP`.
 //!
-//! `unsafe` is needed for `ioctl(2)`: the kernel writes into a structure whose layout is
-//! `struct fiemap` of `linux/fiemap.h`, with room for as many extents as it says that it has.
+//! `unsafe` is needed for `ioctl(2)`: the kernel writes into a structure whose layout is `struct fiemap` of
+//! `linux/fiemap.h`, with room for as many extents as its count states.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -11,18 +11,17 @@ use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 
-/// Extents asked for at once.
+/// Number of extents requested at once.
 const BATCH: usize = 64;
 
 /// `_IOWR('f', 11, struct fiemap)`.
 const FS_IOC_FIEMAP: u64 = 0xc020_660b;
 
-/// The last extent of the file.
+/// Flag of the last extent of the file.
 const LAST: u32 = 0x1;
-/// The extent has no place, or one that means nothing: not known, not yet given, encoded, inside the
-/// inode.
+/// Flags of an extent without a usable position: not known, not yet allocated, encoded, inside the inode.
 const NO_PLACE: u32 = 0x2 | 0x4 | 0x8 | 0x80 | 0x200;
-/// Allocated, and reads as zeros.
+/// Flag of an extent that is allocated, and reads as zeros.
 const UNWRITTEN: u32 = 0x800;
 
 #[repr(C)]
@@ -47,21 +46,21 @@ struct Fiemap {
     extents: [RawExtent; BATCH],
 }
 
-/// A part of a file that lies in one place.
+/// A contiguous part of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileExtent {
     /// First byte of the file.
     pub offset: u64,
     /// Number of bytes.
     pub len: u64,
-    /// First byte on the device; none: inside the inode, or unwritten.
+    /// First byte on the device; `None`: inside the inode, or unwritten.
     pub place: Option<u64>,
 }
 
-/// Opens `path` of the image that is mounted at `root`, where symbolic links mean what they mean inside.
+/// Opens `path` of the image that is mounted at `root`; symbolic links are resolved inside the image.
 ///
 /// # Errors
-/// The system's refusal; also when the path leads out of the mount.
+/// Returns [`DaemonError::Step`]; also when the path leads out of the mount.
 pub fn open_inside(root: &Path, path: &Path) -> io::Result<File> {
     let inside = path.strip_prefix(root).unwrap_or(path);
     let dir = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -73,10 +72,10 @@ pub fn open_inside(root: &Path, path: &Path) -> io::Result<File> {
     Ok(openat2(root, name, flags, Mode::empty(), resolve)?.into())
 }
 
-/// Where the bytes of `file` lie on its device, in their order. What is between them are holes.
+/// Extents of `file` on its device, in the order of the file. The gaps between them are holes.
 ///
 /// # Errors
-/// The file system's: not every kind can say.
+/// Returns the file system's error: some kinds do not support this.
 pub fn extents(file: &File) -> io::Result<Vec<FileExtent>> {
     let size = file.metadata()?.len();
     let mut all = Vec::new();
@@ -100,7 +99,7 @@ pub fn extents(file: &File) -> io::Result<Vec<FileExtent>> {
         let mapped = map.extents.get(..map.mapped_extents as usize).unwrap_or(&map.extents);
         let Some(last) = mapped.last() else { break };
         for extent in mapped.iter().filter(|extent| extent.logical < size) {
-            // The last block of a file goes on behind its end.
+            // The last block of a file continues past its end.
             let len = extent.length.min(size - extent.logical);
             let place = (extent.flags & (NO_PLACE | UNWRITTEN) == 0).then_some(extent.physical);
             all.push(FileExtent { offset: extent.logical, len, place });

@@ -1,7 +1,7 @@
-//! A file that one process has at a time.
+//! A file that one process holds at a time.
 //!
-//! The kernel lets a lock go with the last copy of its descriptor, and a process that starts another holds
-//! copies of all of its descriptors for a moment. So a lock that seems to be taken is asked for again.
+//! The kernel releases a lock with the last copy of its descriptor, and a process that starts another one
+//! shares copies of all its descriptors with it for a moment. So a lock that seems to be held is tried again.
 
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-/// Longer than a process takes between its fork and its exec.
+/// Longer than the time of a process between its fork and its exec.
 pub const MOMENT: Duration = Duration::from_millis(200);
 
-/// Locks `file` for this process until it is closed. False when another has it all the time of `patience`.
+/// Locks `file` for this process until it is closed. False when another process holds it during all of
+/// `patience`.
 ///
 /// # Errors
-/// The system's refusal.
+/// Returns the system's refusal.
 pub fn exclusive(file: &File, patience: Duration) -> std::io::Result<bool> {
     let until = Instant::now() + patience;
     loop {

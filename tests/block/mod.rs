@@ -1,5 +1,5 @@
-//! Block devices in tests: bytes to fill them with, how to read them, what they leave behind, and the guest in
-//! which the ublk tests run where this machine has no ublk.
+//! Block devices in tests: bytes to fill them with, ways to read them, checks that nothing remains of them,
+//! and the guest that runs the ublk tests on a machine without ublk.
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -29,7 +29,7 @@ impl Random {
     }
 }
 
-/// Bytes of which no 8 are like another 8, so that a misplaced read shows.
+/// Bytes without two equal groups of 8, so that a misplaced read shows.
 pub fn content(len: usize) -> Vec<u8> {
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut bytes = Vec::with_capacity(len + 8);
@@ -40,7 +40,7 @@ pub fn content(len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Whether something comes true within some seconds.
+/// True if the condition becomes true within some seconds.
 pub fn soon(condition: impl Fn() -> bool) -> bool {
     let until = Instant::now() + Duration::from_secs(5);
     while !condition() {
@@ -52,12 +52,12 @@ pub fn soon(condition: impl Fn() -> bool) -> bool {
     true
 }
 
-/// What sysfs says of a device.
+/// The sysfs directory of a device.
 pub fn sys_block(device: &Path) -> PathBuf {
     Path::new("/sys/block").join(device.file_name().unwrap())
 }
 
-/// Names of this process's threads that start like this.
+/// Names of this process's threads with this prefix.
 pub fn threads(prefix: &str) -> Vec<String> {
     let found = || -> Vec<String> {
         std::fs::read_dir("/proc/self/task")
@@ -87,14 +87,15 @@ pub fn read(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     Ok(buffer[start..start + len].to_vec())
 }
 
-/// One device test at a time: they count threads, and measure what is left. A daemon that starts while another test has
-/// something mounted may keep that, too: where mounts are private, its copy of them does not learn of their end.
+/// One device test at a time: they count threads, and check what remains. Besides, a daemon that starts while
+/// another test has something mounted may keep that mount: on a host with private mounts, its copy does not
+/// follow the unmount.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Reads parts of a device in both ways and compares them.
+/// Reads parts of a device with and without the page cache, and compares them.
 pub fn random_reads(path: &Path, bytes: &[u8], count: usize) {
     let size = bytes.len() as u64;
     for direct in [true, false] {
@@ -118,7 +119,7 @@ pub fn root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Whether ublk devices can be made here.
+/// True if ublk devices can be created here.
 pub fn ublk_here() -> bool {
     root() && Path::new("/dev/ublk-control").exists()
 }

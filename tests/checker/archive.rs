@@ -73,7 +73,7 @@ pub fn members(tar: &[u8], report: &mut Report) -> Vec<Member> {
     }
 }
 
-/// How a layer file was wrapped.
+/// Wrapping of a layer file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wrapped {
     /// Not at all.
@@ -84,14 +84,14 @@ pub enum Wrapped {
     Ustar,
 }
 
-/// The layer in `file`, out of its tar if it is in one (spec zfile 8).
+/// The layer in `file`, without its tar if it is in one (spec zfile 8).
 pub fn unwrap<'a>(file: &'a [u8], report: &mut Report) -> (&'a [u8], Wrapped) {
     if file.len() < 512 || &file[257..262] != b"ustar" || &file[263..265] != b"00" {
         return (file, Wrapped::Bare);
     }
     let header = &file[..512];
     if !report.hold("wrap.header-checksum", checksum_holds(header), || "the first header".into()) {
-        return (file, Wrapped::Bare); // upstream takes such a file for no tar
+        return (file, Wrapped::Bare); // upstream does not treat such a file as a tar
     }
     let (from, size, form) = if header[156] == b'x' {
         let len = octal(&header[124..136]).unwrap_or(u64::MAX);

@@ -22,7 +22,7 @@ const DOCKER: [&str; 2] = [
 ];
 const OCI: [&str; 2] =
     ["application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.config.v1+json"];
-/// Types of a layer that is gzip, and of one that is a bare tar: Docker's, then OCI's.
+/// Media types of a gzip layer, and of a bare tar: Docker's, then OCI's.
 const GZIP_TYPES: [&str; 2] = [
     "application/vnd.docker.image.rootfs.diff.tar.gzip",
     "application/vnd.oci.image.layer.v1.tar+gzip",
@@ -41,7 +41,7 @@ impl Blobs for Path {
     }
 }
 
-/// Checks the image of `manifest` and all its layers; gives them for [`super::stack::content`].
+/// Checks the image of `manifest` and all its layers; returns them for [`super::stack::content`].
 pub fn check_manifest<B: Blobs + ?Sized>(
     blobs: &B,
     manifest: &[u8],
@@ -84,7 +84,7 @@ pub fn check_manifest<B: Blobs + ?Sized>(
     stacked
 }
 
-/// The blob of a descriptor, which must be what the descriptor says.
+/// Reads the blob of a descriptor and compares it with the descriptor.
 fn fetch<B: Blobs + ?Sized>(blobs: &B, descriptor: &Value, report: &mut Report) -> Option<Vec<u8>> {
     let name = descriptor["digest"].as_str().unwrap_or_default();
     let blob = report.ok("blob.is-there", blobs.blob(name).ok_or(name.to_owned()))?;
@@ -136,7 +136,7 @@ fn check_layer<B: Blobs + ?Sized>(
     )?;
     let media_type = note("turbo-oci/target-media-type");
     let gzip = target.starts_with(&[0x1f, 0x8b]);
-    // Upstream takes whatever is not gzip for a bare tar, and refuses gzip without a gzip.meta.
+    // Upstream takes any layer that is not gzip for a bare tar, and refuses gzip without a gzip.meta.
     let right = if gzip || is_zstd(&target) { GZIP_TYPES } else { TAR_TYPES }.contains(&media_type);
     report.hold("annotation.target-media-type-is-of-the-content", right, || media_type.into());
     check_archive(&blob, &target, gzip, diff_id, report)
@@ -218,7 +218,7 @@ pub fn check_fs_meta(file: &[u8], report: &mut Report) -> Option<lsmt::Layer> {
     lsmt::check(stream, Made::Warp, report)
 }
 
-/// The layers of upstream's device configuration, whose files are below `folder`. A bare layer that is not of a
+/// The layers of upstream's device configuration, whose files are below `folder`. A bare layer outside of a
 /// TurboOCI image is upstream's old base layer.
 pub fn check_config(folder: &Path, config: &Value, report: &mut Report) -> Vec<Stacked> {
     let mut stacked = Vec::new();

@@ -1,7 +1,7 @@
-//! The gzip index, `gzip.meta` (spec gzip-index), and our sidecar beside it, `turbobd.segments`.
+//! The gzip index, `gzip.meta` (spec gzip-index), and this project's sidecar beside it, `turbobd.segments`.
 //!
-//! Both are held against the blob itself, decoded from its beginning: every checkpoint must be where it says, and what
-//! comes out of it must be what came out before.
+//! Both are compared with the blob itself, decoded from its beginning: every checkpoint must have the stated
+//! position, and decoding from it must give the same bytes.
 
 use std::io::Read as _;
 
@@ -13,8 +13,8 @@ use super::inflate::{self, Whole};
 
 const WINDOW: usize = 32_768;
 
-/// Output decoded beyond the next checkpoint: a read of upstream's goes on from the checkpoint where it began, and what
-/// lies behind the next one must not need more of the window.
+/// Output decoded beyond the next checkpoint: a read of upstream's continues from the checkpoint where it
+/// began, and the bytes after the next one must not need more of the window.
 const BEYOND: usize = 64 << 10;
 
 /// A checkpoint of `gzip.meta`.
@@ -67,7 +67,7 @@ pub fn check_meta(
     report.hold("ddgzidx.header-crc", raw_crc32c(0, &file[..329]) == le32(file, 329), || {
         "crc".into()
     });
-    // Behind the first member upstream sees nothing: such a layer must have no gzip.meta at all.
+    // Upstream sees nothing after the first member: such a layer must have no gzip.meta at all.
     report.hold("ddgzidx.blob-has-one-member", whole.members.len() == 1, || {
         whole.members.len().to_string()
     });
@@ -134,7 +134,7 @@ fn read_entry(entry: &[u8], file: &[u8], windows_end: u64, report: &mut Report) 
     Some(Entry { de_pos, bit: en_pos * 8 - bits.min(en_pos * 8), window })
 }
 
-/// Takes numbers off the front.
+/// Takes numbers off the front of a slice.
 pub(super) struct Reader<'a> {
     pub(super) file: &'a [u8],
     pub(super) at: usize,
@@ -176,7 +176,7 @@ struct Point<'a> {
     out: u64,
     kind: u8,
     header: Option<(&'a [u8], u64)>,
-    /// None if it should lie in `gzip.meta` and does not.
+    /// The window; `None` if it should be in `gzip.meta` and is not.
     window: Option<Vec<u8>>,
 }
 
@@ -196,7 +196,7 @@ pub fn check_sidecar(
     report.hold("sidecar.magic", &file[..8] == b"TBDSEGS\0", || hex(&file[..8]));
     report.hold("sidecar.version-is-1", le16(file, 8) == 1, || le16(file, 8).to_string());
     let (flags, count) = (le16(file, 10), le32(file, 12) as usize);
-    // A segment that cannot be verified is served on trust: what is written here never needs that.
+    // A segment that cannot be verified is served on trust: turbobd's own sidecars never need that.
     report.hold("sidecar.has-both-checksums", flags & 6 == 6 && flags < 8, || flags.to_string());
     let shared = flags & 1 == 1;
     report.hold("sidecar.shares-windows-with-gzip-meta", shared == meta.is_some(), || {
@@ -266,7 +266,7 @@ pub fn check_sidecar(
     }
 }
 
-/// Whether the first block of a member lies there.
+/// True if the first block of a member is at `point`.
 fn begins_member(whole: &Whole, point: &Point<'_>) -> bool {
     let first = whole.blocks.partition_point(|&(_, out)| out < point.out);
     whole.members.contains(&point.out)

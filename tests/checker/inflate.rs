@@ -1,4 +1,4 @@
-//! Deflate by the book (RFC 1951 and 1952), from any bit of a stream with any window.
+//! Deflate by the specification (RFC 1951 and 1952), from any bit of a stream with any window.
 
 use super::field::{crc32, le32};
 
@@ -37,7 +37,7 @@ const LENGTHS: [(u16, u8); 29] = [
     (258, 0),
 ];
 
-/// A canonical code: for every 15 bits that may come, the symbol and its length.
+/// A canonical code: for every 15 bits of input, the symbol and its length.
 struct Code(Vec<(u16, u8)>);
 
 impl Code {
@@ -48,7 +48,7 @@ impl Code {
             for (symbol, _) in
                 lengths.iter().enumerate().filter(|(_, l)| usize::from(**l) == length)
             {
-                // Codes come with their first bit lowest.
+                // The input has the first bit of a code lowest.
                 let reversed = code.reverse_bits() >> (usize::BITS as usize - length);
                 for rest in 0..1 << (LONGEST - length) {
                     if let Some(entry) = table.get_mut(reversed | rest << length) {
@@ -63,12 +63,13 @@ impl Code {
     }
 }
 
-/// Reads bits and makes bytes.
+/// Reads bits and produces bytes.
 struct Stream<'a> {
     bytes: &'a [u8],
     bit: u64,
     out: Vec<u8>,
-    /// Bytes at the beginning of `out` that are no output of this stream, or another member's.
+    /// Number of bytes at the beginning of `out` that are not output of this stream, or belong to another
+    /// member.
     floor: usize,
 }
 
@@ -150,7 +151,7 @@ impl Stream<'_> {
         Ok((Code::new(&all[..literals]), Code::new(&all[literals..])))
     }
 
-    /// The body of a block, until it ends or there are `enough` bytes; whether it ended.
+    /// Decodes the body of a block, until it ends or there are `enough` bytes; returns true if it ended.
     fn body(&mut self, codes: Option<&(Code, Code)>, enough: usize) -> Result<bool, String> {
         let Some((literals, distances)) = codes else {
             self.bit = self.bit.next_multiple_of(8);
@@ -216,7 +217,7 @@ impl Stream<'_> {
         Ok(())
     }
 
-    /// Goes from the end of the last block of a member to the next member's first; false at the end of all.
+    /// Moves from the end of the last block of a member to the next member's first; false at the end of all.
     fn next_member(&mut self, check: bool) -> Result<bool, String> {
         self.bit = self.bit.next_multiple_of(8);
         let at = (self.bit / 8) as usize;
@@ -241,7 +242,7 @@ impl Stream<'_> {
 pub struct Whole {
     /// All output.
     pub out: Vec<u8>,
-    /// Where blocks begin: bit, output position.
+    /// Positions of blocks: bit, output position.
     pub blocks: Vec<(u64, u64)>,
     /// Output position of each member.
     pub members: Vec<u64>,
@@ -269,8 +270,8 @@ pub fn whole(bytes: &[u8]) -> Result<Whole, String> {
 /// A block header given apart: its bytes and its length in bits.
 pub type Header<'a> = (&'a [u8], u64);
 
-/// The first `want` bytes of output from bit `bit` on, where `window` is what came before: raw inflate primed as zlib
-/// is by upstream. With `header` the bit lies in the block that has this header.
+/// The first `want` bytes of output from bit `bit` on, after the bytes of `window`: raw inflate, primed as
+/// upstream primes zlib. With `header` the bit lies in the block that has this header.
 pub fn from(
     bytes: &[u8],
     bit: u64,

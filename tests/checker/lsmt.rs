@@ -8,19 +8,19 @@ const MAGIC: [u8; 24] = [
     0xa2, 0xd2, 0xc8, 0xec, 0x4f, 0xcf, 0xae, 0x8a,
 ];
 
-/// What a padding entry has for its first sector.
+/// First sector of a padding entry.
 const PADDING: u64 = (1 << 50) - 1;
 
 const NULL_UUID: &str = "00000000-0000-0000-0000-000000000000";
 
-/// How a layer was made.
+/// Origin of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Made {
-    /// Committed by today's tools, or ours: native.
+    /// Committed by today's tools, or by turbobd: native.
     Native,
-    /// The same as a warp layer.
+    /// Committed by today's tools as a warp layer.
     Warp,
-    /// Sealed in place, merged or old: identity, tags and garbage are as they may be.
+    /// Sealed in place, merged or old: identity, tags and unused bytes may have any value.
     Otherwise,
 }
 
@@ -40,7 +40,7 @@ impl Mapping {
     }
 }
 
-/// A layer that was read.
+/// A parsed layer.
 pub struct Layer {
     pub vsize: u64,
     pub uuid: String,
@@ -121,7 +121,7 @@ pub fn check(stream: Vec<u8>, made: Made, report: &mut Report) -> Option<Layer> 
     Some(Layer { vsize, uuid, parent, mappings, stream })
 }
 
-/// Rules of what `overlaybd-commit` writes (spec lsmt 8.1).
+/// Rules of a layer written by `overlaybd-commit` (spec lsmt 8.1).
 fn check_committed(header: &[u8], trailer: &[u8], report: &mut Report) {
     let flags = (le32(header, 28), le32(trailer, 28));
     report.hold("lsmt.committed-flags", flags == (7, 6), || format!("{flags:?}"));
@@ -146,7 +146,7 @@ fn check_committed(header: &[u8], trailer: &[u8], report: &mut Report) {
     );
 }
 
-/// Entries that are no padding.
+/// Entries that are not padding.
 fn read_index(index: &[u8], report: &mut Report) -> Vec<Mapping> {
     let mut mappings: Vec<Mapping> = Vec::new();
     let mut padded = false;
@@ -179,7 +179,8 @@ fn check_index(
     vsize: u64,
     report: &mut Report,
 ) -> Vec<Mapping> {
-    // Upstream subtracts the lowest tag of a warp layer: right only if some entry is of its own data.
+    // Upstream subtracts the lowest tag of a warp layer, which is right only if some entry is of the layer's
+    // own data.
     if made == Made::Warp {
         let lowest = mappings.iter().map(|mapping| mapping.tag).min().unwrap_or(0);
         report

@@ -1,13 +1,15 @@
 //! An independent checker of everything in overlaybd's formats.
 //!
-//! It is written from the specification alone and shares no code with the crate: what the crate writes and reads
-//! alike, but wrongly, shows here. It is slow and holds all in memory. Every rule that upstream's readers check or rely
-//! on is a call of [`Report::hold`] under the rule's name; a rule that is broken is noted and the check goes on as far
-//! as it can, so that a test of the checker sees which rules fire.
+//! It is written from the specification alone and shares no code with the crate: it detects an error that the
+//! crate's writer and reader have in common. It is slow and holds all data in memory. Every rule that
+//! upstream's readers check or rely on is a call of [`Report::hold`] under the rule's name; a broken rule is
+//! recorded and the check continues as far as it can, so that a test of the checker sees every rule that is
+//! broken.
 //!
-//! Contents: [`writer`] the other way round, for what turbobd does not write, [`mutations`] that every rule fires, [`field`] numbers and checksums, [`inflate`] deflate by the book (RFC 1951), [`archive`] tar archives,
-//! [`zfile`] and [`lsmt`] the containers, [`index`] the gzip index and our sidecar, [`segments`] the sidecar of other layers, [`stack`] layers as one disk,
-//! [`image`] manifests.
+//! Contents: [`writer`] writes forms that turbobd does not write, [`mutations`] proves that every rule can
+//! break, [`field`] numbers and checksums, [`inflate`] deflate by the specification (RFC 1951), [`archive`]
+//! tar archives, [`zfile`] and [`lsmt`] the containers, [`index`] the gzip index and its sidecar,
+//! [`segments`] the sidecar of other layers, [`stack`] layers as one disk, [`image`] manifests.
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -25,17 +27,17 @@ pub mod zfile;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What was checked, and what is wrong.
+/// The checked rules, and the broken ones.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Every rule that was asked for, and how often.
+    /// Every checked rule, with its number of checks.
     pub checked: BTreeMap<&'static str, u64>,
     /// Rules that are broken, each with the first example.
     pub broken: BTreeMap<&'static str, String>,
 }
 
 impl Report {
-    /// Notes whether `rule` holds here.
+    /// Records a check of `rule`.
     pub fn hold(
         &mut self,
         rule: &'static str,
@@ -49,7 +51,7 @@ impl Report {
         holds
     }
 
-    /// The value of `result`; without one, `rule` is broken.
+    /// The value of `result`; an error breaks `rule`.
     pub fn ok<T, E: std::fmt::Display>(
         &mut self,
         rule: &'static str,

@@ -1,4 +1,4 @@
-//! The checker can fail: for every rule there is a change of good bytes that makes it fire.
+//! Proof that the checker can fail: for every rule there is a change of valid bytes that breaks it.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::{Read as _, Write as _};
@@ -19,7 +19,7 @@ use crate::image::{Images, gunzip, gzip, members_of, prose, tar_of};
 
 const SNAPSHOT: &str = "containerd.io/snapshot/overlaybd";
 
-/// Rules that fired, and all there are.
+/// Rules that were broken, and all rules.
 #[derive(Default)]
 struct Seen {
     fired: BTreeSet<&'static str>,
@@ -244,7 +244,7 @@ fn lsmt_rules(seen: &mut Seen, fs_meta: &[u8]) {
     });
 }
 
-/// Makes the checksum of the tar header at `at` right.
+/// Corrects the checksum of the tar header at `at`.
 fn fix_checksum(bytes: &mut [u8], at: usize) {
     bytes[at + 148..at + 156].fill(b' ');
     let sum: u32 = bytes[at..at + 512].iter().map(|&byte| u32::from(byte)).sum();
@@ -306,7 +306,7 @@ fn unzlib(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Changes the entry table of a `gzip.meta`, and puts `window` behind the others.
+/// Changes the entry table of a `gzip.meta`, and appends `window` to the others.
 fn edit_table(file: &mut Vec<u8>, window: &[u8], edit: impl FnOnce(&mut Vec<u8>, u64)) {
     let start = le64(file, 313) as usize;
     let mut table = unzlib(&file[start..]);
@@ -431,7 +431,7 @@ fn sidecar_rules(seen: &mut Seen, sample: &Sample) {
     );
 }
 
-/// The sidecar of a layer of one long frame, behind a small one.
+/// The sidecar of a layer of one long frame, after a small one.
 fn segments_rules(seen: &mut Seen) {
     let images = Images::new();
     let tar = tar_of(&[("a", &prose(5, 5 << 20)), ("b", b"b\n")]);
@@ -468,7 +468,7 @@ fn segments_rules(seen: &mut Seen) {
             ("segments.decode-to-the-tar", &put(kinds as i64 + 2, &[0])),
         ],
     );
-    // The whole image, for what only a zstd layer is asked.
+    // The whole image, for the rules of zstd layers only.
     let mut blobs = Memory(HashMap::new());
     for entry in std::fs::read_dir(images.path().join("blobs/sha256")).unwrap() {
         blobs.put(&std::fs::read(entry.unwrap().path()).unwrap());
@@ -496,7 +496,7 @@ fn manifest_rules(seen: &mut Seen, sample: &Sample) {
             manifest["layers"][0]["annotations"][key.as_str()] = value.as_str().into();
         }
     };
-    // Another archive, with all that names it made to fit.
+    // Another archive, with everything that names it corrected.
     let archive = |bytes: Vec<u8>| {
         move |manifest: &mut Value, blobs: &mut Memory| {
             let name = blobs.put(&bytes);
@@ -576,7 +576,7 @@ fn manifest_rules(seen: &mut Seen, sample: &Sample) {
     }
 }
 
-/// A ZFile of LZ4 blocks without checksums, by the book.
+/// A ZFile of LZ4 blocks without checksums, by the specification.
 pub fn bare_zfile(plain: &[u8]) -> Vec<u8> {
     super::writer::zfile(
         plain,

@@ -1,4 +1,4 @@
-//! Our sidecar of layers that are not gzip: `turbobd.segments`, version 2.
+//! This project's sidecar of layers that are not gzip: `turbobd.segments`, version 2.
 
 use sha2::{Digest as _, Sha256};
 
@@ -6,7 +6,7 @@ use super::Report;
 use super::field::{crc32, hex, le16, le32, le64};
 use super::index::Reader;
 
-/// A segment: its place in the blob, its place in the tar, and whether it goes on from the one before.
+/// A segment: its place in the blob, its place in the tar, and true if it continues from the one before.
 struct Segment {
     input: std::ops::Range<u64>,
     output: std::ops::Range<u64>,
@@ -61,7 +61,7 @@ pub fn check_segments(file: &[u8], blob: &[u8], tar: &[u8], encoding: u8, report
         if segment.inside {
             continue;
         }
-        // With those that go on from it.
+        // With the segments that continue from it.
         let rest = segments[number + 1..].iter().take_while(|next| next.inside).last();
         let last = rest.unwrap_or(segment);
         let bytes = &blob[segment.input.start as usize..last.input.end as usize];

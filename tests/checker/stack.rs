@@ -1,4 +1,4 @@
-//! Layers as one disk (spec lsmt 6), and what is on it.
+//! Layers as one disk (spec lsmt 6), and its contents.
 
 use std::collections::BTreeSet;
 
@@ -59,7 +59,7 @@ fn check_bounds(number: usize, stacked: &Stacked, vsize: u64, report: &mut Repor
             detail,
         );
         if mapping.tag == 1 {
-            // Upstream answers what is missing with zeros, so only padding may be missing.
+            // Upstream reads missing bytes as zeros, so only padding may be missing.
             let end =
                 stacked.target.as_ref().map_or(0, |tar| (tar.len() as u64).next_multiple_of(4096));
             let inside = (mapping.moffset + mapping.len) * SECTOR as u64 <= end;
@@ -68,7 +68,7 @@ fn check_bounds(number: usize, stacked: &Stacked, vsize: u64, report: &mut Repor
     }
 }
 
-/// The topmost layer that says anything about the sector decides.
+/// Reads a sector from the topmost layer that has an entry for it.
 fn read_sector(layers: &[Stacked], lba: u64, sector: &mut [u8]) {
     for stacked in layers.iter().rev() {
         let Some(mapping) = find(&stacked.layer.mappings, lba) else { continue };

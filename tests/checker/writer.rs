@@ -1,15 +1,15 @@
-//! A writer of what upstream's tools write and turbobd does not, by the specification: sealed, append-only, sparse and
-//! merged layers, ZFiles of every kind. It shares no code with the crate.
+//! A writer, by the specification, of the forms that upstream's tools write and turbobd does not: sealed,
+//! append-only, sparse and merged layers, ZFiles of every kind. It shares no code with the crate.
 
 use super::field::raw_crc32c;
 
-/// How a ZFile is made (spec zfile 2).
+/// Options of a ZFile (spec zfile 2).
 #[derive(Clone, Copy, Debug)]
 pub struct ZFileOptions {
     /// 1 LZ4, 2 ZSTD.
     pub algo: u8,
     pub block_size: u32,
-    /// Whether blocks have checksums.
+    /// True if blocks have checksums.
     pub verify: bool,
 }
 
@@ -69,7 +69,7 @@ pub fn zfile(plain: &[u8], options: &ZFileOptions) -> Vec<u8> {
     file
 }
 
-/// Who a layer is, and which one it was made on: textual UUIDs.
+/// Identity of a layer, and of the layer that it was made on: textual UUIDs.
 pub type Identity<'a> = (&'a str, &'a str);
 
 /// No identity.
@@ -105,18 +105,18 @@ pub fn entry(lba: u64, len: u64, moffset: u64, zeroed: bool, tag: u8) -> [u8; 16
     bytes
 }
 
-/// How a read-only layer came to be.
+/// Origin of a read-only layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     /// By `overlaybd-commit`: padded index (spec lsmt 8.1).
     Committed,
-    /// The same as a warp layer: no padding (spec lsmt 9).
+    /// By `overlaybd-commit` as a warp layer: no padding (spec lsmt 9).
     Warp,
-    /// Sealed in place: the header says that it is not, the index is followed by garbage (spec lsmt 8.2).
+    /// Sealed in place: the header is not marked as sealed, the index is followed by garbage (spec lsmt 8.2).
     Sealed,
     /// A sealed sparse layer.
     SealedSparse,
-    /// By `overlaybd-merge`: as committed, with tags (spec lsmt 8.3).
+    /// By `overlaybd-merge`: in the form of a committed layer, with tags (spec lsmt 8.3).
     Merged,
 }
 

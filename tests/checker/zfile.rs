@@ -5,12 +5,12 @@ use super::field::{is_zero, le32, le64, raw_crc32c};
 
 const MAGIC: &[u8; 24] = b"ZFile\0\x01\0tuji.yyf@Alibaba";
 
-/// Whether `file` begins as a ZFile does.
+/// True if `file` begins like a ZFile.
 pub fn is_zfile(file: &[u8]) -> bool {
     file.len() >= 512 && &file[..24] == MAGIC
 }
 
-/// What a ZFile is made of.
+/// Parameters of a ZFile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Form {
     pub algo: u8,
@@ -24,8 +24,8 @@ fn digest_holds(record: &[u8]) -> bool {
     raw_crc32c(0, &zeroed) == le32(record, 28)
 }
 
-/// The plain bytes of a ZFile. `old` says that it is from 2021: flags beyond the lowest bits, digests and padding are
-/// garbage (spec zfile 2).
+/// The plain bytes of a ZFile. `old`: it is from 2021; flags beyond the lowest bits, digests and padding have
+/// any value (spec zfile 2).
 pub fn check(file: &[u8], old: bool, report: &mut Report) -> Option<(Vec<u8>, Form)> {
     if !report.hold("zfile.has-room-for-two-records", file.len() >= 1024, || file.len().to_string())
     {
@@ -65,7 +65,7 @@ pub fn check(file: &[u8], old: bool, report: &mut Report) -> Option<(Vec<u8>, Fo
             || "bytes 40..96".into(),
         );
     }
-    // Upstream believes the header if it was overwritten, else the trailer.
+    // Upstream uses the header if it was overwritten, else the trailer.
     let record = if overwritten { header } else { trailer };
     let form = Form { algo: record[76], block_size: le32(record, 72), verify: record[88] == 1 };
     let (index_at, count, size) = (le64(record, 40), le64(record, 48), le64(record, 56));

@@ -17,7 +17,7 @@ fn inode(mode: u16, links: u16, size: u32, block: u32, number: u32) -> Vec<u8> {
     bytes
 }
 
-/// Blocks 0 to 2 of a filesystem whose only file `name`, of `size` bytes, lies from block 3 on.
+/// Blocks 0 to 2 of a filesystem whose only file `name`, of `size` bytes, begins at block 3.
 pub fn one_file(name: &str, size: u32) -> Vec<u8> {
     let (root, file) = (1_u64, 2_u64); // inodes of 32 bytes, in block 1
     let mut superblock = vec![0; 128];

@@ -11,7 +11,7 @@ use formats::tar::{Event, Parser, TarError};
 use libfuzzer_sys::fuzz_target;
 use source::MemorySource;
 
-/// As small as disks get.
+/// The smallest disk.
 const DISK: Geometry = Geometry { size: Geometry::MIN };
 
 #[derive(Debug)]
@@ -45,7 +45,7 @@ fn apply(tree: &mut Tree, tar: &[u8]) -> Result<(), Refused> {
 }
 
 fuzz_target!(|data: &[u8]| {
-    // The first byte says where the second layer begins.
+    // The first byte is the position of the second layer.
     let Some((&split, tars)) = data.split_first() else { return };
     let mut tars = tars.to_vec();
     checksums::tar(&mut tars);

@@ -1,4 +1,5 @@
-//! Any bytes as an unpacked layer archive, whose members are opened as a reader of the image does.
+//! Any bytes as an unpacked layer archive, whose members are opened in the same way as by a reader of the
+//! image.
 #![no_main]
 
 #[path = "checksums.rs"]

@@ -1,6 +1,6 @@
-//! Sets right the checksums that a mutation breaks, so that the fuzzer gets past them.
+//! Corrects the checksums that a mutation breaks, so that the fuzzer gets past them.
 
-/// Every block that says `ustar`, and the first one, gets the checksum of a tar header.
+/// Gives every block with `ustar`, and the first one, the checksum of a tar header.
 pub fn tar(bytes: &mut [u8]) {
     for (number, block) in bytes.chunks_exact_mut(512).enumerate() {
         if number == 0 || block[257..].starts_with(b"ustar") {

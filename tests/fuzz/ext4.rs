@@ -1,5 +1,5 @@
-//! Any bytes as a filesystem below a new layer: refused, or continued so that what comes out is read back again
-//! as the same tree.
+//! Any bytes as a filesystem below a new layer: refused, or continued so that the result reads back as the
+//! same tree.
 //!
 //! The input is a sparse disk: block number and length, 16 bits each, and the beginning of that block.
 #![no_main]
@@ -60,7 +60,7 @@ impl ByteSource for Disk {
         if end > self.len() {
             return Err(SourceError::PastEnd { name, offset, end, size: self.len() });
         }
-        // Only whole blocks are asked for.
+        // Only whole blocks are requested.
         match self.0.get(&(offset / BLOCK as u64)) {
             Some(block) => buf.copy_from_slice(block),
             None => buf.fill(0),
@@ -73,7 +73,7 @@ impl ByteSource for Disk {
     }
 }
 
-/// Paths with what can be seen of each file, by a walk.
+/// Paths with the visible properties of each file, by a walk.
 fn listing(tree: &Tree) -> BTreeMap<Vec<u8>, String> {
     let mut found = BTreeMap::new();
     let mut open = vec![(Vec::new(), tree.root())];

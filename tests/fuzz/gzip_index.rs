@@ -1,5 +1,5 @@
-//! Any bytes as upstream's gzip.meta and as our sidecar of either version, and a layer decoded by what was
-//! accepted.
+//! Any bytes as upstream's gzip.meta and as this project's sidecar of either version, and a layer decoded by
+//! the accepted index.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -15,7 +15,7 @@ use source::chunk::ChunkSource as _;
 const SEGMENT: u64 = 1 << 20;
 
 fuzz_target!(|data: &[u8]| {
-    // The first two bytes say where the sidecar begins.
+    // The first two bytes are the position of the sidecar.
     let [low, high, data @ ..] = data else { return };
     let (meta, file) =
         data.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(data.len()));
@@ -34,7 +34,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// The same of a layer that is not gzip: hardly any of its segments has its SHA-256.
+/// Decodes a layer that is not gzip: hardly any of its segments has its SHA-256.
 fn decode_segments(index: SegmentIndex, filling: &[u8]) {
     let len = index.scanned().compressed_len.get();
     if len > 1 << 20 || index.scanned().uncompressed_len.get() > 8 << 20 {
@@ -50,7 +50,7 @@ fn decode_segments(index: SegmentIndex, filling: &[u8]) {
     }
 }
 
-/// Decodes whatever `index` says of a blob of the right length.
+/// Decodes a blob of the right length by `index`.
 fn decode(index: Index, filling: &[u8]) {
     let len = index.compressed_len.get();
     if len > 1 << 20 {

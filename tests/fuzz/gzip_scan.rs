@@ -1,8 +1,8 @@
-//! Any bytes as a gzip layer: what the scan accepts, libdeflate reads the same, and every segment decodes alone;
-//! of a damaged blob, a segment is right or an error.
+//! Any bytes as a gzip layer: libdeflate reads the same from a layer that the scan accepts, and every segment
+//! decodes alone; of a damaged blob, a segment is right or an error.
 //!
-//! A mutation hardly ever leaves a stream with the right CRC-32, so the bytes are taken as bare deflate
-//! too, with miniz to say where it ends and what the trailer must be.
+//! A mutation hardly ever leaves a stream with the right CRC-32, so the bytes are also taken as bare deflate,
+//! and miniz finds its end and its trailer.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -14,7 +14,7 @@ use formats::units::Bytes;
 use source::MemorySource;
 use source::chunk::ChunkSource as _;
 
-/// A few bytes may inflate to a thousand times as many.
+/// Limit on the output: a few bytes may inflate to a thousand times as many.
 const MOST: usize = 2 << 20;
 const HEADER: [u8; 10] = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255];
 
@@ -46,7 +46,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// Length of the deflate stream at the start of `data`, and what is in it.
+/// Length of the deflate stream at the start of `data`, and its contents.
 fn inflate(data: &[u8]) -> Option<(usize, Vec<u8>)> {
     let mut miniz = Decompress::new(false);
     let mut plain = Vec::with_capacity(64 << 10);
@@ -98,7 +98,7 @@ fn check(blob: &[u8], piece: usize, mode: u8) {
     }
     assert!(again == output);
 
-    // Without what the index knows of the bytes, any damage reaches the decoder.
+    // Without the checksums of the index, any damage reaches the decoder.
     let index = Index { crc32: None, sha256: None, ..index };
     let mut damaged = blob.to_vec();
     for at in (usize::from(mode) * 7..damaged.len()).step_by(97) {

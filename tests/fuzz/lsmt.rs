@@ -1,5 +1,5 @@
-//! Any bytes as one LSMT layer, and any index entries as two layers stacked: the merge must say of every
-//! sector what a walk from the top says.
+//! Any bytes as one LSMT layer, and any index entries as two layers stacked: for every sector the merge must
+//! agree with a walk from the top.
 #![no_main]
 
 use formats::lsmt::layer::Record;
@@ -9,7 +9,7 @@ use formats::units::{Bytes, Sectors};
 use libfuzzer_sys::fuzz_target;
 use source::MemorySource;
 
-/// The sectors that are looked at.
+/// Number of sectors that are compared.
 const SECTORS: u64 = 1 << 12;
 const RECORD: u64 = 4096;
 
@@ -70,7 +70,7 @@ fn stream(entries: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// What the topmost layer that knows `sector` says of it.
+/// The entry for `sector` in the topmost layer that has one.
 fn walk(layers: &[Layer], sector: u64) -> (u8, Place) {
     for (number, layer) in layers.iter().enumerate().rev() {
         for mapping in layer.mappings() {

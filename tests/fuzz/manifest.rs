@@ -32,7 +32,7 @@ fuzz_target!(|data: &[u8]| {
     }
     if let Ok(config) = ImageConfig::parse(data) {
         let _ = config.platform();
-        // Replaced twice, the digests leave everything else as it was.
+        // Replaced twice, the digests leave everything else unchanged.
         let ids = config.diff_ids().to_vec();
         let other = ImageConfig::parse(&config.with_diff_ids(&[Digest::of(b"other")])).unwrap();
         assert_eq!(other.diff_ids(), [Digest::of(b"other")]);

@@ -1,4 +1,5 @@
-//! Any text as a name of an image, a repository and a digest: what is accepted prints to what reads the same.
+//! Any text as a name of an image, a repository and a digest: an accepted name prints to text that parses to
+//! the same name.
 #![no_main]
 
 use formats::oci::{Digest, ImageName, RepositoryName};

@@ -1,4 +1,4 @@
-//! Any bytes as a tar stream, in pieces of any size: the pieces must not matter.
+//! Any bytes as a tar stream, in pieces of any size: the sizes must not matter.
 #![no_main]
 
 #[path = "checksums.rs"]
@@ -7,8 +7,7 @@ mod checksums;
 use formats::tar::{Event, Parser, TarError};
 use libfuzzer_sys::fuzz_target;
 
-/// The entries, each with its data, and how it ended.
-/// What the parser saw of each entry, and how it ended.
+/// The parser's entries, each with its data, and its result.
 type Seen = (Vec<(String, Vec<u8>)>, Result<(), TarError>);
 
 fn entries(data: &[u8], piece: usize) -> Seen {

@@ -1,4 +1,4 @@
-//! Any bytes as a trace of ours and of upstream's, and what was accepted merged and written again.
+//! Any bytes as a trace of this project and of upstream, and an accepted trace merged and written again.
 #![no_main]
 
 use blobs::trace::upstream;
@@ -6,10 +6,10 @@ use formats::trace::Trace;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
-    // The first byte says whose format, and where the second start begins.
+    // The first byte selects the format, and the position of the second start.
     let [first, data @ ..] = data else { return };
     if first & 1 == 1 {
-        // The checksum of whatever the records are.
+        // The checksum of the records, whatever they are.
         let mut bytes = data.to_vec();
         if let Some(sum) = bytes.get(24..).map(|records| !crc32c::crc32c_append(u32::MAX, records))
         {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use formats::zfile;
 use source::MemorySource;
 
-/// The flag that says that the digests hold (spec zfile 2).
+/// The flag of valid digests (spec zfile 2).
 const FLAG_DIGEST: u8 = 1 << 4;
 
 fuzz_target!(|data: &[u8]| {

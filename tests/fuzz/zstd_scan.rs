@@ -1,5 +1,5 @@
-//! Any bytes as a zstd layer: however they arrive the scan says the same, and every segment that it finds is the part of
-//! the output that it should be.
+//! Any bytes as a zstd layer: in any pieces the scan has the same result, and every segment that it finds is
+//! the right part of the output.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -11,7 +11,7 @@ use formats::zstandard::{Scanner, ZstdError};
 use source::MemorySource;
 use source::chunk::ChunkSource as _;
 
-/// A few bytes may decode to many.
+/// Limit on the output: a few bytes may decode to many.
 const MOST: usize = 16 << 20;
 
 fuzz_target!(|data: &[u8]| {

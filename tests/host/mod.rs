@@ -1,4 +1,4 @@
-//! This machine's part in the tests: its commands, mounts and the `turbobd` under test.
+//! The host in the tests: its commands, mounts and the `turbobd` under test.
 
 // Each test program uses a part.
 #![allow(dead_code)] // each test uses its part
@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// Runs a command that must succeed; gives its stdout.
+/// Runs a command that must succeed; returns its stdout.
 pub fn run(command: &mut Command) -> String {
     let output = output(command);
     assert!(
@@ -19,7 +19,7 @@ pub fn run(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
 }
 
-/// Runs a command to its end, however it ends.
+/// Runs a command to its end, with any status.
 pub fn output(command: &mut Command) -> Output {
     command.output().unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"))
 }
@@ -34,7 +34,7 @@ pub fn script(name: &str) -> Command {
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(name))
 }
 
-/// Makes an OCI layout out of gzip layers; gives its reference `oci:DIR`.
+/// Creates an OCI layout out of gzip layers; returns its reference `oci:DIR`.
 pub fn layout(dir: &Path, tag: &str, layers: &[PathBuf]) -> String {
     run(script("oci-layout").arg(dir).arg(tag).args(layers));
     format!("oci:{}", dir.display())
@@ -56,7 +56,7 @@ impl Mounted {
         Self { dir }
     }
 
-    /// Where.
+    /// The mount point.
     pub fn path(&self) -> &Path {
         self.dir.path()
     }
@@ -68,7 +68,7 @@ impl Drop for Mounted {
     }
 }
 
-/// Whether this process may mount: tests that cannot do without fail with this sentence.
+/// Asserts that this process may mount: tests that need it fail with this sentence.
 pub fn need_root() {
     assert!(rustix::process::geteuid().is_root(), "this test mounts filesystems: run it as root");
 }

@@ -1,4 +1,4 @@
-//! Small images in layout directories, made byte by byte here, and changed as a fault would.
+//! Small images in layout directories, built byte by byte here, and changed to simulate faults.
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -21,7 +21,7 @@ pub const OCI_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 pub const OCI_TAR: &str = "application/vnd.oci.image.layer.v1.tar";
 pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
-/// How a command ended.
+/// Result of a command.
 #[derive(Debug)]
 pub struct Ended {
     pub code: Option<i32>,
@@ -29,13 +29,13 @@ pub struct Ended {
     pub stderr: String,
 }
 
-/// A `turbobd` that knows nothing of its user's settings.
+/// A `turbobd` without any of its user's settings.
 pub fn turbobd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_turbobd"));
     command
         .env_remove("RUST_LOG")
         .env("DOCKER_CONFIG", "/nonexistent")
-        // What one test reads must not be there, or be fetched ahead, for another.
+        // Reads of one test must not be in memory, or be fetched ahead, for another.
         .env(
             "TURBOBD_SERVICE_CONFIG",
             Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/host/service.json"),
@@ -52,21 +52,21 @@ pub fn end(command: &mut Command) -> Ended {
     Ended { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
-/// Runs `turbobd`, which must succeed; gives its stdout without the line end.
+/// Runs `turbobd`, which must succeed; returns its stdout without the line end.
 pub fn done(args: &[&str]) -> String {
     let ended = end(turbobd().args(args));
     assert_eq!(ended.code, Some(0), "turbobd {args:?}: {}", ended.stderr);
     ended.stdout.trim_end().to_owned()
 }
 
-/// Runs `turbobd`, which must fail as the contract says: status 1, and one line on stderr that names
-/// the command and contains all of `needles`.
+/// Runs `turbobd`, which must fail according to the contract: status 1, and one line on stderr that names the
+/// command and contains all of `needles`.
 #[track_caller]
 pub fn refused(args: &[&str], needles: &[&str]) -> String {
     is_refusal(&end(turbobd().args(args)), args, needles)
 }
 
-/// See [`refused`].
+/// Asserts a failure in the form that [`refused`] requires.
 #[track_caller]
 pub fn is_refusal(ended: &Ended, args: &[&str], needles: &[&str]) -> String {
     let Ended { code, stdout, stderr } = ended;
@@ -81,7 +81,7 @@ pub fn is_refusal(ended: &Ended, args: &[&str], needles: &[&str]) -> String {
     stderr.clone()
 }
 
-/// Random bytes, the same in every run.
+/// Random bytes, equal in every run.
 pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(len + 8);
@@ -133,7 +133,7 @@ pub fn gunzip(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Names and contents of a tar's members, by a reader that is not ours.
+/// Names and contents of a tar's members, by an independent reader.
 pub fn members_of(archive: &[u8]) -> Vec<(String, Vec<u8>)> {
     let mut tar = tar::Archive::new(archive);
     let entries = tar.entries().unwrap().map(|entry| {
@@ -162,7 +162,7 @@ pub fn upper() -> Vec<u8> {
     tar_of(&[("etc/first", b"second\n"), (".wh.gone", b""), ("page", &noise(2, 4096))])
 }
 
-/// What this machine is called in an image.
+/// Name of this machine's architecture in an image.
 pub fn host_architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -240,7 +240,7 @@ impl Images {
         fs::read(self.blob_path(digest)).unwrap()
     }
 
-    /// Stores a blob; gives its descriptor.
+    /// Stores a blob; returns its descriptor.
     pub fn descriptor(&self, media_type: &str, bytes: &[u8]) -> Value {
         json!({"mediaType": media_type, "digest": self.put(bytes).to_string(), "size": bytes.len()})
     }
@@ -257,7 +257,7 @@ impl Images {
         fs::write(path, index.to_string()).unwrap();
     }
 
-    /// What a tag points at.
+    /// The descriptor of a tag.
     pub fn tagged(&self, tag: &str) -> Value {
         let index: Value =
             serde_json::from_slice(&fs::read(self.dir.path().join("index.json")).unwrap()).unwrap();
@@ -283,7 +283,7 @@ impl Images {
         self.manifest(tag)["layers"][number]["digest"].as_str().unwrap().to_owned()
     }
 
-    /// Stores a manifest of these layers (media type, bytes); gives its descriptor.
+    /// Stores a manifest of these layers (media type, bytes); returns its descriptor.
     pub fn image(&self, config: &str, layers: &[(&str, Vec<u8>)]) -> Value {
         let layers: Vec<Value> =
             layers.iter().map(|(kind, bytes)| self.descriptor(kind, bytes)).collect();
@@ -304,9 +304,9 @@ impl Images {
         self.tag(tag, &self.descriptor(media_type, manifest.to_string().as_bytes()));
     }
 
-    /// Makes of the meta image `turbo` another, `to`, in which `edit` changed the members of layer
-    /// `number`'s archive; digests, sizes and annotations are made to fit, so that only the parsers
-    /// stand between the change and the reader.
+    /// Makes another image, `to`, of the meta image `turbo`, in which `edit` changed the members of layer
+    /// `number`'s archive; digests, sizes and annotations are corrected, so that only the parsers can detect
+    /// the change.
     pub fn forge(&self, to: &str, number: usize, edit: impl FnOnce(&mut Vec<(String, Vec<u8>)>)) {
         let mut members = members_of(&gunzip(&self.blob(&self.layer("turbo", number))));
         edit(&mut members);
@@ -317,7 +317,7 @@ impl Images {
         self.forge_blob(to, number, &gzip(&archive));
     }
 
-    /// As [`forge`](Self::forge), with the whole layer blob.
+    /// Form of [`forge`](Self::forge) that replaces the whole layer blob.
     pub fn forge_blob(&self, to: &str, number: usize, blob: &[u8]) {
         let mut manifest = self.manifest("turbo");
         let layer = &mut manifest["layers"][number];
@@ -364,7 +364,7 @@ pub fn config_of(layers: &[(&str, Vec<u8>)]) -> String {
     json!({"architecture": host_architecture(), "os": "linux", "rootfs": {"type": "layers", "diff_ids": ids}}).to_string()
 }
 
-/// The first byte on the disk of each chunk that the layer's data have, its number, and its place in the blob.
+/// For each chunk of the layer's data: its first byte on the disk, its number, and its place in the blob.
 pub fn chunks(disk: &Disk) -> Vec<(u64, u32, u64)> {
     let mut found: Vec<(u64, u32, u64)> = Vec::new();
     for (lba, len) in disk.mapped() {

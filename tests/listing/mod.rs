@@ -1,5 +1,4 @@
-//! What a mounted tree shows, as text that can be compared: one line a file, with everything a
-//! container could see of it.
+//! A mounted tree as text for comparison: one line a file, with every property that a container can see.
 
 #![allow(dead_code)] // each test uses its part
 
@@ -15,11 +14,11 @@ use sha2::{Digest as _, Sha256};
 /// Everything about one name but its modification time.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Listed {
-    /// Type, mode, owner, data, target, device, xattrs, and which other names are the same file.
+    /// Type, mode, owner, data, target, device, xattrs, and other names of the same file.
     pub what: String,
     /// Seconds and nanoseconds.
     pub mtime: (i64, i64),
-    /// Whether it is a directory.
+    /// True if it is a directory.
     pub directory: bool,
 }
 
@@ -104,7 +103,7 @@ fn xattrs(path: &Path) -> BTreeMap<String, String> {
     found
 }
 
-/// Two trees that are alike in all that is listed.
+/// Asserts that two trees agree in every listed property.
 #[track_caller]
 pub fn same_trees(ours: &Path, theirs: &Path) {
     let found = differences(&list(ours), &list(theirs), &|_| false, &|_, _| false);
@@ -112,7 +111,7 @@ pub fn same_trees(ours: &Path, theirs: &Path) {
 }
 
 /// Differences of two listings, empty when they agree. `skip` names paths that are not compared, and
-/// `loose_mtime` says for which names of the first listing any time will do.
+/// `loose_mtime` returns true for names of the first listing whose time is not compared.
 pub fn differences(
     ours: &BTreeMap<String, Listed>,
     theirs: &BTreeMap<String, Listed>,

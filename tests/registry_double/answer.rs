@@ -1,4 +1,4 @@
-//! What the double answers.
+//! Answers of the double.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -95,7 +95,7 @@ pub async fn answer(
         proxy_authorization: field(PROXY_AUTHORIZATION),
         content_type: field(CONTENT_TYPE).unwrap_or_default(),
         method: parts.method,
-        // An upload that broke off is no upload.
+        // A broken upload is not an upload.
         body: body.unwrap_or_default(),
         here,
     };
@@ -146,7 +146,7 @@ fn instead(fault: &Fault, asked: &Asked, origin: &Shared) -> Option<Answer> {
         }
         Fault::Location(location) => Some(Answer::new(307).with(LOCATION, location)),
         Fault::Redirect(base, seconds) => {
-            // Only who may read the blob is shown the way to it.
+            // Only a client that may read the blob is redirected to it.
             let mut state = lock(origin);
             if let Some(refusal) = refuse(asked, &mut state) {
                 return Some(refusal);
@@ -173,7 +173,7 @@ fn from_storage(asked: &Asked, origin: &Shared) -> Answer {
         return Answer::error(403, "AccessDenied");
     }
     if asked.authorization.is_some() {
-        return Answer::error(400, "InvalidArgument"); // As object stores do with two proofs at once.
+        return Answer::error(400, "InvalidArgument"); // Object stores answer so to two proofs at once.
     }
     let name = asked.path.trim_start_matches("/storage/");
     let Some((repository, digest)) = name.rsplit_once('/') else {
@@ -182,7 +182,7 @@ fn from_storage(asked: &Asked, origin: &Shared) -> Answer {
     blob_answer(asked, &state, repository, digest)
 }
 
-/// `/accelerator/http://host/v2/…` or `…/storage/…`: what the registry or its store would answer.
+/// `/accelerator/http://host/v2/…` or `…/storage/…`: the answer of the registry or its store.
 fn from_peer(asked: &Asked, origin: &Shared) -> Answer {
     let at = |part: &str| asked.path.find(part).map(|at| asked.path[at..].to_owned());
     let path = at("/storage/").or_else(|| at("/v2/")).unwrap_or_default();
@@ -400,7 +400,7 @@ fn upload(asked: &Asked, state: &mut State, repository: &str, session: &str) -> 
     }
 }
 
-/// Applies the faults of the body, takes note, and sends.
+/// Applies the faults of the body, records the request, and sends.
 fn send(mut answer: Answer, asked: &Asked, faults: &[Fault], state: &Shared) -> Response<Scripted> {
     let mut end = None;
     let mut stated = Some(answer.body.len());

@@ -1,4 +1,4 @@
-//! A body that stops where it is told to.
+//! A body that stops at a chosen place.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,7 +12,7 @@ use tokio::time::{Sleep, sleep};
 
 pub enum Step {
     Data(Bytes),
-    /// Never again a byte, but no end either.
+    /// No more bytes, and no end either.
     Stall,
     /// The connection breaks.
     Break,
@@ -20,7 +20,7 @@ pub enum Step {
 
 pub struct Scripted {
     steps: VecDeque<Step>,
-    /// Time for what came before a break to reach the other side.
+    /// Time for the bytes before a break to reach the other side.
     flush: Option<Pin<Box<Sleep>>>,
 }
 

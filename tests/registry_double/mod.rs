@@ -1,9 +1,8 @@
 //! A registry in memory, for tests of everything that talks to one.
 //!
-//! It serves pull, push, tokens and signed URLs on a port of 127.0.0.1 from a thread of its own, and
-//! misbehaves as told: [`Double::fault`] takes a piece of text that a request's `METHOD /path?query`
-//! must contain, what to do, and how often. Everything it was asked is in [`Double::log`]; it goes away
-//! when it is dropped.
+//! It serves pull, push, tokens and signed URLs on a port of 127.0.0.1 from a thread of its own, and fails on
+//! request: [`Double::fault`] takes a piece of text that a request's `METHOD /path?query` must contain, the
+//! fault, and its number of times. Every request is in [`Double::log`]; the double ends when it is dropped.
 //!
 //! ```ignore
 //! let registry = Double::start();
@@ -29,30 +28,30 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-/// What to do to a request instead of, or on the way to, answering it.
+/// A fault instead of an answer, or before it.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// Wait before the head.
     Delay(Duration),
     /// Answer this status with a small error document.
     Status(u16),
-    /// 200 and a page for people, as some registries answer what they do not know.
+    /// 200 and an HTML page, the answer of some registries to unknown requests.
     LoginPage,
     /// Answer this status with `Retry-After`.
     RetryAfter(u16, String),
-    /// 307 to this `Location`, as it is.
+    /// 307 to this `Location`, unchanged.
     Location(String),
-    /// 307 to a signed URL of that object store (its base URL), which says that it holds so many seconds.
+    /// 307 to a signed URL of that object store (its base URL), which states this lifetime in seconds.
     Redirect(String, u64),
-    /// 200 and the whole blob, whatever range was asked for.
+    /// 200 and the whole blob, for any requested range.
     IgnoreRange,
-    /// So many bytes less than the range, in an answer that is consistent but for its `Content-Range`.
+    /// So many bytes less than the range, in an answer that is consistent except for its `Content-Range`.
     ShortBody(usize),
     /// So many bytes more than the range, without a `Content-Length`.
     LongBody(usize),
     /// Send so many bytes of the body, then break the connection.
     DropAfter(usize),
-    /// Send so many bytes of the body, then nothing, for ever.
+    /// Send so many bytes of the body, then stop without closing.
     StallAfter(usize),
     /// Another `Content-Range`.
     ContentRange(String),
@@ -64,27 +63,27 @@ pub enum Fault {
     Garbage(Vec<u8>),
 }
 
-/// Who may ask.
+/// Access control.
 #[derive(Clone, Debug)]
 pub enum Access {
-    /// Anyone.
+    /// Any client.
     Open,
-    /// `user:password`.
+    /// A client with these credentials, `user:password`.
     Basic(String),
-    /// Holders of a token of our own token service.
+    /// Clients with a token of the double's own token service.
     Bearer {
-        /// Who gets tokens; `None`: anyone.
+        /// Credentials for a token; `None`: any client gets one.
         login: Option<String>,
-        /// What `expires_in` says.
+        /// Lifetime stated in `expires_in`.
         stated_life: Duration,
-        /// How long tokens really hold.
+        /// Real lifetime of tokens.
         real_life: Duration,
-        /// What a token that ran out is answered with: 401 with a challenge, or 403 without one.
+        /// Answer to an expired token: 401 with a challenge, or 403 without one.
         refusal: u16,
     },
 }
 
-/// One request, as it arrived.
+/// One request, with its answer.
 #[derive(Clone, Debug)]
 pub struct Seen {
     /// `GET /v2/team/app/manifests/latest`, with the query.
@@ -95,9 +94,9 @@ pub struct Seen {
     pub authorization: Option<String>,
     /// The `Proxy-Authorization` field.
     pub proxy_authorization: Option<String>,
-    /// The status it was answered with.
+    /// The status of the answer.
     pub status: u16,
-    /// Bytes of body that were meant to be sent.
+    /// Bytes of body to be sent.
     pub sent: usize,
 }
 
@@ -136,25 +135,25 @@ fn lock(state: &Shared) -> MutexGuard<'_, State> {
 pub struct Double {
     address: SocketAddr,
     state: Shared,
-    /// Blobs and signatures: its own, or those of the registry that it is the store of.
+    /// Blobs and signatures: its own, or those of the registry whose store it is.
     origin: Shared,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Double {
-    /// An empty registry, open to anyone.
+    /// Starts an empty registry, open to any client.
     pub fn start() -> Self {
         let state = Shared::default();
         Self::serve(state.clone(), state)
     }
 
-    /// An object store on another port that serves signed URLs for the blobs of `registry`.
+    /// Starts an object store on another port that serves signed URLs for the blobs of `registry`.
     pub fn start_storage_of(registry: &Self) -> Self {
         Self::serve(Shared::default(), registry.state.clone())
     }
 
-    /// A peer-to-peer proxy that serves what `registry` has, under `/accelerator/<actual URL>`.
+    /// Starts a peer-to-peer proxy that serves the blobs of `registry`, under `/accelerator/<actual URL>`.
     pub fn start_peer_of(registry: &Self) -> Self {
         Self::serve(Shared::default(), registry.state.clone())
     }
@@ -200,12 +199,12 @@ impl Double {
         digest
     }
 
-    /// Takes a blob out again.
+    /// Removes a blob.
     pub fn remove_blob(&self, repository: &str, digest: &Digest) {
         lock(&self.state).blobs.remove(&(repository.to_owned(), *digest));
     }
 
-    /// What was pushed or added.
+    /// A blob that was pushed or added.
     pub fn blob(&self, repository: &str, digest: &Digest) -> Option<Bytes> {
         lock(&self.state).blobs.get(&(repository.to_owned(), *digest)).cloned()
     }
@@ -236,48 +235,48 @@ impl Double {
         Some((found.media_type.clone(), found.bytes.clone()))
     }
 
-    /// The next `times` requests whose `METHOD /path?query` contains `pattern` meet `fault`. Of several
-    /// faults that fit, all are used; of a kind that replaces the answer, the first.
+    /// Applies `fault` to the next `times` requests whose `METHOD /path?query` contains `pattern`. Of several
+    /// faults that match, all are used; of a kind that replaces the answer, the first.
     pub fn fault(&self, pattern: &str, fault: Fault, times: u32) {
         lock(&self.state).faults.push((pattern.to_owned(), fault, times));
     }
 
-    /// Ends all misbehaviour.
+    /// Removes all faults.
     pub fn clear_faults(&self) {
         lock(&self.state).faults.clear();
     }
 
-    /// Who may ask from now on.
+    /// Sets the access control from now on.
     pub fn set_access(&self, access: Access) {
         lock(&self.state).access = Some(access);
     }
 
-    /// Makes every token given out so far worthless.
+    /// Revokes every token given out so far.
     pub fn revoke_tokens(&self) {
         lock(&self.state).tokens.clear();
     }
 
-    /// Makes every signed URL given out so far worthless, whatever it says.
+    /// Revokes every signed URL given out so far, whatever its stated lifetime.
     pub fn revoke_signatures(&self) {
         lock(&self.origin).signatures.clear();
     }
 
-    /// Everything that was asked, in order.
+    /// All requests, in order.
     pub fn log(&self) -> Vec<Seen> {
         lock(&self.state).log.clone()
     }
 
-    /// Forgets what was asked.
+    /// Clears the log.
     pub fn clear_log(&self) {
         lock(&self.state).log.clear();
     }
 
-    /// How many requests contained `pattern`.
+    /// Number of requests that contain `pattern`.
     pub fn count(&self, pattern: &str) -> usize {
         lock(&self.state).log.iter().filter(|seen| seen.line.contains(pattern)).count()
     }
 
-    /// Requests for a blob's bytes that were answered with some, and how many bytes.
+    /// Number of requests for a blob's bytes that were answered with some, and number of bytes.
     pub fn traffic(&self, digest: &Digest) -> (usize, usize) {
         let text = digest.to_string();
         let state = lock(&self.state);
@@ -287,8 +286,8 @@ impl Double {
         served.fold((0, 0), |(requests, bytes), seen| (requests + 1, bytes + seen.sent))
     }
 
-    /// Waits until `counted` tells as many bytes as were sent of a blob: what is read ahead may
-    /// still be on its way when a reader has what it asked for.
+    /// Waits until `counted` returns as many bytes as were sent of a blob: bytes that are read ahead may
+    /// still be in flight when a reader has its own.
     #[track_caller]
     pub fn until_counted(&self, digest: &Digest, counted: impl Fn() -> u64) {
         let begun = Instant::now();
@@ -320,7 +319,7 @@ async fn accept(listener: TcpListener, here: SocketAddr, state: Shared, origin: 
             let service = service_fn(move |request| {
                 answer::answer(request, here, state.clone(), origin.clone())
             });
-            // A connection that a fault broke ends with an error: that is the point.
+            // A connection that a fault broke ends with an error, as intended.
             let _ = hyper::server::conn::http1::Builder::new()
                 .serve_connection(TokioIo::new(stream), service)
                 .await;

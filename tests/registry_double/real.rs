@@ -29,7 +29,8 @@ impl Drop for RealRegistry {
     }
 }
 
-/// Starts it, or says why not; with `TURBOBD_REQUIRE_ALL=1` in the environment that is a failure.
+/// Starts it, or prints the reason why it cannot; with `TURBOBD_REQUIRE_ALL=1` in the environment that is a
+/// failure.
 pub fn start() -> Option<RealRegistry> {
     if !std::path::Path::new(BINARY).exists() {
         let text = "not checked against the reference registry: apt install docker-registry";
@@ -38,7 +39,7 @@ pub fn start() -> Option<RealRegistry> {
         return None;
     }
     let folder = tempfile::tempdir().unwrap();
-    // The port is free now; that another process takes it in between is retried by running again.
+    // The port is free now; if another process takes it before the start, the test must be run again.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let root = folder.path().display();
     let config = format!(

@@ -1,7 +1,7 @@
-//! TLS before a plain server: one request a connection, passed on and answered.
+//! TLS before a plain server: one request a connection, forwarded and answered.
 //!
-//! Certificates are made by the `openssl` command, so what the client is tried with is not of its own
-//! library's making.
+//! Certificates are created by the `openssl` command, so the client's own library does not make its test
+//! data.
 
 #![allow(unreachable_pub)]
 
@@ -23,7 +23,7 @@ use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 pub struct Authority(tempfile::TempDir);
 
 impl Authority {
-    /// Makes all three, or says why not.
+    /// Creates all three, or prints the reason why it cannot.
     pub fn make() -> Option<Self> {
         if Command::new("openssl").arg("version").stdout(Stdio::null()).status().is_err() {
             let text = "TLS not checked: apt install openssl";
@@ -146,7 +146,7 @@ impl Drop for TlsFront {
     }
 }
 
-/// One request without a body, one answer. Whatever goes wrong ends the connection.
+/// Forwards one request without a body, and its answer. Any error ends the connection.
 fn serve(stream: TcpStream, config: Arc<ServerConfig>, behind: &str) -> Option<()> {
     stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
     let mut tls = StreamOwned::new(ServerConnection::new(config).ok()?, stream);

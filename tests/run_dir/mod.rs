@@ -5,8 +5,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A folder for a test's files, where a daemon of its own runs and something may be mounted at `mnt`: unmounted and
-/// ended when dropped, also after a failure.
+/// A folder for a test's files, with a daemon of its own and a mount point `mnt`: unmounted and ended when
+/// dropped, also after a failure.
 pub struct RunDir(tempfile::TempDir);
 
 impl RunDir {
@@ -15,7 +15,7 @@ impl RunDir {
         Self::of(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
     }
 
-    /// In a folder that is there.
+    /// Uses an existing folder.
     pub fn of(dir: tempfile::TempDir) -> Self {
         std::fs::create_dir(dir.path().join("mnt")).unwrap();
         Self(dir)
@@ -26,7 +26,7 @@ impl RunDir {
         self.0.path()
     }
 
-    /// Something in it.
+    /// A path in it.
     pub fn at(&self, name: &str) -> PathBuf {
         self.path().join(name)
     }

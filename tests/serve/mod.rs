@@ -1,4 +1,4 @@
-//! From a layout directory into the registry double.
+//! Copies a layout directory into the registry double.
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 

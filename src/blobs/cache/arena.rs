@@ -1,16 +1,16 @@
-//! The memory that decoded chunks lie in: one mapping, as large as the cache's budget.
+//! The memory of decoded chunks: one mapping, as large as the cache's budget.
 //!
-//! A chunk of the usual size on the heap is a mapping of its own: made, faulted in page by page,
-//! zeroed by the kernel, and given back, which costs a fifth of what decoding it costs. The arena is
-//! mapped once, in huge pages where the system has them, so that a chunk costs nothing but its
-//! decoding; and the budget holds by construction, as there is no other memory to take.
+//! On the heap, a chunk of the usual size is a mapping of its own: created, faulted in page by page, zeroed
+//! by the kernel, and returned, which costs a fifth of the time to decode it. The arena is mapped once, in
+//! huge pages where the system has them, so that a chunk costs only its decoding; and the budget holds by
+//! construction, because there is no other memory to take.
 //!
-//! Chunks differ in length (a gzip segment ends where a block ends), so there are no slots of one
-//! size: runs of pages are taken best fit first, and joined with their neighbours when they come
-//! back. Pages that were never needed are never touched, and cost nothing.
+//! Chunks differ in length (a gzip segment ends where a block ends), so there are no slots of one size: runs
+//! of pages are taken best fit first, and joined with their neighbours when they are returned. Pages that
+//! were never needed are never touched, and cost nothing.
 //!
-//! `unsafe` is needed to hand out parts of one mapping as slices. A [`Run`] is the only owner of its
-//! pages from when they are taken until it is dropped, so that its slices are nobody else's.
+//! `unsafe` is needed to hand out parts of one mapping as slices. A [`Run`] is the only owner of its pages
+//! from the moment they are taken until it is dropped, so its slices overlap no other's.
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,29 +22,29 @@ use memmap2::{Advice, MmapMut, MmapOptions};
 
 use source::chunk::Room;
 
-/// Grain of the arena: the kernel's page, so that no two chunks share one.
+/// Unit of the arena: the kernel's page, so that no two chunks share one.
 const PAGE: usize = 4096;
 
 /// Memory for chunks.
 pub(super) struct Arena {
-    /// Its bytes are used through `base`.
+    /// The mapping. Its bytes are used through `base`.
     map: Option<MmapMut>,
     base: NonNull<u8>,
     pages: u32,
     free: Mutex<FreeRuns>,
-    /// Pages from here on were never given out.
+    /// First page that was never given out; all pages after it are unused too.
     fresh: AtomicU32,
 }
 
-// SAFETY: `base` points into `map`, which is owned here and which nobody moves or unmaps before the
-// end. Access to the bytes goes through `Run`s, which do not overlap.
+// SAFETY: `base` points into `map`, which is owned here and is not moved or unmapped before the end. Access
+// to the bytes goes through `Run`s, which do not overlap.
 unsafe impl Send for Arena {}
-// SAFETY: as above; what is shared is behind the mutex.
+// SAFETY: see `Send`; all shared state is behind the mutex.
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    /// At most `budget` bytes, in whole pages. A system that has no such mapping gives an empty
-    /// arena: the cache then keeps nothing, and says so.
+    /// Creates an arena of at most `budget` bytes, in whole pages. On a system that refuses the mapping the
+    /// arena is empty: the cache then keeps nothing, and logs that.
     pub(super) fn new(budget: u64) -> Arc<Self> {
         let pages = u32::try_from(budget / PAGE as u64).unwrap_or(u32::MAX);
         let len = pages as usize * PAGE;
@@ -76,24 +76,24 @@ impl Arena {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the kernel back pages that are given out for the first time all at once: a decoder would fault
-    /// on each of them otherwise, which costs more than decoding where faults are dear.
+    /// Makes the kernel back newly used pages all at once: otherwise a decoder would fault on each of them,
+    /// which costs more than decoding on machines with expensive page faults.
     fn populate(&self, first: u32, pages: u32) {
         let before = self.fresh.fetch_max(first + pages, Ordering::Relaxed);
         let fresh = before.max(first)..first + pages;
         if let (Some(map), false) = (&self.map, fresh.is_empty()) {
             let (at, len) = (fresh.start as usize * PAGE, fresh.len() * PAGE);
-            // Since 5.14; where it is not known the decoder faults.
+            // Since Linux 5.14; on an older kernel the decoder faults.
             let _ = map.advise_range(Advice::PopulateWrite, at, len);
         }
     }
 
-    /// Whether `len` bytes would fit if nothing else were there.
+    /// True if `len` bytes would fit into the empty arena.
     pub(super) fn could_hold(&self, len: usize) -> bool {
         len.div_ceil(PAGE) <= self.pages as usize
     }
 
-    /// `len` bytes, if there is a run of pages for them.
+    /// Takes `len` bytes, if there is a run of pages for them.
     pub(super) fn take(self: &Arc<Self>, len: usize) -> Option<Run> {
         let pages = u32::try_from(len.div_ceil(PAGE)).ok().filter(|pages| *pages > 0)?;
         let first = self.free().take(pages)?;
@@ -102,7 +102,7 @@ impl Arena {
     }
 }
 
-/// Some pages of an arena.
+/// A run of pages of an arena.
 pub(super) struct Run {
     arena: Arc<Arena>,
     first: u32,
@@ -119,13 +119,13 @@ impl Run {
 
 impl Room for Run {
     fn bytes(&self) -> &[u8] {
-        // SAFETY: the pages are in the mapping, zeroed by the kernel or written before, and this run's
-        // alone; they are written only through `bytes_mut`, which needs the run for itself.
+        // SAFETY: the pages are in the mapping, zeroed by the kernel or written before, and belong to this
+        // run alone; they are written only through `bytes_mut`, which borrows the run exclusively.
         unsafe { std::slice::from_raw_parts(self.address().as_ptr(), self.len) }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `bytes`; `&mut self` says that no other slice of this run is there.
+        // SAFETY: see `bytes`; `&mut self` guarantees that no other slice of this run exists.
         unsafe { std::slice::from_raw_parts_mut(self.address().as_ptr(), self.len) }
     }
 
@@ -140,7 +140,7 @@ impl Drop for Run {
     }
 }
 
-/// Which pages are free: as runs, by place and by length.
+/// The free pages: as runs, by place and by length.
 struct FreeRuns {
     by_first: BTreeMap<u32, u32>,
     by_pages: BTreeSet<(u32, u32)>,
@@ -165,7 +165,7 @@ impl FreeRuns {
         self.by_pages.remove(&(pages, first));
     }
 
-    /// The shortest run that is long enough, and of those the first.
+    /// Takes the shortest run that is long enough; among equal ones the first.
     fn take(&mut self, pages: u32) -> Option<u32> {
         let &(found, first) = self.by_pages.range((pages, 0)..).next()?;
         self.remove(first, found);
@@ -203,7 +203,7 @@ mod tests {
         assert!(arena.could_hold(10 * PAGE) && !arena.could_hold(10 * PAGE + 1));
         let mut runs: Vec<_> = (0..10).map(|_| arena.take(PAGE).unwrap()).collect();
         assert!(arena.take(1).is_none());
-        // Every second one: room enough, but nowhere two pages.
+        // Every second one: enough room in total, but no run of two pages.
         for number in (0..5).rev() {
             runs.remove(number * 2);
         }
@@ -219,7 +219,7 @@ mod tests {
     }
 
     proptest! {
-        /// Every run keeps what was written into it, whatever is taken and given back around it.
+        /// Every run keeps its contents, in any order of takes and returns around it.
         #[test]
         fn runs_never_overlap(steps in proptest::collection::vec((any::<bool>(), 1_usize..30_000), 1..200)) {
             let arena = Arena::new(64 * PAGE as u64);

@@ -1,8 +1,8 @@
-//! What will be wanted, for when there is room.
+//! Chunks to load later, when there is room.
 //!
-//! A trace may list more than the cache should give to what nobody has asked for yet. What is too much waits
-//! here, in the trace's order, and follows as what came before is read. Chunks that are fetched together
-//! stay together: if one of them is asked for early, the others come with it.
+//! A trace may list more chunks than the cache should hold before any of them is read. The excess waits here,
+//! in the trace's order, and is loaded as the earlier chunks are read. Chunks that are fetched together stay
+//! together: if one of them is requested early, the others are loaded with it.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -11,14 +11,14 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::fetch::Blob;
 
-/// Bytes that are read before as much follows, 32 MiB: many chunks at once, so that neighbours among them come
-/// by one request.
+/// Bytes that must be read before as many more are loaded, 32 MiB: many chunks at once, so that neighbours
+/// among them are fetched by one request.
 const STEP: u64 = 32 << 20;
 
 /// Chunks in the order in which they will be read.
 #[derive(Default)]
 pub(super) struct Backlog {
-    /// Whether there is anything: looked at by every first read of a chunk that was fetched ahead.
+    /// True if the backlog is not empty: tested at every first read of a chunk that was loaded ahead.
     waiting: AtomicBool,
     state: Mutex<State>,
 }
@@ -26,7 +26,7 @@ pub(super) struct Backlog {
 #[derive(Default)]
 struct State {
     waiting: VecDeque<Together>,
-    /// Bytes that were read since the last step.
+    /// Bytes read since the last step.
     read: u64,
 }
 
@@ -39,14 +39,15 @@ struct Together {
 }
 
 impl Backlog {
-    /// Adds chunks at the end, of which so many bytes will be read.
+    /// Adds chunks at the end, with the number of their bytes that will be read.
     pub(super) fn add(&self, blob: &Arc<Blob>, chunks: Range<u32>, read: u64) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.waiting.push_back(Together { blob: Arc::downgrade(blob), chunks, read });
         self.waiting.store(true, Ordering::Relaxed);
     }
 
-    /// A chunk that was fetched ahead and takes `bytes` is read for the first time: what may follow now.
+    /// Records the first read of a chunk of `bytes` that was loaded ahead, and returns the chunks to load
+    /// now.
     pub(super) fn read(&self, bytes: u64) -> Vec<(Arc<Blob>, Range<u32>)> {
         if !self.waiting.load(Ordering::Relaxed) {
             return Vec::new();
@@ -60,7 +61,7 @@ impl Backlog {
         while state.read > 0
             && let Some(Together { blob, chunks, read }) = state.waiting.pop_front()
         {
-            // A device that is gone wants nothing any more.
+            // A device that is gone needs no more chunks.
             let Some(blob) = blob.upgrade() else { continue };
             state.read = state.read.saturating_sub(read);
             follow.push((blob, chunks));
@@ -69,7 +70,7 @@ impl Backlog {
         follow
     }
 
-    /// A chunk that nobody has asked for yet is asked for: what comes with it, itself included.
+    /// Takes out a chunk that is requested now, with the chunks that are fetched together with it.
     pub(super) fn taken(&self, blob: &Arc<Blob>, chunk: u32) -> Option<Range<u32>> {
         if !self.waiting.load(Ordering::Relaxed) {
             return None;

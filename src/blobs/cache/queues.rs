@@ -1,31 +1,33 @@
-//! Which chunk to give up: S3-FIFO, with an eye on bursts.
+//! Choice of the chunk to evict: S3-FIFO, adapted to bursts of uses.
 //!
-//! New chunks wait in a small queue, a quarter of the budget, and those that are used there move on to the main
-//! one; so a scan pushes out only what it brought itself. What left the small queue unused lately is
-//! remembered, and goes to the main one at once if it comes back.
+//! New chunks wait in a small queue, a quarter of the budget, and chunks that are used there move on to the
+//! main queue; so a scan evicts only chunks that it loaded itself. A chunk that recently left the small queue
+//! unused is remembered, and goes to the main queue at once if it comes back.
 //!
-//! A chunk is a mebibyte, and a file is read by requests of a quarter of that at most: every chunk is touched
-//! several times when it comes, and plain counts of uses would take a scan for the hottest thing there is.
-//! So a use counts only once half a small queue of others has come since ([`Clock::is_over`]).
+//! A chunk is a mebibyte, and a file is read by requests of at most a quarter of that: every chunk is touched
+//! several times when it comes, and a plain count of uses would rank a scan above all other chunks. So a use
+//! counts only after half a small queue of other chunks has come since ([`Clock::is_over`]).
 //!
-//! Chosen by what real starts read, at several budgets: `perf/eviction.rs`, figures in `perf/README.md`. CLOCK,
-//! which was here before, fetches up to 1.8 times as much again at the default budget, and hardly less anywhere.
+//! The algorithm is chosen by measurement of real starts at several budgets: `perf/eviction.rs`, figures in
+//! `perf/README.md`. CLOCK, the earlier algorithm, fetches up to 1.8 times as much again at the default
+//! budget, and hardly less anywhere.
 //!
-//! The queues have one lock, taken when a chunk comes or goes. A hit takes only its shard's, where the marks of
-//! use are.
+//! The queues have one lock, taken when a chunk comes or goes. A hit takes only the lock of its shard, which
+//! holds the marks of use.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::fetch::Key;
 
-/// The small queue's part of the budget. A tenth, as in the paper, is a handful of chunks here.
+/// Divisor of the budget for the small queue. A tenth, as in the paper, is only a few chunks here.
 const SMALL: u64 = 4;
 
-/// Uses that count: turns in the main queue that they are worth.
+/// Largest count of uses: the number of turns in the main queue that they are worth.
 pub(super) const MOST_USES: u8 = 3;
 
-/// How many chunks have come, and how many are a burst: read at every hit, so apart from the lock.
+/// Number of chunks that have come, and number of chunks in a burst: read at every hit, so kept outside the
+/// lock.
 #[derive(Debug, Default)]
 pub(super) struct Clock {
     came: AtomicU64,
@@ -38,20 +40,20 @@ impl Clock {
         self.came.load(Ordering::Relaxed)
     }
 
-    /// Whether the burst of reads that brought a chunk at `came` is over.
+    /// True if the burst of reads that loaded a chunk at `came` is over.
     pub(super) fn is_over(&self, came: u64) -> bool {
         self.now().saturating_sub(came) > self.burst.load(Ordering::Relaxed)
     }
 }
 
-/// What a look at a chunk at a queue's head said.
+/// Result of a test of the chunk at a queue's head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// It was given up.
+    /// It was evicted.
     Evicted,
-    /// It was used, and that use is spent.
+    /// It was used; one use is subtracted.
     Used,
-    /// Somebody reads it: its memory would not come free.
+    /// It has a reader: its memory would not become free.
     InUse,
 }
 
@@ -66,7 +68,7 @@ pub(super) struct Queues {
 }
 
 impl Queues {
-    /// A chunk is there now. Whether it goes to the main queue.
+    /// Adds a chunk; returns true if it goes to the main queue.
     pub(super) fn insert(&mut self, key: Key, bytes: u64, clock: &Clock) -> bool {
         clock.came.fetch_add(1, Ordering::Relaxed);
         let main = self.ghosts.remove(&key);
@@ -80,14 +82,15 @@ impl Queues {
         main
     }
 
-    /// Takes out the chunk that is least worth keeping, of `budget` bytes. `look` is asked of one chunk after
-    /// the other, with the queue that it comes from (main?). Its bytes, if one was given up.
+    /// Takes out the chunk that is least worth keeping, with a budget of `budget` bytes. `look` tests one
+    /// chunk after the other, and gets its queue (true: main). Returns the bytes of the evicted chunk, if
+    /// any.
     pub(super) fn evict(
         &mut self,
         budget: u64,
         look: &mut dyn FnMut(Key, bool) -> Verdict,
     ) -> Option<u64> {
-        // Every use is spent in so many rounds, and what remains is being read.
+        // After so many rounds every use is subtracted, and the remaining chunks have readers.
         let most = (self.small.len() + self.main.len()) * (usize::from(MOST_USES) + 2);
         for _ in 0..most {
             let from_main = self.small_bytes <= budget / SMALL && !self.main.is_empty();
@@ -113,7 +116,7 @@ impl Queues {
         None
     }
 
-    /// As many are remembered as are held.
+    /// As many keys are remembered as chunks are held.
     fn remember(&mut self, key: Key) {
         self.ghosts.insert(key);
         self.ghost_order.push_back(key);
@@ -190,7 +193,7 @@ mod tests {
     fn what_comes_back_soon_after_it_was_given_up_is_kept() {
         let mut model = Model::default();
         (0..BUDGET as u32).for_each(|chunk| model.touch(chunk));
-        // Chunk 0 goes, and comes back.
+        // Chunk 0 is evicted, and comes back.
         model.touch(100);
         assert!(!model.held.contains_key(&0));
         model.touch(0);

@@ -1,22 +1,22 @@
-//! Bytes that are in memory as long as somebody needs them: filesystem metadata, by the digest of what it was made from.
+//! Bytes that stay in memory while an image needs them: filesystem metadata, by the digest of its source.
 //!
-//! It is no part of the budget, as nothing of it can be given up while a device needs it; but a thousand
-//! devices of one base image need it once.
+//! They are not part of the budget, because none of them can be evicted while a device needs them; but a
+//! thousand devices of one base image hold them once.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use source::SharedBytes;
 
-/// Bytes known by name, for as long as somebody has them.
+/// Shared bytes by name, kept while at least one user holds them.
 #[derive(Default)]
 pub struct Residents {
     known: Mutex<HashMap<Box<str>, Weak<dyn AsRef<[u8]> + Send + Sync>>>,
 }
 
 impl Residents {
-    /// The bytes of this name that somebody has already; else `bytes`, which others then get. Whoever gives
-    /// the name vouches that it means these bytes.
+    /// Returns the bytes of this name that a user already holds; else `bytes`, which later callers then
+    /// share. The caller guarantees that the name stands for exactly these bytes.
     #[must_use]
     pub fn share(&self, name: &str, bytes: SharedBytes) -> SharedBytes {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -30,7 +30,7 @@ impl Residents {
         bytes
     }
 
-    /// Bytes that are in memory for this, each counted once.
+    /// Total of these bytes in memory, each counted once.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! One lock's worth of chunks, with their marks of use.
+//! The chunks under one lock, with their marks of use.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use super::queues::{Clock, MOST_USES, Verdict};
 use crate::fetch::{Blob, Key};
 use source::chunk::ChunkBytes;
 
-/// A chunk that is here, or on its way.
+/// A chunk that is in memory, or loading.
 struct Slot {
     /// Bytes that the chunks of the blob take together.
     blob_held: Arc<AtomicU64>,
@@ -21,22 +21,22 @@ enum State {
     Loading { waiters: Vec<ChunkWaiter>, ahead: bool },
 }
 
-/// A chunk that is here.
+/// A chunk in memory.
 struct Held {
     bytes: Arc<ChunkBytes>,
-    /// When it came.
+    /// Time of its arrival.
     came: u64,
     /// Uses since its last turn in the queue.
     uses: u8,
-    /// In which queue it is.
+    /// True if it is in the main queue.
     main: bool,
-    /// Nobody has asked for it yet: it was fetched for soon.
+    /// True until its first read, for a chunk that was loaded ahead.
     ahead: bool,
 }
 
 impl Held {
     fn touched(&mut self, clock: &Clock) {
-        // What was fetched ahead came for the burst that begins now.
+        // A chunk that was loaded ahead belongs to the burst that begins now.
         if std::mem::take(&mut self.ahead) {
             self.came = clock.now();
         } else if self.main || clock.is_over(self.came) {
@@ -47,23 +47,23 @@ impl Held {
 
 /// Answer to [`Shard::look_up`].
 pub(super) enum Found {
-    /// Here it is.
+    /// The chunk is in memory.
     Held {
         /// The chunk.
         bytes: Arc<ChunkBytes>,
-        /// Whether it was fetched ahead, and this is the first who asks for it.
+        /// True if it was loaded ahead, and this is its first reader.
         first: bool,
     },
-    /// It is on its way; the waiter was added.
+    /// It is loading; the waiter was added.
     Joined {
-        /// Whether this is the first who waits for what was asked for ahead of time.
+        /// True if it was loading ahead, and this is its first waiter.
         ahead: bool,
     },
-    /// Nobody loads it; the waiter was added and the caller must see to the load.
+    /// It is not loading; the waiter was added and the caller must start the load.
     Claimed,
 }
 
-/// Part of a cache.
+/// One part of a cache's chunks.
 #[derive(Default)]
 pub(super) struct Shard {
     slots: HashMap<Key, Slot>,
@@ -76,7 +76,7 @@ impl Shard {
         self.held
     }
 
-    /// Finds a chunk, or registers who waits for it.
+    /// Finds a chunk, or adds a waiter for it.
     pub(super) fn look_up(
         &mut self,
         blob: &Blob,
@@ -101,7 +101,8 @@ impl Shard {
         }
     }
 
-    /// Whether the caller must load a chunk that nobody asks for yet: it is neither here nor on its way.
+    /// Claims a chunk for a load without a waiter. True if the caller must load it: it is neither in memory
+    /// nor loading.
     pub(super) fn claim(&mut self, blob: &Blob, index: u32) -> bool {
         let claimed = !self.slots.contains_key(&blob.key(index));
         if claimed {
@@ -115,12 +116,12 @@ impl Shard {
         self.slots.insert(blob.key(index), Slot { blob_held: blob.held_counter().clone(), state });
     }
 
-    /// Whether a chunk is here.
+    /// True if a chunk is in memory.
     pub(super) fn holds(&self, key: Key) -> bool {
         self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Held(_)))
     }
 
-    /// A chunk that is here, without any trace that it was asked for.
+    /// A chunk in memory, without counting a use.
     pub(super) fn peek(&self, key: Key) -> Option<Arc<ChunkBytes>> {
         match self.slots.get(&key).map(|slot| &slot.state) {
             Some(State::Held(held)) => Some(held.bytes.clone()),
@@ -128,7 +129,7 @@ impl Shard {
         }
     }
 
-    /// Ends the load of a chunk that nobody waits for; false if somebody does.
+    /// Ends the load of a chunk without waiters; false if it has some.
     pub(super) fn abandon(&mut self, key: Key) -> bool {
         if self.is_awaited(key) {
             return false;
@@ -139,15 +140,15 @@ impl Shard {
         true
     }
 
-    /// Whether somebody waits for a chunk.
+    /// True if a chunk has waiters.
     pub(super) fn is_awaited(&self, key: Key) -> bool {
         self.slots.get(&key).is_some_and(
             |slot| matches!(&slot.state, State::Loading { waiters, .. } if !waiters.is_empty()),
         )
     }
 
-    /// Puts the loaded chunk, if any, in the place of those who waited for it, and returns them. `came` and
-    /// `main`: when, and to which queue.
+    /// Ends a load: stores the chunk, if any, and returns the waiters. `came` and `main`: its time, and its
+    /// queue.
     pub(super) fn end_load(
         &mut self,
         key: Key,
@@ -173,11 +174,11 @@ impl Shard {
         }
     }
 
-    /// Gives a chunk up, unless it was used or is being read.
+    /// Evicts a chunk, unless it was used or has a reader.
     pub(super) fn evict(&mut self, key: Key) -> Verdict {
         let (held, blob_held) = match self.slots.get_mut(&key) {
             Some(Slot { state: State::Held(held), blob_held }) => (held, blob_held),
-            // It is in the queues a moment before it is here.
+            // A chunk is in the queues a moment before it is here.
             Some(_) => return Verdict::InUse,
             None => return Verdict::Evicted,
         };

@@ -1,4 +1,4 @@
-//! What holds for the cache as a whole.
+//! Promises of the cache as a whole.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -9,7 +9,7 @@ use super::*;
 use source::chunk::{ChunkSpan, Encoded, EncodedChunk};
 use source::{ByteSource, Run, SourceError};
 
-/// A blob whose chunks are `LEN` bytes of their number, which can be held up and can fail.
+/// A blob whose chunks are `LEN` bytes of their number; its reads can be held up and can fail.
 struct Numbers {
     id: String,
     blob: Arc<dyn ByteSource>,
@@ -19,11 +19,11 @@ struct Numbers {
 /// The bytes of [`Numbers`].
 struct NumberBytes {
     near: bool,
-    /// How often a read was asked for.
+    /// Number of reads.
     reads: AtomicU32,
-    /// Chunks that fail, that many times.
+    /// Chunks that fail, with the number of times.
     failures: Mutex<HashMap<u32, u32>>,
-    /// Chunks that come damaged, that many times.
+    /// Chunks that come damaged, with the number of times.
     damages: Mutex<HashMap<u32, u32>>,
     distrusted: AtomicU32,
     /// Reads wait while this is set.
@@ -34,7 +34,7 @@ struct NumberBytes {
 const LEN: usize = 4096;
 
 impl Numbers {
-    /// Numbers that a worker reads itself.
+    /// Numbers that a decode thread reads itself.
     fn new(id: &str) -> Arc<Self> {
         Self::at(id, true)
     }
@@ -263,7 +263,7 @@ fn the_budget_is_never_exceeded_and_what_is_read_twice_stays() {
     let stats = cache.stats();
     assert_eq!(stats.chunks, 10);
     assert!(stats.evictions >= 1990);
-    // The first time, and hardly ever after: between two evictions it is always used.
+    // The first time, and rarely after: between two evictions it is always used.
     assert!(stats.hits > 1990, "{stats:?}");
 }
 
@@ -362,7 +362,7 @@ fn neighbours_that_are_wanted_together_come_by_one_request() {
     while numbers.reads() < 1 {
         std::thread::yield_now();
     }
-    // While the only connection is busy: a lone one, and ten that lie together, backwards.
+    // While the only connection is busy: one alone, and ten that lie together, backwards.
     for index in [50, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0] {
         ask(&cache, &source, index, &give);
     }
@@ -392,7 +392,7 @@ fn demand_overtakes_what_was_asked_for_ahead_of_time() {
     for index in [10, 20, 30] {
         cache.batch().prefetch(&source, index..index + 1);
     }
-    // One that nobody asked for yet, and one that was asked for ahead.
+    // One that is not requested yet, and one that was loaded ahead.
     ask(&cache, &source, 90, &give);
     ask(&cache, &source, 30, &give);
     numbers.hold(false);

@@ -1,17 +1,17 @@
-//! Read-ahead: which chunks will probably be asked for next.
+//! Read-ahead: guesses of the chunks that are read next.
 //!
 //! File data lie in the tar in the order in which the image was packed, directory by directory. A program
-//! reads some files from end to end, and its many small ones from a few directories, in an order of
-//! its own. So two things are watched, both in the order of chunks in a *blob*, not in a file:
+//! reads some files from end to end, and many small files from a few directories, in an order of its own. So
+//! two patterns are watched, both in the order of chunks in a *blob*, not in a file:
 //!
-//! * what is read in order ([`Streams`]) is fetched ahead, as far as the line needs;
-//! * where a miss falls among others, its *neighbours* on both sides come by the same request: on a line
-//!   that brings them sooner than the answer to a request of their own.
+//! * chunks of a sequential read ([`Streams`]) are fetched ahead, as far as the line needs;
+//! * when a miss lies near earlier touches, its *neighbours* on both sides are fetched by the same request,
+//!   provided that the line transfers them faster than the answer to a second request would come.
 //!
-//! Both are guesses, and their price is bounded by what guessing has been worth in this blob: each touch near an
-//! earlier one earns credit, each chunk that was guessed and has not been touched yet costs it. A lone
-//! touch earns nothing, so that a 4 KiB read of a cold blob brings one chunk, and scattered reads
-//! bring little more than themselves.
+//! Both are guesses, and their cost is limited by their success so far in this blob: each touch near an
+//! earlier one earns credit, and each chunk that was guessed and is not touched yet costs credit. A single
+//! touch earns nothing, so a 4 KiB read of a cold blob fetches one chunk, and scattered reads fetch little
+//! more than their own chunks.
 //!
 //! Pure: no clock, no thread, no I/O.
 
@@ -21,59 +21,60 @@ use std::ops::Range;
 
 use super::streams::Streams;
 
-/// Distance at which a touch is near another, and neighbours fetched on each side. On recorded starts (a
-/// large framework, a small service) three bring 0.02 fewer requests a chunk and 0.03 more bytes.
+/// Distance at which a touch is near another, and number of neighbours fetched on each side. On recorded
+/// starts (a large framework, a small service) a distance of three makes 0.02 fewer requests a chunk and
+/// fetches 0.03 more bytes.
 const NEAR: u32 = 2;
-/// Neighbours on each side at most, where requests are dear.
+/// Limit on neighbours on each side, for expensive requests.
 const FAR: u32 = 4;
 
-/// Credit of a near touch, where a round trip brings two chunks (5 ms at a gigabit); more where it brings more, up
-/// to three times as much: the dearer a request is, the more may be guessed in vain.
+/// Credit of a near touch, when a round trip transfers two chunks (5 ms at a gigabit). It grows with that
+/// number, up to three times as much: the more a request costs, the more wrong guesses are acceptable.
 const EARNED: u64 = 6;
-/// Price of a guess while it may yet turn out right, in the same unit: half of the neighbours do, and nearly
-/// all chunks of a stream.
+/// Price of a guess that may still turn out right, in units of the credit: half of the neighbours are
+/// touched, and nearly all chunks of a stream.
 const NEIGHBOUR: u64 = 5;
 const NEXT: u64 = 2;
-/// Price of one that was not touched so far. With these prices the recorded starts take half a request a chunk
-/// and a quarter more bytes than they touch; see perf/README.
+/// Price of a guess that is not touched so far. With these prices the recorded starts make half a request a
+/// chunk and fetch a quarter more bytes than they touch; see perf/README.
 const UNUSED: u64 = 10;
 
-/// What is known of a chunk that is not as it was at first.
+/// State of a chunk that is no longer in its initial state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Asked for ahead, and not touched so far.
+    /// Fetched ahead, and not touched so far.
     Guessed,
     Touched,
 }
 
-/// A chunk is touched that was not the last one touched.
+/// A touch of a chunk that differs from the last one touched.
 #[derive(Clone, Copy, Debug)]
 pub struct Touch {
-    /// Which.
+    /// The chunk.
     pub chunk: u32,
-    /// Whether it has to be fetched for this touch.
+    /// True if it has to be fetched for this touch.
     pub missed: bool,
-    /// Chunks to fetch ahead of a stream at most.
+    /// Limit on the chunks to fetch ahead of a stream.
     pub most: u32,
-    /// Chunks that come in the time of two round trips: what a request is worth.
+    /// Chunks that the line transfers in the time of two round trips: the cost of a request.
     pub worth: u32,
-    /// Chunks of the blob.
+    /// Number of chunks of the blob.
     pub count: u32,
 }
 
-/// What was touched of a blob, and guessed.
+/// Touches and guesses of a blob.
 #[derive(Debug, Default)]
 pub struct Ahead {
     streams: Streams,
     chunks: HashMap<u32, State>,
-    /// Touches near earlier ones.
+    /// Number of touches near earlier ones.
     near: u64,
     /// Chunks that are guessed and not touched so far.
     unused: u64,
 }
 
 impl Ahead {
-    /// Which chunks to fetch besides the touched one, which may be among them; none for most touches.
+    /// Returns the chunks to fetch besides the touched one, which may be among them; none for most touches.
     /// Never past the blob's end.
     pub fn touched(&mut self, touch: Touch) -> Range<u32> {
         let Touch { chunk, missed, most, worth, count } = touch;
@@ -90,7 +91,7 @@ impl Ahead {
         } else if missed && before.is_none() {
             self.neighbours(chunk, worth, count)
         } else {
-            // What was here before and was given up comes back alone: the cache is too small for more.
+            // A chunk that was evicted comes back alone: the cache is too small for more.
             0..0
         };
         for chunk in guess.clone() {
@@ -143,7 +144,7 @@ mod tests {
 
     const COUNT: u32 = 1000;
 
-    /// Touches chunks of a cold blob one after the other; returns what was fetched, and by how many
+    /// Touches chunks of a cold blob one after the other; returns the fetched chunks, and the number of
     /// requests.
     fn fetched(touches: &[u32], worth: u32) -> (BTreeSet<u32>, usize) {
         let (mut ahead, mut here, mut requests) = (Ahead::default(), BTreeSet::new(), 0);
@@ -171,10 +172,10 @@ mod tests {
         let (here, requests) = fetched(&touches, 4);
         assert!(requests <= 40, "{requests}");
         assert!(here.len() <= 66, "{here:?}");
-        // Where requests are dear, by fewer still.
+        // Fewer requests on a line with expensive requests.
         let (here, dear) = fetched(&touches, 40);
         assert!(dear < requests && here.len() <= 100, "{dear}, {here:?}");
-        // On a line too slow for that each comes alone.
+        // On a line too slow for that, each chunk is fetched alone.
         assert_eq!(fetched(&touches, 0).1, 60);
     }
 

@@ -1,4 +1,4 @@
-//! A blob, with everything that is known of where its bytes are.
+//! A blob, with the state of its fetches.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -11,32 +11,32 @@ use super::recent::Recent;
 use crate::tier::StoredBlob;
 use source::chunk::ChunkSource;
 
-/// A chunk of a blob, where the blob has a number for its identity.
+/// A chunk of a blob, with a number for the blob's identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key {
-    /// The blob's number, good as long as a [`Blob`] or a cached chunk has it.
+    /// Number of the blob, valid while a [`Blob`] or a cached chunk has it.
     pub blob: u32,
     /// The chunk, from 0.
     pub chunk: u32,
 }
 
-/// A blob opened in a cache. Whoever opens a blob of the same identity gets the same one.
+/// A blob opened in a cache. Opening a blob of the same identity again gives the same value.
 pub struct Blob {
     number: u32,
     source: Arc<dyn ChunkSource>,
-    /// What the disk tiers have of it.
+    /// Its chunks in the disk tiers.
     stored: StoredBlob,
     /// Bytes of the cache that its chunks take, kept beyond the blob's end.
     held: Arc<AtomicU64>,
-    /// The chunk that was asked for last.
+    /// The chunk of the last request.
     last: AtomicU32,
-    /// Whether a trace says what will be read.
+    /// True if a trace lists the chunks that will be read.
     foreseen: AtomicBool,
-    /// What was touched of it.
+    /// Touches and guesses.
     ahead: Mutex<Ahead>,
-    /// What the line to it is like.
+    /// Measurements of the line to its host.
     depth: Mutex<Depth>,
-    /// What went wrong with it last.
+    /// Its last failures.
     failures: Recent,
 }
 
@@ -60,13 +60,13 @@ impl Blob {
         }
     }
 
-    /// What its chunks are made of.
+    /// The source of its chunks.
     #[must_use]
     pub fn source(&self) -> &Arc<dyn ChunkSource> {
         &self.source
     }
 
-    /// Its chunk's key.
+    /// The key of a chunk.
     #[must_use]
     pub fn key(&self, chunk: u32) -> Key {
         Key { blob: self.number, chunk }
@@ -82,36 +82,36 @@ impl Blob {
         &self.held
     }
 
-    /// What went wrong with it last.
+    /// Its last failures.
     #[must_use]
     pub fn failures(&self) -> &Recent {
         &self.failures
     }
 
-    /// Whether a chunk can be had without a request to a server.
+    /// True if a chunk can be read without a request to a server.
     #[must_use]
     pub fn is_near(&self, chunk: u32) -> bool {
         self.source.blob().is_local() || self.stored.has(chunk)
     }
 
-    /// What the disk tiers have of it.
+    /// Its chunks in the disk tiers.
     #[must_use]
     pub fn stored(&self) -> &StoredBlob {
         &self.stored
     }
 
-    /// Encoded bytes to keep on their way to it.
+    /// Encoded bytes to keep in flight for it.
     pub(super) fn depth(&self) -> u64 {
         lock(&self.depth).bytes()
     }
 
-    /// Encoded bytes that come sooner with what is asked for than by a request of their own.
+    /// Encoded bytes that arrive sooner within a pending request than by a request of their own.
     pub(super) fn worth_a_request(&self) -> u64 {
         lock(&self.depth).worth_a_request()
     }
 
-    /// What will be read of it is known, and asked for already: nothing needs to be guessed, as long as what is
-    /// read is among it.
+    /// Declares that the chunks to be read are known and requested already: no guess is made while reads stay
+    /// among them.
     pub fn foresee(&self) {
         self.foreseen.store(true, Ordering::Relaxed);
     }
@@ -120,11 +120,11 @@ impl Blob {
         self.foreseen.load(Ordering::Relaxed)
     }
 
-    /// Notes which chunk is asked for, and whether it has to be fetched for that. Says which others will
-    /// probably be next, if they are not all asked for already; `room` is what the cache can spare for
-    /// them in bytes.
+    /// Records a touch of a chunk; `missed` tells if it has to be fetched for it. Returns the chunks that are
+    /// probably next, unless they are all requested already; `room` is the number of bytes that the cache can
+    /// spare for them.
     pub(crate) fn touched(&self, chunk: u32, missed: bool, room: u64) -> Range<u32> {
-        // A read first: the cache line stays shared between cores as long as nothing moves.
+        // A read comes first: the cache line stays shared between cores while the chunk is the same.
         if self.last.load(Ordering::Relaxed) == chunk
             || self.last.swap(chunk, Ordering::Relaxed) == chunk
         {
@@ -144,7 +144,7 @@ impl Blob {
         lock(&self.ahead).touched(touch)
     }
 
-    /// A request for this blob has ended.
+    /// Records the end of a request for this blob.
     pub(super) fn measured(&self, bytes: u64, wait: Duration, whole: Duration, beside: usize) {
         lock(&self.depth).measured(bytes, wait, whole, beside);
     }
@@ -154,5 +154,5 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Chunks ahead in a local file: there is no delay to hide, but a second core to use.
+/// Chunks read ahead in a local file: there is no delay to hide, but a second core to use.
 const AHEAD_LOCALLY: u64 = 4;

@@ -1,11 +1,11 @@
-//! The fetch threads: they wait for the network, so that nobody else does.
+//! The fetch threads: they wait for the network, so that no other thread has to.
 //!
-//! One at first, and another whenever all are at work, up to a limit. New ones are
-//! started by fetch threads, never by who wants a chunk: a thread inherits the CPUs that it may run on,
-//! and a ublk queue is bound to its own. A quarter of the threads is kept for demand.
+//! There is one at first, and another starts whenever all are busy, up to a limit. New ones are started by
+//! fetch threads, never by the thread that wants a chunk: a thread inherits the CPUs that it may run on, and
+//! a ublk queue thread is bound to its own. A quarter of the threads is reserved for demand.
 //!
-//! The background fill gets what is left, by [`Pace`](super::pace): large requests, and as many as fill the line,
-//! as long as nobody wants anything; else small ones and few.
+//! The background fill gets the remaining capacity, limited by [`Pace`](super::pace): large requests, and as
+//! many as fill the line, while there is no demand; else small ones and few.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -18,18 +18,18 @@ use super::{Key, Shared, count};
 use source::chunk::{ChunkError, Encoded};
 use source::{Class, Run as _};
 
-/// Most encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
-/// continent takes, so that larger ones save nothing, while a broken connection costs no more than this.
+/// Limit on the encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
+/// continent, so larger requests save nothing, while a broken connection loses no more than this.
 pub(crate) const MOST_BYTES: u64 = 4 << 20;
 
-/// Encoded bytes below which a request is not divided between connections, 1 MiB: half a round trip at
-/// what an object store gives one connection. Below it more requests only cost more.
+/// Encoded bytes below which a request is not divided between connections, 1 MiB: half a round trip at an
+/// object store's rate for one connection. Below it more requests only cost more.
 const LEAST_BYTES: u64 = 1 << 20;
 
-/// How often a fill that is held back is looked at again.
+/// Interval at which a fill that is held back is checked again.
 const HELD_BACK: Duration = Duration::from_millis(50);
 
-/// The threads and what they have to do.
+/// The threads and their work.
 pub(super) struct Crew {
     state: Mutex<State>,
     wake: Condvar,
@@ -39,18 +39,18 @@ pub(super) struct Crew {
 #[derive(Default)]
 struct State {
     queue: Queue,
-    /// Threads that wait for work.
+    /// Number of threads that wait for work.
     idle: usize,
-    /// Requests under way that nobody waits for, those of the fill included.
+    /// Requests in flight without a waiter, those of the fill included.
     ahead: usize,
-    /// Requests of the fill under way.
+    /// Requests of the fill in flight.
     fill: usize,
     threads: Vec<JoinHandle<()>>,
     ending: bool,
 }
 
 impl State {
-    /// Requests under way for demand or ahead of it.
+    /// Requests in flight for demand or ahead of it.
     fn threads_at_work(&self) -> usize {
         (self.threads.len() - self.idle.min(self.threads.len())).saturating_sub(self.fill + 1)
     }
@@ -73,7 +73,7 @@ impl Crew {
         self.lock().ending
     }
 
-    /// Takes no more; returns what was not begun.
+    /// Accepts no more work; returns the work that was not begun.
     pub(super) fn end(&self) -> Vec<Wanted> {
         let mut state = self.lock();
         state.ending = true;
@@ -81,7 +81,7 @@ impl Crew {
         state.queue.drain()
     }
 
-    /// Waits for the threads; requests under way end first.
+    /// Waits for the threads; requests in flight end first.
     pub(super) fn join(&self) {
         loop {
             let Some(thread) = self.lock().threads.pop() else { return };
@@ -92,12 +92,12 @@ impl Crew {
         }
     }
 
-    /// Requests under way ahead of demand at most.
+    /// Limit on the requests in flight ahead of demand.
     fn most_ahead(&self) -> usize {
         (self.most * 3 / 4).max(1)
     }
 
-    /// The next request, when there is one; waits for it. `None` at the end.
+    /// Returns the next request, and waits for one if there is none. `None` at the end.
     fn next(&self, pace: &Pace) -> Option<Taken> {
         let mut state = self.lock();
         loop {
@@ -114,7 +114,7 @@ impl Crew {
                 return Some(taken);
             }
             state.idle += 1;
-            // The fill is held back for a time, and nobody tells when it is over.
+            // A fill that is held back gets no signal when the pause is over, so it polls.
             let held_back = state.queue.has_fill();
             state = if held_back {
                 let waited = self.wake.wait_timeout(state, HELD_BACK);
@@ -126,7 +126,7 @@ impl Crew {
         }
     }
 
-    /// Requests under way, at least the caller's own.
+    /// Requests in flight, at least the caller's own.
     fn busy(&self) -> usize {
         let state = self.lock();
         (state.threads.len() - state.idle.min(state.threads.len())).max(1)
@@ -136,14 +136,14 @@ impl Crew {
         let mut state = self.lock();
         state.ahead -= usize::from(class > Class::Demand);
         state.fill -= usize::from(class == Class::Fill);
-        // What this request kept back may go now, on another thread if this one takes demand.
+        // Work that this request held back may start now, on another thread if this one takes demand.
         if !state.queue.is_empty() {
             self.wake.notify_one();
         }
     }
 }
 
-/// Adds to what is wanted, all at once; or gives it back, at the end or when there is no thread.
+/// Adds wanted chunks, all at once; returns them at the end or when there is no thread.
 pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<Wanted>> {
     let crew = &shared.crew;
     let mut state = crew.lock();
@@ -158,8 +158,8 @@ pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<
     Ok(())
 }
 
-/// Starts a thread if none is idle: whoever goes to ask a server may not be back for long, and what is
-/// wanted meanwhile must find somebody.
+/// Starts a thread if none is idle: this thread may wait for its server for long, and chunks wanted meanwhile
+/// need another thread.
 fn grow(shared: &Arc<Shared>) {
     let mut state = shared.crew.lock();
     if state.idle == 0 && state.threads.len() < shared.crew.most && !state.ending {
@@ -195,7 +195,7 @@ fn run(shared: &Arc<Shared>) {
     }
 }
 
-/// One request.
+/// Runs one request.
 fn fetch(shared: &Arc<Shared>, taken: &Taken) {
     let source = taken.blob.source();
     let places: Result<Vec<Encoded>, ChunkError> =
@@ -226,7 +226,7 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
     let mut run = ChunkRun::new(shared, taken, &places);
     match source.blob().read_run(range, taken.class, &mut run) {
         Ok(()) => {
-            // Chunks of nothing but a shared byte are whole by now and must be asked for to be seen.
+            // Chunks that consist only of the shared byte are complete by now; `room` notices that.
             let _ = run.room();
             let wait = run.first_byte().map_or(begun.elapsed(), |first| first - begun);
             let whole = begun.elapsed();

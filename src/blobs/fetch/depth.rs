@@ -1,32 +1,32 @@
-//! How much to keep on its way: bandwidth times delay, from what requests took.
+//! Number of bytes to keep in flight: bandwidth times delay, measured on requests.
 //!
-//! A reader is never kept waiting if what it will read is asked for one round trip before it gets there;
-//! at full speed that is the line's bandwidth times its delay. Twice that much leaves room for both to
-//! vary. Less would leave the line idle, more would only be in the way of what turns out to be needed.
+//! A reader never waits if its data are requested one round trip before it needs them; at full speed that is
+//! the line's bandwidth times its delay. Twice that number leaves room for both to vary. Less would leave the
+//! line idle, more would delay requests that turn out to be needed.
 //!
-//! Delay is the shortest wait for a first byte seen lately, as longer ones are queueing; bandwidth the
-//! mean over requests, weighted to the last few, of what came while one was read, times how many were
-//! under way at once. Pure: whoever asks brings the time.
+//! The delay is the shortest recent wait for a first byte, as longer waits are queueing. The bandwidth is a
+//! mean over requests, weighted to the last few: the bytes that arrived during one request, times the number
+//! of requests in flight. Pure: the caller passes the times.
 
 use std::time::Duration;
 
-/// Before anything was measured: 2.5 MB, a gigabit times 20 ms.
+/// Bytes before any measurement: 2.5 MB, a gigabit times 20 ms.
 const AT_FIRST: u64 = 2_500_000;
-/// Bounds: one request's worth, and what the cache can spare.
+/// Bounds: the size of one request, and the share that the cache can spare.
 const LEAST: u64 = 1 << 20;
 const MOST: u64 = 32 << 20;
-/// Weight of a new measurement of bandwidth: of the last eight requests or so.
+/// Weight of a new measurement of bandwidth: about the last eight requests count.
 const WEIGHT: f64 = 0.125;
-/// Requests after which the shortest delay is looked for anew: routes change.
+/// Number of requests after which the shortest delay is measured anew: routes change.
 const DELAY_WINDOW: u32 = 64;
 
-/// What is known of the line to one blob's host.
+/// Measurements of the line to one blob's host.
 #[derive(Clone, Debug)]
 pub struct Depth {
     /// Bytes a second; 0 before the first request.
     bandwidth: f64,
     delay: Duration,
-    /// The shortest in the present window, which becomes `delay` at its end.
+    /// The shortest delay in the present window, which becomes `delay` at its end.
     shortest: Duration,
     requests: u32,
 }
@@ -38,8 +38,8 @@ impl Default for Depth {
 }
 
 impl Depth {
-    /// A request brought `bytes`: the first after `wait`, the last after `whole`, while `beside` others
-    /// were under way.
+    /// Records a request of `bytes`: its first byte came after `wait`, its last after `whole`, while `beside`
+    /// other requests were in flight.
     pub fn measured(&mut self, bytes: u64, wait: Duration, whole: Duration, beside: usize) {
         self.shortest = self.shortest.min(wait);
         self.delay = self.delay.min(wait);
@@ -48,7 +48,7 @@ impl Depth {
             self.delay = self.shortest;
             self.shortest = Duration::MAX;
         }
-        // A few KiB come in one packet and say nothing.
+        // A few KiB arrive in one packet and do not measure bandwidth.
         let seconds = whole.saturating_sub(wait).as_secs_f64();
         if bytes >= 64 << 10 && seconds > 0.0 {
             let now = bytes as f64 / seconds * (beside + 1) as f64;
@@ -60,7 +60,7 @@ impl Depth {
         }
     }
 
-    /// Encoded bytes to keep on their way to one reader.
+    /// Encoded bytes to keep in flight for one reader.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         if self.bandwidth == 0.0 || self.delay == Duration::MAX {
@@ -69,7 +69,7 @@ impl Depth {
         self.twice_the_product().clamp(LEAST as f64, MOST as f64) as u64
     }
 
-    /// Encoded bytes that come sooner with what is asked for than by a request of their own.
+    /// Encoded bytes that arrive sooner within a pending request than by a request of their own.
     #[must_use]
     pub fn worth_a_request(&self) -> u64 {
         if self.bandwidth == 0.0 || self.delay == Duration::MAX {
@@ -107,10 +107,10 @@ mod tests {
         assert_eq!(after(1_000_000, 20, 28, 1).bytes(), 5_000_000);
         assert_eq!(after(1_000_000, 1, 9, 10).bytes(), LEAST);
         assert_eq!(after(10_000_000, 300, 310, 10).bytes(), MOST);
-        // Where a request is cheap or bytes are dear, little is worth one.
+        // With cheap requests or a slow line, few bytes are worth a request.
         assert_eq!(after(1_000_000, 1, 9, 10).worth_a_request(), 250_000);
         assert_eq!(Depth::default().worth_a_request(), AT_FIRST);
-        // Small answers tell the delay only.
+        // Small answers measure only the delay.
         assert_eq!(after(100, 20, 28, 5).bytes(), AT_FIRST);
     }
 

@@ -1,16 +1,16 @@
-//! Background fill: whole layers, with whatever line and cores have to spare.
+//! Background fill: fetches whole layers with the spare capacity of line and cores.
 //!
-//! Once an image is attached, its layers are fetched from the first to the last, each in the order of its tar,
-//! so that the worst start is a parallel download and later ones need no network. One thread decides what
-//! is fetched next; everything else goes the way of any chunk: it is claimed in the cache, so that a reader
-//! who comes meanwhile waits for the same fetch and makes it demand; it is fetched by large ranges
-//! ([`Pace`](super::pace::Pace) says how large and how many), verified by the inflate workers, and given to
-//! the tier that keeps it. Only there: the memory is for what is read. Without any tier the memory's
-//! free part is filled, and nothing is given up for it.
+//! Once an image is attached, its layers are fetched from the first to the last, each in the order of its
+//! tar, so that the worst start is a parallel download and later starts need no network. One thread decides
+//! which chunk is fetched next; the rest is the path of any chunk: it is claimed in the cache, so that a
+//! reader who comes meanwhile waits for the same fetch and makes it demand; it is fetched by large ranges
+//! ([`Pace`](super::pace::Pace) gives their size and number), verified by the decode threads, and stored in
+//! the tier that keeps it. It is stored only there: the memory is for chunks that are read. Without any tier
+//! the free part of the memory is filled, and nothing is evicted for it.
 //!
-//! No more is under way than the tier's queue has room for, so the fill goes at the disk's pace where that is
-//! the slower one. It rests while the disk is full, ends when its [`Filling`] is dropped, and after a restart
-//! finds what is there already.
+//! The fill keeps no more in flight than the tier's queue has room for, so it runs at the disk's speed where
+//! that is the lower one. It pauses while the disk is full, ends when its [`Filling`] is dropped, and after a
+//! restart skips the chunks that are stored already.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
@@ -28,33 +28,34 @@ use crate::tier::{Kind, QUEUE, Stored};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room};
 
-/// Bytes under way or waiting for the disk at most: the rest of the tier's queue is for what is read meanwhile.
+/// Limit on the bytes in flight or waiting for the disk: the rest of the tier's queue is for chunks that are
+/// read meanwhile.
 const MOST_UNDER_WAY: u64 = QUEUE / 4 * 3;
 
-/// Encoded bytes that are asked for together: a request's worth for each of two connections.
+/// Encoded bytes that are requested together: the size of a request for each of two connections.
 const STRETCH: u64 = 8 << 20;
 
-/// Failed chunks of a blob in a row after which the next blob has its turn.
+/// Failed chunks of a blob in a row after which the fill continues with the next blob.
 const MOST_FAILURES: u32 = 4;
 
-/// How long a disk without space is left alone, and a rate is waited for at a time.
+/// Pause when the disk has no space, and longest single wait for the rate limit.
 const REST: Duration = Duration::from_millis(500);
 
-/// Wait before a blob is tried again; doubled each time.
+/// Pause before a blob is tried again; doubled each time.
 const AGAIN: Duration = Duration::from_secs(2);
 
-/// How it is done: overlaybd's `download`.
+/// Options of a fill: overlaybd's `download`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FillOptions {
-    /// Wait before it begins.
+    /// Delay before it begins.
     pub delay: Duration,
-    /// Up to so much more, by chance.
+    /// Upper bound of a random addition to the delay.
     pub delay_extra: Duration,
-    /// Encoded bytes a second at most.
+    /// Limit on encoded bytes a second.
     pub rate: Option<u64>,
-    /// Rounds over what could not be had.
+    /// Number of rounds over chunks that could not be fetched.
     pub tries: u64,
-    /// Bytes of a request while others want something.
+    /// Bytes of a request while there is demand.
     pub block: u64,
 }
 
@@ -65,25 +66,25 @@ impl Default for FillOptions {
     }
 }
 
-/// How far a fill is.
+/// Progress of a fill.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct FillProgress {
     /// Chunks of all its blobs that are not local.
     pub chunks: u64,
     /// Those that are near now.
     pub near: u64,
-    /// Whether it has ended.
+    /// True if it has ended.
     pub ended: bool,
 }
 
-/// A fill under way. Dropping it ends it.
+/// A fill in progress. Dropping it ends it.
 pub struct Filling {
     task: Arc<Task>,
     shared: Weak<Shared>,
 }
 
 impl Filling {
-    /// How far it is.
+    /// Its progress.
     #[must_use]
     pub fn progress(&self) -> FillProgress {
         let mut progress =
@@ -106,7 +107,7 @@ impl Drop for Filling {
     }
 }
 
-/// What one [`Filling`] wants.
+/// The work of one [`Filling`].
 struct Task {
     blobs: Vec<Arc<Blob>>,
     options: FillOptions,
@@ -121,19 +122,19 @@ struct Turn {
     round: u64,
 }
 
-/// The thread and what it has to do.
+/// The thread and its work.
 #[derive(Default)]
 pub(super) struct Queue {
     state: Mutex<State>,
     wake: Condvar,
-    /// Chunks under way: so that nobody else need lock.
+    /// Number of chunks in flight: readable without the lock.
     under_way: AtomicU64,
 }
 
 #[derive(Default)]
 struct State {
     turns: VecDeque<Turn>,
-    /// Bytes that each chunk under way will take in the tier's queue.
+    /// Bytes that each chunk in flight will take in the tier's queue.
     chunks: HashMap<Key, u64>,
     bytes: u64,
     failures: u32,
@@ -151,7 +152,7 @@ impl Queue {
         waited.map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state)
     }
 
-    /// A chunk's load has ended, whoever wanted it.
+    /// Records that a chunk's load has ended, of the fill or of a reader.
     pub(super) fn ended(&self, key: Key, good: bool) {
         if self.under_way.load(Ordering::Acquire) == 0 {
             return;
@@ -181,7 +182,7 @@ impl Queue {
     }
 }
 
-/// Adds a task, and the thread if there is none.
+/// Adds a task, and starts the thread if there is none.
 pub(super) fn begin(shared: &Arc<Shared>, blobs: Vec<Arc<Blob>>, options: FillOptions) -> Filling {
     let blobs = blobs.into_iter().filter(|blob| !blob.source().blob().is_local()).collect();
     let task = Arc::new(Task {
@@ -250,15 +251,15 @@ fn next(queue: &Queue) -> Option<Turn> {
     }
 }
 
-/// Why a round has to end.
+/// Reasons to end a round.
 enum Stop {
-    /// The task or everything ends, or there is nowhere to put more.
+    /// The task or everything ends, or there is no place for more chunks.
     Now,
-    /// This blob cannot be had now.
+    /// This blob cannot be read now.
     Blob,
 }
 
-/// One round over all blobs. True when nothing is left to do.
+/// Runs one round over all blobs. True when no chunk is left to fetch.
 fn fill(shared: &Arc<Shared>, task: &Task) -> bool {
     let mut round = Round { shared, task, batch: Vec::new(), bytes: 0, due: Instant::now() };
     let mut whole = true;
@@ -269,7 +270,7 @@ fn fill(shared: &Arc<Shared>, task: &Task) -> bool {
             if blob.is_near(chunk) {
                 continue;
             }
-            // What a layer needs beyond the whole tier would only push out its beginning.
+            // The part of a layer beyond the whole tier's capacity would only evict the layer's beginning.
             if let Some((kind, stored)) = blob.stored().target() {
                 let left = capacity.entry(kind).or_insert(u64::MAX);
                 *left = (*left).min(stored.capacity());
@@ -294,7 +295,7 @@ fn fill(shared: &Arc<Shared>, task: &Task) -> bool {
         return true;
     }
     for blob in &task.blobs {
-        // Without a tier, what is near is what is in memory, and that comes and goes.
+        // Without a tier the near chunks are those in memory, and these come and go.
         whole &= blob.stored().target().is_none()
             || (0..blob.source().chunk_count()).all(|chunk| blob.is_near(chunk));
     }
@@ -312,10 +313,10 @@ fn size(blob: &Blob, chunk: u32, kind: Kind) -> u64 {
 struct Round<'a> {
     shared: &'a Arc<Shared>,
     task: &'a Task,
-    /// Claimed, to be asked for together.
+    /// Claimed chunks, to be requested together.
     batch: Vec<Wanted>,
     bytes: u64,
-    /// When the next byte may come, where the rate is limited.
+    /// Time of the next byte, if the rate is limited.
     due: Instant,
 }
 
@@ -324,7 +325,7 @@ impl Round<'_> {
         state.ending || self.task.stopped.load(Ordering::Acquire)
     }
 
-    /// Has a chunk fetched that is not near.
+    /// Fetches a chunk that is not near.
     fn chunk(&mut self, blob: &Arc<Blob>, chunk: u32) -> Result<(), Stop> {
         let encoded = blob.source().encoded(chunk).map_err(|_| Stop::Blob)?.len() as u64;
         let target = blob.stored().target();
@@ -386,17 +387,17 @@ impl Round<'_> {
                 self.send();
                 continue;
             }
-            // The tier's writer tells nobody; it writes a batch in some tens of milliseconds.
+            // The tier's writer sends no signal; it writes a batch in some tens of milliseconds.
             drop(queue.wait(state, if full { REST } else { Duration::from_millis(10) }));
         }
     }
 
-    /// Waits until `bytes` more are allowed.
+    /// Waits until the rate limit allows `bytes` more.
     fn keep_to_rate(&mut self, bytes: u64) -> Result<(), Stop> {
         let Some(rate) = self.task.options.rate.filter(|rate| *rate > 0) else { return Ok(()) };
         self.due =
             self.due.max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
-        // A request's worth at a time: single chunks would each be a request.
+        // The size of one request at a time: otherwise each chunk would be a request.
         if self.due.saturating_duration_since(Instant::now()) < Duration::from_millis(50) {
             return Ok(());
         }
@@ -419,7 +420,7 @@ impl Round<'_> {
         self.shared.want_far(std::mem::take(&mut self.batch));
     }
 
-    /// Waits for everything that is under way and for the disk.
+    /// Waits for everything in flight and for the disk.
     fn settle(&mut self) -> Result<(), Stop> {
         self.send();
         loop {
@@ -436,7 +437,7 @@ impl Round<'_> {
         }
     }
 
-    /// Stores a chunk that is in memory, but not on disk: it came when too much was waiting.
+    /// Stores a chunk that is in memory, but not on disk: it came when the tier's queue was full.
     fn store_held(&self, blob: &Blob, chunk: u32, bytes: Arc<ChunkBytes>) {
         let source = blob.source();
         let Some((kind, stored)) = blob.stored().target() else { return };
@@ -446,7 +447,7 @@ impl Round<'_> {
             }
             return;
         }
-        // The encoded bytes are gone: this thread fetches them again.
+        // The encoded bytes are no longer in memory: this thread fetches them again.
         let Ok(place) = source.encoded(chunk) else { return };
         let mut encoded = EncodedChunk::new(&place, Vec::new());
         if source.blob().read_exact_at(encoded.bytes_mut(), place.range.start).is_err() {
@@ -470,7 +471,7 @@ impl Shared {
         count(&self.counters.filled_bytes, bytes as u64);
     }
 
-    /// Ends the load of a chunk that was filled; false when somebody waits for it by now.
+    /// Ends the load of a chunk that was filled; false when it has a waiter by now.
     pub(super) fn abandon(&self, key: Key) -> bool {
         let abandoned = self.delivery.abandon(key);
         if abandoned {
@@ -480,7 +481,7 @@ impl Shared {
     }
 }
 
-/// Verifies and stores a chunk that nobody waits for. False when somebody does: then it goes the usual way.
+/// Verifies and stores a chunk without a waiter. False when it has one: then it is decoded and delivered.
 pub(super) fn store(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkError>> {
     let key = job.blob.key(job.chunk);
     let Input::Fetched(encoded) = &mut job.input else { return Ok(false) };
@@ -492,7 +493,7 @@ pub(super) fn store(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<Chu
     let place = source.encoded(chunk).map_err(Arc::new)?;
     match blob.stored().target() {
         Some((Kind::Encoded, stored)) => {
-            // What cannot be verified as it is must decode.
+            // A chunk that cannot be verified in its encoded form must decode.
             if source.verify(chunk, encoded.bytes()) != Some(true) {
                 let mut room = vec![0; source.room(chunk)];
                 source.decode(chunk, encoded, &mut room).map_err(Arc::new)?;

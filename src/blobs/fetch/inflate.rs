@@ -1,7 +1,7 @@
-//! The workers that verify and decode: one for each core, demand first.
+//! The decode threads (`inflate-N`): one for each core; they verify and decode, demand first.
 //!
-//! What the background fill brings is verified and stored, and decoded only where decoded chunks are kept.
-//! While somebody wants something, one worker is kept free of that.
+//! Chunks of the background fill are verified and stored, and decoded only for a tier of decoded chunks.
+//! While there is demand, one thread is kept free of them.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,10 +20,10 @@ use crate::tier::store::Payload;
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk};
 
-/// Buffers for encoded chunks that wait to be used again, at most: as many as are usually under way.
+/// Limit on buffers for encoded chunks that are kept for reuse: as many as are usually in flight.
 const SPARE_BUFFERS: usize = 32;
 
-/// A chunk to be decoded.
+/// A chunk to decode.
 pub(super) struct Job {
     pub(super) blob: Arc<Blob>,
     pub(super) chunk: u32,
@@ -33,13 +33,13 @@ pub(super) struct Job {
     pub(super) input: Input,
 }
 
-/// Where its encoded bytes are.
+/// Place of its encoded bytes.
 pub(super) enum Input {
-    /// They came from a server.
+    /// Fetched from a server.
     Fetched(EncodedChunk),
-    /// In a local file or the disk tier: the worker reads them.
+    /// In a local file or the disk tier: the decode thread reads them.
     Near,
-    /// They came from the disk tier.
+    /// Read from the disk tier.
     Stored(EncodedChunk),
 }
 
@@ -54,7 +54,7 @@ impl Job {
     }
 }
 
-/// The threads and what they have to do.
+/// The threads and their work.
 pub(super) struct Workers {
     state: Mutex<State>,
     wake: Condvar,
@@ -67,7 +67,7 @@ struct State {
     demand: VecDeque<Job>,
     ahead: VecDeque<Job>,
     fill: VecDeque<Job>,
-    /// Workers that are at work for the fill.
+    /// Number of threads that work for the fill.
     filling: usize,
     idle: usize,
     threads: Vec<JoinHandle<()>>,
@@ -84,7 +84,7 @@ impl Workers {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a job; or gives it back, at the end or when there is no worker.
+    /// Adds a job; returns it at the end or when there is no thread.
     pub(super) fn push(&self, job: Job) -> Result<(), Job> {
         let mut state = self.lock();
         if state.ending || state.threads.is_empty() {
@@ -121,7 +121,7 @@ impl Workers {
         let _ = self.spare.push(encoded.into_buffer());
     }
 
-    /// Takes no more; returns what was not begun.
+    /// Accepts no more jobs; returns those that were not begun.
     pub(super) fn end(&self) -> Vec<Job> {
         let mut state = self.lock();
         state.ending = true;
@@ -142,7 +142,7 @@ impl Workers {
         }
     }
 
-    /// The next job. `filled`: the one before was for the fill.
+    /// The next job. `filled`: the job before was for the fill.
     fn next(&self, pace: &Pace, filled: bool) -> Option<Job> {
         let mut state = self.lock();
         state.filling -= usize::from(filled);
@@ -153,7 +153,7 @@ impl Workers {
             if let Some(job) = state.ahead.pop_front() {
                 return Some(job);
             }
-            // One may always go on, and so it does: nobody has to be told that it is quiet again.
+            // One thread may always continue with the fill, so no signal is needed when demand ends.
             let most = if pace.is_quiet() { self.most } else { self.most - 1 }.max(1);
             if state.filling < most
                 && let Some(job) = state.fill.pop_front()
@@ -171,12 +171,12 @@ impl Workers {
     }
 }
 
-/// Starts the first worker. The others are started by workers; see [`Crew`](super::crew).
+/// Starts the first thread. The others are started by decode threads; see [`Crew`](super::crew).
 pub(super) fn start(shared: &Arc<Shared>) {
     add_thread(shared, &mut shared.workers.lock());
 }
 
-/// Starts a worker if there is work that no idle one will take.
+/// Starts a thread if there is work that no idle one will take.
 fn grow(shared: &Arc<Shared>) {
     let workers = &shared.workers;
     let mut state = workers.lock();
@@ -201,23 +201,23 @@ fn add_thread(shared: &Arc<Shared>, state: &mut State) {
     };
     match thread::Builder::new().name(format!("inflate-{number}")).spawn(body) {
         Ok(thread) => state.threads.push(thread),
-        Err(error) => tracing::error!("Cannot start inflate worker {number}: {error}"),
+        Err(error) => tracing::error!("Cannot start decode thread {number}: {error}"),
     }
 }
 
-/// What became of a chunk.
+/// Result of a job.
 enum Made {
     /// Decoded, to be delivered.
     Decoded(ChunkBytes),
-    /// Stored, for nobody: its wait is ended already.
+    /// Stored, without a waiter: its load has ended already.
     Filled,
-    /// What was near is no longer there, or was not whole; or it decodes only in its frame.
+    /// The near chunk is no longer there, or is damaged; or it decodes only within its frame.
     Gone,
 }
 
-/// One chunk, from its encoded bytes to everyone who waits for it.
+/// Processes one chunk, from its encoded bytes to its waiters.
 fn work(shared: &Arc<Shared>, mut job: Job) {
-    // A panic is a bug of the decoder; the reader gets an error and the thread lives on.
+    // A panic is a bug of the decoder; the reader gets an error and the thread continues.
     let result = catch_unwind(AssertUnwindSafe(|| make(shared, &mut job)));
     let result = result.unwrap_or_else(|_| {
         job.tries = MOST_TRIES;
@@ -255,7 +255,7 @@ fn work(shared: &Arc<Shared>, mut job: Job) {
     shared.fail(&wanted, error);
 }
 
-/// Offers a chunk that was fetched to the tier that keeps it.
+/// Offers a fetched chunk to the tier that keeps it.
 fn keep(shared: &Arc<Shared>, job: Job, bytes: Arc<ChunkBytes>) {
     let (Input::Fetched(encoded) | Input::Stored(encoded)) = job.input else { return };
     let blob = job.blob;
@@ -277,7 +277,7 @@ fn keep(shared: &Arc<Shared>, job: Job, bytes: Arc<ChunkBytes>) {
     shared.workers.give_back(encoded);
 }
 
-/// Reads what is near, verifies and decodes; or verifies and stores, when nobody waits.
+/// Reads a near chunk, verifies and decodes it; or verifies and stores it, when it has no waiter.
 fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
     let is_serial = job.blob.source().is_serial(job.chunk);
     if let Input::Near = job.input {
@@ -292,7 +292,7 @@ fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
         return Ok(Made::Filled);
     }
     if is_serial {
-        return Ok(Made::Gone); // it came for the tier as it is, and somebody waits for it by now
+        return Ok(Made::Gone); // it was fetched for the tier in encoded form, and has a waiter by now
     }
     match decode(shared, job) {
         Err(error) if matches!(job.input, Input::Stored(_)) => {
@@ -307,7 +307,7 @@ fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
     }
 }
 
-/// Reads a chunk from the decoded tier, straight into the cache's memory.
+/// Reads a chunk from the decoded tier, directly into the cache's memory.
 fn read_decoded(shared: &Arc<Shared>, job: &Job) -> Option<ChunkBytes> {
     let stored = job.blob.stored().decoded.as_ref()?;
     let len = stored.len_of(job.chunk)?;
@@ -340,7 +340,8 @@ fn read_encoded(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkEr
         return Ok(false);
     };
     let mut encoded = EncodedChunk::new(&place, shared.workers.buffer());
-    // Decoding compares the source's checksums; the tier's own tells damage of the disk from any other.
+    // Decoding compares the source's checksums; the tier's own checksum tells damage by the disk from other
+    // damage.
     if !stored.read(job.chunk, encoded.bytes_mut(), &|_| None) {
         return Ok(false);
     }
@@ -349,7 +350,7 @@ fn read_encoded(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkEr
     Ok(true)
 }
 
-/// Verifies and decodes what was read.
+/// Verifies and decodes the encoded bytes.
 fn decode(shared: &Arc<Shared>, job: &mut Job) -> Result<ChunkBytes, Arc<ChunkError>> {
     let source = job.blob.source();
     let (Input::Fetched(encoded) | Input::Stored(encoded)) = &mut job.input else {

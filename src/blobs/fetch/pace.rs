@@ -1,35 +1,35 @@
-//! Who has to stand back: the background fill, for everyone else.
+//! Priorities: the background fill yields to all other requests.
 //!
-//! A request that was sent cannot be called back, and what is under way shares the line with a demand that
-//! comes now. So the fill takes the whole line only while nobody has wanted anything for a while; when
-//! somebody does, what is under way ends soon, and then only small requests go, one at a time, until it
-//! is quiet again. A demand then waits for a few hundred KiB at most that are not its own.
+//! A sent request cannot be recalled, and requests in flight share the line with a demand request that comes
+//! now. So the fill takes the whole line only after a time without demand; when demand comes, the requests in
+//! flight end soon, and then only small ones are sent, one at a time, until the line is quiet again. A demand
+//! request then waits for at most a few hundred KiB that are not its own.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// So long after a demand, milliseconds, it is not quiet yet: a program that starts reads, computes, and
-/// reads on.
+/// Time after a demand, in milliseconds, before the line counts as quiet: a program that starts reads,
+/// computes, and reads on.
 const QUIET: u64 = 1000;
 
-/// Bytes of a fill request while somebody wants something, 256 KiB: 2 ms of a gigabit. One chunk is always
-/// taken.
+/// Bytes of a fill request while there is demand, 256 KiB: 2 ms of a gigabit. A request always takes at least
+/// one chunk.
 const SMALL: u64 = 256 << 10;
 
-/// Bytes of a fill request when it is quiet.
+/// Bytes of a fill request on a quiet line.
 const LARGE: u64 = 4 << 20;
 
-/// Fill requests under way at most: 32 of 4 MiB hold 10 Gbit/s over 100 ms.
+/// Limit on fill requests in flight: 32 of 4 MiB fill 10 Gbit/s over 100 ms.
 const MOST: u64 = 32;
 
-/// When something was wanted last, and how much the line holds.
+/// Time of the last demand, and capacity of the line.
 pub(super) struct Pace {
     begun: Instant,
-    /// Milliseconds since then, plus one; 0: never.
+    /// Time of the last demand in milliseconds since the start, plus one; 0: never.
     demand: AtomicU64,
-    /// Bytes to keep on their way.
+    /// Bytes to keep in flight.
     line: AtomicU64,
-    /// Small requests are of this size.
+    /// Size of small requests.
     small: AtomicU64,
 }
 
@@ -49,34 +49,34 @@ impl Pace {
         self.begun.elapsed().as_millis() as u64 + 1
     }
 
-    /// Somebody waits for a chunk, or has got it.
+    /// Records a demand for a chunk.
     pub(super) fn demand(&self) {
         self.demand.store(self.now(), Ordering::Relaxed);
     }
 
-    /// Bytes that a line was found to hold.
+    /// Records the measured capacity of a line in bytes.
     pub(super) fn line(&self, bytes: u64) {
         self.line.store(bytes, Ordering::Relaxed);
     }
 
-    /// `download.blockSize`: bytes of a fill request while others want something.
+    /// Sets `download.blockSize`: bytes of a fill request while there is demand.
     pub(super) fn block(&self, bytes: u64) {
         self.small.store(bytes.clamp(64 << 10, LARGE), Ordering::Relaxed);
     }
 
-    /// Whether nobody has wanted anything for a while.
+    /// True if there was no demand for a while.
     pub(super) fn is_quiet(&self) -> bool {
         let last = self.demand.load(Ordering::Relaxed);
         last == 0 || self.now() - last.min(self.now()) > QUIET
     }
 
-    /// Bytes of the next fill request, with `others` requests under way for somebody and `fill` for the fill;
+    /// Bytes of the next fill request, with `others` requests in flight for readers and `fill` for the fill;
     /// 0: not now.
     pub(super) fn fill(&self, others: usize, fill: usize) -> u64 {
         if others > 0 || !self.is_quiet() {
             return if fill == 0 { self.small.load(Ordering::Relaxed) } else { 0 };
         }
-        // One more than fit, so that the line is busy while the next one is asked for.
+        // One more than fit, so that the line is busy while the next one is sent.
         let most = (self.line.load(Ordering::Relaxed).div_ceil(LARGE) + 1).clamp(2, MOST);
         if (fill as u64) < most { LARGE } else { 0 }
     }

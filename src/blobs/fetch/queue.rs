@@ -1,12 +1,12 @@
-//! What is wanted and not yet under way, and what of it goes into one request.
+//! Chunks that are wanted and not yet in flight, and their division into requests.
 //!
-//! Chunks are taken in the order of their urgency (demand, then what is fetched ahead, then the background
-//! fill), and within that in the order in which they were asked for. What is taken brings its neighbours along:
-//! chunks of the same blob that are wanted too and lie next to it become one range. A request for demand
-//! grows forwards into what is merely wanted ahead; backwards only as far as that comes sooner so than by
-//! a request of its own, since it arrives before what somebody waits for.
+//! Chunks are taken in the order of their urgency (demand, then read-ahead, then the background fill), and
+//! within that in the order of their requests. A taken chunk brings its neighbours: chunks of the same blob
+//! that are wanted too and lie next to it become one range. A request for demand grows forwards into chunks
+//! that are wanted ahead; it grows backwards only as far as those chunks arrive sooner in this request than
+//! by one of their own, because they arrive before the chunk that has a waiter.
 //!
-//! Long stretches are cut so that all free connections get a part; see [`Limit`].
+//! Long ranges are cut so that all free connections get a part; see [`Limit`].
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
@@ -15,14 +15,14 @@ use std::sync::Arc;
 use super::blob::{Blob, Key};
 use source::Class;
 
-/// A chunk that is wanted.
+/// A wanted chunk.
 #[derive(Clone)]
 pub struct Wanted {
-    /// Of which blob.
+    /// Its blob.
     pub blob: Arc<Blob>,
-    /// Which.
+    /// Its number.
     pub chunk: u32,
-    /// How urgently.
+    /// Its urgency.
     pub class: Class,
     /// Damaged deliveries so far.
     pub tries: u8,
@@ -36,34 +36,34 @@ impl Wanted {
     }
 }
 
-/// How much goes into one request.
+/// Limits on one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit {
-    /// Most encoded bytes of a request; one chunk is always allowed.
+    /// Limit on the encoded bytes of a request; one chunk is always allowed.
     pub most: u64,
-    /// Encoded bytes below which a stretch is not divided, unless more come in two round trips.
+    /// Encoded bytes below which a range is not divided, unless more arrive in two round trips.
     pub least: u64,
-    /// Connections that are free: a long stretch is divided between them.
+    /// Number of free connections: a long range is divided between them.
     pub free: usize,
-    /// Whether only demand may be taken.
+    /// True if only demand may be taken.
     pub demand_only: bool,
-    /// Most encoded bytes of a request of the background fill; 0: none may be taken.
+    /// Limit on the encoded bytes of a request of the background fill; 0: none may be taken.
     pub fill: u64,
 }
 
 /// Chunks that go into one request.
 pub struct Taken {
-    /// Of which blob.
+    /// Their blob.
     pub blob: Arc<Blob>,
-    /// Which, ascending and without a gap.
+    /// Their numbers, ascending and without a gap.
     pub chunks: Range<u32>,
     /// Urgency and tries of each.
     pub wanted: Vec<(Class, u8)>,
-    /// The most urgent of them.
+    /// The highest urgency among them.
     pub class: Class,
 }
 
-/// The chunks that are wanted and not under way.
+/// The chunks that are wanted and not in flight.
 #[derive(Default)]
 pub struct Queue {
     demand: VecDeque<Key>,
@@ -93,7 +93,7 @@ impl Queue {
             self.wanted.get_mut(&key).filter(|wanted| wanted.class > Class::Demand)
         {
             wanted.class = Class::Demand;
-            self.demand.push_back(key); // its old place in the other order is passed over
+            self.demand.push_back(key); // its old place in the other order is skipped
         }
     }
 
@@ -103,13 +103,13 @@ impl Queue {
         self.wanted.len()
     }
 
-    /// Whether nothing is wanted.
+    /// True if no chunk is wanted.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.wanted.is_empty()
     }
 
-    /// Whether there is anything to take under `limit`.
+    /// True if there is a chunk that [`Self::take`] may take.
     #[must_use]
     pub fn has(&self, demand_only: bool) -> bool {
         if demand_only {
@@ -119,13 +119,13 @@ impl Queue {
         }
     }
 
-    /// Whether chunks are wanted for the background.
+    /// True if chunks are wanted for the background fill.
     #[must_use]
     pub fn has_fill(&self) -> bool {
         !self.fill.is_empty()
     }
 
-    /// The next request.
+    /// Takes the next request.
     pub fn take(&mut self, limit: Limit) -> Option<Taken> {
         let first = self.next(limit)?;
         let Wanted { blob, chunk, class, tries } = self.wanted.remove(&first)?;
@@ -134,15 +134,15 @@ impl Queue {
         let is_wanted = |chunk: u32, most: Class| {
             self.wanted.get(&blob.key(chunk)).is_some_and(|wanted| wanted.class <= most)
         };
-        // Between the chunks of some blobs lie bytes of none; these are not asked for.
+        // Between the chunks of some blobs lie bytes that belong to no chunk; these are not requested.
         let place = |chunk| blob.source().encoded(chunk).map_or(0..0, |place| place.range);
         let adjoins = |chunk: u32| place(chunk).end >= place(chunk.saturating_add(1)).start;
-        // Behind what was asked for first only what is as urgent.
+        // Before the chunk that has a waiter, only chunks of the same urgency.
         let first = (0..chunk)
             .rev()
             .take_while(|&before| is_wanted(before, class) && adjoins(before))
             .last();
-        // But a neighbour or two may come before it: that takes less than another request would.
+        // But one or two neighbours may come before it: that takes less time than another request.
         let worth = blob.worth_a_request();
         let mut before = 0;
         let near = (0..chunk).rev().take_while(|&chunk| {
@@ -151,7 +151,7 @@ impl Queue {
             is_near && is_wanted(chunk, Class::Prefetch) && adjoins(chunk)
         });
         let first = near.last().into_iter().chain(first).min();
-        // Ahead, what somebody will probably want; the rest of the blob can wait for a quiet line.
+        // After it, chunks that will probably be read; the rest of the blob can wait for a quiet line.
         let most = class.max(Class::Prefetch);
         let stretch = (chunk..u32::MAX)
             .skip(1)
@@ -160,7 +160,7 @@ impl Queue {
         let first = first.unwrap_or(chunk);
         let whole = (first..=last).map(size).fold(0, u64::saturating_add);
         let share = match class {
-            // Nobody waits: the fewer requests, the better.
+            // Without a waiter, fewer requests are better.
             Class::Fill => limit.fill,
             Class::Prefetch => limit.most,
             Class::Demand => {
@@ -189,7 +189,7 @@ impl Queue {
         Some(Taken { blob, chunks: start..end, wanted, class })
     }
 
-    /// The key to begin with; passes over what is gone or has become more urgent.
+    /// The key to begin with; skips keys that are gone or have become more urgent.
     fn next(&mut self, limit: Limit) -> Option<Key> {
         while let Some(key) = self.demand.pop_front() {
             if self.wanted.contains_key(&key) {
@@ -207,7 +207,7 @@ impl Queue {
             && limit.fill > 0
             && let Some(key) = self.fill.pop_front()
         {
-            // What has become demand meanwhile has its place there.
+            // A key that has become demand has its place in that order.
             if self.wanted.get(&key).is_some_and(|wanted| wanted.class == Class::Fill) {
                 return Some(key);
             }
@@ -215,7 +215,7 @@ impl Queue {
         None
     }
 
-    /// Everything that is left.
+    /// Takes all chunks that are left.
     pub fn drain(&mut self) -> Vec<Wanted> {
         self.demand.clear();
         self.ahead.clear();
@@ -275,7 +275,7 @@ mod tests {
             queue.push(wanted(&blob, chunk, Class::Prefetch));
         }
         queue.push(wanted(&blob, 16, Class::Demand));
-        // 1.25 MB come in a round trip, as long as nothing else is known: four chunks.
+        // 1.25 MB arrive in a round trip, before any measurement: four chunks.
         assert_eq!(take(&mut queue, ALONE), Some(12..20));
         queue.push(wanted(&blob, 31, Class::Demand));
         queue.push(wanted(&blob, 30, Class::Demand));
@@ -292,7 +292,7 @@ mod tests {
             (0..32).for_each(|chunk| queue.push(wanted(&blob, chunk, Class::Demand)));
             let limit = Limit { free, ..ALONE };
             let taken: Vec<_> = std::iter::from_fn(|| take(&mut queue, limit)).collect();
-            // What is left is divided anew, and never into less than the least.
+            // The rest is divided anew, and never into less than the least.
             assert_eq!((taken[0].len(), taken.len()), (first, requests), "{taken:?}");
         }
     }
@@ -306,7 +306,7 @@ mod tests {
         }
         assert!(!queue.has(true));
         queue.urge(blob.key(40));
-        queue.urge(blob.key(41)); // not here
+        queue.urge(blob.key(41)); // not in the queue
         assert_eq!(take(&mut queue, Limit { demand_only: true, ..ALONE }), Some(40..41));
         assert!(!queue.has(true) && queue.len() == 2);
         assert_eq!(take(&mut queue, Limit { demand_only: true, ..ALONE }), None);
@@ -316,8 +316,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is asked for in whatever order: each chunk is taken once, in requests that are
-        /// contiguous, of one blob, and not too large; demand first.
+        /// For any requests in any order: each chunk is taken once, in requests that are contiguous, of one
+        /// blob, and not too large; demand first.
         #[test]
         fn every_chunk_is_taken_once(
             asked in proptest::collection::btree_map((0_u32..2, 0_u32..64), 0_u8..3, 1..80),

@@ -1,26 +1,26 @@
-//! The last failures of a blob, for whoever asks why its readers wait.
+//! The last failures of a blob, for reports on why its readers wait.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-/// Failures that are kept of a blob: enough to see a pattern, and a few KiB at most.
+/// Number of failures that are kept of a blob: enough to see a pattern, and a few KiB at most.
 const KEPT: usize = 16;
 
-/// Longest reason that is kept, in bytes: a registry's error page must not decide how much memory
-/// a failure takes.
+/// Limit on a stored reason, in bytes: the size of a registry's error page must not decide the memory of a
+/// failure.
 const LONGEST: usize = 512;
 
 /// One failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// When.
+    /// Its time.
     pub at: SystemTime,
-    /// Which chunk of the blob.
+    /// The chunk of the blob.
     pub chunk: u32,
-    /// Whether the chunk is asked for again without anybody's doing.
+    /// True if the chunk is fetched again automatically.
     pub again: bool,
-    /// What happened.
+    /// The reason.
     pub reason: String,
 }
 
@@ -35,7 +35,7 @@ impl Recent {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a failure.
+    /// Records a failure.
     pub fn note(&self, chunk: u32, again: bool, error: &dyn std::error::Error) {
         let mut reason = error.to_string();
         let mut cause = error.source();

@@ -1,4 +1,4 @@
-//! The buffers of one request: each chunk's own, filled one after the other.
+//! The buffers of one request: one for each chunk, filled one after the other.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,28 +9,28 @@ use super::{Shared, count};
 use source::chunk::{Encoded, EncodedChunk};
 use source::{Class, Run};
 
-/// A request's chunks on their way. Whole ones go to the inflate workers while the rest arrives.
+/// The chunks of a request in flight. Complete ones go to the decode threads while the rest arrives.
 pub(super) struct ChunkRun<'a> {
     shared: &'a Arc<Shared>,
     taken: &'a Taken,
     places: &'a [Encoded],
-    /// Chunk that is being filled, and how far.
+    /// The chunk that is being filled, and its number of bytes so far.
     current: Option<(EncodedChunk, usize)>,
     /// Number of chunks that were handed on.
     done: usize,
     /// Last byte of the chunk before: chunks begin within a byte where others end, and both have it.
     seam: Option<u8>,
-    /// When the first byte came.
+    /// Time of the first byte.
     first: Option<Instant>,
 }
 
 impl<'a> ChunkRun<'a> {
-    /// `places` are those of the chunks of `taken`.
+    /// Creates the buffers. `places` are those of the chunks of `taken`.
     pub(super) fn new(shared: &'a Arc<Shared>, taken: &'a Taken, places: &'a [Encoded]) -> Self {
         Self { shared, taken, places, current: None, done: 0, seam: None, first: None }
     }
 
-    /// When the first byte came.
+    /// Time of the first byte.
     pub(super) fn first_byte(&self) -> Option<Instant> {
         self.first
     }

@@ -1,28 +1,28 @@
-//! Long zstd frames: decoded from their beginning, once for everyone who wants some of them.
+//! Long zstd frames: decoded from their beginning, once for all waiters.
 //!
-//! A chunk of such a frame decodes only behind all those before it
-//! ([`ChunkSource::serial`](source::chunk::ChunkSource::serial)). So it is not a job for any worker: each frame of
-//! which something is wanted has *one* thread at a time, and two readers of a frame never decode it twice
-//! at once. Whoever wants a chunk puts it on the frame's list; the thread goes through the frame, and what
-//! it passes goes to those who wait for it, and to the tier that keeps it:
+//! A chunk of such a frame decodes only after all chunks before it
+//! ([`ChunkSource::serial`](source::chunk::ChunkSource::serial)). So any decode thread cannot take it: each
+//! frame with a wanted chunk has *one* thread at a time, and two readers of a frame never decode it twice at
+//! once. A request for a chunk adds it to the frame's list; the thread decodes the frame from its beginning,
+//! and passes each chunk to its waiters, and to the tier that keeps it:
 //!
-//! * with a *decoded* tier that holds the whole frame, it goes on to the frame's end, as the background fill
-//!   would, and no slower than the disk takes it: then the frame is done with for ever;
-//! * with an *encoded* tier, what was fetched is kept as it came, and need not be fetched again;
-//! * with neither, what is passed and not wanted is kept in memory where that is free, and lost otherwise.
+//! * with a *decoded* tier that holds the whole frame, the thread continues to the frame's end, like the
+//!   background fill, at most at the disk's speed: then the frame need never be decoded again;
+//! * with an *encoded* tier, the fetched bytes are kept, and need not be fetched again;
+//! * with neither, chunks that are passed without a waiter are kept in free memory, and lost otherwise.
 //!
-//! What is wanted but was passed is in the tier, or on its way there; else the frame is begun again, when
-//! what is wanted ahead has been reached. A thread with nothing to do waits [`PARKED`] with its decoder for a
-//! reader that goes on, unless another frame needs the thread.
+//! A wanted chunk that the thread has passed is in the tier, or on its way there; else the frame is begun
+//! again, after the wanted chunks ahead have been reached. A thread without work keeps its decoder and waits
+//! [`PARKED`] for a reader that continues, unless another frame needs the thread.
 //!
-//! Memory: windows of [`MOST_WINDOWS`] together (one is 2 to 8 MiB at usual levels, 128 MiB at most), two requests of
-//! bytes for each of at most [`MOST_THREADS`] frames, and the tier's queue. The lists hold what the cache has
-//! claimed.
+//! Memory: windows of [`MOST_WINDOWS`] together (one is 2 to 8 MiB at usual levels, 128 MiB at most), two
+//! requests of bytes for each of at most [`MOST_THREADS`] frames, and the tier's queue. The lists hold only
+//! chunks that the cache has claimed.
 //!
 //! # Contents
 //!
-//! * `pass`  one thread's way through one frame
-//! * `feed`  the encoded bytes for it, fetched ahead and verified
+//! * `pass`  the pass of one thread through one frame
+//! * `feed`  its encoded bytes, fetched ahead and verified
 
 mod feed;
 mod pass;
@@ -38,20 +38,21 @@ use super::blob::{Blob, Key};
 use super::queue::Wanted;
 use source::Class;
 
-/// Frames that are decoded at the same time at most: images have ten layers, and a start reads of most.
+/// Limit on frames that are decoded at the same time: images have ten layers, and a start reads from most of
+/// them.
 const MOST_THREADS: usize = 16;
 
-/// Bytes of windows of the frames that are decoded at the same time, at most.
+/// Limit on the bytes of windows of the frames that are decoded at the same time.
 const MOST_WINDOWS: u64 = 256 << 20;
 
-/// How long a thread that another frame needs still waits for somebody who goes on: a reader asks for the next
-/// piece when it has got one.
+/// Time that a thread which another frame needs still waits for its reader to continue: a reader asks for the
+/// next piece when it has got one.
 const LINGER: Duration = Duration::from_millis(100);
 
-/// How long a decoder waits for somebody who goes on where it stands.
+/// Time that a decoder waits at its position for a reader that continues there.
 const PARKED: Duration = Duration::from_secs(20);
 
-/// The threads and what they have to do.
+/// The threads and their work.
 #[derive(Default)]
 pub(super) struct Serials {
     state: Mutex<State>,
@@ -60,42 +61,42 @@ pub(super) struct Serials {
 
 #[derive(Default)]
 struct State {
-    /// By their first chunk.
+    /// Frames by their first chunk.
     frames: HashMap<Key, Frame>,
     threads: Vec<JoinHandle<()>>,
-    /// Threads that have no frame.
+    /// Number of threads without a frame.
     idle: usize,
     /// Bytes of windows.
     windows: u64,
-    /// Threads that wait until others give windows back.
+    /// Number of threads that wait until others release windows.
     starved: usize,
     ending: bool,
 }
 
-/// A frame of which something is wanted, or was a moment ago.
+/// A frame with wanted chunks, or that had some a moment ago.
 struct Frame {
     blob: Arc<Blob>,
     chunks: Range<u32>,
     wanted: BTreeMap<u32, Wanted>,
-    /// Whether a thread has it.
+    /// True if a thread has it.
     taken: bool,
 }
 
-/// What a thread is to do.
+/// Work of a frame's thread at one position.
 struct Orders {
-    /// Wanted, but passed.
+    /// Chunks that are wanted, but passed.
     behind: Vec<Wanted>,
     /// The last chunk that is wanted ahead.
     last: Option<u32>,
-    /// How urgent the most urgent of those ahead is.
+    /// The highest urgency among those ahead.
     class: Class,
-    /// Another frame needs the thread.
+    /// True if another frame needs the thread.
     contested: bool,
     ending: bool,
 }
 
 impl State {
-    /// Whether a frame that somebody waits for has no thread or no memory, and gets none.
+    /// True if a frame with a waiter gets no thread or no memory.
     fn is_contested(&self) -> bool {
         let waits = |frame: &Frame| !frame.taken && !frame.wanted.is_empty();
         let full = self.idle == 0 && self.threads.len() >= MOST_THREADS;
@@ -113,7 +114,7 @@ impl Serials {
         waited.map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state)
     }
 
-    /// Somebody waits now for a chunk that was wanted ahead of time.
+    /// Makes demand of a chunk that was wanted ahead of time: it has a waiter now.
     pub(super) fn urge(&self, key: Key) {
         let mut state = self.lock();
         let frames = state.frames.iter_mut().filter(|(first, _)| first.blob == key.blob);
@@ -125,7 +126,7 @@ impl Serials {
         }
     }
 
-    /// Takes no more; returns what was not delivered.
+    /// Accepts no more work; returns the chunks that were not delivered.
     pub(super) fn end(&self) -> Vec<Wanted> {
         let mut state = self.lock();
         state.ending = true;
@@ -145,7 +146,7 @@ impl Serials {
         }
     }
 
-    /// The next frame that needs a thread; waits for one. `None` at the end.
+    /// Returns the next frame that needs a thread, and waits for one. `None` at the end.
     fn next(&self) -> Option<(Arc<Blob>, Range<u32>)> {
         let mut state = self.lock();
         loop {
@@ -165,7 +166,7 @@ impl Serials {
         }
     }
 
-    /// What the thread of frame `first` is to do at chunk `at`.
+    /// Work of the thread of frame `first` at chunk `at`.
     fn orders(&self, first: Key, at: u32) -> Orders {
         let state = self.lock();
         let (contested, ending) = (state.is_contested(), state.ending);
@@ -186,7 +187,7 @@ impl Serials {
         self.lock().frames.get_mut(&first)?.wanted.remove(&chunk)
     }
 
-    /// Puts a chunk on the list of frame `first` again; or gives it back, at the end.
+    /// Puts a chunk on the list of frame `first` again; returns it at the end.
     fn put_back(&self, first: Key, wanted: Wanted) -> Option<Wanted> {
         let mut state = self.lock();
         if state.ending {
@@ -201,14 +202,15 @@ impl Serials {
         }
     }
 
-    /// Whether somebody waits for something of frame `first`, or everything ends.
+    /// True if frame `first` has a waiter, or everything ends.
     fn is_urgent(&self, first: Key) -> bool {
         let state = self.lock();
         let demands = |frame: &Frame| frame.wanted.values().any(|one| one.class == Class::Demand);
         state.ending || state.frames.get(&first).is_some_and(demands)
     }
 
-    /// Waits until a window of so many bytes fits beside the others. One alone always does. False at the end.
+    /// Waits until a window of so many bytes fits beside the others. A single one always does. False at the
+    /// end.
     fn reserve(&self, window: u64) -> bool {
         let mut state = self.lock();
         let mut waits = false;
@@ -231,7 +233,7 @@ impl Serials {
         fits
     }
 
-    /// Gives back what was reserved.
+    /// Releases a reservation.
     fn release(&self, window: u64) {
         if window > 0 {
             self.lock().windows -= window;
@@ -239,13 +241,13 @@ impl Serials {
         }
     }
 
-    /// Gives a frame up, with everything on its list.
+    /// Gives up a frame, and returns its list.
     fn give_up(&self, first: Key) -> Vec<Wanted> {
         let frame = self.lock().frames.remove(&first);
         frame.map_or_else(Vec::new, |frame| frame.wanted.into_values().collect())
     }
 
-    /// Waits until something is wanted of frame `first`, for `most` or until `is_over`. True if something is; else
+    /// Waits until a chunk of frame `first` is wanted, for `most` or until `is_over`. True if one is; else
     /// the frame is given up.
     fn park(&self, first: Key, most: Duration, is_over: &mut dyn FnMut() -> bool) -> bool {
         let begun = Instant::now();
@@ -266,7 +268,7 @@ impl Serials {
     }
 }
 
-/// Adds to what is wanted, all at once; or gives it back, at the end or when there is no thread.
+/// Adds wanted chunks, all at once; returns them at the end or when there is no thread.
 pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<Wanted>> {
     let serials = &shared.serials;
     let mut state = serials.lock();

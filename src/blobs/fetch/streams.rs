@@ -1,44 +1,45 @@
-//! What is read in order.
+//! Sequential reads.
 //!
-//! A touch that goes on where one of the last few streams ended belongs to it. A stream begins with nothing: from
-//! its fourth step on it asks for as much ahead as it has read already, doubling up to a limit that the caller
-//! derives from the line ([`Streams::touched`]). Fewer steps say little: of the places where a start
-//! touches three neighbours, half end there.
+//! A touch that continues where one of the last few streams ended belongs to that stream. A stream starts
+//! without read-ahead: from its fourth step on it asks for as many chunks ahead as it has read already,
+//! doubling up to a limit that the caller derives from the line ([`Streams::touched`]). Fewer steps predict
+//! little: of the places where a start touches three neighbours, half end there.
 //!
 //! Pure: no clock, no thread, no I/O.
 
 use std::ops::Range;
 
-/// Streams watched at once in a blob: a process that starts reads a few libraries in turns.
+/// Number of streams watched at once in a blob: a process that starts reads a few libraries in turns.
 const STREAMS: usize = 8;
 
-/// Steps after which a stream is believed.
+/// Number of steps after which a stream gets read-ahead.
 const BELIEVED: u32 = 4;
 
 /// A run of chunks that is being read.
 #[derive(Clone, Copy, Debug)]
 struct Stream {
-    /// The chunk touched last.
+    /// The last touched chunk.
     at: u32,
-    /// Chunks touched so far.
+    /// Number of chunks touched so far.
     touched: u32,
-    /// One past the last chunk that was asked for ahead.
+    /// One past the last chunk that was requested ahead.
     asked: u32,
 }
 
-/// The streams of a blob, the one touched last at the end.
+/// The streams of a blob, the last touched one at the end.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
     streams: Vec<Stream>,
 }
 
 impl Streams {
-    /// A chunk is touched that was not the last one touched: which chunks to fetch ahead, none for most.
-    /// Never more than `most`, and none past `count`, the blob's number of chunks.
+    /// Records a touch of a chunk that differs from the last one touched, and returns the chunks to fetch
+    /// ahead, none for most touches. Never more than `most`, and none past `count`, the blob's number of
+    /// chunks.
     pub(super) fn touched(&mut self, chunk: u32, most: u32, count: u32) -> Range<u32> {
         let near = |stream: &Stream| {
             chunk >= stream.at && chunk - stream.at <= 1
-                // What was fetched ahead may be reached by a longer step.
+                // A chunk that was fetched ahead may be reached by a longer step.
                 || (stream.at..stream.asked).contains(&chunk)
         };
         let Some(place) = self.streams.iter().rposition(near) else {
@@ -53,7 +54,7 @@ impl Streams {
             stream.touched += 1;
             stream.at = chunk;
         }
-        // As far ahead as was read, so that what is fetched in vain is never more than what was used.
+        // As far ahead as was read, so that wasted chunks are never more than used ones.
         let window = if stream.touched < BELIEVED {
             0
         } else {
@@ -61,7 +62,7 @@ impl Streams {
         };
         let start = stream.asked.max(chunk + 1);
         let end = (chunk + 1).saturating_add(window).min(count);
-        // Half a window at a time: neighbours then come by one request.
+        // Half a window at a time: neighbours are then fetched by one request.
         let due = stream.asked <= chunk + 1 + window / 2;
         let ahead = if due && start < end { start..end } else { 0..0 };
         stream.asked = stream.asked.max(chunk + 1).max(ahead.end);

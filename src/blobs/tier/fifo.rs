@@ -1,9 +1,9 @@
-//! What to give up first: S3-FIFO over the chunks of all files.
+//! Choice of the chunk to evict: S3-FIFO over the chunks of all files.
 //!
-//! Most of what is written here is never read again: a background fill, a layer that was scanned once. So new
-//! chunks wait in a small queue, a tenth of the capacity, and only those that are read there move on to
-//! the main one; a flood of new ones pushes out only each other. What left the small queue lately is
-//! remembered, and goes to the main one if it comes back.
+//! Most chunks written here are never read again: a background fill, a layer that was scanned once. So new
+//! chunks wait in a small queue, a tenth of the capacity, and only chunks that are read there move on to the
+//! main queue; a flood of new chunks evicts only its own. A chunk that recently left the small queue is
+//! remembered, and goes to the main queue if it comes back.
 //!
 //! Pure: no I/O, no lock.
 
@@ -12,11 +12,11 @@ use std::collections::{HashMap, HashSet, VecDeque};
 /// A file and a chunk of it.
 pub(super) type Key = (u32, u32);
 
-/// The small queue's part of the capacity.
+/// Divisor of the capacity for the small queue.
 const SMALL: u64 = 10;
-/// Reads that count.
+/// Largest count of reads.
 const MOST_USED: u8 = 3;
-/// Keys remembered at most of what left the small queue.
+/// Limit on the remembered keys that left the small queue.
 const MOST_GHOSTS: usize = 1 << 16;
 
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +24,7 @@ struct Entry {
     bytes: u64,
     used: u8,
     main: bool,
-    /// Which of the places in the queues is this one's: a key may have left and come back.
+    /// Number of this chunk's place in the queues: a key may have left and come back.
     turn: u64,
 }
 
@@ -45,13 +45,13 @@ impl Fifo {
         self.entries.len()
     }
 
-    /// A chunk is there now.
+    /// Adds a new chunk.
     pub(super) fn insert(&mut self, key: Key, bytes: u64) {
         let main = self.ghosts.remove(&key);
         self.put(key, bytes, main);
     }
 
-    /// A chunk was there when the tier was opened: nothing is known of its past.
+    /// Adds a chunk found when the tier was opened, whose past is unknown.
     pub(super) fn insert_old(&mut self, key: Key, bytes: u64) {
         self.put(key, bytes, true);
     }
@@ -69,14 +69,14 @@ impl Fifo {
         }
     }
 
-    /// A chunk was read.
+    /// Counts a read of a chunk.
     pub(super) fn touch(&mut self, key: Key) {
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.used = (entry.used + 1).min(MOST_USED);
         }
     }
 
-    /// A chunk is no longer there. Its place in a queue is passed over when it is reached.
+    /// Removes a chunk. Its place in a queue is skipped when it is reached.
     pub(super) fn remove(&mut self, key: Key) {
         if let Some(entry) = self.entries.remove(&key)
             && !entry.main
@@ -155,7 +155,7 @@ mod tests {
         assert_eq!(fifo.pop(20), Some((0, 0)));
         fifo.insert((0, 0), 1);
         assert!(fifo.entries[&(0, 0)].main);
-        // Everything else new goes first.
+        // All other new chunks go first.
         let order: Vec<_> = std::iter::from_fn(|| fifo.pop(20)).collect();
         assert_eq!(order.len(), 20);
         assert!(order[..17].iter().all(|key| *key != (0, 0)), "{order:?}");

@@ -1,4 +1,4 @@
-//! A directory in memory whose power can fail, and one that misbehaves as told: for tests.
+//! For tests: a directory in memory whose power can fail, and one that fails as a plan says.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -8,15 +8,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::store::{Local, Payload, Store, StoredFile};
 
 const PAGE: u64 = 4096;
-/// What a disk writes whole or not at all.
+/// Unit that a disk writes whole or not at all.
 const SECTOR: usize = 512;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A directory in memory. What was written but not synced may be lost, whole or in sectors, when its
-/// power fails ([`MemoryStore::crash`]); names change at once and durably.
+/// A directory in memory. Data that was written but not synced may be lost, whole or in sectors, when its
+/// power fails ([`MemoryStore::crash`]); changes of names are durable at once.
 #[derive(Clone)]
 pub struct MemoryStore {
     disk: Arc<Disk>,
@@ -27,14 +27,14 @@ struct Disk {
     files: Mutex<HashMap<String, Arc<MemoryFile>>>,
 }
 
-/// The bytes of a file: whole pages, those that are there.
+/// The bytes of a file: its allocated pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Content {
     pages: BTreeMap<u64, Vec<u8>>,
     len: u64,
 }
 
-/// Something that was done and not synced.
+/// A change that is not synced yet.
 enum Change {
     Write(u64, Vec<u8>),
     Punch(u64, u64),
@@ -84,13 +84,13 @@ impl Disk {
 }
 
 impl MemoryStore {
-    /// An empty directory on a disk of `size` bytes.
+    /// Creates an empty directory on a disk of `size` bytes.
     #[must_use]
     pub fn new(size: u64) -> Self {
         Self { disk: Arc::new(Disk { size: AtomicU64::new(size), files: Mutex::default() }) }
     }
 
-    /// Somebody else takes or frees space: the disk has `size` bytes for these files now.
+    /// Simulates other users of the disk: it has `size` bytes for these files now.
     pub fn resize(&self, size: u64) {
         self.disk.size.store(size, Ordering::SeqCst);
     }
@@ -101,8 +101,8 @@ impl MemoryStore {
         self.disk.allocated()
     }
 
-    /// What is there after the power failed: everything that was synced, and of the rest what `keep` says
-    /// when it is asked for each sector.
+    /// The directory after a power failure: everything that was synced, and of the rest each sector for which
+    /// `keep` returns true.
     #[must_use]
     pub fn crash(&self, mut keep: impl FnMut() -> bool) -> Self {
         let after = Self::new(self.disk.size.load(Ordering::SeqCst));
@@ -245,16 +245,16 @@ impl StoredFile for MemoryFile {
     }
 }
 
-/// What [`FaultyStore`] does to one step.
+/// Effect of [`FaultyStore`] on one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The disk is full.
     NoSpace,
     /// The disk fails.
     Io,
-    /// Half of a write arrives, and it fails.
+    /// Half of a write arrives, and the write fails.
     Short,
-    /// Half of a write arrives, and it says that all did.
+    /// Half of a write arrives, and the write reports success.
     Torn,
 }
 
@@ -267,25 +267,25 @@ impl Fault {
     }
 }
 
-/// A store that misbehaves at chosen steps: every write, sync, punch, change of length or name is one.
+/// A store that fails at chosen steps: every write, sync, punch, change of length or name is one.
 pub struct FaultyStore {
     inner: Arc<dyn Store>,
     plan: Arc<Plan>,
 }
 
-/// The steps so far and what is to happen.
+/// The number of steps so far, and the planned faults.
 #[derive(Default)]
 pub struct Plan {
     step: AtomicU64,
     faults: Mutex<BTreeMap<u64, Fault>>,
-    /// From this step on nothing works any more.
+    /// Step from which on everything fails.
     end: AtomicU64,
     /// Reads fail.
     pub deaf: AtomicBool,
 }
 
 impl Plan {
-    /// Nothing fails yet.
+    /// Creates a plan without faults.
     #[must_use]
     pub fn new() -> Arc<Self> {
         let plan = Self::default();
@@ -299,12 +299,12 @@ impl Plan {
         self.step.load(Ordering::SeqCst)
     }
 
-    /// This step goes wrong.
+    /// Makes this step fail.
     pub fn at(&self, step: u64, fault: Fault) {
         lock(&self.faults).insert(step, fault);
     }
 
-    /// From this step on everything fails: the power is off.
+    /// Makes everything fail from this step on: the power is off.
     pub fn end_at(&self, step: u64) {
         self.end.store(step, Ordering::SeqCst);
     }
@@ -323,7 +323,7 @@ impl Plan {
 }
 
 impl FaultyStore {
-    /// `inner`, with what `plan` says.
+    /// Wraps `inner` with the faults of `plan`.
     #[must_use]
     pub fn new(inner: Arc<dyn Store>, plan: Arc<Plan>) -> Self {
         Self { inner, plan }

@@ -1,4 +1,4 @@
-//! Taking a directory: alone, on a filesystem that will do, with what is there already.
+//! Opening a directory: exclusively, on a suitable filesystem, with its present contents.
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -15,7 +15,7 @@ use super::{Kind, TierError, count, in_pages};
 /// Longest map that is read, 1 GiB: 32 million records.
 const MOST_MAP: u64 = 1 << 30;
 
-/// Makes the directory and takes its lock, which holds until the file is closed.
+/// Creates the directory and takes its lock, which holds until the file is closed.
 pub(super) fn lock(kind: Kind, dir: &Path) -> Result<File, TierError> {
     let io = |what| move |source| TierError::Io { what, dir: dir.to_owned(), source };
     std::fs::create_dir_all(dir).map_err(io("make"))?;
@@ -28,7 +28,8 @@ pub(super) fn lock(kind: Kind, dir: &Path) -> Result<File, TierError> {
     Ok(file)
 }
 
-/// A write to a filesystem on our own device would wait for a read that waits for the write.
+/// Refuses a directory on this process's own device: a write there would wait for a read that waits for the
+/// write.
 pub(super) fn refuse_own_device(dir: &Path) -> Result<(), TierError> {
     let io = |source| TierError::Io { what: "look at", dir: dir.to_owned(), source };
     let dev = std::fs::metadata(dir).map_err(io)?.dev();
@@ -40,7 +41,7 @@ pub(super) fn refuse_own_device(dir: &Path) -> Result<(), TierError> {
         if name.starts_with("ublkb") {
             return Err(own(format!("/dev/{name}")));
         }
-        // A loop device over our FUSE file.
+        // A loop device over this process's FUSE file.
         let backing = std::fs::read_to_string(place.join("loop/backing_file")).unwrap_or_default();
         if !backing.is_empty() && on_our_fuse(Path::new(backing.trim())) {
             return Err(own(format!("/dev/{name}")));
@@ -52,7 +53,7 @@ pub(super) fn refuse_own_device(dir: &Path) -> Result<(), TierError> {
     Ok(())
 }
 
-/// Whether the mount that holds `path` is of our FUSE server.
+/// True if the mount that holds `path` belongs to this process's FUSE server.
 fn on_our_fuse(path: &Path) -> bool {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let holder = mounts
@@ -66,7 +67,7 @@ fn on_our_fuse(path: &Path) -> bool {
     holder.is_some_and(|(_, kind)| kind.starts_with("fuse.turbobd "))
 }
 
-/// Tries whether the filesystem can free a part of a file.
+/// Tests that the filesystem can free a part of a file.
 pub(super) fn probe_holes(kind: Kind, dir: &Path) -> Result<(), TierError> {
     let store = DirStore::new(dir);
     let name = format!("turbobd.{}.probe", kind.name());
@@ -78,8 +79,8 @@ pub(super) fn probe_holes(kind: Kind, dir: &Path) -> Result<(), TierError> {
     punched.map_err(|source| TierError::NoHoles { dir: dir.to_owned(), source })
 }
 
-/// Finds the files that are there and what is in them. What is no whole pair of files is removed; what is not
-/// ours is left alone.
+/// Finds the present files and their contents. An incomplete pair of files is removed; a file of another
+/// program is left alone.
 pub(super) fn read_directory(shared: &Arc<Shared>) -> io::Result<()> {
     let names: BTreeSet<String> = shared.store.names()?.into_iter().collect();
     let ending = |what: &str| format!(".{}.{what}", shared.kind.name());
@@ -103,7 +104,7 @@ pub(super) fn read_directory(shared: &Arc<Shared>) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads one pair of files; false when it is of no use.
+/// Reads one pair of files; false when it is unusable.
 fn read_file(shared: &Arc<Shared>, stem: &str) -> io::Result<bool> {
     let file = shared.store.open(&format!("{stem}.map"))?;
     let len = file.len()?;
@@ -121,7 +122,7 @@ fn read_file(shared: &Arc<Shared>, stem: &str) -> io::Result<bool> {
     let mut state = FileState::new(stem.to_owned(), subject, seed);
     let data = shared.store.open(&state.data_name())?;
     let end = data.len()?;
-    // Cut off underneath, or never grown: what lies behind the end is not there.
+    // The file was truncated, or never grew: chunks past its end are missing.
     present.retain(|_, extent| extent.at.saturating_add(extent.len.into()) <= end);
     let pages: u64 = present.values().map(|extent| in_pages(extent.len.into())).sum();
     if data.allocated()? > pages {
@@ -140,12 +141,12 @@ fn read_file(shared: &Arc<Shared>, stem: &str) -> io::Result<bool> {
     Ok(true)
 }
 
-/// What a file takes beyond its `bytes`: blocks in which its filesystem notes where the others are.
+/// Bytes that a file takes beyond its `bytes`: blocks of the filesystem's own metadata.
 pub(super) fn extra(file: &dyn StoredFile, bytes: u64) -> io::Result<u64> {
     Ok(file.allocated()?.saturating_sub(bytes))
 }
 
-/// Frees what no chunk has: writes that a crash left without a record.
+/// Frees space without a record: writes that a crash interrupted.
 fn free_gaps(
     data: &dyn StoredFile,
     end: u64,

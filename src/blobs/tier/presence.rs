@@ -1,9 +1,8 @@
-//! The presence map: which chunks of a file are there, in a form that survives a crash.
+//! The presence map: the list of the chunks present in a file, in a form that survives a crash.
 //!
-//! A header and records of 32 bytes, only ever appended; all numbers are little-endian. A record says that
-//! a chunk is there, or no longer. Each carries its own checksum, seeded with a number of the header that
-//! no other map has; so each can be judged alone, and one that was torn, or never came to the disk, is
-//! passed over.
+//! A header and records of 32 bytes, only ever appended; all numbers are little-endian. A record adds a chunk
+//! or removes it. Each record carries its own checksum, seeded with a number of the header that no other map
+//! has; so each is checked alone, and a record that was torn, or never reached the disk, is skipped.
 //!
 //! | Offset | Size | Header |
 //! |---|---|---|
@@ -11,17 +10,17 @@
 //! | 8 | 2 | version, 1 |
 //! | 10 | 1 | kind: 1 encoded, 2 decoded |
 //! | 12 | 2 | length of the identity |
-//! | 16 | 8 | length of what the chunks are of: the blob, or its decoded bytes |
+//! | 16 | 8 | length of the blob, or of its decoded bytes |
 //! | 24 | 4 | number of chunks |
 //! | 28 | 4 | seed of the records' checksums |
-//! | 32 | 216 | identity of the blob and of how it is cut |
+//! | 32 | 216 | identity of the blob and of its division into chunks |
 //! | 252 | 4 | CRC-32C of everything before |
 //!
 //! | Offset | Size | Record |
 //! |---|---|---|
-//! | 0 | 1 | 1 there, 2 no longer |
+//! | 0 | 1 | 1 present, 2 removed |
 //! | 4 | 4 | chunk |
-//! | 8 | 8 | its first byte in the data file |
+//! | 8 | 8 | position of its first byte in the data file |
 //! | 16 | 4 | its length |
 //! | 20 | 4 | CRC-32C of its bytes |
 //! | 28 | 4 | CRC-32C of everything before, seeded |
@@ -30,31 +29,31 @@ use std::collections::HashMap;
 
 use super::Kind;
 
-/// Bytes of the header.
+/// Length of the header in bytes.
 pub(super) const HEADER: usize = 256;
-/// Bytes of a record.
+/// Length of a record in bytes.
 pub(super) const RECORD: usize = 32;
 
 const MAGIC: &[u8; 8] = b"TBDTIER\0";
 const VERSION: u16 = 1;
 const IDENTITY: usize = 216;
 
-/// What a map is of.
+/// Subject of a map: a blob, in one division into chunks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Subject {
     pub(super) kind: Kind,
-    /// Identity of the blob and of how it is cut.
+    /// Identity of the blob and of its division into chunks.
     pub(super) id: String,
-    /// Bytes that the chunks are of.
+    /// Length in bytes of the blob or its decoded bytes.
     pub(super) len: u64,
     /// Number of chunks.
     pub(super) chunks: u32,
 }
 
-/// A chunk in a data file.
+/// Position and checksum of a chunk in a data file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
-    /// First byte.
+    /// Position of its first byte.
     pub(super) at: u64,
     /// Number of bytes.
     pub(super) len: u32,
@@ -62,7 +61,7 @@ pub(super) struct Extent {
     pub(super) crc: u32,
 }
 
-/// A line of the map.
+/// One record of the map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Record {
     Present(u32, Extent),
@@ -78,12 +77,12 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
 }
 
 impl Subject {
-    /// Whether an identity has room in a header.
+    /// True if the identity has room in a header.
     pub(super) fn fits(&self) -> bool {
         self.id.len() <= IDENTITY
     }
 
-    /// The header.
+    /// Encodes the header.
     pub(super) fn header(&self, seed: u32) -> Vec<u8> {
         let mut bytes = vec![0; HEADER];
         bytes[..8].copy_from_slice(MAGIC);
@@ -99,7 +98,7 @@ impl Subject {
         bytes
     }
 
-    /// What a map is of, and its seed; `None` when it is no map of this version.
+    /// Decodes the subject of a map and its seed; `None` for a file that is not a map of this version.
     fn parse(bytes: &[u8]) -> Option<(Self, u32)> {
         let header = bytes.get(..HEADER)?;
         let whole = u32_at(header, HEADER - 4)? == crc32c::crc32c(&header[..HEADER - 4]);
@@ -119,7 +118,7 @@ impl Subject {
 }
 
 impl Record {
-    /// The record's bytes, for a map with this seed.
+    /// Encodes the record, for a map with this seed.
     pub(super) fn bytes(self, seed: u32) -> [u8; RECORD] {
         let mut bytes = [0; RECORD];
         let (kind, chunk, extent) = match self {
@@ -152,19 +151,19 @@ impl Record {
     }
 }
 
-/// A map, read.
+/// The contents of a map.
 #[derive(Debug)]
 pub(super) struct Map {
     pub(super) subject: Subject,
     pub(super) seed: u32,
-    /// The chunks that are there.
+    /// The chunks that are present.
     pub(super) present: HashMap<u32, Extent>,
-    /// Records that it has room for: the next goes behind them.
+    /// Number of record places in the file: the next record goes after them.
     pub(super) records: u64,
 }
 
 impl Map {
-    /// Reads a map; `None` when it is none of this version.
+    /// Reads a map; `None` for a file that is not a map of this version.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let (subject, seed) = Subject::parse(bytes)?;
         let mut present = HashMap::new();
@@ -199,7 +198,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever one record becomes: the others are read as they were written.
+        /// Damage to one record leaves all others as they were written.
         #[test]
         fn a_torn_record_is_passed_over_and_no_other(
             steps in proptest::collection::vec((any::<bool>(), 0_u32..64), 1..100),
@@ -217,7 +216,7 @@ mod tests {
                     bytes.iter_mut().zip(&damage).skip(cut).for_each(|(byte, other)| *byte = *other);
                 }
                 if number == torn && bytes != record.bytes(77) {
-                    // not there
+                    // removed
                 } else if present {
                     expected.insert(chunk, extent(chunk));
                 } else {
@@ -225,7 +224,7 @@ mod tests {
                 }
                 file.extend(bytes);
             }
-            file.extend(&damage[..cut]); // a record that was begun
+            file.extend(&damage[..cut]); // a record that was cut short
             let map = Map::parse(&file).unwrap();
             prop_assert_eq!(map.present, expected);
             prop_assert_eq!(map.records, steps.len() as u64);

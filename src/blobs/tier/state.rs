@@ -1,4 +1,4 @@
-//! The map of all files in memory, and what readers do with it.
+//! The map of all files in memory, and the readers' operations on it.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
@@ -12,7 +12,7 @@ use super::store::{Store, StoredFile};
 use super::writer::{Command, Gone, Offer};
 use super::{Kind, QUEUE, Stored, TierCounters, TierOptions, Usage, count, in_pages};
 
-/// What readers and the writer share.
+/// State shared by readers and the writer.
 pub(super) struct Shared {
     pub(super) kind: Kind,
     pub(super) store: Arc<dyn Store>,
@@ -36,35 +36,35 @@ pub(super) struct State {
     turn: u64,
 }
 
-/// A chunk that is there.
+/// A chunk that is present.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slot {
     pub(super) extent: Extent,
-    /// Tells it from one that came to the same place later.
+    /// Number that tells it from a later chunk at the same place.
     turn: u64,
 }
 
-/// A blob's files.
+/// The files of a blob.
 pub(super) struct FileState {
-    /// Without its ending.
+    /// Name without its suffix.
     pub(super) name: String,
     pub(super) subject: Subject,
     pub(super) seed: u32,
     pub(super) slots: HashMap<u32, Slot>,
-    /// Records in the map; none when the files are not made yet.
+    /// Records in the map; `None` before the files are created.
     pub(super) records: Option<u64>,
-    /// Bytes that the data file takes beyond its chunks: the filesystem's own notes.
+    /// Bytes that the data file takes beyond its chunks: the filesystem's own metadata.
     pub(super) extra: u64,
-    /// One past the last byte of the data file that a chunk has.
+    /// End of the last chunk in the data file.
     pub(super) end: u64,
-    /// Handles to it.
+    /// Number of handles to it.
     users: usize,
-    /// Open as long as it is used.
+    /// The data file, open while it is used.
     pub(super) data: Option<Arc<dyn StoredFile>>,
 }
 
 impl FileState {
-    /// Nothing is there yet.
+    /// Creates the state of a file without chunks.
     pub(super) fn new(name: String, subject: Subject, seed: u32) -> Self {
         Self {
             name,
@@ -92,7 +92,7 @@ impl FileState {
         self.records.map_or(0, map_bytes) + self.extra
     }
 
-    /// Bytes that the map grows by `records` more.
+    /// Bytes by which `records` more let the map grow.
     pub(super) fn growth(&self, records: u64) -> u64 {
         map_bytes(self.records.unwrap_or(0) + records) - self.records.map_or(0, map_bytes)
     }
@@ -107,7 +107,7 @@ pub(super) fn map_bytes(records: u64) -> u64 {
     in_pages(HEADER as u64 + records * RECORD as u64)
 }
 
-/// The files' name for an identity: characters that need no quoting in a shell.
+/// File name for an identity: characters that need no quoting in a shell.
 pub(super) fn file_name(subject: &Subject) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
     let id: String = subject.id.chars().map(plain).collect();
@@ -115,7 +115,7 @@ pub(super) fn file_name(subject: &Subject) -> String {
 }
 
 impl State {
-    /// Takes a file in.
+    /// Adds a file.
     pub(super) fn add(&mut self, file: FileState) -> u32 {
         let number = self.next;
         self.next += 1;
@@ -125,7 +125,7 @@ impl State {
         number
     }
 
-    /// A chunk is there now. Its pages are counted by the caller.
+    /// Makes a chunk present. The caller counts its pages.
     pub(super) fn publish(&mut self, number: u32, chunk: u32, extent: Extent, old: bool) {
         self.turn += 1;
         let slot = Slot { extent, turn: self.turn };
@@ -140,14 +140,14 @@ impl State {
         }
     }
 
-    /// A chunk is no longer there for anybody. Its pages are counted until they are free.
+    /// Removes a chunk, so that no reader finds it. Its pages are counted until they are free.
     pub(super) fn take_out(&mut self, number: u32, chunk: u32) -> Option<Gone> {
         let slot = self.files.get_mut(&number)?.slots.remove(&chunk)?;
         self.fifo.remove((number, chunk));
         Some(Gone { file: number, chunk, extent: slot.extent })
     }
 
-    /// Gives up the chunk that is least worth keeping.
+    /// Evicts the chunk that is least worth keeping.
     pub(super) fn evict(&mut self, capacity: u64) -> Option<Gone> {
         loop {
             let (number, chunk) = self.fifo.pop(capacity)?;
@@ -158,7 +158,7 @@ impl State {
         }
     }
 
-    /// Forgets everything of a file, which is no longer on the disk.
+    /// Forgets all chunks of a file that is no longer on the disk.
     pub(super) fn reset(&mut self, number: u32) {
         let Some(file) = self.files.get_mut(&number) else { return };
         self.used -= file.overhead();
@@ -169,7 +169,7 @@ impl State {
         (file.records, file.extra, file.end, file.data) = (None, 0, 0, None);
     }
 
-    /// Takes out a file that nobody uses and that has nothing; the files of that name may go.
+    /// Takes out a file without users and chunks; the files of that name may be removed.
     pub(super) fn retire(&mut self, number: u32) -> Option<FileState> {
         let file = self.files.get(&number)?;
         if file.is_used() || !file.slots.is_empty() {
@@ -224,7 +224,7 @@ impl Shared {
         self.full.load(Ordering::Relaxed)
     }
 
-    /// Says in the log when it begins and ends to be so.
+    /// Sets the flag, and logs each change.
     pub(super) fn set_full(&self, full: bool) {
         if self.full.swap(full, Ordering::Relaxed) != full {
             let (kind, dir) = (self.kind.name(), self.options.dir.display());
@@ -242,12 +242,12 @@ impl Shared {
         self.queued.load(Ordering::Relaxed)
     }
 
-    /// So many bytes no longer wait.
+    /// Subtracts bytes that no longer wait.
     pub(super) fn unqueue(&self, bytes: u64) {
         self.queued.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// The file of this subject; whatever has its name but is of something else is begun anew.
+    /// The file of this subject; a file of the same name with another subject is created anew.
     pub(super) fn register(&self, subject: &Subject) -> u32 {
         let name = file_name(subject);
         let mut state = self.lock();
@@ -256,7 +256,7 @@ impl Shared {
             && state.files.get(&number).is_some_and(|file| file.subject != *subject)
         {
             count(&self.counters.resets, 1);
-            tracing::warn!("The cache file {name} is of another blob and is begun anew");
+            tracing::warn!("The cache file {name} belongs to another blob and is created anew");
             state.reset(number);
             if let Some(file) = state.files.get_mut(&number) {
                 file.subject = subject.clone();
@@ -285,7 +285,7 @@ impl Shared {
         }
     }
 
-    /// A handle to a file that is known.
+    /// Returns a handle to a known file.
     pub(super) fn hold(self: &Arc<Self>, number: u32) -> Option<Stored> {
         let mut state = self.lock();
         state.files.get(&number)?;
@@ -328,7 +328,7 @@ impl Shared {
 
     pub(super) fn offer(&self, offer: Offer) -> bool {
         let len = offer.payload.bytes().len() as u64;
-        // One that is longer than the queue may come when nothing else waits.
+        // A chunk that is longer than the queue is accepted when no other one waits.
         let before = self.queued.fetch_add(len, Ordering::Relaxed);
         if (before > 0 && before + len > QUEUE) || !self.send(Command::Offer(offer)) {
             self.unqueue(len);
@@ -357,7 +357,7 @@ impl Shared {
         };
         let Slot { extent, turn } = slot;
         let wrong = if extent.len as usize != buf.len() {
-            Some("it is of another length".to_owned())
+            Some("its length is different".to_owned())
         } else if let Err(error) = data.read_exact_at(buf, extent.at) {
             count(&self.counters.failures, 1);
             Some(error.to_string())
@@ -370,7 +370,7 @@ impl Shared {
             count(&self.counters.read_bytes, buf.len() as u64);
             return true;
         };
-        // It may have been given up, and its place used again, while it was read: no damage then.
+        // It may have been evicted, and its place used again, during the read: no damage then.
         let same = {
             let state = self.lock();
             let now = state.files.get(&number).and_then(|file| file.slots.get(&chunk));

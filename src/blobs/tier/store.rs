@@ -1,10 +1,10 @@
-//! The files of a tier: what it asks of a directory.
+//! The files of a tier: the interface to a directory.
 //!
-//! Reads are plain `pread`s on the reader's own thread. Writes and syncs belong to the writer, which has
-//! many under way at once; so they are futures, driven by whatever the store runs the writer with
-//! ([`Store::drive`]): `io_uring` where there is one, else the calling thread, one after the other.
+//! Reads are plain `pread`s on the reader's own thread. Writes and syncs belong to the writer, which has many
+//! in progress at once; so they are futures, driven by the store's own means ([`Store::drive`]): `io_uring`
+//! where there is one, else the calling thread, one after the other.
 //!
-//! Real: [`DirStore`]. In memory, with a power cut: [`MemoryStore`](super::memory::MemoryStore). Faulty:
+//! Real: [`DirStore`]. In memory, with a power failure: [`MemoryStore`](super::memory::MemoryStore). Faulty:
 //! [`FaultyStore`](super::memory::FaultyStore).
 
 use std::fs::{File, OpenOptions};
@@ -23,11 +23,11 @@ use source::chunk::ChunkBytes;
 /// A future of the writer's thread.
 pub type Local<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
-/// Bytes to be written, shared with whoever reads them meanwhile.
+/// Bytes to be written, shared with their readers during the write.
 pub enum Payload {
     /// A chunk that the memory cache has too.
     Shared(Arc<ChunkBytes>),
-    /// Bytes of its own: those of the buffer in this range.
+    /// A buffer of its own: the bytes of it in this range.
     Owned(Vec<u8>, std::ops::Range<usize>),
 }
 
@@ -51,37 +51,37 @@ impl From<Vec<u8>> for Payload {
 
 /// A directory of files.
 pub trait Store: Send + Sync {
-    /// Opens a file for reading and writing; it is made if it is not there.
+    /// Opens a file for reading and writing; it is created if it does not exist.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn open(&self, name: &str) -> io::Result<Arc<dyn StoredFile>>;
 
-    /// The files that are there, in no order.
+    /// Names of the files, in no order.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn names(&self) -> io::Result<Vec<String>>;
 
-    /// Removes a file; one that is not there is removed already.
+    /// Removes a file; a missing file is no error.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn remove(&self, name: &str) -> io::Result<()>;
 
-    /// Puts a file in another's place, durably.
+    /// Moves a file to another's place, durably.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
 
-    /// Bytes that may still be written to the filesystem.
+    /// Free bytes of the filesystem.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn available(&self) -> io::Result<u64>;
 
-    /// Runs the writer on this thread, with what its writes need around it.
+    /// Runs the writer on this thread, with the runtime that its writes need.
     fn drive(&self, work: Local<'static, ()>) {
         uring::block_on(work);
     }
@@ -91,14 +91,14 @@ pub trait Store: Send + Sync {
 pub trait StoredFile: Send + Sync {
     /// Length in bytes.
     ///
-    /// # Errors
+    /// Returns the system's error.
     /// The system's.
     fn len(&self) -> io::Result<u64>;
 
-    /// Whether it has no bytes.
+    /// True if it has no bytes.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
@@ -106,40 +106,40 @@ pub trait StoredFile: Send + Sync {
     /// Fills `buf` from byte `at` on.
     ///
     /// # Errors
-    /// The system's; [`io::ErrorKind::UnexpectedEof`] when the file ends before.
+    /// Returns the system's error; [`io::ErrorKind::UnexpectedEof`] when the file ends before.
     fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()>;
 
     /// Writes all of `bytes` at byte `at`. Only [`sync`](Self::sync) makes it durable.
     fn write(&self, bytes: Arc<Payload>, at: u64) -> Local<'_, io::Result<()>>;
 
-    /// Makes what was written durable.
+    /// Makes all written data durable.
     fn sync(&self) -> Local<'_, io::Result<()>>;
 
     /// Frees the whole pages in bytes `at..at + len`; they read as zeros.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn punch(&self, at: u64, len: u64) -> io::Result<()>;
 
-    /// Cuts the file off, or lengthens it by a hole.
+    /// Truncates the file, or extends it by a hole.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
     /// Bytes that it takes on the disk.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn allocated(&self) -> io::Result<u64>;
 
-    /// Whether it still has a name: nobody removed it.
+    /// True if it still has a name: it was not removed.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     fn is_linked(&self) -> io::Result<bool>;
 
-    /// The bytes will not be read soon: the kernel need not keep them.
+    /// Hints that the bytes will not be read soon: the kernel need not keep them.
     fn let_go(&self, at: u64, len: u64) {
         let _ = (at, len);
     }
@@ -151,7 +151,7 @@ pub struct DirStore {
 }
 
 impl DirStore {
-    /// The directory, which exists.
+    /// Opens the directory, which must exist.
     #[must_use]
     pub fn new(dir: &Path) -> Self {
         Self { dir: dir.to_owned() }

@@ -1,4 +1,4 @@
-//! What holds for a tier as a whole.
+//! Promises of a tier as a whole.
 
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt as _;
@@ -12,7 +12,7 @@ use super::*;
 use source::chunk::PlainChunks;
 use source::{ByteSource, SourceError};
 
-/// A blob of which only the length matters.
+/// A blob with a length and no bytes.
 struct Length(u64);
 
 impl ByteSource for Length {
@@ -41,7 +41,7 @@ fn tier(store: Arc<dyn Store>, capacity: u64, floor: u64) -> Tier {
     Tier::with_store(Kind::Encoded, store, &options(capacity, floor)).unwrap()
 }
 
-/// What chunk `chunk` of blob `number` is; some KiB, and no whole pages.
+/// Contents of chunk `chunk` of blob `number`; some KiB, and no whole pages.
 fn bytes(number: u32, chunk: u32) -> Vec<u8> {
     let len = 3000 + (number * 7919 + chunk * 1237) % 9000;
     (0..len).map(|i| (i * 31 + chunk * 17 + number * 101) as u8 | 1).collect()
@@ -52,7 +52,7 @@ fn offer(file: &Stored, number: u32, chunk: u32) -> bool {
     file.offer(chunk, start, bytes(number, chunk).into())
 }
 
-/// Whether it is there; then it must be right.
+/// True if the chunk is present; then it must be right.
 fn reads(file: &Stored, number: u32, chunk: u32) -> bool {
     let mut buf = bytes(number, chunk);
     buf.fill(0);
@@ -131,7 +131,7 @@ fn the_capacity_is_never_exceeded_and_is_used() {
         for (number, file) in files.iter().enumerate() {
             offer(file, number as u32, chunk);
         }
-        // What is offered faster than it is written is dropped.
+        // A chunk that is offered faster than the disk writes is dropped.
         tier.flush();
         if chunk % 7 == 0 {
             let usage = tier.usage();
@@ -179,7 +179,7 @@ fn below_the_floor_the_tier_shrinks_and_takes_no_more_until_there_is_space_again
     tier.flush();
     let before = tier.usage().bytes;
     assert!(before > 500 << 10 && !tier.is_full());
-    // Somebody else fills the disk: 300 KiB are missing.
+    // Another program fills the disk: 300 KiB are missing.
     store.resize(before + (2 << 20) - (300 << 10));
     offer(&file, 1, 200);
     tier.flush();
@@ -227,7 +227,7 @@ fn a_wrong_byte_a_short_file_and_a_dying_disk_are_forgotten_and_not_served() {
     data.set_len(place(40 * PlainChunks::CHUNK, 40)).unwrap();
     assert!(!reads(&file, 1, 45) && reads(&file, 1, 39));
     assert_eq!(get(&tier.counters().damaged), 2);
-    // The next write finds out, and begins anew.
+    // The next write notices it, and creates the files anew.
     assert!(offer(&file, 1, 7));
     tier.flush();
     assert_eq!(get(&tier.counters().resets), 1);
@@ -258,7 +258,7 @@ fn verify_forgets_what_is_damaged_and_nothing_else() {
     assert_eq!(tier.usage().bytes, store.allocated());
 }
 
-/// Some work on a tier in which chunks come, are read, and are given up.
+/// Work on a tier: chunks come, are read, and are evicted.
 fn work(tier: &Tier, steps: &[(u32, u32)]) {
     let files: Vec<_> = (0..2).map(|number| tier.file(&blob(number, 64)).unwrap()).collect();
     for (step, &(number, chunk)) in steps.iter().enumerate() {
@@ -276,8 +276,8 @@ fn work(tier: &Tier, steps: &[(u32, u32)]) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// The power fails at any step, and of what was not synced any sectors are kept: what the map then says is
-    /// there is right to the byte, the capacity holds, and the tier goes on from there.
+    /// The power fails at any step, and any sectors of the unsynced data are kept: every chunk that the map
+    /// lists is then right to the byte, the capacity holds, and the tier continues from there.
     #[test]
     fn whatever_a_crash_leaves_what_is_said_to_be_there_is_right(
         steps in proptest::collection::vec((0_u32..2, 0_u32..24), 10..50),
@@ -318,7 +318,7 @@ proptest! {
         prop_assert_eq!(after.usage().bytes, disk.allocated());
     }
 
-    /// Single faults of the disk at any steps: no wrong data, and nothing is lost of the count.
+    /// Single faults of the disk at any steps: no wrong data, and the count stays right.
     #[test]
     fn whatever_the_disk_refuses_nobody_gets_wrong_data(
         steps in proptest::collection::vec((0_u32..2, 0_u32..24), 10..50),
@@ -436,7 +436,7 @@ fn a_file_that_is_removed_or_cut_off_under_load_costs_only_a_fetch() {
             }
             _ => {}
         }
-        // Something new, so that the writer looks at its files.
+        // A new chunk, so that the writer looks at its files.
         offer(&file, 1, 100 + round);
         tier.flush();
     }

@@ -1,12 +1,12 @@
-//! The writer's `io_uring`, where the system gives one.
+//! The writer's `io_uring`, on systems that have one.
 //!
-//! `tokio_uring` runs the writer: a batch of chunks is written with all its writes in the ring at once, and the
-//! thread sleeps once for all of them. It is used for nothing else: readers wait for single chunks, and a
-//! `pread` is the shortest way to one. Containers often refuse `io_uring` (seccomp, `io_uring_disabled`);
+//! `tokio_uring` runs the writer: a batch of chunks is written with all its writes in the ring at once, and
+//! the thread sleeps once for all of them. It serves only the writer: readers wait for single chunks, and
+//! `pread` is the fastest call for one. Containers often refuse `io_uring` (seccomp, `io_uring_disabled`);
 //! the same writer then runs on plain `pwrite` and `fdatasync`.
 //!
-//! `unsafe` is needed to give the ring a buffer that others may read meanwhile ([`Payload`]): it holds an
-//! `Arc`, so that the bytes stay where they are until the kernel has written them.
+//! `unsafe` is needed to give the ring a buffer that other threads may read during the write ([`Payload`]):
+//! the write holds an `Arc`, so that the bytes stay at their address until the kernel has written them.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -22,11 +22,11 @@ use tokio_uring::buf::IoBuf;
 use super::store::{Local, Payload};
 
 thread_local! {
-    /// Whether this thread runs in a ring's runtime.
+    /// True if this thread runs in a ring's runtime.
     static IN_RING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs the writer in a ring if there is one. `tokio_uring::start` would panic where there is none.
+/// Runs the writer in a ring if there is one. `tokio_uring::start` would panic on a system without.
 pub(super) fn run(work: Local<'static, ()>) {
     match tokio_uring::Runtime::new(&tokio_uring::builder()) {
         Ok(runtime) => {
@@ -41,7 +41,7 @@ pub(super) fn run(work: Local<'static, ()>) {
     }
 }
 
-/// Runs a future whose every step is done when it is polled.
+/// Runs a future that finishes each step within its poll.
 pub(super) fn block_on<T>(work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
     loop {
@@ -71,16 +71,16 @@ pub(super) async fn join<T>(futures: Vec<Local<'_, T>>) -> Vec<T> {
     slots.into_iter().filter_map(Result::ok).collect()
 }
 
-/// The file in the ring of this thread; none outside of one.
+/// The file in the ring of this thread; `None` outside of one.
 pub(super) fn file(file: &File) -> Option<io::Result<tokio_uring::fs::File>> {
     IN_RING.get().then(|| file.try_clone().map(tokio_uring::fs::File::from_std))
 }
 
-/// A payload as the ring wants it.
+/// A payload in the form that the ring needs.
 struct Whole(Arc<Payload>);
 
-// SAFETY: the bytes are behind an `Arc` that this holds, on the heap or in a cache's arena; neither moves
-// or changes as long as somebody holds it, and all of them are initialised.
+// SAFETY: the bytes are behind an `Arc` that this holds, on the heap or in a cache's arena; neither moves nor
+// changes while a holder exists, and all of them are initialised.
 unsafe impl IoBuf for Whole {
     fn stable_ptr(&self) -> *const u8 {
         self.0.bytes().as_ptr()

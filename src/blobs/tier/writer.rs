@@ -1,8 +1,9 @@
-//! The thread that writes: batches of chunks in, victims out, each step durable before the next needs it.
+//! The thread that writes: adds chunks and evicts others in batches, each step durable before the next one
+//! needs it.
 //!
-//! A batch goes: records that the victims are gone, sync, holes; data, sync; records of what is there now.
-//! The last records become durable with the next batch, or when nothing has come for a while; a crash
-//! before only means that these chunks are fetched again.
+//! A batch has these steps: records of the evictions, sync, holes; data, sync; records of the new chunks. The
+//! last records become durable with the next batch, or after some time without work; a crash before that only
+//! means that these chunks are fetched again.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
@@ -16,32 +17,32 @@ use super::store::{Payload, StoredFile};
 use super::uring::join;
 use super::{PAGE, count, in_pages};
 
-/// Bytes in a batch at most, 8 MiB: two syncs for it are then a small part of its time.
+/// Limit on the bytes in a batch, 8 MiB: two syncs for it are then a small part of its time.
 const BATCH: u64 = 8 << 20;
-/// How long a batch is waited for, once it has begun.
+/// Time that a batch waits for more chunks, once it has begun.
 const LINGER: Duration = Duration::from_millis(20);
-/// After so long without work, the maps are synced and the floor is looked at.
+/// Time without work after which the maps are synced and the free space is checked.
 const IDLE: Duration = Duration::from_millis(500);
-/// Records of a map from which on it may be written anew, when most of them are of the past.
+/// Number of records from which on a map may be rewritten, when most of them are obsolete.
 const MANY_RECORDS: u64 = 1024;
 
-/// Part of the capacity that is not planned for: a file of many holes takes blocks of its filesystem's own, one
-/// for some 170 pieces in ext4, which are known only when they are there.
+/// Divisor for the part of the capacity that is kept in reserve: a file of many holes takes blocks of its
+/// filesystem's metadata, one for some 170 pieces in ext4, whose number is known only after the write.
 const RESERVE: u64 = 32;
-/// Rounds after which a disk that frees nothing is left alone until the next batch.
+/// Rounds after which a disk that frees no space is left alone until the next batch.
 const SETTLING: usize = 4;
 
-/// What the thread is told.
+/// Commands to the thread.
 pub(super) enum Command {
-    /// Write this.
+    /// Writes this chunk.
     Offer(Offer),
-    /// This is taken out already: free its place.
+    /// Frees the place of this chunk, which is taken out already.
     Forget(Gone),
-    /// Say when everything before is durable.
+    /// Answers when all earlier commands are durable.
     Flush(Sender<()>),
-    /// Shrink to so many bytes, and say when it is done.
+    /// Shrinks to so many bytes, and answers when that is done.
     Prune(u64, Sender<()>),
-    /// Write what is left, and end.
+    /// Writes the rest, and ends.
     End,
 }
 
@@ -59,7 +60,7 @@ impl Offer {
     }
 }
 
-/// A chunk that is no longer there, but its pages are.
+/// A chunk that was taken out, but still has its pages.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Gone {
     pub(super) file: u32,
@@ -85,20 +86,20 @@ struct Writer {
     dirty: BTreeSet<u32>,
 }
 
-/// What one round of the thread has to do.
+/// Work of one round of the thread.
 #[derive(Default)]
 struct Batch {
     offers: Vec<Offer>,
     gone: Vec<Gone>,
     bytes: u64,
-    /// Who waits for it to be durable.
+    /// Senders that wait for it to be durable.
     flushes: Vec<Sender<()>>,
     prune: Option<(u64, Sender<()>)>,
     end: bool,
 }
 
 impl Batch {
-    /// Adds a command; whether more may be added.
+    /// Adds a command; returns true if more may be added.
     fn add(&mut self, command: Command) -> bool {
         match command {
             Command::Offer(offer) => {
@@ -152,7 +153,7 @@ impl Writer {
         }
     }
 
-    /// One batch. `to`: shrink to so many bytes.
+    /// Processes one batch. `to`: shrink to so many bytes.
     async fn process(&mut self, batch: Batch, to: Option<u64>) {
         let bytes: u64 = batch.offers.iter().map(Offer::len).sum();
         let mut gone = batch.gone;
@@ -167,8 +168,8 @@ impl Writer {
         self.shared.unqueue(bytes);
     }
 
-    /// What was written or freed took other pages than planned: holes that the disk refused, blocks in which
-    /// it notes where the others are. More is given up then, before anything else is taken.
+    /// Corrects the count when writes and holes took other pages than planned: holes that the disk refused,
+    /// blocks of the filesystem's metadata. More chunks are then evicted, before any new one is taken.
     async fn settle(&mut self) {
         for _ in 0..SETTLING {
             if self.shared.lock().used <= self.shared.options.capacity {
@@ -183,8 +184,8 @@ impl Writer {
         }
     }
 
-    /// Which of the offers will be written, and adds what has to go for them. Their pages are counted from
-    /// here on.
+    /// Chooses the offers to write, and adds the evictions that they need. Their pages are counted from here
+    /// on.
     fn plan(&self, offers: Vec<Offer>, gone: &mut Vec<Gone>, to: Option<u64>) -> Vec<Offer> {
         let shared = &self.shared;
         let capacity = shared.options.capacity;
@@ -200,7 +201,7 @@ impl Writer {
                     && seen.insert((offer.file, offer.chunk))
             })
             .collect();
-        // Below the floor: nothing new, and as much goes as is missing.
+        // Below the floor: no new chunks, and as many bytes go as are missing.
         let mut missing = shared.options.floor.saturating_sub(available);
         let low = missing > 0;
         let mut refused = false;
@@ -239,7 +240,7 @@ impl Writer {
             if over == 0 && missing == 0 {
                 break;
             }
-            // As many at once as are too many, then a look at what their records take.
+            // Evicts the whole excess at once, then checks what its records take.
             let (mut left, mut found) = (over.max(missing), false);
             while left > 0
                 && let Some(victim) = state.evict(capacity)
@@ -271,14 +272,14 @@ impl Writer {
         }
     }
 
-    /// Notes that chunks are gone, durably, and frees their pages.
+    /// Records durably that chunks are gone, and frees their pages.
     async fn free(&mut self, gone: &[Gone]) {
         let mut by_file = BTreeMap::<u32, Vec<Gone>>::new();
         gone.iter().for_each(|gone| by_file.entry(gone.file).or_default().push(*gone));
         for (number, gone) in by_file {
             let records: Vec<Record> =
                 gone.iter().map(|gone| Record::Forgotten(gone.chunk)).collect();
-            // A map that cannot be written is no reason to keep the pages: what is read is verified.
+            // A map that cannot be written is no reason to keep the pages: every read is verified.
             if self.append(number, &records).await {
                 self.sync_map(number).await;
             }
@@ -310,7 +311,7 @@ impl Writer {
         self.shared.lock().files.get(&number).map(get)
     }
 
-    /// Sets right what the two files really take.
+    /// Corrects the count to the real size of the two files.
     fn measure(&self, number: u32, data: &dyn StoredFile) {
         let Some((map, records)) = self.with_file(number, |file| (file.map_name(), file.records))
         else {
@@ -327,7 +328,7 @@ impl Writer {
         state.used = state.used + extra - before;
     }
 
-    /// Appends records to a map that exists.
+    /// Appends records to an existing map.
     async fn append(&mut self, number: u32, records: &[Record]) -> bool {
         let known = self.with_file(number, |file| (file.map_name(), file.seed, file.records));
         let Some((name, seed, Some(before))) = known else { return false };
@@ -373,7 +374,7 @@ impl Writer {
         }
     }
 
-    /// The data file of `number`, made with its map if need be; none when that fails.
+    /// The data file of `number`, created with its map if necessary; `None` when that fails.
     async fn data(&mut self, number: u32) -> Option<Arc<dyn StoredFile>> {
         let (name, data, records, end) = self.with_file(number, |file| {
             (file.data_name(), file.data.clone(), file.records, file.end)
@@ -384,7 +385,7 @@ impl Writer {
                 Ok(None) => {
                     count(&self.shared.counters.resets, 1);
                     tracing::warn!(
-                        "The cache file {name} was removed or cut off, and is begun anew"
+                        "The cache file {name} was removed or truncated, and is created anew"
                     );
                     self.shared.lock().reset(number);
                 }
@@ -403,7 +404,7 @@ impl Writer {
         }
     }
 
-    /// The data file if it and its map are still what they were.
+    /// The data file, if it and its map are still the same files.
     fn usable(
         &self,
         number: u32,
@@ -421,14 +422,14 @@ impl Writer {
         Ok(whole.then_some(data))
     }
 
-    /// Makes both files, the map with its header.
+    /// Creates both files, the map with its header.
     async fn make(&mut self, number: u32) -> io::Result<Option<Arc<dyn StoredFile>>> {
         let store = self.shared.store.clone();
         let known = self.with_file(number, |file| {
             (file.data_name(), file.map_name(), file.subject.header(file.seed), file.is_used())
         });
         let Some((data_name, map_name, header, used)) = known else { return Ok(None) };
-        // Never a map of the past beside data of now, nor the other way round.
+        // An old map must never stand beside new data, nor a new map beside old data.
         store.remove(&map_name)?;
         store.remove(&data_name)?;
         let data = store.open(&data_name)?;
@@ -444,7 +445,7 @@ impl Writer {
         Ok(Some(data))
     }
 
-    /// Writes chunks, all at once, and says that they are there when they are durable.
+    /// Writes chunks, all at once, and makes them present when they are durable.
     async fn store(&mut self, offers: Vec<Offer>) {
         let mut by_file = BTreeMap::<u32, Vec<Offer>>::new();
         for offer in offers {
@@ -514,7 +515,7 @@ impl Writer {
         }
     }
 
-    /// What of these was written is freed again.
+    /// Frees the pages of these offers, including those that may have been written.
     fn undo(&self, data: &dyn StoredFile, offers: &[Offer]) {
         for offer in offers {
             let _ = data.punch(offer.at, in_pages(offer.len()));
@@ -528,7 +529,7 @@ impl Writer {
         self.shared.lock().used -= pages;
     }
 
-    /// Writes a map anew that is mostly of the past.
+    /// Rewrites a map that has mostly obsolete records.
     async fn compact(&mut self, number: u32) {
         let known = self.with_file(number, |file| {
             let present: Vec<_> = file
@@ -566,7 +567,7 @@ impl Writer {
         state.used = state.used + after - before;
     }
 
-    /// Removes files that have nothing and that nobody uses.
+    /// Removes files that have no chunks and no users.
     fn remove_empty(&self) {
         let numbers: Vec<u32> = self.shared.lock().files.keys().copied().collect();
         for number in numbers {

@@ -1,9 +1,9 @@
-//! What of a trace comes by one request.
+//! Chunks of a trace that are fetched by one request.
 //!
 //! Each request costs a round trip, each byte its time on the line. So chunks of a trace that lie near each
-//! other in a blob make a *cluster*: one range, what lies between them included. The shortest gaps are bridged
-//! first, as long as all bridges together stay a small part of what the trace lists. A cluster is
-//! no longer than one request, and takes the place of its earliest chunk in the order.
+//! other in a blob make a *cluster*: one range, including the chunks between them. The shortest gaps are
+//! bridged first, as long as all bridges together stay a small part of the bytes that the trace lists. A
+//! cluster is no longer than one request, and takes the place of its earliest chunk in the order.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,12 +11,12 @@ use std::sync::Arc;
 
 use crate::fetch::{Blob, MOST_BYTES};
 
-/// Encoded bytes of a gap that is bridged at most, 1 MiB: 8 ms at a gigabit, which is what a request to
-/// a registry nearby takes.
+/// Limit on the encoded bytes of a gap that is bridged, 1 MiB: 8 ms at a gigabit, the time of a request to a
+/// registry nearby.
 const WIDEST: u64 = 1 << 20;
 
-/// One part in so many of the listed bytes may be spent on bridges. With a sixth a start of a large
-/// framework takes 0.2 requests for each chunk it touches; without, 0.5.
+/// Divisor of the listed bytes for the bytes of bridges. With a sixth, a start of a large framework makes 0.2
+/// requests for each chunk that it touches; without bridges, 0.5.
 const SPENT: u64 = 6;
 
 /// Chunks of one blob that are fetched together.
@@ -24,7 +24,7 @@ const SPENT: u64 = 6;
 pub(crate) struct Cluster {
     pub(crate) blob: Arc<Blob>,
     pub(crate) chunks: Range<u32>,
-    /// Chunks that the trace lists; the others are bridges.
+    /// Number of chunks that the trace lists; the others are bridges.
     pub(crate) listed: u32,
     /// Place of its earliest chunk in the order.
     place: usize,
@@ -61,20 +61,20 @@ struct Listed<'b> {
     blob: &'b Arc<Blob>,
     chunk: u32,
     place: usize,
-    /// Encoded.
+    /// Encoded bytes.
     bytes: u64,
-    /// Whether it may come with the one before.
+    /// True if it may join the chunk before.
     joined: bool,
 }
 
-/// Encoded bytes of a chunk; more than any bound for one that cannot be had.
+/// Encoded bytes of a chunk; more than any bound for one that cannot be located.
 fn encoded(blob: &Blob, chunk: u32) -> u64 {
     blob.source().encoded(chunk).map_or(u64::MAX, |place| place.len() as u64)
 }
 
 /// Encoded bytes between a chunk and a later one; `None` for more than may be bridged at all.
 fn gap(before: &Listed<'_>, after: &Listed<'_>) -> Option<u64> {
-    // What is near costs no request.
+    // A near chunk costs no request.
     if before.blob.source().blob().is_local() && after.chunk > before.chunk + 1 {
         return None;
     }
@@ -147,7 +147,7 @@ mod tests {
     const CHUNK: u64 = PlainChunks::CHUNK;
     const COUNT: u32 = 400;
 
-    /// A blob that is far away and never read.
+    /// A remote blob that is never read.
     struct Far(&'static str);
 
     impl ByteSource for Far {

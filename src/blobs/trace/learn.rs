@@ -1,16 +1,16 @@
 //! The traces of this host: learned at each start, kept, merged, replayed.
 //!
 //! The first start of an image is recorded from the first chunk that it touches until [`LearnOptions::quiet`]
-//! has passed without a new one, at most [`LearnOptions::longest`], or until the device goes. What was
-//! seen is merged into the file of the image, which the next attach replays. Every later start is
-//! recorded too, so that the trace follows what the image is used for.
+//! has passed without a new one, at most [`LearnOptions::longest`], or until the device is removed. Its
+//! touches are merged into the file of the image, which the next attach replays. Every later start is
+//! recorded too, so that the trace follows the use of the image.
 //!
-//! The file is called by the layers of the image: the digest of their blobs' digests in order. So an image
-//! keeps its trace whatever tag, meta image or device configuration it is attached by. It is replaced as
-//! a whole, by a rename; a damaged one is passed over with a warning and then replaced.
+//! The file is named by the layers of the image: the digest of their blobs' digests in order. So an image
+//! keeps its trace whatever tag, meta image or device configuration it is attached by. The file is replaced
+//! as a whole, by a rename; a damaged one is skipped with a warning and then replaced.
 //!
-//! One thread for all recordings of a process looks once a second which are over, and ends when there
-//! are none.
+//! One thread for all recordings of a process checks once a second for those that are over, and ends when
+//! there are none.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -25,29 +25,29 @@ use crate::cache::Cache;
 use formats::oci::Digest;
 use formats::trace::{MAX_FILE, Trace};
 
-/// Ending of a trace file's name.
+/// Suffix of a trace file's name.
 const SUFFIX: &str = "trace";
 
-/// Traces kept at most; the oldest go. A thousand images' take a few MB.
+/// Limit on the traces that are kept; the oldest are removed. Traces of a thousand images take a few MB.
 const MOST_KEPT: usize = 1000;
 
-/// How often to look whether a recording is over.
+/// Interval of the check for recordings that are over.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Part of the cache that a replay may fill: what is used beside it, and the next image's, have the rest.
+/// Divisor of the cache for a replay: the rest is for other reads, and for the next image.
 const REPLAY_SHARE: u64 = 2;
 
-/// How starts are learned.
+/// Options of learning.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LearnOptions {
-    /// Whether they are at all; if not, nothing is replayed either.
+    /// True to learn and replay; if false, traces are not replayed either.
     pub enable: bool,
-    /// Where the traces are kept; made when something is.
+    /// Directory of the traces; created with the first trace.
     pub dir: PathBuf,
-    /// A start is over when nothing new was touched for so long. A slow start waits for computation or
-    /// other services now and then, seldom half a minute.
+    /// Time without a new touch after which a start is over. A slow start waits for computation or other
+    /// services now and then, seldom half a minute.
     pub quiet: Duration,
-    /// A start takes so long at most: what still goes on then is work.
+    /// Longest duration of a start: later reads are part of the work.
     pub longest: Duration,
 }
 
@@ -62,22 +62,22 @@ impl Default for LearnOptions {
     }
 }
 
-/// Where traces are kept when nobody names a place: beside the meta images.
+/// Default directory of the traces: beside the meta images.
 #[must_use]
 pub fn default_dir() -> &'static Path {
     Path::new("/var/lib/turbobd/traces")
 }
 
-/// Finds a trace, and may take its time.
+/// Finds a trace, and may take time.
 pub type Seek = Box<dyn FnOnce() -> Option<Trace> + Send>;
 
-/// What others have learned of an image.
+/// Trace of an image that other hosts have learned.
 pub enum Given {
-    /// Nothing.
+    /// None.
     Nothing,
     /// It came with the image.
     Here(Trace),
-    /// It may be found somewhere; that is not waited for.
+    /// It may exist in some place; the start does not wait for the search.
     Sought(Seek),
 }
 
@@ -100,15 +100,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Traces {
-    /// Learns and replays as `options` say.
+    /// Learns and replays according to `options`.
     #[must_use]
     pub fn new(options: LearnOptions) -> Arc<Self> {
         Arc::new(Self { options, active: Mutex::default(), files: Mutex::default() })
     }
 
-    /// A disk is about to be served: has what its image will read fetched ahead, and records its start.
-    /// `given` is what others have learned of the image; it counts as long as nothing was learned here. Says what
-    /// was asked for, if there was a trace by now.
+    /// Begins a start of a disk: fetches the chunks of its trace ahead, and records the start. `given` is the
+    /// trace of other hosts; it counts until this host has learned one. Returns the result of the replay, if
+    /// there is a trace by now.
     pub fn begin(
         self: &Arc<Self>,
         recorders: &Arc<Recorders>,
@@ -120,7 +120,7 @@ impl Traces {
         }
         let path = self.path(recorders);
         let learned = read(&path).filter(|trace| !trace.touches.is_empty());
-        // What others have learned is the beginning of ours.
+        // The given trace is the first part of this host's own.
         let others = Arc::new(OnceLock::new());
         let replayed = match (&learned, given) {
             (Some(trace), _) => Some(fetch_ahead(trace, recorders, cache)),
@@ -170,12 +170,12 @@ impl Traces {
         };
         match thread::Builder::new().name("traces".into()).spawn(body) {
             Ok(_) => active.watched = true,
-            // It then ends with the device.
-            Err(error) => tracing::warn!(%error, "No thread watches the recording of a start"),
+            // The recording then ends with the device.
+            Err(error) => tracing::warn!(%error, "Cannot start the thread that ends recordings"),
         }
     }
 
-    /// Ends what is over. Whether anything is left.
+    /// Ends the recordings that are over. True if others remain.
     fn look(&self) -> bool {
         let starts: Vec<Arc<Recorder>> = {
             let mut active = lock(&self.active);
@@ -222,7 +222,7 @@ fn fetch_ahead(trace: &Trace, recorders: &Recorders, cache: &Cache) -> Replayed 
     replay(trace, cache, recorders.blobs(), cache.budget() / REPLAY_SHARE)
 }
 
-/// Looks for the trace of others while the device is already used, and replays it if the device is still there.
+/// Seeks a published trace while the device is already in use, and replays it if the device still exists.
 fn seek_and_replay(
     seek: Seek,
     recorders: &Arc<Recorders>,
@@ -234,14 +234,14 @@ fn seek_and_replay(
         let Some(trace) = seek() else { return };
         let Some(recorders) = recorders.upgrade() else { return };
         let replayed = fetch_ahead(others.get_or_init(|| trace), &recorders, &cache);
-        tracing::info!("By a published trace {replayed}");
+        tracing::info!("Replay of a published trace: {replayed}");
     };
     if let Err(error) = thread::Builder::new().name("trace-seek".into()).spawn(body) {
-        tracing::warn!(%error, "No thread looks for a published trace");
+        tracing::warn!(%error, "Cannot start a thread to find a published trace");
     }
 }
 
-/// The trace in a file; none if there is none that can be read.
+/// Reads the trace in a file; `None` if there is no readable one.
 fn read(path: &Path) -> Option<Trace> {
     let bytes = match fs::metadata(path) {
         Ok(meta) if meta.len() <= MAX_FILE as u64 => fs::read(path),
@@ -252,20 +252,20 @@ fn read(path: &Path) -> Option<Trace> {
         Ok(bytes) => bytes,
         Err(error) => {
             if error.kind() != io::ErrorKind::NotFound {
-                tracing::warn!(%error, "The trace {} is passed over", path.display());
+                tracing::warn!(%error, "The trace {} is skipped", path.display());
             }
             return None;
         }
     };
     Trace::parse(&bytes)
-        .inspect_err(|error| tracing::warn!(%error, "The trace {} is passed over", path.display()))
+        .inspect_err(|error| tracing::warn!(%error, "The trace {} is skipped", path.display()))
         .ok()
 }
 
-/// Replaces a file as a whole: whoever reads it sees the old bytes or the new.
+/// Replaces a file as a whole: a reader sees the old bytes or the new.
 ///
 /// # Errors
-/// The system's; the file is then as it was.
+/// Returns the system's error; the file is then unchanged.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(dir)?;
@@ -276,7 +276,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes the traces that were written longest ago, if there are too many.
+/// Removes the oldest traces, if there are too many.
 fn prune(dir: &Path) -> io::Result<()> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)? {
@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(traces.begin(&first, &cache, Given::Nothing), None);
         [3, 30, 4].iter().for_each(|&chunk| first.touched(0, chunk));
         let path = traces.path(&first);
-        // While the device goes on.
+        // While the device continues.
         wait(|| path.exists());
         first.touched(0, 9);
         assert_eq!(read(&path).unwrap().touches.len(), 3);
@@ -342,7 +342,7 @@ mod tests {
         assert_eq!((replayed.chunks, replayed.bytes), (3, 3 * CHUNK));
         let blob = second.blobs()[0].as_ref().unwrap();
         wait(|| [3, 4, 30].iter().all(|&chunk| other.holds(blob, chunk)));
-        // Or when it goes; what it touched is merged.
+        // Or when it is removed; its touches are merged.
         second.touched(0, 5);
         drop(second);
         let trace = read(&path).unwrap();
@@ -365,7 +365,7 @@ mod tests {
         second.touched(0, 1);
         drop(second);
         assert_eq!(read(&path).unwrap().touches.len(), 1);
-        // Nothing but the trace is left in the folder.
+        // The trace is the only file in the folder.
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
     }
 

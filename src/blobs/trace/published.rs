@@ -1,15 +1,17 @@
 //! Traces that travel with an image.
 //!
-//! A first start of which nothing is known fetches more than it needs and asks for it too late. What one host has
-//! recorded spares that to every other: a trace is pushed as a *referrer* of the image's manifest (OCI 1.1), so that the
-//! image, its digest and its tags stay what they are, and a registry that copies or deletes the image does the
-//! same with its trace. It is one blob in our own [format](super::format) under a manifest of the artifact type
-//! [`ARTIFACT_TYPE`], as old clients of registries can make too.
+//! A first start without a trace fetches more than it needs and requests it too late. The recording of one
+//! host avoids that for every other: a trace is pushed as a *referrer* of the image's manifest (OCI 1.1), so
+//! that the image, its digest and its tags stay unchanged, and a registry that copies or deletes the image
+//! does the same with its trace. It is one blob in the [format](super::format) of this project under a
+//! manifest of the artifact type [`ARTIFACT_TYPE`], in the form that old clients of registries can create
+//! too.
 //!
-//! There may be several, as nobody can take a referrer back from a registry by replacing it. The newest counts,
-//! by the annotation that OCI has for that.
+//! There may be several traces, because a client cannot replace a referrer in a registry. The newest counts,
+//! by the annotation that OCI defines for the time.
 //!
-//! A trace names blobs and decoded bytes, so one of the plain image serves its meta image too, whatever its span.
+//! A trace names blobs and decoded bytes, so a trace of the plain image serves its meta image too, for any
+//! span.
 
 use jiff::Timestamp;
 use thiserror::Error;
@@ -22,16 +24,17 @@ use registry::store::{ImageStore, Selector, StoreError, StoredManifest, referrer
 /// `artifactType` of the manifest, and media type of its one layer.
 pub const ARTIFACT_TYPE: &str = "application/vnd.turbobd.trace.v1";
 
-/// When the trace was published, in RFC 3339 (OCI image specification, "Pre-Defined Annotation Keys").
+/// Time of the publication, in RFC 3339 (OCI image specification, "Pre-Defined Annotation Keys").
 const CREATED: &str = "org.opencontainers.image.created";
 
-/// Content of the config that stands for none (OCI image specification, "Guidance for an Empty Descriptor").
+/// Content of the config that stands for no config (OCI image specification, "Guidance for an Empty
+/// Descriptor").
 const EMPTY: &[u8] = b"{}";
 
-/// Of several, the newest so many are tried: broken ones are passed over, but not without end.
+/// Number of the newest traces that are tried: broken ones are skipped, but only so many.
 const TRIED: usize = 3;
 
-/// Why a published trace is passed over.
+/// Reasons to skip a published trace.
 #[derive(Debug, Error)]
 enum Unusable {
     #[error(transparent)]
@@ -40,30 +43,30 @@ enum Unusable {
     Manifest(#[from] ManifestError),
     #[error(transparent)]
     Trace(#[from] TraceError),
-    #[error("What is said to be its manifest is an index")]
+    #[error("Its manifest is an index")]
     Index,
     #[error("Its manifest has {0} blobs instead of one")]
     Blobs(usize),
     #[error("Its blob is of the type {0:?}")]
     Type(String),
-    #[error("Its blob has {0} bytes, and {MAX_FILE} are read")]
+    #[error("Its blob has {0} bytes, more than the limit of {MAX_FILE}")]
     Large(u64),
 }
 
-/// What became of a trace that was to be published.
+/// Result of a publication.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Published {
-    /// It is there now.
+    /// It is published now.
     Now,
-    /// The newest one was the same.
+    /// The newest published trace is equal.
     Before,
 }
 
-/// Pushes `trace` beside the manifest `subject` of `store`, as of the time `now`; the blob first, so that
-/// whoever finds it finds it whole.
+/// Pushes `trace` beside the manifest `subject` of `store`, with the time `now`; the blob first, so that a
+/// visible trace is always complete.
 ///
 /// # Errors
-/// [`StoreError`]; nothing refers to the image then that did not before.
+/// Returns [`StoreError`]; the image then has no new referrer.
 pub fn publish(
     store: &dyn ImageStore,
     subject: &StoredManifest,
@@ -98,17 +101,17 @@ pub fn publish(
     Ok(Published::Now)
 }
 
-/// The newest trace that refers to the manifest `subject` of `store` and can be read.
+/// The newest readable trace that refers to the manifest `subject` of `store`.
 ///
 /// # Errors
-/// [`StoreError`] when the store cannot say what refers to the manifest.
+/// Returns [`StoreError`] when the store cannot list the referrers of the manifest.
 pub fn find(store: &dyn ImageStore, subject: &Digest) -> Result<Option<Trace>, StoreError> {
     let entries = entries(store, subject)?;
     Ok(entries.iter().take(TRIED).find_map(|entry| {
         read(store, entry)
             .inspect_err(|error| {
                 let error = error as &dyn std::error::Error;
-                tracing::warn!(trace = %entry.digest, error, "A published trace is passed over");
+                tracing::warn!(trace = %entry.digest, error, "A published trace is skipped");
             })
             .ok()
     }))
@@ -193,7 +196,7 @@ mod tests {
         assert_eq!(find(&store, &image.digest).unwrap(), Some(trace(0)));
         assert_eq!(publish(4096, 300), Published::Now);
         assert_eq!(find(&store, &image.digest).unwrap(), Some(trace(4096)));
-        // Where we keep the list, the old one is off it.
+        // In a store where this code keeps the list, the old trace is removed from it.
         let listed = listed(&store, &image);
         assert_eq!((listed.len(), &listed[0]), (2, &signature));
     }
@@ -234,7 +237,7 @@ mod tests {
         all.push(fake(vec![large], 800));
         list(&all);
         assert_eq!(find(&store, &image.digest).unwrap(), Some(trace(200 * 4096)));
-        // Whoever floods the list gets nothing but no trace.
+        // A flood of entries in the list has only one effect: no trace is found.
         all.push(fake(Vec::new(), 700));
         list(&all);
         assert_eq!(find(&store, &image.digest).unwrap(), None);

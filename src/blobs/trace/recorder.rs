@@ -1,8 +1,8 @@
 //! The first touches of one disk.
 //!
-//! A bit for each chunk says whether it was touched. Whoever looks a chunk up reads its bit, and goes on if
-//! it is set: a load from a line that nobody writes any more. Only the first touch takes a lock, and a
-//! first touch is about to wait for the network anyway, or was just spared that.
+//! A bit for each chunk tells if it was touched. A look-up of a chunk reads its bit, and continues if it is
+//! set: a load from a cache line that is no longer written. Only the first touch takes a lock, and a first
+//! touch is about to wait for the network anyway, or was just spared that.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -12,13 +12,13 @@ use crate::fetch::Blob;
 use formats::trace::{MAX_TOUCHES, Touch, Trace};
 use source::chunk::ChunkSource;
 
-/// Chunks of a blob that are watched at most, 16 million: a TB in chunks of 64 KiB.
+/// Limit on the chunks of a blob that are watched, 16 million: a TB in chunks of 64 KiB.
 const MAX_CHUNKS: u32 = 1 << 24;
 
-/// Called once with the end of a recording.
+/// Called once with the trace at the end of a recording.
 type OnEnd = Box<dyn FnOnce(Trace) + Send>;
 
-/// What is touched of a disk.
+/// The touches of one disk.
 pub struct Recorder {
     layers: Vec<Option<Layer>>,
     state: Mutex<State>,
@@ -33,15 +33,15 @@ struct Layer {
 struct State {
     /// Layer, chunk and time of each first touch.
     firsts: Vec<(u8, u32, Duration)>,
-    /// When the first of them was.
+    /// Time of the first of them.
     begun: Option<Instant>,
     last: Instant,
     on_end: Option<OnEnd>,
 }
 
 impl Recorder {
-    /// A recorder for a disk of these layers, the lowest first. `on_end` gets the trace when the recording
-    /// [ends](Self::end), or when this is dropped.
+    /// Creates a recorder for a disk of these layers, the lowest first. `on_end` gets the trace when the
+    /// recording [ends](Self::end), or when this is dropped.
     #[must_use]
     pub fn new(layers: &[Option<Arc<Blob>>], on_end: impl FnOnce(Trace) + Send + 'static) -> Self {
         let watch = |blob: &Arc<Blob>| {
@@ -59,7 +59,7 @@ impl Recorder {
         Self { layers, state: Mutex::new(state) }
     }
 
-    /// A chunk of a layer is looked up.
+    /// Records a look-up of a chunk of a layer.
     #[inline]
     pub fn touched(&self, layer: u8, chunk: u32) {
         let Some(Some(Layer { touched, .. })) = self.layers.get(usize::from(layer)) else { return };
@@ -88,8 +88,8 @@ impl Recorder {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// For how long nothing new was touched, and how long ago the first touch was; none before that or
-    /// after the end.
+    /// Time since the last new touch, and time since the first touch; `None` before the first touch and after
+    /// the end.
     #[must_use]
     pub fn quiet(&self) -> Option<(Duration, Duration)> {
         let state = self.lock();
@@ -103,13 +103,13 @@ impl Recorder {
         self.lock().firsts.len()
     }
 
-    /// Whether nothing was touched yet.
+    /// True if no chunk was touched yet.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// What was touched so far.
+    /// The trace so far.
     #[must_use]
     pub fn trace(&self) -> Trace {
         let firsts = self.lock().firsts.clone();
@@ -123,12 +123,12 @@ impl Recorder {
             let at = u32::try_from(at.as_millis()).unwrap_or(u32::MAX) / 10 * 10;
             trace.touches.push(Touch { blob, start, len, at, weight: 1 });
         }
-        // Threads note what they found out in turns, and not always in their order.
+        // Threads record their touches in turns, and not always in the order of the times.
         trace.touches.sort_by_key(|touch| touch.at);
         trace
     }
 
-    /// Ends the recording; what is touched from now on is not noted.
+    /// Ends the recording; later touches are not recorded.
     pub fn end(&self) {
         let on_end = self.lock().on_end.take();
         if let Some(on_end) = on_end {
@@ -143,17 +143,17 @@ impl Drop for Recorder {
     }
 }
 
-/// Who watches a disk: the recording that its start is learned from, and those that somebody asked for.
+/// The recorders of a disk: the one for learning, and those that were requested.
 pub struct Recorders {
     blobs: Vec<Option<Arc<Blob>>>,
     learning: OnceLock<Arc<Recorder>>,
-    /// Whether `others` has any, so that nobody need lock it.
+    /// True if `others` has any, so that a look-up need not lock it.
     has_others: AtomicBool,
     others: RwLock<Vec<Arc<Recorder>>>,
 }
 
 impl Recorders {
-    /// Nobody watches a disk of these layers, the lowest first.
+    /// Creates the list without recorders for a disk of these layers, the lowest first.
     #[must_use]
     pub fn new(blobs: Vec<Option<Arc<Blob>>>) -> Arc<Self> {
         Arc::new(Self {
@@ -170,7 +170,7 @@ impl Recorders {
         &self.blobs
     }
 
-    /// A chunk of a layer is looked up.
+    /// Records a look-up of a chunk of a layer.
     #[inline]
     pub fn touched(&self, layer: u8, chunk: u32) {
         if let Some(recorder) = self.learning.get() {
@@ -182,13 +182,13 @@ impl Recorders {
         }
     }
 
-    /// Begins the recording that the start is learned from; the first call only.
+    /// Begins the recording for learning; only at the first call.
     pub fn learn(&self, on_end: impl FnOnce(Trace) + Send + 'static) -> Option<Arc<Recorder>> {
         let recorder = Arc::new(Recorder::new(&self.blobs, on_end));
         self.learning.set(recorder.clone()).is_ok().then_some(recorder)
     }
 
-    /// Begins a recording of what is touched from now on.
+    /// Begins a recording from now on.
     #[must_use]
     pub fn begin(&self) -> Arc<Recorder> {
         let recorder = Arc::new(Recorder::new(&self.blobs, |_| {}));
@@ -209,8 +209,8 @@ impl Recorders {
     }
 }
 
-/// Where a chunk lies in the decoded bytes. Sources say which chunk has a byte, not the other way round:
-/// found by halving.
+/// Range of a chunk in the decoded bytes. Sources map a byte to its chunk, not the other way round, so a
+/// binary search finds it.
 pub(super) fn span(source: &dyn ChunkSource, chunk: u32) -> Option<(u64, u64)> {
     let (mut low, mut high) = (0, source.decoded_len());
     while low < high {

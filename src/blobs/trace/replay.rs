@@ -1,4 +1,4 @@
-//! From a trace to chunks that are asked for.
+//! From a trace to requests for chunks.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -10,16 +10,16 @@ use crate::fetch::Blob;
 use formats::oci::Digest;
 use formats::trace::Trace;
 
-/// What became of a trace.
+/// Result of a replay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Replayed {
-    /// Chunks asked for, those that were here already and what lies between them included.
+    /// Chunks requested, including those that were in memory already and those between them.
     pub chunks: u64,
     /// Bytes of the cache that they take.
     pub bytes: u64,
     /// Touches of blobs that the disk does not have.
     pub foreign: u64,
-    /// Chunks that follow as the others are read, since the cache should not hold them all at once.
+    /// Chunks that follow as the others are read, because the cache should not hold them all at once.
     pub later: u64,
 }
 
@@ -27,13 +27,13 @@ impl fmt::Display for Replayed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { chunks, later, foreign, .. } = self;
         write!(f, "{chunks} chunks are fetched ahead, {later} more follow; ")?;
-        write!(f, "{foreign} pieces are of other blobs")
+        write!(f, "{foreign} pieces belong to other blobs")
     }
 }
 
-/// Asks for the chunks of `trace` ahead of demand, in its order, near ones [together](super::clusters). Up to
-/// `most` bytes of the cache they are all wanted at once, and demand overtakes them; the rest follows as these
-/// are read. Returns at once.
+/// Requests the chunks of `trace` ahead of demand, in its order, near ones [together](super::clusters). Up to
+/// `most` bytes of the cache they are all requested at once, and demand overtakes them; the rest follows as
+/// these are read. Returns at once.
 pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u64) -> Replayed {
     let named: HashMap<Digest, &Arc<Blob>> =
         blobs.iter().flatten().map(|blob| (super::blob_name(&**blob.source()), blob)).collect();
@@ -52,7 +52,7 @@ pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u
         while at < touch.end()
             && let Some(span) = source.chunk_at(at)
         {
-            // A source that gives chunk after chunk, or nothing at all.
+            // A source may return one chunk after another, or none at all.
             at = (span.start + u64::from(span.len)).max(at + 1);
             if listed.insert(blob.key(span.index)) {
                 order.push((*blob, span.index));
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn what_a_trace_lists_is_here_before_it_is_asked_for_and_by_few_requests() {
         let (cache, blob) = cache_and_blob("a");
-        // Cut otherwise than the blob is now, twice the same, in no order, and past the end.
+        // In another division than the blob's, twice the same, in no order, and past the end.
         let touches =
             [(20 * CHUNK + 5, 3 * CHUNK), (CHUNK, 1), (0, 10), (21 * CHUNK, 9), (200 * CHUNK, 1)];
         let done = replay(&trace(&blob, &touches), &cache, &[None, Some(blob.clone())], 50 * CHUNK);
@@ -178,7 +178,7 @@ mod tests {
         assert!(matches!(asked, Lookup::Pending));
         wait(&cache, &blob, &[30, 31, 32, 33]);
         assert!(!cache.holds(&blob, 60));
-        // All of them by one request more than the first chunk took; what was asked for goes ahead of it.
+        // All of them by one request more than the first chunk took; demand goes ahead of it.
         let fetched = cache.fetched();
         let requests = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         assert!(requests(&fetched.demand_requests) == 1 && requests(&fetched.ahead_requests) <= 2);

@@ -1,12 +1,12 @@
 //! Overlaybd's own trace files (spec runtime 8).
 //!
-//! They list reads of native layers: which layer, 0 lowest, and a range of its decoded stream, which is
-//! what our traces have too. Of a TurboOCI layer they list reads of its metadata, which are in memory here;
-//! those are passed over.
+//! They list reads of native layers: the layer, 0 lowest, and a range of its decoded stream, which is also
+//! the content of this project's traces. Of a TurboOCI layer they list reads of its metadata, which are in
+//! memory here; those are skipped.
 //!
-//! The file is a C struct written as it lay in memory: 24 bytes of header, then records of 24 bytes, whose
-//! checksum covers the three bytes of padding behind the first too, whatever was in them. Upstream's
-//! records may be longer than the buffer that it replays them into; ours are taken as they are.
+//! The file is a C struct as it lay in memory: 24 bytes of header, then records of 24 bytes, whose checksum
+//! also covers the three bytes of padding after the first field, with any contents. Upstream's records may be
+//! longer than the buffer that it replays them into; this code accepts them as they are.
 
 use formats::trace::{MAX_TOUCHES, Touch, Trace, TraceError};
 use source::chunk::ChunkSource;
@@ -16,7 +16,7 @@ pub const MAGIC: u32 = 0xC2EF_1820;
 
 const HEAD: usize = 24;
 const RECORD: usize = 24;
-/// Longest file that is read: its records would be those of 64 GiB in reads of 4 KiB.
+/// Longest file that is read: its records would list 64 GiB in reads of 4 KiB.
 const MAX_FILE: usize = 384 << 20;
 
 /// One read of a layer.
@@ -24,18 +24,18 @@ const MAX_FILE: usize = 384 << 20;
 pub struct Record {
     /// The layer, 0 lowest.
     pub layer: u32,
-    /// First byte of its decoded stream.
+    /// First byte in its decoded stream.
     pub offset: u64,
     /// Number of bytes.
     pub count: u64,
 }
 
-/// Raw CRC-32C, not inverted at its ends, of `bytes` after what gave `sum`.
+/// Raw CRC-32C of `bytes`, not inverted at its ends, continued from `sum`.
 fn raw_crc32c(sum: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!sum, bytes)
 }
 
-/// Whether a file is upstream's trace rather than a text with a list of paths, or nothing at all.
+/// True if a file is upstream's trace, and not a text with a list of paths, or empty.
 #[must_use]
 pub fn is_trace(bytes: &[u8]) -> bool {
     bytes.starts_with(&MAGIC.to_le_bytes())
@@ -44,7 +44,7 @@ pub fn is_trace(bytes: &[u8]) -> bool {
 /// The reads that a trace file lists; writes, which upstream defines and never records, are left out.
 ///
 /// # Errors
-/// [`TraceError::Upstream`] naming the rule that the file breaks.
+/// Returns [`TraceError::Upstream`] naming the rule that the file breaks.
 pub fn parse(bytes: &[u8]) -> Result<Vec<Record>, TraceError> {
     let refuse = |rule: String| Err(TraceError::Upstream(rule));
     if !is_trace(bytes) {
@@ -108,8 +108,9 @@ pub fn to_bytes(reads: &[Record]) -> Vec<u8> {
     out
 }
 
-/// The same as a trace of ours. `layers` are those of the disk, the lowest first: the source of the decoded
-/// stream of each that is native. Reads of others, and of what they do not have, are left out.
+/// Converts these reads to a trace of this project. `layers` are those of the disk, the lowest first: the
+/// source of the decoded stream of each native layer. Reads of other layers, and of bytes that they do not
+/// have, are left out.
 #[must_use]
 pub fn to_trace(reads: &[Record], layers: &[Option<&dyn ChunkSource>]) -> Trace {
     let mut trace = Trace { starts: 1, ..Trace::default() };
@@ -126,8 +127,8 @@ pub fn to_trace(reads: &[Record], layers: &[Option<&dyn ChunkSource>]) -> Trace 
     trace
 }
 
-/// What of a trace lies in native layers, in upstream's terms: reads of at most 1 MiB, which is what its
-/// replay has room for.
+/// Converts the touches of native layers to upstream's records: reads of at most 1 MiB, for which its replay
+/// has room.
 #[must_use]
 pub fn of_trace(trace: &Trace, layers: &[Option<&dyn ChunkSource>]) -> Vec<Record> {
     const MOST: u64 = 1 << 20;
@@ -167,7 +168,7 @@ mod tests {
         assert_eq!(bytes[..16], [0x20, 0x18, 0xef, 0xc2, 0, 0, 0, 0, 24, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(bytes[24..32], [b'R', 0, 0, 0, 3, 0, 0, 0]);
         assert_eq!(parse(&bytes).unwrap(), reads);
-        // What upstream's stack left between the fields: part of the checksum, not of the record.
+        // Contents of upstream's stack between the fields: part of the checksum, not of the record.
         bytes[25..28].copy_from_slice(b"abc");
         bytes[4..8].copy_from_slice(b"defg");
         assert!(parse(&bytes).unwrap_err().to_string().contains("checksum"));

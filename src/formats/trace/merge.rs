@@ -1,17 +1,18 @@
-//! Several starts in one trace.
+//! Merging several starts into one trace.
 //!
-//! A start gives what it touched a weight of [`FIRST`]; each later start that touches it again adds one, up
-//! to [`MAX_WEIGHT`], and each that does not takes one away, and at nothing it goes. So an accident is
-//! forgotten after two starts, and what always recurs outlives four that did something else, such as a
-//! shell in the same image. A start that touched next to nothing says nothing of the others and
-//! takes away nothing.
+//! A start gives the pieces that it touched a weight of [`FIRST`]. Each later start that touches a piece
+//! again adds one, up to [`MAX_WEIGHT`], and each that does not subtracts one; at zero the piece is removed.
+//! So an accidental touch is forgotten after two starts, and a recurring one survives four different starts,
+//! such as a shell in the same image. A start that touched very little proves nothing about the other pieces
+//! and subtracts nothing.
 
 use super::{MAX_TOUCHES, MAX_WEIGHT, Touch, Trace};
 
-/// Weight of what was touched for the first time.
+/// Weight after the first touch.
 const FIRST: u8 = 2;
 
-/// A start that touched less than this part of what the trace has is of another kind, and nothing fades.
+/// Divisor: a start that touched less than this part of the trace is of another kind, and no weight is
+/// reduced.
 const SAME_KIND: u64 = 4;
 
 /// For each blob the ranges that some touches cover, by their starts, with the greatest weight in each.
@@ -39,7 +40,7 @@ impl Covered {
         Self(by_blob)
     }
 
-    /// The greatest weight of what overlaps `touch`, 0 if nothing does.
+    /// The greatest weight of the ranges that overlap `touch`, 0 if none does.
     fn weight(&self, touch: &Touch) -> u8 {
         let Some(ranges) = self.0.get(touch.blob as usize) else { return 0 };
         let first = ranges.partition_point(|range| range.1 <= touch.start);
@@ -49,8 +50,8 @@ impl Covered {
 }
 
 impl Trace {
-    /// Adds what another start touched. Its touches keep their order and times; what only earlier starts
-    /// touched stands among them by its time.
+    /// Adds the touches of another start. They keep their order and times; touches of earlier starts only are
+    /// placed among them by their times.
     pub fn merge(&mut self, start: &Trace) {
         if start.touches.is_empty() {
             return;
@@ -72,7 +73,7 @@ impl Trace {
         let fades = u8::from(start.bytes() >= self.bytes() / SAME_KIND);
         self.touches.retain_mut(|touch| {
             touch.weight = touch.weight.saturating_sub(fades);
-            // What was touched again is in `new`, as it was cut this time.
+            // A piece that was touched again is in `new`, in this start's division.
             touch.weight > 0 && now.weight(touch) == 0
         });
         self.touches.extend(new);
@@ -85,7 +86,7 @@ impl Trace {
         self.forget_blobs();
     }
 
-    /// Takes out the blobs that no touch names.
+    /// Removes the blobs that no touch names.
     fn forget_blobs(&mut self) {
         let mut numbers = vec![None; self.blobs.len()];
         let mut blobs = Vec::new();
@@ -166,7 +167,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever starts: the last one is in the trace whole, nothing is in it twice, and it can be kept.
+        /// After any starts: the last one is in the trace whole, no piece is in it twice, and it can be
+        /// stored.
         #[test]
         fn the_last_start_is_in_the_trace_and_nothing_twice(
             starts in proptest::collection::vec((0_u8..3, proptest::collection::btree_set(0_u64..40, 0..30)), 1..8)

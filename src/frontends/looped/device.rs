@@ -19,9 +19,9 @@ const LOOP_CONFIGURE: u64 = 0x4C0A; // Linux 5.8
 const LOOP_CTL_GET_FREE: u64 = 0x4C82;
 
 const LO_FLAGS_READ_ONLY: u32 = 1;
-/// Gone when the last file that has it open is closed: ours, unless it is mounted.
+/// Flag: the loop device goes away when its last user closes it: this process, unless it is mounted.
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
-/// Dropped by the kernel without an error where the file cannot do it.
+/// Flag: direct I/O; the kernel drops it without an error if the file does not support it.
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 
 /// `struct loop_info64` of `linux/loop.h`.
@@ -51,11 +51,11 @@ struct Config {
     reserved: [u64; 8],
 }
 
-/// How often another program may take the loop device that we were told is free.
+/// Number of times that another program may take the loop device that was reported as free.
 const ATTEMPTS: u32 = 64;
 
-/// How long a detached device may take to go away: the kernel does it in the background once nobody
-/// has it open; udev opens new and changed devices for a moment.
+/// Time that a detached device may take to go away: the kernel removes it in the background after its last
+/// user closes it; udev opens new and changed devices for a moment.
 const GONE: Duration = Duration::from_secs(5);
 
 /// A loop device, held open.
@@ -76,14 +76,14 @@ fn control(file: &File, request: u64, argument: &Argument<'_>) -> io::Result<u32
         Argument::Config(config) => std::ptr::from_ref::<Config>(config),
     };
     // SAFETY: LOOP_CTL_GET_FREE and LOOP_CLR_FD take no argument. LOOP_CONFIGURE reads a `struct
-    // loop_config`, whose layout `Config` has (asserted in a test), from a reference that lives
-    // until the call returns. None of them writes through the pointer.
+    // loop_config`, whose layout `Config` has (asserted in a test), from a reference that lives until the
+    // call returns. None of them writes through the pointer.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request as _, pointer) };
     u32::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 impl LoopDevice {
-    /// A free loop device over `backing`, shown in sysfs and by `losetup` as `name`.
+    /// Sets up a free loop device over `backing`, shown in sysfs and by `losetup` as `name`.
     pub(super) fn attach(backing: &File, name: &Path, writable: bool) -> Result<Self, LoopedError> {
         let control_path = Path::new("/dev/loop-control");
         let controller = OpenOptions::new().read(true).write(true).open(control_path);
@@ -94,7 +94,7 @@ impl LoopDevice {
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let node = match open_node(&path, writable) {
                 Ok(node) => node,
-                // Taken and removed meanwhile.
+                // Taken and removed in the meantime.
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => continue,
                 Err(error) => return Err(step("open", &path)(error)),
             };
@@ -104,7 +104,7 @@ impl LoopDevice {
                 &Argument::Config(&config(backing, name, writable)),
             ) {
                 Ok(_) => {
-                    // Twice the largest FUSE read, as on a ublk device; cosmetic if it fails.
+                    // Twice the largest FUSE read, as on a ublk device; a failure is harmless.
                     let _ = std::fs::write(
                         format!("/sys/block/loop{number}/queue/read_ahead_kb"),
                         "512",
@@ -127,12 +127,12 @@ impl LoopDevice {
         Path::new("/sys/block").join(self.path.file_name().unwrap_or_default()).join("loop")
     }
 
-    /// Whether the kernel took the wish for direct I/O.
+    /// True if the kernel accepted direct I/O.
     pub(super) fn reads_direct(&self) -> bool {
         std::fs::read_to_string(self.sysfs().join("dio")).is_ok_and(|dio| dio.trim() == "1")
     }
 
-    /// Detaches the file and waits until the kernel has let go of it.
+    /// Detaches the file and waits until the kernel has released it.
     pub(super) fn detach(self) -> Result<(), LoopedError> {
         let sysfs = self.sysfs();
         let sequence = || std::fs::read_to_string(sysfs.with_file_name("diskseq")).ok();
@@ -147,7 +147,8 @@ impl LoopDevice {
         // The last close detaches.
         drop(node);
         let until = Instant::now() + GONE;
-        // The next user of the device may be there at once: what it shows then has another number (since 5.15).
+        // Another program may use the device number at once: sysfs then shows another sequence number (since
+        // 5.15).
         while sysfs.exists() && sequence() == ours {
             if Instant::now() >= until {
                 return Err(LoopedError::Busy { path });
@@ -158,14 +159,14 @@ impl LoopDevice {
     }
 }
 
-/// Opens the node of a loop device that may just have been made: in a container without devtmpfs it
+/// Opens the node of a loop device that may just have been created: in a container without devtmpfs it
 /// appears late or never.
 fn open_node(path: &Path, writable: bool) -> io::Result<File> {
     let until = Instant::now() + GONE;
     loop {
         match OpenOptions::new()
             .read(true)
-            .write(writable) // else the kernel makes it read-only whatever is asked for
+            .write(writable) // otherwise the kernel makes it read-only, whatever the flags are
             .custom_flags(libc::O_CLOEXEC)
             .open(path)
         {

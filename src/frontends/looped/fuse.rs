@@ -26,27 +26,27 @@ use formats::units::SECTOR;
 pub(super) const NAME: &str = "disk";
 /// Inode of the file; the directory is 1 by FUSE's rule.
 const FILE: INodeNo = INodeNo(2);
-/// Nothing here ever changes, so the kernel may keep what it was told.
+/// Lifetime of attributes: nothing here ever changes, so the kernel may cache them.
 const FOREVER: Duration = Duration::from_secs(1 << 30);
-/// Largest read, as the chunk of a ublk device: most reads lie in one decoded piece.
+/// Largest read, equal to the chunk of a ublk device: most reads lie in one decoded piece.
 const MAX_READ: u32 = 256 * 1024;
-/// Reads that the kernel may have under way: 64, as the depth of a ublk queue. FUSE's default is 12.
+/// Limit on the kernel's reads in flight: 64, the depth of a ublk queue. FUSE's default is 12.
 const IN_FLIGHT: u16 = 64;
-/// Threads that take requests. A request that waits does not hold one.
+/// Number of session threads, which receive requests. A request that waits does not hold one.
 const SESSION_THREADS: usize = 2;
-/// Threads that answer requests whose bytes have come.
+/// Number of answer threads, which answer requests whose bytes have arrived.
 const ANSWER_THREADS: usize = 2;
-/// How long the kernel may take to let go of the file after the loop device was detached.
+/// Time that the kernel may take to release the file after the loop device was detached.
 const RELEASE: Duration = Duration::from_secs(5);
 
-/// What the file system did.
+/// Counters of the file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct FuseTotals {
     /// Reads answered with data.
     pub reads: u64,
     /// Bytes of those.
     pub bytes: u64,
-    /// Of the reads: gathered from several pieces first.
+    /// Reads that were gathered from several pieces first.
     pub gathered: u64,
     /// Times a read had to wait for the volume.
     pub pending: u64,
@@ -78,13 +78,13 @@ struct Read {
     reply: ReplyData,
 }
 
-/// A read and how its wait ended.
+/// A read with the result of its wait.
 struct Answer {
     read: Read,
     result: Result<(), Option<VolumeError>>,
 }
 
-/// What session and answer threads share.
+/// State shared by session and answer threads.
 struct Shared {
     volume: Arc<dyn Volume>,
     counters: Counters,
@@ -95,8 +95,8 @@ impl Shared {
     /// Answers now, or leaves the read with the volume.
     fn read(&self, read: Read, answers: &Sender<Option<Answer>>) {
         let (offset, len) = (read.offset, read.len);
-        // The volume may make and call the waiter before `locate` returns, so the read goes with the
-        // waiter; if it was not needed, the slot gives it back.
+        // The volume may create and call the waiter before `locate` returns, so the read goes with the
+        // waiter; if it was not needed, the slot returns it.
         let slot =
             Arc::new(Slot { read: std::sync::Mutex::new(Some(read)), answers: answers.clone() });
         let located = self.volume.locate(offset, len, &mut || slot.waiter());
@@ -167,7 +167,7 @@ impl Shared {
 }
 
 impl Shared {
-    /// Changes the disk; a failure is told in the log and to the kernel.
+    /// Changes the disk; a failure is reported to the log and to the kernel.
     fn change(
         &self,
         offset: u64,
@@ -188,7 +188,7 @@ impl Shared {
     }
 }
 
-/// Holds a read until somebody answers it.
+/// Holds a read until it is answered.
 struct Slot {
     read: std::sync::Mutex<Option<Read>>,
     answers: Sender<Option<Answer>>,
@@ -205,7 +205,7 @@ impl Slot {
     }
 }
 
-/// The one answer of a waiter; dropped uncalled, it is an error.
+/// The one answer of a waiter; if it is dropped uncalled, the answer is an error.
 struct Promise {
     slot: Option<Arc<Slot>>,
 }
@@ -278,7 +278,7 @@ impl Filesystem for DiskFile {
         let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
         let _ = config.set_max_background(IN_FLIGHT);
         let _ = config.set_congestion_threshold(IN_FLIGHT);
-        // A read-ahead above the kernel's offer is refused with the largest it takes.
+        // A read-ahead above the kernel's offer is refused with the largest value that it accepts.
         if let Err(most) = config.set_max_readahead(MAX_READ) {
             let _ = config.set_max_readahead(most);
         }
@@ -299,10 +299,10 @@ impl Filesystem for DiskFile {
         }
     }
 
-    /// The disk has nothing to keep per open file, which an answer of `ENOSYS` says: the kernel opens the file
-    /// by itself, keeps its pages (a loop device that reads buffered must find a page cache), and sends no
-    /// RELEASE. That would be under way when the last close ends the connection, and its answer would then
-    /// meet nobody.
+    /// Answers `ENOSYS`, which means that the disk keeps no state per open file: the kernel opens the file by
+    /// itself, keeps its pages (a loop device that reads buffered must find a page cache), and sends no
+    /// RELEASE. A RELEASE would be in flight when the last close ends the connection, and its answer would
+    /// find no receiver.
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         reply.error(Errno::ENOSYS);
     }
@@ -353,7 +353,7 @@ impl Filesystem for DiskFile {
         }
     }
 
-    /// Each close of a file descriptor; nothing waits for one.
+    /// Handles each close of a file descriptor; nothing is to be done.
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         reply.ok();
     }
@@ -402,7 +402,7 @@ impl Filesystem for DiskFile {
     }
 }
 
-/// The file system's threads. It ends when the last file of it is closed.
+/// The file system's threads. It ends when the last user of its file closes it.
 pub(super) struct FuseSession {
     dir: PathBuf,
     session: Option<JoinHandle<io::Result<()>>>,
@@ -412,7 +412,7 @@ pub(super) struct FuseSession {
 }
 
 impl FuseSession {
-    /// Mounts at `dir`, opens the file, detaches the mount. Nothing is left behind on an error.
+    /// Mounts at `dir`, opens the file, detaches the mount. After an error nothing remains.
     pub(super) fn new(volume: Arc<dyn Volume>, dir: &Path) -> Result<(Self, File), LoopedError> {
         let made = match std::fs::create_dir(dir) {
             Ok(()) => true,
@@ -453,9 +453,9 @@ impl FuseSession {
         let mut config = Config::default();
         config.n_threads = Some(SESSION_THREADS);
         config.clone_fd = true;
-        // Only the thread is kept: the rest of the handle has a descriptor of the connection. The session's
-        // threads shall have the only ones: should they end at their start, for want of descriptors, the
-        // kernel ends the connection, and the open below fails rather than waits for ever.
+        // Only the thread is kept: the rest of the handle has a descriptor of the connection. The session
+        // threads must have the only ones: if they end at their start, for lack of descriptors, the kernel
+        // ends the connection, and the open below fails instead of waiting without end.
         let session =
             Session::from_fd(DiskFile { shared, answers }, device, SessionACL::All, config)
                 .and_then(Session::spawn)
@@ -488,7 +488,7 @@ impl FuseSession {
         self.join()
     }
 
-    /// Lets the threads serve whoever still has the file, until they close it.
+    /// Lets the threads serve the remaining users of the file, until they close it.
     pub(super) fn abandon(mut self) {
         self.session = None;
         self.threads.clear();
@@ -520,10 +520,10 @@ impl FuseSession {
     }
 }
 
-/// What the session's first thread ended with.
+/// The result of the session's first thread.
 fn end_of(session: JoinHandle<io::Result<()>>) -> io::Result<()> {
     match session.join() {
-        // A read that the end of the connection meets inside the kernel says so in this way.
+        // The error of a read that is inside the kernel when the connection ends.
         Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
         Ok(result) => result,
         Err(_) => Err(io::Error::other("a session thread panicked")),
@@ -535,7 +535,7 @@ impl Drop for FuseSession {
         if let Err(error) = self.join() {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
-                "A FUSE session stays behind"
+                "A FUSE session does not end"
             );
         }
     }
@@ -550,7 +550,7 @@ struct Mounted<'a> {
 }
 
 impl<'a> Mounted<'a> {
-    /// `mount(2)` by hand rather than by the library, for the options and for exact errors.
+    /// Calls `mount(2)` directly instead of through the library, for the options and for exact errors.
     fn new(dir: &'a Path, writable: bool) -> Result<(Self, OwnedFd), LoopedError> {
         let path = Path::new(DEVICE);
         let device = OpenOptions::new().read(true).write(true).open(path);

@@ -1,8 +1,8 @@
-//! From a request to what is committed for it: the part that both queue drivers share.
+//! From a request to its commit: the code that both queue drivers share.
 //!
-//! A commit carries an address. What lies there must stay until the kernel has copied it, which it does
-//! while it *issues* the commit; so whatever an address points to is kept here until the driver says that
-//! its submission queue was seen empty after an enter.
+//! A commit carries an address. The memory there must stay until the kernel has copied it, which it does
+//! while it *issues* the commit; so it is kept here until the queue driver reports that its submission queue
+//! was empty after an enter.
 
 use std::sync::Arc;
 
@@ -11,15 +11,16 @@ use super::mailbox::Outcome;
 use super::request::{Op, Request};
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
 
-/// Scratch buffers kept for later: one stays warm, and a burst's worth of them would stay for ever.
+/// Limit on scratch buffers kept for reuse: one stays warm, and without a limit all those of a burst would
+/// stay.
 const SPARE: usize = 4;
 
-/// What to do with a request.
+/// Action for a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// Commit it with this result, from this address. The address is never 0.
     Commit {
-        /// Where the bytes lie; any memory of ours when the result is an error.
+        /// Address of the bytes; any memory of this process when the result is an error.
         address: u64,
         /// Its length in bytes, or `-errno`.
         result: i32,
@@ -32,7 +33,7 @@ pub(super) enum Verdict {
 enum Held {
     /// The volume's guards.
     Pieces(#[allow(dead_code, reason = "kept alive, not read")] Vec<Piece>),
-    /// A gathered request; goes back to the pool.
+    /// A gathered request; its buffer returns to the pool.
     Scratch(Vec<u8>),
 }
 
@@ -41,21 +42,21 @@ pub(super) struct Answers {
     held: Vec<Held>,
     /// Scratch buffers not lent to a commit.
     pool: Vec<Vec<u8>>,
-    /// Where the data of a refused write go; never read.
+    /// Destination of the data of a refused write; never read.
     refuse: Vec<u8>,
-    /// As many zeros as a request can ask for.
+    /// As many zeros as the longest request.
     zeros: Arc<Vec<u8>>,
-    /// Zeros and bins that were too short for a later device; commits may point to them still.
+    /// Zeros and refuse buffers that were too short for a later device; commits may still point to them.
     outgrown: Vec<(Arc<Vec<u8>>, Vec<u8>)>,
 }
 
 impl Answers {
-    /// `zeros` are as long as the longest request.
+    /// Creates the state. `zeros` are as long as the longest request.
     pub(super) fn new(zeros: Arc<Vec<u8>>) -> Self {
         Self { held: Vec::new(), pool: Vec::new(), refuse: Vec::new(), zeros, outgrown: Vec::new() }
     }
 
-    /// Makes ready for requests of at most `longest` bytes.
+    /// Prepares for requests of at most `longest` bytes.
     pub(super) fn prepare(&mut self, longest: usize) {
         if self.zeros.len() < longest {
             let zeros = std::mem::replace(&mut self.zeros, Arc::new(vec![0; longest]));
@@ -63,7 +64,7 @@ impl Answers {
         }
     }
 
-    /// A read of `len` bytes at byte `offset`.
+    /// Answers a read of `len` bytes at byte `offset`.
     pub(super) fn read(
         &mut self,
         volume: &dyn Volume,
@@ -81,7 +82,7 @@ impl Answers {
         }
     }
 
-    /// A read that cannot be answered: by the volume's error, or because it forgot its waiter.
+    /// Fails a read: with the volume's error, or because the volume dropped its waiter.
     pub(super) fn failed(
         &self,
         counters: &QueueCounters,
@@ -96,17 +97,18 @@ impl Answers {
             None => tracing::error!(
                 offset,
                 bytes,
-                "A read of the disk failed: the volume forgot its waiter"
+                "A read of the disk failed: the volume dropped its waiter"
             ),
         }
         count(&counters.errors, 1);
         self.error(libc::EIO)
     }
 
-    /// What is no read, on a disk that cannot be written; and what no disk can do.
+    /// Refuses a request that is not a read, on a disk that cannot be written, and a request that no disk
+    /// supports.
     pub(super) fn refused(&self, counters: &QueueCounters, request: &Request) -> Verdict {
         let errno = match request.op {
-            // Nothing is ever dirty.
+            // No data are ever dirty.
             Op::Flush => return self.done(0),
             Op::Write { .. } => libc::EROFS,
             _ => libc::EOPNOTSUPP,
@@ -115,7 +117,7 @@ impl Answers {
         self.error(errno)
     }
 
-    /// A change that has ended. The writer is told of a full disk as such.
+    /// Ends a change of the disk. A full disk is reported to the writer by its own error.
     pub(super) fn changed(
         &self,
         counters: &QueueCounters,
@@ -164,12 +166,12 @@ impl Answers {
         }
     }
 
-    /// Success of what gives no data.
+    /// Success of a request without data.
     fn done(&self, result: i32) -> Verdict {
         Verdict::Commit { address: self.zero_address(), result }
     }
 
-    /// Where the data of a write go that is let in to be refused.
+    /// Destination of the data of a write that is refused.
     pub(super) fn bin(&mut self) -> u64 {
         if self.refuse.is_empty() {
             self.refuse = vec![0; self.zeros.len()];
@@ -177,7 +179,7 @@ impl Answers {
         self.refuse.as_mut_ptr() as u64
     }
 
-    /// Every commit so far has been issued.
+    /// Records that every commit so far has been issued.
     pub(super) fn issued(&mut self) {
         for held in self.held.drain(..) {
             if let Held::Scratch(buffer) = held {
@@ -187,8 +189,8 @@ impl Answers {
         self.pool.truncate(SPARE);
     }
 
-    /// Full length, or an error, never short: the driver takes a short answer for a full one in some
-    /// modes, and asks again for ever in others.
+    /// Full length, or an error, never short: the driver treats a short answer as a full one in some modes,
+    /// and repeats the request without end in others.
     fn pieces(
         &mut self,
         counters: &QueueCounters,
@@ -236,7 +238,7 @@ impl Answers {
     }
 }
 
-/// Address of the bytes if all pieces lie one after the other in memory.
+/// Address of the bytes if all pieces are contiguous in memory.
 fn one_run(pieces: &[Piece]) -> Option<u64> {
     let mut pieces = pieces.iter().filter(|piece| !piece.is_empty());
     let first = pieces.next()?.bytes()?.as_ptr_range();

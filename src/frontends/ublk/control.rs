@@ -3,8 +3,8 @@
 //! A command is a 32-byte `ublksrv_ctrl_cmd` in a large submission entry on the control node, and may sleep;
 //! the caller waits for it. Each [`Control`] has a ring of its own, so any thread may have one.
 //!
-//! `unsafe` is needed to push an entry that points to the command's buffer. The buffer is borrowed until
-//! the completion has been seen, which [`Control::command`] never returns without.
+//! `unsafe` is needed to push an entry that points to the command's buffer. The buffer is borrowed until the
+//! completion has been seen; [`Control::command`] never returns before that.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -18,16 +18,16 @@ use rustix::thread::CpuSet;
 
 use super::{UblkError, probe};
 
-/// Number of the kernel's device, and what the driver made of what we asked for.
+/// Number of the kernel's device, and the driver's settings for it.
 pub(super) type DeviceInfo = sys::ublksrv_ctrl_dev_info;
 
 /// An open control node.
 pub(super) struct Control {
     ring: IoUring<squeue::Entry128, cqueue::Entry>,
     node: File,
-    /// Kernels before 6.4 know the commands by number only.
+    /// Mask of the command numbers: kernels before 6.4 know only the short ones.
     mask: u32,
-    /// What the driver offers; `None` before 6.5.
+    /// Features that the driver offers; `None` before 6.5.
     features: Option<u64>,
 }
 
@@ -35,7 +35,7 @@ impl Control {
     /// Opens the control node.
     ///
     /// # Errors
-    /// [`UblkError::Control`]: no root, no ring, no descriptors.
+    /// Returns [`UblkError::Control`]: no root, no ring, no descriptors.
     pub(super) fn open() -> Result<Self, UblkError> {
         let refused = |what| move |source| UblkError::Control { what, source };
         let node = OpenOptions::new().read(true).write(true).open(probe::CONTROL);
@@ -43,7 +43,7 @@ impl Control {
         let ring = IoUring::builder().build(4).map_err(refused("make a control ring"))?;
         let mut control = Self { ring, node, mask: u32::MAX, features: None };
         let mut features = [0; 8];
-        // Known from 6.5 on, and since 6.4 the others have their long numbers.
+        // Known from 6.5 on; since 6.4 the other commands have their long numbers.
         match control.command(sys::UBLK_U_CMD_GET_FEATURES, 0, 0, &mut features) {
             Ok(()) => control.features = Some(u64::from_ne_bytes(features)),
             Err(_) => control.mask = 0xff,
@@ -51,12 +51,12 @@ impl Control {
         Ok(control)
     }
 
-    /// What the driver offers; `None` before it could say (6.5).
+    /// Features that the driver offers; `None` before it could report them (6.5).
     pub(super) fn features(&self) -> Option<u64> {
         self.features
     }
 
-    /// Adds a device like `info` and reads back what it became. The kernel chooses the number.
+    /// Adds a device like `info` and reads back the driver's settings. The kernel chooses the number.
     pub(super) fn add(&mut self, info: &mut DeviceInfo) -> Result<(), UblkError> {
         info.dev_id = u32::MAX;
         let mut bytes = [0; size_of::<DeviceInfo>()];
@@ -68,7 +68,7 @@ impl Control {
         Ok(())
     }
 
-    /// Sets the parameters of a device that was not started.
+    /// Sets the parameters of a device that is not started yet.
     pub(super) fn set_params(
         &mut self,
         id: u32,
@@ -79,19 +79,20 @@ impl Control {
         self.ask("set its parameters", sys::UBLK_U_CMD_SET_PARAMS, id, 0, &mut bytes)
     }
 
-    /// Starts a device all of whose tags are armed; comes back when the kernel shows the disk.
+    /// Starts a device with all its tags armed; returns when the kernel shows the disk.
     pub(super) fn start(&mut self, id: u32) -> Result<(), UblkError> {
         let pid = u64::from(std::process::id());
         self.ask("start the device", sys::UBLK_U_CMD_START_DEV, id, pid, &mut [])
     }
 
-    /// Stops a device; comes back when no request is under way and all tags are back.
+    /// Stops a device; returns when no request is in flight and all tags are back.
     pub(super) fn stop(&mut self, id: u32) -> Result<(), UblkError> {
         self.ask("stop the device", sys::UBLK_U_CMD_STOP_DEV, id, 0, &mut [])
     }
 
-    /// Deletes a device, then closes its character node, if we have it. Where the kernel can (6.6+), somebody who
-    /// still has a node open is not waited for; elsewhere ours must be closed first.
+    /// Deletes a device, then closes its character node, if this process has it open. On a kernel that
+    /// supports it (6.6+), the deletion does not wait for others who still have a node open; on older ones
+    /// this process's node must be closed first.
     pub(super) fn delete(&mut self, id: u32, node: Option<Arc<File>>) -> Result<(), UblkError> {
         let mut deleted = self.command(sys::UBLK_U_CMD_DEL_DEV_ASYNC, id, 0, &mut []);
         drop(node);
@@ -106,9 +107,9 @@ impl Control {
         }
     }
 
-    /// The CPUs whose requests go to a queue; none if the kernel does not say.
+    /// The CPUs whose requests go to a queue; `None` if the kernel does not report them.
     pub(super) fn affinity(&mut self, id: u32, queue: u16) -> Option<CpuSet> {
-        // The driver wants room for all CPUs that the kernel can have.
+        // The driver requires room for all CPUs that the kernel can have.
         let mut bits = [0; 1024];
         let data = u64::from(queue);
         self.command(sys::UBLK_U_CMD_GET_QUEUE_AFFINITY, id, data, &mut bits).ok()?;
@@ -158,14 +159,14 @@ impl Control {
         let node = types::Fd(self.node.as_raw_fd());
         let entry = opcode::UringCmd80::new(node, op & self.mask).cmd(body).build();
         // SAFETY: the entry points to `buffer`, which stays borrowed until its completion has been seen
-        // below; nothing else is ever in this ring.
+        // below; no other entry is ever in this ring.
         unsafe { self.ring.submission().push(&entry) }
             .map_err(|_| io::Error::other("the control ring is full"))?;
         let result = loop {
             match self.ring.submit_and_wait(1) {
                 Ok(_) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                // The entry may be under way: it must not be left there with our buffer.
+                // The entry may be in flight: it must not be left there with this buffer.
                 Err(error) => {
                     tracing::warn!(%error, "Waiting for the ublk driver");
                     std::thread::sleep(std::time::Duration::from_millis(10));
@@ -179,7 +180,7 @@ impl Control {
     }
 }
 
-/// Fields of `struct ublksrv_ctrl_dev_info`, in their places.
+/// Writes the fields of `struct ublksrv_ctrl_dev_info` to their places.
 fn put_info(bytes: &mut [u8; size_of::<DeviceInfo>()], info: &DeviceInfo) {
     bytes[0..2].copy_from_slice(&info.nr_hw_queues.to_ne_bytes());
     bytes[2..4].copy_from_slice(&info.queue_depth.to_ne_bytes());
@@ -200,7 +201,7 @@ fn get_info(bytes: &[u8; size_of::<DeviceInfo>()], info: &mut DeviceInfo) {
     info.flags = u64::from_ne_bytes(flags);
 }
 
-/// Fields of `struct ublk_params`, of its basic part and of that about discards, in their places.
+/// Writes the fields of `struct ublk_params` (its basic part and that about discards) to their places.
 fn put_params(bytes: &mut [u8; size_of::<sys::ublk_params>()], params: &sys::ublk_params) {
     let basic = &params.basic;
     let len = bytes.len() as u32;

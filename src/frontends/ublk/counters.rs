@@ -1,4 +1,4 @@
-//! What the queues of a device did.
+//! Counters of a device's queues.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,11 +9,11 @@ pub struct QueueCounters {
     pub reads: AtomicU64,
     /// Bytes of those.
     pub bytes: AtomicU64,
-    /// Of the reads: committed straight from the address of their bytes.
+    /// Reads committed directly from the address of their bytes.
     pub direct: AtomicU64,
-    /// Of the reads: committed from the zero area.
+    /// Reads committed from the zero area.
     pub zero: AtomicU64,
-    /// Of the reads: gathered in a scratch buffer first, the only case with a second copy.
+    /// Reads gathered in a scratch buffer first, the only case with a second copy.
     pub gathered: AtomicU64,
     /// Times a read had to wait for the volume.
     pub pending: AtomicU64,
@@ -25,7 +25,7 @@ pub struct QueueCounters {
     pub zeroed: AtomicU64,
     /// FLUSH requests done, and writes that were made durable at once (FUA).
     pub flushes: AtomicU64,
-    /// Requests that ended with an error on the volume's account.
+    /// Requests that ended with an error of the volume.
     pub errors: AtomicU64,
     /// Writes, discards and unknown operations that were refused.
     pub refused: AtomicU64,
@@ -39,7 +39,7 @@ pub struct QueueCounters {
     pub lost_queues: AtomicU64,
 }
 
-/// A copy of [`QueueCounters`] at one moment; fields as there.
+/// A copy of [`QueueCounters`] at one moment, with the same fields.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[allow(missing_docs)] // each has the name and the meaning of the counter
 pub struct QueueTotals {

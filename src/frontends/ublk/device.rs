@@ -1,4 +1,4 @@
-//! One device: its shape, and its life from start to stop.
+//! One device: its options, and its lifetime from start to stop.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,52 +14,51 @@ use super::{UblkError, probe};
 use disk::volume::{Volume, WritableVolume};
 use formats::units::SECTOR;
 
-/// How long to wait for the block node after the device was started. devtmpfs makes it at once; udev
-/// may need a while on a busy host.
+/// Seconds to wait for the block node after the device was started. devtmpfs creates it at once; udev may
+/// need a while on a busy host.
 const NODE_SECONDS: u64 = 10;
 
-/// Which threads serve a device's queues.
+/// Threads that serve a device's queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QueueDriver {
-    /// A few threads of this process serve the queues of all devices: a thousand devices need no
-    /// thousand threads. The default.
+    /// A few threads of this process serve the queues of all devices: a thousand devices need no thousand
+    /// threads. The default.
     Shared,
     /// Each queue has a thread of its own, by libublk: one busy device does not slow another, as long as
-    /// there are cores for them.
+    /// there are enough cores.
     OwnThreads,
 }
 
 /// Sectors of the largest discard, 1 GiB: 129 records of the writable layer.
 const MOST_ZEROED: u32 = 1 << 21;
 
-/// A device that is being served, by either driver.
+/// A device that is being served, by either queue driver.
 pub(super) trait Running: Send + Sync {
     /// N of `/dev/ublkbN`.
     fn id(&self) -> u32;
 
-    /// Stops and deletes the device after the requests in flight were answered, and lets go of its
-    /// threads.
+    /// Stops and deletes the device after the requests in flight were answered, and releases its threads.
     fn stop(self: Box<Self>) -> Result<(), UblkError>;
 }
 
-/// Shape of a device.
+/// Options of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UblkOptions {
-    /// Queues, each with a thread. A request goes to the queue of the CPU that submits it, so more
-    /// queues than CPUs are never used. Default: 2, or 1 on one CPU; two threads saturate the inflate
-    /// workers of the hosts this was measured on, and each queue costs kernel memory.
+    /// Number of queues. A request goes to the queue of the CPU that submits it, so more queues than CPUs are
+    /// never used. Default: 2, or 1 on one CPU; two queue threads saturate the decode threads of the hosts
+    /// that were measured, and each queue costs kernel memory.
     pub queues: u16,
-    /// Requests in flight per queue, 1 to 4096. Default 64: enough to keep 16 MiB of reads in flight
-    /// at the default chunk, for about 100 KiB of kernel memory a queue.
+    /// Requests in flight per queue, 1 to 4096. Default 64: enough to keep 16 MiB of reads in flight at the
+    /// default chunk, for about 100 KiB of kernel memory a queue.
     pub depth: u16,
-    /// Bytes of the largest request, a power of two, 4 KiB to 32 MiB. No request crosses a multiple
-    /// of it. Default 256 KiB: a quarter or half of the usual decode unit, so that most requests lie
-    /// in one decoded chunk, while a sequential reader still gets big requests.
+    /// Bytes of the largest request, a power of two, 4 KiB to 32 MiB. No request crosses a multiple of it.
+    /// Default 256 KiB: a quarter or half of the usual decoded chunk, so that most requests lie in one
+    /// decoded chunk, while a sequential reader still gets large requests.
     pub chunk: u32,
-    /// Which threads serve the queues.
+    /// Threads that serve the queues.
     pub driver: QueueDriver,
-    /// Whether the kernel may refuse writes before they reach us, where the volume cannot be written. Always
-    /// `true`, but in the test that writes which do reach us do no harm.
+    /// True if the kernel may refuse writes before they reach this process, when the volume cannot be
+    /// written. Always `true`, except in the test that writes which do arrive are harmless.
     pub read_only: bool,
 }
 
@@ -95,25 +94,25 @@ impl UblkOptions {
     }
 }
 
-/// What a device serves, and in what shape.
+/// A disk to serve, with its options.
 #[derive(Clone)]
 pub(super) struct Backing {
     /// The disk.
     pub(super) volume: Arc<dyn Volume>,
-    /// Who changes it, if it can be changed.
+    /// Threads that change it, if it can be changed.
     pub(super) writer: Option<Writer>,
-    /// The shape.
+    /// The options.
     pub(super) options: UblkOptions,
-    /// Where the queues count.
+    /// The queues' counters.
     pub(super) counters: Arc<QueueCounters>,
 }
 
 impl Backing {
-    /// What the driver is told of the disk.
+    /// Parameters of the disk for the driver.
     ///
-    /// One that can be written has a volatile cache: a write is durable after the next flush, as the writable
-    /// layer's is. It takes FUA, which saves the block layer a flush of its own after such a write. One that
-    /// cannot be written has no cache, so no flush is ever sent.
+    /// A writable disk has a volatile cache: a write is durable after the next flush, as the writable layer's
+    /// is. It takes FUA, which saves the block layer a flush of its own after such a write. A read-only disk
+    /// has no cache, so no flush is ever sent.
     pub(super) fn params(&self) -> sys::ublk_params {
         let chunk = self.options.chunk;
         let chunk_shift = chunk.trailing_zeros() as u8;
@@ -132,24 +131,24 @@ impl Backing {
                 attrs, // never ROTATIONAL
                 // 512: images whose size is no multiple of 4 KiB exist, and readers may ask for a sector.
                 logical_bs_shift: 9,
-                // 4 KiB: what a page-cache read asks for at least, and ext4's block size in our images.
+                // 4 KiB: the smallest read of the page cache, and ext4's block size in this project's images.
                 physical_bs_shift: 12,
                 io_min_shift: 12,
                 // Sets the default read-ahead to twice this: 512 KiB at the default chunk.
                 io_opt_shift: chunk_shift,
                 max_sectors: chunk >> 9,
-                // No request crosses a chunk: it then lies in one decoded piece more often.
+                // No request crosses a chunk: so it lies in one decoded piece more often.
                 chunk_sectors: chunk >> 9,
                 dev_sectors: self.volume.size() / SECTOR,
                 virt_boundary_mask: 0,
             },
             discard: sys::ublk_param_discard {
                 discard_alignment: 0,
-                // Any sector can be zeroed; smaller than a block is not worth a record of its own.
+                // Any sector can be zeroed; less than a block is not worth a record of its own.
                 discard_granularity: 4096,
                 max_discard_sectors: MOST_ZEROED,
                 max_write_zeroes_sectors: MOST_ZEROED,
-                max_discard_segments: 1, // all that the driver takes
+                max_discard_segments: 1, // the driver's maximum
                 reserved0: 0,
             },
             ..Default::default()
@@ -168,12 +167,12 @@ pub struct UblkDevice {
 }
 
 impl UblkDevice {
-    /// Creates a device for `volume`, which can be written if the volume can, starts it and waits for its node. Nothing is left behind on
-    /// an error. Needs `CAP_SYS_ADMIN`; loads the module `ublk_drv` if it must.
+    /// Creates a device for `volume`, writable if the volume is, starts it and waits for its node. After an
+    /// error nothing remains. Needs `CAP_SYS_ADMIN`; loads the module `ublk_drv` if necessary.
     ///
     /// # Errors
-    /// [`UblkError`]; [`UblkError::Unavailable`] and [`UblkError::KnownBadKernel`] come before
-    /// anything was touched, and mean that another front end should be used.
+    /// Returns [`UblkError`]; [`UblkError::Unavailable`] and [`UblkError::KnownBadKernel`] are returned
+    /// before anything was changed, and mean that another front end should be used.
     pub fn start(volume: Arc<dyn Volume>, options: &UblkOptions) -> Result<Self, UblkError> {
         options.check(&*volume)?;
         probe::examine_and_load().verdict()?;
@@ -206,18 +205,18 @@ impl UblkDevice {
         self.id
     }
 
-    /// What the queues did so far.
+    /// Counters of the queues.
     #[must_use]
     pub fn counters(&self) -> QueueTotals {
         self.counters.totals()
     }
 
     /// Stops and deletes the device. Requests in flight are answered first, so this takes as long as the
-    /// volume takes. Unmount first: the device of a mounted file system is torn away from it, and every
-    /// later read there fails.
+    /// volume takes. Unmount first: otherwise the mounted file system loses its device, and every later read
+    /// there fails.
     ///
     /// # Errors
-    /// The driver's refusal.
+    /// Returns the driver's refusal.
     pub fn stop(mut self) -> Result<(), UblkError> {
         self.end()
     }
@@ -237,10 +236,9 @@ impl Drop for UblkDevice {
     }
 }
 
-/// Merging and sorting are of no use to a device without seeks. A device of several queues has no
-/// scheduler from the start; to write its name again would freeze the queues all the same, which took
-/// 60 of the 90 ms that a device took to make (user-mode Linux 7.3). A kernel without schedulers is
-/// no error.
+/// Selects no I/O scheduler: merging and sorting are of no use to a device without seeks. A device of several
+/// queues has no scheduler from the start; to write its name again would still freeze the queues, which took
+/// 60 of the 90 ms to create a device (user-mode Linux 7.3). A kernel without schedulers is no error.
 pub(super) fn without_scheduler(id: u32) {
     let path = format!("/sys/block/ublkb{id}/queue/scheduler");
     if std::fs::read_to_string(&path).is_ok_and(|now| !now.contains("[none]")) {
@@ -248,7 +246,8 @@ pub(super) fn without_scheduler(id: u32) {
     }
 }
 
-/// Waits until the block node can be seen: the kernel announces the disk, somebody makes the node.
+/// Waits until the block node is visible: the kernel announces the disk, then devtmpfs or udev creates the
+/// node.
 pub(super) fn wait_for_node(id: u32) -> Result<(), UblkError> {
     use std::os::unix::fs::FileTypeExt;
     let path = format!("/dev/ublkb{id}");

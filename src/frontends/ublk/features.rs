@@ -1,15 +1,15 @@
-//! What is asked of a kernel's ublk, by what it offers.
+//! Features that are requested from a kernel's ublk, by those that it offers.
 //!
-//! | kernel | offers | what we do |
+//! | kernel | offers | used |
 //! |---|---|---|
 //! | 6.1 | no list of features | the flags every driver knows; commands by number |
 //! | 6.5 | `GET_FEATURES` | as offered |
-//! | 6.6 | `DEL_DEV_ASYNC` | a device goes although somebody has its node open |
-//! | 7.0 | `NO_AUTO_PART_SCAN` | no reads of the partition scan, and nobody who waits for them at the start |
+//! | 6.6 | `DEL_DEV_ASYNC` | a deletion does not wait for other users of the node |
+//! | 7.0 | `NO_AUTO_PART_SCAN` | no reads of the partition scan, and no wait for them at the start |
 //!
-//! `NEED_GET_DATA` is never given up: without it a stray write would be copied to the address of the
-//! tag's last commit, that is, into the cache. What is not asked for: user copy and the zero copy modes,
-//! which turn the copy at commit time off; batches of commands (7.0), which know no `NEED_GET_DATA`.
+//! `NEED_GET_DATA` is always required: without it a stray write would be copied to the address of the tag's
+//! last commit, that is, into the cache. Features that are not requested: user copy and the zero copy modes,
+//! which turn the copy at commit time off; batches of commands (7.0), which do not support `NEED_GET_DATA`.
 
 use libublk::sys;
 
@@ -22,10 +22,10 @@ pub(super) fn wanted(offered: Option<u64>) -> u64 {
     needed | offered.map_or(0, |offered| offered & helpful)
 }
 
-/// Whether a device that became what `flags` say may be used.
+/// Checks that a device with the driver's `flags` may be used.
 ///
 /// # Errors
-/// [`UblkError::Control`] when the driver took away what is needed.
+/// Returns [`UblkError::Control`] when the driver removed a required flag.
 pub(super) fn check(flags: u64) -> Result<(), UblkError> {
     if flags & u64::from(sys::UBLK_F_NEED_GET_DATA) != 0 {
         return Ok(());

@@ -1,8 +1,8 @@
-//! From waiters, on any thread, to the queue thread whose tags they concern.
+//! Messages from waiters, on any thread, to the queue thread of their tags.
 //!
-//! A wake-up of a sleeping thread costs 14-32 us one way on a small virtual machine, and 8 us of the
-//! sender's time; a push alone costs 0.2 us. So the eventfd is written only if the queue thread
-//! announced that it goes to sleep, and by one sender only.
+//! A wake-up of a sleeping thread costs 14-32 us one way on a small virtual machine, and 8 us of the sender's
+//! time; a push alone costs 0.2 us. So the eventfd is written only after the queue thread has announced that
+//! it goes to sleep, and by one sender only.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,29 +20,29 @@ const RUNNING: u32 = 0;
 /// The queue thread sleeps, or is about to: the next sender must wake it.
 const PARKED: u32 = 1;
 
-/// How a pending request ended.
+/// Result of the wait of a pending request.
 pub(super) enum Outcome {
     /// Ask the volume again.
     Ready,
     /// Fail the request.
     Failed(VolumeError),
-    /// The volume dropped the waiter without a word: fail the request.
+    /// The volume dropped the waiter without a call: fail the request.
     Forgotten,
 }
 
 /// One message about a request.
 pub(super) struct Letter {
-    /// Which of the thread's queues it belongs to.
+    /// The thread's queue that it belongs to.
     pub(super) slot: u32,
     /// Tag of the request.
     pub(super) tag: u16,
-    /// Which wait of that tag this answers: a late letter must not touch a later request.
+    /// The wait of that tag that this answers: a late letter must not touch a later request.
     pub(super) ticket: u32,
-    /// How it ended.
+    /// Its result.
     pub(super) outcome: Outcome,
 }
 
-/// Mailbox of one queue thread, for letters and whatever else that thread is sent.
+/// Mailbox of one queue thread, for letters and other posts to that thread.
 pub(super) struct Mailbox<T> {
     posts: SegQueue<T>,
     state: AtomicU32,
@@ -50,16 +50,16 @@ pub(super) struct Mailbox<T> {
 }
 
 impl<T: From<Letter> + Send + 'static> Mailbox<T> {
-    /// An empty mailbox.
+    /// Creates an empty mailbox.
     ///
     /// # Errors
-    /// When the process has no file descriptor left.
+    /// Returns an error when the process has no file descriptor left.
     pub(super) fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self { posts: SegQueue::new(), state: AtomicU32::new(RUNNING), event })
     }
 
-    /// What the queue thread polls while it sleeps.
+    /// The eventfd that the queue thread polls while it sleeps.
     pub(super) fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
@@ -72,7 +72,7 @@ impl<T: From<Letter> + Send + 'static> Mailbox<T> {
     /// Announces sleep. `false`: there is post, do not sleep.
     pub(super) fn park(&self) -> bool {
         self.state.store(PARKED, Ordering::SeqCst);
-        // Whoever pushes after this store sees PARKED; whoever pushed before it is seen here.
+        // A sender that pushes after this store sees PARKED; a push before it is seen here.
         if self.posts.is_empty() {
             return true;
         }
@@ -85,7 +85,7 @@ impl<T: From<Letter> + Send + 'static> Mailbox<T> {
         self.state.store(RUNNING, Ordering::SeqCst);
     }
 
-    /// Puts something in, and wakes the thread if it sleeps; whether it did.
+    /// Adds a post, and wakes the thread if it sleeps; returns true if it did.
     pub(super) fn post(&self, post: T) -> bool {
         self.posts.push(post);
         let asleep = self.state.swap(RUNNING, Ordering::SeqCst) == PARKED;
@@ -96,7 +96,7 @@ impl<T: From<Letter> + Send + 'static> Mailbox<T> {
         asleep
     }
 
-    /// A waiter that posts the outcome of the wait `ticket` of a tag, also if it is dropped uncalled.
+    /// Returns a waiter that posts the result of the wait `ticket` of a tag, even if it is dropped uncalled.
     pub(super) fn waiter(
         self: &Arc<Self>,
         counters: &Arc<QueueCounters>,

@@ -1,17 +1,17 @@
 //! Many devices on few threads.
 //!
-//! A *driver thread* has one ring and serves the tags of any number of queues of any number of devices:
-//! what arrives says by its number which queue and tag it is about. Queue `q` of every device goes to
-//! thread `q` modulo their number, and each thread runs on the CPUs whose requests go to those queues, so
-//! that a reader and its server share a cache, and on a small machine a CPU, which saves the dearest
-//! part of a read: waking a thread elsewhere. Queues come to a thread through its mailbox, and go when
-//! the driver has taken their last tag back.
+//! A *queue thread* has one ring and serves the tags of any number of queues of any number of devices: the
+//! number of each completion names its queue and tag. Queue `q` of every device goes to thread `q` modulo the
+//! number of threads, and each thread runs on the CPUs whose requests go to those queues, so that a reader
+//! and its server share a cache, and on a small machine a CPU, which saves the most expensive part of a read:
+//! waking a thread on another CPU. Queues are added to a thread through its mailbox, and removed when the
+//! driver has taken their last tag back.
 //!
 //! The threads start with the first device and end with the last.
 //!
-//! `unsafe` is needed for two calls. Pushing submission entries, as in [`queue`](super::queue): see
-//! [`Driver::push`]. And reading request descriptors, which the kernel writes into memory that it shares
-//! with us: see [`Descriptors::get`].
+//! `unsafe` is needed for two calls. The first pushes submission entries, as in [`queue`](super::queue): see
+//! [`Driver::push`]. The second reads request descriptors, which the kernel writes into memory that it shares
+//! with this process: see [`Descriptors::get`].
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -35,18 +35,18 @@ use super::writer::{QueueWrites, Writer};
 use super::{UblkError, device};
 use disk::volume::Volume;
 
-/// Driver threads at most: one queue's worth of requests keeps a thread below half busy, and a few of
-/// them feed more inflate workers than most hosts have.
+/// Limit on queue threads: the requests of one queue keep a thread below half busy, and a few threads feed
+/// more decode threads than most hosts have.
 const MOST_THREADS: usize = 4;
 
-/// Entries of a submission queue: what is pushed beyond is issued at once.
+/// Entries of a submission queue: pushes beyond it are issued at once.
 const SUBMISSIONS: u32 = 1024;
 
-/// Entries of a completion queue. More than are usually due in one turn; what overflows is kept by the
-/// kernel, and slower.
+/// Entries of a completion queue. More than are usually due in one turn; the kernel keeps the overflow, more
+/// slowly.
 const COMPLETIONS: u32 = 16 << 10;
 
-/// Places in a ring's table of files. Devices beyond are named by descriptor, which costs some 20 ns more.
+/// Places in a ring's table of files. Further devices are named by descriptor, which costs some 20 ns more.
 const FILES: u32 = 1024;
 
 /// `user_data` of the poll on the mailbox's eventfd.
@@ -59,29 +59,29 @@ const TAG_BITS: u32 = 16;
 pub(super) struct NewQueue {
     /// Its number in its device.
     pub(super) number: u16,
-    /// Requests in flight at most.
+    /// Limit on requests in flight.
     pub(super) depth: u16,
     /// Length of the longest request in bytes.
     pub(super) longest: usize,
-    /// Kernels before 6.4 know the commands by number only.
+    /// False on kernels before 6.4, which know the commands by number only.
     pub(super) encoded: bool,
     /// The device's character node.
     pub(super) node: Arc<File>,
     /// The disk.
     pub(super) volume: Arc<dyn Volume>,
-    /// Who changes it, if it can be changed.
+    /// Threads that change it, if it can be changed.
     pub(super) writer: Option<Writer>,
-    /// Where to count.
+    /// Its device's counters.
     pub(super) counters: Arc<QueueCounters>,
     /// CPUs whose requests come here.
     pub(super) cpus: Option<CpuSet>,
-    /// Told when all tags are armed, or why they are not.
+    /// Receives a message when all tags are armed, or the reason why they are not.
     pub(super) armed: mpsc::Sender<io::Result<()>>,
     /// Dropped when the queue is gone.
     pub(super) gone: Sender<()>,
 }
 
-/// What a driver thread is sent.
+/// A message to a queue thread.
 enum Post {
     Letter(Letter),
     Queue(Box<NewQueue>),
@@ -94,7 +94,7 @@ impl From<Letter> for Post {
     }
 }
 
-/// The driver threads of this process.
+/// The queue threads of this process.
 pub(super) struct Mux {
     threads: Mutex<Vec<Thread>>,
 }
@@ -104,7 +104,7 @@ struct Thread {
     handle: JoinHandle<()>,
 }
 
-/// The threads as long as a device has them.
+/// The threads, while a device uses them.
 static SHARED: Mutex<Weak<Mux>> = Mutex::new(Weak::new());
 
 impl Mux {
@@ -119,10 +119,10 @@ impl Mux {
         mux
     }
 
-    /// Gives a queue to its thread, which is started if need be.
+    /// Gives a queue to its thread, which is started if necessary.
     ///
     /// # Errors
-    /// [`UblkError::Thread`], [`UblkError::Queue`].
+    /// Returns [`UblkError::Thread`], [`UblkError::Queue`].
     pub(super) fn serve(&self, queue: NewQueue) -> Result<(), UblkError> {
         let number = queue.number;
         let failed = |what| move |source| UblkError::Queue { queue: number, what, source };
@@ -181,12 +181,13 @@ impl Descriptors {
         MmapOptions::new().offset(offset).len(len).map_raw_read_only(node).map(Self)
     }
 
-    /// The request of a tag that the driver has given to us and that was not committed yet.
+    /// The request of a tag that the driver has given to this process and that was not committed yet.
     fn get(&self, tag: u16) -> sys::ublksrv_io_desc {
         let all = self.0.as_ptr().cast::<sys::ublksrv_io_desc>();
-        // SAFETY: the mapping has a descriptor for every tag below the depth, and only such tags are asked
-        // for: `Queue::has`. The kernel writes a descriptor before it completes the tag's command and
-        // not again before the tag is committed; the read is volatile since the compiler does not know.
+        // SAFETY: the mapping has a descriptor for every tag below the depth, and only such tags are passed:
+        // `Queue::has`. The kernel writes a descriptor before it completes the tag's command and not again
+        // before the tag is committed; the read is volatile because the compiler cannot know of the kernel's
+        // writes.
         unsafe { all.add(usize::from(tag)).read_volatile() }
     }
 }
@@ -195,7 +196,7 @@ impl Descriptors {
 struct Queue {
     number: u16,
     node: Arc<File>,
-    /// Whether the node is in the ring's table, under the queue's slot.
+    /// True if the node is in the ring's table, at the queue's slot.
     fixed: bool,
     mask: u32,
     requests: Descriptors,
@@ -204,7 +205,7 @@ struct Queue {
     counters: Arc<QueueCounters>,
     /// Per tag: the wait that is open, if any.
     waiting: Vec<Option<u32>>,
-    /// Tags that the driver still holds or that we work on.
+    /// Number of tags that the driver still holds or that this thread works on.
     live: u32,
     _gone: Sender<()>,
 }
@@ -214,13 +215,13 @@ impl Queue {
         usize::from(tag) < self.waiting.len()
     }
 
-    /// What is asked for.
+    /// The request of a tag.
     fn request(&self, tag: u16) -> Request {
         Request::of(&self.requests.get(tag))
     }
 }
 
-/// A driver thread.
+/// State of a queue thread.
 struct Driver {
     ring: IoUring,
     files: u32,
@@ -267,7 +268,7 @@ impl Driver {
             for queue in self.queues.iter().flatten() {
                 count(&queue.counters.lost_queues, 1);
             }
-            tracing::error!(%error, "A ublk driver thread has ended: requests of its devices will fail");
+            tracing::error!(%error, "A ublk queue thread has ended: requests of its devices will fail");
         }
     }
 
@@ -297,7 +298,7 @@ impl Driver {
         }
     }
 
-    /// Takes a queue over: maps its requests and arms its tags.
+    /// Takes over a queue: maps its requests and arms its tags.
     fn add(&mut self, new: NewQueue) {
         if let Some(cpus) = new.cpus.as_ref().filter(|_| !self.pinned) {
             // The same queue of every device has the same CPUs.
@@ -360,13 +361,13 @@ impl Driver {
             Ok(sys::UBLK_IO_RES_NEED_GET_DATA) => {
                 let request = queue.request(tag);
                 let own = queue.writes.as_mut().and_then(|writes| writes.let_in(tag, &request));
-                // A write can only be refused once its data have been taken.
+                // A write can be refused only after its data have been copied.
                 let address = own.unwrap_or_else(|| self.answers.bin());
                 self.command(slot, tag, sys::UBLK_U_IO_NEED_GET_DATA, address, 0)
             }
             _ => {
                 if result != sys::UBLK_IO_RES_ABORT {
-                    tracing::error!(tag, result, "The ublk driver gave a request slot up");
+                    tracing::error!(tag, result, "The ublk driver gave up a request slot");
                 }
                 if let Some(writes) = &mut queue.writes {
                     writes.gave_up(tag);
@@ -380,7 +381,7 @@ impl Driver {
         }
     }
 
-    /// The driver has every tag back: nothing points to the queue any more.
+    /// Removes a queue. The driver has every tag back: nothing points to the queue any more.
     fn remove(&mut self, slot: usize) {
         let queue = self.queues[slot].take();
         if queue.is_some_and(|queue| queue.fixed) {
@@ -388,7 +389,7 @@ impl Driver {
         }
     }
 
-    /// A new request stands in the tag's descriptor.
+    /// Handles a new request in the tag's descriptor.
     fn request(&mut self, slot: usize, tag: u16) -> io::Result<()> {
         let Some(queue) = self.queues[slot].as_mut() else { return Ok(()) };
         let request = queue.request(tag);
@@ -421,7 +422,7 @@ impl Driver {
         self.carry_out(slot, tag, &verdict)
     }
 
-    /// The volume has answered a wait.
+    /// Handles the volume's answer to a wait.
     fn resume(&mut self, letter: &Letter) -> io::Result<()> {
         let (slot, tag) = (letter.slot as usize, letter.tag);
         let Some(queue) = self.queues.get_mut(slot).and_then(Option::as_mut) else { return Ok(()) };
@@ -485,12 +486,12 @@ impl Driver {
         for _ in 0..2 {
             // SAFETY: the only memory an entry points to is the address of a COMMIT (read by the kernel) or
             // of NEED_GET_DATA (written). The first is read while the entry is issued, which happens inside
-            // `enter`: what it points to is kept by `self.answers` until the submission queue was seen empty,
-            // or is a zero area that lives as long as the thread. The second is written by this thread, in
-            // the kernel, before the tag's completion is seen (at once, or before 6.15 as task work): it is the
-            // tag's buffer, which the queue's `writes` keep until then, or the bin, which lives as long as the
-            // thread and is never read. The poll names the eventfd by number; the mailbox is dropped after
-            // the last enter of this thread. FETCH has no address.
+            // `enter`: `self.answers` keeps that memory until the submission queue was seen empty, or it is a
+            // zero area that lives as long as the thread. The second is written by this thread, in the
+            // kernel, before the tag's completion is seen (at once, or before 6.15 as task work): it is the
+            // tag's buffer, which the queue's `writes` keep until then, or the refuse buffer, which lives as
+            // long as the thread and is never read. The poll names the eventfd by number; the mailbox is
+            // dropped after the last enter of this thread. FETCH has no address.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
@@ -499,8 +500,8 @@ impl Driver {
         Err(io::Error::other("the submission queue stays full"))
     }
 
-    /// Issues what was pushed and waits for `want` completions (0 or 1), then lets go of the memory that
-    /// the issued commits pointed to.
+    /// Issues the pushed entries and waits for `want` completions (0 or 1), then releases the memory that the
+    /// issued commits pointed to.
     fn enter(&mut self, want: usize) -> io::Result<()> {
         match self.ring.submit_and_wait(want) {
             Ok(_) => {}
@@ -519,7 +520,7 @@ impl Driver {
     }
 }
 
-/// Waits until the queues whose `gone` were given out are gone.
+/// Waits until the queues with these `gone` senders are gone.
 pub(super) fn wait_until_gone(gone: &Receiver<()>) {
     while gone.recv().is_ok() {}
 }

@@ -1,7 +1,7 @@
-//! What this kernel's ublk can do, found out without making a device.
+//! Features of this kernel's ublk, found without creating a device.
 //!
-//! Some kernels crash on the first `ADD_DEV`, so the release string is judged before the driver is
-//! asked for anything but its features.
+//! Some kernels crash on the first `ADD_DEV`, so the release string is checked before any command but the
+//! query of features.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -47,10 +47,10 @@ pub fn feature_names(mask: u64) -> Vec<String> {
         .collect()
 }
 
-/// Why a kernel must not be used with ublk, or `None`.
+/// The reason why a kernel must not be used with ublk, or `None`.
 ///
 /// A change of NUMA allocation was backported into 6.18.4 and some Ubuntu 6.17 cloud kernels without
-/// the reordering it needs: the first `ADD_DEV` oopses and holds the driver's lock for ever. Fixed in
+/// the reordering it needs: the first `ADD_DEV` oopses and never releases the driver's lock. Fixed in
 /// 6.18.6. Seen in public reports for 6.18.4, 6.18.5, 6.17.0-1015-azure, -1018-azure, -1017-aws;
 /// builds 1015 to 1018 of the cloud flavours are refused together.
 #[must_use]
@@ -75,21 +75,21 @@ pub fn kernel_release() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
-/// How far the driver is from here.
+/// Availability of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Driver {
-    /// The control node is there.
+    /// The control node exists.
     Present,
     /// A module can be loaded: `modprobe ublk_drv`.
     Loadable,
-    /// Neither.
+    /// There is neither a node nor a module.
     Absent,
 }
 
-/// Whether the ring that ublk needs can be had.
+/// Availability of the ring that ublk needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ring {
-    /// A ring was made, with driver commands.
+    /// A ring was created, with driver commands.
     Works,
     /// Rings work, but have no driver commands (before 5.19).
     NoDriverCommands,
@@ -97,30 +97,31 @@ pub enum Ring {
     Refused(String),
 }
 
-/// What [`examine`] found.
+/// Result of [`examine`].
 #[derive(Clone, Debug)]
 pub struct Findings {
     /// `uname -r`.
     pub kernel: String,
-    /// Why this kernel must not be used.
+    /// The reason why this kernel must not be used.
     pub known_bad: Option<&'static str>,
-    /// Whether the driver is there.
+    /// Availability of the driver.
     pub driver: Driver,
     /// The driver's feature mask; `None` if it was not asked or did not answer (before 6.5, no root).
     pub features: Option<u64>,
-    /// Module parameter `ublks_max`: most devices of the host (until 6.14), or most unprivileged ones.
+    /// Module parameter `ublks_max`: limit on the devices of the host (until 6.14), or on the unprivileged
+    /// ones.
     pub ublks_max: Option<u64>,
-    /// Whether `io_uring` works for this process.
+    /// Availability of `io_uring` for this process.
     pub ring: Ring,
     /// `kernel.io_uring_disabled` (6.6+): 0 free, 1 restricted to a group, 2 off.
     pub io_uring_disabled: Option<u64>,
 }
 
 impl Findings {
-    /// Whether a device may be made.
+    /// Decides if a device may be created.
     ///
     /// # Errors
-    /// The first reason why not.
+    /// Returns the first reason against it.
     pub fn verdict(&self) -> Result<(), UblkError> {
         if let Some(reason) = self.known_bad {
             return Err(UblkError::KnownBadKernel { kernel: self.kernel.clone(), reason });
@@ -146,7 +147,7 @@ impl Findings {
     }
 }
 
-/// Looks, and changes nothing.
+/// Examines the system, and changes nothing.
 #[must_use]
 pub fn examine() -> Findings {
     let kernel = kernel_release();
@@ -168,7 +169,7 @@ pub fn examine() -> Findings {
     }
 }
 
-/// Loads the module if the control node is missing, then as [`examine`].
+/// Loads the module if the control node is missing, then examines the system like [`examine`].
 #[must_use]
 pub fn examine_and_load() -> Findings {
     let findings = examine();
@@ -213,7 +214,7 @@ fn ring() -> Ring {
     Ring::Works
 }
 
-/// On a thread of its own: libublk keeps its control ring for the life of the thread.
+/// Asks the driver on a thread of its own: libublk keeps its control ring for the life of the thread.
 fn features() -> Option<u64> {
     std::thread::Builder::new()
         .name("ublk-probe".into())

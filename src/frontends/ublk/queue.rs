@@ -1,8 +1,7 @@
-//! The worker of one queue: one thread, one ring, no data buffers.
+//! The queue thread of the libublk driver: one thread for one queue, one ring, no data buffers.
 //!
-//! `unsafe` is needed for one call, pushing submission entries: the kernel will read memory whose
-//! address stands in the entry, so the pusher must keep that memory alive. It is all in
-//! [`Worker::push`], with the argument.
+//! `unsafe` is needed for one call, pushing submission entries: the kernel will read memory at an address in
+//! the entry, so the caller must keep that memory alive. The call and its argument are in [`Worker::push`].
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
@@ -27,13 +26,13 @@ use disk::volume::Volume;
 /// `user_data` of the poll on the mailbox's eventfd; a tag is below 4096.
 const MAILBOX: u64 = u64::MAX;
 
-/// What the driver completes a tag's command with once the device is going away: `-ENODEV`.
+/// Result of a tag's command once the device is being removed: `-ENODEV`.
 const ABORTED: i32 = sys::UBLK_IO_RES_ABORT;
 
-/// What a queue thread tells the thread that started it, once.
+/// The one message of a queue thread to the thread that started it.
 pub(super) type Ready = Result<libc::pid_t, UblkError>;
 
-/// Everything that a queue thread works with.
+/// Input of a queue thread.
 pub(super) struct QueueContext {
     /// Number of the queue.
     pub(super) queue: u16,
@@ -41,18 +40,18 @@ pub(super) struct QueueContext {
     pub(super) dev: Arc<UblkDev>,
     /// The disk.
     pub(super) volume: Arc<dyn Volume>,
-    /// Who changes it, if it can be changed.
+    /// Threads that change it, if it can be changed.
     pub(super) writer: Option<Writer>,
-    /// Where to count.
+    /// Its device's counters.
     pub(super) counters: Arc<QueueCounters>,
-    /// As many zeros as a request can ask for, shared by all queues.
+    /// As many zeros as the longest request, shared by all queues.
     pub(super) zeros: Arc<Vec<u8>>,
 }
 
 /// Body of a queue thread: sets up, reports on `ready`, serves until the device is stopped.
 pub(super) fn run(context: &QueueContext, ready: &Sender<Ready>) {
-    // Memory that this thread allocates must not wait for I/O that this thread would have to serve:
-    // libublk sets PR_SET_IO_FLUSHER here.
+    // Memory that this thread allocates must not wait for I/O that this thread would have to serve: libublk
+    // sets PR_SET_IO_FLUSHER here.
     let tid = UblkCtrl::init_queue_thread();
     let failed = |what, source| UblkError::Queue { queue: context.queue, what, source };
     if let Err(error) = make_ring(context.dev.dev_info.queue_depth) {
@@ -80,8 +79,8 @@ pub(super) fn run(context: &QueueContext, ready: &Sender<Ready>) {
     }
 }
 
-/// The thread's ring, before libublk makes its default one. Only this thread submits, and task work
-/// runs only inside our enters: no interrupts, bigger batches (6.1+).
+/// Creates the thread's ring, before libublk creates its default one. Only this thread submits, and task work
+/// runs only inside its enters: no interrupts, bigger batches (6.1+).
 fn make_ring(depth: u16) -> io::Result<()> {
     // One command a tag and the poll: the submission queue is never full within one turn.
     let entries = (u32::from(depth) + 1).next_power_of_two();
@@ -110,10 +109,10 @@ struct Worker<'a> {
     waiting: Vec<Option<u32>>,
     /// Number of the last wait.
     ticket: u32,
-    /// Tags that the driver still holds or that we work on.
+    /// Number of tags that the driver still holds or that this thread works on.
     live: u32,
     answers: Answers,
-    /// Kernels before 6.4 know the commands by number only.
+    /// Mask of the command numbers: kernels before 6.4 know only the short ones.
     command_mask: u32,
 }
 
@@ -140,7 +139,7 @@ impl<'a> Worker<'a> {
             worker.live += 1;
         }
         worker.enter(0)?;
-        // libublk would wait for per-tag buffers, of which there are none.
+        // libublk would wait for per-tag buffers; this driver has none.
         context.dev.notify_buffer_registration_complete(false);
         Ok(worker)
     }
@@ -186,7 +185,7 @@ impl<'a> Worker<'a> {
                         queue = self.context.queue,
                         tag,
                         result,
-                        "The ublk driver gave a request slot up"
+                        "The ublk driver gave up a request slot"
                     );
                 }
                 if let Some(writes) = &mut self.writes {
@@ -198,7 +197,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// A new request stands in the tag's descriptor.
+    /// Handles a new request in the tag's descriptor.
     fn request(&mut self, tag: u16) -> io::Result<()> {
         let asked = self.asked(tag);
         if asked.op == Op::Read {
@@ -215,7 +214,7 @@ impl<'a> Worker<'a> {
         self.carry_out(tag, &verdict)
     }
 
-    /// What the tag's descriptor asks for.
+    /// The request in the tag's descriptor.
     fn asked(&self, tag: u16) -> Request {
         Request::of(self.queue.get_iod(tag))
     }
@@ -234,7 +233,7 @@ impl<'a> Worker<'a> {
         self.carry_out(tag, &verdict)
     }
 
-    /// The volume has answered a wait.
+    /// Handles the volume's answer to a wait.
     fn resume(&mut self, tag: u16, outcome: &Outcome) -> io::Result<()> {
         let (asked, counters) = (self.asked(tag), &self.context.counters);
         let verdict = match outcome {
@@ -246,8 +245,8 @@ impl<'a> Worker<'a> {
         self.carry_out(tag, &verdict)
     }
 
-    /// A write was announced. It can only be refused once its data have been taken; then they go into
-    /// a buffer that nobody reads.
+    /// Handles an announced write. It can be refused only after its data have been copied, so they go into a
+    /// buffer that is never read.
     fn let_write_in(&mut self, tag: u16) -> io::Result<()> {
         let asked = self.asked(tag);
         let own = self.writes.as_mut().and_then(|writes| writes.let_in(tag, &asked));
@@ -288,26 +287,26 @@ impl<'a> Worker<'a> {
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         for _ in 0..2 {
             let pushed = with_task_io_ring_mut(|ring| {
-                // SAFETY: the only memory an entry points to is the address of a COMMIT (read by the
-                // kernel) or of NEED_GET_DATA (written). The first is read while the entry is issued, which
-                // happens inside `enter`: what it points to is kept by `self.answers` until the submission
-                // queue was seen empty, or is its zero area, which outlives the worker. The second is written
-                // before the tag's completion is seen: it is the tag's buffer, which `self.writes` keeps
-                // until then, or leaks if it never comes; or the bin, which is never resized or read. The poll
-                // names the eventfd by number; the mailbox is dropped after the last enter of this worker, and
-                // a closed number could only wake us for nothing. FETCH has no address.
+                // SAFETY: the only memory an entry points to is the address of a COMMIT (read by the kernel)
+                // or of NEED_GET_DATA (written). The first is read while the entry is issued, which happens
+                // inside `enter`: `self.answers` keeps that memory until the submission queue was seen empty,
+                // or it is its zero area, which outlives the worker. The second is written before the tag's
+                // completion is seen: it is the tag's buffer, which `self.writes` keeps until then, or leaks
+                // if it never comes; or the refuse buffer, which is never resized or read. The poll names the
+                // eventfd by number; the mailbox is dropped after the last enter of this worker, and a closed
+                // number could only wake this thread without need. FETCH has no address.
                 unsafe { ring.submission().push(entry) }
             });
             if pushed.is_ok() {
                 return Ok(());
             }
-            self.enter(0)?; // never seen: the queue holds a command for every tag
+            self.enter(0)?; // does not happen: the queue holds a command for every tag
         }
         Err(io::Error::other("The submission queue stays full"))
     }
 
-    /// Issues what was pushed and waits for `want` completions (0 or 1), then lets go of the memory
-    /// that the issued commits pointed to.
+    /// Issues the pushed entries and waits for `want` completions (0 or 1), then releases the memory that the
+    /// issued commits pointed to.
     fn enter(&mut self, want: usize) -> io::Result<()> {
         let issued = with_task_io_ring_mut(|ring| {
             match ring.submit_and_wait(want) {

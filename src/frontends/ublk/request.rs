@@ -1,4 +1,4 @@
-//! What the driver asks for: a tag's descriptor, read.
+//! Requests of the driver: decoding of a tag's descriptor.
 
 use libublk::sys;
 
@@ -7,15 +7,15 @@ use formats::units::SECTOR;
 /// Kinds of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
-    /// Give bytes.
+    /// Read bytes.
     Read,
-    /// Take bytes; `durable` (FUA): and be sure of them before the answer.
+    /// Write bytes; `durable` (FUA): they must be durable before the answer.
     Write { durable: bool },
-    /// Make durable what was answered.
+    /// Make all answered writes durable.
     Flush,
-    /// DISCARD and WRITE_ZEROES: the writable layer makes zeros of both, and stores none.
+    /// DISCARD and WRITE_ZEROES: the writable layer writes zeros for both, and stores none.
     Zero,
-    /// Something that we did not ask for.
+    /// An operation that the device did not announce.
     Other,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// The request in a descriptor (`struct ublksrv_io_desc` of `ublk_cmd.h`).
+    /// Decodes a descriptor (`struct ublksrv_io_desc` of `ublk_cmd.h`).
     pub(super) fn of(descriptor: &sys::ublksrv_io_desc) -> Self {
         let op = match descriptor.op_flags & 0xff {
             sys::UBLK_IO_OP_READ => Op::Read,

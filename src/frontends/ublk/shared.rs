@@ -1,4 +1,4 @@
-//! A device whose queues the [shared threads](super::mux) serve.
+//! A device whose queues the [shared queue threads](super::mux) serve.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -15,7 +15,7 @@ use super::device::{Backing, Running, wait_for_node, without_scheduler};
 use super::features;
 use super::mux::{Mux, NewQueue, wait_until_gone};
 
-/// How long to wait for the character node: devtmpfs makes it at once, udev on a busy host later.
+/// Seconds to wait for the character node: devtmpfs creates it at once, udev on a busy host later.
 const NODE_SECONDS: u64 = 10;
 
 /// A device on the shared threads.
@@ -28,7 +28,7 @@ pub(super) struct SharedThreads {
 }
 
 impl SharedThreads {
-    /// Creates and starts a device; nothing is left behind on an error.
+    /// Creates and starts a device; after an error nothing remains.
     pub(super) fn start(backing: &Backing) -> Result<Self, UblkError> {
         let mut control = Control::open()?;
         let options = &backing.options;
@@ -47,7 +47,7 @@ impl SharedThreads {
         match served {
             Ok(()) => Ok(device),
             Err(error) => {
-                // What was begun is taken back; why it failed is what matters.
+                // Undo the steps so far; the first error is the one to report.
                 let _ = device.end(&mut control);
                 Err(error)
             }
@@ -87,7 +87,8 @@ impl SharedThreads {
         }
         drop((armed, gone, node));
         // START waits until all tags are armed, so it must not be sent when one is missing; and a STOP that
-        // comes before a tag is armed does not take it back (6.12), so all are waited for even then.
+        // comes before a tag is armed does not take it back (6.12), so this waits for all of them even after
+        // an error.
         for queue in 0..given {
             let armed = arming.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()));
             let armed =
@@ -101,16 +102,16 @@ impl SharedThreads {
         Ok(())
     }
 
-    /// Also for a device that never started: STOP takes the armed tags back.
+    /// Ends the device, also one that never started: STOP takes the armed tags back.
     ///
-    /// A deletion holds a lock of the whole driver, and whoever lets go of a device last frees its tags, which
-    /// takes some kernels 80 ms (kernel-notes/ublk.md). So the character node is closed behind the deletion: many
-    /// devices then wait at the same time, and outside of the lock.
+    /// A deletion holds a lock of the whole driver, and the last one to release a device frees its tags,
+    /// which takes some kernels 80 ms (kernel-notes/ublk.md). So the character node is closed after the
+    /// deletion: many devices then wait at the same time, and outside of the lock.
     fn end(self, control: &mut Control) -> Result<(), UblkError> {
         let Self { id, gone, node, .. } = self;
         let stopped = control.stop(id);
         if stopped.is_ok() {
-            // What is mapped or armed is not ours to let go of before the queues have.
+            // The queues' mappings and tags must not be released before the queues are gone.
             wait_until_gone(&gone);
         }
         let deleted = control.delete(id, node);
@@ -129,7 +130,7 @@ impl Running for SharedThreads {
     }
 }
 
-/// Opens the device's character node once it is there.
+/// Opens the device's character node when it appears.
 fn open_node(id: u32) -> Result<File, UblkError> {
     let path = format!("/dev/ublkc{id}");
     let until = Instant::now() + Duration::from_secs(NODE_SECONDS);

@@ -1,7 +1,7 @@
 //! The queue driver of libublk: a thread for each queue of each device, and one for its commands.
 //!
-//! libublk keeps its control ring in thread-local storage, so all commands for a device must come
-//! from one thread. Each device has one; it sleeps in a channel between start and stop.
+//! libublk keeps its control ring in thread-local storage, so all commands for a device must come from one
+//! thread. Each device has a control thread; it sleeps in a channel between start and stop.
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -24,14 +24,14 @@ pub(super) struct OwnThreads {
 }
 
 impl OwnThreads {
-    /// Creates and starts a device; nothing is left behind on an error.
+    /// Creates and starts a device; after an error nothing remains.
     pub(super) fn start(backing: Backing) -> Result<Self, UblkError> {
         let (stop, stopped) = mpsc::channel();
         let (started, start) = mpsc::channel();
         let control = spawn("ublk-control", move || control(&backing, &started, &stopped))?;
         match start.recv() {
             Ok(id) => Ok(Self { id, stop, control }),
-            // The thread ended before it had a device to tell of: its result says why.
+            // The thread ended before it had a device: its result holds the reason.
             Err(_) => Err(joined(control).err().unwrap_or(UblkError::ControlThreadGone)),
         }
     }
@@ -75,9 +75,9 @@ fn control(
         // Ends when the sender is dropped.
         let _ = stopped.recv();
     });
-    // By now no file or mapping of the character device is left in this process, or the deletion would
-    // wait for it. The asynchronous form does not wait for an opener of the block node either (6.6+);
-    // before that, a reader that keeps the node open delays us.
+    // By now no file or mapping of the character device is left in this process; otherwise the deletion would
+    // wait for it. The asynchronous form does not wait for an opener of the block node either (6.6+); before
+    // that, a reader that keeps the node open delays this call.
     let deleted = ctrl.del_dev_async().or_else(|_| ctrl.del_dev());
     result?;
     match deleted.map_err(system_error) {
@@ -91,8 +91,8 @@ fn control(
 fn add(options: &super::UblkOptions) -> Result<UblkCtrl, UblkError> {
     UblkCtrlBuilder::default()
         .name("turbobd")
-        // The kernel chooses the number. Never ask for one: when ADD_DEV fails because the number is taken,
-        // libublk 0.4.8 deletes the device that has it (the control object's Drop).
+        // The kernel chooses the number. A fixed number is dangerous: when ADD_DEV fails because the number
+        // is taken, libublk 0.4.8 deletes the device that has it (the control object's Drop).
         .id(-1)
         .nr_queues(options.queues)
         .depth(options.depth)
@@ -103,7 +103,7 @@ fn add(options: &super::UblkOptions) -> Result<UblkCtrl, UblkError> {
         .map_err(|error| UblkError::Control { what: "add a device", source: system_error(error) })
 }
 
-/// Runs the device from its parameters to its stop; `live` is called while it serves.
+/// Runs the device from its parameters to its stop; calls `live` while it serves.
 fn serve(ctrl: &UblkCtrl, backing: &Backing, live: impl FnOnce()) -> Result<(), UblkError> {
     let refused = |what| move |error| UblkError::Control { what, source: system_error(error) };
     let info = ctrl.dev_info();

@@ -1,21 +1,22 @@
-//! The write path of a device that can be written.
+//! The write path of a writable device.
 //!
-//! The kernel announces a write without its data. We answer with the address of a buffer as long as the
-//! write (`NEED_GET_DATA`); the kernel copies the data there, no later than it completes that command, and
-//! so hands the request over. The volume then stores the bytes, and the tag is committed when it has.
+//! The kernel announces a write without its data. The queue thread answers with the address of a buffer as
+//! long as the write (`NEED_GET_DATA`); the kernel copies the data there, at the latest when it completes
+//! that command, and so hands the request over. The volume then stores the bytes, and after that the tag is
+//! committed.
 //!
-//! Storing is file I/O: an append may wait for memory to be written back, a flush for the disk. A driver
-//! thread, which serves other tags and other devices, must not wait; so a few threads of the device's own
-//! do it, and answer through the mailbox as a fetch does. Of the device's own: the slow disk of one
-//! must not hold up another. They are I/O threads (`PR_SET_IO_FLUSHER`): memory that they allocate never waits
-//! for pages to be written to the very device that they serve.
+//! Storing is file I/O: an append may wait for memory to be written back, a flush for the disk. A queue
+//! thread, which serves other tags and other devices, must not wait; so a few *write threads* of the device
+//! do it, and answer through the mailbox as a fetch does. Each device has its own, because the slow disk of
+//! one device must not hold up another. They are marked with `PR_SET_IO_FLUSHER`: memory that they allocate
+//! never waits for pages to be written to the very device that they serve.
 //!
-//! The block layer sends a flush when the writes that it is about were answered, and keeps no other order; so
-//! neither do we. A write with FUA is a write and a flush.
+//! The block layer sends a flush after the writes that it covers were answered, and keeps no other order; so
+//! this code keeps no other order either. A write with FUA is a write and a flush.
 //!
-//! A buffer belongs to its tag from the announcement on, then to the thread that stores it. There are never more
-//! than the device has tags (2 × 64 × 256 KiB for a device of the default shape), and a few are kept. A
-//! device that cannot be written has none of this.
+//! A buffer belongs to its tag from the announcement on, then to the write thread that stores it. There are
+//! never more than the device has tags (2 × 64 × 256 KiB for a device with default options), and a few are
+//! kept. A read-only device has no buffers and no write threads.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,13 +29,14 @@ use super::request::{Op, Request};
 use disk::volume::{Volume, VolumeError, Waiter, WritableVolume};
 use sys::thread::mark_io_thread;
 
-/// Threads of a device. One may sit in a flush for long, and each queue's block layer sends one at a time.
+/// Number of write threads of a device. One may be in a flush for long, and each queue's block layer sends
+/// one at a time.
 const THREADS: usize = 4;
 
-/// Buffers kept for later, of those that come back.
+/// Number of returned buffers that are kept for reuse.
 const SPARE: usize = 8;
 
-/// What is to be done to a disk.
+/// A change of the disk.
 enum Change {
     Write { bytes: Vec<u8>, durable: bool },
     Zero { len: u64 },
@@ -47,10 +49,10 @@ struct Job {
     done: Waiter,
 }
 
-/// Buffers that nobody uses now.
+/// Unused buffers.
 type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
 
-/// Hands changes to a device's threads.
+/// Hands changes to a device's write threads.
 #[derive(Clone)]
 pub(super) struct Writer {
     jobs: Sender<Option<Job>>,
@@ -66,14 +68,14 @@ impl Writer {
     }
 }
 
-/// A device's threads. Dropping it ends them.
+/// The write threads of a device. Dropping it ends them.
 pub(super) struct WriterThreads {
     writer: Writer,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl WriterThreads {
-    /// Threads that change `volume`; none if it cannot be changed.
+    /// Starts threads that change `volume`; `None` if it cannot be changed.
     pub(super) fn start(volume: &Arc<dyn Volume>) -> Result<Option<Self>, UblkError> {
         if volume.writable().is_none() {
             return Ok(None);
@@ -104,7 +106,7 @@ impl WriterThreads {
         })
     }
 
-    /// For the queues.
+    /// A sender for the queues.
     pub(super) fn writer(&self) -> Writer {
         self.writer.clone()
     }
@@ -115,8 +117,8 @@ fn thread_name(number: usize) -> String {
 }
 
 impl Drop for WriterThreads {
-    /// When the device was stopped in order, nothing is left to do. Else what comes later is told that
-    /// nobody does it, as its waiter is dropped with the channel.
+    /// After an orderly stop of the device no work is left. Otherwise a later change fails, as its waiter is
+    /// dropped with the channel.
     fn drop(&mut self) {
         for _ in &self.threads {
             let _ = self.writer.jobs.send(None);
@@ -127,7 +129,7 @@ impl Drop for WriterThreads {
     }
 }
 
-/// Body of a thread; `None` in the queue ends one.
+/// Body of a write thread; `None` in the queue ends one.
 fn serve(volume: &dyn WritableVolume, queue: &Receiver<Option<Job>>, spare: &Spare) {
     while let Ok(Some(Job { offset, change, done })) = queue.recv() {
         let result = match change {
@@ -156,7 +158,7 @@ fn write(
     if durable { volume.flush() } else { Ok(()) }
 }
 
-/// What a queue of a writable device has under way.
+/// Writes in progress of one queue of a writable device.
 pub(super) struct QueueWrites {
     writer: Writer,
     /// Per tag: the buffer that the kernel fills; empty if there is none.
@@ -164,12 +166,13 @@ pub(super) struct QueueWrites {
 }
 
 impl QueueWrites {
-    /// Of a queue with `depth` tags.
+    /// Creates the state of a queue with `depth` tags.
     pub(super) fn new(writer: Writer, depth: u16) -> Self {
         Self { writer, filling: vec![Vec::new(); depth.into()] }
     }
 
-    /// A write was announced: where its data shall go. None for what has no data (6.1 announces flushes).
+    /// Destination of the data of an announced write. `None` for a request without data (6.1 announces
+    /// flushes).
     pub(super) fn let_in(&mut self, tag: u16, request: &Request) -> Option<u64> {
         let place = self.filling.get_mut(usize::from(tag))?;
         if !matches!(request.op, Op::Write { .. }) || request.len == 0 {
@@ -179,14 +182,15 @@ impl QueueWrites {
         Some(place.as_mut_ptr() as u64)
     }
 
-    /// The driver has taken the tag back, and with it what was announced.
+    /// Records that the driver has taken the tag back, and with it the announced write.
     pub(super) fn gave_up(&mut self, tag: u16) {
         if let Some(place) = self.filling.get_mut(usize::from(tag)) {
             *place = Vec::new();
         }
     }
 
-    /// Begins a change; `done` is called when it has ended. `false`: it is none that can be made.
+    /// Begins a change; `done` is called when it has ended. `false`: the request is not a change that this
+    /// device supports.
     pub(super) fn begin(
         &mut self,
         tag: u16,
@@ -216,7 +220,7 @@ impl QueueWrites {
 }
 
 impl Drop for QueueWrites {
-    /// A queue whose thread has failed may leave buffers that the kernel fills yet: they must stay.
+    /// A queue whose thread has failed may leave buffers that the kernel still fills: they must stay.
     fn drop(&mut self) {
         self.filling.drain(..).for_each(std::mem::forget);
     }
@@ -229,7 +233,7 @@ mod tests {
     use super::*;
     use disk::volume::{Located, MemoryVolume};
 
-    /// Notes what it is told, and fails where it is told to.
+    /// Records its calls, and fails those that it is told to.
     #[derive(Default)]
     struct Noted(Mutex<Vec<String>>);
 
@@ -272,7 +276,7 @@ mod tests {
         }
     }
 
-    /// Does one request to the end; `None`: it cannot be done.
+    /// Runs one request to its end; `None`: the request is not supported.
     fn run(writes: &mut QueueWrites, op: Op, offset: u64, len: u64) -> Option<bool> {
         let request = Request { op, offset, len };
         let announced = writes.let_in(3, &request).is_some();
@@ -296,7 +300,7 @@ mod tests {
         assert_eq!(run(&mut writes, Op::Other, 0, 512), None);
         let expected = ["write 4096 1024", "write 0 512", "flush", "zero 8192 4294967296", "flush"];
         assert_eq!(*noted.0.lock().unwrap(), expected);
-        // A write whose data never came is not made up.
+        // A write whose data never came does not happen.
         let request = Request { op: Op::Write { durable: false }, offset: 0, len: 512 };
         assert!(!writes.begin(3, &request, || Box::new(|_| ())));
     }

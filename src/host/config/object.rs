@@ -1,7 +1,7 @@
 //! An object of the configuration, whose keys are taken one by one.
 //!
-//! What is left at the end is unknown. Sections that are absent are taken as empty ones, so that every
-//! key that the parser knows is asked for in every run: that is how the test of `CONFIG.md` learns them.
+//! The keys that are left at the end are unknown. Absent sections are taken as empty ones, so that every run
+//! asks for every key that the parser knows: that is how the test of `CONFIG.md` learns them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use super::ConfigError;
 
-/// What was noticed on the way.
+/// Findings during the parse.
 #[derive(Default)]
 pub(super) struct Notes {
     warnings: RefCell<Vec<String>>,
@@ -58,7 +58,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// Whether the object is in the file at all.
+    /// True if the object is in the file.
     pub(super) fn is_present(&self) -> bool {
         self.present
     }
@@ -85,7 +85,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// A text; an empty one is as good as none, as overlaybd has it.
+    /// A text; an empty one counts as absent, as in overlaybd.
     pub(super) fn text(&mut self, key: &str) -> Result<Option<String>, ConfigError> {
         let text = self.take(key, "a string", |value| value.as_str().map(str::to_owned))?;
         Ok(text.filter(|text| !text.is_empty()))

@@ -1,4 +1,4 @@
-//! Our own keys, under `turbobd`: what overlaybd has no word for.
+//! This project's keys, under `turbobd`: settings that overlaybd does not have.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
@@ -13,25 +13,24 @@ use super::sections::{GIB, MIB, is_http_url};
 
 type Taken<T> = Result<T, ConfigError>;
 
-/// Memory for decoded chunks by default, in MB: a few hundred segments, the working set of a starting
-/// program.
+/// Default memory for decoded chunks, in MB: a few hundred chunks, the working set of a starting program.
 const MEMORY_CACHE_MB: u64 = 256;
 
-/// Range requests under way at most by default. One request brings a gigabit line 2.5 MB in 20 ms, so a
+/// Default limit on range requests in flight. One request fetches 2.5 MB over a gigabit line in 20 ms, so a
 /// few fill it; more are for many devices, and for stores that give each connection 50 MB/s.
 const CONNECTIONS: u64 = 24;
 
-/// Longest deadline of a read that can be written down, in seconds: overlaybd's own 7 days.
+/// Longest deadline of a read that can be set, in seconds: overlaybd's own 7 days.
 const LONGEST_DEADLINE: u64 = 7 * 86_400;
 
-/// What is done with a read that cannot be had.
+/// Reaction to a read that cannot be fetched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnError {
     /// `eio`: the reader gets an error once the deadline has passed.
     #[default]
     Eio,
-    /// `wait`: the read is tried for ever, as overlaybd does for seven days. What can never succeed fails
-    /// all the same.
+    /// `wait`: the read is repeated without end (overlaybd repeats it for seven days). A read that can never
+    /// succeed fails all the same.
     Wait,
 }
 
@@ -40,38 +39,38 @@ pub enum OnError {
 pub struct TurbobdConfig {
     /// `memoryCacheMB`, in bytes: decoded chunks in memory, of all devices together.
     pub memory_cache: u64,
-    /// `freeSpaceFloorGB`, in bytes: the disk tiers leave so much of their filesystem free.
+    /// `freeSpaceFloorGB`, in bytes: free space that the disk tiers leave on their filesystem.
     pub free_space_floor: u64,
-    /// `connections`: range requests under way at most.
+    /// `connections`: limit on range requests in flight.
     pub connections: usize,
     /// `mirrors`: for a registry's host, URLs to ask first, in order.
     pub mirrors: BTreeMap<String, Vec<String>>,
-    /// `authorities`: PEM files, or folders of them, to believe besides the platform's.
+    /// `authorities`: PEM files, or folders of them, to trust besides the platform's.
     pub authorities: Vec<PathBuf>,
-    /// `rateLimitMBps`, in bytes a second, of everything that no process waits for; `None` (0): no limit.
+    /// `rateLimitMBps`, in bytes a second, for all reads that no process waits for; `None` (0): no limit.
     pub rate_limit: Option<u64>,
     /// `hedge`.
     pub hedge: Hedging,
-    /// `readDeadlineSeconds`: from the first try of a read to its last byte.
+    /// `readDeadlineSeconds`: time from the first try of a read to its last byte.
     pub read_deadline: Duration,
     /// `onError`.
     pub on_error: OnError,
-    /// `metricsAddress`: where `exporterConfig`'s port is listened on.
+    /// `metricsAddress`: the address for `exporterConfig`'s port.
     pub metrics_address: IpAddr,
     /// `traces`.
     pub traces: TracesConfig,
-    /// `metaDir`: meta images that were built here.
+    /// `metaDir`: directory of meta images that were built here.
     pub meta_dir: PathBuf,
 }
 
-/// `traces`: what a start reads is recorded, to be fetched ahead at the next.
+/// `traces`: the chunks that a start reads are recorded, and fetched ahead at the next start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TracesConfig {
     /// `enable`.
     pub enable: bool,
     /// `dir`.
     pub dir: PathBuf,
-    /// `published`: whether to look for one beside an image of which nothing was learned here.
+    /// `published`: true to look for a trace beside an image without a trace of this host.
     pub published: bool,
 }
 
@@ -105,7 +104,7 @@ impl TurbobdConfig {
     }
 }
 
-/// This host alone unless told otherwise: the page names the images that run here.
+/// This host alone by default, because the page names the images that run here.
 fn metrics_address(section: &mut Object<'_>) -> Taken<IpAddr> {
     match section.text("metricsAddress")? {
         None => Ok(Ipv4Addr::LOCALHOST.into()),

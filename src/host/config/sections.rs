@@ -11,7 +11,7 @@ use super::object::Object;
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const GIB: u64 = 1 << 30;
 
-/// Seconds that still are a sensible wait: a year.
+/// Longest sensible wait in seconds: a year.
 const LONGEST: u64 = 365 * 86_400;
 
 type Taken<T> = Result<T, ConfigError>;
@@ -73,10 +73,10 @@ impl IoEngine {
 /// `cacheConfig.cacheType`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheType {
-    /// `file`: sparse files by blob digest, with a bound on their size.
+    /// `file`: sparse files by blob digest, with a limit on their size.
     #[default]
     File,
-    /// `ocf`: overlaybd's Open CAS cache; here the same as `file`.
+    /// `ocf`: overlaybd's Open CAS cache; here it is treated as `file`.
     Ocf,
     /// `download`: beside the layer, in the folder that the device's configuration names.
     Download,
@@ -104,7 +104,7 @@ impl CacheConfig {
         let legacy_size = root.size("registryCacheSizeGB", GIB)?;
         let mut section = root.section("cacheConfig")?;
         let kind = section.text("cacheType")?;
-        // As overlaybd: without a type in cacheConfig, the legacy keys are meant.
+        // overlaybd's rule: without a type in cacheConfig, the legacy keys count.
         let (kind, legacy) = if kind.is_some() { (kind, false) } else { (legacy_kind, true) };
         let kind = match kind.as_deref() {
             None | Some("file") => CacheType::File,
@@ -177,24 +177,24 @@ impl GzipCacheConfig {
 /// `credentialConfig.mode`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CredentialMode {
-    /// `file`: docker's form.
+    /// `file`: a file in docker's form.
     File(PathBuf),
     /// `http` or `https`: a service that is asked for each repository.
     Service(String),
-    /// `uds`: the same over a Unix socket.
+    /// `uds`: a service over a Unix socket.
     Socket(PathBuf),
 }
 
-/// `credentialConfig`: who we are to which registry.
+/// `credentialConfig`: credentials for registries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CredentialConfig {
     /// `mode` and `path`; without them `credentialFilePath`, by default `/opt/overlaybd/cred.json`.
     pub mode: CredentialMode,
     /// `timeout` of a service, in seconds.
     pub timeout: Duration,
-    /// `client_cert_path` and `client_key_path`: shown to a service that asks for a certificate.
+    /// `client_cert_path` and `client_key_path`: certificate for a service that asks for one.
     pub certificate: Option<CertificateConfig>,
-    /// `server_ca_path`: an authority to believe when the service is asked.
+    /// `server_ca_path`: an authority to trust for the service.
     pub authority: Option<PathBuf>,
 }
 
@@ -213,7 +213,7 @@ impl CredentialConfig {
                     section.error("path", format!("it is a URL that begins with {scheme}://"))
                 );
             }
-            // overlaybd takes an address without a scheme too.
+            // overlaybd accepts an address without a scheme too.
             Ok(if path.contains("://") { path } else { format!("{scheme}://{path}") })
         };
         let mode = match kind.as_deref() {
@@ -247,7 +247,7 @@ impl CredentialConfig {
 /// A certificate and its key, two PEM files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificateConfig {
-    /// The certificate, with what stands between it and its authority.
+    /// The certificate, and the certificates between it and its authority.
     pub certificate: PathBuf,
     /// Its private key.
     pub key: PathBuf,
@@ -279,11 +279,11 @@ impl CertificateConfig {
 pub struct DownloadConfig {
     /// `enable`.
     pub enable: bool,
-    /// `delay` in seconds, from attach on.
+    /// `delay` in seconds, after the attach.
     pub delay: Duration,
-    /// `delayExtra` in seconds: up to so much more, by chance, so that hosts do not begin together.
+    /// `delayExtra` in seconds: upper bound of a random addition, so that hosts do not begin together.
     pub delay_extra: Duration,
-    /// `maxMBps`, in bytes a second; `None` (0): as much as the line has to spare.
+    /// `maxMBps`, in bytes a second; `None` (0): the whole spare capacity of the line.
     pub max_bytes_per_second: Option<u64>,
     /// `tryCnt`: attempts at one layer.
     pub tries: u64,
@@ -292,7 +292,7 @@ pub struct DownloadConfig {
 }
 
 impl DownloadConfig {
-    /// At once, with all the line has to spare: when nobody says anything about downloading.
+    /// Immediate fill with the whole spare capacity of the line: the default without any `download` section.
     pub const AT_ONCE: Self = Self {
         enable: true,
         delay: Duration::ZERO,
@@ -326,12 +326,12 @@ impl DownloadConfig {
     }
 }
 
-/// `p2pConfig`: requests go through a proxy that shares what others fetched.
+/// `p2pConfig`: requests go through a proxy that shares fetched data between hosts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct P2pConfig {
     /// `enable`.
     pub enable: bool,
-    /// `address`: the actual URL is put behind it.
+    /// `address`: the actual URL is appended to it.
     pub address: String,
 }
 
@@ -349,7 +349,7 @@ impl P2pConfig {
     }
 }
 
-/// Whether `text` is a URL that requests can be sent to.
+/// True if `text` is a URL that requests can be sent to.
 pub(super) fn is_http_url(text: &str) -> bool {
     let Ok(url) = text.parse::<hyper::Uri>() else { return false };
     let http = matches!(url.scheme_str(), Some("http" | "https"));
@@ -427,12 +427,12 @@ impl AuditConfig {
 pub struct ApiConfig {
     /// `enable`.
     pub enable: bool,
-    /// `address`: of `http://127.0.0.1:9862`, what follows the scheme.
+    /// `address`: the part after the scheme, as in `http://127.0.0.1:9862`.
     pub address: SocketAddr,
 }
 
 impl ApiConfig {
-    /// Port of the address when it names none.
+    /// Port of an address without one.
     const PORT: u16 = 9862;
 
     pub(super) fn take(root: &mut Object<'_>) -> Taken<Self> {

@@ -1,4 +1,4 @@
-//! One thread that looks after the waits of all devices when one of them is due.
+//! One thread that handles the waits of all devices when their deadlines pass.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::waits::Waits;
 
-/// Wakes whoever is due. Dropping it ends its thread.
+/// Wakes the waits that are due. Dropping it ends its thread.
 pub(super) struct Alarm {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -20,18 +20,18 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// When the thread must look next.
+    /// Time of the thread's next check.
     at: Option<Instant>,
     waits: Vec<Weak<Waits>>,
     ending: bool,
 }
 
-/// Where one device's waits say when they are due.
+/// Handle with which one device's waits announce their next deadline.
 #[derive(Clone)]
 pub(super) struct Bell(Weak<Shared>);
 
 impl Bell {
-    /// Somebody is due at `at`, or before.
+    /// Announces a deadline at `at`; the alarm wakes then or before.
     pub(super) fn by(&self, at: Instant) {
         let Some(shared) = self.0.upgrade() else { return };
         let mut state = shared.lock();
@@ -62,7 +62,7 @@ impl Shared {
                     state.at = None;
                     state.waits.retain(|waits| waits.strong_count() > 0);
                     let all: Vec<_> = state.waits.iter().filter_map(Weak::upgrade).collect();
-                    // Without the lock: what is due makes new waits, which ring the bell.
+                    // Without the lock: due waits start new waits, which ring the bell.
                     drop(state);
                     let next = all.iter().filter_map(|waits| waits.due(now)).min();
                     drop(all);
@@ -76,17 +76,17 @@ impl Shared {
 }
 
 impl Alarm {
-    /// Its thread is started by the first device: see [`watch`](Self::watch).
+    /// Creates the alarm. Its thread is started by the first device: see [`watch`](Self::watch).
     pub(super) fn new() -> Self {
         Self { shared: Arc::default(), thread: Mutex::default() }
     }
 
-    /// Where the waits of a device ring.
+    /// A bell for the waits of a device.
     pub(super) fn bell(&self) -> Bell {
         Bell(Arc::downgrade(&self.shared))
     }
 
-    /// Looks after these waits too, as long as they live.
+    /// Watches these waits too, as long as they live.
     pub(super) fn watch(&self, waits: &Arc<Waits>) -> std::io::Result<()> {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if thread.is_none() {

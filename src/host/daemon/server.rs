@@ -1,4 +1,4 @@
-//! Accepts connections, answers, and ends when nothing is left to do.
+//! Server of the daemon: accepts connections, answers, and ends when no work is left.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -26,28 +26,28 @@ use client::Connection;
 use client::protocol::{DeviceRecord, OLDEST_VERSION, READY, Reply, Request, VERSION, socket};
 use source::failure::with_causes;
 
-/// How long a daemon that a client started outlives its last device and connection: long enough for a
-/// script that detaches one image and attaches the next, short enough not to be noticed as a leftover.
+/// Time that a daemon started by a client outlives its last device and connection: long enough for a script
+/// that detaches one image and attaches the next, short enough that no idle daemon is left behind noticeably.
 pub const IDLE: Duration = Duration::from_secs(3);
 
-/// How a daemon runs.
+/// Options of a daemon.
 #[derive(Clone, Debug, Default)]
 pub struct DaemonOptions {
-    /// Where its socket is; see [`run_dir`](client::protocol::run_dir).
+    /// Directory of its socket; see [`run_dir`](super::protocol::run_dir).
     pub run_dir: PathBuf,
     /// Started by a client (`turbobd daemon --auto`): leaves the session, reports readiness on standard
     /// output, ends when idle.
     pub auto: bool,
-    /// How long reads may wait.
+    /// Policy for reads that wait.
     pub reads: ReadPolicy,
-    /// Where the metrics are served over HTTP; they are on the socket in any case.
+    /// HTTP address of the metrics; they are on the socket in any case.
     pub exporter: Option<ExporterOptions>,
-    /// Where snapshots are asked for over HTTP.
+    /// HTTP address for requests of snapshots.
     pub snapshots: Option<SocketAddr>,
 }
 
-/// Runs the daemon until it is asked to end. Call it on the main thread before any other thread exists:
-/// the mount namespace that it enters is the calling thread's and its later children's.
+/// Runs the daemon until it is asked to end. Call it on the main thread before any other thread exists: the
+/// mount namespace that it enters is that of the calling thread and its later children.
 ///
 /// # Errors
 /// [`HostError::Running`]; [`HostError::Step`] when it cannot set up.
@@ -63,12 +63,12 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
         .create(run_dir)
         .map_err(step("create", run_dir))?;
     if options.auto {
-        // Not a child of the client's terminal any more.
+        // The daemon leaves the session of the client's terminal.
         let _ = rustix::process::setsid();
     }
     let _lock = lock(run_dir)?;
     let path = socket(run_dir);
-    // Ours alone by the lock, so an existing one is a dead daemon's.
+    // The lock makes this process the only owner, so an existing socket belongs to a dead daemon.
     let _ = std::fs::remove_file(&path);
     let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let listener = UnixListener::bind(&path);
@@ -97,11 +97,11 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
     result
 }
 
-/// A copy of the mounts that follows the host's: what is unmounted there is unmounted here too, and not
-/// held for as long as the daemon lives; what is mounted here stays here. On a host whose mounts are
-/// private, the copy stays as it was.
+/// Enters a copy of the host's mounts that follows the host: an unmount there also unmounts here, so that no
+/// mount is held while the daemon lives; mounts made here stay here. On a host whose mounts are private, the
+/// copy does not change.
 fn enter_namespace() -> Result<(), HostError> {
-    // Deprecated in favour of an unsafe form for the sake of UnshareFlags::FILES, which is not given.
+    // Deprecated in favour of an unsafe form because of UnshareFlags::FILES, which is not used here.
     #[allow(deprecated)]
     let unshared = rustix::thread::unshare(UnshareFlags::NEWNS);
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
@@ -111,10 +111,11 @@ fn enter_namespace() -> Result<(), HostError> {
         .map_err(step("enter a mount namespace of its own, away from", "/"))
 }
 
-/// Every device takes a few descriptors, and the usual limit of 1024 is for programs that use `select`.
+/// Raises the limit on descriptors: every device takes a few, and the usual limit of 1024 is for programs
+/// that use `select`.
 ///
 /// # Errors
-/// The system's refusal; the limit is then as it was.
+/// Returns the system's refusal; the limit is then unchanged.
 pub fn raise_descriptor_limit() -> io::Result<()> {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
@@ -126,21 +127,21 @@ fn lock(run_dir: &Path) -> Result<File, HostError> {
     let path = run_dir.join("turbobd.lock");
     let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let file = open.map_err(step("open", &path))?;
-    // A daemon that just decided to end still has it for a while.
+    // A daemon that is just ending still holds the lock for a while.
     if !sys::flock::exclusive(&file, Duration::from_secs(2)).map_err(step("lock", &path))? {
         return Err(HostError::Running(run_dir.to_owned()));
     }
     Ok(file)
 }
 
-/// Tells the waiting client, then lets go of its pipe.
+/// Notifies the waiting client, then closes its pipe.
 fn announce() -> io::Result<()> {
     rustix::io::write(std::io::stdout().as_fd(), format!("{READY}\n").as_bytes())?;
     let null = OpenOptions::new().write(true).open("/dev/null")?;
     Ok(rustix::stdio::dup2_stdout(&null)?)
 }
 
-/// Serves the metrics. That they cannot be is no reason to serve no devices.
+/// Serves the metrics. A failure here must not stop the devices.
 fn export(server: &Arc<Server>, options: &ExporterOptions) -> Option<Exporter> {
     let render = server.clone();
     match Exporter::start(options, Arc::new(move || render.metrics())) {
@@ -151,7 +152,7 @@ fn export(server: &Arc<Server>, options: &ExporterOptions) -> Option<Exporter> {
         }
         Err(error) => {
             tracing::warn!(
-                "The metrics are not served at {}: {error}; choose another port (exporterConfig.port)",
+                "The metrics cannot be served at {}: {error}; choose another port (exporterConfig.port)",
                 options.address
             );
             None
@@ -159,7 +160,7 @@ fn export(server: &Arc<Server>, options: &ExporterOptions) -> Option<Exporter> {
     }
 }
 
-/// Listens for who wants snapshots; nor is this a reason to serve no devices.
+/// Listens for requests of snapshots. A failure here must not stop the devices either.
 fn take_snapshots(server: &Arc<Server>, address: SocketAddr) -> Option<Endpoint> {
     let taker = server.clone();
     let take = move |device: &str, config: &Path| taker.table.snapshot(device, config);
@@ -170,7 +171,7 @@ fn take_snapshots(server: &Arc<Server>, address: SocketAddr) -> Option<Endpoint>
         }
         Err(error) => {
             tracing::warn!(
-                "Snapshots cannot be asked for at {address}: {error}; choose another (serviceConfig.address)"
+                "Snapshots cannot be served at {address}: {error}; choose another (serviceConfig.address)"
             );
             None
         }
@@ -209,7 +210,7 @@ struct Server {
     wake: rustix::fd::OwnedFd,
 }
 
-/// Counts a connection as long as it is served.
+/// Counts a connection while it is served.
 struct Served<'a>(&'a Server);
 
 impl Drop for Served<'_> {
@@ -220,7 +221,7 @@ impl Drop for Served<'_> {
 }
 
 impl Server {
-    /// Accepts until the end. The idle clock restarts with every connection and device.
+    /// Accepts connections until the end. The idle clock restarts with every connection and device.
     fn accept(self: &Arc<Self>, listener: &UnixListener, auto: bool) -> Result<(), HostError> {
         let mut idle_since = None;
         while !self.ending.load(Ordering::SeqCst) {
@@ -280,7 +281,7 @@ impl Server {
     fn converse(&self, connection: &mut Connection) -> Result<(), HostError> {
         while let Some(request) = connection.receive()? {
             let (reply, end) = self.answer(request);
-            // An attach whose client is gone leaves a device that nobody asked for.
+            // An attach whose client is gone leaves a device without an owner.
             let orphan = match &reply {
                 Reply::Attached { device, .. } => Some(device.id),
                 _ => None,
@@ -298,7 +299,7 @@ impl Server {
         Ok(())
     }
 
-    /// The reply, and whether the daemon ends after it.
+    /// The reply, and true if the daemon ends after it.
     fn answer(&self, request: Request) -> (Reply, bool) {
         let table = &self.table;
         let reply = match request {
@@ -342,7 +343,7 @@ impl Server {
         page.text()
     }
 
-    /// As [`Request::Stop`], for signals.
+    /// Handles [`Request::Stop`] for signals.
     fn stop(&self) -> Vec<DeviceRecord> {
         let left = self.table.close();
         if left.is_empty() {

@@ -4,7 +4,7 @@ use std::io;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Signals that ask this process to end. From the moment it exists they no longer kill it.
+/// Signals that ask this process to end. They no longer kill it once this exists.
 pub struct Signals {
     runtime: tokio::runtime::Runtime,
     terminate: tokio::signal::unix::Signal,
@@ -12,10 +12,10 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes the signals over.
+    /// Takes over the signals.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     pub fn new() -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let (terminate, interrupt) = {
@@ -25,7 +25,7 @@ impl Signals {
         Ok(Self { runtime, terminate, interrupt })
     }
 
-    /// Blocks until one of them comes.
+    /// Blocks until a signal arrives.
     pub fn wait(&mut self) {
         let Self { runtime, terminate, interrupt } = self;
         runtime.block_on(async {

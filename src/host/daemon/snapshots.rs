@@ -1,9 +1,9 @@
-//! Snapshots over HTTP, in upstream's words (spec runtime 9, `api_server.cpp`):
-//! `/snapshot?dev_id=ID&config=PATH`, by any method. ID is what the device was called when it was attached
+//! Snapshots over HTTP, by upstream's interface (spec runtime 9, `api_server.cpp`):
+//! `/snapshot?dev_id=ID&config=PATH`, by any method. ID is the name that the device got when it was attached
 //! (`--dev-id`), or its node; PATH is a device configuration that names a new writable layer.
 //!
-//! The answer is 200, or 400 when a parameter is missing, 404 when no device is called so, 500 when it failed; with a
-//! JSON object of `success` and `message`.
+//! The status is 200, or 400 when a parameter is missing, 404 when no device has that name, 500 after a
+//! failure; the body is a JSON object of `success` and `message`.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,7 +17,7 @@ use super::HostError;
 use crate::endpoint::{Asked, Endpoint, Reply, reply};
 use source::failure::with_causes;
 
-/// Makes a snapshot of the device that is called so, with the configuration at the path.
+/// Takes a snapshot of the device with this name, with the configuration at the path.
 pub(super) type TakeSnapshot = Arc<dyn Fn(&str, &Path) -> Result<(), HostError> + Send + Sync>;
 
 /// Listens at `address`.
@@ -38,7 +38,7 @@ fn outcome(
     take: &dyn Fn(&str, &Path) -> Result<(), HostError>,
 ) -> (StatusCode, String) {
     if path.trim_end_matches('/') != "/snapshot" {
-        let hint = "Nothing is here; snapshots are made at /snapshot?dev_id=ID&config=PATH";
+        let hint = "No such page; snapshots are made at /snapshot?dev_id=ID&config=PATH";
         return (StatusCode::NOT_FOUND, hint.to_owned());
     }
     let query = query.unwrap_or_default();

@@ -39,29 +39,29 @@ struct Entry {
     recorders: Option<Arc<Recorders>>,
     dev_id: Option<String>,
     snapshots: Option<Arc<dyn Snapshots>>,
-    /// What somebody has asked to be recorded.
+    /// The recording that a client requested.
     recording: Option<Arc<Recorder>>,
 }
 
-/// A read that waits for so long is no slow one any more: the device is said to be stalled.
+/// Time after which a waiting read is no longer just slow: the device is reported as stalled.
 const STALLED: Duration = Duration::from_secs(5);
 
-/// Waiting reads that `explain` tells of.
+/// Limit on the waiting reads that `explain` reports.
 const MOST_WAITING: usize = 16;
 
-/// Places told of each of them.
+/// Limit on the places of each of them.
 const MOST_PLACES: usize = 8;
 
-/// What there is to count of a device, at one moment.
+/// Counters of a device at one moment.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceReading {
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub size: u64,
-    /// What its front end did.
+    /// Counters of its front end.
     pub front: QueueTotals,
     /// Its reads that waited, and those that wait.
     pub waits: WaitReading,
-    /// What its image's blobs did.
+    /// Counters of its image's blobs.
     pub image: IoCounters,
 }
 
@@ -69,11 +69,11 @@ pub struct DeviceReading {
 struct Devices {
     entries: BTreeMap<u64, Entry>,
     last: u64,
-    /// Attaches under way.
+    /// Number of attaches in progress.
     coming: usize,
-    /// No new devices any more.
+    /// True when no new devices are accepted.
     closed: bool,
-    /// What was read of devices that are gone.
+    /// Bytes read from devices that are gone.
     gone: Totals,
 }
 
@@ -88,7 +88,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// An empty table; FUSE mount points are made in `run_dir`, which exists.
+    /// Creates an empty table; FUSE mount points are created in `run_dir`, which exists.
     #[must_use]
     pub fn new(run_dir: PathBuf, opener: Arc<dyn ImageOpener>, policy: ReadPolicy) -> Self {
         let (devices, rates) = Default::default();
@@ -99,10 +99,10 @@ impl Table {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens an image and serves it. The second value is what the user should be told.
+    /// Opens an image and serves it. The second value is a note for the user.
     ///
     /// # Errors
-    /// The opener's or the front end's; nothing is left behind then.
+    /// Returns the opener's or the front end's error; nothing remains then.
     pub fn attach(&self, spec: &DeviceSpec) -> Result<(DeviceRecord, Option<String>), HostError> {
         let id = {
             let mut devices = self.lock();
@@ -119,7 +119,7 @@ impl Table {
         devices.coming -= 1;
         let (entry, note) = result?;
         if let Err(error) = devices.check_name(spec.dev_id.as_deref()) {
-            // Another has taken the name meanwhile.
+            // Another device has taken the name in the meantime.
             drop(devices);
             entry.stop()?;
             return Err(error);
@@ -177,16 +177,16 @@ impl Table {
         Ok((entry, note))
     }
 
-    /// The devices now, in the order in which they came.
+    /// The devices now, in the order of their attaches.
     #[must_use]
     pub fn list(&self) -> Vec<DeviceRecord> {
         self.lock().entries.values().map(Entry::now).collect()
     }
 
-    /// Notes where a client mounted the device.
+    /// Records the mount point that a client chose for the device.
     ///
     /// # Errors
-    /// [`HostError::NotFound`].
+    /// Returns [`DaemonError::NotFound`].
     pub fn mounted(&self, id: u64, mountpoint: Option<PathBuf>) -> Result<(), HostError> {
         let mut devices = self.lock();
         let entry = devices
@@ -197,11 +197,11 @@ impl Table {
         Ok(())
     }
 
-    /// Continues a device on the writable layer that the configuration at `config` names. The device is called by
-    /// its `--dev-id` or its node.
+    /// Continues a device on the writable layer that the configuration at `config` names. The device is named
+    /// by its `--dev-id` or its node.
     ///
     /// # Errors
-    /// [`HostError::NotFound`]; [`HostError::Snapshot`], and the device goes on as it was.
+    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Snapshot`], and the device continues unchanged.
     pub fn snapshot(&self, name: &str, config: &Path) -> Result<(), HostError> {
         let (device, snapshots) = {
             let devices = self.lock();
@@ -215,17 +215,17 @@ impl Table {
         let taken = match snapshots {
             Some(snapshots) => snapshots.take(config),
             None => {
-                Err("it has no writable layer of a device config, so nothing of it can change"
+                Err("it has no writable layer of a device config, so its contents cannot change"
                     .into())
             }
         };
         taken.map_err(|source| HostError::Snapshot { device, source })
     }
 
-    /// Begins to record what is touched of a device. A recording that was begun before is given up.
+    /// Begins a recording of a device's reads. An earlier recording is discarded.
     ///
     /// # Errors
-    /// [`HostError::NotFound`]; [`HostError::Recording`] when its image cannot be watched.
+    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Recording`] when its image cannot be recorded.
     pub fn begin_trace(&self, id: u64) -> Result<(), HostError> {
         self.with_recorders(id, |recorders, recording| {
             if let Some(before) = recording.replace(recorders.begin()) {
@@ -235,10 +235,10 @@ impl Table {
         })
     }
 
-    /// Ends the recording, and returns what was touched.
+    /// Ends the recording, and returns its trace.
     ///
     /// # Errors
-    /// [`HostError::NotFound`]; [`HostError::Recording`] when none was begun.
+    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Recording`] when none was begun.
     pub fn end_trace(&self, id: u64) -> Result<Trace, HostError> {
         self.with_recorders(id, |recorders, recording| {
             let recording = recording.take().ok_or("no recording was begun")?;
@@ -256,15 +256,15 @@ impl Table {
         let entry = devices.entries.get_mut(&id).ok_or_else(missing)?;
         let result = match &entry.recorders {
             Some(recorders) => work(recorders, &mut entry.recording),
-            None => Err("its image cannot be watched"),
+            None => Err("its image cannot be recorded"),
         };
         result.map_err(|why| HostError::Recording { device: entry.record.device.clone(), why })
     }
 
-    /// Removes a device that nobody uses.
+    /// Removes an unused device.
     ///
     /// # Errors
-    /// [`HostError::NotFound`]; [`HostError::Busy`], and the device stays; the front end's.
+    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Busy`], and the device stays; the front end's error.
     pub fn detach(&self, id: u64) -> Result<(), HostError> {
         let entry = {
             let mut devices = self.lock();
@@ -281,8 +281,8 @@ impl Table {
         entry.stop()
     }
 
-    /// Removes all devices that nobody uses; those in use come back. If none does, no new device can be
-    /// made any more.
+    /// Removes all unused devices and returns those in use. If there are none of these, no new device can be
+    /// created any more.
     #[must_use]
     pub fn close(&self) -> Vec<DeviceRecord> {
         let free: Vec<Entry> = {
@@ -298,7 +298,7 @@ impl Table {
         if self.close_if_empty() { Vec::new() } else { self.list() }
     }
 
-    /// Puts all devices, and what they share, onto a page of metrics.
+    /// Adds all devices, and the state that they share, to a page of metrics.
     pub fn observe(&self, page: &mut Page) {
         let mut totals = [Totals::default(), self.opener.downloaded()];
         let mut longest = 0;
@@ -328,10 +328,10 @@ impl Table {
         page.put(names::UPSTREAM, &upstream, &[("node", &node.nodename().to_string_lossy())]);
     }
 
-    /// Where parts of a device's disk come from, and what is wrong with the device.
+    /// Sources of parts of a device's disk, and the device's problems.
     ///
     /// # Errors
-    /// [`HostError::NotFound`].
+    /// Returns [`DaemonError::NotFound`].
     pub fn explain(
         &self,
         id: u64,
@@ -370,7 +370,7 @@ impl Table {
         devices.entries.is_empty() && devices.coming == 0
     }
 
-    /// Whether nothing is served or about to be; then nothing will be any more.
+    /// Tests that no device is served or being attached; from then on no new one is accepted.
     pub(super) fn close_if_empty(&self) -> bool {
         let mut devices = self.lock();
         let empty = devices.entries.is_empty() && devices.coming == 0;
@@ -391,7 +391,7 @@ impl Devices {
         }
     }
 
-    /// What a device that goes has read still counts.
+    /// Keeps the totals of a device that is removed.
     fn forget(&mut self, entry: &Entry) {
         let front = entry.front();
         self.gone.reads += front.reads;
@@ -400,7 +400,7 @@ impl Devices {
 }
 
 impl Entry {
-    /// What the front end did, in ublk's words.
+    /// Counters of the front end, in the form of ublk's.
     fn front(&self) -> QueueTotals {
         match &self.served {
             Served::Ublk(device) => device.counters(),
@@ -477,7 +477,7 @@ impl Entry {
     }
 }
 
-/// Stops devices that nobody uses, ublk's several at a time; what goes wrong is logged.
+/// Stops unused devices, ublk's several at a time; failures are logged.
 fn stop_all(entries: Vec<Entry>) {
     let mut ublk = Vec::new();
     for entry in entries {
@@ -503,7 +503,7 @@ pub(super) fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Makes the device, with the fallback that was asked for.
+/// Creates the device, with the requested fallback.
 fn serve(
     volume: Arc<dyn Volume>,
     spec: &DeviceSpec,
@@ -518,7 +518,7 @@ fn serve(
                 if spec.frontend == Frontend::Auto =>
             {
                 note = Some(format!(
-                    "{why}; served through FUSE and a loop device, which is slower and ends with its server"
+                    "{why}; served through FUSE and a loop device, which is slower than ublk"
                 ));
             }
             Err(source) => return Err(HostError::Ublk { image: image(), source }),
@@ -529,7 +529,7 @@ fn serve(
     Ok((Served::Looped(device), note))
 }
 
-/// Whether a mount, or another exclusive user, holds the block device, in whatever mount namespace.
+/// True if a mount, or another exclusive user, holds the block device, in any mount namespace.
 fn in_use(device: &Path) -> bool {
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device);
     matches!(opened, Err(error) if error.raw_os_error() == Some(libc::EBUSY))

@@ -1,5 +1,5 @@
-//! What is known of an image beside its bytes: what its blobs brought, what of them is in the cache, what
-//! went wrong, and where a byte comes from.
+//! State of an image beside its bytes: its blobs' traffic, their part in the cache, their problems, and the
+//! source of each byte.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,14 +13,14 @@ use disk::Disk;
 use disk::explain::{Held, Placed, What};
 use source::{Traffic, TryingAgain};
 
-/// What an image's blobs did since it was attached. Blobs that images share count for each of them.
+/// Counters of an image's blobs since it was attached. Blobs that images share count for each of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IoCounters {
-    /// Bytes that came from a registry.
+    /// Bytes fetched from a registry.
     pub fetched: u64,
     /// Requests made for them.
     pub requests: u64,
-    /// Of those, the ones that repeat a failed one.
+    /// Requests among those that repeat a failed one.
     pub retries: u64,
     /// Bytes of the memory cache that the blobs take now.
     pub cached: u64,
@@ -28,23 +28,23 @@ pub struct IoCounters {
     pub errors: u64,
 }
 
-/// What only the opener of an image can say of it.
+/// Facts about an image that only its opener has.
 pub trait ImageView: Send + Sync {
     /// Its counters now.
     fn counters(&self) -> IoCounters;
 
-    /// Where bytes of its disk come from, in at most `most` parts.
+    /// Sources of bytes of its disk, in at most `most` parts.
     fn explain(&self, range: Range<u64>, most: usize) -> Vec<Placed> {
         let _ = (range, most);
         Vec::new()
     }
 
-    /// The blobs behind it.
+    /// The blobs of the image.
     fn blobs(&self) -> Vec<BlobRecord> {
         Vec::new()
     }
 
-    /// What is wrong now, as a sentence without a full stop.
+    /// The present problem, as a sentence without a full stop.
     fn trouble(&self) -> Option<String> {
         None
     }
@@ -59,16 +59,16 @@ impl<F: Fn() -> IoCounters + Send + Sync> ImageView for F {
 /// The view of a [`Disk`].
 pub struct DiskView {
     disk: Arc<Disk>,
-    /// Each blob once, however many layers have it.
+    /// Each blob once, even if several layers have it.
     blobs: Vec<Arc<Blob>>,
-    /// What the blobs had done already.
+    /// Counters of the blobs at the start.
     before: IoCounters,
     /// Fetches the rest of it, as long as the disk is served.
     filling: Option<Filling>,
 }
 
 impl DiskView {
-    /// Counts from now on.
+    /// Creates a view that counts from now on.
     #[must_use]
     pub fn new(disk: Arc<Disk>) -> Self {
         let mut blobs: Vec<Arc<Blob>> = disk.blobs().into_iter().flatten().collect();
@@ -79,14 +79,14 @@ impl DiskView {
         view
     }
 
-    /// The same with a background fill that ends with it.
+    /// Adds a background fill that ends with this view.
     #[must_use]
     pub fn filled(mut self, filling: Option<Filling>) -> Self {
         self.filling = filling;
         self
     }
 
-    /// How far the background fill is, if there is one.
+    /// Progress of the background fill, if there is one.
     #[must_use]
     pub fn fill_progress(&self) -> Option<FillProgress> {
         self.filling.as_ref().map(Filling::progress)

@@ -1,14 +1,14 @@
-//! The reads of a device that wait for their bytes: since when, until when, and what then.
+//! The reads of a device that wait for their bytes: their start, their deadline, and the action after it.
 //!
-//! A [`Watched`] volume stands between a front end and the disk. It costs a read whose bytes are there
-//! nothing. When a read has to wait, the front end's waiter is kept here under a number, and the disk
-//! gets another one that comes by; so it is known at any time which read waits for how long, and a read
-//! whose deadline has passed is ended ([`OnError::Eio`]) although the disk says nothing yet.
+//! A [`Watched`] volume stands between a front end and the disk. It adds no cost to a read whose bytes are
+//! there. When a read has to wait, the front end's waiter is kept here under a number, and the disk gets
+//! another waiter that ends the wait here. So the daemon knows at any time how long each read has waited, and
+//! a read whose deadline has passed is ended ([`OnError::Eio`]) although the disk has not answered yet.
 //!
-//! With [`OnError::Wait`] a read never ends that way. And when it fails for a reason that may pass (the
-//! registry cannot be reached, not: the blob does not exist), the front end is told not of the error but,
-//! a while later, that it may ask again; which has the bytes fetched anew. The pauses double from
-//! [`FIRST_PAUSE`] to [`LONGEST_PAUSE`], as upstream's do, but without its end after seven days.
+//! With [`OnError::Wait`] a read never ends that way. When it fails for a temporary reason (the registry
+//! cannot be reached, but not: the blob does not exist), the front end does not get the error. Instead, after
+//! a pause, it gets the signal to ask again, which fetches the bytes anew. The pauses double from
+//! [`FIRST_PAUSE`] to [`LONGEST_PAUSE`], as upstream's do, but without upstream's end after seven days.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -25,20 +25,20 @@ use disk::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
 /// gives up only after the deadline; so this is short.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 
-/// No pause is longer: a registry that is back should not be waited for.
+/// Longest pause: a registry that is back should be noticed soon.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// How long reads may wait, and what then.
+/// Deadline of reads, and the action after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadPolicy {
-    /// From the moment a read has to wait.
+    /// Time from the moment that a read has to wait.
     pub deadline: Duration,
-    /// What then.
+    /// Action after the deadline.
     pub on_error: OnError,
 }
 
 /// A minute: longer than any healthy answer takes, and than a registry's restart; shorter than the two
-/// minutes after which the kernel complains of a hung task.
+/// minutes after which the kernel reports a hung task.
 impl Default for ReadPolicy {
     fn default() -> Self {
         Self { deadline: Duration::from_secs(60), on_error: OnError::Eio }
@@ -54,7 +54,7 @@ pub(super) struct Waits {
     bell: Bell,
     reason: Box<dyn Fn() -> Option<String> + Send + Sync>,
     table: Mutex<Table>,
-    /// Number of reads that failed, so that a read that did not need not lock.
+    /// Number of reads that failed: zero means that a read need not take the lock.
     failing: AtomicUsize,
     closed: AtomicBool,
     times: Histogram,
@@ -65,8 +65,8 @@ pub(super) struct Waits {
 #[derive(Default)]
 struct Table {
     last: u64,
-    /// Reads that wait for the disk, in the order in which they came. Theirs is the time since they were
-    /// asked for (again), so the first is due first.
+    /// Reads that wait for the disk, in the order in which they came. They wait since their last request, so
+    /// the first is due first.
     waiting: BTreeMap<u64, Waiting>,
     /// Reads that failed and will ask again, or have asked again and wait.
     failed: HashMap<Span, Failed>,
@@ -83,44 +83,45 @@ struct Failed {
     tries: u32,
     error: String,
     next: Instant,
-    /// Who asks again at `next`; nobody when they have.
+    /// Waiters that ask again at `next`; empty when they have.
     waiters: Vec<Waiter>,
 }
 
-/// What is known of a device's waits at one moment.
+/// State of a device's waits at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WaitReading {
-    /// Reads that wait now.
+    /// Number of reads that wait now.
     pub waiting: u64,
-    /// How long the oldest of them does.
+    /// Age of the oldest of them.
     pub oldest: Option<Duration>,
-    /// How long those waited that wait no more.
+    /// Durations of the waits that have ended.
     pub times: Times,
     /// Reads that were ended by their deadline.
     pub expired: u64,
-    /// Reads that failed and were asked for again.
+    /// Reads that failed and were repeated.
     pub repeated: u64,
 }
 
-/// A read that waits, for people.
+/// A read that waits, for display.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct WaitingRead {
     /// First byte on the disk.
     pub offset: u64,
     /// Number of bytes.
     pub len: usize,
-    /// How long it waits.
+    /// Time that it has waited.
     pub waits: Duration,
-    /// How often it failed.
+    /// Number of failures.
     pub tries: u32,
-    /// How it failed last.
+    /// Its last error.
     pub error: Option<String>,
-    /// When it is asked for again, if it is not on its way.
+    /// Time until it is repeated; `None` if it is in flight.
     pub next: Option<Duration>,
 }
 
 impl Waits {
-    /// No waits yet. `reason` says what is wrong with the disk now, for the error of a read that is late.
+    /// Creates the waits of a device. `reason` returns the disk's present problem, for the error of a read
+    /// that is late.
     pub(super) fn new(
         policy: ReadPolicy,
         bell: Bell,
@@ -143,7 +144,7 @@ impl Waits {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A read has to wait. The waiter that comes back stands for `waiter`.
+    /// Begins a wait. The returned waiter stands for `waiter`.
     fn begin(self: &Arc<Self>, span: Span, waiter: Waiter) -> Waiter {
         let since = Instant::now();
         let mut table = self.lock();
@@ -158,11 +159,11 @@ impl Waits {
         Box::new(move |result| promise.keep(Some(result)))
     }
 
-    /// The disk has answered, or (`None`) forgotten the read.
+    /// Ends a wait: the disk has answered, or (`None`) dropped the waiter.
     fn end(&self, number: u64, result: Option<Result<(), VolumeError>>) {
         let now = Instant::now();
         let mut table = self.lock();
-        // None: its deadline has passed.
+        // `None`: its deadline has passed.
         let Some(Waiting { span, since, waiter }) = table.waiting.remove(&number) else { return };
         match result {
             Some(Err(error)) if self.deadline().is_none() && error.may_pass() => {
@@ -182,13 +183,13 @@ impl Waits {
                 if let Some(result) = result {
                     waiter(result);
                 }
-                // The same read by others, which failed before: it is worth another look.
+                // Other waits for the same read, which failed before: they may succeed now.
                 others.into_iter().for_each(|other| other(Ok(())));
             }
         }
     }
 
-    /// A read was answered at once. If it failed before, that is over.
+    /// Records a read that was answered at once, which ends its failures.
     fn answered(&self, span: Span) {
         if self.failing.load(Ordering::Relaxed) == 0 {
             return;
@@ -203,7 +204,7 @@ impl Waits {
         }
     }
 
-    /// Does what is due at `now`, and says when something is next.
+    /// Handles the waits that are due at `now`, and returns the time of the next one.
     pub(super) fn due(&self, now: Instant) -> Option<Instant> {
         let (mut late, mut again, mut next) = (Vec::new(), Vec::new(), None);
         let mut table = self.lock();
@@ -237,7 +238,7 @@ impl Waits {
         next
     }
 
-    /// How long a read may wait; none: for ever.
+    /// Longest wait of a read; `None`: no limit.
     fn deadline(&self) -> Option<Duration> {
         if self.closed.load(Ordering::Relaxed) {
             return Some(Duration::ZERO);
@@ -245,13 +246,13 @@ impl Waits {
         (self.policy.on_error == OnError::Eio).then_some(self.policy.deadline)
     }
 
-    /// The device goes: nobody has it open, so no read is worth waiting for.
+    /// Ends all waits: the device is being removed, so it has no users.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
         self.bell.by(Instant::now());
     }
 
-    /// What is known now.
+    /// State now.
     #[must_use]
     pub(super) fn reading(&self) -> WaitReading {
         let now = Instant::now();
@@ -267,7 +268,7 @@ impl Waits {
         }
     }
 
-    /// The longest wait in microseconds since this was last asked for.
+    /// The longest wait in microseconds since the last call.
     #[must_use]
     pub(super) fn take_longest(&self) -> u64 {
         self.times.take_longest()
@@ -286,7 +287,7 @@ impl Waits {
 }
 
 impl Table {
-    /// Notes that a read has failed, and says when it is asked for again.
+    /// Records that a read has failed, and returns the time of its next try.
     fn failed(
         &mut self,
         span: Span,
@@ -404,7 +405,7 @@ mod tests {
     use source::SourceError;
     use source::chunk::ChunkError;
 
-    /// A disk that answers as it is told: `Some(error)` late, `None` never; then as memory does.
+    /// A disk with prepared answers: `Some(error)` late, `None` never; after these, the answers of memory.
     struct Told {
         memory: MemoryVolume,
         answers: Mutex<Vec<Option<Result<(), VolumeError>>>>,
@@ -495,7 +496,7 @@ mod tests {
         }
         let now = watch.waits.reading();
         assert_eq!((now.waiting, now.expired, now.times.count()), (0, 2, 2));
-        // What comes too late finds nobody, and the next read is served.
+        // A late answer is ignored, and the next read is served.
         watch.told.kept.lock().unwrap().drain(..).for_each(|waiter| waiter(Ok(())));
         read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
         assert_eq!(watch.waits.reading().times.count(), 2);

@@ -1,4 +1,4 @@
-//! The facts, as this host's kernel tells them.
+//! The facts, as this host's kernel reports them.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -7,20 +7,20 @@ use rustix::process::{Resource, getrlimit};
 
 use frontends::ublk::probe::{self, Findings};
 
-/// Whether a device node can be used.
+/// Availability of a device node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Node {
     /// It opens.
     Opens,
-    /// It is there and does not open.
+    /// It exists and does not open.
     Refused,
-    /// It is not there, but its module can be loaded.
+    /// It does not exist, but its module can be loaded.
     Loadable,
-    /// Neither.
+    /// There is neither a node nor a module.
     Absent,
 }
 
-/// What the rows are made of.
+/// Facts from which the rows are made.
 #[derive(Clone, Debug)]
 pub(super) struct Facts {
     pub(super) ublk: Findings,
@@ -33,9 +33,9 @@ pub(super) struct Facts {
     pub(super) ipc_lock: bool,
     /// Soft limit on locked memory in bytes; `None`: no limit.
     pub(super) memlock: Option<u64>,
-    /// ext4 is known, or can be loaded.
+    /// ext4 is supported, or its module can be loaded.
     pub(super) ext4: Node,
-    /// This process is in the mount namespace of process 1; `None`: it may not look.
+    /// True if this process is in the mount namespace of process 1; `None`: it may not look.
     pub(super) first_namespace: Option<bool>,
 }
 
@@ -73,7 +73,7 @@ impl Facts {
     }
 }
 
-/// proc_pid_status(5), `CapEff`.
+/// Effective capabilities, from `CapEff` of proc_pid_status(5).
 fn effective_capabilities() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
@@ -84,7 +84,7 @@ fn node(path: &str, module: &str) -> Node {
     if std::fs::OpenOptions::new().read(true).write(true).open(path).is_ok() {
         Node::Opens
     } else if Path::new(path).exists() {
-        // A static node may stand for a module that is loaded by opening it, or for nothing.
+        // A static node may belong to a module that is loaded when it is opened, or to none.
         Node::Refused
     } else if loadable(module) {
         Node::Loadable

@@ -1,14 +1,14 @@
-//! From facts to rows: pure, so that hosts which we do not have can be tested.
+//! From facts to rows: pure, so that hosts which are not available can be tested.
 
 use super::kernel::{Facts, Node};
 use super::{Report, Row, State};
 use frontends::ublk::probe::{Driver, Ring, feature_names};
 
-/// Bits that this program makes use of, and what is lost without them.
+/// Feature bits that this program uses, and the loss without them.
 const NEED_GET_DATA: u64 = 1 << 2;
 
 pub(super) fn report(facts: &Facts) -> Report {
-    // Under root the module is loaded when it is needed.
+    // With root, the module is loaded when it is needed.
     let driver = match facts.ublk.driver {
         Driver::Present => facts.control == Node::Opens,
         Driver::Loadable => facts.sys_admin,
@@ -37,7 +37,7 @@ pub(super) fn report(facts: &Facts) -> Report {
     Report { rows, ublk, looped }
 }
 
-/// What rules one front end out is a failure only if the other is no help.
+/// A fact that rules out one front end is a failure only if the other does not work either.
 fn unless(other: bool) -> State {
     if other { State::Warn } else { State::Fail }
 }
@@ -65,7 +65,7 @@ fn privileges(facts: &Facts) -> Row {
         "privileges",
         state,
         detail,
-        "run as root (what is shown below may be wrong without it)",
+        "run as root (the rows below may be wrong without root rights)",
     )
 }
 
@@ -111,7 +111,7 @@ fn features(facts: &Facts) -> Row {
             what,
             State::Warn,
             "not told",
-            "the kernel is older than 6.5, or this is not root: only what 6.1 has is used",
+            "the kernel is older than 6.5, or this is not root: only 6.1's features are used",
         ),
         None => Row::new(what, State::Ok, "no driver to ask", ""),
     }
@@ -216,7 +216,7 @@ fn namespace(facts: &Facts) -> Row {
             what,
             State::Warn,
             "not that of process 1",
-            "what attach mounts is seen in this namespace alone; nsenter -t 1 -m for the host's",
+            "mounts of attach are visible in this namespace only; nsenter -t 1 -m for the host's",
         ),
         None => {
             Row::new(what, State::Warn, "cannot be compared with that of process 1", "run as root")
@@ -229,7 +229,7 @@ mod tests {
     use super::*;
     use frontends::ublk::probe::{Findings, known_bad};
 
-    /// A host with everything, as Debian's 7.3.
+    /// A host with everything, with the facts of Debian's 7.3.
     fn good() -> Facts {
         Facts {
             ublk: Findings {

@@ -1,7 +1,7 @@
 //! The page of metrics over HTTP.
 //!
-//! It is served on this host alone unless the configuration names another address, as the page tells which images
-//! run here.
+//! It is served on this host alone unless the configuration names another address, because the page names the
+//! images that run here.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -13,12 +13,12 @@ use hyper::{Method, StatusCode};
 
 use crate::endpoint::{Asked, Endpoint, Reply, reply};
 
-/// Where the page is.
+/// Address and path of the page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExporterOptions {
     /// Address to listen on.
     pub address: SocketAddr,
-    /// Path of the page, with a slash at its front.
+    /// Path of the page, with a leading slash.
     pub path: String,
 }
 
@@ -30,14 +30,14 @@ impl Default for ExporterOptions {
     }
 }
 
-/// What the endpoint did.
+/// Counters of the endpoint.
 #[derive(Debug, Default)]
 pub struct ExporterCounters {
-    /// Requests, whatever the answer.
+    /// Requests, with any answer.
     pub requests: AtomicU64,
 }
 
-/// Makes the page.
+/// Renders the page.
 pub type Render = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// The endpoint. Dropping it ends it.
@@ -47,10 +47,10 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// Listens, and answers with what `render` makes from then on.
+    /// Listens, and from then on answers with the result of `render`.
     ///
     /// # Errors
-    /// When the address is taken, or there is no thread to be had.
+    /// Returns an error when the address is in use, or no thread can be started.
     pub fn start(options: &ExporterOptions, render: Render) -> io::Result<Self> {
         let counters = Arc::new(ExporterCounters::default());
         let (path, count) = (options.path.clone(), counters.clone());
@@ -62,13 +62,13 @@ impl Exporter {
         Ok(Self { endpoint, counters })
     }
 
-    /// Where it listens.
+    /// Its address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.endpoint.address()
     }
 
-    /// What it did.
+    /// Its counters.
     #[must_use]
     pub fn counters(&self) -> &Arc<ExporterCounters> {
         &self.counters
@@ -78,11 +78,11 @@ impl Exporter {
 fn page(request: &Asked, path: &str, render: &dyn Fn() -> String) -> Reply {
     const PLAIN: &str = "text/plain; charset=utf-8";
     if request.uri().path().trim_end_matches('/') != path.trim_end_matches('/') {
-        let hint = format!("Nothing is here; the metrics are at {path}\n");
+        let hint = format!("No such page; the metrics are at {path}\n");
         return reply(StatusCode::NOT_FOUND, hint, PLAIN);
     }
     if *request.method() != Method::GET && *request.method() != Method::HEAD {
-        let refusal = "This can be read only\n".to_owned();
+        let refusal = "This page can only be read\n".to_owned();
         let mut refused = reply(StatusCode::METHOD_NOT_ALLOWED, refusal, PLAIN);
         refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return refused;
@@ -122,7 +122,7 @@ mod tests {
         assert!(ask(address, "GET /").starts_with("HTTP/1.1 404 "));
         assert!(ask(address, "POST /metrics").starts_with("HTTP/1.1 405 "));
         assert_eq!(exporter.counters().requests.load(Ordering::Relaxed), 4);
-        // The address is taken now, and free again afterwards, open connections or not.
+        // The address is in use now, and free again afterwards, even with open connections.
         let taken = ExporterOptions { address, ..options };
         assert!(Exporter::start(&taken, render.clone()).is_err());
         let _idle = TcpStream::connect(address).unwrap();

@@ -1,7 +1,7 @@
-//! Every metric: its name, its kind, what it means, and how it is read.
+//! Every metric: its name, its kind, its meaning, and the function that reads it.
 //!
-//! Names follow Prometheus' rules: the program first, the base unit last (seconds, bytes), `_total` behind
-//! what only grows. One table for each struct of counters; [`all`] lists them.
+//! Names follow Prometheus' rules: the program first, the base unit last (seconds, bytes), `_total` at the
+//! end of a counter. One table for each struct of counters; [`all`] lists them.
 
 use super::upstream::Upstream;
 use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
@@ -11,7 +11,7 @@ use blobs::fetch::FetchCounters;
 use blobs::tier::Tier;
 use registry::Host;
 
-/// What only grows.
+/// A metric that only grows.
 const fn counter<T: ?Sized>(
     name: &'static str,
     help: &'static str,
@@ -20,7 +20,7 @@ const fn counter<T: ?Sized>(
     Metric { name, kind: Kind::Counter, labels: &[], help, read }
 }
 
-/// What goes up and down.
+/// A metric that goes up and down.
 const fn gauge<T: ?Sized>(
     name: &'static str,
     help: &'static str,
@@ -29,7 +29,7 @@ const fn gauge<T: ?Sized>(
     Metric { name, kind: Kind::Gauge, labels: &[], help, read }
 }
 
-/// Durations.
+/// A metric of durations.
 const fn times<T: ?Sized>(
     name: &'static str,
     help: &'static str,
@@ -39,7 +39,7 @@ const fn times<T: ?Sized>(
 }
 
 impl<T: ?Sized> Metric<T> {
-    /// The same with labels of its own, for several metrics of one name.
+    /// Adds labels, for several metrics of one name.
     const fn with(mut self, labels: &'static [Label<'static>]) -> Self {
         self.labels = labels;
         self
@@ -48,10 +48,12 @@ impl<T: ?Sized> Metric<T> {
 
 /// The daemon's process.
 pub const PROCESS: &[Metric<Process>] = &[
-    gauge("turbobd_start_time_seconds", "When the daemon began to serve, since 1970", |process| {
-        process.started.into()
-    }),
-    gauge("turbobd_resident_memory_bytes", "Memory of the daemon that is resident", |process| {
+    gauge(
+        "turbobd_start_time_seconds",
+        "Time at which the daemon began to serve, since 1970",
+        |process| process.started.into(),
+    ),
+    gauge("turbobd_resident_memory_bytes", "Resident memory of the daemon", |process| {
         process.resident.map_or(Reading::Absent, Reading::Whole)
     }),
     gauge("turbobd_threads", "Threads of the daemon", |process| {
@@ -62,7 +64,7 @@ pub const PROCESS: &[Metric<Process>] = &[
     }),
 ];
 
-/// A device; its labels are added.
+/// A device. The labels of [`DEVICE_LABELS`] are added.
 pub const DEVICE: &[Metric<DeviceReading>] = &[
     gauge("turbobd_device_size_bytes", "Size of the disk", |device| device.size.into()),
     counter("turbobd_device_reads_total", "Read requests answered with data", |device| {
@@ -73,12 +75,10 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
     }),
     counter(
         "turbobd_device_direct_total",
-        "Reads answered from where their bytes lie, without a copy in user space",
+        "Reads answered from the address of their bytes, without a copy in user space",
         |device| device.front.direct.into(),
     ),
-    counter("turbobd_device_zero_total", "Reads of nothing but zeros", |device| {
-        device.front.zero.into()
-    }),
+    counter("turbobd_device_zero_total", "Reads of zeros only", |device| device.front.zero.into()),
     counter(
         "turbobd_device_gathered_total",
         "Reads whose bytes were gathered from several places first, by a copy in user space",
@@ -87,17 +87,17 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
     counter("turbobd_device_waits_total", "Times a read had to wait for its bytes", |device| {
         device.front.pending.into()
     }),
-    counter("turbobd_device_writes_total", "Write requests that were stored", |device| {
+    counter("turbobd_device_writes_total", "Write requests stored", |device| {
         device.front.writes.into()
     }),
     counter(
         "turbobd_device_written_bytes_total",
-        "Bytes of those, as far as ublk served them",
+        "Bytes of those, for devices of ublk",
         |device| device.front.written.into(),
     ),
     counter(
         "turbobd_device_zeroed_total",
-        "Discards and requests for zeros that were done; over FUSE they count as writes",
+        "Discards and requests for zeros done; over FUSE they count as writes",
         |device| device.front.zeroed.into(),
     ),
     counter(
@@ -123,9 +123,9 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
     }),
     times(
         "turbobd_device_wait_seconds",
-        "How long reads waited whose bytes were not there",
+        "Waiting times of reads whose bytes were not in memory",
         |device| {
-            // A thousand devices that were never waited for need no twenty lines each.
+            // A thousand devices without any wait need no twenty lines each.
             if device.waits.times.count() == 0 {
                 Reading::Absent
             } else {
@@ -136,7 +136,7 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
     gauge("turbobd_device_waiting", "Reads that wait now", |device| device.waits.waiting.into()),
     gauge(
         "turbobd_device_oldest_wait_seconds",
-        "How long the oldest read waits that waits now; 0 when none does",
+        "Age of the oldest read that waits now; 0 when none waits",
         |device| device.waits.oldest.map_or(0.0, |oldest| oldest.as_secs_f64()).into(),
     ),
     counter(
@@ -146,7 +146,7 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
     ),
     counter(
         "turbobd_device_repeated_total",
-        "Reads asked for again after an error, by the policy to wait",
+        "Reads repeated after an error, by the policy to wait",
         |device| device.waits.repeated.into(),
     ),
     gauge(
@@ -156,22 +156,20 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
     ),
     counter(
         "turbobd_device_fetched_bytes_total",
-        "Bytes that came from registries for the image's blobs since it was attached; blobs that images share count for each",
+        "Bytes fetched from registries for the image's blobs since it was attached; blobs that images share count for each",
         |device| device.image.fetched.into(),
     ),
     counter(
         "turbobd_device_requests_total",
-        "Range requests made to registries for those",
+        "Range requests made to registries for these bytes",
         |device| device.image.requests.into(),
     ),
-    counter(
-        "turbobd_device_retries_total",
-        "Range requests that failed and were made again",
-        |device| device.image.retries.into(),
-    ),
+    counter("turbobd_device_retries_total", "Range requests repeated after a failure", |device| {
+        device.image.retries.into()
+    }),
     counter(
         "turbobd_device_fetch_errors_total",
-        "Chunks of the image's blobs that could not be had",
+        "Chunks of the image's blobs that could not be fetched",
         |device| device.image.errors.into(),
     ),
 ];
@@ -180,70 +178,70 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
 pub const CACHE: &[Metric<CacheStats>] = &[
     counter("turbobd_cache_hits_total", "Look-ups answered at once", |cache| cache.hits.into()),
     counter("turbobd_cache_misses_total", "Look-ups that had to wait", |cache| cache.misses.into()),
-    counter("turbobd_cache_loads_total", "Chunks asked of their sources", |cache| {
+    counter("turbobd_cache_loads_total", "Chunks requested from their sources", |cache| {
         cache.loads.into()
     }),
     counter("turbobd_cache_errors_total", "Loads that failed", |cache| cache.errors.into()),
     gauge("turbobd_cache_bytes", "Memory that decoded chunks take", |cache| cache.bytes.into()),
     gauge("turbobd_cache_chunks", "Decoded chunks in memory", |cache| cache.chunks.into()),
-    counter("turbobd_cache_evictions_total", "Chunks given up for others", |cache| {
+    counter("turbobd_cache_evictions_total", "Chunks evicted for others", |cache| {
         cache.evictions.into()
     }),
     counter(
         "turbobd_cache_unkept_total",
-        "Chunks served and not kept, as there was no room for them",
+        "Chunks served and not kept, for lack of room",
         |cache| cache.unkept.into(),
     ),
 ];
 
-/// A registry, a mirror or a peer; its label is added.
+/// A registry, a mirror or a peer. Its label is added.
 pub const HOST: &[Metric<Host>] = &[
     counter(
         "turbobd_registry_requests_total",
         "Requests for bytes of blobs, to a registry, a mirror or a peer",
         |host| (&host.stats().requests).into(),
     ),
-    counter("turbobd_registry_bytes_total", "Bytes of blobs that arrived from there", |host| {
+    counter("turbobd_registry_bytes_total", "Bytes of blobs that the host sent", |host| {
         (&host.stats().bytes).into()
     }),
-    counter("turbobd_registry_failures_total", "Requests that failed there", |host| {
+    counter("turbobd_registry_failures_total", "Requests to the host that failed", |host| {
         (&host.stats().failures).into()
     }),
     counter(
         "turbobd_registry_limited_total",
-        "Answers of it that ask for fewer requests",
+        "Answers of the host that ask for fewer requests",
         |host| (&host.stats().limited).into(),
     ),
     counter(
         "turbobd_registry_retries_total",
-        "Reads made again after every way had failed",
+        "Reads repeated after every source had failed",
         |host| (&host.stats().retries).into(),
     ),
     counter(
         "turbobd_registry_hedges_total",
-        "Second requests made because it took unusually long",
+        "Second requests made because the host took unusually long",
         |host| (&host.stats().hedges).into(),
     ),
     counter(
         "turbobd_registry_hedges_won_total",
-        "Second requests that it answered first",
+        "Second requests that the host answered first",
         |host| (&host.stats().hedges_won).into(),
     ),
     counter(
         "turbobd_registry_distrusted_total",
-        "Deliveries of it whose bytes did not match their checksum",
+        "Deliveries of the host whose bytes did not match their checksum",
         |host| (&host.stats().distrusted).into(),
     ),
     gauge(
         "turbobd_registry_healthy",
-        "0 while it is passed over for failing or sending wrong bytes",
+        "0 while the host is asked last, after failures or wrong bytes",
         |host| u64::from(host.is_healthy()).into(),
     ),
 ];
-/// What images have in memory beside the cache.
+/// Memory of images beside the cache.
 pub const RESIDENT: &[Metric<Residents>] = &[gauge(
     "turbobd_meta_bytes",
-    "Filesystem metadata in memory, beside the cache; what images share counts once",
+    "Filesystem metadata in memory, beside the cache; shared metadata counts once",
     |residents| residents.bytes().into(),
 )];
 
@@ -267,10 +265,10 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
         |fetch: &FetchCounters| (&fetch.fill_requests).into(),
     )
     .with(&[("class", "fill")]),
-    counter("turbobd_fetch_chunks_total", "Chunks that those requests brought", |fetch| {
+    counter("turbobd_fetch_chunks_total", "Chunks fetched by those requests", |fetch| {
         (&fetch.chunks).into()
     }),
-    counter("turbobd_fetch_bytes_total", "Bytes of those chunks, as they came", |fetch| {
+    counter("turbobd_fetch_bytes_total", "Encoded bytes of those chunks", |fetch| {
         (&fetch.bytes).into()
     }),
     counter("turbobd_fetch_local_total", "Chunks read from local files", |fetch| {
@@ -282,7 +280,7 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
     counter("turbobd_fill_chunks_total", "Chunks fetched in the background", |fetch| {
         (&fetch.filled).into()
     }),
-    counter("turbobd_fill_bytes_total", "Bytes of those chunks, as they came", |fetch| {
+    counter("turbobd_fill_bytes_total", "Encoded bytes of those chunks", |fetch| {
         (&fetch.filled_bytes).into()
     }),
     counter(
@@ -290,31 +288,29 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
         "Chunks whose bytes did not match their checksum, and were fetched again",
         |fetch| (&fetch.damaged).into(),
     ),
-    counter("turbobd_fetch_failed_total", "Chunks that could not be had", |fetch| {
+    counter("turbobd_fetch_failed_total", "Chunks that could not be fetched", |fetch| {
         (&fetch.failed).into()
     }),
-    times("turbobd_fetch_first_byte_seconds", "From a request to its first byte", |fetch| {
+    times("turbobd_fetch_first_byte_seconds", "Time from a request to its first byte", |fetch| {
         (&fetch.first_byte).into()
     }),
-    times("turbobd_fetch_seconds", "From a request to its last byte", |fetch| {
+    times("turbobd_fetch_seconds", "Time from a request to its last byte", |fetch| {
         (&fetch.whole).into()
     }),
     counter(
         "turbobd_long_frames_begun_total",
-        "Long zstd frames begun to be decoded from their beginning",
+        "Passes begun through long zstd frames, from their beginning",
         |fetch| (&fetch.frames).into(),
     ),
-    counter("turbobd_inflate_in_bytes_total", "Bytes that were decoded", |fetch| {
+    counter("turbobd_inflate_in_bytes_total", "Encoded bytes that were decoded", |fetch| {
         (&fetch.inflate_in).into()
     }),
-    counter("turbobd_inflate_out_bytes_total", "Bytes that came out", |fetch| {
+    counter("turbobd_inflate_out_bytes_total", "Decoded bytes that were produced", |fetch| {
         (&fetch.inflate_out).into()
     }),
-    times(
-        "turbobd_inflate_seconds",
-        "How long a chunk took to verify and decode, on one core",
-        |fetch| (&fetch.inflate).into(),
-    ),
+    times("turbobd_inflate_seconds", "Time to verify and decode a chunk, on one core", |fetch| {
+        (&fetch.inflate).into()
+    }),
 ];
 
 /// A disk tier.
@@ -322,7 +318,7 @@ pub const TIER: &[Metric<Tier>] = &[
     gauge("turbobd_tier_bytes", "Bytes that the disk tier's files take", |tier| {
         tier.usage().bytes.into()
     }),
-    gauge("turbobd_tier_capacity_bytes", "Bytes that they may take", |tier| {
+    gauge("turbobd_tier_capacity_bytes", "Limit on the bytes of the disk tier's files", |tier| {
         tier.usage().capacity.into()
     }),
     gauge("turbobd_tier_chunks", "Chunks in the disk tier", |tier| {
@@ -345,23 +341,27 @@ pub const TIER: &[Metric<Tier>] = &[
     }),
     counter(
         "turbobd_tier_dropped_total",
-        "Chunks not written because too much was waiting for the disk",
+        "Chunks not written because the queue for the disk was full",
         |tier: &Tier| (&tier.counters().dropped).into(),
     ),
-    counter("turbobd_tier_refused_total", "Chunks not written for want of space", |tier| {
+    counter("turbobd_tier_refused_total", "Chunks not written for lack of space", |tier| {
         (&tier.counters().refused).into()
     }),
-    counter("turbobd_tier_evicted_total", "Chunks given up for others or for the floor", |tier| {
-        (&tier.counters().evicted).into()
-    }),
+    counter(
+        "turbobd_tier_evicted_total",
+        "Chunks evicted for others or for the free-space floor",
+        |tier| (&tier.counters().evicted).into(),
+    ),
     counter(
         "turbobd_tier_damaged_total",
-        "Chunks on disk that were not what they should be, and were fetched again",
+        "Chunks on disk that failed verification, and were fetched again",
         |tier: &Tier| (&tier.counters().damaged).into(),
     ),
-    counter("turbobd_tier_resets_total", "Cache files that were begun anew", |tier| {
-        (&tier.counters().resets).into()
-    }),
+    counter(
+        "turbobd_tier_resets_total",
+        "Cache files that were unusable and created anew",
+        |tier| (&tier.counters().resets).into(),
+    ),
     counter(
         "turbobd_tier_failures_total",
         "Reads, writes and syncs of the disk tier that the system refused",
@@ -375,51 +375,50 @@ pub const EXPORTER: &[Metric<ExporterCounters>] =
         (&exporter.requests).into()
     })];
 
-/// Upstream's names. What overlaybd calls `pread` are reads of the devices, and `download` what came from
-/// registries.
+/// Upstream's names. Its `pread` counts reads of the devices, and its `download` the traffic from registries.
 pub const UPSTREAM: &[Metric<Upstream>] = &[
     gauge("OverlayBD_Alive", "Upstream's name: 1", |_| 1.into()),
     gauge(
         "OverlayBD_Read_Throughtput",
-        "Upstream's name: bytes a second, over the time since the last look",
+        "Upstream's name: bytes a second, over the time since the last query",
         |now: &Upstream| now.pread.bytes_a_second.into(),
     )
     .with(&[("type", "pread"), ("mode", "read")]),
     gauge(
         "OverlayBD_Read_Throughtput",
-        "Upstream's name: bytes a second, over the time since the last look",
+        "Upstream's name: bytes a second, over the time since the last query",
         |now: &Upstream| now.download.bytes_a_second.into(),
     )
     .with(&[("type", "download"), ("mode", "read")]),
     gauge(
         "OverlayBD_QPS",
-        "Upstream's name: reads a second, over the time since the last look",
+        "Upstream's name: reads a second, over the time since the last query",
         |now: &Upstream| now.pread.reads_a_second.into(),
     )
     .with(&[("type", "pread"), ("mode", "read")]),
     gauge(
         "OverlayBD_QPS",
-        "Upstream's name: reads a second, over the time since the last look",
+        "Upstream's name: reads a second, over the time since the last query",
         |now: &Upstream| now.download.reads_a_second.into(),
     )
     .with(&[("type", "download"), ("mode", "read")]),
     gauge(
         "OverlayBD_MaxLatency",
-        "Upstream's name: the longest wait since the last look, microseconds",
+        "Upstream's name: the longest wait since the last query, in microseconds",
         |now: &Upstream| now.pread.longest.into(),
     )
     .with(&[("type", "pread"), ("mode", "read")]),
     gauge(
         "OverlayBD_MaxLatency",
-        "Upstream's name: the longest wait since the last look, microseconds",
+        "Upstream's name: the longest wait since the last query, in microseconds",
         |now: &Upstream| now.download.longest.into(),
     )
     .with(&[("type", "download"), ("mode", "read")]),
-    gauge("OverlayBD_Count", "Upstream's name: bytes in all", |now: &Upstream| {
+    gauge("OverlayBD_Count", "Upstream's name: total bytes", |now: &Upstream| {
         now.pread.bytes.into()
     })
     .with(&[("type", "pread")]),
-    gauge("OverlayBD_Count", "Upstream's name: bytes in all", |now: &Upstream| {
+    gauge("OverlayBD_Count", "Upstream's name: total bytes", |now: &Upstream| {
         now.download.bytes.into()
     })
     .with(&[("type", "download")]),
@@ -428,16 +427,16 @@ pub const UPSTREAM: &[Metric<Upstream>] = &[
 /// Labels of a device's metrics.
 pub const DEVICE_LABELS: &[&str] = &["device", "image"];
 
-/// A metric for people: what a row of `METRICS.md` says.
+/// Description of a metric: a row of `METRICS.md`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
     /// Its name.
     pub name: &'static str,
-    /// How it behaves.
+    /// Its kind.
     pub kind: Kind,
-    /// Its labels, with their values where there are few.
+    /// Its labels, with their values if there are few.
     pub labels: String,
-    /// What it means.
+    /// Its meaning.
     pub help: &'static str,
 }
 

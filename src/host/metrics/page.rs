@@ -8,11 +8,11 @@ use super::{BOUNDS, Kind, Metric, Reading};
 /// Name and value of a label.
 pub type Label<'a> = (&'a str, &'a str);
 
-/// Samples, grouped by name as the format wants them, whatever the order in which they are put.
+/// Samples, grouped by name as the format requires, in whatever order they are added.
 #[derive(Default)]
 pub struct Page {
     families: Vec<Family>,
-    /// Place of each name in `families`.
+    /// Index of each name in `families`.
     places: HashMap<&'static str, usize>,
 }
 
@@ -30,8 +30,7 @@ impl Page {
         Self::default()
     }
 
-    /// Puts what a part counted onto the page: each metric of its table, with `labels` that say whose it
-    /// is.
+    /// Adds the counters of a part: each metric of its table, with `labels` that identify the part.
     pub fn put<T: ?Sized>(&mut self, metrics: &[Metric<T>], part: &T, labels: &[Label<'_>]) {
         for metric in metrics {
             let labels: Vec<Label<'_>> = labels.iter().chain(metric.labels).copied().collect();
@@ -67,13 +66,13 @@ impl Page {
         }
     }
 
-    /// The page.
+    /// The text of the page.
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = String::new();
         for Family { name, kind, help, samples } in &self.families {
             let kind = kind.name();
-            // Helps are ours and have nothing to escape; writing to a String cannot fail.
+            // Help texts are constants without characters to escape; writing to a String cannot fail.
             let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{samples}");
         }
         text

@@ -1,22 +1,22 @@
-//! What the kernel knows of this process.
+//! The kernel's facts about this process.
 
 use std::fs;
 
-/// This process now. A number that the kernel does not tell is absent.
+/// This process now. A number that the kernel does not report is absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Process {
     /// Seconds since 1970 at which the daemon began to serve.
     pub started: u64,
-    /// Bytes of memory that are resident, shared ones included.
+    /// Resident memory in bytes, shared pages included.
     pub resident: Option<u64>,
-    /// Threads.
+    /// Number of threads.
     pub threads: Option<u64>,
-    /// Open file descriptors.
+    /// Number of open file descriptors.
     pub descriptors: Option<u64>,
 }
 
 impl Process {
-    /// This process now; `started` is when it began to serve.
+    /// Reads the present values; `started` is the time at which it began to serve.
     #[must_use]
     pub fn now(started: u64) -> Self {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -29,7 +29,7 @@ impl Process {
             started,
             resident: number("VmRSS:").map(|kib| kib << 10),
             threads: number("Threads:"),
-            // Not the one that listed them.
+            // Without the descriptor of the listing itself.
             descriptors: descriptors.map(|count| count.saturating_sub(1)),
         }
     }

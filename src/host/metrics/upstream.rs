@@ -1,16 +1,16 @@
-//! Upstream's numbers: what `overlaybd-tcmu` exports, for dashboards made for it.
+//! Upstream's metrics: those that `overlaybd-tcmu` exports, for dashboards made for it.
 //!
-//! Upstream has rates and maxima where Prometheus would have counters. A rate is made of two looks, so
-//! it is over the time between the last two that lie at least [`LEAST`] apart: two scrapers see the same
-//! rate, not the rest of each other's.
+//! Upstream has rates and maxima where Prometheus would have counters. A rate is computed from two queries,
+//! over the time between the last two that are at least [`LEAST`] apart: two scrapers see the same rate, and
+//! neither shortens the other's interval.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Shortest time that a rate is made of.
+/// Shortest time over which a rate is computed.
 const LEAST: Duration = Duration::from_secs(1);
 
-/// What was read in all.
+/// Totals of a series.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Reads.
@@ -22,26 +22,26 @@ pub struct Totals {
 /// One of upstream's two series.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Series {
-    /// Bytes in all.
+    /// Total bytes.
     pub bytes: u64,
     /// Bytes a second.
     pub bytes_a_second: f64,
     /// Reads a second.
     pub reads_a_second: f64,
-    /// The longest since the last look, microseconds.
+    /// The longest wait since the last query, in microseconds.
     pub longest: u64,
 }
 
-/// What upstream exports.
+/// Upstream's exported metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Upstream {
     /// Reads of devices.
     pub pread: Series,
-    /// What came from registries.
+    /// Traffic from registries.
     pub download: Series,
 }
 
-/// Makes rates of totals.
+/// Computes rates from totals.
 #[derive(Debug, Default)]
 pub struct Rates {
     last: Mutex<Last>,
@@ -54,7 +54,7 @@ struct Last {
 }
 
 impl Rates {
-    /// Upstream's numbers of these totals; `longest` gives the longest waits since it was last asked for.
+    /// Upstream's metrics for these totals; `longest` returns the longest waits since its last call.
     pub fn look(
         &self,
         now: Instant,
@@ -71,7 +71,7 @@ impl Rates {
                     series.longest = longest[number];
                     if let Some((then, before)) = look {
                         let seconds = now.saturating_duration_since(*then).as_secs_f64();
-                        // Totals shrink when a device goes.
+                        // Totals shrink when a device is removed.
                         let a_second =
                             |now: u64, then: u64| now.saturating_sub(then) as f64 / seconds;
                         series.bytes_a_second =

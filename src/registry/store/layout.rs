@@ -21,15 +21,15 @@ impl LayoutStore {
     /// Opens the existing layout in `dir`.
     ///
     /// # Errors
-    /// [`StoreError::Layout`] when there is none.
+    /// Returns [`StoreError::Layout`] when there is none.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         Ok(Self::over(Layout::open(dir)?))
     }
 
-    /// Opens the layout in `dir`, or makes an empty one.
+    /// Opens the layout in `dir`, or creates an empty one.
     ///
     /// # Errors
-    /// [`StoreError::Layout`] when `dir` holds something else.
+    /// Returns [`StoreError::Layout`] when `dir` holds something else.
     pub fn open_or_create(dir: &Path) -> Result<Self, StoreError> {
         Ok(Self::over(Layout::open_or_create(dir)?))
     }
@@ -74,8 +74,8 @@ impl ImageStore for LayoutStore {
         Ok(StoredManifest { media_type: media_type.to_owned(), digest: descriptor.digest, bytes })
     }
 
-    /// Nobody lists them in a directory: those of its tagged manifests that say so themselves, and what
-    /// stands under the fallback tag.
+    /// A directory has no service that lists referrers: the list is the tagged manifests that name `digest`
+    /// as their subject, and the index under the fallback tag.
     fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
         let fallback = self.manifest(&Selector::Tag(super::referrers::fallback_tag(digest))).ok();
         if fallback.is_some() {
@@ -104,7 +104,7 @@ impl ImageStore for LayoutStore {
         digest: &Digest,
         _: Option<u64>,
     ) -> Result<Arc<dyn ByteSource>, StoreError> {
-        self.size(digest)?; // a missing blob is told by its digest
+        self.size(digest)?; // the error of a missing blob names its digest
         Ok(Arc::new(FileSource::open(&self.layout.blob_path(digest))?))
     }
 

@@ -66,7 +66,7 @@ impl ImageStore for MemoryStore {
         Ok(StoredManifest { media_type, digest, bytes: self.blob(&digest)?.to_vec() })
     }
 
-    /// As a registry without the list has them.
+    /// Referrers by the fallback tag, as in a registry without the list.
     fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
         Ok(self.manifest(&Selector::Tag(super::referrers::fallback_tag(digest))).ok())
     }

@@ -1,17 +1,17 @@
-//! What refers to a manifest: OCI 1.1's list of *referrers*.
+//! Manifests that refer to a manifest: OCI 1.1's list of *referrers*.
 //!
-//! A registry that knows the list keeps it by itself, from the `subject` of each manifest that it takes. For one
-//! that does not, and for a layout directory, clients keep it, as an index under the tag `sha256-<digest>` of
-//! the subject (distribution specification, "Unavailable Referrers API").
+//! A registry that supports the list keeps it by itself, from the `subject` of each manifest that it
+//! receives. For a registry that does not, and for a layout directory, clients keep the list, as an index
+//! under the tag `sha256-<digest>` of the subject (distribution specification, "Unavailable Referrers API").
 
 use super::{ImageStore, StoreError};
 use formats::oci::manifest::media;
 use formats::oci::{Descriptor, Digest, Document, Index};
 
-/// The descriptors of the manifests that refer to `subject`; none where there is no list.
+/// The descriptors of the manifests that refer to `subject`; empty if there is no list.
 ///
 /// # Errors
-/// [`StoreError`] when the store cannot say.
+/// Returns [`StoreError`] when the store cannot answer.
 pub fn list(store: &dyn ImageStore, subject: &Digest) -> Result<Vec<Descriptor>, StoreError> {
     let listed = store.referrers(subject)?;
     let index =
@@ -22,11 +22,11 @@ pub fn list(store: &dyn ImageStore, subject: &Digest) -> Result<Vec<Descriptor>,
     Ok(index.unwrap_or_default())
 }
 
-/// Lists `entry`, the descriptor of a manifest that was put into the store and names `subject`, unless the store
-/// does so itself. What it `replaces` is then listed no more.
+/// Adds `entry` to the list, unless the store does so itself. `entry` is the descriptor of a manifest that
+/// was put into the store and names `subject`. The manifests that it `replaces` are removed from the list.
 ///
 /// # Errors
-/// [`StoreError`]; the list is then as it was.
+/// Returns [`StoreError`]; the list is then unchanged.
 pub fn add(
     store: &dyn ImageStore,
     subject: &Digest,
@@ -43,7 +43,7 @@ pub fn add(
     store.put_manifest(Some(&fallback_tag(subject)), media::OCI_INDEX, &index)
 }
 
-/// The tag under which the list stands where nobody else keeps it.
+/// Tag of the list in a store that does not keep the list itself.
 #[must_use]
 pub fn fallback_tag(subject: &Digest) -> String {
     format!("sha256-{}", subject.hex())

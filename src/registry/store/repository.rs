@@ -19,7 +19,7 @@ impl RepositoryStore {
     /// The repository `name` on `host`; it is not contacted yet.
     ///
     /// # Errors
-    /// [`StoreError::Registry`] when the two cannot be part of a URL.
+    /// Returns [`StoreError::Registry`] when the two cannot be part of a URL.
     pub fn new(client: &Client, host: &str, name: &str) -> Result<Self, StoreError> {
         let repository = client.repository(host, name)?;
         Ok(Self { name: format!("{host}/{name}"), repository })

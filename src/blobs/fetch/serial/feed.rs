@@ -1,6 +1,6 @@
-//! The encoded bytes for a pass through a frame: fetched ahead, and verified before they reach the decoder.
+//! The encoded bytes for a pass through a frame: fetched ahead, and verified before the decoder reads them.
 //!
-//! While one batch is decoded, the next one is fetched: a frame needs one line and one core at the same time.
+//! While one batch is decoded, the next one is fetched: a frame uses one line and one core at the same time.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -14,21 +14,21 @@ use super::super::{MOST_TRIES, Shared, count, failure};
 use source::chunk::{ChunkError, Encoded, EncodedChunk};
 use source::{Class, Run};
 
-/// Encoded bytes of a batch, 4 MiB; one chunk is always taken.
+/// Encoded bytes of a batch, 4 MiB; a batch always takes at least one chunk.
 const BATCH: u64 = 4 << 20;
 
 type Fetched = Result<VecDeque<EncodedChunk>, Arc<ChunkError>>;
 
-/// What comes next, as far as it is here.
+/// The next chunks, as far as they have arrived.
 #[derive(Default)]
 pub(super) struct Feed {
     ready: VecDeque<EncodedChunk>,
-    /// The batch behind, on its way.
+    /// The next batch, in flight.
     ahead: Option<JoinHandle<Fetched>>,
 }
 
 impl Feed {
-    /// Chunk `at`, which follows the one given before; up to `goal` others are fetched ahead.
+    /// Returns chunk `at`, which follows the one returned before; chunks up to `goal` are fetched ahead.
     pub(super) fn next(
         &mut self,
         shared: &Arc<Shared>,
@@ -65,7 +65,7 @@ fn batch(blob: &Blob, first: u32, goal: u32) -> Range<u32> {
     first..end
 }
 
-/// Begins a batch on a thread of its own; if there is none, it is fetched when it is its turn.
+/// Fetches a batch on a thread of its own; without one, it is fetched at its turn.
 fn fetch_ahead(
     shared: &Arc<Shared>,
     blob: &Arc<Blob>,
@@ -80,7 +80,7 @@ fn fetch_ahead(
     std::thread::Builder::new().name("frame-ahead".into()).spawn(body).ok()
 }
 
-/// Reads chunks from where they are: a local file, the encoded tier, or their server.
+/// Reads chunks from their place: a local file, the encoded tier, or their server.
 fn fetch(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>, class: Class) -> Fetched {
     let source = blob.source();
     let places: Result<Vec<Encoded>, ChunkError> =
@@ -104,7 +104,7 @@ fn fetch(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>, class: Clas
     Ok(batch)
 }
 
-/// From the encoded tier.
+/// Reads a chunk from the encoded tier.
 fn read_stored(shared: &Arc<Shared>, blob: &Blob, chunk: u32, encoded: &mut EncodedChunk) -> bool {
     let stored = blob.stored().encoded.as_ref().filter(|stored| stored.has(chunk));
     let source = blob.source();
@@ -119,7 +119,7 @@ fn read_stored(shared: &Arc<Shared>, blob: &Blob, chunk: u32, encoded: &mut Enco
     read
 }
 
-/// The neighbours `numbers` of a batch, by one request.
+/// Reads the neighbours `numbers` of a batch, by one request.
 fn read_far(
     shared: &Arc<Shared>,
     blob: &Blob,
@@ -160,7 +160,7 @@ fn requests(shared: &Shared, class: Class) -> &AtomicU64 {
     }
 }
 
-/// Compares a chunk's checksum, and has it sent again if it is wrong.
+/// Compares a chunk's checksum, and fetches it again if it is wrong.
 fn verify(
     shared: &Arc<Shared>,
     blob: &Blob,
@@ -197,11 +197,11 @@ fn verify(
 /// Chunks of a batch as the buffers of one request.
 struct Buffers<'a> {
     batch: &'a mut VecDeque<EncodedChunk>,
-    /// Those that are not full.
+    /// Numbers of those that are not full.
     numbers: Range<usize>,
-    /// How far the first of them is.
+    /// Bytes of the first of them that are filled.
     filled: usize,
-    /// When the first byte came.
+    /// Time of the first byte.
     first: Option<Instant>,
 }
 

@@ -1,4 +1,4 @@
-//! One thread's way through one frame.
+//! The pass of one thread through one frame.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -17,23 +17,23 @@ use crate::tier::{Kind, QUEUE, Stored};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room, SerialDecoder};
 
-/// Bytes that may wait for the disk: the rest of the tier's queue is for other blobs.
+/// Limit on the bytes that wait for the disk: the rest of the tier's queue is for other blobs.
 const MOST_WAITING: u64 = QUEUE / 4 * 3;
 
-/// How long somebody who waits for a chunk further on waits for the disk, at each chunk.
+/// Time that a waiter for a later chunk waits for the disk, at each chunk.
 const DISK_PATIENCE: Duration = Duration::from_millis(100);
 
-/// How long a chunk that was given to the tier may take to get there.
+/// Time that a chunk which was given to the tier may take to get there.
 const LONGEST_WRITE: Duration = Duration::from_secs(10);
 
-/// Bytes that were passed for nobody and are kept, where no tier keeps them: who wants a chunk and the one behind it
-/// may be heard of in the other order.
+/// Bytes of chunks without a waiter that are kept when no tier keeps them: requests for a chunk and the one
+/// after it may arrive in the other order.
 const MOST_PASSED: usize = 8 << 20;
 
-/// Chunks that are still decoded for those ahead when somebody waits for one that was passed.
+/// Number of chunks that are still decoded for waiters ahead when a passed chunk has a waiter.
 const PATIENCE: u32 = 64;
 
-/// Goes through a frame for as long as something of it is wanted.
+/// Decodes a frame while chunks of it are wanted.
 pub(super) fn run(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>) {
     let first = blob.key(chunks.start);
     let mut pass = Pass {
@@ -48,7 +48,7 @@ pub(super) fn run(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>) {
         passed: VecDeque::new(),
         patience: PATIENCE,
     };
-    // A panic is a bug of the decoder; the readers get an error and the thread lives on.
+    // A panic is a bug of the decoder; the readers get an error and the thread continues.
     let result = catch_unwind(AssertUnwindSafe(|| {
         while pass.step()? {}
         Ok(())
@@ -65,15 +65,15 @@ pub(super) fn run(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>) {
     }
 }
 
-/// Why a chunk is decoded.
+/// Reasons to decode a chunk.
 enum Purpose {
-    /// Somebody waits for it.
+    /// It has a waiter.
     Reader,
     /// For the background fill.
     Fill,
-    /// It fits into memory that is free.
+    /// It fits into free memory.
     Spare,
-    /// To get at those behind.
+    /// It precedes wanted chunks.
     Way,
 }
 
@@ -85,19 +85,20 @@ struct Pass<'a> {
     chunks: Range<u32>,
     /// The next chunk to decode.
     at: u32,
-    /// None before the first chunk.
+    /// The decoder; `None` before the first chunk.
     decoder: Option<Box<dyn SerialDecoder>>,
-    /// Bytes of memory reserved for that.
+    /// Bytes of memory reserved for it.
     window: u64,
     feed: Feed,
-    /// What was given to the decoded tier lately, and may not be there yet; without one, what was passed last.
+    /// Chunks that were recently given to the decoded tier, and may not be there yet; without one, the last
+    /// passed chunks.
     passed: VecDeque<(u32, Instant, Arc<ChunkBytes>)>,
     /// See [`PATIENCE`].
     patience: u32,
 }
 
 impl Pass<'_> {
-    /// One chunk, or a wait. False when the frame was given up.
+    /// Decodes one chunk, or waits. False when the frame was given up.
     fn step(&mut self) -> Result<bool, Arc<ChunkError>> {
         let orders = self.shared.serials.orders(self.first, self.at);
         if orders.ending {
@@ -125,7 +126,7 @@ impl Pass<'_> {
         }
     }
 
-    /// From the first chunk on, once more.
+    /// Returns to the first chunk.
     fn begin_again(&mut self) {
         self.at = self.chunks.start;
         self.drop_decoder();
@@ -138,7 +139,7 @@ impl Pass<'_> {
         self.shared.serials.release(std::mem::take(&mut self.window));
     }
 
-    /// Makes the decoder, when there is memory for it.
+    /// Creates the decoder, when there is memory for it.
     fn begin(&mut self, first: &EncodedChunk) -> Result<(), Arc<ChunkError>> {
         let (shared, source) = (self.shared, self.blob.source());
         let window = source.serial_memory(first.bytes());
@@ -151,13 +152,13 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// The tier for decoded chunks, if they go there.
+    /// The tier for decoded chunks, if this frame's chunks go there.
     fn decoded_tier(&self) -> Option<&Stored> {
         let target = self.blob.stored().target();
         target.and_then(|(kind, stored)| (kind == Kind::Decoded).then_some(stored))
     }
 
-    /// Whether the tier takes the whole frame, so that it is decoded once for all.
+    /// True if the tier takes the whole frame, so that it need be decoded only once.
     fn keeps_all(&self) -> bool {
         let source = self.blob.source();
         let end =
@@ -172,8 +173,8 @@ impl Pass<'_> {
         (self.at..self.chunks.end).rev().find(|&chunk| !stored.has(chunk))
     }
 
-    /// Delivers a chunk that was passed, from the tier or on its way there. False when it is lost and the frame has
-    /// to be begun again for it; which a guess is not worth.
+    /// Delivers a passed chunk, from the tier or on its way there. False when it is lost and the frame has to
+    /// be begun again for it, which is not done for a guess.
     fn serve_passed(&self, wanted: &Wanted) -> bool {
         let (shared, chunk) = (self.shared, wanted.chunk);
         let passed = self.passed.iter().find(|(number, ..)| *number == chunk);
@@ -191,7 +192,7 @@ impl Pass<'_> {
         if let Some(wanted) = shared.serials.remove(self.first, chunk)
             && !self.is_for_nobody(&wanted)
         {
-            // A worker reads it; if it turns out to be damaged there, it comes back and is lost.
+            // A decode thread reads it; if it turns out to be damaged there, it comes back and is lost.
             let Wanted { blob, chunk, class, tries } = wanted;
             let class = class.min(Class::Prefetch);
             let job = Job { blob, chunk, class, tries, input: Input::Near };
@@ -203,7 +204,7 @@ impl Pass<'_> {
         true
     }
 
-    /// Takes a chunk off the list that was asked for ahead of time; not if somebody waits for it by now.
+    /// Takes a chunk that was wanted ahead of time off the list; not if it has a waiter by now.
     fn drop_guess(&self, chunk: u32) -> bool {
         let serials = &self.shared.serials;
         // Off the list first: once the load has ended, the next reader puts it there again.
@@ -218,12 +219,12 @@ impl Pass<'_> {
         false
     }
 
-    /// Ends the wait of the background fill for a chunk that the tier has, unless somebody waits for it by now.
+    /// Ends the background fill's load of a chunk that the tier has, unless it has a waiter by now.
     fn is_for_nobody(&self, wanted: &Wanted) -> bool {
         wanted.class == Class::Fill && self.shared.abandon(wanted.key())
     }
 
-    /// What nobody waits for stands back while somebody waits for anything.
+    /// Waits while there is demand, if no chunk of this frame has a waiter.
     fn hold_back(&self, orders: &Orders) {
         let serials = &self.shared.serials;
         if orders.class == Class::Fill && !self.shared.pace.is_quiet() {
@@ -231,7 +232,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Decodes the next chunk, and gives it to everyone who should have it.
+    /// Decodes the next chunk, and gives it to its waiters and its tier.
     fn produce(&mut self, goal: u32, orders: &Orders) -> Result<(), Arc<ChunkError>> {
         let (shared, blob, chunk) = (self.shared, self.blob, self.at);
         let encoded = self.feed.next(shared, blob, chunk, goal, orders.class)?;
@@ -273,7 +274,7 @@ impl Pass<'_> {
             }
             shared.filled(len);
         }
-        // Somebody may have come while it was decoded.
+        // A waiter may have come during the decoding.
         if shared.serials.remove(self.first, chunk).is_some() {
             shared.deliver(key, Ok(bytes));
         }
@@ -283,7 +284,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Why the next chunk is decoded, and the memory for it.
+    /// The reason to decode the next chunk, and the memory for it.
     fn purpose(&self, wanted: Option<&Wanted>) -> (Purpose, Box<dyn Room>) {
         let (shared, blob, chunk) = (self.shared, self.blob, self.at);
         let len = blob.source().room(chunk);
@@ -327,7 +328,7 @@ impl Pass<'_> {
     fn keep(&mut self, chunk: u32, encoded: EncodedChunk, bytes: &Arc<ChunkBytes>, wanted: bool) {
         let source = self.blob.source();
         match self.blob.stored().target() {
-            // What does not fit whole keeps what somebody wants, and not what is on the way.
+            // A tier that cannot hold the whole frame keeps chunks with waiters, not those on the way.
             Some((Kind::Decoded, stored)) if wanted || self.keeps_all() => {
                 self.wait_for_disk(stored, bytes.len() as u64);
                 let Some(span) = source.span(chunk) else { return };
@@ -348,7 +349,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Lets the disk keep up; not for long while somebody waits for what comes behind.
+    /// Waits for the disk; not for long while a later chunk has a waiter.
     fn wait_for_disk(&self, stored: &Stored, len: u64) {
         let begun = Instant::now();
         let serials = &self.shared.serials;
@@ -360,7 +361,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Forgets what has reached the tier, or never will; without one, all but the last few.
+    /// Forgets passed chunks that have reached the tier, or never will; without a tier, all but the last few.
     fn forget_passed(&mut self) {
         if let Some(stored) = &self.blob.stored().decoded {
             self.passed
@@ -375,7 +376,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Waits for somebody who goes on. False when nobody came, and the frame was given up.
+    /// Waits for a reader that continues. False when none came, and the frame was given up.
     fn park(&mut self) -> bool {
         let at_end = self.at == self.chunks.end;
         if at_end {
