@@ -135,6 +135,20 @@ pub enum DaemonError {
         #[source]
         source: io::Error,
     },
+    /// The run directory takes no socket: its filesystem is a share that holds none, or its path is too long for one.
+    #[error(
+        "Cannot {what} {socket} (TURBOBD_RUN_DIR names another run directory: take a short path on a local filesystem)",
+        socket = socket.display()
+    )]
+    Socket {
+        /// What was tried.
+        what: &'static str,
+        /// The path of the socket.
+        socket: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
     /// Two daemons cannot share a run directory.
     #[error("Another daemon serves {dir}: ask it, or stop it (turbobd daemon --stop)", dir = .0.display())]
     Running(PathBuf),

@@ -28,7 +28,7 @@ impl Client {
     /// The daemon of `run_dir`, or `None` if there is none.
     ///
     /// # Errors
-    /// [`DaemonError::Version`]; [`DaemonError::Step`] if there is one that cannot be reached.
+    /// [`DaemonError::Version`]; [`DaemonError::Socket`] if there is one that cannot be reached, or can be none.
     pub fn connect(run_dir: &Path) -> Result<Option<Self>, DaemonError> {
         let path = socket(run_dir);
         let stream = match UnixStream::connect(&path) {
@@ -39,7 +39,9 @@ impl Client {
             {
                 return Ok(None);
             }
-            Err(error) => return Err(step("connect to", path)(error)),
+            Err(source) => {
+                return Err(DaemonError::Socket { what: "connect to", socket: path, source });
+            }
         };
         let mut connection = Connection::new(stream, path.clone());
         // An ending daemon closes without an answer: as good as none.

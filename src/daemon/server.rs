@@ -51,7 +51,7 @@ pub struct DaemonOptions {
 /// the mount namespace that it enters is the calling thread's and its later children's.
 ///
 /// # Errors
-/// [`DaemonError::Running`]; [`DaemonError::Step`] when it cannot set up.
+/// [`DaemonError::Running`]; [`DaemonError::Socket`] and [`DaemonError::Step`] when it cannot set up.
 pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), DaemonError> {
     let run_dir = &options.run_dir;
     enter_namespace()?;
@@ -74,7 +74,11 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
     let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let listener = UnixListener::bind(&path);
     rustix::process::umask(mask);
-    let listener = listener.map_err(step("listen on", &path))?;
+    let listener = listener.map_err(|source| DaemonError::Socket {
+        what: "listen on",
+        socket: path.clone(),
+        source,
+    })?;
     let server = Arc::new(Server {
         table: Table::new(run_dir.clone(), opener, options.reads),
         path,
