@@ -403,6 +403,19 @@ fn stop_removes_what_nobody_uses() {
     host.assert_clean(0);
 }
 
+#[test]
+fn a_run_directory_that_takes_no_socket_is_named_with_what_to_do() {
+    let (host, images) = (Host::new(), Images::converted());
+    let long = host.dir.at(&"long".repeat(30));
+    let name = images.name("turbo");
+    let cases = [&["daemon"][..], &["ls"], &["attach", &name, "--frontend", "loop"]];
+    for args in cases {
+        let ended = end(host.turbobd(args).env("TURBOBD_RUN_DIR", &long));
+        let socket = long.join("turbobd.sock").display().to_string();
+        image::is_refusal(&ended, args, &[&socket, "TURBOBD_RUN_DIR", "path must be shorter"]);
+    }
+}
+
 /// A process that is ended when dropped.
 struct Running(Child);
 

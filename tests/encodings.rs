@@ -9,6 +9,7 @@
 
 mod image;
 mod registry_double;
+mod run_dir;
 mod serve;
 
 use std::fs::{self, File};
@@ -34,6 +35,7 @@ use image::{
 use registry::store::{self, ImageStore};
 use registry::{Client, ClientOptions};
 use registry_double::{Double, Fault};
+use run_dir::RunDir;
 use serde_json::Value;
 use serve::serve;
 
@@ -646,22 +648,17 @@ fn a_chunk_of_a_long_frame_loads_alone_by_decoding_what_is_before_it() {
 
 #[test]
 fn a_single_frame_image_attaches_and_its_files_are_read() {
-    let (images, store) = (Images::new(), folder());
+    let (images, host) = (Images::new(), RunDir::new());
     images.add("latest", &[(OCI_ZSTD, zstd(&lower())), (OCI_TAR, upper())]);
-    let place = store.path().join("mnt");
-    fs::create_dir(&place).unwrap();
-    let host = || {
-        let mut command = turbobd();
-        command.env("TURBOBD_RUN_DIR", store.path().join("run"));
-        command
-    };
-    let mut attach = host();
-    attach.args(["attach", &images.name("latest"), "--frontend", "loop", "--mount"]).arg(&place);
-    let ended = end(attach.arg("--meta-dir").arg(store.path().join("meta")));
+    let place = host.mnt();
+    let mut attach =
+        host.turbobd(&["attach", &images.name("latest"), "--frontend", "loop", "--mount"]);
+    attach.arg(&place);
+    let ended = end(attach.arg("--meta-dir").arg(host.at("meta")));
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let (first, big) = (fs::read(place.join("etc/first")), fs::read(place.join("big")));
-    let explained = end(host().arg("explain").arg(&place).arg("big"));
-    let detached = end(host().arg("detach").arg(&place));
+    let explained = end(host.turbobd(&["explain"]).arg(&place).arg("big"));
+    let detached = end(host.turbobd(&["detach"]).arg(&place));
     assert_eq!(detached.code, Some(0), "{}", detached.stderr);
     assert_eq!(first.unwrap(), b"second\n");
     assert_eq!(Digest::of(&big.unwrap()), Digest::of(&prose(1, 5 << 20)));
@@ -726,22 +723,21 @@ fn a_device_config_finds_the_sidecar_where_the_snapshotter_unpacks_it() {
 
 #[test]
 fn attach_warns_of_a_frame_that_no_tier_holds_and_says_what_helps() {
-    let (images, host) = (Images::new(), folder());
+    let (images, host) = (Images::new(), RunDir::new());
     images.add("latest", &[(OCI_ZSTD, zstd(&lower()))]);
     images.convert(&[]);
-    let with_tier = host.path().join("service.json");
+    let with_tier = host.at("service.json");
     let config = serde_json::json!({
-        "gzipCacheConfig": {"enable": true, "cacheDir": host.path().join("cache"), "cacheSizeGB": 1},
+        "gzipCacheConfig": {"enable": true, "cacheDir": host.at("cache"), "cacheSizeGB": 1},
         "turbobd": {"traces": {"enable": false}},
     });
     fs::write(&with_tier, config.to_string()).unwrap();
     for has_tier in [false, true] {
-        let mut attach = turbobd();
-        attach.env("TURBOBD_RUN_DIR", host.path().join("run"));
+        let name = images.name("turbo");
+        let mut attach = host.turbobd(&["attach", &name, "--frontend", "loop", "--foreground"]);
         if has_tier {
             attach.env("TURBOBD_SERVICE_CONFIG", &with_tier);
         }
-        attach.args(["attach", &images.name("turbo"), "--frontend", "loop", "--foreground"]);
         let mut server = attach.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         let mut stdout = BufReader::new(server.stdout.take().unwrap());

@@ -48,7 +48,7 @@ fn an_image_attached_over_ublk_shows_the_same_tree() {
 
     let output = host::output(
         host::script("vm")
-            .args(["--timeout", "300", "--"])
+            .args(["--timeout", "1800", "--"])
             .arg(std::env::current_exe().unwrap())
             .args(["--exact", "in_the_guest", "--nocapture"])
             .env(WORK, work.path()),

@@ -4,6 +4,7 @@
 
 mod image;
 mod registry_double;
+mod run_dir;
 mod serve;
 
 use std::fs;
@@ -11,6 +12,7 @@ use std::path::Path;
 
 use image::{Images, OCI_GZIP, OCI_TAR, done, end, gzip, lower, prose, refused, turbobd, upper};
 use registry_double::Double;
+use run_dir::RunDir;
 use serve::serve;
 
 /// Runs `export --digest` with a local store; returns its output and its log.
@@ -99,21 +101,15 @@ fn a_store_that_cannot_be_written_is_named_with_the_remedy() {
 
 #[test]
 fn a_plain_image_attaches() {
-    let (images, store) = (Images::sample(), folder());
-    let place = store.path().join("mnt");
-    fs::create_dir(&place).unwrap();
-    let host = || {
-        let mut command = turbobd();
-        command.env("TURBOBD_RUN_DIR", store.path().join("run"));
-        command
-    };
-    let meta = store.path().join("meta");
-    let mut attach = host();
-    attach.args(["attach", &images.name("latest"), "--frontend", "loop", "--mount"]).arg(&place);
+    let (images, host) = (Images::sample(), RunDir::new());
+    let (place, meta) = (host.mnt(), host.at("meta"));
+    let mut attach =
+        host.turbobd(&["attach", &images.name("latest"), "--frontend", "loop", "--mount"]);
+    attach.arg(&place);
     let ended = end(attach.arg("--meta-dir").arg(&meta));
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let read = fs::read(place.join("etc/first"));
-    let detached = end(host().arg("detach").arg(&place));
+    let detached = end(host.turbobd(&["detach"]).arg(&place));
     assert_eq!(detached.code, Some(0), "{}", detached.stderr);
     assert_eq!(read.unwrap(), b"second\n");
     assert!(meta.join("index.json").exists());

@@ -36,7 +36,7 @@ impl Client {
     /// Connects to the daemon of `run_dir`; `None` if there is none.
     ///
     /// # Errors
-    /// [`ClientError::Version`]; [`ClientError::Step`] if there is one that cannot be reached.
+    /// [`ClientError::Version`]; [`ClientError::Socket`] if there is one that cannot be reached, or can be none.
     pub fn connect(run_dir: &Path) -> Result<Option<Self>, ClientError> {
         let path = socket(run_dir);
         let stream = match UnixStream::connect(&path) {
@@ -47,7 +47,9 @@ impl Client {
             {
                 return Ok(None);
             }
-            Err(error) => return Err(step("connect to", path)(error)),
+            Err(source) => {
+                return Err(ClientError::Socket { what: "connect to", socket: path, source });
+            }
         };
         let mut connection = Connection::new(stream, path.clone());
         // An ending daemon closes without an answer: it counts as none.
@@ -75,9 +77,9 @@ impl Client {
     /// become one (`turbobd daemon --auto`, with [`DaemonOptions::auto`](super::DaemonOptions)). Its standard
     /// error goes to `turbobd.log` in `run_dir`.
     ///
-    /// Returns the errors of [`connect`](Self::connect), and [`DaemonError::NotStarted`] with the end of the
+    /// Returns the errors of [`connect`](Self::connect), and [`ClientError::NotStarted`] with the end of the
     /// log.
-    /// As [`connect`](Self::connect), and [`DaemonError::NotStarted`] with the end of the log.
+    /// As [`connect`](Self::connect), and [`ClientError::NotStarted`] with the end of the log.
     pub fn connect_or_spawn(
         run_dir: &Path,
         command: impl Fn() -> Command,
@@ -223,7 +225,7 @@ impl Client {
     /// Begins a recording of the reads of the device that `what` names.
     ///
     /// # Errors
-    /// Returns the errors of [`find`]; [`DaemonError::Recording`] when it cannot be recorded.
+    /// Returns the errors of [`find`]; [`ClientError::Recording`] when it cannot be recorded.
     pub fn begin_trace(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
         self.done(&Request::BeginTrace { id: record.id })?;
@@ -245,7 +247,7 @@ impl Client {
     /// sees it mounted, and removes it.
     ///
     /// # Errors
-    /// Returns the errors of [`find`]; [`DaemonError::Busy`]; the daemon's error.
+    /// Returns the errors of [`find`]; [`ClientError::Busy`]; the daemon's error.
     pub fn detach(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
         for place in mounts::mounted_from(&record.device)?.iter().rev() {

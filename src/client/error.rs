@@ -94,6 +94,20 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// The run directory takes no socket: its filesystem is a share that holds none, or its path is too long for one.
+    #[error(
+        "Cannot {what} {socket} (TURBOBD_RUN_DIR names another run directory: take a short path on a local filesystem)",
+        socket = socket.display()
+    )]
+    Socket {
+        /// Step that was tried.
+        what: &'static str,
+        /// Path of the socket.
+        socket: PathBuf,
+        /// Answer of the system.
+        #[source]
+        source: io::Error,
+    },
     /// A started daemon ended before it was ready.
     #[error("The daemon ended at its start; its log {log} says: {tail}", log = log.display())]
     NotStarted {
@@ -149,7 +163,7 @@ impl ClientError {
     #[must_use]
     pub fn code(&self) -> Code {
         match self {
-            Self::Step { source, .. } => code_of_io(source),
+            Self::Step { source, .. } | Self::Socket { source, .. } => code_of_io(source),
             Self::NotStarted { .. } | Self::NoAnswer(_) => Code::Unavailable,
             Self::Version { .. } => Code::Unsupported,
             Self::Protocol { .. } => Code::Internal,

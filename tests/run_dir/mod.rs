@@ -10,9 +10,10 @@ use std::process::{Command, Stdio};
 pub struct RunDir(tempfile::TempDir);
 
 impl RunDir {
-    /// In the build's folder.
+    /// In the system's folder for temporary files. In a guest of `scripts/vm` the build's folder is a share of the
+    /// host's, where QEMU opens no socket; and its path may be too long for one.
     pub fn new() -> Self {
-        Self::of(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+        Self::of(tempfile::tempdir().unwrap())
     }
 
     /// Uses an existing folder.

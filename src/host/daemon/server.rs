@@ -22,8 +22,8 @@ use super::{HostError, ImageOpener, ReadPolicy, snapshots};
 use crate::endpoint::Endpoint;
 use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
 use crate::metrics::{Page, Process, names};
-use client::Connection;
 use client::protocol::{DeviceRecord, OLDEST_VERSION, READY, Reply, Request, VERSION, socket};
+use client::{ClientError, Connection};
 use source::failure::with_causes;
 
 /// Time that a daemon started by a client outlives its last device and connection: long enough for a script
@@ -50,7 +50,7 @@ pub struct DaemonOptions {
 /// mount namespace that it enters is that of the calling thread and its later children.
 ///
 /// # Errors
-/// [`HostError::Running`]; [`HostError::Step`] when it cannot set up.
+/// [`HostError::Running`]; [`HostError::Socket`] and [`HostError::Step`] when it cannot set up.
 pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), HostError> {
     let run_dir = &options.run_dir;
     enter_namespace()?;
@@ -73,7 +73,11 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
     let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let listener = UnixListener::bind(&path);
     rustix::process::umask(mask);
-    let listener = listener.map_err(step("listen on", &path))?;
+    let listener = listener.map_err(|source| ClientError::Socket {
+        what: "listen on",
+        socket: path.clone(),
+        source,
+    })?;
     let server = Arc::new(Server {
         table: Table::new(run_dir.clone(), opener, options.reads),
         path,
