@@ -552,7 +552,7 @@ fn several_long_frames_are_decoded_at_the_same_time_each_once() {
 
 #[test]
 fn frames_of_the_largest_windows_wait_for_each_others_memory_and_are_all_read() {
-    // Three of 128 MiB, of which two fit.
+    // Three of 128 MiB; two of them fit.
     let served = Served::new(OCI_ZSTD, long_frames(&tar(), 27));
     let disk = served.open_in(Tiers::default(), 64 << 20);
     let order = chunks(&disk);

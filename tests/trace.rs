@@ -178,7 +178,7 @@ fn a_command_in_an_image_a_device_and_what_was_recorded() {
     fs::write(&out, b"turbotrc\x09\0").unwrap();
     host.refused(&["trace", "show", &out], &[&out, "ends within its head"]);
     fs::write(&out, b"hello").unwrap();
-    host.refused(&["trace", "show", &out], &[&out, "no trace"]);
+    host.refused(&["trace", "show", &out], &[&out, "not a trace"]);
 }
 
 /// The image of two native layers that upstream built, with an acceleration layer on top if there is one.
@@ -404,7 +404,7 @@ fn what_is_no_trace_of_the_image_is_not_published() {
     };
     refused(&name, &["some.trace", "No such file"]);
     fs::write(&file, b"hello").unwrap();
-    refused(&name, &["some.trace", "no trace"]);
+    refused(&name, &["some.trace", "not a trace"]);
     fs::write(&file, Trace::default().to_bytes()).unwrap();
     refused(&name, &["None of the 0 pieces", &name]);
     let other = formats::trace::Touch { blob: 0, start: 0, len: 1, at: 0, weight: 1 };
