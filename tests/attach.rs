@@ -2,14 +2,10 @@
 //!
 //! By the loop front end, which every machine has; `frontends.rs` tests the same of ublk.
 
-mod block;
-mod host;
-mod image;
-mod listing;
-mod registry_double;
-mod run_dir;
-mod serve;
-
+use crate::block;
+use crate::image;
+use crate::listing;
+use crate::machine;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
@@ -18,13 +14,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use crate::image::{Ended, Images, OCI_GZIP, done, end, gzip, noise, prose, tar_of};
+use crate::machine::Mounted;
+use crate::registry_double::{Double, Fault};
+use crate::run_dir::RunDir;
+use crate::serve::serve;
 use formats::oci::Digest;
-use host::Mounted;
-use image::{Ended, Images, OCI_GZIP, done, end, gzip, noise, prose, tar_of};
-use registry_double::{Double, Fault};
-use run_dir::RunDir;
 use serde_json::Value;
-use serve::serve;
 
 /// A run directory of this test, and all processes that serve out of it: ended when dropped.
 ///
@@ -44,7 +40,7 @@ fn diskseq(device: &str) -> String {
 
 impl Host {
     fn new() -> Self {
-        host::need_root();
+        machine::need_root();
         let turn = block::alone();
         Self { dir: RunDir::new(), devices: Mutex::default(), _turn: turn }
     }

@@ -3,21 +3,18 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod image;
-mod registry_double;
-mod serve;
-
+use crate::image;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use formats::oci::Digest;
-use image::{
+use crate::image::{
     Images, OCI_CONFIG, OCI_GZIP, OCI_INDEX, OCI_MANIFEST, config_of, done, end, gunzip, gzip,
     is_refusal, lower, members_of, noise, refused, tar_of, turbobd, upper,
 };
-use registry_double::{Access, Double, Fault};
+use crate::registry_double::{Access, Double, Fault};
+use crate::serve::serve;
+use formats::oci::Digest;
 use serde_json::{Value, json};
-use serve::serve;
 
 /// Converts `latest`, which must be refused and change nothing in the layout.
 #[track_caller]

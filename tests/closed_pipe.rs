@@ -3,12 +3,11 @@
 //! The command does not panic and prints no complaint, and its status is the same as with all output read.
 //! Any other obstacle to its output is a failure in one sentence.
 
-mod image;
-
+use crate::image;
 use std::fs::File;
 use std::process::{Command, Stdio};
 
-use image::{Ended, Images, end, turbobd};
+use crate::image::{Ended, Images, end, turbobd};
 
 /// A pipe without a reader.
 fn nobody() -> std::io::PipeWriter {

@@ -3,18 +3,16 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod host;
-mod image;
-
+use crate::machine;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
 
+use crate::image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of, turbobd};
 use disk::writable::{WritableFiles, WritableLayer};
 use formats::lsmt::Identity;
 use formats::units::Bytes;
-use image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of, turbobd};
 use serde_json::json;
 
 const DISK: u64 = 1 << 30;
@@ -39,15 +37,15 @@ fn base() -> Images {
 fn change(image: &str, raw: &Path, upper: &Path) {
     done(&["export", image, "-o", raw.to_str().unwrap()]);
     let before = raw.with_extension("before");
-    host::run(Command::new("cp").arg("--sparse=always").arg(raw).arg(&before));
+    machine::run(Command::new("cp").arg("--sparse=always").arg(raw).arg(&before));
     let dir = tempfile::tempdir().unwrap();
-    host::run(Command::new("mount").args(["-o", "loop,rw"]).arg(raw).arg(dir.path()));
+    machine::run(Command::new("mount").args(["-o", "loop,rw"]).arg(raw).arg(dir.path()));
     fs::write(dir.path().join("etc/name"), "new\n").unwrap();
     fs::write(dir.path().join("etc/more"), noise(2, 70_000)).unwrap();
     fs::remove_file(dir.path().join("data")).unwrap();
     fs::write(dir.path().join("zeros"), vec![0; 200_000]).unwrap();
-    host::run(Command::new("umount").arg(dir.path()));
-    host::run(Command::new("e2fsck").arg("-fn").arg(raw));
+    machine::run(Command::new("umount").arg(dir.path()));
+    machine::run(Command::new("e2fsck").arg("-fn").arg(raw));
 
     let mut layer =
         WritableLayer::create(&WritableFiles::in_dir(upper), Bytes(DISK), Identity::default())
@@ -98,7 +96,7 @@ fn content_of_raw(raw: &Path, work: &Path) -> String {
 
 #[test]
 fn a_committed_layer_on_top_of_its_image_is_the_disk_that_was_written() {
-    host::need_root();
+    machine::need_root();
     for form in ["obd", "turbo"] {
         let images = base();
         let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -157,7 +155,7 @@ fn a_layer_goes_to_a_file_that_is_not_replaced_by_accident() {
     let again = fs::read(out).unwrap();
     assert_ne!(again, bytes);
     // GNU tar sees one member.
-    let listed = host::run(Command::new("tar").arg("-tf").arg(out));
+    let listed = machine::run(Command::new("tar").arg("-tf").arg(out));
     assert_eq!(listed, "overlaybd.commit");
     let wrong = end(turbobd().args(["commit", upper, "-o", out, "--uuid", "x"]));
     assert_eq!(wrong.code, Some(2));

@@ -1,16 +1,15 @@
 //! Comparison with an independent oracle: containerd unpacks the same image into overlayfs, and its tree must
 //! equal the tree of the converted image mounted by the kernel.
 
-mod host;
-mod listing;
-
+use crate::listing;
+use crate::machine;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use host::{Mounted, layout, run, turbobd};
-use listing::{differences, list};
+use crate::listing::{differences, list};
+use crate::machine::{Mounted, layout, run, turbobd};
 
 /// A containerd of this test, with all its state in one directory.
 struct Containerd {
@@ -129,7 +128,7 @@ fn generated_layers(work: &Path) -> PathBuf {
 
 #[test]
 fn a_mounted_image_shows_what_containerd_shows() {
-    host::need_root();
+    machine::need_root();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let layers = generated_layers(work.path());
     let containerd = Containerd::start();
@@ -150,7 +149,7 @@ fn a_mounted_image_shows_what_containerd_shows() {
 /// The image that `scripts/demo` creates: a real Debian root and a layer of whiteouts.
 #[test]
 fn a_debian_root_shows_what_containerd_shows() {
-    host::need_root();
+    machine::need_root();
     let demo =
         std::env::var_os("TURBOBD_DEMO_DIR").map_or("/var/tmp/turbobd-demo".into(), PathBuf::from);
     let layers = [demo.join("lower.tar.gz"), demo.join("upper.tar.gz")];
@@ -166,7 +165,7 @@ fn a_debian_root_shows_what_containerd_shows() {
 
 #[test]
 fn a_hard_link_into_a_lower_layer_shares_its_inode_and_sets_its_attributes() {
-    host::need_root();
+    machine::need_root();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let layers = generated_layers(work.path());
     let repository = layout(

@@ -7,26 +7,22 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod host;
-mod image;
-mod listing;
-
+use crate::image;
 use std::collections::BTreeSet;
 use std::env;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
+use crate::image::{Images, OCI_GZIP, done, gzip, lower, refused, tar_of, upper};
+use crate::listing::{differences, list};
+use crate::machine::{Mounted, need_root, output, run};
 use convert::apply::LayerApply;
 use formats::ext4::{Image, ReadError, Run, Tree, read};
 use formats::oci::Digest;
 use formats::tar::{Event, Parser};
 use formats::units::Sectors;
-use host::{Mounted, need_root, output, run};
-use image::{Images, OCI_GZIP, done, gzip, lower, refused, tar_of, upper};
-use listing::{differences, list};
 use serde_json::{Value, json};
 use source::{ByteSource, SourceError};
 

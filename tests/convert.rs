@@ -2,27 +2,22 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod image;
-#[path = "registry_double/real.rs"]
-mod real;
-mod registry_double;
-mod serve;
-
+use crate::registry_double::real;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use formats::oci::{Digest, RepositoryName};
-use image::{
+use crate::image::{
     Images, OCI_CONFIG, OCI_GZIP, OCI_INDEX, OCI_MANIFEST, OCI_TAR, config_of, done, end, gunzip,
     gzip, host_architecture, lower, members_of, prose, refused, tar_of, turbobd, upper,
 };
+use crate::registry_double::{Access, Double, Fault};
+use crate::serve::serve;
+use formats::oci::{Digest, RepositoryName};
 use registry::store;
 use registry::{Client, ClientOptions};
-use registry_double::{Access, Double, Fault};
 use serde_json::{Value, json};
-use serve::serve;
 use sha2::{Digest as _, Sha256};
 
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";

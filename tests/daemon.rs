@@ -2,14 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod block;
-
+use crate::block;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use block::{MIB, alone, content, loop_here, mounts, open, read, soon, sys_block, ublk_here};
+use crate::block::{
+    MIB, alone, content, loop_here, mounts, open, read, soon, sys_block, ublk_here,
+};
 use client::protocol::DeviceState;
 use client::{Client, ClientError, Code, DeviceRecord, DeviceSpec, Frontend, ImageSpec};
 use disk::volume::MemoryVolume;
@@ -244,5 +245,5 @@ fn ublk_or_loop_a_killed_daemon_leaves_no_device_and_no_mount() {
 #[test]
 fn daemon_in_a_guest() {
     let _alone = alone();
-    block::in_a_guest_with_ublk(&["ublk_or_loop_"], 4);
+    block::in_a_guest_with_ublk(module_path!(), &["ublk_or_loop_"], 4);
 }

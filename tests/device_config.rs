@@ -5,36 +5,29 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod block;
-mod erofs;
-#[path = "checker/field.rs"]
-#[allow(dead_code, unreachable_pub)]
-mod field;
-mod image;
-mod registry_double;
-mod run_dir;
-mod serve;
-#[path = "checker/writer.rs"]
-#[allow(dead_code, unreachable_pub)]
-mod writer;
-
+use crate::block;
+use crate::checker::field;
+use crate::erofs;
+use crate::image;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::checker::writer::{
+    NOBODY, Way, ZFileOptions, entry, layer, wrap_pax, wrap_ustar, zfile,
+};
+use crate::image::{
+    Images, OCI_GZIP, OCI_TAR, done, end, gzip, is_refusal, noise, refused, tar_of, turbobd,
+};
+use crate::registry_double::{Access, Double};
+use crate::run_dir::RunDir;
+use crate::serve::serve;
 use blobs::cache::Cache;
 use disk::config::{self, Purpose};
 use disk::image::IndexedTargets;
 use formats::oci::Digest;
-use image::{
-    Images, OCI_GZIP, OCI_TAR, done, end, gzip, is_refusal, noise, refused, tar_of, turbobd,
-};
-use registry_double::{Access, Double};
-use run_dir::RunDir;
 use serde_json::{Value, json};
-use serve::serve;
 use sha2::{Digest as _, Sha256};
-use writer::{NOBODY, Way, ZFileOptions, entry, layer, wrap_pax, wrap_ustar, zfile};
 
 const MIB: u64 = 1 << 20;
 
@@ -563,7 +556,7 @@ fn kernel_has_erofs() -> bool {
 
 #[test]
 fn erofs_is_mounted_in_a_guest() {
-    block::in_a_guest(kernel_has_erofs(), &["erofs_metadata"], 1);
+    block::in_a_guest(kernel_has_erofs(), module_path!(), &["erofs_metadata"], 1);
 }
 
 /// Mounts an erofs image by way of a loop device, and reads `hello`.

@@ -7,11 +7,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod image;
-mod registry_double;
-mod run_dir;
-mod serve;
-
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::FileExt as _;
@@ -21,6 +16,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::image::{
+    Images, OCI_GZIP, OCI_TAR, chunks, done, end, gunzip, gzip, lower, members_of, noise, prose,
+    refused, tar_of, turbobd, upper,
+};
+use crate::registry_double::{Double, Fault};
+use crate::run_dir::RunDir;
+use crate::serve::serve;
 use blobs::cache::{Cache, CacheOptions};
 use blobs::fetch::{FetchOptions, FillOptions};
 use blobs::tier::{Kind, Tier, TierOptions, Tiers};
@@ -28,16 +30,9 @@ use disk::Disk;
 use disk::image::{host_manifest, open_image};
 use disk::volume::Volume as _;
 use formats::oci::Digest;
-use image::{
-    Images, OCI_GZIP, OCI_TAR, chunks, done, end, gunzip, gzip, lower, members_of, noise, prose,
-    refused, tar_of, turbobd, upper,
-};
 use registry::store::{self, ImageStore};
 use registry::{Client, ClientOptions};
-use registry_double::{Double, Fault};
-use run_dir::RunDir;
 use serde_json::Value;
-use serve::serve;
 
 const OCI_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 const MIB: usize = 1 << 20;

@@ -1,10 +1,7 @@
 //! Faults of a registry while a disk is read: no wrong byte, no reader that waits because of another's fault,
 //! a number and a reason for each.
 
-mod image;
-mod registry_double;
-mod serve;
-
+use crate::image;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,17 +9,17 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::image::{Images, OCI_GZIP, chunks, gzip, prose, tar_of};
+use crate::registry_double::{Double, Fault};
+use crate::serve::serve;
 use blobs::cache::Cache;
 use disk::Disk;
 use disk::explain::{Held, What};
 use disk::image::{host_manifest, open_image};
 use disk::volume::{Volume as _, VolumeError};
 use host::daemon::{DiskView, ImageView};
-use image::{Images, OCI_GZIP, chunks, gzip, prose, tar_of};
 use registry::store::{self, ImageStore};
 use registry::{Client, ClientOptions, RetryPolicy, Timeouts};
-use registry_double::{Double, Fault};
-use serve::serve;
 use source::chunk::ChunkError;
 
 const MIB: usize = 1 << 20;

@@ -6,20 +6,18 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod checker;
-mod image;
-
+use crate::image;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use checker::Report;
-use checker::image::{check_config, check_manifest};
-use checker::stack::content;
-use image::{Images, OCI_GZIP, OCI_TAR, done};
+use crate::checker::Report;
+use crate::checker::image::{check_config, check_manifest};
+use crate::checker::stack::content;
+use crate::image::{Images, OCI_GZIP, OCI_TAR, done};
 use serde_json::Value;
 
-fn interop() -> PathBuf {
+pub(crate) fn interop() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop")
 }
 

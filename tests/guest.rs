@@ -5,15 +5,13 @@
 //! inside `scripts/vm`. If no guest is available it prints that and passes, or fails with `TURBOBD_GUEST=1`,
 //! which `scripts/test` sets.
 
-mod host;
-mod listing;
-
+use crate::machine;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use host::{Mounted, layout, run, turbobd};
-use listing::list;
+use crate::listing::list;
+use crate::machine::{Mounted, layout, run, turbobd};
 
 /// Folder of the image and the expected listing, left by the host.
 const WORK: &str = "TURBOBD_GUEST_WORK";
@@ -32,7 +30,7 @@ fn lines(root: &Path) -> String {
 
 #[test]
 fn an_image_attached_over_ublk_shows_the_same_tree() {
-    host::need_root();
+    machine::need_root();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let layers = work.path().join("layers");
     let generator = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/gen_layers.py");
@@ -46,8 +44,8 @@ fn an_image_attached_over_ublk_shows_the_same_tree() {
     fs::write(work.path().join("expected"), lines(mounted.path())).unwrap();
     drop(mounted);
 
-    let output = host::output(
-        host::script("vm")
+    let output = machine::output(
+        machine::script("vm")
             .args(["--timeout", "1800", "--"])
             .arg(std::env::current_exe().unwrap())
             .args(["--exact", "in_the_guest", "--nocapture"])

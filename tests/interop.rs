@@ -10,12 +10,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod block;
-mod host;
-mod image;
-mod listing;
-mod run_dir;
-
+use crate::block;
+use crate::image;
+use crate::listing;
+use crate::machine;
 use std::env;
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -23,14 +21,14 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::machine::Mounted;
+use crate::run_dir::RunDir;
 use blobs::cache::Cache;
 use disk::config::{self, TargetOpener};
 use disk::digest::{content_digest, export_raw};
 use disk::volume::Volume as _;
 use disk::{Disk, DiskError};
 use flate2::read::MultiGzDecoder;
-use host::Mounted;
-use run_dir::RunDir;
 use rustix::fs::SeekFrom;
 use sha2::{Digest as _, Sha256};
 use source::chunk::{ChunkSource, PlainChunks};
@@ -155,7 +153,7 @@ impl Attached {
     /// Attaches and mounts with the commands of a user.
     fn new(config: &Path, frontend: &str) -> Self {
         let host = RunDir::new();
-        let line = host::run(
+        let line = machine::run(
             host.turbobd(&["attach", "--frontend", frontend, "--config"])
                 .arg(config)
                 .arg("--mount")
@@ -171,21 +169,23 @@ impl Attached {
     }
 
     fn detach(&self) {
-        host::run(self.0.turbobd(&["detach"]).arg(self.place()));
-        assert_eq!(host::run(&mut self.0.turbobd(&["ls", "--json"])), "[]");
+        machine::run(self.0.turbobd(&["detach"]).arg(self.place()));
+        assert_eq!(machine::run(&mut self.0.turbobd(&["ls", "--json"])), "[]");
     }
 }
 
 /// Attaches and mounts each case by this front end, and compares the whole tree with that of its raw file.
 fn every_disk_mounts(frontend: &str) {
-    host::need_root();
+    machine::need_root();
     let _alone = block::alone();
     with_each_case(|name, case| {
         // A filesystem that keeps holes: in a guest, the working directory is a filesystem of the host's.
         let work = tempfile::tempdir().unwrap();
         let (config, raw) = (work.path().join("config.v1.json"), work.path().join("raw"));
         fs::write(&config, config_of(case).unwrap().to_string()).unwrap();
-        host::run(image::turbobd().args(["export", "--config"]).arg(&config).arg("-o").arg(&raw));
+        machine::run(
+            image::turbobd().args(["export", "--config"]).arg(&config).arg("-o").arg(&raw),
+        );
         assert_eq!(digest_of_file(&raw), expected_of(case), "{name}");
 
         let attached = Attached::new(&config, frontend);
@@ -215,7 +215,7 @@ fn over_ublk_every_disk_of_upstream_mounts_as_the_tree_of_its_raw_file() {
 
 #[test]
 fn every_disk_of_upstream_mounts_in_a_guest_with_ublk() {
-    block::in_a_guest_with_ublk(&["over_ublk_"], 1);
+    block::in_a_guest_with_ublk(module_path!(), &["over_ublk_"], 1);
 }
 
 #[test]

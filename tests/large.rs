@@ -5,12 +5,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod image;
-
 use std::io::Write as _;
 use std::process::Command;
 
-use image::{Images, OCI_GZIP, done, gzip};
+use crate::image::{Images, OCI_GZIP, done, gzip};
 use serde_json::Value;
 
 const OCI_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";

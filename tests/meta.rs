@@ -1,17 +1,16 @@
 //! A plain image finds its meta image, and gets one when there is none.
 
-mod image;
-
+use crate::image;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::image::Images;
 use convert::meta::{Found, MetaError, MetaImage, MetaImages, Plain, is_plain};
 use convert::{ConvertOptions, Silent};
 use disk::image::host_manifest;
 use formats::oci::annotations::ARTIFACT_TYPE_TURBO;
 use formats::oci::manifest::media;
 use formats::oci::{Descriptor, Index, Manifest};
-use image::Images;
 use registry::store::{ImageStore, LayoutStore, Selector, StoredManifest};
 
 /// A layout, and a local store that is empty at first.

@@ -3,30 +3,25 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod host;
-mod image;
-mod listing;
-#[path = "registry_double/real.rs"]
-mod real;
-mod registry_double;
-mod serve;
-
+use crate::image;
+use crate::machine;
+use crate::registry_double::real;
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use formats::oci::{Digest, RepositoryName};
-use image::{
+use crate::image::{
     Images, OCI_CONFIG, OCI_GZIP, OCI_MANIFEST, OCI_TAR, done, gunzip, gzip, lower, noise, prose,
     refused, tar_of, upper,
 };
-use listing::{differences, list};
+use crate::listing::{differences, list};
+use crate::registry_double::Double;
+use crate::serve::serve;
+use formats::oci::{Digest, RepositoryName};
 use registry::store;
 use registry::{Client, ClientOptions};
-use registry_double::Double;
 use serde_json::{Value, json};
-use serve::serve;
 
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_TAR: &str = "application/vnd.docker.image.rootfs.diff.tar";
@@ -180,7 +175,7 @@ fn a_native_image_is_the_same_disk_as_the_turbo_image_and_clean_after_every_laye
     for count in 1..=3 {
         let raw = work.path().join(format!("raw{count}"));
         export_prefix(&images, "obd", count, &raw);
-        host::run(Command::new("e2fsck").arg("-fn").arg(&raw));
+        machine::run(Command::new("e2fsck").arg("-fn").arg(&raw));
     }
     // One format alone gives the same bytes as both together.
     let alone = Images::new();
@@ -230,8 +225,8 @@ fn the_kernel_shows_what_gnu_tar_unpacks() {
             native(&images, more);
             let raw = work.path().join("raw");
             done(&["export", &images.name("obd"), "-o", raw.to_str().unwrap()]);
-            host::run(Command::new("e2fsck").arg("-fn").arg(&raw));
-            let mounted = host::Mounted::ext4(&raw);
+            machine::run(Command::new("e2fsck").arg("-fn").arg(&raw));
+            let mounted = machine::Mounted::ext4(&raw);
             let (ours, theirs) = (list(mounted.path()), list(&files));
             let skip = |path: &str| path == "." || path == "lost+found";
             let found = differences(&ours, &theirs, &skip, &|_, _| false);

@@ -2,18 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod image;
-mod registry_double;
-mod run_dir;
-mod serve;
-
 use std::fs;
 use std::path::Path;
 
-use image::{Images, OCI_GZIP, OCI_TAR, done, end, gzip, lower, prose, refused, turbobd, upper};
-use registry_double::Double;
-use run_dir::RunDir;
-use serve::serve;
+use crate::image::{
+    Images, OCI_GZIP, OCI_TAR, done, end, gzip, lower, prose, refused, turbobd, upper,
+};
+use crate::registry_double::Double;
+use crate::run_dir::RunDir;
+use crate::serve::serve;
 
 /// Runs `export --digest` with a local store; returns its output and its log.
 fn export(name: &str, store: &Path, more: &[&str]) -> (String, String) {

@@ -2,14 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod host;
-mod registry_double;
-
-#[path = "registry_double/real.rs"]
-mod real;
-#[path = "registry_double/tls_front.rs"]
-mod tls_front;
-
+use crate::machine;
+use crate::registry_double::real;
+use crate::registry_double::tls_front;
 use std::error::Error as _;
 use std::io::{self, Cursor, Read, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -19,13 +14,13 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::registry_double::{Access, Double, Fault};
 use bytes::Bytes;
 use formats::oci::Digest;
 use registry::{
     Client, ClientCertificate, ClientOptions, Credential, Proxies, RegistryError, RemoteBlob,
     Repository, RetryPolicy, Timeouts,
 };
-use registry_double::{Access, Double, Fault};
 use source::{ByteSource as _, SourceError};
 
 const REPOSITORY: &str = "team/app";
@@ -790,13 +785,13 @@ fn read_head(stream: &mut TcpStream) -> io::Result<String> {
 
 /// Runs the program for an image that no registry has, with `file` as this machine's authorities.
 fn ask_for_nothing(image: &str, file: &Path, proxy: Option<&str>) -> String {
-    let mut asked = host::turbobd();
+    let mut asked = machine::turbobd();
     asked.args(["-v", "inspect", image]).env("SSL_CERT_FILE", file);
     for other in ["SSL_CERT_DIR", "https_proxy", "NO_PROXY", "no_proxy"] {
         asked.env_remove(other);
     }
     asked.envs(proxy.map(|proxy| ("HTTPS_PROXY", format!("http://{proxy}"))));
-    String::from_utf8(host::output(&mut asked).stderr).unwrap()
+    String::from_utf8(machine::output(&mut asked).stderr).unwrap()
 }
 
 #[test]

@@ -2,11 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod registry_double;
-
-#[path = "registry_double/tls_front.rs"]
-mod tls_front;
-
+use crate::registry_double::tls_front;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
@@ -15,13 +11,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::registry_double::{Access, Double, Fault};
 use formats::oci::Digest;
 use host::config::ServiceConfig;
 use host::images::Registries;
 use registry::{
     Client, ClientOptions, Credential, Network, Proxies, RemoteBlob, RetryPolicy, Timeouts,
 };
-use registry_double::{Access, Double, Fault};
 use source::{ByteSource as _, Class, OneBuffer, SourceError};
 
 const REPOSITORY: &str = "team/app";

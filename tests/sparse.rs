@@ -6,16 +6,14 @@
 //! libarchive and this program expect pieces without padding between them. GNU tar itself only writes pieces
 //! of whole blocks, for which both readings agree; for all others Python is the oracle.
 
-mod host;
-mod listing;
-
+use crate::machine;
 use std::fs::{self, File};
 use std::io::{Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use host::{Mounted, layout, run, turbobd};
-use listing::{differences, list};
+use crate::listing::{differences, list};
+use crate::machine::{Mounted, layout, run, turbobd};
 
 /// Converts one layer, and mounts the result.
 fn converted(work: &Path, tar: &[u8]) -> Mounted {
@@ -79,7 +77,7 @@ fn files_with_holes(work: &Path) -> PathBuf {
 
 #[test]
 fn files_with_holes_are_what_gnu_tar_unpacks() {
-    host::need_root();
+    machine::need_root();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let folder = files_with_holes(work.path());
     for (name, options) in [
@@ -210,7 +208,7 @@ impl Uneven {
 
 #[test]
 fn pieces_that_are_not_whole_sectors_are_what_python_unpacks() {
-    host::need_root();
+    machine::need_root();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let mut tar = tar::Builder::new(Vec::new());
     for file in &UNEVEN {
@@ -238,7 +236,7 @@ const MANY_PIECES: u64 = 10_000;
 
 #[test]
 fn a_file_of_more_than_8192_extents_is_whole() {
-    host::need_root();
+    machine::need_root();
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let folder = work.path().join("files");
     fs::create_dir(&folder).unwrap();

@@ -1,36 +1,30 @@
 //! Traces by the real program: recorded, learned, kept, replayed; and upstream's traces, read.
 
-mod block;
-mod host;
-mod image;
-#[path = "registry_double/real.rs"]
-mod real;
-mod registry_double;
-mod run_dir;
-mod serve;
-
+use crate::image;
+use crate::machine;
+use crate::registry_double::real;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::block::alone;
+use crate::image::{Ended, Images, OCI_GZIP, OCI_TAR, end, gzip, prose, tar_of};
+use crate::registry_double::Double;
+use crate::run_dir::RunDir;
+use crate::serve::serve;
 use blobs::trace::upstream;
-use block::alone;
 use formats::oci::Digest;
 use formats::trace::Trace;
-use image::{Ended, Images, OCI_GZIP, OCI_TAR, end, gzip, prose, tar_of};
-use registry_double::Double;
-use run_dir::RunDir;
 use serde_json::{Value, json};
-use serve::serve;
 
 /// A run directory, with learned traces in a folder of it.
 struct Host(RunDir);
 
 impl Host {
     fn new() -> Self {
-        host::need_root();
+        machine::need_root();
         let dir = RunDir::new();
         let config = json!({
             "cacheConfig": {"cacheSizeGB": 0}, "gzipCacheConfig": {"enable": false},

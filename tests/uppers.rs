@@ -6,27 +6,23 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod block;
-mod host;
-mod image;
-mod listing;
-mod run_dir;
-
+use crate::block;
+use crate::machine;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use block::{alone, ublk_here};
+use crate::block::{alone, ublk_here};
+use crate::image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of};
+use crate::listing::same_trees;
+use crate::machine::run;
+use crate::run_dir::RunDir;
 use disk::writable::{WritableFiles, WritableLayer};
 use formats::lsmt::layer::Record;
 use formats::lsmt::{Identity, Uuid};
 use formats::units::Bytes;
-use host::run;
-use image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of};
-use listing::same_trees;
-use run_dir::RunDir;
 use serde_json::{Value, json};
 
 /// Bytes of the disk.
@@ -120,13 +116,13 @@ impl Disks {
     }
 
     /// Exports the disk, and returns its tree.
-    fn exported(&self, config: &str, clean: bool) -> host::Mounted {
+    fn exported(&self, config: &str, clean: bool) -> machine::Mounted {
         let raw = self.at("raw");
         done(&["export", "--config", config, "-o", raw.to_str().unwrap()]);
         if clean {
             run(Command::new("e2fsck").arg("-fn").arg(&raw));
         }
-        host::Mounted::ext4(&raw)
+        machine::Mounted::ext4(&raw)
     }
 }
 
@@ -252,14 +248,14 @@ fn continues_on_another(frontend: &str) {
 
 #[test]
 fn the_writable_layer_of_a_config_is_written_over_loop_and_read_again() {
-    host::need_root();
+    machine::need_root();
     let _alone = alone();
     is_written_and_read_again("loop");
 }
 
 #[test]
 fn a_device_in_use_continues_on_another_layer_over_loop() {
-    host::need_root();
+    machine::need_root();
     let _alone = alone();
     continues_on_another("loop");
 }
@@ -286,5 +282,5 @@ fn a_device_in_use_continues_on_another_layer_over_ublk() {
 
 #[test]
 fn in_a_guest_with_ublk() {
-    block::in_a_guest_with_ublk(&["over_ublk"], 2);
+    block::in_a_guest_with_ublk(module_path!(), &["over_ublk"], 2);
 }

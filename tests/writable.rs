@@ -6,21 +6,18 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod block;
-mod host;
-mod image;
-mod listing;
-
+use crate::block;
+use crate::machine;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use block::{alone, ublk_here};
+use crate::block::{alone, ublk_here};
+use crate::image::{Images, OCI_GZIP, done, gzip, noise, refused, tar_of, turbobd};
+use crate::listing::same_trees;
 use disk::writable::{WritableFiles, WritableLayer};
-use image::{Images, OCI_GZIP, done, gzip, noise, refused, tar_of, turbobd};
-use listing::same_trees;
 
 /// A device that is served by a process of its own.
 struct Device {
@@ -140,7 +137,7 @@ fn is_there_again_and_becomes_an_image(frontend: &str) {
             &at("run"),
         );
         build(&at("mnt"));
-        host::run(Command::new("cp").arg("-a").arg(at("mnt").join(".")).arg(at("copy")));
+        machine::run(Command::new("cp").arg("-a").arg(at("mnt").join(".")).arg(at("copy")));
         // A second writer of the same layer is refused.
         let upper = at("upper");
         refused(&["commit", upper.to_str().unwrap(), "-o", "/dev/null"], &["in use"]);
@@ -148,10 +145,10 @@ fn is_there_again_and_becomes_an_image(frontend: &str) {
 
         // The layer is there at the next attach, with a clean filesystem.
         let device = Device::attach(frontend, &images.name(form), &at("upper"), None, &at("run"));
-        host::run(Command::new("e2fsck").arg("-fn").arg(&device.path));
-        host::run(Command::new("mount").args(["-o", "ro"]).arg(&device.path).arg(at("mnt")));
+        machine::run(Command::new("e2fsck").arg("-fn").arg(&device.path));
+        machine::run(Command::new("mount").args(["-o", "ro"]).arg(&device.path).arg(at("mnt")));
         same_trees(&at("mnt"), &at("copy"));
-        host::run(Command::new("umount").arg(at("mnt")));
+        machine::run(Command::new("umount").arg(at("mnt")));
         device.detach();
 
         // And as an image.
@@ -159,8 +156,8 @@ fn is_there_again_and_becomes_an_image(frontend: &str) {
         done(&["commit", upper.to_str().unwrap(), "-r", &place, "-i", form, "--tag", "built"]);
         let raw = at("raw");
         done(&["export", &images.name("built"), "-o", raw.to_str().unwrap()]);
-        host::run(Command::new("e2fsck").arg("-fn").arg(&raw));
-        let mounted = host::Mounted::ext4(&raw);
+        machine::run(Command::new("e2fsck").arg("-fn").arg(&raw));
+        let mounted = machine::Mounted::ext4(&raw);
         same_trees(mounted.path(), &at("copy"));
     }
 }
@@ -178,7 +175,7 @@ fn survives_the_death_of_its_server(frontend: &str) {
         command.arg(format!("if={}", input.display())).arg(format!("of={}", device.display()));
         command.args(["bs=1M", &format!("seek={seek}"), "oflag=direct", "status=none"]);
         command.args(sync.then_some("conv=fsync"));
-        host::run(&mut command);
+        machine::run(&mut command);
     };
     let attach = || Device::attach(frontend, &images.name("obd"), &at("upper"), None, &at("run"));
     let device = attach();
@@ -191,7 +188,7 @@ fn survives_the_death_of_its_server(frontend: &str) {
         let of = at("output");
         let mut command = Command::new("dd");
         command.arg(format!("if={}", device.path.display())).arg(format!("of={}", of.display()));
-        host::run(command.args(["bs=1M", "count=1", &format!("skip={seek}"), "status=none"]));
+        machine::run(command.args(["bs=1M", "count=1", &format!("skip={seek}"), "status=none"]));
         fs::read(of).unwrap()
     };
     assert!(read(600) == vec![0xbb; 1 << 20]);
@@ -199,20 +196,20 @@ fn survives_the_death_of_its_server(frontend: &str) {
     let mixed = read(500);
     assert!(mixed.chunks(512).all(|s| s == [0xaa; 512] || s == [0xcc; 512]));
     // A discarded range reads as zeros, and does not show the layer below.
-    host::run(Command::new("blkdiscard").args(["-o", "0", "-l", "1048576"]).arg(&device.path));
+    machine::run(Command::new("blkdiscard").args(["-o", "0", "-l", "1048576"]).arg(&device.path));
     assert!(read(0) == vec![0; 1 << 20]);
     device.detach();
 }
 
 #[test]
 fn what_is_written_over_loop_is_there_again_and_becomes_an_image() {
-    host::need_root();
+    machine::need_root();
     is_there_again_and_becomes_an_image("loop");
 }
 
 #[test]
 fn what_was_synced_over_loop_survives_the_death_of_its_server() {
-    host::need_root();
+    machine::need_root();
     survives_the_death_of_its_server("loop");
 }
 
@@ -235,8 +232,8 @@ fn what_was_synced_over_ublk_survives_the_death_of_its_server() {
 /// Runs the tests over ublk in a guest that has it.
 #[test]
 fn in_a_guest_with_ublk() {
-    host::need_root();
-    block::in_a_guest_with_ublk(&["over_ublk"], 2);
+    machine::need_root();
+    block::in_a_guest_with_ublk(module_path!(), &["over_ublk"], 2);
 }
 
 #[test]

@@ -17,6 +17,8 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// One end of `stream`; `path` is the name of its socket in messages.
+    #[must_use]
     pub fn new(stream: UnixStream, path: PathBuf) -> Self {
         Self { reader: BufReader::new(stream), path }
     }

@@ -35,7 +35,9 @@ pub enum Left {
 
 /// Positions at which the loop reads and writes.
 pub struct Run<'a> {
+    /// Codes of the block.
     pub tables: &'a Tables,
+    /// Bytes of the stream at hand.
     pub input: &'a [u8],
     /// Bits of `input` consumed.
     pub bit: usize,

@@ -38,7 +38,9 @@ const MAX_LEN: usize = 15;
 
 /// The two codes of a block, adjacent, so that the inner loop keeps one address for both.
 pub struct Tables {
+    /// Words of the literal and length code.
     pub litlen: [u32; LITLEN_SIZE],
+    /// Words of the distance code.
     pub distance: [u32; DISTANCE_SIZE],
     /// True if the tables hold the fixed codes; a run of fixed blocks then does not rebuild them.
     fixed: bool,
@@ -91,6 +93,8 @@ const PRECODE: [u32; 19] = {
 };
 
 impl Tables {
+    /// Tables in which every code is invalid.
+    #[must_use]
     pub fn new() -> Box<Self> {
         Box::new(Self {
             litlen: [EXCEPTION; LITLEN_SIZE],

@@ -14,8 +14,8 @@
 //!
 //! ```
 //! use turbobd_inflate::huffman::Tables;
-//! let mut tables = Box::new(Tables::new());
-//! tables.build_fixed(); // RFC 1951, 3.2.6
+//! let mut tables = Tables::new();
+//! tables.set_fixed(); // RFC 1951, 3.2.6
 //! ```
 
 pub mod fast;

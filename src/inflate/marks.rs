@@ -47,6 +47,7 @@ impl MatchLog {
         self.note(1);
     }
 
+    /// Forgets all matches.
     pub fn clear(&mut self) {
         self.len = 0;
     }

@@ -138,25 +138,31 @@ pub fn mounts() -> String {
     std::fs::read_to_string("/proc/self/mountinfo").unwrap()
 }
 
-/// Runs tests of this very binary over ublk: here they run directly where there is ublk, else in a guest.
-pub fn in_a_guest_with_ublk(words: &[&str], passed: usize) {
-    in_a_guest(ublk_here(), words, passed);
+/// Runs tests of a module over ublk in a guest, as [`in_a_guest`] does, where this machine has no ublk.
+pub fn in_a_guest_with_ublk(module: &str, words: &[&str], passed: usize) {
+    in_a_guest(ublk_here(), module, words, passed);
 }
 
-/// Runs tests of this very binary in a guest: those whose names contain one of the words, `passed` of them. Where
-/// this kernel has what they need (`here`), they run without one, and again in a guest only if `TURBOBD_VM_GUEST`
-/// names it, as `scripts/test` and `scripts/guest-tests` do. Without a guest it says so and passes, or fails with
-/// `TURBOBD_GUEST=1`, which both set.
-pub fn in_a_guest(here: bool, words: &[&str], passed: usize) {
+/// Runs tests of this very binary in a guest: those of `module` (`module_path!()`) whose names contain one of the
+/// words, `passed` of them. Where this kernel has all that they need (`here`), they run without a guest, and again in
+/// one only if `TURBOBD_VM_GUEST` names it, as `scripts/test` and `scripts/guest-tests` do. Without a guest it says so
+/// and passes, or fails with `TURBOBD_GUEST=1`, which both set.
+pub fn in_a_guest(here: bool, module: &str, words: &[&str], passed: usize) {
     if here && std::env::var_os("TURBOBD_VM_GUEST").is_none() {
         return;
     }
-    let vm = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/vm");
+    let this = std::env::current_exe().unwrap();
+    let names = tests_named(&this, module, words);
+    assert_eq!(names.len(), passed, "tests of {module} with {words:?}: {names:?}");
+    let scripts =
+        Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|dir| dir.join("scripts/vm"));
+    let vm = scripts.into_iter().find(|vm| vm.exists()).expect("scripts/vm is in the repository");
     let run = Command::new(&vm)
+        .current_dir(vm.parent().and_then(Path::parent).unwrap())
         .args(["--timeout", GUEST_LIMIT, "--"])
-        .arg(std::env::current_exe().unwrap())
-        .args(words)
-        .args(["--skip", "in_a_guest", "--test-threads=1", "--nocapture"])
+        .arg(this)
+        .args(&names)
+        .args(["--exact", "--test-threads=1", "--nocapture"])
         .output();
     let required = std::env::var_os("TURBOBD_GUEST").is_some_and(|value| value == "1");
     let (status, text) = match &run {
@@ -168,12 +174,26 @@ pub fn in_a_guest(here: bool, words: &[&str], passed: usize) {
     };
     println!("{text}");
     if matches!(status, None | Some(125..=127)) && !required {
-        println!("SKIPPED: no guest could be started ({}): {words:?} did not run", vm.display());
+        println!("SKIPPED: no guest could be started ({}): {names:?} did not run", vm.display());
         return;
     }
-    assert_eq!(status, Some(0), "{words:?} fail in the guest");
+    assert_eq!(status, Some(0), "{names:?} fail in the guest");
     assert!(
         text.contains(&format!(" {passed} passed")) && !text.contains("SKIPPED"),
-        "{words:?} did not run in the guest"
+        "{names:?} did not run in the guest"
     );
+}
+
+/// Names of the tests of a module whose own name contains one of the words; those that start guests are left out.
+fn tests_named(binary: &Path, module: &str, words: &[&str]) -> Vec<String> {
+    // The first part of a module's path is the name of the binary, which names of tests do not have.
+    let prefix = format!("{}::", module.split_once("::").unwrap().1);
+    let listed = Command::new(binary).args(["--list", "--format=terse"]).output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let names = listed.lines().filter_map(|line| line.strip_suffix(": test"));
+    let own = names.filter(|name| {
+        let name = name.strip_prefix(&prefix).unwrap_or_default();
+        words.iter().any(|word| name.contains(word)) && !name.contains("in_a_guest")
+    });
+    own.map(str::to_owned).collect()
 }

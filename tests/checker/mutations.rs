@@ -125,7 +125,8 @@ fn sample() -> Sample {
 fn every_rule_of_the_checker_fires_on_a_change() {
     let sample = sample();
     let native =
-        std::fs::read(crate::interop().join("blobs/native-2-L0-overlaybd.commit")).unwrap();
+        std::fs::read(crate::formats::interop().join("blobs/native-2-L0-overlaybd.commit"))
+            .unwrap();
     let mut seen = Seen::default();
     zfile_rules(&mut seen, &sample.parts["ext4.fs.meta"]);
     lsmt_rules(&mut seen, &sample.parts["ext4.fs.meta"]);

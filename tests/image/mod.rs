@@ -38,7 +38,7 @@ pub fn turbobd() -> Command {
         // Reads of one test must not be in memory, or be fetched ahead, for another.
         .env(
             "TURBOBD_SERVICE_CONFIG",
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/host/service.json"),
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/machine/service.json"),
         )
         .env_remove("http_proxy")
         .env_remove("HTTP_PROXY");

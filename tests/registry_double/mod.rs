@@ -14,6 +14,8 @@
 
 mod answer;
 mod body;
+pub mod real;
+pub mod tls_front;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

@@ -112,6 +112,10 @@ fn le64(bytes: &[u8], at: usize) -> u64 {
 }
 
 impl Record {
+    /// Reads a header or trailer.
+    ///
+    /// # Errors
+    /// The rule that it breaks.
     pub fn parse(bytes: &[u8; RECORD as usize]) -> Result<Self, &'static str> {
         if bytes[..24] != MAGIC {
             return Err("its first 24 bytes are not the magic");

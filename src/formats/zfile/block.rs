@@ -19,6 +19,10 @@ enum Codec {
 }
 
 impl BlockEncoder {
+    /// An encoder for blocks of these options.
+    ///
+    /// # Errors
+    /// The compressor's, when it cannot be set up.
     pub fn new(options: &Options) -> io::Result<Self> {
         let codec = match options.algo {
             Algo::Lz4 => Codec::Lz4,

@@ -6,22 +6,21 @@
 
 #![allow(clippy::unwrap_used)]
 
-mod block;
-
+use crate::block;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{
+use crate::block::{
     MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, root, soon,
     sys_block, threads, ublk_here,
 };
 use disk::volume::{FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter};
-use frontends::looped::LoopedDevice;
-use frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
+use turbobd_frontends::looped::LoopedDevice;
+use turbobd_frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
 
 /// Answers every read in pieces of uneven length, each in memory of its own, with holes.
 struct Scattered {
@@ -529,9 +528,10 @@ mod ublk_only {
         if !ublk_here() {
             return;
         }
-        let findings = frontends::ublk::probe::examine();
+        let findings = turbobd_frontends::ublk::probe::examine();
         assert!(findings.verdict().is_ok(), "{findings:?}");
-        let names = frontends::ublk::probe::feature_names(findings.features.unwrap_or_default());
+        let names =
+            turbobd_frontends::ublk::probe::feature_names(findings.features.unwrap_or_default());
         assert!(names.iter().any(|name| name == "need-get-data"), "{names:?}");
     }
 }
@@ -540,5 +540,5 @@ mod ublk_only {
 #[test]
 fn ublk_in_a_guest() {
     let _alone = alone();
-    block::in_a_guest_with_ublk(&["ublk"], 22);
+    block::in_a_guest_with_ublk(module_path!(), &["ublk"], 22);
 }

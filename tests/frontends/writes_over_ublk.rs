@@ -4,8 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-mod block;
-
+use crate::block;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -15,13 +14,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use block::{MIB, Random, alone, content, open, read, soon, sys_block, threads, ublk_here};
+use crate::block::{MIB, Random, alone, content, open, read, soon, sys_block, threads, ublk_here};
 use disk::upper::UpperVolume;
 use disk::volume::{
     FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter, WritableVolume,
 };
-use frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
 use rustix::fs::{FallocateFlags, fallocate};
+use turbobd_frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
 
 const DRIVERS: [QueueDriver; 2] = [QueueDriver::Shared, QueueDriver::OwnThreads];
 
@@ -539,5 +538,5 @@ fn over_ublk_an_ext4_is_made_filled_and_checked() {
 #[test]
 fn in_a_guest_with_ublk() {
     let _alone = alone();
-    block::in_a_guest_with_ublk(&["over_ublk"], 9);
+    block::in_a_guest_with_ublk(module_path!(), &["over_ublk"], 9);
 }
