@@ -21,9 +21,8 @@
 //!
 //! # Threads
 //!
-//! A few queue threads serve all devices ([`QueueDriver::Shared`]): a thousand devices have two thousand
-//! queues and still two threads. libublk, which gives each queue of each device a thread, is the other
-//! [`QueueDriver`]; both answer requests by the same code (`answer`) and pass the same tests.
+//! A few queue threads serve all devices (`threads`): a thousand devices have two thousand queues and still
+//! two threads.
 //!
 //! # Waiting
 //!
@@ -47,8 +46,11 @@
 //! * [`probe`]    features of this kernel's ublk, and kernels that must not use it
 //! * `features`   features that are requested
 //! * `device`     a device's options and lifetime
-//! * `shared`     a device on the queue threads of `mux`, set up by the commands of `control`
-//! * `threads`    a device on threads of its own, by libublk; `queue` is their body
+//! * `running`    a device on the queue threads, set up by the commands of `control`
+//! * `threads`    the queue threads
+//! * `driver`     body of a queue thread
+//! * `queue`      a queue that a thread serves, with its request `descriptors`
+//! * `ring`       a thread's ring, with the memory that its commits point to
 //! * `request`    requests from the driver
 //! * `answer`     from a request to the address that is committed for it
 //! * `writer`     additions for a writable device: buffers, and threads that store them
@@ -63,19 +65,21 @@
 mod answer;
 mod control;
 mod counters;
+mod descriptors;
 mod device;
+mod driver;
 mod features;
 mod mailbox;
-mod mux;
 pub mod probe;
 mod queue;
 mod request;
-mod shared;
+mod ring;
+mod running;
 mod threads;
 mod writer;
 
 pub use counters::{QueueCounters, QueueTotals};
-pub use device::{QueueDriver, UblkDevice, UblkOptions};
+pub use device::{UblkDevice, UblkOptions};
 
 use thiserror::Error;
 
@@ -99,7 +103,7 @@ pub fn stop_all(devices: Vec<UblkDevice>) -> Result<(), UblkError> {
         let stoppers: Vec<_> = (0..STOPPERS).map(|_| scope.spawn(stop)).collect();
         let results = stoppers
             .into_iter()
-            .map(|stopper| stopper.join().unwrap_or(Err(UblkError::ControlThreadGone)));
+            .map(|stopper| stopper.join().unwrap_or(Err(UblkError::StopperGone)));
         results.fold(Ok(()), Result::and)
     })
 }
@@ -173,19 +177,7 @@ pub enum UblkError {
         /// Seconds waited.
         seconds: u64,
     },
-    /// The control thread ended without an answer.
-    #[error("The control thread of the ublk device has ended")]
-    ControlThreadGone,
-}
-
-/// The system error that libublk's error wraps.
-fn system_error(error: libublk::UblkError) -> std::io::Error {
-    use libublk::UblkError as E;
-    match error {
-        E::IOError(error) => error,
-        E::OtherError(code) | E::UringIOError(code) => {
-            std::io::Error::from_raw_os_error(code.abs())
-        }
-        other => std::io::Error::other(other),
-    }
+    /// The thread that stops the device has panicked.
+    #[error("The thread that stops the ublk device has ended")]
+    StopperGone,
 }

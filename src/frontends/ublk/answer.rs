@@ -1,10 +1,8 @@
-//! From a request to its commit: the code that both queue drivers share.
+//! From a request to its commit.
 //!
 //! A commit carries an address. The memory there must stay until the kernel has copied it, which it does
 //! while it *issues* the commit; so it is kept here until the queue driver reports that its submission queue
 //! was empty after an enter.
-
-use std::sync::Arc;
 
 use super::counters::{QueueCounters, count};
 use super::mailbox::Outcome;
@@ -38,6 +36,7 @@ enum Held {
 }
 
 /// Memory that commits point to.
+#[derive(Default)]
 pub(super) struct Answers {
     held: Vec<Held>,
     /// Scratch buffers not lent to a commit.
@@ -45,21 +44,16 @@ pub(super) struct Answers {
     /// Destination of the data of a refused write; never read.
     refuse: Vec<u8>,
     /// As many zeros as the longest request.
-    zeros: Arc<Vec<u8>>,
+    zeros: Vec<u8>,
     /// Zeros and refuse buffers that were too short for a later device; commits may still point to them.
-    outgrown: Vec<(Arc<Vec<u8>>, Vec<u8>)>,
+    outgrown: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Answers {
-    /// Creates the state. `zeros` are as long as the longest request.
-    pub(super) fn new(zeros: Arc<Vec<u8>>) -> Self {
-        Self { held: Vec::new(), pool: Vec::new(), refuse: Vec::new(), zeros, outgrown: Vec::new() }
-    }
-
     /// Prepares for requests of at most `longest` bytes.
     pub(super) fn prepare(&mut self, longest: usize) {
         if self.zeros.len() < longest {
-            let zeros = std::mem::replace(&mut self.zeros, Arc::new(vec![0; longest]));
+            let zeros = std::mem::replace(&mut self.zeros, vec![0; longest]);
             self.outgrown.push((zeros, std::mem::take(&mut self.refuse)));
         }
     }
@@ -255,6 +249,8 @@ fn one_run(pieces: &[Piece]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     fn memory(guard: &Arc<Vec<u8>>, range: std::ops::Range<usize>) -> Piece {
