@@ -2,15 +2,15 @@
 # go-containerregistry 0.22.1 (`crane export`): a file gets another file's contents where an upper layer replaced the
 # name that its hard link points to.
 #
-# What one expects: layers are applied from the lowest up. A layer that brings `b` anew replaces that name. Another name of
-# the old file, made as a hard link, keeps the old contents, as in every runtime.
+# Expected: layers are applied from the lowest up. A layer that brings `b` anew replaces that name. Another name of the
+# old file, made as a hard link, keeps the old contents, as umoci and go-archive unpack it.
 #
-# What is seen: `mutate.Extract`, which `crane export` uses, goes through the layers from the top down and leaves out what
-# was seen above. The link of the lower layer is written as it was, and now its target is the new file: `a`, which no
-# upper layer touched, shows the contents of the new `b`. The tar also has the link's target in front of it, so nothing
-# fails. If the upper layer deletes `b` instead, the link has no target at all, and tar(1) refuses the result.
+# Seen: `mutate.Extract`, which `crane export` uses, goes through the layers from the top down and leaves out what was
+# seen above. The link of the lower layer is written as it was, and now its target is the new file: `a`, which no upper
+# layer touched, shows the contents of the new `b`. The tar also has the link's target in front of it, so nothing fails.
+# If the upper layer deletes `b` instead, the link has no target at all, and tar(1) refuses the result.
 #
-# Why it matters: hard links are common in real layers (git, perl, terminfo, time zones), and package upgrades replace one
+# Consequence: hard links are common in real layers (git, perl, terminfo, time zones), and package upgrades replace one
 # of the names. A flattened image can hold files that the image does not. Apply the layers in order, or resolve links
 # before flattening.
 set -euo pipefail
@@ -51,7 +51,8 @@ func layer(entries ...entry) v1.Layer {
 		check(err)
 	}
 	check(writer.Close())
-	made, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(blob.Bytes())), nil })
+	open := func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(blob.Bytes())), nil }
+	made, err := tarball.LayerFromOpener(open)
 	check(err)
 	return made
 }
@@ -87,8 +88,8 @@ echo "Expected: a: old, b: new"
 echo "Seen:     both are new"
 echo "Output:"
 echo "$seen"
-echo "Source:   github.com/opencontainers/image-spec/blob/v1.1.0/layer.md; github.com/google/go-containerregistry/issues/2002"
-echo "          and 977 are open"
+echo "Source:   github.com/opencontainers/image-spec/blob/v1.1.0/layer.md;"
+echo "          github.com/google/go-containerregistry/issues/2002 and 977 are open"
 known='a: new
 b: new'
 [ "$seen" = "$known" ] && echo "Holds." || { echo "Changed: see the output." >&2; exit 1; }

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # debugfs 1.47.0 reads a small file that lies in its inode as 60 bytes, whatever its size.
 #
-# What one expects: debugfs is the tool to take files out of an ext4 image without mounting it (`cat`, `dump`, `rdump`),
-# and what it gives is what the kernel gives. With the feature `inline_data` a file of up to 60 bytes lies in the
-# inode, in the field that holds the block map else, and `i_size` still tells its length.
+# Expected: debugfs is the tool to take files out of an ext4 image without mounting it (`cat`, `dump`, `rdump`), and
+# what it gives is what the kernel gives. With the feature `inline_data` a file of up to 60 bytes lies in the inode, in
+# the field that holds the block map else, and `i_size` still tells its length.
 #
-# What is seen: each of the three commands gives all 60 bytes of the field: the file, and zeros behind it. `stat` in the same
+# Seen: each of the three commands gives all 60 bytes of the field: the file, and zeros behind it. `stat` in the same
 # debugfs shows the right size. Files that need blocks come out right, and so do inline files above 60 bytes.
 #
-# Why it matters: a tree taken out of an image by `rdump` differs from the mounted one in exactly its smallest files:
-# version files, pid files, one-line configuration. Cut each file to the size that `stat` shows, or mount the image.
+# Consequence: a tree taken out of an image by `rdump` differs from the mounted one in exactly its smallest files:
+# version files, one-line configuration. Cut each file to the size that `stat` shows, or mount the image.
 set -euo pipefail
 
 version=1.47.0-2+b2

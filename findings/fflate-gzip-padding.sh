@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # fflate 0.8.3: `gunzipSync` allocates what the last four bytes of the file say, and gives no more than that.
 #
-# What one expects: the size of a gzip member's contents, modulo 2^32, is in the last four bytes of *the member*. Behind it
+# Expected: the size of a gzip member's contents, modulo 2^32, is in the last four bytes of *the member*. Behind it
 # there may be more members (RFC 1952, section 2.2), or zero bytes: tape and disk tools pad a file to whole blocks,
 # gzip(1) documents that it ignores them, and Node's own zlib, Python and pigz do too.
 #
-# What is seen: the library reads the size from the end of *the file*, and takes it for the room that the contents need. With
+# Seen: the library reads the size from the end of *the file*, and takes it for the room that the contents need. With
 # zero bytes at the end that is 0: an empty answer, no error. Behind a member of 4 bytes it is 4: the first 4 bytes of
-# the first member. The documented remedy is the streaming class `Gunzip`, which takes several members, and then
+# the first member. The maintainer's remedy is the streaming class `Gunzip`, which takes several members, and then
 # complains about the zeros.
 #
-# Why it matters: a layer or an index page in a browser-side viewer of registries comes out empty or short, and no check
-# speaks up. Compare the length with what the descriptor or the archive says.
+# Consequence: a layer or an index page in a browser-side viewer of registries comes out empty or short, without an
+# error. Compare the length with what the descriptor or the archive says.
 set -euo pipefail
 
 version=0.8.3

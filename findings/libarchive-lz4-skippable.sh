@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # libarchive 3.6.2 takes an LZ4 stream that begins with a skippable frame for zstd, and fails.
 #
-# What one expects: libarchive tells by the first bytes how a file is compressed, and both formats are documented as
-# recognised by themselves. `lz4 -d` reads the same file.
+# Expected: libarchive tells by the first bytes how a file is compressed, and both formats are documented as recognised
+# by themselves. `lz4 -d` reads the same file.
 #
-# What is seen: the magic numbers of skippable frames, 0x184D2A50 to 5F, are the same in LZ4 and zstd by design; such a frame
+# Seen: the magic numbers of skippable frames, 0x184D2A50 to 5F, are the same in LZ4 and zstd by design; such a frame
 # says nothing about what follows. libarchive gives it to its zstd filter, which then finds LZ4: "Zstd decompression
-# failed: Unknown frame descriptor". The same holds for the other side of the coin: LZ4 is only recognised by its own frame.
+# failed: Unknown frame descriptor". Its LZ4 filter only recognises the magic number of a data frame.
 #
-# Why it matters: who detects compression by magic numbers must pass over skippable frames before deciding, in both
-# formats. Who writes LZ4 places metadata in a skippable frame at the end, not at the start.
+# Consequence: detection by magic numbers must pass over skippable frames before it decides, in both formats. A writer
+# of LZ4 should place metadata in a skippable frame at the end, not at the start.
 set -euo pipefail
 
 version=3.6.2-1+deb12u5

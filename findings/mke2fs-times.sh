@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # mke2fs 1.47.0 with -d keeps 32 bits of a time: no fractions of a second, and 2149 becomes 2013.
 #
-# What one expects: `mke2fs -d` fills a new ext4 with a tree, so that the image shows the tree. It copies owners, modes,
-# links, holes and extended attributes. Inodes of 256 bytes, the default, have nanoseconds and the years 1901 to 2446.
+# Expected: `mke2fs -d` fills a new ext4 with a tree, so that the image shows the tree. It copies owners, modes, links,
+# holes and extended attributes. Inodes of 256 bytes, the default, have nanoseconds and the years 1901 to 2446.
 #
-# What is seen: the fields for both are left at zero. Fractions of a second are gone, and of later times only the
-# lowest 32 bits of the seconds are there: a time in 2149 shows as one in 2013, and one in 2040 as one in 1903.
+# Seen: the fields for both are left at zero. Fractions of a second are gone, and of later times only the lowest 32 bits
+# of the seconds are there: a time in 2149 shows as one in 2013, and one in 2040 as one in 1903.
 #
-# Why it matters: an image built this way differs from its tree, and from a layer's tar, in nearly every file, in any
+# Consequence: an image built this way differs from its tree, and from a layer's tar, in nearly every file, in any
 # comparison of times. Programs that take a time for a version (build tools, caches of compiled code) see other ones.
 # `debugfs -w` with `sif FILE mtime_extra` can put the rest in afterwards.
 set -euo pipefail

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # moby/go-archive 0.3.3 lets a whiteout delete a file of its own layer, if the whiteout comes behind the file.
 #
-# What one expects: a whiteout hides what lower layers have. A file in the same layer stays, in whatever order the two lie in
+# Expected: a whiteout hides what lower layers have. A file in the same layer stays, in whatever order the two lie in
 # the tar: "Files that are present in the same layer as a whiteout file can only be hidden by whiteout files in
 # subsequent layers."
 #
-# What is seen: `ApplyLayer` and its kin, by which Docker's vfs driver and programs that flatten images unpack, remove the path of
-# a plain whiteout at once. With the whiteout first, the new file is there; with the file first, it is gone. Of a
+# Seen: `ApplyLayer` and its kin, by which Docker's vfs driver and programs that flatten images unpack, remove the path
+# of a plain whiteout at once. With the whiteout first, the new file is there; with the file first, it is gone. Of a
 # directory that is replaced this way the whole unpacking fails, as it wants to set the time of a directory that it has
 # just removed. (An opaque whiteout is handled in both orders: there the program remembers what it has unpacked.) umoci
 # unpacks both orders alike.
 #
-# Why it matters: writers that sort names put `.wh.x` before `x`, so it goes well by luck; a writer that streams a tree
-# and appends its deletions makes an image that is one thing here and another there. Write whiteouts first.
+# Consequence: writers that sort names put `.wh.x` before `x`, and do not notice. A writer that streams a tree and
+# appends its deletions makes an image that differs from one unpacker to the next. Write whiteouts first.
 set -euo pipefail
 
 version=v0.3.3

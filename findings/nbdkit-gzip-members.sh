@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # nbdkit 1.32.5: its gzip filter serves the first member of a gzip file, and takes that for the whole disk.
 #
-# What one expects: a gzip file is a series of members, and what it holds is their contents one behind the other (RFC 1952,
-# section 2.2). bgzip, eStargz and plain `cat a.gz b.gz` make files of many members.
-# gzip(1), Python and Go read them all, and so should a filter that is documented as one for gzip files. Its
-# companion for xz does read files of several xz streams.
+# Expected: a gzip file is a series of members, and what it holds is their contents one behind the other (RFC 1952,
+# section 2.2). bgzip, eStargz and plain `cat a.gz b.gz` make files of many members. gzip(1), Python and Go read them
+# all, and so should a filter that is documented as one for gzip files. Its companion for xz does read files of several
+# xz streams.
 #
-# What is seen: the exported device ends where the first member ends. No error, no log line: a disk of 2 MiB in two
-# members is a disk of 1 MiB.
+# Seen: the exported device ends where the first member ends. No error, no log line: a disk of 2 MiB in two members is a
+# disk of 1 MiB.
 #
-# Why it matters: a truncated disk image often still mounts, and fails later and elsewhere. Compare the size of the
-# device with the size that the image should have.
+# Consequence: a truncated disk image often still mounts, and fails later and elsewhere. Compare the size of the device
+# with the size that the image should have.
 set -euo pipefail
 
 version=1.32.5-1 tools=1:7.2+dfsg-7+deb12u18+b3

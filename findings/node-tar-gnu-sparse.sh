@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # tar 7.5.23 of npm (node-tar) unpacks GNU tar's sparse files as something else, or not at all, without a warning.
 #
-# What one expects: `tar -S` of GNU tar writes sparse files in two forms: in the default format an entry of type `S`, in
-# the pax format a plain entry with records `GNU.sparse.*`, whose data begin with the map of the pieces. A reader that
-# does not know them can at least say so: the library has `onwarn` for entries that it does not support, and `strict`.
+# Expected: `tar -S` of GNU tar writes sparse files in two forms: in the default format an entry of type `S`, in the pax
+# format a plain entry with records `GNU.sparse.*`, whose data begin with the map of the pieces. A reader that does not
+# know them can at least say so: the library has `onwarn` for entries that it does not support, and `strict`.
 #
-# What is seen: the old form is left out: the file is missing, `onwarn` is not called, `strict` does not fail. The pax
-# form is unpacked as it is stored: under the made-up path `GNUSparseFile.PID/NAME`, with the map as its first block and
-# without the holes. GNU tar, libarchive, Python, Go and commons-compress restore both.
+# Seen: the old form is left out: the file is missing, `onwarn` is not called, `strict` does not fail. The pax form is
+# unpacked as it is stored: under the made-up path `GNUSparseFile.PID/NAME`, with the map as its first block and without
+# the holes. GNU tar, libarchive, Python, Go and commons-compress restore both.
 #
-# Why it matters: disk images, databases and `lastlog` are sparse, and tools that pack a root file system call `tar -S`.
+# Consequence: disk images, databases and `lastlog` are sparse, and tools that pack a root file system call `tar -S`.
 # Pack without `-S` what JavaScript reads. (The Rust crate `tar` 0.4.46 does the same with the pax form.)
 set -euo pipefail
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Archive::Tar 2.40, part of Perl 5.36, passes over pax headers, so long names become short ones.
 #
-# What one expects: a name that does not fit the tar header is in the pax record `path` in front of it (POSIX, pax). This
-# is the format that Go and Python write for long names, so container layers are full of it. The module names the pax
+# Expected: a name that does not fit the tar header is in the pax record `path` in front of it (POSIX, pax). This is the
+# format that Go and Python write for long names, so container layers are full of it. The module names the pax
 # specification in its documentation and reads GNU tar's long names.
 #
-# What is seen: an entry of type `x` is thrown away, as something "not meant for extracting". The entry behind it keeps the
-# name in its own header, which writers cut to 100 bytes. Two long names in one folder become one: the second file
-# overwrites the first. Nothing is reported.
+# Seen: an entry of type `x` is thrown away, as something "not meant for extracting". The entry behind it keeps the name
+# in its own header, which writers cut to 100 bytes. Two long names in one folder become one: the second file overwrites
+# the first. Nothing is reported.
 #
-# Why it matters: scripts in Perl that unpack layers or packages give wrong names for npm's and Python's deep trees. Repack
+# Consequence: scripts in Perl that unpack layers or packages give wrong names for npm's and Python's deep trees. Repack
 # with `tar --format=gnu` for them.
 set -euo pipefail
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # python-zstandard 0.25.0 takes the length of a leading skippable frame for the size of the contents.
 #
-# What one expects: `ZstdDecompressor().decompress()` decodes one frame, as documented. A skippable frame holds no data and
-# is passed over (RFC 8878, section 3.1.2), so of a stream that begins with one, the first data frame is decoded, as by
+# Expected: `ZstdDecompressor().decompress()` decodes one frame, as documented. A skippable frame holds no data and is
+# passed over (RFC 8878, section 3.1.2), so of a stream that begins with one, the first data frame is decoded, as by
 # libzstd's ZSTD_decompress, zstd(1) and the library's own `stream_reader`. `pzstd` writes such streams.
 #
-# What is seen: the library asks libzstd for the content size of the first frame, and libzstd answers for a skippable one
-# with the length of its payload. Then the decoder delivers nothing, and an error follows: "decompressed 0 bytes; expected
+# Seen: the library asks libzstd for the content size of the first frame, and libzstd answers for a skippable one with
+# the length of its payload. Then the decoder delivers nothing, and an error follows: "decompressed 0 bytes; expected
 # 4". With an empty skippable frame even the sizes agree: the answer is b"", without an error. `get_frame_parameters`
 # shows the same number, `frame_content_size` shows 0.
 #
-# Why it matters: a reader of zstd layers or chunks that works with one-shot calls reports damage where there is none,
-# or loses a blob silently. Look for the magic numbers 0x184D2A50 to 5F first, or use `stream_reader`.
+# Consequence: a reader of zstd layers or chunks that works with one-shot calls reports damage where there is none, or
+# loses a blob silently. Look for the magic numbers 0x184D2A50 to 5F first, or use `stream_reader`.
 set -euo pipefail
 
 version=0.25.0

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # qemu-img 7.2: in `qemu-img dd`, `count` is not how many blocks are copied, but where in the input the copy ends.
 #
-# What one expects: `qemu-img dd` is described as a dd(1) for images. With dd, `skip=1 count=5` passes over one block and
-# copies the next five. `qemu-img dd --help` says so too: "'count=N' copy only N input blocks", "'skip=N' skip N
-# bs-sized blocks at the start of input".
+# Expected: `qemu-img dd` is described as a dd(1) for images. With dd, `skip=1 count=5` passes over one block and copies
+# the next five. `qemu-img dd --help` says so too: "'count=N' copy only N input blocks", "'skip=N' skip N bs-sized
+# blocks at the start of input".
 #
-# What is seen: the skipped blocks are taken off the count. `skip=1 count=5` copies 4 blocks, `skip=3 count=5` copies 2, and
+# Seen: the skipped blocks are taken off the count. `skip=1 count=5` copies 4 blocks, `skip=3 count=5` copies 2, and
 # `skip=5 count=5` an image of size 0; always with exit code 0. Without skip, the two agree.
 #
-# Why it matters: this is the command to cut a partition, a superblock or a range of a qcow2 image out. The result is
-# short at its end. Give `count` as skip plus length, or convert to raw and use dd.
+# Consequence: this is the command to cut a partition, a superblock or a range of a qcow2 image out. The result is short
+# at its end. Give `count` as skip plus length, or convert to raw and use dd.
 set -euo pipefail
 
 package=qemu-utils version=1:7.2+dfsg-7+deb12u18+b3

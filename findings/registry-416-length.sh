@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # docker-registry 2.8.2 answers a range behind the end of a blob with a 416 that promises the whole blob as its body.
 #
-# What one expects: a range that begins at the blob's end cannot be satisfied, so the answer is 416 with
-# `Content-Range: bytes */LENGTH`, and a `Content-Length` that fits the body, which is short or empty (RFC 9110,
-# sections 8.6 and 15.5.17). Clients ask for such a range all the time: who resumes a download that is complete
-# already asks for `bytes=LENGTH-`.
+# Expected: a range that begins at the blob's end cannot be satisfied, so the answer is 416 with `Content-Range: bytes
+# */LENGTH`, and a `Content-Length` that fits the body, which is short or empty (RFC 9110, sections 8.6 and 15.5.17).
+# Clients ask for such a range all the time: to resume a download that is complete already is to ask for
+# `bytes=LENGTH-`.
 #
-# What is seen: the registry sets `Content-Length` to the length of the blob before it looks at the range, and the 416
-# still carries it. The body is one line of text, shorter than that, so the server closes the connection. To the client
-# this is a transfer that broke off: curl ends with 18 (partial file), Python's http.client raises IncompleteRead.
+# Seen: the registry sets `Content-Length` to the length of the blob before it looks at the range, and the 416 still
+# carries it. The body is one line of text, shorter than that, so the server closes the connection. To the client this
+# is a transfer that broke off: curl ends with 18 (partial file), Python's http.client raises IncompleteRead.
 #
-# Why it matters: an HTTP client that retries broken transfers retries this one for ever, although the answer is final, and
+# Consequence: an HTTP client that retries broken transfers retries this one for ever, although the answer is final, and
 # the kept connection is gone. Look at the status and `Content-Range` as soon as the headers are there, and do not read
 # the body of a 416. An empty blob has no trouble, as its length is 0.
 set -euo pipefail

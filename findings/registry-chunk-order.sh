@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # docker-registry 2.8.2 takes the chunks of an upload in any order, and appends each, whatever its Content-Range says.
 #
-# What one expects: chunks are uploaded in order, each with its place in `Content-Range`. A chunk that does not begin
-# where the last one ended is refused with 416, and changes nothing (distribution-spec 1.1, "Pushing a blob in
-# chunks"). A client relies on this when it sends a chunk again because the answer to the first try was lost.
+# Expected: chunks are uploaded in order, each with its place in `Content-Range`. A chunk that does not begin where the
+# last one ended is refused with 416, and changes nothing (distribution-spec 1.1, "Pushing a blob in chunks"). A client
+# relies on this when it sends a chunk again because the answer to the first try was lost.
 #
-# What is seen: `Content-Range` is not read at all. A chunk that claims to be bytes 10-13 of an upload of 4 bytes is answered
-# with 202 and appended as bytes 4-7; a chunk that was sent before is appended a second time. The `Range` of
-# the answer gives it away, and else only the digest at the very end, after the whole blob has been sent.
+# Seen: `Content-Range` is not read at all. A chunk that claims to be bytes 10-13 of an upload of 4 bytes is answered
+# with 202 and appended as bytes 4-7; a chunk that was sent before is appended a second time. The `Range` of the answer
+# gives it away, and else only the digest at the very end, after the whole blob has been sent.
 #
-# Why it matters: an uploader that resumes must ask for the state of the upload (GET of its address) before it sends a
+# Consequence: an uploader that resumes must ask for the state of the upload (GET of its address) before it sends a
 # chunk again, and must compare the `Range` of each answer with what it sent.
 set -euo pipefail
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # skopeo 1.9.3 puts a zstd layer that begins with a skippable frame into gzip, and destroys the image.
 #
-# What one expects: the manifest says that a layer is `tar+zstd`, and the blob is valid zstd. A zstd stream is any chain
-# of frames, and some of them may be skippable (RFC 8878, section 3.1.2). `pzstd` writes a skippable frame before
-# each data frame, so its output always begins with one. A plain copy keeps such a layer as it is.
+# Expected: the manifest says that a layer is `tar+zstd`, and the blob is valid zstd. A zstd stream is any chain of
+# frames, and some of them may be skippable (RFC 8878, section 3.1.2). `pzstd` writes a skippable frame before each data
+# frame, so its output always begins with one. A plain copy keeps such a layer as it is.
 #
-# What is seen: skopeo looks at the first four bytes of the blob only, does not find the magic number of a data frame,
-# and takes the layer for an uncompressed tar. It compresses the zstd stream with gzip and writes `tar+gzip` into
-# the new manifest. No message, exit code 0. A runtime that unpacks the result finds zstd where a tar should be.
-# A copy to `dir:` leaves the layer alone, so a check by way of `dir:` does not show it.
+# Seen: skopeo looks at the first four bytes of the blob only, does not find the magic number of a data frame, and takes
+# the layer for an uncompressed tar. It compresses the zstd stream with gzip and writes `tar+gzip` into the new
+# manifest. No message, exit code 0. A runtime that unpacks the result finds zstd where a tar should be. A copy to
+# `dir:` leaves the layer alone, so a check by way of `dir:` does not show it.
 #
-# Why it matters: who writes layers with `pzstd`, or places an index in a leading skippable frame, loses the image at
-# the first copy. An index belongs into a skippable frame at the end.
+# Consequence: an image with layers from `pzstd`, or with an index in a leading skippable frame, is lost at the first
+# copy. An index belongs into a skippable frame at the end.
 set -euo pipefail
 
 package=skopeo version=1.9.3+ds1-1+b10

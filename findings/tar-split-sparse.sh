@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # tar-split 0.12.3 puts a layer with a sparse file together again as another tar, and does not notice.
 #
-# What one expects: tar-split exists to keep what is not file data of a tar, so that the very same bytes, and so the same
+# Expected: tar-split exists to keep what is not file data of a tar, so that the very same bytes, and so the same
 # digest, can be produced from the unpacked files later. Docker's layer store and containers/storage push images that
 # way. Its README admits that it cannot do so for sparse files, and that this should be detected: an error, then.
 #
-# What is seen: taking apart and putting together both succeed. The data of the sparse file come back with its holes filled
-# with zeros, behind a header and a map that describe the packed form. That is not only another digest, but a tar that
+# Seen: taking apart and putting together both succeed. The data of the sparse file come back with its holes filled with
+# zeros, behind a header and a map that describe the packed form. That is not only another digest, but a tar that
 # readers cannot go through, because the next header is not where the old one says: the files behind it are lost.
 #
-# Why it matters: a layer that was packed with `tar -S` is pulled and runs well, and cannot be pushed or saved. Compare
-# the digest of what was put together before anything else is done with it.
+# Consequence: a layer that was packed with `tar -S` is pulled and runs well, and cannot be pushed or saved. Compare the
+# digest of what was put together before anything else is done with it.
 set -euo pipefail
 
 version=v0.12.3

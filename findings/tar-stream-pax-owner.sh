@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # tar-stream 3.2.2 (npm) ignores the owner in pax records, so files of large user ids belong to root.
 #
-# What one expects: the octal field of a tar header holds ids up to 2097151. A larger one goes into the pax record `uid`, which
+# Expected: the octal field of a tar header holds ids up to 2097151. A larger one goes into the pax record `uid`, which
 # counts instead of the field (POSIX, pax, "pax Extended Header"). The library reads pax headers: names and sizes from
 # them are applied.
 #
-# What is seen: `uid`, `gid` and `mtime` are not. The entry has what the field says, which writers set to zero or to
-# the lowest bits when the number does not fit; Go's and Python's write 0. The right number is in `header.pax.uid`, as
-# text, for the caller who knows. `tar-fs`, which unpacks with it, then makes the file root's.
+# Seen: `uid`, `gid` and `mtime` are not. The entry has what the field says, which writers set to zero or to the lowest
+# bits when the number does not fit; Go's and Python's write 0. The right number is in `header.pax.uid`, as text.
+# `tar-fs`, which unpacks with it, then makes the file root's.
 #
-# Why it matters: OpenShift, user namespaces and subordinate ids start above that limit. A layer that passes through
-# such a program (several tools in JavaScript that build or change images use it) changes owners to root without a word.
+# Consequence: the ids that OpenShift gives to containers, and those of user namespaces in Kubernetes, mostly lie above
+# that limit. A layer that passes through such a program changes owners to root without a message.
 set -euo pipefail
 
 version=3.2.2

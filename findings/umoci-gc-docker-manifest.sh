@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # umoci 0.4.7: `umoci gc` deletes the configuration and the layers of an image whose manifest has Docker's media type.
 #
-# What one expects: garbage collection of an OCI layout removes blobs that nothing refers to. `index.json` may refer to
+# Expected: garbage collection of an OCI layout removes blobs that nothing refers to. `index.json` may refer to
 # manifests of any media type, and OCI's image-spec lists Docker's manifest (`vnd.docker.distribution.manifest.v2+json`)
-# as one that is used in place of its own; `crane pull --format=oci` keeps it and so makes such layouts. A collector that
-# does not know a type would have to keep what it cannot look into, or to refuse.
+# as one that is used in place of its own; `crane pull --format=oci` keeps it and so makes such layouts. A collector
+# that does not know a type would have to keep what it cannot look into, or to refuse.
 #
-# What is seen: umoci takes a manifest of Docker's type for a leaf. The manifest stays, its configuration and layers are
+# Seen: umoci takes a manifest of Docker's type for a leaf. The manifest stays, its configuration and layers are
 # deleted, exit code 0. The same layout with OCI's media types is left alone. (umoci 0.6.0 did the same when tried.)
 #
-# Why it matters: a layout is a common place to collect images before they are pushed. One `umoci gc` in it destroys
-# all those that were pulled without conversion. Look at the media types in `index.json` first.
+# Consequence: a layout is a common place to collect images before they are pushed. One `umoci gc` in it destroys all
+# those that were pulled without conversion. Look at the media types in `index.json` first.
 set -euo pipefail
 
 package=umoci version=0.4.7+ds-3+b7
