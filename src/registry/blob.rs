@@ -11,8 +11,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use super::client::Place;
+use super::downloads::Download;
 use super::error::RegistryError;
 use super::race::Reading;
 use super::retry::Budget;
@@ -78,6 +80,18 @@ impl Deliveries {
         blob.ways[way].sender(by_peer)
     }
 
+    /// Who sent the byte `at`; if that is not known, who sent the last bytes.
+    fn sender(&self, at: u64, blob: &BlobAddress) -> String {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = all.iter().rev().find(|delivery| delivery.range.contains(&at));
+        let Some((way, by_peer)) = found.map(|delivery| (delivery.way, delivery.by_peer)) else {
+            drop(all);
+            return self.last(blob);
+        };
+        drop(all);
+        blob.ways[way].sender(by_peer)
+    }
+
     /// Forgets who sent bytes of `range`, and says who it was.
     fn take(&self, range: &Range<u64>) -> Vec<(usize, bool)> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,6 +111,7 @@ impl Deliveries {
 /// A blob in a registry, readable at any position by many threads.
 pub struct RemoteBlob {
     blob: BlobAddress,
+    digest: Digest,
     name: String,
     stats: Arc<RemoteStats>,
     deliveries: Deliveries,
@@ -112,7 +127,8 @@ impl RemoteBlob {
         let name = place.describe(&digest.to_string());
         // The reader's error names the blob; what is under it need not do so again.
         let blob = BlobAddress::new(place, mirrors, digest, size, "this blob")?;
-        Ok(Self { blob, name, stats: Arc::default(), deliveries: Deliveries::default() })
+        let (stats, deliveries) = Default::default();
+        Ok(Self { blob, digest: *digest, name, stats, deliveries })
     }
 
     /// Counts into `stats`, which other blobs may share.
@@ -126,6 +142,21 @@ impl RemoteBlob {
     #[must_use]
     pub fn stats(&self) -> &Arc<RemoteStats> {
         &self.stats
+    }
+
+    /// Tells the log of downloads, if there is one, how a read went that began then.
+    fn note(&self, range: Range<u64>, class: Class, begun: Instant, error: Option<&RegistryError>) {
+        let network = &self.blob.registry().services.network;
+        if let Some(log) = network.log() {
+            log.downloaded(Download {
+                blob: self.digest,
+                host: self.deliveries.sender(range.end - 1, &self.blob),
+                range,
+                class,
+                took: begun.elapsed(),
+                error: error.map(ToString::to_string),
+            });
+        }
     }
 
     /// As [`ByteSource::read_run`], with an error that can be matched: by as many requests as it takes.
@@ -188,7 +219,10 @@ impl ByteSource for RemoteBlob {
         if range.is_empty() {
             return Ok(());
         }
-        self.fetch(range, class, run).map_err(|error| SourceError::Remote {
+        let begun = Instant::now();
+        let read = self.fetch(range.clone(), class, run);
+        self.note(range, class, begun, read.as_ref().err());
+        read.map_err(|error| SourceError::Remote {
             name: self.name.clone(),
             offset,
             end,
