@@ -114,7 +114,7 @@ impl Cache {
     /// A cache that holds at most `budget` bytes, whose chunks `workers` threads decode.
     #[must_use]
     pub fn new(budget: u64, workers: usize) -> Arc<Self> {
-        let fetch = FetchOptions { workers, connections: CONNECTIONS };
+        let fetch = FetchOptions { workers, connections: CONNECTIONS, ahead: None };
         Self::with(CacheOptions { budget, fetch })
     }
 
