@@ -43,10 +43,11 @@ pub(super) struct Args {
 }
 
 /// Serves until it is told to end, or tells the one that does.
-pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
         let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
+        super::log_to_stderr(verbose, true);
             return Ok(ExitCode::SUCCESS);
         };
         let busy = client.stop().map_err(Failure::because)?;
@@ -120,7 +121,11 @@ impl HostImages {
 
 /// One cache for all devices.
 fn new_cache(config: &ServiceConfig) -> Arc<Cache> {
-    let fetch = FetchOptions { connections: config.turbobd.connections, ..FetchOptions::default() };
+    let fetch = FetchOptions {
+        connections: config.turbobd.connections,
+        ahead: config.prefetch.concurrency,
+        ..FetchOptions::default()
+    };
     let options = CacheOptions { budget: config.turbobd.memory_cache, fetch };
     Cache::over(options, open_tiers(config))
 }
@@ -129,7 +134,7 @@ fn new_cache(config: &ServiceConfig) -> Arc<Cache> {
 pub(super) fn tier_options(config: &ServiceConfig) -> Vec<(Kind, TierOptions)> {
     let floor = config.turbobd.free_space_floor;
     let CacheConfig { kind, dir, size, .. } = &config.cache;
-    let encoded = (*kind == CacheType::File).then(|| (Kind::Encoded, dir.clone(), *size));
+    let encoded = (*kind != CacheType::Download).then(|| (Kind::Encoded, dir.clone(), *size));
     let gzip = &config.gzip_cache;
     let decoded = gzip.enable.then(|| (Kind::Decoded, gzip.dir.clone(), gzip.size));
     let wanted = decoded.into_iter().chain(encoded).filter(|(_, _, capacity)| *capacity > 0);
@@ -230,7 +235,15 @@ impl ImageOpener for HostImages {
         let disk = Arc::new(opened.disk);
         let (volume, snapshots) = writable(request, &args, &disk, opened.upper)?;
         let blobs = disk.blobs().into_iter().flatten().collect();
-        let filling = fill_options(&self.config.download).map(|options| cache.fill(blobs, options));
+        let download = match opened.download {
+            None => self.config.download.clone(),
+            Some(section) => DownloadConfig::of_section(section),
+        };
+        if download.enable {
+            // The host's bound is on all devices together; a device with its own may have more.
+            self.clients.network().limits().allow_fill(download.max_bytes_per_second);
+        }
+        let filling = fill_options(&download).map(|options| cache.fill(blobs, options));
         Ok(daemon::Opened {
             volume,
             name: request.image.clone(),
@@ -268,5 +281,44 @@ impl ImageOpener for HostImages {
 
     fn take_longest_download(&self) -> u64 {
         self.cache.get().map_or(0, |cache| cache.fetched().whole.take_longest())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> ServiceConfig {
+        ServiceConfig::parse(text, "c.json").unwrap().0
+    }
+
+    #[test]
+    fn compressed_bytes_are_kept_with_every_cache_type_but_download() {
+        let kinds = |cache_type: &str| {
+            let text =
+                format!(r#"{{"cacheConfig": {{"cacheType": "{cache_type}", "cacheDir": "/c"}}}}"#);
+            let options = tier_options(&config(&text)).into_iter();
+            options.map(|(kind, options)| (kind, options.dir, options.capacity)).collect::<Vec<_>>()
+        };
+        let decoded = (Kind::Decoded, "/var/lib/turbobd/cache".into(), 4 << 30);
+        let encoded = (Kind::Encoded, "/c".into(), 4 << 30);
+        assert_eq!(kinds("file"), [decoded.clone(), encoded.clone()]);
+        assert_eq!(kinds("ocf"), [decoded.clone(), encoded]);
+        assert_eq!(kinds("download"), [decoded]);
+    }
+
+    #[test]
+    fn a_fill_is_as_the_download_section_says() {
+        let text = r#"{"download": {"enable": true, "delay": 7, "delayExtra": 8, "maxMBps": 9, "tryCnt": 10, "blockSize": 11}}"#;
+        let seconds = std::time::Duration::from_secs;
+        let expected = FillOptions {
+            delay: seconds(7),
+            delay_extra: seconds(8),
+            rate: Some(9 << 20),
+            tries: 10,
+            block: 11,
+        };
+        assert_eq!(fill_options(&config(text).download), Some(expected));
+        assert_eq!(fill_options(&config(r#"{"download": {"enable": false}}"#).download), None);
     }
 }

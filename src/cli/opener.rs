@@ -9,7 +9,7 @@ use super::{Failure, registry, sentence};
 use crate::cache::Cache;
 use crate::chunk::ChunkSource;
 use crate::convert::{ConvertOptions, Silent};
-use crate::disk::config::{Purpose, TargetOpener};
+use crate::disk::config::{Download, Purpose, TargetOpener};
 use crate::disk::image::{
     HostManifest, IndexedTargets, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
@@ -62,6 +62,8 @@ pub(super) struct Opened {
     pub(super) named: Option<(Arc<dyn ImageStore>, Digest)>,
     /// The writable layer that the device config names for a device, which is not in the disk.
     pub(super) upper: Option<WritableFiles>,
+    /// What the device config says of background download, in the place of the host's settings.
+    pub(super) download: Option<Download>,
 }
 
 impl Args {
@@ -124,7 +126,8 @@ impl Args {
                 }
                 let (disk, trace, upper) = (opened.disk, opened.trace, opened.upper);
                 let (layers, digest, targets, named) = (Vec::new(), None, None, None);
-                Ok(Opened { disk, layers, digest, targets, trace, named, upper })
+                let download = opened.download;
+                Ok(Opened { disk, layers, digest, targets, trace, named, upper, download })
             }
             (None, None) => {
                 Err(Failure::Usage("name an IMAGE, or a device config with --config FILE".into()))
@@ -235,7 +238,8 @@ impl Args {
             }
         };
         let targets = Some(targets);
-        Ok(Opened { disk, layers, digest, targets, trace, named: None, upper: None })
+        let (named, upper, download) = (None, None, None);
+        Ok(Opened { disk, layers, digest, targets, trace, named, upper, download })
     }
 }
 

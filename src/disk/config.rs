@@ -74,7 +74,7 @@ pub struct Config {
     pub upper: Upper,
     /// File that receives `success` or `failed:<reason>` once.
     pub result_file: String,
-    /// Overrides the host's settings for background download.
+    /// Replaces the host's settings for background download, as a whole.
     pub download: Option<Download>,
     /// The last lower is a trace to prefetch by, not a layer.
     pub acceleration_layer: bool,
@@ -103,7 +103,8 @@ pub struct Lower {
     pub gzip_sidecar: String,
 }
 
-/// Settings of the background download for one device; what is absent is as the host says.
+/// Settings of the background download for one device. They replace the host's as a whole: what is absent is
+/// upstream's default, and not as the host says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Download {
     /// Whether there is one.
@@ -152,6 +153,8 @@ pub struct OpenedConfig {
     pub trace: Option<Trace>,
     /// File in which a trace is to be recorded.
     pub record: Option<PathBuf>,
+    /// Settings of the background download, in the place of the host's.
+    pub download: Option<Download>,
 }
 
 /// Opens the disk that the configuration at `path` describes, to read it.
@@ -241,7 +244,7 @@ pub fn open_all(
         Some(path) => read_trace(&disk, path),
         None => (None, None),
     };
-    Ok(OpenedConfig { disk, upper, trace, record })
+    Ok(OpenedConfig { disk, upper, trace, record, download: config.download })
 }
 
 /// Writes into the `resultFile` of the configuration at `path`, if it names one, how the device was come by:
