@@ -15,6 +15,7 @@
 //! * `protocol`  what goes over the socket: one JSON object a line
 //! * `table`     the devices
 //! * `waits`     the reads of a device that wait, and how long they may; `alarm` looks after them
+//! * [`audit`]   a line for each download and each read that waited, if that is wanted
 //! * `trim`      gives back what opening an image has left in the heap
 //! * [`view`]    what is known of an image's traffic and of where its bytes are
 //! * `snapshots` upstream's interface for making one of a device in use
@@ -27,6 +28,7 @@
 //! [`IDLE`]: server::IDLE
 
 mod alarm;
+pub mod audit;
 mod client;
 pub mod extents;
 pub mod mounts;
@@ -49,6 +51,7 @@ use crate::metrics::Page;
 use crate::metrics::upstream::Totals;
 use crate::trace::Recorders;
 use crate::volume::Volume;
+pub use audit::{Audit, AuditCounters};
 pub use client::Client;
 pub use protocol::{AttachRequest, DeviceRecord, Frontend, find};
 pub use server::{DaemonOptions, run};
@@ -92,6 +95,11 @@ pub trait ImageOpener: Send + Sync {
         &self,
         request: &AttachRequest,
     ) -> Result<Opened, Box<dyn std::error::Error + Send + Sync>>;
+
+    /// The audit log, if there is one; asked for after the first image was opened.
+    fn audit(&self) -> Option<Arc<Audit>> {
+        None
+    }
 
     /// Puts what all images share (a cache, its threads) onto a page of metrics.
     fn observe(&self, page: &mut Page) {

@@ -14,10 +14,11 @@ use super::registry::Clients;
 use super::snapshots::ConfigSnapshots;
 use super::{Failure, Outcome, Service, opener};
 use crate::cache::{Cache, CacheOptions};
+use crate::config::log_file::LogFile;
 use crate::config::{CacheConfig, CacheType, DownloadConfig, ServiceConfig, TracesConfig};
 use crate::daemon::{
-    self, AttachRequest, Client, DaemonOptions, DiskView, ImageOpener, ReadPolicy, Snapshots,
-    protocol,
+    self, AttachRequest, Audit, Client, DaemonOptions, DiskView, ImageOpener, ReadPolicy,
+    Snapshots, protocol,
 };
 use crate::disk::Disk;
 use crate::disk::upper::{LiveVolume, UpperVolume};
@@ -46,8 +47,8 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
-        let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
         super::log_to_stderr(verbose, true);
+        let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
             return Ok(ExitCode::SUCCESS);
         };
         let busy = client.stop().map_err(Failure::because)?;
@@ -61,7 +62,7 @@ pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
             names.join(", ")
         )));
     }
-    let images = Arc::new(HostImages::new(service.load()?));
+    let images = Arc::new(HostImages::new(service.load_with_log(verbose)?).audited()?);
     let options = DaemonOptions {
         run_dir,
         auto: args.auto,
@@ -69,7 +70,9 @@ pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
         exporter: images.exporter(),
         snapshots: images.config.api.enable.then_some(images.config.api.address),
     };
-    daemon::run(&options, images).map_err(Failure::because)?;
+    let ended = daemon::run(&options, images.clone());
+    images.flush_audit();
+    ended.map_err(Failure::because)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -86,6 +89,10 @@ pub(super) struct HostImages {
     live: LiveImages,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
+    /// Where the audit log goes, if it is wanted.
+    audit_file: Option<LogFile>,
+    /// Made with the cache: it is a thread.
+    audit: OnceLock<Option<Arc<Audit>>>,
 }
 
 impl HostImages {
@@ -98,6 +105,39 @@ impl HostImages {
             live: LiveImages::default(),
             config,
             traces,
+            audit_file: None,
+            audit: OnceLock::new(),
+        }
+    }
+
+    /// The same with the audit log, if the configuration wants one.
+    pub(super) fn audited(self) -> Result<Self, Failure> {
+        let audit = &self.config.audit;
+        if !audit.enable {
+            return Ok(self);
+        }
+        let file = self.config.open_log("auditPath", &audit.path).map_err(Failure::because)?;
+        Ok(Self { audit_file: Some(file), ..self })
+    }
+
+    /// The audit log is begun with the first image.
+    fn begin_audit(&self) -> Option<Arc<Audit>> {
+        match Audit::begin(self.audit_file.clone()?) {
+            Ok(audit) => {
+                self.clients.network().tell(audit.clone());
+                Some(audit)
+            }
+            Err(error) => {
+                tracing::error!(%error, "No thread writes the audit log: there is none");
+                None
+            }
+        }
+    }
+
+    /// Waits for the last lines of the audit log.
+    pub(super) fn flush_audit(&self) {
+        if let Some(audit) = self.audit.get().and_then(Option::as_ref) {
+            audit.flush();
         }
     }
 }
@@ -215,6 +255,7 @@ impl ImageOpener for HostImages {
         &self,
         request: &AttachRequest,
     ) -> Result<daemon::Opened, Box<dyn Error + Send + Sync>> {
+        self.audit.get_or_init(|| self.begin_audit());
         let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let args: opener::Args = serde_json::from_value(request.options.clone())?;
         let start = std::time::Instant::now();
@@ -253,8 +294,15 @@ impl ImageOpener for HostImages {
         })
     }
 
+    fn audit(&self) -> Option<Arc<Audit>> {
+        self.audit.get().and_then(Clone::clone)
+    }
+
     /// Each part with the table of its names: see [`names`].
     fn observe(&self, page: &mut Page) {
+        if let Some(audit) = self.audit.get().and_then(Option::as_ref) {
+            page.put(names::AUDIT, audit.counters(), &[]);
+        }
         for host in self.clients.network().hosts() {
             page.put(names::HOST, &host, &[("host", host.name())]);
         }
