@@ -8,7 +8,11 @@
 //! wrong type, or one that cannot be meant, is an error that names file, key and what is expected: to
 //! guess there would serve containers by settings that nobody wrote. Without a file the defaults
 //! hold, which differ from overlaybd's where a section that is *absent* says nothing: then the background
-//! fill begins at once and the disk tier is used. A section that is there means what overlaybd says.
+//! fill begins at once and the disk tier is used. A section that is there means what overlaybd says, but for
+//! `gzipCacheConfig`, whose keys have our defaults one by one.
+//!
+//! Each key has an effect, or a warning says that it has none when it is set. Tests take the keys from the page, and
+//! look for each setting in the source of what it is for.
 //!
 //! Sizes are bytes and times are durations once they are parsed. A [`ServiceConfig`] is read once, when the
 //! program starts, and shared behind an `Arc`.

@@ -118,6 +118,76 @@ fn every_key_of_the_page_is_known_and_every_known_key_is_in_the_page() {
     );
 }
 
+/// All source files of this project but those of the configuration itself, and its parent for the settings that it
+/// uses.
+fn sources() -> String {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = own.ancestors().find(|folder| folder.join("CONFIG.md").exists()).unwrap();
+    let mut folders = vec![root.join("src")];
+    let mut text = String::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("config") {
+                folders.push(path);
+            } else if path.extension().is_some_and(|end| end == "rs") {
+                text.push_str(&std::fs::read_to_string(path).unwrap());
+            }
+        }
+    }
+    text
+}
+
+/// Fields of the structs in a source file, with the name of their struct.
+fn fields(source: &str) -> Vec<(String, String)> {
+    let mut of = String::new();
+    let mut fields = Vec::new();
+    for line in source.lines() {
+        if let Some(name) = line.strip_prefix("pub struct ") {
+            of = name.trim_end_matches(" {").to_owned();
+        } else if let Some((name, _)) =
+            line.strip_prefix("    pub ").and_then(|line| line.split_once(": "))
+            && name.chars().all(|letter| letter == '_' || letter.is_ascii_alphanumeric())
+        {
+            fields.push((of.clone(), name.to_owned()));
+        }
+    }
+    fields
+}
+
+/// A setting that is parsed and never looked at is not told from one that has an effect by anything but this.
+#[test]
+fn every_setting_is_used_by_what_it_is_for() {
+    let sources = sources();
+    let is_name = |letter: char| letter == '_' || letter.is_ascii_alphanumeric();
+    let mut unused = Vec::new();
+    let own = [include_str!("../config.rs"), include_str!("sections.rs"), include_str!("own.rs")];
+    for (of, field) in own.into_iter().flat_map(fields) {
+        let section = of.trim_end_matches("Config").to_lowercase();
+        // Who uses it calls the section by a name of it, or takes it apart.
+        let is_section = |text: &str| {
+            let before = text.trim_end().rsplit(|letter| !is_name(letter)).next().unwrap();
+            ["config", "service", "own", "pair"].contains(&before)
+                || before.len() > 2 && (section.contains(before) || before.contains(&section))
+        };
+        let ends = |text: &str| !text.starts_with(|letter| is_name(letter) || letter == '(');
+        let read = sources.match_indices(&format!(".{field}")).any(|(at, found)| {
+            is_section(&sources[at.saturating_sub(60)..at]) && ends(&sources[at + found.len()..])
+        });
+        let taken = sources.match_indices(&format!("{of} {{")).any(|(at, _)| {
+            if ["struct ", "impl ", "for "].iter().any(|word| sources[..at].ends_with(word)) {
+                return false;
+            }
+            let inside = sources[at..].split('}').next().unwrap();
+            inside.split(|letter| !is_name(letter)).any(|word| word == field)
+        });
+        if !read && !taken {
+            unused.push(format!("{of}.{field}"));
+        }
+    }
+    assert!(unused.is_empty(), "parsed, and used nowhere: {unused:?}");
+}
+
 #[test]
 fn the_pages_example_is_understood_whole() {
     let example = PAGE.split("```json").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
