@@ -249,7 +249,7 @@ mod tests {
         let page = include_str!("../../../CONFIG.md").split("## Device config").nth(1).unwrap();
         let rows = page.lines().filter(|line| line.starts_with("| `"));
         rows.map(|row| {
-            let mut cells = row.trim_matches('|').split(" | ").map(str::trim);
+            let mut cells = row.trim_matches('|').split('|').map(str::trim);
             let key = cells.next().unwrap().trim_matches('`').to_owned();
             (key, cells.last().unwrap_or_default().to_owned())
         })
