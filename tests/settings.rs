@@ -34,7 +34,7 @@ impl Host {
     }
 
     /// Writes the service configuration: these settings, and nothing that would fetch ahead or keep on disk.
-    fn configure(&self, settings: Value) {
+    fn configure(&self, settings: &Value) {
         let mut config = json!({
             "cacheConfig": {"cacheSizeGB": 0}, "gzipCacheConfig": {"enable": false}, "download": {"enable": false},
             "turbobd": {
@@ -114,7 +114,7 @@ fn the_log_file_gets_what_its_level_says_and_standard_error_nothing() {
     let logged = |level: u64, args: &[&str]| {
         let _ = fs::remove_file(&log);
         let config = json!({"logPath": host.dir.at(name), "logLevel": level});
-        host.configure(json!({"logConfig": config, "ioEngine": 1, "unheard": 0}));
+        host.configure(&json!({"logConfig": config, "ioEngine": 1, "unheard": 0}));
         let daemon = host.daemon(args);
         let device = host.done(&["attach", &images.name("turbo"), "--frontend", "loop"]);
         host.done(&["detach", &device]);
@@ -139,10 +139,10 @@ fn the_log_file_gets_what_its_level_says_and_standard_error_nothing() {
 #[test]
 fn a_level_without_a_file_holds_for_standard_error() {
     let host = Host::new();
-    host.configure(json!({"ioEngine": 1}));
+    host.configure(&json!({"ioEngine": 1}));
     let said = host.daemon(&[]).stop();
     assert!(said.contains("ioEngine"), "{said}");
-    host.configure(json!({"ioEngine": 1, "logLevel": 3}));
+    host.configure(&json!({"ioEngine": 1, "logLevel": 3}));
     assert_eq!(host.daemon(&[]).stop(), "");
 }
 
@@ -156,7 +156,7 @@ fn a_log_that_cannot_be_written_stops_the_daemon_by_its_key_and_a_full_disk_does
         ("logPath", json!({"logPath": nowhere})),
         ("auditPath", json!({"enableAudit": true, "auditPath": nowhere})),
     ] {
-        host.configure(settings);
+        host.configure(&settings);
         let service = host.service().display().to_string();
         let named = format!(
             "turbobd: daemon: Key {key} of {service} names {}, which cannot be written: ",
@@ -167,9 +167,9 @@ fn a_log_that_cannot_be_written_stops_the_daemon_by_its_key_and_a_full_disk_does
         assert!(ended.stderr.starts_with(&named), "{}", ended.stderr);
     }
     // Without enableAudit nothing is opened.
-    host.configure(json!({"auditPath": nowhere}));
+    host.configure(&json!({"auditPath": nowhere}));
     host.daemon(&[]).stop();
-    host.configure(json!({"logPath": "/dev/full", "enableAudit": true, "auditPath": "/dev/full"}));
+    host.configure(&json!({"logPath": "/dev/full", "enableAudit": true, "auditPath": "/dev/full"}));
     let daemon = host.daemon(&[]);
     let images = Images::converted();
     let device = host.done(&["attach", &images.name("turbo"), "--frontend", "loop"]);
@@ -186,7 +186,7 @@ fn the_audit_log_tells_each_download_and_each_read_that_was_not_in_memory() {
     let (images, registry) = (Images::converted(), Double::start());
     serve(&images, &registry, "team/app");
     let name = format!("{}/team/app:turbo", registry.host());
-    host.configure(json!({"enableAudit": true, "auditPath": host.dir.at("audit/log")}));
+    host.configure(&json!({"enableAudit": true, "auditPath": host.dir.at("audit/log")}));
     let daemon = host.daemon(&[]);
     let mnt = host.dir.mnt();
     let mnt = mnt.to_str().unwrap();
@@ -245,7 +245,7 @@ fn the_audit_log_tells_each_download_and_each_read_that_was_not_in_memory() {
 fn without_enable_audit_there_is_no_audit_log() {
     let host = Host::new();
     let images = Images::converted();
-    host.configure(json!({"auditPath": host.dir.at("audit.log")}));
+    host.configure(&json!({"auditPath": host.dir.at("audit.log")}));
     let daemon = host.daemon(&[]);
     let device = host.done(&["attach", &images.name("turbo"), "--frontend", "loop"]);
     fs::read(&device).unwrap();
@@ -255,7 +255,7 @@ fn without_enable_audit_there_is_no_audit_log() {
 }
 
 /// A TurboOCI device of one layer in a registry, by upstream's device config with this `download` section.
-fn device_config(host: &Host, registry: &Double, download: Option<Value>) -> String {
+fn device_config(host: &Host, registry: &Double, download: Option<&Value>) -> String {
     let images = Images::converted();
     serve(&images, registry, "team/app");
     for (name, bytes) in image::members_of(&image::gunzip(&images.blob(&images.layer("turbo", 0))))
@@ -267,7 +267,7 @@ fn device_config(host: &Host, registry: &Double, download: Option<Value>) -> Str
         "lowers": [{"file": "ext4.fs.meta", "gzipIndex": "gzip.meta", "targetDigest": images.layer("latest", 0)}],
     });
     if let Some(download) = download {
-        config["download"] = download;
+        config["download"] = download.clone();
     }
     let path = host.dir.at("config.v1.json");
     fs::write(&path, config.to_string()).unwrap();
@@ -289,9 +289,9 @@ fn the_download_section_of_a_device_replaces_that_of_the_host() {
         (&off, None, false),
     ] {
         let registry = Double::start();
-        let config = device_config(&host, &registry, of_device.clone());
+        let config = device_config(&host, &registry, of_device.as_ref());
         let kept = tempfile::tempdir_in(host.dir.path()).unwrap();
-        host.configure(json!({
+        host.configure(&json!({
             "gzipCacheConfig": {"cacheDir": kept.path(), "cacheSizeGB": 1}, "download": of_host,
         }));
         let daemon = host.daemon(&[]);

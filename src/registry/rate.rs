@@ -69,11 +69,9 @@ impl RateLimits {
     /// lower, and never lowers it: each fill keeps to its own rate besides.
     pub fn allow_fill(&self, rate: Option<u64>) {
         let mut fill = self.fill.lock().unwrap_or_else(PoisonError::into_inner);
-        match (&*fill, rate) {
-            (None, _) => {}
-            (Some(_), None) => *fill = None,
-            (Some(now), Some(rate)) if now.per_second < rate as f64 => *fill = Some(bucket(rate)),
-            (Some(_), Some(_)) => {}
+        let Some(now) = fill.as_ref().map(|bucket| bucket.per_second) else { return };
+        if rate.is_none_or(|rate| rate as f64 > now) {
+            *fill = rate.map(bucket);
         }
     }
 

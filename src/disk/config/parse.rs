@@ -251,7 +251,7 @@ mod tests {
         rows.map(|row| {
             let mut cells = row.trim_matches('|').split('|').map(str::trim);
             let key = cells.next().unwrap().trim_matches('`').to_owned();
-            (key, cells.last().unwrap_or_default().to_owned())
+            (key, cells.next_back().unwrap_or_default().to_owned())
         })
         .collect()
     }
