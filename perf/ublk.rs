@@ -20,6 +20,7 @@ use disk::volume::{MemoryVolume, Volume};
 use disk::{Disk, DiskLayer, LayerData};
 use formats::lsmt::{Layer, LayerKind, WarpWriter};
 use formats::units::{Bytes, Sectors};
+use frontends::ServedDevice;
 use frontends::ublk::{UblkDevice, UblkOptions};
 use io_uring::{IoUring, opcode, types};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
@@ -261,7 +262,9 @@ fn many(count: usize) {
         begun.elapsed().as_secs_f64()
     );
     let begun = Instant::now();
-    frontends::ublk::stop_all(devices).unwrap();
+    let devices = devices.into_iter().map(|device| Box::new(device) as Box<dyn ServedDevice>);
+    let failures = frontends::stop_all(devices.collect());
+    assert!(failures.is_empty(), "{failures:?}");
     println!("all detached in {:.1} s (bar: 60 s)", begun.elapsed().as_secs_f64());
     let left = std::fs::read_dir("/sys/block").unwrap().flatten();
     let left =

@@ -4,9 +4,9 @@
 //! while it *issues* the commit; so it is kept here until the queue driver reports that its submission queue
 //! was empty after an enter.
 
-use super::counters::{QueueCounters, count};
 use super::mailbox::Outcome;
 use super::request::{Op, Request};
+use crate::counters::{FrontCounters, count};
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
 
 /// Limit on scratch buffers kept for reuse: one stays warm, and without a limit all those of a burst would
@@ -62,7 +62,7 @@ impl Answers {
     pub(super) fn read(
         &mut self,
         volume: &dyn Volume,
-        counters: &QueueCounters,
+        counters: &FrontCounters,
         (offset, len): (u64, usize),
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Verdict {
@@ -79,7 +79,7 @@ impl Answers {
     /// Fails a read: with the volume's error, or because the volume dropped its waiter.
     pub(super) fn failed(
         &self,
-        counters: &QueueCounters,
+        counters: &FrontCounters,
         (offset, bytes): (u64, usize),
         error: Option<&VolumeError>,
     ) -> Verdict {
@@ -100,7 +100,7 @@ impl Answers {
 
     /// Refuses a request that is not a read, on a disk that cannot be written, and a request that no disk
     /// supports.
-    pub(super) fn refused(&self, counters: &QueueCounters, request: &Request) -> Verdict {
+    pub(super) fn refused(&self, counters: &FrontCounters, request: &Request) -> Verdict {
         let errno = match request.op {
             // No data are ever dirty.
             Op::Flush => return self.done(0),
@@ -114,7 +114,7 @@ impl Answers {
     /// Ends a change of the disk. A full disk is reported to the writer by its own error.
     pub(super) fn changed(
         &self,
-        counters: &QueueCounters,
+        counters: &FrontCounters,
         request: &Request,
         outcome: &Outcome,
     ) -> Verdict {
@@ -140,7 +140,7 @@ impl Answers {
         self.error(errno)
     }
 
-    fn stored(&self, counters: &QueueCounters, request: &Request) -> Verdict {
+    fn stored(&self, counters: &FrontCounters, request: &Request) -> Verdict {
         match request.op {
             Op::Write { durable } => {
                 count(&counters.writes, 1);
@@ -187,7 +187,7 @@ impl Answers {
     /// and repeats the request without end in others.
     fn pieces(
         &mut self,
-        counters: &QueueCounters,
+        counters: &FrontCounters,
         offset: u64,
         len: usize,
         pieces: Vec<Piece>,

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use libublk::sys;
 
-use super::counters::{QueueCounters, QueueTotals};
 use super::running::RunningDevice;
 use super::writer::{Writer, WriterThreads};
 use super::{UblkError, probe};
+use crate::counters::{FrontCounters, FrontTotals};
 use disk::volume::{Volume, WritableVolume};
 use formats::units::SECTOR;
 
@@ -75,7 +75,7 @@ pub(super) struct Backing {
     /// The options.
     pub(super) options: UblkOptions,
     /// The queues' counters.
-    pub(super) counters: Arc<QueueCounters>,
+    pub(super) counters: Arc<FrontCounters>,
 }
 
 impl Backing {
@@ -131,7 +131,7 @@ impl Backing {
 pub struct UblkDevice {
     path: PathBuf,
     id: u32,
-    counters: Arc<QueueCounters>,
+    counters: Arc<FrontCounters>,
     running: Option<RunningDevice>,
     /// Ends after the queues, which hand it their writes.
     writers: Option<WriterThreads>,
@@ -147,7 +147,7 @@ impl UblkDevice {
     pub fn start(volume: Arc<dyn Volume>, options: &UblkOptions) -> Result<Self, UblkError> {
         options.check(&*volume)?;
         probe::examine_and_load().verdict()?;
-        let counters = Arc::new(QueueCounters::default());
+        let counters = Arc::new(FrontCounters::default());
         let writers = WriterThreads::start(&volume)?;
         let backing = Backing {
             volume,
@@ -175,7 +175,7 @@ impl UblkDevice {
 
     /// Counters of the queues.
     #[must_use]
-    pub fn counters(&self) -> QueueTotals {
+    pub fn counters(&self) -> FrontTotals {
         self.counters.totals()
     }
 

@@ -10,11 +10,11 @@ use io_uring::cqueue;
 use libublk::sys;
 
 use super::answer::Verdict;
-use super::counters::count;
 use super::mailbox::{Letter, Mailbox, Outcome};
 use super::queue::{NewQueue, Queue};
 use super::request::Op;
 use super::ring::{MAILBOX, Ring, target};
+use crate::counters::count;
 
 /// A message to a queue thread.
 pub(super) enum Post {

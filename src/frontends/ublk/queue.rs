@@ -7,10 +7,10 @@ use std::sync::{Arc, mpsc};
 use crossbeam_channel::{Receiver, Sender};
 use rustix::thread::CpuSet;
 
-use super::counters::QueueCounters;
 use super::descriptors::Descriptors;
 use super::request::Request;
 use super::writer::{QueueWrites, Writer};
+use crate::counters::FrontCounters;
 use disk::volume::Volume;
 
 /// A queue to be served.
@@ -30,7 +30,7 @@ pub(super) struct NewQueue {
     /// Threads that change it, if it can be changed.
     pub(super) writer: Option<Writer>,
     /// Its device's counters.
-    pub(super) counters: Arc<QueueCounters>,
+    pub(super) counters: Arc<FrontCounters>,
     /// CPUs whose requests come here.
     pub(super) cpus: Option<CpuSet>,
     /// Receives a message when all tags are armed, or the reason why they are not.
@@ -55,7 +55,7 @@ pub(super) struct Queue {
     /// Writes in progress, if the disk can be changed.
     pub(super) writes: Option<QueueWrites>,
     /// Its device's counters.
-    pub(super) counters: Arc<QueueCounters>,
+    pub(super) counters: Arc<FrontCounters>,
     /// Per tag: the wait that is open, if any.
     pub(super) waiting: Vec<Option<u32>>,
     /// Number of tags that the driver still holds or that this thread works on.

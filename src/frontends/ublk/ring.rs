@@ -10,8 +10,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::answer::Answers;
-use super::counters::count;
 use super::queue::Queue;
+use crate::counters::count;
 
 /// Entries of a submission queue: pushes beyond it are issued at once.
 const SUBMISSIONS: u32 = 1024;

@@ -202,7 +202,9 @@ impl Waits {
                 let (since, others) =
                     failed.map_or((since, Vec::new()), |failed| (failed.since, failed.waiters));
                 self.over(span, now.saturating_duration_since(since), || match &result {
-                    Some(result) => result.as_ref().err().map(|error| source::failure::with_causes(error)),
+                    Some(result) => {
+                        result.as_ref().err().map(|error| source::failure::with_causes(error))
+                    }
                     None => Some("The disk has given the read up".to_owned()),
                 });
                 // If it is dropped uncalled, the front end's waiter is an error too.
