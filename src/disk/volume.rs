@@ -318,14 +318,14 @@ pub struct FaultyVolume<V> {
     inner: V,
     delay: std::time::Duration,
     fail_at: Option<u64>,
-    asked: std::sync::Mutex<std::collections::HashSet<u64>>,
+    asked: parking_lot::Mutex<std::collections::HashSet<u64>>,
 }
 
 impl<V: Volume> FaultyVolume<V> {
     /// `inner`, with a delay of `delay` in every first read of an offset, and a failure of reads over
     /// `fail_at`.
     pub fn new(inner: V, delay: std::time::Duration, fail_at: Option<u64>) -> Self {
-        Self { inner, delay, fail_at, asked: std::sync::Mutex::default() }
+        Self { inner, delay, fail_at, asked: parking_lot::Mutex::default() }
     }
 }
 
@@ -341,7 +341,7 @@ impl<V: Volume> Volume for FaultyVolume<V> {
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
         let fails = self.fail_at.filter(|at| (offset..offset + len as u64).contains(at));
-        let first = self.asked.lock().is_ok_and(|mut asked| asked.insert(offset));
+        let first = self.asked.lock().insert(offset);
         if first || fails.is_some() {
             let (waiter, delay) = (waiter(), self.delay);
             std::thread::spawn(move || {

@@ -1,8 +1,9 @@
 //! A device of either front end, from its start to its stop.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use thiserror::Error;
 
 use crate::counters::FrontTotals;
@@ -137,18 +138,18 @@ pub fn serve(
 pub fn stop_all(devices: Vec<Box<dyn ServedDevice>>) -> Vec<(PathBuf, FrontError)> {
     let rest = Mutex::new(devices.into_iter());
     let failures = Mutex::new(Vec::new());
-    let next = || rest.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let next = || rest.lock().next();
     std::thread::scope(|scope| {
         for _ in 0..STOPPERS {
             scope.spawn(|| {
                 while let Some(device) = next() {
                     let path = device.path().to_owned();
                     if let Err(error) = device.stop() {
-                        failures.lock().unwrap_or_else(PoisonError::into_inner).push((path, error));
+                        failures.lock().push((path, error));
                     }
                 }
             });
         }
     });
-    failures.into_inner().unwrap_or_else(PoisonError::into_inner)
+    failures.into_inner()
 }

@@ -15,10 +15,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
+use parking_lot::{Mutex, MutexGuard};
 
 use source::chunk::Room;
 
@@ -73,7 +74,7 @@ impl Arena {
     }
 
     fn free(&self) -> MutexGuard<'_, FreeRuns> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+        self.free.lock()
     }
 
     /// Makes the kernel back newly used pages all at once: otherwise a decoder would fault on each of them,

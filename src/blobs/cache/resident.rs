@@ -4,7 +4,9 @@
 //! thousand devices of one base image hold them once.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 use source::SharedBytes;
 
@@ -19,7 +21,7 @@ impl Residents {
     /// share. The caller guarantees that the name stands for exactly these bytes.
     #[must_use]
     pub fn share(&self, name: &str, bytes: SharedBytes) -> SharedBytes {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         if let Some(shared) = known.get(name).and_then(Weak::upgrade)
             && (*shared).as_ref().len() == (*bytes).as_ref().len()
         {
@@ -33,7 +35,7 @@ impl Residents {
     /// Total of these bytes in memory, each counted once.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known.lock();
         known.values().filter_map(Weak::upgrade).map(|bytes| (*bytes).as_ref().len() as u64).sum()
     }
 }

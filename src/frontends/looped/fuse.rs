@@ -67,7 +67,7 @@ impl Shared {
         // The volume may create and call the waiter before `locate` returns, so the read goes with the
         // waiter; if it was not needed, the slot returns it.
         let slot =
-            Arc::new(Slot { read: std::sync::Mutex::new(Some(read)), answers: answers.clone() });
+            Arc::new(Slot { read: parking_lot::Mutex::new(Some(read)), answers: answers.clone() });
         let located = self.volume.locate(offset, len, &mut || slot.waiter());
         match located {
             Ok(Located::Pending) => {
@@ -161,13 +161,13 @@ impl Shared {
 
 /// Holds a read until it is answered.
 struct Slot {
-    read: std::sync::Mutex<Option<Read>>,
+    read: parking_lot::Mutex<Option<Read>>,
     answers: Sender<Option<Answer>>,
 }
 
 impl Slot {
     fn take(&self) -> Option<Read> {
-        self.read.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
+        self.read.lock().take()
     }
 
     fn waiter(self: &Arc<Self>) -> Waiter {

@@ -9,8 +9,10 @@
 
 use std::io;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
 
 use super::UblkError;
 use super::driver::{Driver, Post};
@@ -37,7 +39,7 @@ static SHARED: Mutex<Weak<QueueThreads>> = Mutex::new(Weak::new());
 impl QueueThreads {
     /// The threads that all devices share.
     pub(super) fn shared() -> Arc<Self> {
-        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = SHARED.lock();
         if let Some(threads) = shared.upgrade() {
             return threads;
         }
@@ -55,7 +57,7 @@ impl QueueThreads {
         let failed = |what| move |source| UblkError::Queue { queue: number, what, source };
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let place = usize::from(number) % cpus.min(MOST_THREADS);
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = self.threads.lock();
         while threads.len() <= place {
             let thread = Thread::start(threads.len()).map_err(failed("starting its thread"))?;
             threads.push(thread);
@@ -67,7 +69,7 @@ impl QueueThreads {
 
 impl Drop for QueueThreads {
     fn drop(&mut self) {
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = self.threads.lock();
         for Thread { mailbox, handle } in threads.drain(..) {
             mailbox.post(Post::End);
             if handle.thread().id() != std::thread::current().id() {
