@@ -17,7 +17,7 @@ use std::sync::{Arc, mpsc};
 use thiserror::Error;
 
 use source::chunk::{ChunkBytes, ChunkError};
-use source::{ByteSource, SourceError};
+use source::{ByteSource, SharedBytes, SourceError};
 
 /// Error of reading or writing a volume.
 #[derive(Clone, Debug, Error)]
@@ -116,10 +116,10 @@ pub type Waiter = Box<dyn FnOnce(Result<(), VolumeError>) + Send>;
 pub enum Piece {
     /// A hole: this many zero bytes.
     Zero(usize),
-    /// Part of memory that lives as long as the guard.
+    /// Part of memory that stays at its address as long as the guard lives.
     Memory {
         /// Keeps the bytes alive.
-        guard: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        guard: SharedBytes,
         /// Range of the guard's bytes.
         range: std::ops::Range<usize>,
     },
@@ -153,7 +153,7 @@ impl Piece {
     pub fn bytes(&self) -> Option<&[u8]> {
         match self {
             Piece::Zero(_) => None,
-            Piece::Memory { guard, range } => Some(&(**guard).as_ref()[range.clone()]),
+            Piece::Memory { guard, range } => Some(&guard.bytes()[range.clone()]),
             Piece::Chunk { guard, range } => Some(&guard[range.clone()]),
         }
     }

@@ -8,12 +8,12 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
-use source::SharedBytes;
+use source::{SharedBytes, StableBytes};
 
 /// Shared bytes by name, kept while at least one user holds them.
 #[derive(Default)]
 pub struct Residents {
-    known: Mutex<HashMap<Box<str>, Weak<dyn AsRef<[u8]> + Send + Sync>>>,
+    known: Mutex<HashMap<Box<str>, Weak<dyn StableBytes>>>,
 }
 
 impl Residents {
@@ -23,7 +23,7 @@ impl Residents {
     pub fn share(&self, name: &str, bytes: SharedBytes) -> SharedBytes {
         let mut known = self.known.lock();
         if let Some(shared) = known.get(name).and_then(Weak::upgrade)
-            && (*shared).as_ref().len() == (*bytes).as_ref().len()
+            && shared.bytes().len() == bytes.bytes().len()
         {
             return shared;
         }
@@ -36,7 +36,7 @@ impl Residents {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let known = self.known.lock();
-        known.values().filter_map(Weak::upgrade).map(|bytes| (*bytes).as_ref().len() as u64).sum()
+        known.values().filter_map(Weak::upgrade).map(|bytes| bytes.bytes().len() as u64).sum()
     }
 }
 
