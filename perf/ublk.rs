@@ -16,7 +16,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use blobs::cache::Cache;
-use disk::volume::{MemoryVolume, Volume};
+use disk::testing::MemoryVolume;
+use disk::volume::Volume;
 use disk::{Disk, DiskLayer, LayerData};
 use formats::lsmt::{Layer, LayerKind, WarpWriter};
 use formats::units::{Bytes, Sectors};

@@ -33,7 +33,8 @@
 //! # Contents
 //!
 //! * [`store`]    the interface to a directory; the real one
-//! * [`memory`]   a directory in memory, whose power can fail, and a faulty one
+//! * `memory`     a directory in memory, whose power can fail, and a faulty one: for tests, by the feature
+//!   `testing`
 //! * `presence`   the map, on disk
 //! * `fifo`       the order of eviction
 //! * `state`      the map of all files, in memory
@@ -42,6 +43,7 @@
 //! * `uring`      its `io_uring`
 
 mod fifo;
+#[cfg(any(test, feature = "testing"))]
 pub mod memory;
 mod opening;
 mod presence;

@@ -17,7 +17,8 @@
 //!
 //! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration, [`digest`]
 //! the content of a disk, independent of its storage, [`scan`] reading all of it, [`explain`] the origin of a
-//! byte, for people, [`upper`] a writable layer on top, `listed` a list of files as a trace.
+//! byte, for people, [`upper`] a writable layer on top, `listed` a list of files as a trace,
+//! `testing` doubles, by the feature of that name.
 
 pub mod config;
 pub mod digest;
@@ -28,6 +29,8 @@ mod leases;
 mod listed;
 pub mod resident;
 pub mod scan;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod upper;
 pub mod volume;
 pub mod writable;

@@ -249,7 +249,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::volume::{FaultyVolume, MemoryVolume};
+    use crate::testing::{FaultyVolume, MemoryVolume};
 
     const SIZE: usize = 1 << 20;
 

@@ -8,8 +8,8 @@
 //!
 //! A writable disk is a [`WritableVolume`] as well, and returns itself as one.
 //!
-//! Implementation: [`disk::Disk`](crate). For tests of front ends: [`MemoryVolume`], and
-//! [`FaultyVolume`], which delays and fails.
+//! Implementation: [`disk::Disk`](crate). For tests of front ends: `testing::MemoryVolume`, and
+//! `testing::FaultyVolume`, which delays and fails.
 
 use std::io;
 use std::sync::{Arc, mpsc};
@@ -277,82 +277,5 @@ impl ByteSource for VolumeSource<'_> {
 
     fn name(&self) -> &str {
         "the disk"
-    }
-}
-
-/// A volume in memory.
-pub struct MemoryVolume {
-    bytes: Arc<Vec<u8>>,
-}
-
-impl MemoryVolume {
-    /// A disk with these bytes; the length must be a multiple of 512.
-    #[must_use]
-    pub fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes: Arc::new(bytes) }
-    }
-}
-
-impl Volume for MemoryVolume {
-    fn size(&self) -> u64 {
-        self.bytes.len() as u64
-    }
-
-    fn locate(
-        &self,
-        offset: u64,
-        len: usize,
-        _: &mut dyn FnMut() -> Waiter,
-    ) -> Result<Located, VolumeError> {
-        let end = offset.saturating_add(len as u64);
-        if end > self.size() {
-            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
-        }
-        let guard = self.bytes.clone();
-        Ok(Located::Ready(vec![Piece::Memory { guard, range: offset as usize..end as usize }]))
-    }
-}
-
-/// A volume with a late first answer for each range, and failures at given offsets.
-pub struct FaultyVolume<V> {
-    inner: V,
-    delay: std::time::Duration,
-    fail_at: Option<u64>,
-    asked: parking_lot::Mutex<std::collections::HashSet<u64>>,
-}
-
-impl<V: Volume> FaultyVolume<V> {
-    /// `inner`, with a delay of `delay` in every first read of an offset, and a failure of reads over
-    /// `fail_at`.
-    pub fn new(inner: V, delay: std::time::Duration, fail_at: Option<u64>) -> Self {
-        Self { inner, delay, fail_at, asked: parking_lot::Mutex::default() }
-    }
-}
-
-impl<V: Volume> Volume for FaultyVolume<V> {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn locate(
-        &self,
-        offset: u64,
-        len: usize,
-        waiter: &mut dyn FnMut() -> Waiter,
-    ) -> Result<Located, VolumeError> {
-        let fails = self.fail_at.filter(|at| (offset..offset + len as u64).contains(at));
-        let first = self.asked.lock().insert(offset);
-        if first || fails.is_some() {
-            let (waiter, delay) = (waiter(), self.delay);
-            std::thread::spawn(move || {
-                std::thread::sleep(delay);
-                waiter(match fails {
-                    Some(offset) => Err(VolumeError::Injected { offset }),
-                    None => Ok(()),
-                });
-            });
-            return Ok(Located::Pending);
-        }
-        self.inner.locate(offset, len, waiter)
     }
 }

@@ -10,7 +10,7 @@
 //!
 //! Implementations: [`gzip::IndexedLayer`](formats::gzip), [`segments::SegmentedLayer`](formats::segments), the
 //! `ZFile` reader and [`PlainChunks`]. For tests in memory or with faults, put [`PlainChunks`] over a
-//! [`MemorySource`](crate::MemorySource) or a [`FaultySource`](crate::FaultySource).
+//! [`MemorySource`](crate::MemorySource) or a `testing::FaultySource`.
 
 use std::fmt;
 use std::ops::{Deref, Range};

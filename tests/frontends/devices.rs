@@ -18,7 +18,8 @@ use crate::block::{
     MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, soon, sys_block,
     threads, ublk_here,
 };
-use disk::volume::{FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter};
+use disk::testing::{FaultyVolume, MemoryVolume};
+use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
 use turbobd_frontends::looped::LoopedDevice;
 use turbobd_frontends::ublk::{UblkDevice, UblkOptions};
 

@@ -15,10 +15,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::block::{MIB, Random, alone, content, open, read, soon, sys_block, threads, ublk_here};
+use disk::testing::{FaultyVolume, MemoryVolume};
 use disk::upper::UpperVolume;
-use disk::volume::{
-    FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter, WritableVolume,
-};
+use disk::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 use rustix::fs::{FallocateFlags, fallocate};
 use turbobd_frontends::ublk::{UblkDevice, UblkOptions};
 

@@ -55,7 +55,7 @@ mod tests {
         assert_eq!(residents.bytes(), 20);
         drop((first, second));
         assert_eq!(residents.bytes(), 10);
-        assert_eq!((*residents.share("a", bytes(3))).as_ref(), [3; 10]);
+        assert_eq!(residents.share("a", bytes(3)).bytes(), [3; 10]);
         drop(other);
     }
 }

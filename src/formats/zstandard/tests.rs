@@ -10,8 +10,9 @@ use super::*;
 use crate::oci::Digest;
 use crate::segments::{Entry, Scanned, SegmentHasher, SegmentIndex, SegmentedLayer, sidecar};
 use crate::units::Bytes;
+use source::MemorySource;
 use source::chunk::{ChunkSource, EncodedChunk};
-use source::{Fault, FaultySource, MemorySource};
+use source::testing::{Fault, FaultySource};
 
 const SPAN: Bytes = Bytes(64 << 10);
 

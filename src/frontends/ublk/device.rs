@@ -234,7 +234,7 @@ pub(super) fn wait_for_node(id: u32) -> Result<(), UblkError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use disk::volume::MemoryVolume;
+    use disk::testing::MemoryVolume;
 
     #[test]
     fn options_that_the_driver_would_refuse_are_refused_with_a_rule() {

@@ -232,7 +232,8 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
-    use disk::volume::{Located, MemoryVolume};
+    use disk::testing::MemoryVolume;
+    use disk::volume::Located;
 
     /// Records its calls, and fails those that it is told to.
     #[derive(Default)]

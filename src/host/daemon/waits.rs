@@ -432,7 +432,7 @@ mod tests {
 
     use super::super::alarm::Alarm;
     use super::*;
-    use disk::volume::MemoryVolume;
+    use disk::testing::MemoryVolume;
     use source::SourceError;
     use source::chunk::ChunkError;
 

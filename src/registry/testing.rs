@@ -1,16 +1,18 @@
-//! A store in memory.
+//! Doubles for tests of the code above: the feature `testing`.
 
 use std::collections::HashMap;
-use std::io::{Cursor, Read};
+use std::io::{self, Cursor, Read};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{ImageStore, Selector, StoreError, StoredManifest};
+use crate::store::{ImageStore, Selector, StoreError, StoredManifest, referrers};
 use formats::oci::{Descriptor, Digest};
+use source::testing::{Fault, FaultySource};
 use source::{ByteSource, MemorySource};
 
-/// Images in memory: for tests, and for an image that is built and attached in one go.
+/// Images in memory.
 #[derive(Default)]
 pub struct MemoryStore {
     contents: Mutex<Contents>,
@@ -70,7 +72,7 @@ impl ImageStore for MemoryStore {
 
     /// Referrers by the fallback tag, as in a registry without the list.
     fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
-        Ok(self.manifest(&Selector::Tag(super::referrers::fallback_tag(digest))).ok())
+        Ok(self.manifest(&Selector::Tag(referrers::fallback_tag(digest))).ok())
     }
 
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
@@ -126,5 +128,113 @@ impl ImageStore for MemoryStore {
             contents.tags.insert(tag.to_owned(), digest);
         }
         Ok(())
+    }
+}
+
+/// A store that fails at one call, and whose blobs have faults when they are read at a position.
+pub struct FaultyStore<S> {
+    inner: S,
+    calls: AtomicUsize,
+    fails_at: Option<usize>,
+    faults: Vec<Fault>,
+}
+
+impl<S: ImageStore> FaultyStore<S> {
+    /// `inner`, of which the call number `fails_at` fails, counted from 0 over all calls that may fail.
+    pub fn failing(inner: S, fails_at: Option<usize>) -> Self {
+        Self { inner, calls: AtomicUsize::new(0), fails_at, faults: Vec::new() }
+    }
+
+    /// `inner`, with these faults in the [source](ImageStore::blob_source) of each blob.
+    pub fn with_faults(inner: S, faults: Vec<Fault>) -> Self {
+        Self { inner, calls: AtomicUsize::new(0), fails_at: None, faults }
+    }
+
+    /// Number of calls so far that could fail.
+    pub fn calls(&self) -> usize {
+        self.calls.load(Ordering::Relaxed)
+    }
+
+    /// The store below.
+    pub fn inner(&self) -> &S {
+        &self.inner
+    }
+
+    fn call(&self, digest: Digest) -> Result<(), StoreError> {
+        if Some(self.calls.fetch_add(1, Ordering::Relaxed)) != self.fails_at {
+            return Ok(());
+        }
+        let source = io::Error::other("an injected failure");
+        Err(StoreError::Broken { store: self.name().to_owned(), digest, source })
+    }
+}
+
+impl<S: ImageStore> ImageStore for FaultyStore<S> {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn manifest(&self, selector: &Selector) -> Result<StoredManifest, StoreError> {
+        self.call(Digest::of(b""))?;
+        self.inner.manifest(selector)
+    }
+
+    fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
+        self.call(blob.digest)?;
+        self.inner.open_blob(blob)
+    }
+
+    fn blob_source(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Arc<dyn ByteSource>, StoreError> {
+        self.call(*digest)?;
+        let source = self.inner.blob_source(digest, size)?;
+        Ok(Arc::new(FaultySource::new(source, self.faults.clone())))
+    }
+
+    fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.call(Digest::of(bytes))?;
+        self.inner.put_blob(bytes)
+    }
+
+    fn put_blob_from(
+        &self,
+        digest: &Digest,
+        size: u64,
+        open: &mut dyn FnMut() -> Result<Box<dyn Read + Send>, StoreError>,
+    ) -> Result<(), StoreError> {
+        self.call(*digest)?;
+        self.inner.put_blob_from(digest, size, open)
+    }
+
+    fn has_blob(&self, digest: &Digest, size: u64) -> Result<bool, StoreError> {
+        self.call(*digest)?;
+        self.inner.has_blob(digest, size)
+    }
+
+    fn mount_blob(&self, digest: &Digest, from: &dyn ImageStore) -> Result<bool, StoreError> {
+        self.call(*digest)?;
+        self.inner.mount_blob(digest, from)
+    }
+
+    fn repository(&self) -> Option<(&str, &str)> {
+        self.inner.repository()
+    }
+
+    fn put_manifest(
+        &self,
+        tag: Option<&str>,
+        media_type: &str,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
+        self.call(Digest::of(bytes))?;
+        self.inner.put_manifest(tag, media_type, bytes)
+    }
+
+    fn referrers(&self, digest: &Digest) -> Result<Option<StoredManifest>, StoreError> {
+        self.call(*digest)?;
+        self.inner.referrers(digest)
     }
 }
