@@ -50,7 +50,7 @@ mod streams;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use crate::Histogram;
@@ -67,6 +67,7 @@ use pace::Pace;
 pub use queue::Wanted;
 pub use recent::{Failure, Recent};
 use serial::Serials;
+use threads::count;
 
 /// Receiver of decoded chunks: the cache.
 pub trait Delivery: Send + Sync {
@@ -330,10 +331,6 @@ impl Shared {
             tracing::error!("The delivery of a chunk panicked");
         }
     }
-}
-
-fn count(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Ordering::Relaxed);
 }
 
 /// The error for waiters that remain at the end.

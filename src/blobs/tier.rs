@@ -58,7 +58,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
 
@@ -279,10 +279,6 @@ impl StoredBlob {
             Kind::Decoded => self.decoded.as_ref().map(|stored| (Kind::Decoded, stored)),
         }
     }
-}
-
-fn count(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Ordering::Relaxed);
 }
 
 impl Tier {

@@ -86,8 +86,3 @@ impl FrontCounters {
         }
     }
 }
-
-/// Adds `n` to a counter.
-pub(crate) fn count(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Ordering::Relaxed);
-}

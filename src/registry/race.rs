@@ -17,7 +17,6 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -29,10 +28,7 @@ use super::host::Network;
 use super::wait::{block_on, block_until};
 use super::way::{BlobAddress, RangeBody, Way, tell};
 use source::{Class, Run};
-
-fn count(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Ordering::Relaxed);
-}
+use threads::count;
 
 /// A read in progress, over all its tries.
 pub(super) struct Reading<'a> {

@@ -6,7 +6,6 @@
 //!
 //! * [`extents`] where the bytes of a file lie on its device (`FS_IOC_FIEMAP`)
 //! * [`flock`]   a file that one process has at a time
-//! * [`thread`]  marks of a thread that serves I/O
 //! * [`heap`]    gives free memory back to the system
 //!
 //! ```
@@ -19,4 +18,3 @@
 pub mod extents;
 pub mod flock;
 pub mod heap;
-pub mod thread;

@@ -8,7 +8,6 @@
 //! many as fill the line, while there is no demand; else small ones and few.
 
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -16,9 +15,10 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::pace::Pace;
 use super::queue::{Limit, Queue, Taken, Wanted};
 use super::run::ChunkRun;
-use super::{Key, Shared, count};
+use super::{Key, Shared};
 use source::chunk::{ChunkError, Encoded};
 use source::{Class, Run as _};
+use threads::{Pool, count};
 
 /// Limit on the encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
 /// continent, so larger requests save nothing, while a broken connection loses no more than this.
@@ -49,7 +49,7 @@ struct State {
     ahead: usize,
     /// Requests of the fill in flight.
     fill: usize,
-    threads: Vec<JoinHandle<()>>,
+    threads: Pool,
     ending: bool,
 }
 
@@ -88,13 +88,9 @@ impl Crew {
 
     /// Waits for the threads; requests in flight end first.
     pub(super) fn join(&self) {
-        loop {
-            let Some(thread) = self.lock().threads.pop() else { return };
-            // A waiter may hold the last reference to the cache, and drop it on one of these threads.
-            if thread.thread().id() != thread::current().id() {
-                let _ = thread.join();
-            }
-        }
+        // A waiter may hold the last reference to the cache, and drop it on one of these threads.
+        let threads = self.lock().threads.take();
+        threads.join();
     }
 
     /// Limit on the requests in flight ahead of demand.
@@ -173,23 +169,13 @@ fn grow(shared: &Arc<Shared>) {
 }
 
 fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
-    let number = state.threads.len();
     let own = shared.clone();
-    match thread::Builder::new().name(format!("fetch-{number}")).spawn(move || run(&own)) {
-        Ok(thread) => {
-            state.threads.push(thread);
-            true
-        }
-        Err(error) => {
-            tracing::error!("Cannot start fetch thread {number}: {error}");
-            false
-        }
-    }
+    state.threads.spawn_or_log("fetch", move || run(&own))
 }
 
 /// Body of a fetch thread.
 fn run(shared: &Arc<Shared>) {
-    sys::thread::mark_io_thread();
+    threads::mark_io_thread();
     while let Some(taken) = shared.crew.next(&shared.pace) {
         grow(shared);
         fetch(shared, &taken);

@@ -24,11 +24,12 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::blob::{Blob, Key};
 use super::inflate::{Input, Job};
 use super::queue::Wanted;
-use super::{Claim, Shared, count};
+use super::{Claim, Shared};
 use crate::tier::store::Payload;
 use crate::tier::{Kind, QUEUE, Stored};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room};
+use threads::count;
 
 /// Limit on the bytes in flight or waiting for the disk: the rest of the tier's queue is for chunks that are
 /// read meanwhile.
@@ -217,7 +218,7 @@ pub(super) fn begin(shared: &Arc<Shared>, blobs: Vec<Arc<Blob>>, options: FillOp
 
 /// Body of the thread.
 fn run(shared: &Arc<Shared>) {
-    sys::thread::mark_io_thread();
+    threads::mark_io_thread();
     while let Some(mut turn) = next(&shared.fill) {
         let task = turn.task.clone();
         let whole = fill(shared, &task);

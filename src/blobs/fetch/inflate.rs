@@ -6,7 +6,6 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use crossbeam_queue::ArrayQueue;
@@ -15,11 +14,12 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::blob::{Blob, Key};
 use super::pace::Pace;
 use super::queue::Wanted;
-use super::{MOST_TRIES, Shared, count, failure, fill};
+use super::{MOST_TRIES, Shared, failure, fill};
 use crate::tier::Kind;
 use crate::tier::store::Payload;
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk};
+use threads::{Pool, count};
 
 /// Limit on buffers for encoded chunks that are kept for reuse: as many as are usually in flight.
 const SPARE_BUFFERS: usize = 32;
@@ -71,7 +71,7 @@ struct State {
     /// Number of threads that work for the fill.
     filling: usize,
     idle: usize,
-    threads: Vec<JoinHandle<()>>,
+    threads: Pool,
     ending: bool,
 }
 
@@ -135,12 +135,9 @@ impl Workers {
 
     /// Waits for the threads.
     pub(super) fn join(&self) {
-        loop {
-            let Some(thread) = self.lock().threads.pop() else { return };
-            if thread.thread().id() != thread::current().id() {
-                let _ = thread.join();
-            }
-        }
+        // A waiter may hold the last reference to the cache, and drop it on one of these threads.
+        let threads = self.lock().threads.take();
+        threads.join();
     }
 
     /// The next job. `filled`: the job before was for the fill.
@@ -189,21 +186,16 @@ fn grow(shared: &Arc<Shared>) {
 }
 
 fn add_thread(shared: &Arc<Shared>, state: &mut State) {
-    let number = state.threads.len();
     let own = shared.clone();
-    let body = move || {
-        sys::thread::mark_io_thread();
+    state.threads.spawn_or_log("inflate", move || {
+        threads::mark_io_thread();
         let mut filled = false;
         while let Some(job) = own.workers.next(&own.pace, filled) {
             grow(&own);
             filled = job.class == Class::Fill;
             work(&own, job);
         }
-    };
-    match thread::Builder::new().name(format!("inflate-{number}")).spawn(body) {
-        Ok(thread) => state.threads.push(thread),
-        Err(error) => tracing::error!("Cannot start decode thread {number}: {error}"),
-    }
+    });
 }
 
 /// Result of a job.

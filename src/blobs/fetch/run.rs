@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::Shared;
 use super::inflate::{Input, Job};
 use super::queue::{Taken, Wanted};
-use super::{Shared, count};
 use source::chunk::{Encoded, EncodedChunk};
 use source::{Class, Run};
+use threads::count;
 
 /// The chunks of a request in flight. Complete ones go to the decode threads while the rest arrives.
 pub(super) struct ChunkRun<'a> {

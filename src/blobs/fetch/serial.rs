@@ -30,7 +30,6 @@ mod pass;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -39,6 +38,7 @@ use super::Shared;
 use super::blob::{Blob, Key};
 use super::queue::Wanted;
 use source::Class;
+use threads::Pool;
 
 /// Limit on frames that are decoded at the same time: images have ten layers, and a start reads from most of
 /// them.
@@ -65,7 +65,7 @@ pub(super) struct Serials {
 struct State {
     /// Frames by their first chunk.
     frames: HashMap<Key, Frame>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Pool,
     /// Number of threads without a frame.
     idle: usize,
     /// Bytes of windows.
@@ -139,13 +139,9 @@ impl Serials {
 
     /// Waits for the threads.
     pub(super) fn join(&self) {
-        loop {
-            let Some(thread) = self.lock().threads.pop() else { return };
-            // A waiter may hold the last reference to the cache, and drop it on one of these threads.
-            if thread.thread().id() != thread::current().id() {
-                let _ = thread.join();
-            }
-        }
+        // A waiter may hold the last reference to the cache, and drop it on one of these threads.
+        let threads = self.lock().threads.take();
+        threads.join();
     }
 
     /// Returns the next frame that needs a thread, and waits for one. `None` at the end.
@@ -298,22 +294,11 @@ pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<
 }
 
 fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
-    let number = state.threads.len();
     let own = shared.clone();
-    let body = move || {
-        sys::thread::mark_io_thread();
+    state.threads.spawn_or_log("frame", move || {
+        threads::mark_io_thread();
         while let Some((blob, chunks)) = own.serials.next() {
             pass::run(&own, &blob, chunks);
         }
-    };
-    match thread::Builder::new().name(format!("frame-{number}")).spawn(body) {
-        Ok(thread) => {
-            state.threads.push(thread);
-            true
-        }
-        Err(error) => {
-            tracing::error!("Cannot start frame thread {number}: {error}");
-            false
-        }
-    }
+    })
 }

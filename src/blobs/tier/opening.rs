@@ -10,7 +10,8 @@ use std::sync::Arc;
 use super::presence::Map;
 use super::state::{FileState, Shared, file_name, map_bytes};
 use super::store::{DirStore, Store as _, StoredFile};
-use super::{Kind, TierError, count, in_pages};
+use super::{Kind, TierError, in_pages};
+use threads::count;
 
 /// Longest map that is read, 1 GiB: 32 million records.
 const MOST_MAP: u64 = 1 << 30;

@@ -12,7 +12,8 @@ use super::fifo::Fifo;
 use super::presence::{Extent, HEADER, RECORD, Subject};
 use super::store::{Store, StoredFile};
 use super::writer::{Command, Gone, Offer};
-use super::{Kind, QUEUE, Stored, TierCounters, TierOptions, Usage, count, in_pages};
+use super::{Kind, QUEUE, Stored, TierCounters, TierOptions, Usage, in_pages};
+use threads::count;
 
 /// State shared by readers and the writer.
 pub(super) struct Shared {

@@ -15,7 +15,8 @@ use super::presence::{Extent, HEADER, RECORD, Record};
 use super::state::{FileState, Shared, map_bytes};
 use super::store::{Payload, StoredFile};
 use super::uring::join;
-use super::{PAGE, count, in_pages};
+use super::{PAGE, in_pages};
+use threads::count;
 
 /// Limit on the bytes in a batch, 8 MiB: two syncs for it are then a small part of its time.
 const BATCH: u64 = 8 << 20;
@@ -74,7 +75,7 @@ fn in_whole_pages(bytes: u64) -> u64 {
 
 /// Body of the thread.
 pub(super) fn run(shared: Arc<Shared>, commands: Receiver<Command>) {
-    sys::thread::mark_io_thread();
+    threads::mark_io_thread();
     let store = shared.store.clone();
     let writer = Writer { shared, dirty: BTreeSet::new() };
     store.drive(Box::pin(writer.run(commands)));

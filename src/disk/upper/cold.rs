@@ -16,7 +16,6 @@ use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -27,6 +26,7 @@ use crate::volume::{VolumeError, Waiter};
 use crate::writable::WritableError;
 use formats::lsmt::FIRST_SECTOR;
 use formats::units::{SECTOR, Sectors};
+use threads::Pool;
 
 /// Number of reads that wait for the disk at the same time. They are of one file, usually on one disk: more
 /// threads do not make it faster.
@@ -120,7 +120,7 @@ pub(super) struct ColdReads {
     layer: Arc<UpperLayer>,
     kept: Arc<Mutex<Kept>>,
     jobs: Option<Sender<Job>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Pool,
 }
 
 impl ColdReads {
@@ -128,18 +128,11 @@ impl ColdReads {
     pub(super) fn start(layer: &Arc<UpperLayer>) -> io::Result<Self> {
         let (jobs, queue) = unbounded();
         let kept = Arc::default();
-        let mut this = Self {
-            layer: layer.clone(),
-            kept,
-            jobs: Some(jobs),
-            threads: Vec::with_capacity(THREADS),
-        };
-        for number in 0..THREADS {
+        let mut this =
+            Self { layer: layer.clone(), kept, jobs: Some(jobs), threads: Pool::default() };
+        for _ in 0..THREADS {
             let (layer, kept, queue) = (layer.clone(), this.kept.clone(), queue.clone());
-            let thread = std::thread::Builder::new()
-                .name(format!("upper-read-{number}"))
-                .spawn(move || serve(&layer, &kept, &queue))?;
-            this.threads.push(thread);
+            this.threads.spawn("upper-read", move || serve(&layer, &kept, &queue))?;
         }
         Ok(this)
     }
@@ -206,17 +199,13 @@ impl Drop for ColdReads {
     /// Joins the threads: afterwards none of them has the layer's files open.
     fn drop(&mut self) {
         self.jobs = None;
-        for thread in self.threads.drain(..) {
-            if thread.thread().id() != std::thread::current().id() {
-                let _ = thread.join();
-            }
-        }
+        self.threads.take().join();
     }
 }
 
 /// Loop of a thread.
 fn serve(layer: &UpperLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
-    sys::thread::mark_io_thread();
+    threads::mark_io_thread();
     while let Ok(Job { parts, offset, waiter }) = queue.recv() {
         let result: Result<(), WritableError> =
             parts.iter().try_for_each(|part| read(layer, kept, *part));

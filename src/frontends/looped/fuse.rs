@@ -19,9 +19,10 @@ use fuser::{
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::{LoopedError, step};
-use crate::counters::{FrontCounters, FrontTotals, count};
+use crate::counters::{FrontCounters, FrontTotals};
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 use formats::units::SECTOR;
+use threads::count;
 
 /// Name of the file.
 pub(super) const NAME: &str = "disk";

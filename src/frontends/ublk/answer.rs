@@ -6,8 +6,9 @@
 
 use super::mailbox::Outcome;
 use super::request::{Op, Request};
-use crate::counters::{FrontCounters, count};
+use crate::counters::FrontCounters;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
+use threads::count;
 
 /// Limit on scratch buffers kept for reuse: one stays warm, and without a limit all those of a burst would
 /// stay.

@@ -14,7 +14,7 @@ use super::mailbox::{Letter, Mailbox, Outcome};
 use super::queue::{NewQueue, Queue};
 use super::request::Op;
 use super::ring::{MAILBOX, Ring, target};
-use crate::counters::count;
+use threads::count;
 
 /// A message to a queue thread.
 pub(super) enum Post {
@@ -49,7 +49,7 @@ impl Driver {
     /// # Errors
     /// Returns the kernel's refusal of a ring.
     pub(super) fn new(mailbox: Arc<Mailbox<Post>>) -> io::Result<Self> {
-        ::sys::thread::mark_io_thread();
+        threads::mark_io_thread();
         let ring = Ring::new()?;
         let mut driver =
             Self { ring, mailbox, queues: Vec::new(), ticket: 0, pinned: false, ending: false };

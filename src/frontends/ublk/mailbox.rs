@@ -12,8 +12,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crossbeam_queue::SegQueue;
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::counters::{FrontCounters, count};
+use crate::counters::FrontCounters;
 use disk::volume::{VolumeError, Waiter};
+use threads::count;
 
 /// The queue thread works, or will look into the mailbox before it sleeps.
 const RUNNING: u32 = 0;

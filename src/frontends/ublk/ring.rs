@@ -11,7 +11,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 
 use super::answer::Answers;
 use super::queue::Queue;
-use crate::counters::count;
+use threads::count;
 
 /// Entries of a submission queue: pushes beyond it are issued at once.
 const SUBMISSIONS: u32 = 1024;

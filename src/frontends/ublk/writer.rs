@@ -18,9 +18,7 @@
 //! never more than the device has tags (2 × 64 × 256 KiB for a device with default options), and a few are
 //! kept. A read-only device has no buffers and no write threads.
 
-use std::io;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
@@ -28,11 +26,14 @@ use parking_lot::Mutex;
 use super::UblkError;
 use super::request::{Op, Request};
 use disk::volume::{Volume, VolumeError, Waiter, WritableVolume};
-use sys::thread::mark_io_thread;
+use threads::{Pool, mark_io_thread};
 
 /// Number of write threads of a device. One may be in a flush for long, and each queue's block layer sends
 /// one at a time.
 const THREADS: usize = 4;
+
+/// Name of the write threads, before their number.
+const THREAD_NAME: &str = "ublk-write";
 
 /// Number of returned buffers that are kept for reuse.
 const SPARE: usize = 8;
@@ -72,7 +73,7 @@ impl Writer {
 /// The write threads of a device. Dropping it ends them.
 pub(super) struct WriterThreads {
     writer: Writer,
-    threads: Vec<JoinHandle<()>>,
+    threads: Pool,
 }
 
 impl WriterThreads {
@@ -83,28 +84,20 @@ impl WriterThreads {
         }
         let (jobs, queue) = unbounded();
         let writer = Writer { jobs, spare: Spare::default() };
-        let mut this = Self { writer, threads: Vec::with_capacity(THREADS) };
+        let mut this = Self { writer, threads: Pool::default() };
         for number in 0..THREADS {
-            let thread = this.spawn(number, volume.clone(), queue.clone());
-            let name = || thread_name(number);
-            this.threads.push(thread.map_err(|source| UblkError::Thread { name: name(), source })?);
+            let (volume, queue, spare) = (volume.clone(), queue.clone(), this.writer.spare.clone());
+            let body = move || {
+                mark_io_thread();
+                if let Some(volume) = volume.writable() {
+                    serve(volume, &queue, &spare);
+                }
+            };
+            let name = || format!("{THREAD_NAME}-{number}");
+            let started = this.threads.spawn(THREAD_NAME, body);
+            started.map_err(|source| UblkError::Thread { name: name(), source })?;
         }
         Ok(Some(this))
-    }
-
-    fn spawn(
-        &self,
-        number: usize,
-        volume: Arc<dyn Volume>,
-        queue: Receiver<Option<Job>>,
-    ) -> io::Result<JoinHandle<()>> {
-        let spare = self.writer.spare.clone();
-        std::thread::Builder::new().name(thread_name(number)).spawn(move || {
-            mark_io_thread();
-            if let Some(volume) = volume.writable() {
-                serve(volume, &queue, &spare);
-            }
-        })
     }
 
     /// A sender for the queues.
@@ -113,20 +106,14 @@ impl WriterThreads {
     }
 }
 
-fn thread_name(number: usize) -> String {
-    format!("ublk-write-{number}")
-}
-
 impl Drop for WriterThreads {
     /// After an orderly stop of the device no work is left. Otherwise a later change fails, as its waiter is
     /// dropped with the channel.
     fn drop(&mut self) {
-        for _ in &self.threads {
+        for _ in 0..self.threads.len() {
             let _ = self.writer.jobs.send(None);
         }
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        self.threads.take().join();
     }
 }
 

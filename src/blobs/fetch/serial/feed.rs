@@ -10,9 +10,10 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use super::super::blob::Blob;
-use super::super::{MOST_TRIES, Shared, count, failure};
+use super::super::{MOST_TRIES, Shared, failure};
 use source::chunk::{ChunkError, Encoded, EncodedChunk};
 use source::{Class, Run};
+use threads::count;
 
 /// Encoded bytes of a batch, 4 MiB; a batch always takes at least one chunk.
 const BATCH: u64 = 4 << 20;
@@ -74,7 +75,7 @@ fn fetch_ahead(
 ) -> Option<JoinHandle<Fetched>> {
     let (shared, blob) = (shared.clone(), blob.clone());
     let body = move || {
-        sys::thread::mark_io_thread();
+        threads::mark_io_thread();
         fetch(&shared, &blob, chunks, class)
     };
     std::thread::Builder::new().name("frame-ahead".into()).spawn(body).ok()

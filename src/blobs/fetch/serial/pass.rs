@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use super::super::blob::{Blob, Key};
 use super::super::inflate::{Input, Job};
 use super::super::queue::Wanted;
-use super::super::{Claim, Shared, count, failure};
+use super::super::{Claim, Shared, failure};
 use super::feed::Feed;
 use super::{Orders, PARKED};
 use crate::tier::store::Payload;
 use crate::tier::{Kind, QUEUE, Stored};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room, SerialDecoder};
+use threads::count;
 
 /// Limit on the bytes that wait for the disk: the rest of the tier's queue is for other blobs.
 const MOST_WAITING: u64 = QUEUE / 4 * 3;
