@@ -182,10 +182,14 @@ fn log_to_stderr(verbose: u8, serves: bool) {
     // of a read ahead comes after the last close has ended the connection.
     log::to_stderr(match verbose {
         0 if serves => log::OF_A_SERVER,
-        0 => "warn,turbobd_blobs::fetch=error,turbobd_registry=error,fuser=error,fuser::reply=off",
+        0 => QUIET,
         verbose => verbosity(verbose),
     });
 }
+
+/// Filter of the log of a command that reads an image: what it mended is no news, what it could not is its one error.
+const QUIET: &str =
+    "warn,turbobd_blobs::fetch=error,turbobd_registry=error,fuser=error,fuser::reply=off";
 
 /// Filter of the log for `-v`, and for more of them.
 fn verbosity(verbose: u8) -> &'static str {
