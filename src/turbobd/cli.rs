@@ -1,7 +1,7 @@
 //! The command line: one file a command.
 //!
-//! Data goes to stdout, everything for people to stderr. Exit status: 0 done, 1 the operation failed,
-//! 2 wrong usage. An error is printed as one line: the command, what failed, and every cause.
+//! Data goes to stdout, messages for people go to stderr. Exit status: 0 done, 1 the operation failed,
+//! 2 wrong usage. An error is one line: the command, the failure, and every cause.
 
 mod attach;
 mod bars;
@@ -29,7 +29,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::{ArgAction, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory as _, Parser, Subcommand};
 use thiserror::Error;
 
 use host::config::ServiceConfig;
@@ -40,8 +40,8 @@ use source::failure::with_causes;
 #[derive(Debug, Parser)]
 #[command(name = "turbobd", version, propagate_version = true, max_term_width = 100)]
 struct Cli {
-    /// Say more: once for what is done and how long it takes, twice for everything.
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    /// Log more: once for each step and its time, twice for everything.
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = GLOBAL)]
     verbose: u8,
     #[command(flatten)]
     service: Service,
@@ -49,13 +49,16 @@ struct Cli {
     command: Command,
 }
 
-/// The service configuration, as the user named it.
+/// Heading of the options that every command takes.
+const GLOBAL: &str = "Global options";
+
+/// The service configuration that the user named.
 #[derive(Debug, clap::Args)]
 #[group(skip)]
 struct Service {
-    /// Settings of this host, overlaybd's JSON (CONFIG.md); else $TURBOBD_SERVICE_CONFIG, else the first that
-    /// exists of /etc/turbobd/config.json, /etc/overlaybd/overlaybd.json, /etc/overlaybd/config.json.
-    #[arg(long = "service-config", value_name = "FILE", global = true)]
+    /// Configuration of this host, in overlaybd's JSON format (CONFIG.md) [default: $TURBOBD_SERVICE_CONFIG, or the
+    /// first existing file of /etc/turbobd/config.json, /etc/overlaybd/overlaybd.json, /etc/overlaybd/config.json].
+    #[arg(long = "service-config", value_name = "FILE", global = true, help_heading = GLOBAL)]
     file: Option<PathBuf>,
 }
 
@@ -65,37 +68,38 @@ impl Service {
     }
 }
 
+// In the order of use, which is the order of the help text.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Build the meta image of an OCI image, or its native image, or both, beside it.
-    Convert(Box<convert::Args>),
-    /// Make a native layer of what was written to a device.
-    Commit(commit::Args),
-    /// Make a block device of an image, and mount it.
+    /// Make the block device of an image, and mount it.
     Attach(attach::Args),
     /// Unmount and remove a device.
     Detach(detach::Args),
     /// List the devices of this host.
     Ls(ls::Args),
-    /// Say where a file or byte of a device comes from, and what a device waits for.
+    /// Show the layer, blob and segment behind a file or byte of a device, and the reads that wait.
     Explain(explain::Args),
-    /// Read an image's whole virtual disk without any kernel.
-    Export(export::Args),
-    /// Say what an image is: layers, sizes, indexes.
+    /// Build the meta image or the native image of an OCI image, or both, beside it.
+    Convert(Box<convert::Args>),
+    /// Show the layers of an image, their sizes and indexes.
     Inspect(inspect::Args),
     /// Verify an image.
     Check(check::Args),
-    /// Say what this host can do, and the remedy for what it cannot.
-    Doctor(doctor::Args),
-    /// Show, verify or prune what is kept on disk.
+    /// Write the virtual disk of an image to a raw file, or print its digest, without a block device.
+    Export(export::Args),
+    /// Make a native layer from the writable layer of a device.
+    Commit(commit::Args),
+    /// Record, show or publish the reads of a container's start.
+    Trace(trace::Args),
+    /// Show, verify or prune the caches on disk.
     Cache(cache::Args),
+    /// Show the abilities of this host, and a remedy for each that is missing.
+    Doctor(doctor::Args),
     /// Serve the devices of this host.
     Daemon(daemon::Args),
-    /// Record what a start reads, or show what was recorded.
-    Trace(trace::Args),
 }
 
-/// Why a command ended without success.
+/// Reason for an end without success.
 #[derive(Debug, Error)]
 enum Failure {
     /// Arguments that parse but make no sense together: exit status 2.
@@ -110,7 +114,7 @@ enum Failure {
 }
 
 impl Failure {
-    /// An argument that cannot be what it is given as: exit status 2.
+    /// An argument with an invalid value: exit status 2.
     fn usage(error: impl Error) -> Self {
         Self::Usage(with_causes(&error))
     }
@@ -119,7 +123,7 @@ impl Failure {
         Self::Because(Box::new(error))
     }
 
-    /// An image that cannot be opened; exit status 2 if its name is none.
+    /// An image that cannot be opened; exit status 2 if its name is invalid.
     fn open(error: OpenError) -> Self {
         match error {
             OpenError::Name(error) => Self::usage(error),
@@ -130,7 +134,13 @@ impl Failure {
 
 type Outcome = Result<ExitCode, Failure>;
 
-/// Runs the command that the process was started with.
+/// The definition of the command line, for man pages and completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Runs the command of the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -160,11 +170,11 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// `RUST_LOG` wins over `-v`. What was mended by fetching it again is news for who keeps the log of a server;
-/// a command that reads an image tells only what it could not mend, as its one error.
+/// Starts the log on stderr. `RUST_LOG` wins over `-v`. A command that serves a device logs each failure, also one that a
+/// second fetch repairs. A command that only reads an image reports the failures that remain, as its one error.
 fn log_to_stderr(verbose: u8, serves: bool) {
-    // fuser warns of each request that a read-only file has no use for, and calls it an error when the answer
-    // of a read ahead comes after the last close has ended the connection.
+    // fuser warns of each request that a read-only file does not implement. It logs an error when the answer to a
+    // read-ahead comes after the last close has ended the connection.
     let level = match verbose {
         0 if serves => "warn,fuser=error,fuser::reply=off",
         0 => "warn,turbobd_blobs::fetch=error,turbobd_registry=error,fuser=error,fuser::reply=off",
@@ -178,7 +188,7 @@ fn log_to_stderr(verbose: u8, serves: bool) {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
-        // It would tell of a log that nobody reads by a macro that panics then.
+        // The message about a closed log pipe would go through a macro that panics on a closed pipe.
         .log_internal_errors(false)
         .try_init();
 }
