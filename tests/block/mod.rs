@@ -17,7 +17,7 @@ pub const MIB: usize = 1 << 20;
 /// longest of these tests takes minutes there, and several times that beside other work.
 const GUEST_LIMIT: &str = "1800";
 
-/// Random numbers, the same in every run.
+/// Random numbers, equal in every run.
 pub struct Random(pub u64);
 
 impl Random {

@@ -8,12 +8,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::alarm::Alarm;
+use super::audit::AuditedDevice;
 use super::error::step;
 use super::view::placed;
 use super::waits::{Waits, Watched};
-use super::{
-    HostError, ImageOpener, ImageView, IoCounters, Opened, ReadPolicy, Snapshots, WaitReading,
-};
+use super::{DeviceReading, HostError, ImageOpener, ImageView, Opened, ReadPolicy, Snapshots};
 use crate::metrics::upstream::{Rates, Totals};
 use crate::metrics::{Page, names};
 use blobs::trace::{Recorder, Recorders};
@@ -51,19 +50,6 @@ const MOST_WAITING: usize = 16;
 
 /// Limit on the places of each of them.
 const MOST_PLACES: usize = 8;
-
-/// Counters of a device at one moment.
-#[derive(Clone, Copy, Debug)]
-pub struct DeviceReading {
-    /// Size of the disk in bytes.
-    pub size: u64,
-    /// Counters of its front end.
-    pub front: QueueTotals,
-    /// Its reads that waited, and those that wait.
-    pub waits: WaitReading,
-    /// Counters of its image's blobs.
-    pub image: IoCounters,
-}
 
 #[derive(Default)]
 struct Devices {
@@ -142,6 +128,9 @@ impl Table {
         let reason = view.clone();
         let waits = Waits::new(self.policy, self.alarm.bell(), move || reason.trouble());
         self.alarm.watch(&waits).map_err(step("start a thread for", &self.run_dir))?;
+        if let Some(audit) = self.opener.audit() {
+            waits.audit(AuditedDevice::new(audit, &name));
+        }
         let volume = Arc::new(Watched::new(volume, waits.clone()));
         let (served, note) = serve(volume, spec, &dir)?;
         let made = start.elapsed() - opened;
@@ -149,6 +138,7 @@ impl Table {
             Served::Ublk(device) => (Frontend::Ublk, device.path().to_owned()),
             Served::Looped(device) => (Frontend::Loop, device.path().to_owned()),
         };
+        waits.named(&device.to_string_lossy());
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let record = DeviceRecord {
             id,
