@@ -80,7 +80,7 @@ fn generate(dir: &Path) -> io::Result<()> {
 
 /// Writes `turbobd.1` again, with [`EVERY_COMMAND`] at its end.
 fn overview(pages: &Path) -> io::Result<()> {
-    let mut command: Command = turbobd::command();
+    let mut command: Command = turbobd::command().disable_help_subcommand(true); // it has no page
     command.build();
     let mut page = Vec::new();
     Man::new(command).render(&mut page)?;

@@ -204,3 +204,96 @@ fn verbosity(verbose: u8) -> &'static str {
         _ => "turbobd=debug,info",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All commands without subcommands, by name.
+    fn commands() -> Vec<clap::Command> {
+        let mut open = vec![command()];
+        let mut found = Vec::new();
+        while let Some(command) = open.pop() {
+            if command.has_subcommands() {
+                open.extend(command.get_subcommands().cloned());
+            } else {
+                found.push(command);
+            }
+        }
+        found
+    }
+
+    fn under(command: &clap::Command, heading: &str) -> Vec<String> {
+        let arguments = command.get_arguments();
+        let ids = arguments.filter(|argument| argument.get_help_heading() == Some(heading));
+        ids.map(|argument| argument.get_id().to_string()).collect()
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn the_registry_heading_has_the_options_of_registries_and_no_others() {
+        let registry = ["user", "plain", "insecure", "root_ca", "cert_dir", "client_cert"];
+        let with = commands()
+            .iter()
+            .filter(|command| {
+                let found = under(command, "Registry");
+                assert!(found.is_empty() || found == registry, "{}: {found:?}", command.get_name());
+                !found.is_empty()
+            })
+            .count();
+        assert!(with >= 5);
+    }
+
+    #[test]
+    fn options_of_a_command_itself_have_no_heading() {
+        let attach = commands().into_iter().find(|command| command.get_name() == "attach").unwrap();
+        for own in ["mount", "upper", "frontend", "foreground", "dev_id"] {
+            let argument =
+                attach.get_arguments().find(|argument| argument.get_id() == own).unwrap();
+            assert_eq!(argument.get_help_heading(), None, "{own}");
+        }
+    }
+
+    #[test]
+    fn trace_record_takes_an_image_and_then_a_command() {
+        let line = ["turbobd", "trace", "record", "oci:a:b", "--", "sh", "-c", "true"];
+        let cli = Cli::try_parse_from(line).unwrap();
+        let text = format!("{:?}", cli.command);
+        assert!(text.contains(r#"image: Some("oci:a:b")"#), "{text}");
+        assert!(text.contains(r#"command: ["sh", "-c", "true"]"#), "{text}");
+    }
+
+    #[test]
+    fn publish_is_shown_where_a_device_is_made() {
+        let shown = |command: &clap::Command| {
+            command
+                .get_arguments()
+                .any(|argument| argument.get_id() == "publish" && !argument.is_hide_set())
+        };
+        let mut names: Vec<String> = commands()
+            .iter()
+            .filter(|command| shown(command))
+            .map(|command| command.get_name().to_owned())
+            .collect();
+        names.sort();
+        assert_eq!(names, ["attach", "record"]);
+    }
+
+    #[test]
+    fn every_visible_option_has_a_help_text_in_plain_words() {
+        for command in commands() {
+            for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+                let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+                let name = format!("{} {}", command.get_name(), argument.get_id());
+                assert!(!help.is_empty(), "{name} has no help");
+                for riddle in ["nobody", "somebody", "whoever", "whom", " who ", "of which"] {
+                    assert!(!help.to_lowercase().contains(riddle), "{name}: {help}");
+                }
+            }
+        }
+    }
+}

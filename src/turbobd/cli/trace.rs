@@ -36,7 +36,8 @@ enum Action {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(mut_arg("image", |arg| arg.help("Image, or a device of this host: its node or mount point")))]
+// Each index is set, because `mut_arg` moves an argument to the end.
+#[command(mut_arg("image", |arg| arg.index(1).help("Image, or a device of this host: its node or mount point")))]
 struct RecordArgs {
     /// Write the trace to this file.
     #[arg(short, long, value_name = "FILE", default_value = "turbobd.trace")]
@@ -50,7 +51,7 @@ struct RecordArgs {
     #[command(flatten)]
     image: image::Args,
     /// Command to run and record until it ends: in the mounted IMAGE (chroot), or on the host for a device.
-    #[arg(last = true, value_name = "COMMAND")]
+    #[arg(last = true, index = 2, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
