@@ -379,7 +379,7 @@ fn the_scan_sees_circles_and_skips_comments_strings_and_tests() {
     let code = "use crate::{a, b::c};\n// crate::d\nlet s = \"crate::e\"; let c = '\"'; r#\"crate::f\"#;\n\
                 fn g<'x>() { super::h() }\n#[cfg(test)]\nmod tests { use crate::i; }\n#[cfg(test)]\nmod j;\ncrate::k();\n";
     let (code, tests) = without_tests(&bare(code));
-    let names: Vec<_> = names_after(&code, "crate").into_iter().collect();
+    let names = names_after(&code, "crate");
     let expected = [(1, "a"), (1, "b"), (9, "k")].map(|(line, name)| (line, name.to_owned()));
     assert_eq!(names, expected);
     assert_eq!(names_after(&code, "super"), [(4, "h".to_owned())]);
