@@ -30,6 +30,7 @@ mod encodings;
 mod faults;
 mod formats;
 mod guest;
+mod house;
 mod interop;
 mod large;
 mod meta;

@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::block::{
-    MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, soon,
-    sys_block, threads, ublk_here,
+    MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, soon, sys_block,
+    threads, ublk_here,
 };
 use disk::volume::{FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter};
 use turbobd_frontends::looped::LoopedDevice;

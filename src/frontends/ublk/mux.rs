@@ -27,12 +27,12 @@ use libublk::sys;
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::thread::CpuSet;
 
+use super::UblkError;
 use super::answer::{Answers, Verdict};
 use super::counters::{QueueCounters, count};
 use super::mailbox::{Letter, Mailbox, Outcome};
 use super::request::{Op, Request};
 use super::writer::{QueueWrites, Writer};
-use super::UblkError;
 use disk::volume::Volume;
 
 /// Limit on queue threads: the requests of one queue keep a thread below half busy, and a few threads feed

@@ -12,9 +12,7 @@ use super::audit::AuditedDevice;
 use super::error::step;
 use super::view::placed;
 use super::waits::{Waits, Watched};
-use super::{
-    HostError, ImageOpener, ImageView, IoCounters, Opened, ReadPolicy, Snapshots, WaitReading,
-};
+use super::{DeviceReading, HostError, ImageOpener, ImageView, Opened, ReadPolicy, Snapshots};
 use crate::metrics::upstream::{Rates, Totals};
 use crate::metrics::{Page, names};
 use blobs::trace::{Recorder, Recorders};
@@ -52,19 +50,6 @@ const MOST_WAITING: usize = 16;
 
 /// Limit on the places of each of them.
 const MOST_PLACES: usize = 8;
-
-/// Counters of a device at one moment.
-#[derive(Clone, Copy, Debug)]
-pub struct DeviceReading {
-    /// Size of the disk in bytes.
-    pub size: u64,
-    /// Counters of its front end.
-    pub front: QueueTotals,
-    /// Its reads that waited, and those that wait.
-    pub waits: WaitReading,
-    /// Counters of its image's blobs.
-    pub image: IoCounters,
-}
 
 #[derive(Default)]
 struct Devices {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::alarm::Bell;
 use super::audit::AuditedDevice;
 use crate::config::OnError;
-use crate::metrics::Times;
+use crate::readings::WaitReading;
 use blobs::Histogram;
 use disk::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
 
@@ -87,21 +87,6 @@ struct Failed {
     next: Instant,
     /// Waiters that ask again at `next`; empty when they have.
     waiters: Vec<Waiter>,
-}
-
-/// State of a device's waits at one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WaitReading {
-    /// Number of reads that wait now.
-    pub waiting: u64,
-    /// Age of the oldest of them.
-    pub oldest: Option<Duration>,
-    /// Durations of the waits that have ended.
-    pub times: Times,
-    /// Reads that were ended by their deadline.
-    pub expired: u64,
-    /// Reads that failed and were repeated.
-    pub repeated: u64,
 }
 
 /// A read that waits, for display.
@@ -202,7 +187,9 @@ impl Waits {
                 let (since, others) =
                     failed.map_or((since, Vec::new()), |failed| (failed.since, failed.waiters));
                 self.over(span, now.saturating_duration_since(since), || match &result {
-                    Some(result) => result.as_ref().err().map(|error| source::failure::with_causes(error)),
+                    Some(result) => {
+                        result.as_ref().err().map(|error| source::failure::with_causes(error))
+                    }
                     None => Some("The disk has given the read up".to_owned()),
                 });
                 // If it is dropped uncalled, the front end's waiter is an error too.

@@ -5,7 +5,7 @@
 
 use super::upstream::Upstream;
 use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
-use crate::daemon::{AuditCounters, DeviceReading};
+use crate::readings::{AuditCounters, DeviceReading};
 use blobs::cache::{CacheStats, Residents};
 use blobs::fetch::FetchCounters;
 use blobs::tier::Tier;

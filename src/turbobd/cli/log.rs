@@ -1,7 +1,8 @@
-//! The log of this process: standard error, or a daemon's log file.
+//! The log: on stderr, or in a daemon's log file.
 //!
-//! The level is that of `RUST_LOG`, else of `-v`, else of the service configuration's `logLevel`, else the default of the
-//! command. A log file begins at level 1. `RUST_LOG` takes targets with levels, such as `turbobd=debug,warn`.
+//! The level comes from `RUST_LOG`, else `-v`, else the service configuration's `logLevel`, else the default of the
+//! command. The default of a log file is `logLevel` 1. `RUST_LOG` takes targets with levels, such as
+//! `turbobd=debug,warn`.
 
 use std::io::IsTerminal as _;
 
@@ -13,7 +14,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use super::Failure;
 use host::config::{LogLevel, ServiceConfig};
 
-/// Level of a server by default.
+/// Default filter of a command that serves devices.
 pub(super) const OF_A_SERVER: &str = "warn,fuser=error,fuser::reply=off";
 
 /// Filter of each level.
@@ -59,7 +60,7 @@ fn begin(level: &str, writer: BoxMakeWriter, colours: bool) {
         .with_writer(writer)
         .with_ansi(colours)
         .with_target(false)
-        // It would report a log without a reader by a macro that panics then.
+        // The message about a closed log pipe would go through a macro that panics on a closed pipe.
         .log_internal_errors(false);
     let _ = tracing_subscriber::registry().with(lines).with(filter).try_init();
 }
