@@ -20,13 +20,13 @@ use disk::volume::{MemoryVolume, Volume};
 use disk::{Disk, DiskLayer, LayerData};
 use formats::lsmt::{Layer, LayerKind, WarpWriter};
 use formats::units::{Bytes, Sectors};
-use frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
 use io_uring::{IoUring, opcode, types};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::{BufDescList, UblkDev, UblkIOCtx, UblkQueue};
 use libublk::{BufDesc, UblkFlags, UblkIORes};
 use source::chunk::{ChunkSource, PlainChunks};
 use source::{MemorySource, SharedBytes};
+use turbobd_frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
 
 const MIB: u64 = 1 << 20;
 /// Bytes of the range that is read, on every contestant: all of them fit into the cache.
@@ -234,7 +234,7 @@ fn status(key: &str) -> u64 {
 }
 
 fn many(count: usize) {
-    let _ = host::daemon::server::raise_descriptor_limit();
+    let _ = sys::limits::raise_descriptor_limit();
     let bytes =
         Arc::new(MemoryVolume::new((0..MIB as usize).map(|at| (at / 4096) as u8).collect()));
     let (rss, begun) = (status("VmRSS"), Instant::now());
@@ -262,7 +262,7 @@ fn many(count: usize) {
         begun.elapsed().as_secs_f64()
     );
     let begun = Instant::now();
-    frontends::ublk::stop_all(devices).unwrap();
+    turbobd_frontends::ublk::stop_all(devices).unwrap();
     println!("all detached in {:.1} s (bar: 60 s)", begun.elapsed().as_secs_f64());
     let left = std::fs::read_dir("/sys/block").unwrap().flatten();
     let left =

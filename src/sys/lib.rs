@@ -7,6 +7,7 @@
 //! * [`extents`] where the bytes of a file lie on its device (`FS_IOC_FIEMAP`)
 //! * [`flock`]   a file that one process has at a time
 //! * [`thread`]  marks of a thread that serves I/O
+//! * [`limits`]  limits of a process
 //! * [`heap`]    gives free memory back to the system
 //!
 //! ```
@@ -19,4 +20,5 @@
 pub mod extents;
 pub mod flock;
 pub mod heap;
+pub mod limits;
 pub mod thread;
