@@ -34,6 +34,7 @@ mod interop;
 mod large;
 mod meta;
 mod native;
+mod pages;
 mod plain;
 mod registry;
 mod registry_ways;

@@ -43,7 +43,9 @@ fn text(path: impl AsRef<Path>) -> String {
 fn pages() -> Vec<String> {
     let mut pages: Vec<String> = PAGES.iter().map(|&page| page.to_owned()).collect();
     let notes = sources(&root(), "md");
-    let note = |path: &PathBuf| path.starts_with(root().join("src"));
+    let note = |path: &PathBuf| {
+        ["src", "perf", "kernel-notes"].iter().any(|dir| path.starts_with(root().join(dir)))
+    };
     pages.extend(notes.iter().filter(|path| note(path)).map(|path| relative(path)));
     pages
 }
@@ -74,7 +76,8 @@ fn sources(dir: &Path, extension: &str) -> Vec<PathBuf> {
 /// The Rust sources under `src/`, without the tests in them.
 fn code() -> Vec<(String, String)> {
     let files = sources(&root().join("src"), "rs");
-    let is_test = |path: &PathBuf| relative(path).contains("/tests") || relative(path).ends_with("tests.rs");
+    let is_test =
+        |path: &PathBuf| relative(path).contains("/tests") || relative(path).ends_with("tests.rs");
     files
         .iter()
         .filter(|path| !is_test(path))
@@ -141,7 +144,8 @@ fn table(page: &str, header: &[&str]) -> Vec<Vec<String>> {
     };
     let mut lines = page.lines();
     let found = lines.by_ref().find(|line| {
-        line.starts_with('|') && cells(line).iter().zip(header).filter(|(a, b)| a == *b).count() == header.len()
+        line.starts_with('|')
+            && cells(line).iter().zip(header).filter(|(a, b)| a == *b).count() == header.len()
     });
     assert!(found.is_some(), "no table with the header {header:?}");
     let rows: Vec<_> = lines.skip(1).take_while(|line| line.starts_with('|')).map(cells).collect();
@@ -174,7 +178,10 @@ fn every_file_that_a_page_names_is_there() {
 #[test]
 fn every_link_of_a_page_leads_somewhere() {
     let slug = |heading: &str| -> String {
-        let plain = heading.trim_start_matches('#').trim().replace(['`', ',', '.', ':', '?', '(', ')', '/'], "");
+        let plain = heading
+            .trim_start_matches('#')
+            .trim()
+            .replace(['`', ',', '.', ':', '?', '(', ')', '/'], "");
         plain.to_lowercase().replace(' ', "-")
     };
     let mut checked = 0;
@@ -192,7 +199,8 @@ fn every_link_of_a_page_leads_somewhere() {
             assert!(path.exists(), "{page} links to {target}, which does not exist");
             if !anchor.is_empty() {
                 let linked = fs::read_to_string(&path).unwrap();
-                let found = linked.lines().any(|line| line.starts_with('#') && slug(line) == anchor);
+                let found =
+                    linked.lines().any(|line| line.starts_with('#') && slug(line) == anchor);
                 assert!(found, "{page} links to {target}, where no heading is");
             }
         }
@@ -208,7 +216,9 @@ fn the_traits_stand_where_the_page_says_and_have_the_implementations_it_names() 
         let (name, file) = (names(&row[0])[0], names(&row[2])[0]);
         assert!(text(file).contains(&format!("pub trait {name}")), "{file} has no trait {name}");
         for cell in &row[3..5] {
-            for kind in names(cell).iter().filter(|kind| !cell.starts_with("over") || **kind == name) {
+            for kind in
+                names(cell).iter().filter(|kind| !cell.starts_with("over") || **kind == name)
+            {
                 let there = code.iter().any(|(_, text)| is_implemented(text, name, kind));
                 assert!(there, "{kind} does not implement {name}");
             }
@@ -217,7 +227,8 @@ fn the_traits_stand_where_the_page_says_and_have_the_implementations_it_names() 
     let faulty = table(&page, &["trait", "question", "where"]);
     let sources: Vec<_> = faulty.iter().flat_map(|row| names(&row[5])).collect();
     for name in sources {
-        let there = name.contains('/') || code.iter().any(|(_, text)| text.contains(&format!("pub struct {name}")));
+        let there = name.contains('/')
+            || code.iter().any(|(_, text)| text.contains(&format!("pub struct {name}")));
         assert!(there, "there is no {name}");
     }
 }
@@ -255,14 +266,18 @@ fn threads(file: &str, text: &str) -> Vec<String> {
                 depth > 0
             })
             .collect();
-        let computed = COMPUTED.iter().find(|(known, expression, _)| *known == file && *expression == argument);
+        let computed = COMPUTED
+            .iter()
+            .find(|(known, expression, _)| *known == file && *expression == argument);
         if let Some((_, _, names)) = computed {
             found.extend(names.iter().map(|&name| name.to_owned()));
             continue;
         }
         let literal = argument.split('"').nth(1);
         let literal = literal.unwrap_or_else(|| {
-            panic!("{file} starts a thread by the name {argument}: say in COMPUTED what that can be")
+            panic!(
+                "{file} starts a thread by the name {argument}: say in COMPUTED what that can be"
+            )
         });
         found.push(literal.replace("{number}", "N"));
     }
@@ -288,10 +303,15 @@ fn the_table_of_threads_has_exactly_the_threads_that_the_code_starts() {
         .collect();
     let marking: BTreeSet<String> = code()
         .iter()
-        .filter(|(_, text)| text.contains("mark_io_thread()") && text.contains("thread::Builder::new()"))
+        .filter(|(_, text)| {
+            text.contains("mark_io_thread()") && text.contains("thread::Builder::new()")
+        })
         .flat_map(|(file, text)| threads(file, text))
         .collect();
-    assert!(marking.is_subset(&marked), "{marking:?} are marked as I/O threads, and the page marks {marked:?}");
+    assert!(
+        marking.is_subset(&marked),
+        "{marking:?} are marked as I/O threads, and the page marks {marked:?}"
+    );
 }
 
 /// Dependencies of a manifest on crates of this workspace.
@@ -321,7 +341,8 @@ fn the_crates_are_the_members_of_the_workspace_and_import_what_the_page_says() {
         if row[3].starts_with("all above") {
             said = above.difference(&said).cloned().collect();
         }
-        let manifest = if name == "turbobd" { "Cargo.toml".into() } else { format!("src/{name}/Cargo.toml") };
+        let manifest =
+            if name == "turbobd" { "Cargo.toml".into() } else { format!("src/{name}/Cargo.toml") };
         let imported = imports(&text(manifest), &members);
         assert_eq!(imported, said, "what {name} imports, and what ARCHITECTURE.md says");
         assert!(imported.is_subset(&above), "{name} imports a crate below it");
@@ -335,12 +356,20 @@ fn the_crates_are_the_members_of_the_workspace_and_import_what_the_page_says() {
 
 #[test]
 fn every_metric_that_a_page_names_is_counted() {
-    let all: BTreeSet<&str> = host::metrics::names::all().iter().map(|metric| metric.name).collect();
+    let all: BTreeSet<&str> =
+        host::metrics::names::all().iter().map(|metric| metric.name).collect();
     let mut checked = 0;
     for page in pages() {
         for quote in quoted(&text(&page)) {
-            let names = quote.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_' && letter != '*');
-            for name in names.filter(|name| name.starts_with("turbobd_")) {
+            let names = quote.split(|letter: char| {
+                !letter.is_ascii_alphanumeric() && letter != '_' && letter != '*'
+            });
+            // The targets of the log are crates.
+            for name in names.filter(|name| {
+                name.starts_with("turbobd_")
+                    && !quote.contains("RUST_LOG")
+                    && *name != "turbobd_NAME"
+            }) {
                 checked += 1;
                 let there = match name.strip_suffix('*') {
                     Some(start) => all.iter().any(|metric| metric.starts_with(start)),
@@ -360,11 +389,15 @@ fn every_table_of_a_page_has_its_header() {
         let lines: Vec<&str> = page_text.lines().collect();
         let is_rule = |line: &str| line.starts_with("|---");
         for (number, line) in lines.iter().enumerate() {
-            let begins = line.starts_with('|') && (number == 0 || !lines[number - 1].starts_with('|'));
+            let begins =
+                line.starts_with('|') && (number == 0 || !lines[number - 1].starts_with('|'));
             if begins {
                 let under = lines.get(number + 1).copied().unwrap_or_default();
                 let over = lines.get(number + 2).copied().unwrap_or_default();
-                assert!(!is_rule(line) && is_rule(under) && !is_rule(over), "{page}: the table at {line:?}");
+                assert!(
+                    !is_rule(line) && is_rule(under) && !is_rule(over),
+                    "{page}: the table at {line:?}"
+                );
             }
         }
     }
@@ -387,7 +420,8 @@ fn every_key_that_a_page_names_is_in_the_page_of_keys() {
             });
             let key = quote.split([' ', '=']).next().unwrap_or_default();
             if is_own {
-                let there = keys.contains(key) || keys.iter().any(|known| known.starts_with(&format!("{key}.")));
+                let there = keys.contains(key)
+                    || keys.iter().any(|known| known.starts_with(&format!("{key}.")));
                 assert!(there, "{page} names the key {key}, which CONFIG.md does not have");
             }
         }
@@ -396,7 +430,10 @@ fn every_key_that_a_page_names_is_in_the_page_of_keys() {
 
 /// Variants of the enum that `T` is, as serde lists them for a name that is none.
 fn variants<T: serde::de::DeserializeOwned>() -> BTreeSet<String> {
-    let error = serde_json::from_str::<T>("\"no such variant\"").err().expect("no such variant").to_string();
+    let error = serde_json::from_str::<T>("\"no such variant\"")
+        .err()
+        .expect("no such variant")
+        .to_string();
     let (_, list) = error.split_once("expected one of ").unwrap_or_else(|| panic!("{error}"));
     list.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
@@ -415,17 +452,20 @@ fn every_message_is_on_the_page_of_the_protocol_with_an_example_that_is_one() {
     let page = text("PROTOCOL.md");
     let (mut requests, mut replies) = (BTreeSet::new(), BTreeSet::new());
     for (kind, example) in blocks(&page) {
-        let value: Value = serde_json::from_str(&example).unwrap_or_else(|error| panic!("{error} in {example}"));
+        let value: Value =
+            serde_json::from_str(&example).unwrap_or_else(|error| panic!("{error} in {example}"));
         // What is written again must be what was read: so an example has every field, and no other.
         let again = match kind.as_str() {
             "json request" | "json request short" => {
                 requests.insert(variant(&value));
-                let request: Request = serde_json::from_value(value.clone()).unwrap_or_else(|error| panic!("{error} in {example}"));
+                let request: Request = serde_json::from_value(value.clone())
+                    .unwrap_or_else(|error| panic!("{error} in {example}"));
                 serde_json::to_value(request).unwrap()
             }
             "json reply" => {
                 replies.insert(variant(&value));
-                let reply: Reply = serde_json::from_value(value.clone()).unwrap_or_else(|error| panic!("{error} in {example}"));
+                let reply: Reply = serde_json::from_value(value.clone())
+                    .unwrap_or_else(|error| panic!("{error} in {example}"));
                 serde_json::to_value(reply).unwrap()
             }
             other => panic!("a block of the kind {other:?}"),
@@ -457,7 +497,10 @@ fn the_codes_and_states_of_the_protocol_are_those_of_the_types() {
     }
     let source = text("src/client/error.rs");
     let body = source.split("pub enum Code {").nth(1).unwrap().split("\n}").next().unwrap();
-    let written = body.lines().map(str::trim).filter(|line| line.ends_with(',') && !line.starts_with(['/', '#']));
+    let written = body
+        .lines()
+        .map(str::trim)
+        .filter(|line| line.ends_with(',') && !line.starts_with(['/', '#']));
     let snake = |name: &str| {
         let mut snake = String::new();
         for letter in name.trim_end_matches(',').chars() {
@@ -468,9 +511,15 @@ fn the_codes_and_states_of_the_protocol_are_those_of_the_types() {
         }
         snake
     };
-    assert_eq!(written.map(snake).collect::<Vec<_>>(), listed, "codes of the type, and of the page");
-    let states: BTreeSet<String> =
-        table(&page, &["`state`", "meaning"]).iter().map(|row| names(&row[0])[0].to_owned()).collect();
+    assert_eq!(
+        written.map(snake).collect::<Vec<_>>(),
+        listed,
+        "codes of the type, and of the page"
+    );
+    let states: BTreeSet<String> = table(&page, &["`state`", "meaning"])
+        .iter()
+        .map(|row| names(&row[0])[0].to_owned())
+        .collect();
     assert_eq!(states, variants::<DeviceState>());
 }
 
@@ -482,7 +531,9 @@ fn the_commands_of_the_readme_are_those_of_the_program() {
         .lines()
         .filter_map(|line| line.strip_prefix("  "))
         .filter_map(|line| line.split_once(' '))
-        .filter(|(name, about)| name.chars().all(|letter| letter.is_ascii_lowercase()) && about.starts_with(' '))
+        .filter(|(name, about)| {
+            name.chars().all(|letter| letter.is_ascii_lowercase()) && about.starts_with(' ')
+        })
         .map(|(name, _)| name)
         .filter(|name| !name.is_empty() && *name != "help")
         .collect();
@@ -510,7 +561,9 @@ fn the_bounds_of_the_memory_formula_are_the_constants_of_the_code() {
         let value = value.split(';').next().unwrap();
         let number: u64 = match value.split_once(" << 20") {
             Some((mebibytes, _)) => mebibytes.parse().unwrap(),
-            None => value.replace('_', "").parse().unwrap_or_else(|_| panic!("{constant} is {value}")),
+            None => {
+                value.replace('_', "").parse().unwrap_or_else(|_| panic!("{constant} is {value}"))
+            }
         };
         let said = row[1].split(' ').any(|word| word == number.to_string());
         assert!(said, "{constant} of {file} is {number}, and the page says {}", row[1]);
@@ -541,7 +594,9 @@ fn the_samples_of_the_operators_page_have_the_form_of_what_the_program_prints() 
     fs::write(&config, "{}").unwrap();
     let program = || {
         let mut program = turbobd();
-        program.env("TURBOBD_RUN_DIR", dir.path().join("run")).env("TURBOBD_SERVICE_CONFIG", &config);
+        program
+            .env("TURBOBD_RUN_DIR", dir.path().join("run"))
+            .env("TURBOBD_SERVICE_CONFIG", &config);
         program
     };
     let listed = run(program().arg("ls"));
@@ -550,8 +605,12 @@ fn the_samples_of_the_operators_page_have_the_form_of_what_the_program_prints() 
 
     let report = program().args(["doctor", "--json"]).output().unwrap();
     let report: Value = serde_json::from_slice(&report.stdout).unwrap();
-    let facts: Vec<&str> =
-        report["rows"].as_array().unwrap().iter().map(|row| row["what"].as_str().unwrap()).collect();
+    let facts: Vec<&str> = report["rows"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["what"].as_str().unwrap())
+        .collect();
     let shown = sample("doctor");
     for fact in &facts {
         assert!(shown.contains(fact), "the sample of doctor lacks {fact}");
@@ -565,14 +624,22 @@ fn the_samples_of_the_operators_page_have_the_form_of_what_the_program_prints() 
     let printed = run(program().args(["inspect", &format!("{image}:v1-turbo")]));
     let heads = |text: &str| -> BTreeMap<usize, Vec<String>> {
         let lines = text.lines().take(3).enumerate();
-        lines.map(|(number, line)| (number, words(line).iter().map(|&word| word.to_owned()).collect())).collect()
+        lines
+            .map(|(number, line)| {
+                (number, words(line).iter().map(|&word| word.to_owned()).collect())
+            })
+            .collect()
     };
     let (shown, printed) = (heads(&sample("inspect")), heads(&printed));
     for line in 0..3 {
         // Of the first two lines the name, of the third all headings.
         let most = if line < 2 { 1 } else { usize::MAX };
         let cut = |words: &[String]| words.iter().take(most).cloned().collect::<Vec<_>>();
-        assert_eq!(cut(&shown[&line]), cut(&printed[&line]), "line {line} of the sample of inspect");
+        assert_eq!(
+            cut(&shown[&line]),
+            cut(&printed[&line]),
+            "line {line} of the sample of inspect"
+        );
     }
 }
 
@@ -583,7 +650,9 @@ fn the_figures_of_the_readme_are_in_the_file_of_figures() {
     let known: BTreeSet<(String, String)> = all
         .iter()
         .map(|figure| {
-            let get = |key: &str| figure[key].as_str().unwrap_or_else(|| panic!("no {key} in {figure}")).to_owned();
+            let get = |key: &str| {
+                figure[key].as_str().unwrap_or_else(|| panic!("no {key} in {figure}")).to_owned()
+            };
             for key in ["what", "unit"] {
                 assert!(!get(key).is_empty(), "{figure}");
             }
@@ -592,7 +661,24 @@ fn the_figures_of_the_readme_are_in_the_file_of_figures() {
                 let machine = seen["machine"].as_str().unwrap();
                 assert!(figures["machines"][machine].is_string(), "{machine} is not described");
             }
-            (get("command"), get("readme"))
+            let readme = get("readme");
+            let values = figure["seen"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|seen| seen["value"].as_f64().unwrap());
+            let worst = match figure["better"].as_str() {
+                Some("lower") => values.fold(f64::MIN, f64::max),
+                Some("higher") => values.fold(f64::MAX, f64::min),
+                other => panic!("{figure}: better is lower or higher, not {other:?}"),
+            };
+            let shown = readme.split(' ').next().unwrap_or_default();
+            let shown: f64 = if shown.is_empty() { worst } else { shown.parse().unwrap() };
+            assert!(
+                (shown - worst).abs() < 1e-9,
+                "README.md shows {shown}, and the worst seen is {worst}: {figure}"
+            );
+            (get("command"), readme)
         })
         .collect();
     let rows = table(&text("README.md"), &["command", "measures", "figure"]);
