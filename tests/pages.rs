@@ -164,7 +164,7 @@ fn every_file_that_a_page_names_is_there() {
     for page in pages() {
         for quote in quoted(&text(&page)) {
             // A command has arguments behind its name; a pattern stands for several files.
-            let file = quote.split(' ').next().unwrap_or_default();
+            let file = quote.split_whitespace().next().unwrap_or_default();
             let file = file.trim_start_matches("./");
             if FOLDERS.iter().any(|folder| file.starts_with(folder)) && !file.contains(['*', 'N']) {
                 checked += 1;
