@@ -329,7 +329,7 @@ impl Served {
         let (store, selector) = store::open(&name, &client).unwrap();
         let (_, manifest) = host_manifest(&*store, &selector).unwrap();
         let targets: Arc<dyn ImageStore> = store.clone();
-        let fetch = FetchOptions { workers: 2, connections: 8 };
+        let fetch = FetchOptions { workers: 2, connections: 8, ahead: None };
         let cache = Cache::over(CacheOptions { budget, fetch }, tiers);
         Arc::new(open_image(&*store, &*targets, &manifest, cache).unwrap().disk)
     }

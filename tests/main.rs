@@ -38,6 +38,7 @@ mod pages;
 mod plain;
 mod registry;
 mod registry_ways;
+mod settings;
 mod sparse;
 mod trace;
 mod uppers;

@@ -114,7 +114,7 @@ impl Cache {
     /// Creates a cache that holds at most `budget` bytes, and decodes chunks with `workers` threads.
     #[must_use]
     pub fn new(budget: u64, workers: usize) -> Arc<Self> {
-        let fetch = FetchOptions { workers, connections: CONNECTIONS };
+        let fetch = FetchOptions { workers, connections: CONNECTIONS, ahead: None };
         Self::with(CacheOptions { budget, fetch })
     }
 

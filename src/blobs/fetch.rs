@@ -110,12 +110,15 @@ pub struct FetchOptions {
     pub workers: usize,
     /// Limit on range requests in flight.
     pub connections: usize,
+    /// Of those, most that are made ahead of demand: for a trace that is replayed, and reading ahead. A quarter of
+    /// all is kept for demand in any case.
+    pub ahead: Option<usize>,
 }
 
 impl Default for FetchOptions {
     fn default() -> Self {
         let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        Self { workers, connections: CONNECTIONS }
+        Self { workers, connections: CONNECTIONS, ahead: None }
     }
 }
 
@@ -197,7 +200,7 @@ impl Fetcher {
         let shared = Arc::new(Shared {
             delivery,
             counters: Arc::default(),
-            crew: Crew::new(options.connections.max(1)),
+            crew: Crew::new(options.connections.max(1), options.ahead),
             workers: Workers::new(options.workers.max(1)),
             serials: Serials::default(),
             fill: fill::Queue::default(),

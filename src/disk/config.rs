@@ -76,7 +76,7 @@ pub struct Config {
     pub upper: Upper,
     /// File that receives `success` or `failed:<reason>` once.
     pub result_file: String,
-    /// Settings for background download that override the host's.
+    /// Replaces the host's settings for background download, as a whole.
     pub download: Option<Download>,
     /// The last lower is a trace to prefetch by, not a layer.
     pub acceleration_layer: bool,
@@ -106,7 +106,8 @@ pub struct Lower {
     pub gzip_sidecar: String,
 }
 
-/// Settings of the background download for one device; absent ones have the host's value.
+/// Settings of the background download for one device. They replace the host's as a whole: an absent one has upstream's
+/// default, and not the host's value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Download {
     /// True if there is a background download.
@@ -155,6 +156,8 @@ pub struct OpenedConfig {
     pub trace: Option<Trace>,
     /// File in which a trace must be recorded.
     pub record: Option<PathBuf>,
+    /// Settings of the background download, in the place of the host's.
+    pub download: Option<Download>,
 }
 
 /// Opens the disk of the configuration at `path`, to read it.
@@ -245,7 +248,7 @@ pub fn open_all(
         Some(path) => read_trace(&disk, path),
         None => (None, None),
     };
-    Ok(OpenedConfig { disk, upper, trace, record })
+    Ok(OpenedConfig { disk, upper, trace, record, download: config.download })
 }
 
 /// Writes the outcome into the `resultFile` of the configuration at `path`, if it names one: `success`, or

@@ -8,13 +8,19 @@
 //! type, or an impossible one, is an error that names file, key and the expected value: a guess would serve
 //! containers by settings that no user wrote. Without a file the defaults hold, which differ from overlaybd's
 //! for a section that is *absent*: then the background fill begins at once and the disk tier is used. A
-//! section that is present has overlaybd's meaning.
+//! section that is present has overlaybd's meaning, except `gzipCacheConfig`: each of its absent keys keeps turbobd's
+//! default.
+//!
+//! Each key has an effect, or a warning says that it has none when it is set. Tests take the keys from the page, and
+//! look for each setting in the source of its user.
 //!
 //! After parsing, sizes are bytes and times are durations. A [`ServiceConfig`] is read once, when the program
 //! starts, and shared behind an `Arc`.
 //!
-//! Contents: `object` takes keys one by one; `sections` overlaybd's; `own` ours.
+//! Contents: `object` takes keys one by one; `sections` overlaybd's; `own` ours; [`log_file`] the files that the
+//! settings name for lines.
 
+pub mod log_file;
 mod object;
 mod own;
 mod sections;
@@ -22,14 +28,14 @@ mod sections;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::{Map, Value};
 use thiserror::Error;
 
+use log_file::LogFile;
 use object::{Notes, Object};
 pub use own::{OnError, TracesConfig, TurbobdConfig};
 pub use sections::{
     ApiConfig, AuditConfig, CacheConfig, CacheType, CertificateConfig, CredentialConfig,
-    CredentialMode, DownloadConfig, ExporterConfig, GzipCacheConfig, IoEngine, LogConfig,
+    CredentialMode, DownloadConfig, ExporterConfig, GzipCacheConfig, LogConfig, LogLevel,
     P2pConfig, PrefetchConfig,
 };
 
@@ -60,7 +66,20 @@ pub enum ConfigError {
         /// The defect, with its place.
         rule: String,
     },
-    /// A key has a value that it cannot have.
+    /// A file for lines cannot be opened.
+    #[error("Key {key} of {file} names {}, which cannot be written", .path.display())]
+    NotWritable {
+        /// The configuration.
+        file: String,
+        /// Path of the key.
+        key: &'static str,
+        /// What it names.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: Arc<std::io::Error>,
+    },
+    /// A key has an invalid value.
     #[error("Key {key} of {file} is invalid: {rule}")]
     Key {
         /// The file.
@@ -79,8 +98,6 @@ pub struct ServiceConfig {
     pub file: Option<PathBuf>,
     /// `logConfig`, or the legacy `logLevel` and `logPath`.
     pub log: LogConfig,
-    /// `ioEngine`.
-    pub io_engine: IoEngine,
     /// `cacheConfig`, or the legacy `cacheType`, `registryCacheDir` and `registryCacheSizeGB`.
     pub cache: CacheConfig,
     /// `gzipCacheConfig`: the disk tier of decoded chunks.
@@ -122,21 +139,46 @@ impl ServiceConfig {
     /// # Errors
     /// Returns [`ConfigError`]; a named file must exist.
     pub fn load(named: Option<&Path>) -> Result<Self, ConfigError> {
+        let (config, warnings) = Self::read(named)?;
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        Ok(config)
+    }
+
+    /// As [`load`](Self::load), with the warnings returned: for a program whose log the file itself sets up.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn read(named: Option<&Path>) -> Result<(Self, Vec<String>), ConfigError> {
         let variable = std::env::var_os(VARIABLE).filter(|value| !value.is_empty());
         let named = named.map(Path::to_owned).or_else(|| variable.map(PathBuf::from));
         let found =
             named.or_else(|| DEFAULT_FILES.iter().map(PathBuf::from).find(|path| path.exists()));
-        let Some(file) = found else { return Ok(Self::default()) };
+        let Some(file) = found else { return Ok((Self::default(), Vec::new())) };
         let text = std::fs::read_to_string(&file).map_err(|source| ConfigError::Unreadable {
             file: file.clone(),
             source: Arc::new(source),
         })?;
         let (mut config, warnings) = Self::parse(&text, &file.display().to_string())?;
-        for warning in warnings {
-            tracing::warn!("{warning}");
-        }
         config.file = Some(file);
-        Ok(config)
+        Ok((config, warnings))
+    }
+
+    /// Opens the file for lines that `key` names, as large as `logConfig` says.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotWritable`].
+    pub fn open_log(&self, key: &'static str, path: &Path) -> Result<LogFile, ConfigError> {
+        LogFile::open(path, self.log.rotation).map_err(|source| ConfigError::NotWritable {
+            file: self
+                .file
+                .as_ref()
+                .map_or("the defaults".into(), |file| file.display().to_string()),
+            key,
+            path: path.to_owned(),
+            source: Arc::new(source),
+        })
     }
 
     /// Parses a configuration; `file` is its name for messages. Returns the warnings too.
@@ -153,7 +195,6 @@ impl ServiceConfig {
         let config = Self {
             file: None,
             log: LogConfig::take(&mut root)?,
-            io_engine: IoEngine::take(&mut root)?,
             cache: CacheConfig::take(&mut root)?,
             gzip_cache: GzipCacheConfig::take(&mut root)?,
             credential: CredentialConfig::take(&mut root)?,
@@ -167,26 +208,14 @@ impl ServiceConfig {
             api: ApiConfig::take(&mut root)?,
             turbobd: TurbobdConfig::take(&mut root)?,
         };
-        // Both only say how overlaybd itself is built: threads a device, and which of its HTTP clients.
+        // They say how overlaybd itself works: how it reads local layers, threads a device, which HTTP client.
+        root.without_effect("ioEngine");
+        root.bounded("ioEngine", 2)?;
+        root.without_effect("enableThread");
         root.bool("enableThread")?;
+        root.without_effect("registryFsVersion");
         root.text("registryFsVersion")?;
         root.end();
-        Ok(config)
-    }
-}
-
-impl DownloadConfig {
-    /// The `download` object of one device's configuration, which overrides the host's: what it leaves out
-    /// is overlaybd's default. Keys that nobody knows are logged as warnings.
-    ///
-    /// # Errors
-    /// [`ConfigError::Key`] naming `file` and the key.
-    pub fn of_device(map: Map<String, Value>, file: &str) -> Result<Self, ConfigError> {
-        let notes = Notes::default();
-        let config = Self::take(Object::new(file, "download.", map, &notes))?;
-        for warning in notes.into_warnings() {
-            tracing::warn!("{warning}");
-        }
         Ok(config)
     }
 }

@@ -14,15 +14,17 @@
 //!
 //! * `error`     failures, with their codes
 //! * `table`     the devices
-//! * `waits`     the reads of a device that wait, and how long they may; `alarm` looks after them
-//! * [`view`]    what is known of an image's traffic and of where its bytes are
-//! * `snapshots` upstream's interface for making one of a device in use
+//! * `waits`     the reads of a device that wait, and their deadlines; `alarm` wakes at these
+//! * [`audit`]   a line for each download and each read that waited, if the configuration wants it
+//! * [`view`]    an image's traffic, and the sources of its bytes
+//! * `snapshots` upstream's interface for a snapshot of a device in use
 //! * `server`    accepts, answers, ends
 //! * `signals`   waits for SIGTERM and SIGINT
 //!
 //! [`IDLE`]: server::IDLE
 
 mod alarm;
+pub mod audit;
 mod error;
 pub mod server;
 pub mod signals;
@@ -38,6 +40,7 @@ use client::{Code, DeviceSpec};
 
 use crate::metrics::Page;
 use crate::metrics::upstream::Totals;
+pub use audit::{Audit, AuditCounters};
 use blobs::trace::Recorders;
 use disk::volume::Volume;
 pub use error::HostError;
@@ -93,7 +96,12 @@ pub trait ImageOpener: Send + Sync {
     /// The failure for the client.
     fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure>;
 
-    /// Puts what all images share (a cache, its threads) onto a page of metrics.
+    /// The audit log, if there is one; requested after the first image was opened.
+    fn audit(&self) -> Option<Arc<Audit>> {
+        None
+    }
+
+    /// Adds the metrics that all images share (a cache, its threads) to a page of metrics.
     fn observe(&self, page: &mut Page) {
         let _ = page;
     }

@@ -34,8 +34,9 @@ use source::failure::with_causes;
 pub use open::{OpenError, OpenImage};
 pub use registries::Registries;
 
-use crate::config::{ServiceConfig, TracesConfig};
-use crate::daemon::{DiskView, ImageOpener, OpenFailure, Opened, ReadPolicy, Snapshots};
+use crate::config::log_file::LogFile;
+use crate::config::{ConfigError, DownloadConfig, ServiceConfig, TracesConfig};
+use crate::daemon::{Audit, DiskView, ImageOpener, OpenFailure, Opened, ReadPolicy, Snapshots};
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
@@ -56,6 +57,10 @@ pub struct HostImages {
     live: LiveImages,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
+    /// File of the audit log, if the configuration wants one.
+    audit_file: Option<LogFile>,
+    /// Made with the cache, because it is a thread.
+    audit: OnceLock<Option<Arc<Audit>>>,
 }
 
 impl HostImages {
@@ -70,6 +75,42 @@ impl HostImages {
             live: LiveImages::default(),
             config,
             traces,
+            audit_file: None,
+            audit: OnceLock::new(),
+        }
+    }
+
+    /// The same images with the audit log, if the configuration wants one.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotWritable`] when its file cannot be opened.
+    pub fn audited(self) -> Result<Self, ConfigError> {
+        let audit = &self.config.audit;
+        if !audit.enable {
+            return Ok(self);
+        }
+        let file = self.config.open_log("auditPath", &audit.path)?;
+        Ok(Self { audit_file: Some(file), ..self })
+    }
+
+    /// Begins the audit log, with the first image.
+    fn begin_audit(&self) -> Option<Arc<Audit>> {
+        match Audit::begin(self.audit_file.clone()?) {
+            Ok(audit) => {
+                self.registries.network().tell(audit.clone());
+                Some(audit)
+            }
+            Err(error) => {
+                tracing::error!(%error, "The thread of the audit log cannot start: there is no audit log");
+                None
+            }
+        }
+    }
+
+    /// Waits for the last lines of the audit log.
+    pub fn flush_audit(&self) {
+        if let Some(audit) = self.audit.get().and_then(Option::as_ref) {
+            audit.flush();
         }
     }
 }
@@ -124,6 +165,7 @@ fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
 
 impl ImageOpener for HostImages {
     fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure> {
+        self.audit.get_or_init(|| self.begin_audit());
         let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let image = spec.image.name();
         let start = std::time::Instant::now();
@@ -144,7 +186,15 @@ impl ImageOpener for HostImages {
         let disk = Arc::new(opened.disk);
         let (volume, snapshots) = writable(spec, &disk, opened.upper)?;
         let blobs = disk.blobs().into_iter().flatten().collect();
-        let filling = fill_options(&self.config.download).map(|options| cache.fill(blobs, options));
+        let download = match opened.download {
+            None => self.config.download.clone(),
+            Some(section) => DownloadConfig::of_section(section),
+        };
+        if download.enable {
+            // The host's bound is on all devices together; a device with its own may have more.
+            self.registries.network().limits().allow_fill(download.max_bytes_per_second);
+        }
+        let filling = fill_options(&download).map(|options| cache.fill(blobs, options));
         Ok(Opened {
             volume,
             name: image,
@@ -154,8 +204,15 @@ impl ImageOpener for HostImages {
         })
     }
 
+    fn audit(&self) -> Option<Arc<Audit>> {
+        self.audit.get().and_then(Clone::clone)
+    }
+
     /// Each part with the table of its names: see [`names`].
     fn observe(&self, page: &mut Page) {
+        if let Some(audit) = self.audit.get().and_then(Option::as_ref) {
+            page.put(names::AUDIT, audit.counters(), &[]);
+        }
         for host in self.registries.network().hosts() {
             page.put(names::HOST, &host, &[("host", host.name())]);
         }

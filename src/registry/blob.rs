@@ -13,8 +13,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use super::client::Place;
+use super::downloads::Download;
 use super::error::RegistryError;
 use super::race::Reading;
 use super::retry::Budget;
@@ -82,7 +84,19 @@ impl Deliveries {
         blob.ways[way].sender(by_peer)
     }
 
-    /// Forgets who sent bytes of `range`, and says who it was.
+    /// Name of the sender of the byte `at`; if that is not known, of the last bytes.
+    fn sender(&self, at: u64, blob: &BlobAddress) -> String {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = all.iter().rev().find(|delivery| delivery.range.contains(&at));
+        let Some((way, by_peer)) = found.map(|delivery| (delivery.way, delivery.by_peer)) else {
+            drop(all);
+            return self.last(blob);
+        };
+        drop(all);
+        blob.ways[way].sender(by_peer)
+    }
+
+    /// Forgets the sources of the bytes of `range`, and returns them.
     fn take(&self, range: &Range<u64>) -> Vec<(usize, bool)> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let meets = |other: &Range<u64>| other.start < range.end && range.start < other.end;
@@ -101,6 +115,7 @@ impl Deliveries {
 /// A blob in a registry, readable at any position by many threads.
 pub struct RemoteBlob {
     blob: BlobAddress,
+    digest: Digest,
     name: String,
     stats: Arc<RemoteStats>,
     deliveries: Deliveries,
@@ -116,7 +131,8 @@ impl RemoteBlob {
         let name = place.describe(&digest.to_string());
         // The reader's error names the blob; the errors below need not repeat it.
         let blob = BlobAddress::new(place, mirrors, digest, size, "this blob")?;
-        Ok(Self { blob, name, stats: Arc::default(), deliveries: Deliveries::default() })
+        let (stats, deliveries) = Default::default();
+        Ok(Self { blob, digest: *digest, name, stats, deliveries })
     }
 
     /// Counts into `stats`, which other blobs may share.
@@ -132,8 +148,23 @@ impl RemoteBlob {
         &self.stats
     }
 
-    /// As [`ByteSource::read_run`], with an error that can be matched: by as many requests as it takes.
-    /// What arrived before a break is kept, and the rest is asked for.
+    /// Records a read that began at `begun` in the log of downloads, if there is one.
+    fn note(&self, range: Range<u64>, class: Class, begun: Instant, error: Option<&RegistryError>) {
+        let network = &self.blob.registry().services.network;
+        if let Some(log) = network.log() {
+            log.downloaded(Download {
+                blob: self.digest,
+                host: self.deliveries.sender(range.end - 1, &self.blob),
+                range,
+                class,
+                took: begun.elapsed(),
+                error: error.map(ToString::to_string),
+            });
+        }
+    }
+
+    /// Fetches `range` with as many requests as it takes, like [`ByteSource::read_run`] but with a matchable
+    /// error. The bytes that arrived before a break are kept, and only the rest is requested again.
     ///
     /// # Errors
     /// See [`RegistryError`]. The caller has checked that the range lies in the blob.
@@ -192,7 +223,10 @@ impl ByteSource for RemoteBlob {
         if range.is_empty() {
             return Ok(());
         }
-        self.fetch(range, class, run).map_err(|error| SourceError::Remote {
+        let begun = Instant::now();
+        let read = self.fetch(range.clone(), class, run);
+        self.note(range, class, begun, read.as_ref().err());
+        read.map_err(|error| SourceError::Remote {
             name: self.name.clone(),
             offset,
             end,

@@ -14,9 +14,10 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::downloads::DownloadLog;
 use super::rate::{RateLimits, Tokens};
 
 /// Time that a host is asked last after one failure; doubled for each further one in a row.
@@ -95,6 +96,7 @@ pub struct Network {
     hedges: Mutex<f64>,
     limits: RateLimits,
     ending: AtomicBool,
+    log: OnceLock<Arc<dyn DownloadLog>>,
 }
 
 impl Default for Network {
@@ -113,7 +115,18 @@ impl Network {
             hedges: Mutex::new(HEDGE_BURST),
             limits: RateLimits::new(options.ahead_rate, options.fill_rate),
             ending: AtomicBool::new(false),
+            log: OnceLock::new(),
         }
+    }
+
+    /// Tells `log` of each download from now on, if nobody is told yet.
+    pub fn tell(&self, log: Arc<dyn DownloadLog>) {
+        let _ = self.log.set(log);
+    }
+
+    /// Who is told of downloads.
+    pub(super) fn log(&self) -> Option<&Arc<dyn DownloadLog>> {
+        self.log.get()
     }
 
     /// The host of this name (`registry.example:5000`).

@@ -46,11 +46,17 @@ impl Tokens {
     }
 }
 
-/// Bytes a second of reads ahead of demand, and of the background fill alone.
+/// A bucket of so many bytes a second, of which a tenth of a second's worth may come at once.
+fn bucket(rate: u64) -> Tokens {
+    let rate = rate.max(1) as f64;
+    Tokens::new(rate, rate / 10.0)
+}
+
+/// Rate limits: bytes a second of all reads ahead of demand, and of the background fill alone.
 #[derive(Debug)]
 pub struct RateLimits {
-    ahead: Option<Mutex<Tokens>>,
-    fill: Option<Mutex<Tokens>>,
+    ahead: Mutex<Option<Tokens>>,
+    fill: Mutex<Option<Tokens>>,
 }
 
 impl RateLimits {
@@ -58,21 +64,26 @@ impl RateLimits {
     /// allowed.
     #[must_use]
     pub fn new(ahead: Option<u64>, fill: Option<u64>) -> Self {
-        let bucket = |rate: u64| {
-            let rate = rate.max(1) as f64;
-            Mutex::new(Tokens::new(rate, rate / 10.0))
-        };
-        Self { ahead: ahead.map(bucket), fill: fill.map(bucket) }
+        Self { ahead: Mutex::new(ahead.map(bucket)), fill: Mutex::new(fill.map(bucket)) }
+    }
+
+    /// A fill may take so many bytes a second; `None`: any number. Raises the bound on all fills together if that is
+    /// lower, and never lowers it: each fill keeps to its own rate besides.
+    pub fn allow_fill(&self, rate: Option<u64>) {
+        let mut fill = self.fill.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(now) = fill.as_ref().map(|bucket| bucket.per_second) else { return };
+        if rate.is_none_or(|rate| rate as f64 > now) {
+            *fill = rate.map(bucket);
+        }
     }
 
     /// Accounts for `bytes` that are about to be requested, and returns the time to wait before
     /// that.
     #[must_use]
     pub fn wait(&self, class: Class, bytes: u64) -> Duration {
-        let take = |bucket: &Option<Mutex<Tokens>>| {
-            let bucket = bucket.as_ref()?;
+        let take = |bucket: &Mutex<Option<Tokens>>| {
             let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
-            Some(bucket.take(bytes as f64, LONGEST))
+            Some(bucket.as_mut()?.take(bytes as f64, LONGEST))
         };
         let waits = match class {
             Class::Demand => [None, None],
@@ -105,5 +116,18 @@ mod tests {
         assert!(wait(Class::Prefetch) < 0.2, "fill's own limit is not the prefetch's");
         assert_eq!(wait(Class::Demand), 0.0);
         assert_eq!(RateLimits::new(None, None).wait(Class::Fill, u64::MAX), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_bound_on_all_fills_is_that_of_the_one_that_may_take_most() {
+        let limits = RateLimits::new(None, Some(1_000_000));
+        let seconds = |bytes| limits.wait(Class::Fill, bytes).as_secs_f64();
+        limits.allow_fill(Some(1000));
+        assert!((0.3..0.5).contains(&seconds(500_000)), "a slower one does not lower it");
+        limits.allow_fill(Some(10_000_000));
+        assert!((0.3..0.5).contains(&seconds(5_000_000)));
+        limits.allow_fill(None);
+        assert_eq!(seconds(u64::MAX), 0.0);
+        RateLimits::new(None, None).allow_fill(Some(1));
     }
 }

@@ -6,14 +6,17 @@
 
 use std::io::{self, Read};
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{Buf as _, Bytes};
 
 use super::client::Place;
+use super::downloads::Download;
 use super::error::RegistryError;
 use super::retry::Budget;
 use super::way::{BlobAddress, RangeBody};
 use formats::oci::Digest;
+use source::Class;
 
 /// Progress in bytes after which the count of tries starts anew: a connection that gives less
 /// between two breaks is given up.
@@ -23,6 +26,10 @@ const PROGRESS: u64 = 64 << 10;
 /// holds a [`RegistryError`]; the caller verifies the digest.
 pub struct BlobReader {
     blob: BlobAddress,
+    digest: Digest,
+    begun: Instant,
+    /// Who sends, once it was asked.
+    host: Option<String>,
     body: Option<RangeBody>,
     frame: Bytes,
     /// Bytes that arrived, delivered or in `frame`.
@@ -46,6 +53,9 @@ impl BlobReader {
         let blob = BlobAddress::new(place, mirrors, digest, size, &what)?;
         Ok(Self {
             blob,
+            digest: *digest,
+            begun: Instant::now(),
+            host: None,
             body: None,
             frame: Bytes::new(),
             received: 0,
@@ -90,7 +100,9 @@ impl BlobReader {
             None => {
                 let from = if self.ranges_ignored { 0 } else { self.received };
                 self.skip = self.received - from;
-                self.blob.open(&(from..self.blob.size), None)?
+                let body = self.blob.open(&(from..self.blob.size), None)?;
+                self.host = Some(body.host.clone());
+                body
             }
         };
         let frame = body.next_frame().inspect_err(|_| body.source.failed(None))?;
@@ -122,5 +134,23 @@ impl Read for BlobReader {
         let count = buf.len().min(self.frame.len());
         self.frame.copy_to_slice(&mut buf[..count]);
         Ok(count)
+    }
+}
+
+/// Tells the log of downloads, if there is one, how much of the blob came.
+impl Drop for BlobReader {
+    fn drop(&mut self) {
+        let registry = self.blob.registry();
+        if let (Some(log), Some(host)) = (registry.services.network.log(), self.host.take()) {
+            let (received, size) = (self.received, self.blob.size);
+            log.downloaded(Download {
+                blob: self.digest,
+                range: 0..received,
+                class: Class::Demand,
+                took: self.begun.elapsed(),
+                host,
+                error: (received < size).then(|| format!("{received} of {size} bytes came")),
+            });
+        }
     }
 }

@@ -387,7 +387,7 @@ impl Way {
 pub(super) struct RangeBody {
     left: u64,
     what: String,
-    host: String,
+    pub(super) host: String,
     place: Arc<Place>,
     body: Body,
     /// The host that sends these bytes.

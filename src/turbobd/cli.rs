@@ -16,6 +16,7 @@ mod explain;
 mod export;
 mod image;
 mod inspect;
+mod log;
 mod ls;
 mod registry_flags;
 mod stderr;
@@ -24,7 +25,6 @@ mod table;
 mod trace;
 
 use std::error::Error;
-use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -62,6 +62,17 @@ struct Service {
 impl Service {
     fn load(&self) -> Result<Arc<ServiceConfig>, Failure> {
         ServiceConfig::load(self.file.as_deref()).map(Arc::new).map_err(Failure::because)
+    }
+
+    /// The same for a daemon, whose log begins with it.
+    fn load_with_log(&self, verbose: u8) -> Result<Arc<ServiceConfig>, Failure> {
+        let (config, warnings) =
+            ServiceConfig::read(self.file.as_deref()).map_err(Failure::because)?;
+        log::begin_for_daemon(verbose, &config)?;
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        Ok(Arc::new(config))
     }
 }
 
@@ -134,8 +145,12 @@ type Outcome = Result<ExitCode, Failure>;
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let serves = matches!(cli.command, Command::Daemon(_) | Command::Attach(_));
-    log_to_stderr(cli.verbose, serves);
+    match &cli.command {
+        // Its configuration says where to.
+        Command::Daemon(_) => {}
+        Command::Attach(_) => log_to_stderr(cli.verbose, true),
+        _ => log_to_stderr(cli.verbose, false),
+    }
     let (name, outcome) = match cli.command {
         Command::Convert(args) => ("convert", convert::run(&args, &cli.service)),
         Command::Commit(args) => ("commit", commit::run(&args, &cli.service)),
@@ -148,7 +163,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => ("check", check::run(&args, &cli.service)),
         Command::Doctor(args) => ("doctor", doctor::run(&args)),
         Command::Cache(args) => ("cache", cache::run(&args, &cli.service)),
-        Command::Daemon(args) => ("daemon", daemon::run(&args, &cli.service)),
+        Command::Daemon(args) => ("daemon", daemon::run(&args, &cli.service, cli.verbose)),
         Command::Trace(args) => ("trace", trace::run(&args, &cli.service)),
     };
     match outcome {
@@ -165,20 +180,17 @@ pub fn main() -> ExitCode {
 fn log_to_stderr(verbose: u8, serves: bool) {
     // fuser warns of each request that a read-only file has no use for, and calls it an error when the answer
     // of a read ahead comes after the last close has ended the connection.
-    let level = match verbose {
-        0 if serves => "warn,fuser=error,fuser::reply=off",
+    log::to_stderr(match verbose {
+        0 if serves => log::OF_A_SERVER,
         0 => "warn,turbobd_blobs::fetch=error,turbobd_registry=error,fuser=error,fuser::reply=off",
-        1 => "turbobd=info,warn,fuser=error",
+        verbose => verbosity(verbose),
+    });
+}
+
+/// Filter of the log for `-v`, and for more of them.
+fn verbosity(verbose: u8) -> &'static str {
+    match verbose {
+        0 | 1 => "turbobd=info,warn,fuser=error",
         _ => "turbobd=debug,info",
-    };
-    let filter =
-        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        // It would tell of a log that nobody reads by a macro that panics then.
-        .log_internal_errors(false)
-        .try_init();
+    }
 }

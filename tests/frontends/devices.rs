@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::block::{
-    MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, root, soon,
+    MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, soon,
     sys_block, threads, ublk_here,
 };
 use disk::volume::{FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter};

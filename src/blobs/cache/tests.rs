@@ -376,7 +376,7 @@ fn neighbours_that_are_wanted_together_come_by_one_request() {
 }
 
 fn one_connection(budget: u64) -> CacheOptions {
-    CacheOptions { budget, fetch: FetchOptions { workers: 2, connections: 1 } }
+    CacheOptions { budget, fetch: FetchOptions { workers: 2, connections: 1, ahead: None } }
 }
 
 #[test]

@@ -34,6 +34,8 @@ pub(super) struct Crew {
     state: Mutex<State>,
     wake: Condvar,
     most: usize,
+    /// Requests of [`Class::Prefetch`] under way at most.
+    prefetches: usize,
 }
 
 #[derive(Default)]
@@ -57,8 +59,9 @@ impl State {
 }
 
 impl Crew {
-    pub(super) fn new(most: usize) -> Self {
-        Self { state: Mutex::default(), wake: Condvar::new(), most }
+    pub(super) fn new(most: usize, prefetches: Option<usize>) -> Self {
+        let prefetches = prefetches.unwrap_or(usize::MAX).max(1);
+        Self { state: Mutex::default(), wake: Condvar::new(), most, prefetches }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -104,7 +107,8 @@ impl Crew {
             if state.ending {
                 return None;
             }
-            let demand_only = state.ahead >= self.most_ahead();
+            let prefetches = state.ahead - state.fill.min(state.ahead);
+            let demand_only = state.ahead >= self.most_ahead() || prefetches >= self.prefetches;
             let free = state.idle + 1 + self.most.saturating_sub(state.threads.len());
             let fill = pace.fill(state.threads_at_work(), state.fill);
             let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };

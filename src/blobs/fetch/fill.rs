@@ -539,3 +539,56 @@ fn decoded(
     shared.counters.inflated(encoded.bytes().len(), data.len(), begun);
     Ok(Arc::new(ChunkBytes::new(room, data)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::{Cache, CacheOptions};
+    use crate::fetch::FetchOptions;
+    use crate::tier::{Tier, TierOptions, Tiers};
+    use source::chunk::PlainChunks;
+    use source::{ByteSource, SourceError};
+
+    /// A blob of one chunk that cannot be had, and how often it was asked for.
+    #[derive(Default)]
+    struct Unreachable(AtomicU64);
+
+    impl ByteSource for Unreachable {
+        fn name(&self) -> &'static str {
+            "unreachable"
+        }
+        fn len(&self) -> u64 {
+            PlainChunks::CHUNK
+        }
+        fn is_local(&self) -> bool {
+            false
+        }
+        fn read_exact_at(&self, _: &mut [u8], _: u64) -> Result<(), SourceError> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            let (name, reason) = ("unreachable".to_owned(), "no route".to_owned());
+            Err(SourceError::Remote { name, offset: 0, end: 1, reason, lasting: false })
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_tried_in_as_many_rounds_as_the_options_say() {
+        for tries in [1, 2] {
+            let dir = tempfile::tempdir().unwrap();
+            let options = TierOptions { dir: dir.path().to_owned(), capacity: 1 << 30, floor: 0 };
+            let tier = Arc::new(Tier::open(Kind::Encoded, &options).unwrap());
+            let tiers = Tiers { encoded: Some(tier), decoded: None };
+            let fetch = FetchOptions { workers: 1, connections: 4, ahead: None };
+            let cache = Cache::over(CacheOptions { budget: 1 << 20, fetch }, tiers);
+            let source = Arc::new(Unreachable::default());
+            let id = format!("plain:sha256:{}", "7".repeat(64));
+            let blob = cache.open(Arc::new(PlainChunks::new(id, source.clone())));
+            let filling = cache.fill(vec![blob], FillOptions { tries, ..FillOptions::default() });
+            let begun = Instant::now();
+            while !filling.progress().ended {
+                assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", filling.progress());
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            assert_eq!(source.0.load(Ordering::SeqCst), tries);
+        }
+    }
+}

@@ -96,5 +96,10 @@ mod tests {
         pace.demand();
         assert_eq!((pace.fill(0, 0), pace.fill(0, 1)), (SMALL, 0));
         assert!(!pace.is_quiet());
+        // Its small requests are of the size that is wanted, within bounds.
+        for (wanted, is) in [(1 << 20, 1 << 20), (1, 64 << 10), (u64::MAX, LARGE)] {
+            pace.block(wanted);
+            assert_eq!(pace.fill(0, 0), is);
+        }
     }
 }

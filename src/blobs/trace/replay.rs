@@ -81,7 +81,7 @@ pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
     use crate::cache::{CacheOptions, Lookup};
@@ -112,7 +112,7 @@ mod tests {
     const CHUNK: u64 = PlainChunks::CHUNK;
 
     fn cache_and_blob(name: &str) -> (Arc<Cache>, Arc<Blob>) {
-        let fetch = FetchOptions { workers: 2, connections: 1 };
+        let fetch = FetchOptions { workers: 2, connections: 1, ahead: None };
         let cache = Cache::with(CacheOptions { budget: 64 * CHUNK, fetch });
         let blob = cache.open(Arc::new(PlainChunks::new(name, Arc::new(Far(100 * CHUNK)))));
         (cache, blob)
@@ -182,5 +182,52 @@ mod tests {
         let fetched = cache.fetched();
         let requests = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         assert!(requests(&fetched.demand_requests) == 1 && requests(&fetched.ahead_requests) <= 2);
+    }
+
+    /// A far source that counts how many reads it has at once.
+    #[derive(Default)]
+    struct Counted {
+        now: AtomicUsize,
+        most: AtomicUsize,
+    }
+
+    impl ByteSource for Counted {
+        fn name(&self) -> &'static str {
+            "counted"
+        }
+        fn len(&self) -> u64 {
+            100 * CHUNK
+        }
+        fn is_local(&self) -> bool {
+            false
+        }
+        fn read_exact_at(&self, buf: &mut [u8], _: u64) -> Result<(), SourceError> {
+            let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+            self.most.fetch_max(now, Ordering::SeqCst);
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            buf.fill(0);
+            self.now.fetch_sub(1, Ordering::SeqCst);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn no_more_requests_are_under_way_ahead_than_may_be() {
+        let most = |ahead| {
+            let fetch = FetchOptions { workers: 2, connections: 8, ahead };
+            let cache = Cache::with(CacheOptions { budget: 64 * CHUNK, fetch });
+            let source = Arc::new(Counted::default());
+            let blob = cache.open(Arc::new(PlainChunks::new("counted", source.clone())));
+            // Too far from each other to come together.
+            let chunks: Vec<u32> = (0..96).step_by(8).collect();
+            let touches: Vec<_> =
+                chunks.iter().map(|&chunk| (u64::from(chunk) * CHUNK, 1)).collect();
+            replay(&trace(&blob, &touches), &cache, &[Some(blob.clone())], 50 * CHUNK);
+            wait(&cache, &blob, &chunks);
+            source.most.load(Ordering::SeqCst)
+        };
+        assert_eq!(most(Some(1)), 1);
+        assert_eq!(most(Some(2)), 2);
+        assert!((3..=6).contains(&most(None)), "three quarters of the connections");
     }
 }

@@ -32,7 +32,7 @@ use super::counters::{QueueCounters, count};
 use super::mailbox::{Letter, Mailbox, Outcome};
 use super::request::{Op, Request};
 use super::writer::{QueueWrites, Writer};
-use super::{UblkError, device};
+use super::UblkError;
 use disk::volume::Volume;
 
 /// Limit on queue threads: the requests of one queue keep a thread below half busy, and a few threads feed

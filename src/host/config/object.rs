@@ -152,7 +152,25 @@ impl<'a> Object<'a> {
         })
     }
 
-    /// Warns of what nobody has taken.
+    /// Name of the configuration, for messages.
+    pub(super) fn file(&self) -> &str {
+        self.file
+    }
+
+    /// Adds a warning.
+    pub(super) fn warn(&self, warning: String) {
+        self.notes.warnings.borrow_mut().push(warning);
+    }
+
+    /// Warns of a key that is set and changes nothing. Call it before the key is taken.
+    pub(super) fn without_effect(&self, key: &str) {
+        if self.map.contains_key(key) {
+            let (path, file) = (&self.path, self.file);
+            self.warn(format!("Key {path}{key} of {file} is accepted, without effect here"));
+        }
+    }
+
+    /// Warns of the keys that were not taken.
     pub(super) fn end(self) {
         let mut warnings = self.notes.warnings.borrow_mut();
         for key in self.map.keys() {

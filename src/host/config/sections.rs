@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::ConfigError;
+use super::log_file::Rotation;
 use super::object::Object;
+use disk::config::Download;
 
 /// overlaybd's MB and GB are powers of two.
 pub(super) const MIB: u64 = 1 << 20;
@@ -16,57 +18,62 @@ const LONGEST: u64 = 365 * 86_400;
 
 type Taken<T> = Result<T, ConfigError>;
 
+/// How much is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogLevel {
+    /// 0.
+    Debug,
+    /// 1.
+    Info,
+    /// 2.
+    Warnings,
+    /// 3, and overlaybd's levels above it.
+    Errors,
+}
+
 /// `logConfig`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogConfig {
-    /// `logLevel`: 0 debug, 1 info, 2 warnings, 3 errors.
-    pub level: u64,
+    /// `logLevel`; `None`: 1 in a file, and on standard error as the command line says.
+    pub level: Option<LogLevel>,
     /// `logPath`; `None`: standard error.
     pub path: Option<PathBuf>,
-    /// `logSizeMB`, in bytes: then the file is rotated.
-    pub size: u64,
-    /// `logRotateNum`: old files kept.
-    pub rotate: u64,
+    /// The key that names the path.
+    pub key: &'static str,
+    /// `logSizeMB` (in bytes, at least 1 MB) and `logRotateNum`: of the log file, and of the audit file.
+    pub rotation: Rotation,
 }
+
+/// Old log files that can be kept at most: each rotation renames all of them.
+const MOST_OLD_LOGS: u64 = 1000;
 
 impl LogConfig {
     pub(super) fn take(root: &mut Object<'_>) -> Taken<Self> {
         let legacy = (root.number("logLevel")?, root.path("logPath")?);
         let mut section = root.section("logConfig")?;
         let (level, path) = (section.number("logLevel")?, section.path("logPath")?);
-        // overlaybd looks at the legacy keys when logConfig names no file.
-        let (level, path) =
-            if path.is_some() { (level, path) } else { (legacy.0.or(level), legacy.1) };
+        // overlaybd reads the legacy keys when logConfig names no file.
+        let (level, path, key) = if path.is_some() {
+            (level, path, "logConfig.logPath")
+        } else {
+            (legacy.0.or(level), legacy.1, "logPath")
+        };
         let log = Self {
-            level: level.unwrap_or(1),
+            level: level.map(|level| match level {
+                0 => LogLevel::Debug,
+                1 => LogLevel::Info,
+                2 => LogLevel::Warnings,
+                _ => LogLevel::Errors,
+            }),
             path,
-            size: section.size("logSizeMB", MIB)?.unwrap_or(10 * MIB),
-            rotate: section.number("logRotateNum")?.unwrap_or(3),
+            key,
+            rotation: Rotation {
+                size: section.size("logSizeMB", MIB)?.map_or(10 * MIB, |size| size.max(MIB)),
+                keep: section.bounded("logRotateNum", MOST_OLD_LOGS)?.unwrap_or(3),
+            },
         };
         section.end();
         Ok(log)
-    }
-}
-
-/// `ioEngine`: how overlaybd reads local layers. Here only whether they are read past the page cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum IoEngine {
-    /// 0: `pread`, through the page cache.
-    #[default]
-    Psync,
-    /// 1: libaio with `O_DIRECT`.
-    Libaio,
-    /// 2: POSIX aio.
-    PosixAio,
-}
-
-impl IoEngine {
-    pub(super) fn take(root: &mut Object<'_>) -> Taken<Self> {
-        Ok(match root.bounded("ioEngine", 2)? {
-            None | Some(0) => Self::Psync,
-            Some(1) => Self::Libaio,
-            Some(_) => Self::PosixAio,
-        })
     }
 }
 
@@ -78,7 +85,8 @@ pub enum CacheType {
     File,
     /// `ocf`: overlaybd's Open CAS cache; here it is treated as `file`.
     Ocf,
-    /// `download`: beside the layer, in the folder that the device's configuration names.
+    /// `download`: overlaybd keeps them in the layer's own folder, which the device's configuration names, and
+    /// nothing in `cacheDir`. Here compressed bytes are not kept then.
     Download,
 }
 
@@ -91,10 +99,6 @@ pub struct CacheConfig {
     pub dir: PathBuf,
     /// `cacheSizeGB`, in bytes.
     pub size: u64,
-    /// `refillSize` in bytes: a power of two, at least 4096.
-    pub refill: u64,
-    /// `blockSize` in bytes, of `ocf`.
-    pub block: u64,
 }
 
 impl CacheConfig {
@@ -106,10 +110,20 @@ impl CacheConfig {
         let kind = section.text("cacheType")?;
         // overlaybd's rule: without a type in cacheConfig, the legacy keys count.
         let (kind, legacy) = if kind.is_some() { (kind, false) } else { (legacy_kind, true) };
+        let key = if legacy { "cacheType" } else { "cacheConfig.cacheType" };
         let kind = match kind.as_deref() {
             None | Some("file") => CacheType::File,
-            Some("ocf") => CacheType::Ocf,
-            Some("download") => CacheType::Download,
+            Some("ocf") => {
+                section.warn(format!("Value ocf of {key} of {} means file here", section.file()));
+                CacheType::Ocf
+            }
+            Some("download") => {
+                section.warn(format!(
+                    "Value download of {key} of {} keeps no compressed bytes on disk here, neither in cacheDir nor in the folder of a layer",
+                    section.file()
+                ));
+                CacheType::Download
+            }
             Some(other) => {
                 let rule = format!("it is file, ocf or download, not {other:?}");
                 return Err(section.error("cacheType", rule));
@@ -125,50 +139,49 @@ impl CacheConfig {
             kind,
             dir: dir.unwrap_or_else(|| "/opt/overlaybd/registry_cache".into()),
             size: size.unwrap_or(4 * GIB),
-            refill: refill(&mut section, 256 << 10)?,
-            block: section.number("blockSize")?.unwrap_or(64 << 10),
         };
+        unused_refill(&mut section)?;
+        section.without_effect("blockSize");
+        section.number("blockSize")?;
         section.end();
         Ok(cache)
     }
 }
 
-fn refill(section: &mut Object<'_>, default: u64) -> Taken<u64> {
+/// `refillSize`, overlaybd's unit of fetching or decoding: a power of two from 4096 on. Segments are the unit here.
+fn unused_refill(section: &mut Object<'_>) -> Taken<()> {
+    section.without_effect("refillSize");
     match section.number("refillSize")? {
-        None => Ok(default),
-        Some(size) if size >= 4096 && size.is_power_of_two() => Ok(size),
-        Some(size) => {
+        Some(size) if size < 4096 || !size.is_power_of_two() => {
             Err(section
                 .error("refillSize", format!("it is a power of two from 4096 on, not {size}")))
         }
+        _ => Ok(()),
     }
 }
 
-/// `gzipCacheConfig`: decoded chunks on disk.
+/// `gzipCacheConfig`: decoded chunks on disk. What the section leaves out is as without it, unlike overlaybd's
+/// own defaults: a section that names only a size gives a cache of that size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GzipCacheConfig {
-    /// `enable`: off in a section that does not say so, on when there is no section.
+    /// `enable`; on by default.
     pub enable: bool,
-    /// `cacheDir`; without a section `/var/lib/turbobd/cache`, so as not to meet overlaybd's files.
+    /// `cacheDir`; `/var/lib/turbobd/cache` by default, so as not to meet overlaybd's files.
     pub dir: PathBuf,
     /// `cacheSizeGB`, in bytes.
     pub size: u64,
-    /// `refillSize` in bytes: a power of two, at least 4096. overlaybd's unit of decoding; ours is the
-    /// segment.
-    pub refill: u64,
 }
 
 impl GzipCacheConfig {
     pub(super) fn take(root: &mut Object<'_>) -> Taken<Self> {
         let mut section = root.section("gzipCacheConfig")?;
-        let here = section.is_present();
-        let dir = if here { "/opt/overlaybd/gzip_cache" } else { "/var/lib/turbobd/cache" };
+        let dir = section.path("cacheDir")?;
         let cache = Self {
-            enable: section.bool("enable")?.unwrap_or(!here),
-            dir: section.path("cacheDir")?.unwrap_or_else(|| dir.into()),
+            enable: section.bool("enable")?.unwrap_or(true),
+            dir: dir.unwrap_or_else(|| "/var/lib/turbobd/cache".into()),
             size: section.size("cacheSizeGB", GIB)?.unwrap_or(4 * GIB),
-            refill: refill(&mut section, 1 << 20)?,
         };
+        unused_refill(&mut section)?;
         section.end();
         Ok(cache)
     }
@@ -285,9 +298,9 @@ pub struct DownloadConfig {
     pub delay_extra: Duration,
     /// `maxMBps`, in bytes a second; `None` (0): the whole spare capacity of the line.
     pub max_bytes_per_second: Option<u64>,
-    /// `tryCnt`: attempts at one layer.
+    /// `tryCnt`: rounds over what could not be had.
     pub tries: u64,
-    /// `blockSize` in bytes: overlaybd's unit of downloading; ours is the segment.
+    /// `blockSize` in bytes: of a request while a process waits for something; it holds at least one segment.
     pub block: u64,
 }
 
@@ -309,20 +322,32 @@ impl DownloadConfig {
         Ok(if here { config } else { Self::AT_ONCE })
     }
 
-    pub(super) fn take(mut section: Object<'_>) -> Taken<Self> {
-        let seconds =
-            |seconds: Option<u64>, default| Duration::from_secs(seconds.unwrap_or(default));
-        let rate = section.size("maxMBps", MIB)?.unwrap_or(100 * MIB);
-        let config = Self {
-            enable: section.bool("enable")?.unwrap_or(false),
-            delay: seconds(section.bounded("delay", LONGEST)?, 300),
-            delay_extra: seconds(section.bounded("delayExtra", LONGEST)?, 30),
-            max_bytes_per_second: Some(rate).filter(|rate| *rate > 0),
-            tries: section.number("tryCnt")?.unwrap_or(5),
-            block: section.number("blockSize")?.unwrap_or(256 << 10),
+    fn take(mut section: Object<'_>) -> Taken<Self> {
+        let download = Download {
+            enable: section.bool("enable")?,
+            delay: section.bounded("delay", LONGEST)?,
+            delay_extra: section.bounded("delayExtra", LONGEST)?,
+            max_mbps: section.bounded("maxMBps", u64::MAX / MIB)?,
+            tries: section.number("tryCnt")?,
+            block_size: section.number("blockSize")?,
         };
         section.end();
-        Ok(config)
+        Ok(Self::of_section(download))
+    }
+
+    /// The settings of a section that is there, the host's or a device's: what it leaves out is overlaybd's default.
+    #[must_use]
+    pub fn of_section(section: Download) -> Self {
+        let Download { enable, delay, delay_extra, max_mbps, tries, block_size } = section;
+        let rate = max_mbps.unwrap_or(100).saturating_mul(MIB);
+        Self {
+            enable: enable.unwrap_or(false),
+            delay: Duration::from_secs(delay.unwrap_or(300)),
+            delay_extra: Duration::from_secs(delay_extra.unwrap_or(30)),
+            max_bytes_per_second: Some(rate).filter(|rate| *rate > 0),
+            tries: tries.unwrap_or(5),
+            block: block_size.unwrap_or(256 << 10),
+        }
     }
 }
 
@@ -359,16 +384,18 @@ pub(super) fn is_http_url(text: &str) -> bool {
 /// `prefetchConfig`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PrefetchConfig {
-    /// `concurrency`: reads at once when a trace is replayed; at least 1.
-    pub concurrency: u64,
+    /// `concurrency`: requests under way at most for what a trace lists, or reading ahead; at least 1. `None`: as
+    /// many as `turbobd.connections` leaves.
+    pub concurrency: Option<usize>,
 }
 
 impl PrefetchConfig {
     pub(super) fn take(root: &mut Object<'_>) -> Taken<Self> {
         let mut section = root.section("prefetchConfig")?;
-        let concurrency = section.number("concurrency")?.unwrap_or(16).max(1);
+        let concurrency = section.number("concurrency")?;
         section.end();
-        Ok(Self { concurrency })
+        let at_least_one = |most: u64| usize::try_from(most).unwrap_or(usize::MAX).max(1);
+        Ok(Self { concurrency: concurrency.map(at_least_one) })
     }
 }
 
@@ -381,8 +408,6 @@ pub struct ExporterConfig {
     pub path: String,
     /// `port`.
     pub port: u16,
-    /// `updateInterval`, in microseconds in the file. overlaybd does not use it.
-    pub interval: Duration,
 }
 
 impl ExporterConfig {
@@ -394,21 +419,21 @@ impl ExporterConfig {
             enable: section.bool("enable")?.unwrap_or(false),
             path: if path.starts_with('/') { path } else { format!("/{path}") },
             port: port.and_then(|port| u16::try_from(port).ok()).unwrap_or(9863),
-            interval: Duration::from_micros(
-                section.number("updateInterval")?.unwrap_or(60_000_000),
-            ),
         };
+        // overlaybd does not use it either.
+        section.without_effect("updateInterval");
+        section.number("updateInterval")?;
         section.end();
         Ok(exporter)
     }
 }
 
-/// `enableAudit` and `auditPath`: a line for each download and read.
+/// `enableAudit` and `auditPath`: a line for each download and each read that was not in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditConfig {
-    /// `enableAudit`; `None` when the file does not say (overlaybd: on).
-    pub enable: Option<bool>,
-    /// `auditPath`.
+    /// `enableAudit`; off by default, unlike overlaybd's.
+    pub enable: bool,
+    /// `auditPath`; in a folder of its own by default.
     pub path: PathBuf,
 }
 
@@ -416,8 +441,8 @@ impl AuditConfig {
     pub(super) fn take(root: &mut Object<'_>) -> Taken<Self> {
         let path = root.path("auditPath")?;
         Ok(Self {
-            enable: root.bool("enableAudit")?,
-            path: path.unwrap_or_else(|| "/var/log/overlaybd-audit.log".into()),
+            enable: root.bool("enableAudit")?.unwrap_or(false),
+            path: path.unwrap_or_else(|| "/var/log/turbobd/audit.log".into()),
         })
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::alarm::Alarm;
+use super::audit::AuditedDevice;
 use super::error::step;
 use super::view::placed;
 use super::waits::{Waits, Watched};
@@ -142,6 +143,9 @@ impl Table {
         let reason = view.clone();
         let waits = Waits::new(self.policy, self.alarm.bell(), move || reason.trouble());
         self.alarm.watch(&waits).map_err(step("start a thread for", &self.run_dir))?;
+        if let Some(audit) = self.opener.audit() {
+            waits.audit(AuditedDevice::new(audit, &name));
+        }
         let volume = Arc::new(Watched::new(volume, waits.clone()));
         let (served, note) = serve(volume, spec, &dir)?;
         let made = start.elapsed() - opened;
@@ -149,6 +153,7 @@ impl Table {
             Served::Ublk(device) => (Frontend::Ublk, device.path().to_owned()),
             Served::Looped(device) => (Frontend::Loop, device.path().to_owned()),
         };
+        waits.named(&device.to_string_lossy());
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let record = DeviceRecord {
             id,

@@ -12,10 +12,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::alarm::Bell;
+use super::audit::AuditedDevice;
 use crate::config::OnError;
 use crate::metrics::Times;
 use blobs::Histogram;
@@ -60,6 +61,7 @@ pub(super) struct Waits {
     times: Histogram,
     expired: AtomicU64,
     repeated: AtomicU64,
+    audit: OnceLock<AuditedDevice>,
 }
 
 #[derive(Default)]
@@ -137,7 +139,28 @@ impl Waits {
             times: Histogram::default(),
             expired: AtomicU64::new(0),
             repeated: AtomicU64::new(0),
+            audit: OnceLock::new(),
         })
+    }
+
+    /// Has each wait noted when it is over.
+    pub(super) fn audit(&self, device: AuditedDevice) {
+        let _ = self.audit.set(device);
+    }
+
+    /// The device is there.
+    pub(super) fn named(&self, device: &str) {
+        if let Some(audit) = self.audit.get() {
+            audit.named(device);
+        }
+    }
+
+    /// A wait is over, without an error or with one.
+    fn over(&self, span: Span, took: Duration, error: impl FnOnce() -> Option<String>) {
+        self.times.add(took);
+        if let Some(audit) = self.audit.get() {
+            audit.read(span, took, error());
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -178,8 +201,11 @@ impl Waits {
                 drop(table);
                 let (since, others) =
                     failed.map_or((since, Vec::new()), |failed| (failed.since, failed.waiters));
-                self.times.add(now.saturating_duration_since(since));
-                // Dropped uncalled, the front end's waiter is an error too.
+                self.over(span, now.saturating_duration_since(since), || match &result {
+                    Some(result) => result.as_ref().err().map(|error| source::failure::with_causes(error)),
+                    None => Some("The disk has given the read up".to_owned()),
+                });
+                // If it is dropped uncalled, the front end's waiter is an error too.
                 if let Some(result) = result {
                     waiter(result);
                 }
@@ -199,7 +225,7 @@ impl Waits {
         self.failing.store(table.failed.len(), Ordering::Relaxed);
         drop(table);
         if let Some(failed) = failed {
-            self.times.add(failed.since.elapsed());
+            self.over(span, failed.since.elapsed(), || None);
             failed.waiters.into_iter().for_each(|waiter| waiter(Ok(())));
         }
     }
@@ -231,9 +257,10 @@ impl Waits {
         let last = if late.is_empty() { None } else { (self.reason)() };
         for Waiting { span, since, waiter } in late {
             self.expired.fetch_add(1, Ordering::Relaxed);
-            self.times.add(now.saturating_duration_since(since));
             let (seconds, last) = (self.policy.deadline.as_secs(), last.clone());
-            waiter(Err(VolumeError::Deadline { offset: span.0, seconds, last }));
+            let error = VolumeError::Deadline { offset: span.0, seconds, last };
+            self.over(span, now.saturating_duration_since(since), || Some(error.to_string()));
+            waiter(Err(error));
         }
         next
     }

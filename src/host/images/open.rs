@@ -8,7 +8,7 @@ use blobs::tier::Stored;
 use client::{Code, ImageSource, ImageSpec, RegistrySpec};
 use convert::meta::{MetaError, MetaImages, Plain, is_plain};
 use convert::{ConvertOptions, Silent};
-use disk::config::{self, Purpose, TargetOpener};
+use disk::config::{self, Download, Purpose, TargetOpener};
 use disk::image::{
     HostManifest, ImageError, IndexedTargets, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
@@ -93,6 +93,8 @@ pub struct OpenImage {
     pub named: Option<(Arc<dyn ImageStore>, Digest)>,
     /// The writable layer that the device config names for a device, which is not in the disk.
     pub upper: Option<WritableFiles>,
+    /// Settings of the background download in the device config; they replace the host's.
+    pub download: Option<Download>,
 }
 
 /// Opens an image over `cache`.
@@ -153,7 +155,8 @@ impl Opening<'_> {
         }
         let (disk, trace, upper) = (opened.disk, opened.trace, opened.upper);
         let (layers, digest, targets, named) = (Vec::new(), None, None, None);
-        Ok(OpenImage { disk, layers, digest, targets, trace, named, upper })
+        let download = opened.download;
+        Ok(OpenImage { disk, layers, digest, targets, trace, named, upper, download })
     }
 
     fn open_reference(&self, name: &str) -> Result<OpenImage, OpenError> {
@@ -236,7 +239,8 @@ impl Opening<'_> {
             }
         };
         let targets = Some(targets);
-        Ok(OpenImage { disk, layers, digest, targets, trace, named: None, upper: None })
+        let (named, upper, download) = (None, None, None);
+        Ok(OpenImage { disk, layers, digest, targets, trace, named, upper, download })
     }
 }
 

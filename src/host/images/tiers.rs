@@ -11,7 +11,11 @@ use crate::config::{CacheConfig, CacheType, DownloadConfig, ServiceConfig};
 
 /// One cache for all devices.
 pub(super) fn new_cache(config: &ServiceConfig) -> Arc<Cache> {
-    let fetch = FetchOptions { connections: config.turbobd.connections, ..FetchOptions::default() };
+    let fetch = FetchOptions {
+        connections: config.turbobd.connections,
+        ahead: config.prefetch.concurrency,
+        ..FetchOptions::default()
+    };
     let options = CacheOptions { budget: config.turbobd.memory_cache, fetch };
     Cache::over(options, open_tiers(config))
 }
@@ -20,7 +24,7 @@ pub(super) fn new_cache(config: &ServiceConfig) -> Arc<Cache> {
 pub fn tier_options(config: &ServiceConfig) -> Vec<(Kind, TierOptions)> {
     let floor = config.turbobd.free_space_floor;
     let CacheConfig { kind, dir, size, .. } = &config.cache;
-    let encoded = (*kind == CacheType::File).then(|| (Kind::Encoded, dir.clone(), *size));
+    let encoded = (*kind != CacheType::Download).then(|| (Kind::Encoded, dir.clone(), *size));
     let gzip = &config.gzip_cache;
     let decoded = gzip.enable.then(|| (Kind::Decoded, gzip.dir.clone(), gzip.size));
     let wanted = decoded.into_iter().chain(encoded).filter(|(_, _, capacity)| *capacity > 0);
@@ -56,4 +60,43 @@ pub(super) fn fill_options(download: &DownloadConfig) -> Option<FillOptions> {
         download.clone();
     let rate = max_bytes_per_second;
     enable.then_some(FillOptions { delay, delay_extra, rate, tries, block })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> ServiceConfig {
+        ServiceConfig::parse(text, "c.json").unwrap().0
+    }
+
+    #[test]
+    fn compressed_bytes_are_kept_with_every_cache_type_but_download() {
+        let kinds = |cache_type: &str| {
+            let text =
+                format!(r#"{{"cacheConfig": {{"cacheType": "{cache_type}", "cacheDir": "/c"}}}}"#);
+            let options = tier_options(&config(&text)).into_iter();
+            options.map(|(kind, options)| (kind, options.dir, options.capacity)).collect::<Vec<_>>()
+        };
+        let decoded = (Kind::Decoded, "/var/lib/turbobd/cache".into(), 4 << 30);
+        let encoded = (Kind::Encoded, "/c".into(), 4 << 30);
+        assert_eq!(kinds("file"), [decoded.clone(), encoded.clone()]);
+        assert_eq!(kinds("ocf"), [decoded.clone(), encoded]);
+        assert_eq!(kinds("download"), [decoded]);
+    }
+
+    #[test]
+    fn a_fill_is_as_the_download_section_says() {
+        let text = r#"{"download": {"enable": true, "delay": 7, "delayExtra": 8, "maxMBps": 9, "tryCnt": 10, "blockSize": 11}}"#;
+        let seconds = std::time::Duration::from_secs;
+        let expected = FillOptions {
+            delay: seconds(7),
+            delay_extra: seconds(8),
+            rate: Some(9 << 20),
+            tries: 10,
+            block: 11,
+        };
+        assert_eq!(fill_options(&config(text).download), Some(expected));
+        assert_eq!(fill_options(&config(r#"{"download": {"enable": false}}"#).download), None);
+    }
 }

@@ -5,7 +5,7 @@
 
 use super::upstream::Upstream;
 use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
-use crate::daemon::DeviceReading;
+use crate::daemon::{AuditCounters, DeviceReading};
 use blobs::cache::{CacheStats, Residents};
 use blobs::fetch::FetchCounters;
 use blobs::tier::Tier;
@@ -369,6 +369,20 @@ pub const TIER: &[Metric<Tier>] = &[
     ),
 ];
 
+/// The audit log.
+pub const AUDIT: &[Metric<AuditCounters>] = &[
+    counter(
+        "turbobd_audit_lines_total",
+        "Lines written to the audit log",
+        |audit: &AuditCounters| (&audit.lines).into(),
+    ),
+    counter(
+        "turbobd_audit_dropped_total",
+        "Lines not written to the audit log, because too many were waiting or its file could not be written",
+        |audit: &AuditCounters| (&audit.dropped).into(),
+    ),
+];
+
 /// The endpoint itself.
 pub const EXPORTER: &[Metric<ExporterCounters>] =
     &[counter("turbobd_exporter_requests_total", "Requests to the metrics endpoint", |exporter| {
@@ -451,6 +465,7 @@ pub fn all() -> Vec<Description> {
     describe(&mut all, FETCH, &[]);
     describe(&mut all, HOST, &["host"]);
     describe(&mut all, TIER, &["tier"]);
+    describe(&mut all, AUDIT, &[]);
     describe(&mut all, EXPORTER, &[]);
     describe(&mut all, UPSTREAM, &["node"]);
     all
@@ -539,6 +554,7 @@ mod tests {
         check(RESIDENT);
         check(FETCH);
         check(TIER);
+        check(AUDIT);
         check(EXPORTER);
         check(UPSTREAM);
     }

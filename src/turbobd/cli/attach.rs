@@ -107,12 +107,13 @@ fn daemon_command(config: Option<&Path>) -> Command {
 
 /// Serves from this process: mounts, waits for a signal, unmounts, removes.
 fn serve_here(args: &Args, spec: &DeviceSpec, service: &Service, start: Instant) -> Outcome {
-    let images = Arc::new(HostImages::new(service.load()?));
+    let images = HostImages::new(service.load()?).audited().map_err(Failure::because)?;
+    let images = Arc::new(images);
     let mut signals = Signals::new().map_err(Failure::because)?;
     let run_dir = protocol::run_dir();
     std::fs::create_dir_all(&run_dir).map_err(Failure::because)?;
     let policy = images.read_policy();
-    let table = Table::new(run_dir, images, policy);
+    let table = Table::new(run_dir, images.clone(), policy);
     let (device, note) = table.attach(spec).map_err(Failure::because)?;
     if let Some(note) = note {
         stderr::line(format_args!("turbobd: attach: {note}"));
@@ -131,5 +132,6 @@ fn serve_here(args: &Args, spec: &DeviceSpec, service: &Service, start: Instant)
         mounts::unmount_dir(place).map_err(Failure::because)?;
     }
     table.detach(device.id).map_err(Failure::because)?;
+    images.flush_audit();
     told.map(|()| ExitCode::SUCCESS)
 }

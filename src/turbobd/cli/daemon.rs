@@ -20,9 +20,10 @@ pub(super) struct Args {
 }
 
 /// Serves until it is told to end, or tells the one that does.
-pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
+        super::log_to_stderr(verbose, true);
         let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
             return Ok(ExitCode::SUCCESS);
         };
@@ -37,10 +38,11 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
             names.join(", ")
         )));
     }
-    let config = service.load()?;
+    let config = service.load_with_log(verbose)?;
     let api = &config.api;
     let snapshots = api.enable.then_some(api.address);
-    let images = Arc::new(HostImages::new(config.clone()));
+    let images = HostImages::new(config.clone()).audited().map_err(Failure::because)?;
+    let images = Arc::new(images);
     let options = DaemonOptions {
         run_dir,
         auto: args.auto,
@@ -48,6 +50,8 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
         exporter: images.exporter(),
         snapshots,
     };
-    daemon::run(&options, images).map_err(Failure::because)?;
+    let ended = daemon::run(&options, images.clone());
+    images.flush_audit();
+    ended.map_err(Failure::because)?;
     Ok(ExitCode::SUCCESS)
 }
