@@ -35,6 +35,7 @@ mod interop;
 mod large;
 mod meta;
 mod native;
+mod pages;
 mod plain;
 mod registry;
 mod registry_ways;

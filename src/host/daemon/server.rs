@@ -33,7 +33,7 @@ pub const IDLE: Duration = Duration::from_secs(3);
 /// Options of a daemon.
 #[derive(Clone, Debug, Default)]
 pub struct DaemonOptions {
-    /// Directory of its socket; see [`run_dir`](super::protocol::run_dir).
+    /// Directory of its socket; see [`run_dir`](client::protocol::run_dir).
     pub run_dir: PathBuf,
     /// Started by a client (`turbobd daemon --auto`): leaves the session, reports readiness on standard
     /// output, ends when idle.

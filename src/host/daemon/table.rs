@@ -176,7 +176,7 @@ impl Table {
     /// Records the mount point that a client chose for the device.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`].
+    /// Returns [`HostError::NotFound`].
     pub fn mounted(&self, id: u64, mountpoint: Option<PathBuf>) -> Result<(), HostError> {
         let mut devices = self.lock();
         let entry = devices
@@ -191,7 +191,7 @@ impl Table {
     /// by its `--dev-id` or its node.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Snapshot`], and the device continues unchanged.
+    /// Returns [`HostError::NotFound`]; [`HostError::Snapshot`], and the device continues unchanged.
     pub fn snapshot(&self, name: &str, config: &Path) -> Result<(), HostError> {
         let (device, snapshots) = {
             let devices = self.lock();
@@ -215,7 +215,7 @@ impl Table {
     /// Begins a recording of a device's reads. An earlier recording is discarded.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Recording`] when its image cannot be recorded.
+    /// Returns [`HostError::NotFound`]; [`HostError::Recording`] when its image cannot be recorded.
     pub fn begin_trace(&self, id: u64) -> Result<(), HostError> {
         self.with_recorders(id, |recorders, recording| {
             if let Some(before) = recording.replace(recorders.begin()) {
@@ -228,7 +228,7 @@ impl Table {
     /// Ends the recording, and returns its trace.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Recording`] when none was begun.
+    /// Returns [`HostError::NotFound`]; [`HostError::Recording`] when none was begun.
     pub fn end_trace(&self, id: u64) -> Result<Trace, HostError> {
         self.with_recorders(id, |recorders, recording| {
             let recording = recording.take().ok_or("no recording was begun")?;
@@ -254,7 +254,7 @@ impl Table {
     /// Removes an unused device.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Busy`], and the device stays; the front end's error.
+    /// Returns [`HostError::NotFound`]; [`HostError::Busy`], and the device stays; the front end's error.
     pub fn detach(&self, id: u64) -> Result<(), HostError> {
         let entry = {
             let mut devices = self.lock();
@@ -321,7 +321,7 @@ impl Table {
     /// Sources of parts of a device's disk, and the device's problems.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`].
+    /// Returns [`HostError::NotFound`].
     pub fn explain(
         &self,
         id: u64,
