@@ -16,7 +16,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use blobs::cache::Cache;
-use disk::volume::{MemoryVolume, Volume};
+use disk::testing::MemoryVolume;
+use disk::volume::Volume;
 use disk::{Disk, DiskLayer, LayerData};
 use formats::lsmt::{Layer, LayerKind, WarpWriter};
 use formats::units::{Bytes, Sectors};
@@ -26,7 +27,8 @@ use libublk::io::{BufDescList, UblkDev, UblkIOCtx, UblkQueue};
 use libublk::{BufDesc, UblkFlags, UblkIORes};
 use source::chunk::{ChunkSource, PlainChunks};
 use source::{MemorySource, SharedBytes};
-use turbobd_frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
+use turbobd_frontends::ServedDevice;
+use turbobd_frontends::ublk::{UblkDevice, UblkOptions};
 
 const MIB: u64 = 1 << 20;
 /// Bytes of the range that is read, on every contestant: all of them fit into the cache.
@@ -173,17 +175,16 @@ fn median(mut rates: Vec<f64>) -> f64 {
 
 fn reads() {
     let memory = || Arc::new(MemoryVolume::new(vec![5; RANGE as usize]));
-    let options = |driver| UblkOptions { queues: 1, driver, ..UblkOptions::default() };
+    let options = UblkOptions { queues: 1, ..UblkOptions::default() };
     let disk = Arc::new(disk());
     let mut page = vec![0; 1 << 20];
     for at in (0..RANGE).step_by(1 << 20) {
         disk.read_at(&mut page, at).unwrap();
     }
-    let contestants: [(&str, Option<(Arc<dyn Volume>, QueueDriver)>); 4] = [
+    let contestants: [(&str, Option<Arc<dyn Volume>>); 3] = [
         ("null target of libublk", None),
-        ("memory, shared threads", Some((memory(), QueueDriver::Shared))),
-        ("memory, libublk's threads", Some((memory(), QueueDriver::OwnThreads))),
-        ("disk in the cache, shared threads", Some((disk, QueueDriver::Shared))),
+        ("memory", Some(memory())),
+        ("disk in the cache", Some(disk)),
     ];
     for depth in [1, 64] {
         let mut rates: Vec<Vec<f64>> = vec![Vec::new(); contestants.len()];
@@ -196,8 +197,8 @@ fn reads() {
                         null.stop();
                         rate
                     }
-                    Some((volume, driver)) => {
-                        let device = UblkDevice::start(volume.clone(), &options(*driver)).unwrap();
+                    Some(volume) => {
+                        let device = UblkDevice::start(volume.clone(), &options).unwrap();
                         let rate = random_reads(device.path(), depth);
                         let counters = device.counters();
                         assert!(
@@ -262,7 +263,9 @@ fn many(count: usize) {
         begun.elapsed().as_secs_f64()
     );
     let begun = Instant::now();
-    turbobd_frontends::ublk::stop_all(devices).unwrap();
+    let devices = devices.into_iter().map(|device| Box::new(device) as Box<dyn ServedDevice>);
+    let failures = turbobd_frontends::stop_all(devices.collect());
+    assert!(failures.is_empty(), "{failures:?}");
     println!("all detached in {:.1} s (bar: 60 s)", begun.elapsed().as_secs_f64());
     let left = std::fs::read_dir("/sys/block").unwrap().flatten();
     let left =

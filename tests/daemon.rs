@@ -13,7 +13,7 @@ use crate::block::{
 };
 use client::protocol::DeviceState;
 use client::{Client, ClientError, Code, DeviceRecord, DeviceSpec, Frontend, ImageSpec};
-use disk::volume::MemoryVolume;
+use disk::testing::MemoryVolume;
 use host::daemon::{DaemonOptions, IoCounters, OpenFailure, Opened};
 
 /// A device of a raw file. Its path stands where the folder of meta images would.

@@ -33,7 +33,8 @@
 //! # Contents
 //!
 //! * [`store`]    the interface to a directory; the real one
-//! * [`memory`]   a directory in memory, whose power can fail, and a faulty one
+//! * `memory`     a directory in memory, whose power can fail, and a faulty one: for tests, by the feature
+//!   `testing`
 //! * `presence`   the map, on disk
 //! * `fifo`       the order of eviction
 //! * `state`      the map of all files, in memory
@@ -42,6 +43,7 @@
 //! * `uring`      its `io_uring`
 
 mod fifo;
+#[cfg(any(test, feature = "testing"))]
 pub mod memory;
 mod opening;
 mod presence;
@@ -55,11 +57,12 @@ mod writer;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use parking_lot::Mutex;
 use thiserror::Error;
 
 use presence::Subject;
@@ -422,7 +425,7 @@ impl Tier {
 impl Drop for Tier {
     fn drop(&mut self) {
         self.shared.send(Command::End);
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let writer = self.writer.lock().take();
         if let Some(writer) = writer
             && writer.thread().id() != std::thread::current().id()
         {

@@ -17,7 +17,8 @@
 //!
 //! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration, [`digest`]
 //! the content of a disk, independent of its storage, [`scan`] reading all of it, [`explain`] the origin of a
-//! byte, for people, [`upper`] a writable layer on top, `listed` a list of files as a trace.
+//! byte, for people, [`upper`] a writable layer on top, `listed` a list of files as a trace,
+//! `testing` doubles, by the feature of that name.
 
 pub mod config;
 pub mod digest;
@@ -28,6 +29,8 @@ mod leases;
 mod listed;
 pub mod resident;
 pub mod scan;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod upper;
 pub mod volume;
 pub mod writable;
@@ -637,7 +640,7 @@ fn check_layer(number: usize, layer: &DiskLayer) -> Result<(), DiskError> {
         |rule: &str| DiskError::Layer { layer: number, name: name(), rule: rule.to_owned() };
     let (own_end, target) = match (&layer.data, layer.index.kind()) {
         (LayerData::Turbo { meta, target }, LayerKind::Warp) => {
-            ((**meta).as_ref().len() as u64, target.as_ref())
+            (meta.bytes().len() as u64, target.as_ref())
         }
         (LayerData::Native { chunks }, LayerKind::Plain) => (chunks.decoded_len(), None),
         _ => return Err(incomplete("its index and its data are of different kinds")),

@@ -10,7 +10,8 @@ use super::*;
 use formats::lsmt::{Identity, Layer, NativeWriter, WarpWriter};
 use formats::units::Bytes;
 use source::chunk::PlainChunks;
-use source::{ByteSource, Fault, FaultySource, MemorySource};
+use source::testing::{Fault, FaultySource};
+use source::{ByteSource, MemorySource};
 
 const DISK: u64 = 4096;
 

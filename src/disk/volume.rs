@@ -8,8 +8,8 @@
 //!
 //! A writable disk is a [`WritableVolume`] as well, and returns itself as one.
 //!
-//! Implementation: [`disk::Disk`](crate). For tests of front ends: [`MemoryVolume`], and
-//! [`FaultyVolume`], which delays and fails.
+//! Implementation: [`disk::Disk`](crate). For tests of front ends: `testing::MemoryVolume`, and
+//! `testing::FaultyVolume`, which delays and fails.
 
 use std::io;
 use std::sync::{Arc, mpsc};
@@ -17,7 +17,7 @@ use std::sync::{Arc, mpsc};
 use thiserror::Error;
 
 use source::chunk::{ChunkBytes, ChunkError};
-use source::{ByteSource, SourceError};
+use source::{ByteSource, SharedBytes, SourceError};
 
 /// Error of reading or writing a volume.
 #[derive(Clone, Debug, Error)]
@@ -116,10 +116,10 @@ pub type Waiter = Box<dyn FnOnce(Result<(), VolumeError>) + Send>;
 pub enum Piece {
     /// A hole: this many zero bytes.
     Zero(usize),
-    /// Part of memory that lives as long as the guard.
+    /// Part of memory that stays at its address as long as the guard lives.
     Memory {
         /// Keeps the bytes alive.
-        guard: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        guard: SharedBytes,
         /// Range of the guard's bytes.
         range: std::ops::Range<usize>,
     },
@@ -153,7 +153,7 @@ impl Piece {
     pub fn bytes(&self) -> Option<&[u8]> {
         match self {
             Piece::Zero(_) => None,
-            Piece::Memory { guard, range } => Some(&(**guard).as_ref()[range.clone()]),
+            Piece::Memory { guard, range } => Some(&guard.bytes()[range.clone()]),
             Piece::Chunk { guard, range } => Some(&guard[range.clone()]),
         }
     }
@@ -277,82 +277,5 @@ impl ByteSource for VolumeSource<'_> {
 
     fn name(&self) -> &str {
         "the disk"
-    }
-}
-
-/// A volume in memory.
-pub struct MemoryVolume {
-    bytes: Arc<Vec<u8>>,
-}
-
-impl MemoryVolume {
-    /// A disk with these bytes; the length must be a multiple of 512.
-    #[must_use]
-    pub fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes: Arc::new(bytes) }
-    }
-}
-
-impl Volume for MemoryVolume {
-    fn size(&self) -> u64 {
-        self.bytes.len() as u64
-    }
-
-    fn locate(
-        &self,
-        offset: u64,
-        len: usize,
-        _: &mut dyn FnMut() -> Waiter,
-    ) -> Result<Located, VolumeError> {
-        let end = offset.saturating_add(len as u64);
-        if end > self.size() {
-            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
-        }
-        let guard = self.bytes.clone();
-        Ok(Located::Ready(vec![Piece::Memory { guard, range: offset as usize..end as usize }]))
-    }
-}
-
-/// A volume with a late first answer for each range, and failures at given offsets.
-pub struct FaultyVolume<V> {
-    inner: V,
-    delay: std::time::Duration,
-    fail_at: Option<u64>,
-    asked: std::sync::Mutex<std::collections::HashSet<u64>>,
-}
-
-impl<V: Volume> FaultyVolume<V> {
-    /// `inner`, with a delay of `delay` in every first read of an offset, and a failure of reads over
-    /// `fail_at`.
-    pub fn new(inner: V, delay: std::time::Duration, fail_at: Option<u64>) -> Self {
-        Self { inner, delay, fail_at, asked: std::sync::Mutex::default() }
-    }
-}
-
-impl<V: Volume> Volume for FaultyVolume<V> {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn locate(
-        &self,
-        offset: u64,
-        len: usize,
-        waiter: &mut dyn FnMut() -> Waiter,
-    ) -> Result<Located, VolumeError> {
-        let fails = self.fail_at.filter(|at| (offset..offset + len as u64).contains(at));
-        let first = self.asked.lock().is_ok_and(|mut asked| asked.insert(offset));
-        if first || fails.is_some() {
-            let (waiter, delay) = (waiter(), self.delay);
-            std::thread::spawn(move || {
-                std::thread::sleep(delay);
-                waiter(match fails {
-                    Some(offset) => Err(VolumeError::Injected { offset }),
-                    None => Ok(()),
-                });
-            });
-            return Ok(Located::Pending);
-        }
-        self.inner.locate(offset, len, waiter)
     }
 }

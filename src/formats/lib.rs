@@ -14,6 +14,7 @@
 //! * [`lsmt`]      overlaybd's layer format: it maps disk sectors to bytes
 //! * [`ext4`]      an in-memory tree of files, and the ext4 blocks that describe it
 //! * [`archive`]   names of the files in a layer archive
+//! * [`json`]      a strict reader of settings in JSON
 //! * [`trace`]     list of what a start reads, and its file
 //!
 //! ```
@@ -26,6 +27,7 @@
 pub mod archive;
 pub mod ext4;
 pub mod gzip;
+pub mod json;
 pub mod lsmt;
 pub mod oci;
 pub mod segments;

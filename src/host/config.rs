@@ -30,8 +30,9 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use formats::json::Notes;
 use log_file::LogFile;
-use object::{Notes, Object};
+use object::Object;
 pub use own::{OnError, TracesConfig, TurbobdConfig};
 pub use sections::{
     ApiConfig, AuditConfig, CacheConfig, CacheType, CertificateConfig, CredentialConfig,

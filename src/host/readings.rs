@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use blobs::histogram::Times;
-use frontends::ublk::QueueTotals;
+use frontends::FrontTotals;
 
 /// Counters of a device at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -13,7 +13,7 @@ pub struct DeviceReading {
     /// Size of the disk in bytes.
     pub size: u64,
     /// Counters of its front end.
-    pub front: QueueTotals,
+    pub front: FrontTotals,
     /// Its reads that waited, and those that wait.
     pub waits: WaitReading,
     /// Counters of its image's blobs.

@@ -64,6 +64,8 @@ pub mod repository;
 pub mod retry;
 pub mod store;
 pub mod stream;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tls;
 pub mod transport;
 mod wait;

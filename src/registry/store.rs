@@ -2,15 +2,14 @@
 //!
 //! Conversion and attachment need few operations of such a place: a manifest by tag or digest, a blob as a
 //! stream or by range, and a way to add blobs and manifests. [`ImageStore`] defines them; an OCI image layout
-//! directory ([`LayoutStore`]) and a repository of a registry ([`RepositoryStore`]) are the two real
-//! implementations, [`MemoryStore`] serves tests and images that are built and attached in one go. A blob's
-//! source counts the bytes that were read of it ([`ByteSource::traffic`]).
+//! directory ([`LayoutStore`]) and a repository of a registry ([`RepositoryStore`]) are the two
+//! implementations; for tests, `testing::MemoryStore` is one in memory and `testing::FaultyStore` one that
+//! fails. A blob's source counts the bytes that were read of it ([`ByteSource::traffic`]).
 //!
 //! All content is checked: a blob or manifest requested by digest is verified against it here, and a stream
 //! is verified by the code that reads it to its end.
 
 mod layout;
-mod memory;
 pub mod referrers;
 mod repository;
 
@@ -24,7 +23,6 @@ use formats::oci::{Descriptor, Digest, ImageName, ManifestError, RepositoryName}
 use source::{ByteSource, SourceError};
 
 pub use layout::LayoutStore;
-pub use memory::MemoryStore;
 pub use repository::RepositoryStore;
 
 /// Largest config or meta blob read into memory at once, 1 GiB: the meta image of a 100 GB layer.

@@ -9,7 +9,7 @@
 //! ([`Class`]).
 //!
 //! Implementations: [`FileSource`], [`MemorySource`], [`SubSource`], and the registry's blob. For tests:
-//! [`FaultySource`], which fails or returns wrong bytes at chosen offsets.
+//! `testing::FaultySource`, which fails or returns wrong bytes at chosen offsets.
 
 use std::fmt;
 use std::fs::File;
@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::SharedBytes;
 use crate::traffic::Traffic;
 
 /// Error of reading bytes. Cheap to clone: one failed read can have many waiters.
@@ -207,9 +208,6 @@ pub struct MemorySource {
     bytes: SharedBytes,
 }
 
-/// Shared bytes in memory, of any owner.
-pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
-
 impl MemorySource {
     /// Takes `bytes` under a name for messages.
     pub fn new(name: impl Into<String>, bytes: impl Into<Arc<[u8]>>) -> Self {
@@ -223,7 +221,7 @@ impl MemorySource {
     }
 
     fn bytes(&self) -> &[u8] {
-        (*self.bytes).as_ref()
+        self.bytes.bytes()
     }
 }
 
@@ -356,64 +354,6 @@ impl ByteSource for SubSource {
     fn as_slice(&self) -> Option<&[u8]> {
         let start = self.start as usize;
         self.inner.as_slice().map(|bytes| &bytes[start..start + self.len as usize])
-    }
-
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-}
-
-/// A source with deliberate faults, for tests of all code above it.
-pub struct FaultySource {
-    inner: Arc<dyn ByteSource>,
-    faults: Vec<Fault>,
-}
-
-/// Fault of a [`FaultySource`] in a read that touches a byte.
-#[derive(Clone, Copy, Debug)]
-pub enum Fault {
-    /// Reads that touch this byte fail.
-    FailAt(u64),
-    /// The byte at this offset arrives with these bits flipped.
-    FlipAt(u64, u8),
-}
-
-impl FaultySource {
-    /// `inner`, with `faults`.
-    pub fn new(inner: Arc<dyn ByteSource>, faults: Vec<Fault>) -> Self {
-        Self { inner, faults }
-    }
-}
-
-impl ByteSource for FaultySource {
-    fn len(&self) -> u64 {
-        self.inner.len()
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
-        self.inner.read_exact_at(buf, offset)?;
-        let range = offset..offset + buf.len() as u64;
-        for fault in &self.faults {
-            match *fault {
-                Fault::FailAt(at) if range.contains(&at) => {
-                    return Err(SourceError::Io {
-                        name: self.name().to_owned(),
-                        offset,
-                        len: buf.len(),
-                        source: Arc::new(io::Error::from_raw_os_error(libc::EIO)),
-                    });
-                }
-                Fault::FlipAt(at, bits) if range.contains(&at) => {
-                    buf[(at - offset) as usize] ^= bits;
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn is_local(&self) -> bool {
-        self.inner.is_local()
     }
 
     fn name(&self) -> &str {

@@ -4,8 +4,7 @@
 //! in progress at once; so they are futures, driven by the store's own means ([`Store::drive`]): `io_uring`
 //! where there is one, else the calling thread, one after the other.
 //!
-//! Real: [`DirStore`]. In memory, with a power failure: [`MemoryStore`](super::memory::MemoryStore). Faulty:
-//! [`FaultyStore`](super::memory::FaultyStore).
+//! Real: [`DirStore`]. For tests: `memory::MemoryStore`, whose power can fail, and `memory::FaultyStore`.
 
 use std::fs::{File, OpenOptions};
 use std::future::Future;

@@ -158,7 +158,7 @@ mod tests {
     use super::*;
     use formats::oci::Index;
     use formats::trace::Touch;
-    use registry::store::MemoryStore;
+    use registry::testing::{FaultyStore, MemoryStore};
 
     fn trace(start: u64) -> Trace {
         let touches = vec![Touch { blob: 0, start, len: 4096, at: 0, weight: 1 }];
@@ -241,6 +241,25 @@ mod tests {
         all.push(fake(Vec::new(), 700));
         list(&all);
         assert_eq!(find(&store, &image.digest).unwrap(), None);
+    }
+
+    #[test]
+    fn a_publication_that_fails_at_any_call_leaves_the_trace_of_before() {
+        let mut failures = 0;
+        loop {
+            let (store, image) = image();
+            publish(&store, &image, &trace(0), at(1)).unwrap();
+            let store = FaultyStore::failing(store, Some(failures));
+            let result = publish(&store, &image, &trace(4096), at(2));
+            let published = find(store.inner(), &image.digest).unwrap();
+            if result.is_ok() {
+                assert_eq!(published, Some(trace(4096)));
+                break;
+            }
+            assert_eq!(published, Some(trace(0)), "after a failure of call {failures}");
+            failures += 1;
+        }
+        assert!(failures >= 4, "a blob, a manifest, the list of before and that of after");
     }
 
     #[test]

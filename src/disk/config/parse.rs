@@ -1,129 +1,20 @@
 //! Parses the text of a configuration to values. Each key is taken once; the remaining keys are unknown.
 
-use std::cell::RefCell;
-use std::rc::Rc;
-
-use serde_json::{Map, Value};
+use formats::json::{JsonError, Notes};
 
 use super::{Config, Download, Lower, Upper};
 use crate::DiskError;
 
-/// Remarks about the configuration.
-#[derive(Default)]
-struct Notes {
-    warnings: RefCell<Vec<String>>,
-    /// Paths of all keys that were asked for, with `[]` for any element.
-    known: RefCell<Vec<String>>,
-}
+type Object<'a> = formats::json::Object<'a, DiskError>;
 
-/// An object of the configuration; its keys are taken one by one.
-struct Object {
-    file: String,
-    /// Path of the object: empty, or `lowers[2].`.
-    path: String,
-    map: Map<String, Value>,
-    notes: Rc<Notes>,
-}
-
-impl Object {
-    fn remove(&mut self, key: &str) -> Option<Value> {
-        if cfg!(test) {
-            self.notes.known.borrow_mut().push(format!("{}{key}", self.path));
-        }
-        self.map.remove(key)
-    }
-
-    fn warn(&self, key: &str, rule: &str) {
-        let (path, file) = (&self.path, &self.file);
-        self.notes.warnings.borrow_mut().push(format!("Key {path}{key} of {file} is {rule}"));
-    }
-
-    fn error(&self, key: &str, rule: String) -> DiskError {
-        DiskError::Config { file: self.file.clone(), key: format!("{}{key}", self.path), rule }
-    }
-
-    fn wrong_type(&self, key: &str, wanted: &str, found: &Value) -> DiskError {
-        let found = match found {
-            Value::Null => "null",
-            Value::Bool(_) => "a boolean",
-            Value::Number(_) => "a number",
-            Value::String(_) => "a string",
-            Value::Array(_) => "an array",
-            Value::Object(_) => "an object",
-        };
-        self.error(key, format!("it must be {wanted}, not {found}"))
-    }
-
-    fn string(&mut self, key: &str) -> Result<String, DiskError> {
-        match self.remove(key) {
-            None => Ok(String::new()),
-            Some(Value::String(text)) => Ok(text),
-            Some(other) => Err(self.wrong_type(key, "a string", &other)),
-        }
-    }
-
-    fn u64(&mut self, key: &str) -> Result<u64, DiskError> {
-        match self.remove(key) {
-            None => Ok(0),
-            Some(value) => {
-                value.as_u64().ok_or_else(|| self.wrong_type(key, "a whole number", &value))
+impl From<JsonError> for DiskError {
+    fn from(error: JsonError) -> Self {
+        match error {
+            JsonError::NotAnObject { file, rule } => {
+                let rule = format!("it is not a JSON object: {rule}");
+                Self::Config { file, key: "(all)".to_owned(), rule }
             }
-        }
-    }
-
-    fn bool(&mut self, key: &str) -> Result<bool, DiskError> {
-        match self.remove(key) {
-            None => Ok(false),
-            Some(Value::Bool(value)) => Ok(value),
-            Some(other) => Err(self.wrong_type(key, "true or false", &other)),
-        }
-    }
-
-    fn object(&mut self, key: &str) -> Result<Option<Object>, DiskError> {
-        match self.remove(key) {
-            None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Object {
-                file: self.file.clone(),
-                path: format!("{}{key}.", self.path),
-                map,
-                notes: self.notes.clone(),
-            })),
-            Some(other) => Err(self.wrong_type(key, "an object", &other)),
-        }
-    }
-
-    fn objects(&mut self, key: &str) -> Result<Vec<Object>, DiskError> {
-        let values = match self.remove(key) {
-            None => return Ok(Vec::new()),
-            Some(Value::Array(values)) => values,
-            Some(other) => return Err(self.wrong_type(key, "an array", &other)),
-        };
-        let element = |(number, value)| {
-            let key = format!("{key}[{number}]");
-            match value {
-                Value::Object(map) => Ok(Object {
-                    file: self.file.clone(),
-                    path: format!("{}{key}.", self.path),
-                    map,
-                    notes: self.notes.clone(),
-                }),
-                other => Err(self.wrong_type(&key, "an object", &other)),
-            }
-        };
-        values.into_iter().enumerate().map(element).collect()
-    }
-
-    /// Warns of a key that is set and changes nothing. Call it before the key is taken.
-    fn without_effect(&self, key: &str) {
-        if self.map.contains_key(key) {
-            self.warn(key, "accepted, without effect here");
-        }
-    }
-
-    /// Warns of keys that were not taken.
-    fn end(self) {
-        for key in self.map.keys() {
-            self.warn(key, "unknown and ignored");
+            JsonError::Key { file, key, rule } => Self::Config { file, key, rule },
         }
     }
 }
@@ -134,56 +25,50 @@ impl Config {
     /// # Errors
     /// [`DiskError::Config`] with the key, or if the text is not JSON.
     pub fn parse(text: &str, file: &str) -> Result<Self, DiskError> {
-        let notes = Rc::<Notes>::default();
+        let notes = Notes::default();
         let config = Self::take(text, file, &notes)?;
-        for warning in notes.warnings.take() {
+        for warning in notes.into_warnings() {
             tracing::warn!("{warning}");
         }
         Ok(config)
     }
 
-    fn take(text: &str, file: &str, notes: &Rc<Notes>) -> Result<Self, DiskError> {
-        let whole = |rule: String| DiskError::Config {
-            file: file.to_owned(),
-            key: "(all)".to_owned(),
-            rule,
-        };
-        let map = match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => map,
-            Ok(_) => return Err(whole("it must be an object".to_owned())),
-            Err(error) => return Err(whole(format!("it is not JSON: {error}"))),
-        };
-        let (path, notes) = (String::new(), notes.clone());
-        let mut object = Object { file: file.to_owned(), path, map, notes };
+    fn take(text: &str, file: &str, notes: &Notes) -> Result<Self, DiskError> {
+        let mut object = Object::parse(text, file, notes)?;
         let config = Self {
-            repo_blob_url: object.string("repoBlobUrl")?,
+            repo_blob_url: string(&mut object, "repoBlobUrl")?,
             lowers: object
-                .objects("lowers")?
+                .sections("lowers")?
                 .into_iter()
                 .map(Lower::take)
                 .collect::<Result<_, _>>()?,
-            upper: object.object("upper")?.map(Upper::take).transpose()?.unwrap_or_default(),
-            result_file: object.string("resultFile")?,
-            download: object.object("download")?.map(Download::take).transpose()?,
-            acceleration_layer: object.bool("accelerationLayer")?,
-            record_trace_path: object.string("recordTracePath")?,
+            upper: Upper::take(object.section("upper")?)?,
+            result_file: string(&mut object, "resultFile")?,
+            download: Download::take(object.section("download")?)?,
+            acceleration_layer: object.bool("accelerationLayer")?.unwrap_or_default(),
+            record_trace_path: string(&mut object, "recordTracePath")?,
         };
         object.end();
         Ok(config)
     }
 }
 
+/// A text; an absent one is empty.
+fn string(object: &mut Object<'_>, key: &str) -> Result<String, DiskError> {
+    Ok(object.text(key)?.unwrap_or_default())
+}
+
 impl Lower {
-    fn take(mut object: Object) -> Result<Self, DiskError> {
+    fn take(mut object: Object<'_>) -> Result<Self, DiskError> {
         let lower = Self {
-            file: object.string("file")?,
-            dir: object.string("dir")?,
-            digest: object.string("digest")?,
-            size: object.u64("size")?,
-            target_file: object.string("targetFile")?,
-            target_digest: object.string("targetDigest")?,
-            gzip_index: object.string("gzipIndex")?,
-            gzip_sidecar: object.string("gzipSidecar")?,
+            file: string(&mut object, "file")?,
+            dir: string(&mut object, "dir")?,
+            digest: string(&mut object, "digest")?,
+            size: object.number("size")?.unwrap_or_default(),
+            target_file: string(&mut object, "targetFile")?,
+            target_digest: string(&mut object, "targetDigest")?,
+            gzip_index: string(&mut object, "gzipIndex")?,
+            gzip_sidecar: string(&mut object, "gzipSidecar")?,
         };
         object.end();
         Ok(lower)
@@ -195,45 +80,33 @@ const LONGEST_WAIT: u64 = 365 * 86_400;
 const MOST_MBPS: u64 = u64::MAX >> 20;
 
 impl Download {
-    fn take(mut object: Object) -> Result<Self, DiskError> {
-        let enable = match object.map.get("enable") {
-            None => None,
-            Some(_) => Some(object.bool("enable")?),
-        };
-        let mut number = |key: &str, most: u64| match object.map.get(key) {
-            None => Ok(None),
-            Some(_) => match object.u64(key)? {
-                number if number > most => {
-                    Err(object.error(key, format!("it is at most {most}, not {number}")))
-                }
-                number => Ok(Some(number)),
-            },
-        };
+    fn take(mut object: Object<'_>) -> Result<Option<Self>, DiskError> {
         let download = Self {
-            enable,
-            delay: number("delay", LONGEST_WAIT)?,
-            delay_extra: number("delayExtra", LONGEST_WAIT)?,
-            max_mbps: number("maxMBps", MOST_MBPS)?,
-            tries: number("tryCnt", u64::MAX)?,
-            block_size: number("blockSize", u64::MAX)?,
+            enable: object.bool("enable")?,
+            delay: object.bounded("delay", LONGEST_WAIT)?,
+            delay_extra: object.bounded("delayExtra", LONGEST_WAIT)?,
+            max_mbps: object.bounded("maxMBps", MOST_MBPS)?,
+            tries: object.number("tryCnt")?,
+            block_size: object.number("blockSize")?,
         };
+        let is_present = object.is_present();
         object.end();
-        Ok(download)
+        Ok(is_present.then_some(download))
     }
 }
 
 impl Upper {
-    fn take(mut object: Object) -> Result<Self, DiskError> {
+    fn take(mut object: Object<'_>) -> Result<Self, DiskError> {
         // The snapshotter writes a size; upstream does not read it either. The layer says how large it is.
         object.without_effect("vsize");
-        object.remove("vsize");
+        object.skip("vsize");
         // With upper.target the configuration is refused, and without it there is nothing that it is an index of.
         object.without_effect("gzipIndex");
         let upper = Self {
-            index: object.string("index")?,
-            data: object.string("data")?,
-            target: object.string("target")?,
-            gzip_index: object.string("gzipIndex")?,
+            index: string(&mut object, "index")?,
+            data: string(&mut object, "data")?,
+            target: string(&mut object, "target")?,
+            gzip_index: string(&mut object, "gzipIndex")?,
         };
         object.end();
         Ok(upper)
@@ -290,26 +163,24 @@ mod tests {
     fn every_key_of_the_page_is_known_and_every_known_key_is_in_the_page() {
         let page = page();
         let keys: Vec<&str> = page.iter().map(|(key, _)| key.as_str()).collect();
-        let notes = Rc::<Notes>::default();
+        let notes = Notes::default();
         Config::take(&with(&keys), "c.json", &notes).unwrap();
+        let (known, warnings) = notes.into_parts();
         let mut known: Vec<String> =
-            notes.known.take().into_iter().map(|key| key.replace("[0]", "[]")).collect();
+            known.into_iter().map(|key| key.replace("[0]", "[]")).collect();
         known.iter_mut().filter(|key| *key == "lowers").for_each(|key| key.push_str("[]"));
-        // The sections have rows for their keys.
-        known.retain(|key| key != "upper" && key != "download");
         known.sort();
         known.dedup();
         let mut written = keys;
         written.sort_unstable();
         assert_eq!(known, written);
-        let unknown: Vec<_> = notes.warnings.take();
-        assert!(!unknown.iter().any(|warning| warning.contains("unknown")), "{unknown:?}");
+        assert!(!warnings.iter().any(|warning| warning.contains("unknown")), "{warnings:?}");
     }
 
     #[test]
     fn each_key_changes_the_configuration_or_is_said_to_have_no_effect() {
         for (key, meaning) in page().iter().filter(|(key, _)| key != "lowers[]") {
-            let notes = Rc::<Notes>::default();
+            let notes = Notes::default();
             let config = Config::take(&with(&[key]), "c.json", &notes).unwrap();
             // What an empty section is, with no key in it.
             let empty = with(&[key]).split_once(": ").map(|(section, _)| match section {
@@ -317,11 +188,11 @@ mod tests {
                 "{\"download\"" => r#"{"download": {}}"#,
                 _ => "{}",
             });
-            let empty = Config::take(empty.unwrap(), "c.json", &Rc::default()).unwrap();
+            let empty = Config::take(empty.unwrap(), "c.json", &Notes::default()).unwrap();
             let path = key.replace("[]", "[0]");
             let warning = format!("Key {path} of c.json is accepted, without effect here");
             let expected = meaning.starts_with("accepted, without effect here");
-            assert_eq!(notes.warnings.take(), Vec::from_iter(expected.then_some(warning)));
+            assert_eq!(notes.into_warnings(), Vec::from_iter(expected.then_some(warning)));
             assert!(expected || config != empty, "{key} changes nothing, and nothing says so");
         }
     }
@@ -353,11 +224,11 @@ mod tests {
             ),
             (
                 r#"{"lowers": [7]}"#,
-                "Key lowers[0] of c.json is invalid: it must be an object, not a number",
+                "Key lowers[0] of c.json is invalid: it must be an object, not the number 7",
             ),
             (
                 r#"{"lowers": {}}"#,
-                "Key lowers of c.json is invalid: it must be an array, not an object",
+                "Key lowers of c.json is invalid: it must be an array, not such an object",
             ),
             (
                 r#"{"upper": {"data": null}}"#,
@@ -365,9 +236,9 @@ mod tests {
             ),
             (
                 r#"{"accelerationLayer": 1}"#,
-                "Key accelerationLayer of c.json is invalid: it must be true or false, not a number",
+                "Key accelerationLayer of c.json is invalid: it must be true or false, not the number 1",
             ),
-            ("[]", "Key (all) of c.json is invalid: it must be an object"),
+            ("[]", "Key (all) of c.json is invalid: it is not a JSON object: it is such an array"),
         ];
         for (text, message) in cases {
             assert_eq!(parse(text).unwrap_err().to_string(), message);

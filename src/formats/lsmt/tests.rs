@@ -10,7 +10,8 @@ use proptest::prelude::*;
 use super::layer::Record;
 use super::*;
 use crate::zfile;
-use source::{ByteSource, Fault, FaultySource, FileSource, MemorySource};
+use source::testing::{Fault, FaultySource};
+use source::{ByteSource, FileSource, MemorySource};
 
 fn upstream(name: &str) -> Vec<u8> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/interop/blobs").join(name);

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use source::{Fault, FaultySource, FileSource, MemorySource};
+use source::testing::{Fault, FaultySource};
+use source::{FileSource, MemorySource};
 
 fn memory(bytes: Vec<u8>) -> Arc<dyn ByteSource> {
     Arc::new(MemorySource::new("test", bytes))

@@ -12,8 +12,9 @@ use crate::segments::{
     Entry, FramesScanner, LONG, Scanned, SegmentHasher, SegmentIndex, SegmentedLayer, sidecar,
 };
 use crate::units::Bytes;
+use source::MemorySource;
 use source::chunk::{ChunkSource, EncodedChunk};
-use source::{Fault, FaultySource, MemorySource};
+use source::testing::{Fault, FaultySource};
 
 const SPAN: Bytes = Bytes(64 << 10);
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use registry::Hedging;
 
 use super::ConfigError;
-use super::object::Object;
+use super::object::{Object, Paths as _};
 use super::sections::{GIB, MIB, is_http_url};
 
 type Taken<T> = Result<T, ConfigError>;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::ConfigError;
 use super::log_file::Rotation;
-use super::object::Object;
+use super::object::{Object, Paths as _};
 use disk::config::Download;
 
 /// overlaybd's MB and GB are powers of two.

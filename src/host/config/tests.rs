@@ -108,7 +108,7 @@ fn each_key_changes_the_settings_or_is_said_to_have_no_effect() {
 fn every_key_of_the_page_is_known_and_every_known_key_is_in_the_page() {
     let notes = Notes::default();
     ServiceConfig::take(Object::parse("{}", "c.json", &notes).unwrap()).unwrap();
-    let known: BTreeSet<String> = notes.into_known().into_iter().collect();
+    let known: BTreeSet<String> = notes.into_parts().0.into_iter().collect();
     let written: BTreeSet<String> = rows().map(|(key, _)| key.to_owned()).collect();
     let missing: Vec<_> = known.difference(&written).collect();
     let unknown: Vec<_> = written.difference(&known).collect();
@@ -412,7 +412,7 @@ mod properties {
         ]) {
             let notes = super::Notes::default();
             super::ServiceConfig::take(super::Object::parse("{}", "c", &notes).unwrap()).unwrap();
-            let known = notes.into_known();
+            let known = notes.into_parts().0;
             let mut text = value;
             for part in known[key % known.len()].rsplit('.') {
                 text = format!("{{\"{part}\": {text}}}");

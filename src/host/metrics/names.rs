@@ -164,9 +164,11 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
         "Range requests made to registries for these bytes",
         |device| device.image.requests.into(),
     ),
-    counter("turbobd_device_retries_total", "Tries after the first of a read of the image's blobs: each follows a failed request, its broken body included", |device| {
-        device.image.retries.into()
-    }),
+    counter(
+        "turbobd_device_retries_total",
+        "Tries after the first of a read of the image's blobs: each follows a failed request, its broken body included",
+        |device| device.image.retries.into(),
+    ),
     counter(
         "turbobd_device_fetch_errors_total",
         "Reads of the image's blobs that failed after their last try",
