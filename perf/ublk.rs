@@ -20,7 +20,8 @@ use disk::volume::{MemoryVolume, Volume};
 use disk::{Disk, DiskLayer, LayerData};
 use formats::lsmt::{Layer, LayerKind, WarpWriter};
 use formats::units::{Bytes, Sectors};
-use frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
+use frontends::ServedDevice;
+use frontends::ublk::{UblkDevice, UblkOptions};
 use io_uring::{IoUring, opcode, types};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::{BufDescList, UblkDev, UblkIOCtx, UblkQueue};
@@ -173,17 +174,16 @@ fn median(mut rates: Vec<f64>) -> f64 {
 
 fn reads() {
     let memory = || Arc::new(MemoryVolume::new(vec![5; RANGE as usize]));
-    let options = |driver| UblkOptions { queues: 1, driver, ..UblkOptions::default() };
+    let options = UblkOptions { queues: 1, ..UblkOptions::default() };
     let disk = Arc::new(disk());
     let mut page = vec![0; 1 << 20];
     for at in (0..RANGE).step_by(1 << 20) {
         disk.read_at(&mut page, at).unwrap();
     }
-    let contestants: [(&str, Option<(Arc<dyn Volume>, QueueDriver)>); 4] = [
+    let contestants: [(&str, Option<Arc<dyn Volume>>); 3] = [
         ("null target of libublk", None),
-        ("memory, shared threads", Some((memory(), QueueDriver::Shared))),
-        ("memory, libublk's threads", Some((memory(), QueueDriver::OwnThreads))),
-        ("disk in the cache, shared threads", Some((disk, QueueDriver::Shared))),
+        ("memory", Some(memory())),
+        ("disk in the cache", Some(disk)),
     ];
     for depth in [1, 64] {
         let mut rates: Vec<Vec<f64>> = vec![Vec::new(); contestants.len()];
@@ -196,8 +196,8 @@ fn reads() {
                         null.stop();
                         rate
                     }
-                    Some((volume, driver)) => {
-                        let device = UblkDevice::start(volume.clone(), &options(*driver)).unwrap();
+                    Some(volume) => {
+                        let device = UblkDevice::start(volume.clone(), &options).unwrap();
                         let rate = random_reads(device.path(), depth);
                         let counters = device.counters();
                         assert!(
@@ -262,7 +262,9 @@ fn many(count: usize) {
         begun.elapsed().as_secs_f64()
     );
     let begun = Instant::now();
-    frontends::ublk::stop_all(devices).unwrap();
+    let devices = devices.into_iter().map(|device| Box::new(device) as Box<dyn ServedDevice>);
+    let failures = frontends::stop_all(devices.collect());
+    assert!(failures.is_empty(), "{failures:?}");
     println!("all detached in {:.1} s (bar: 60 s)", begun.elapsed().as_secs_f64());
     let left = std::fs::read_dir("/sys/block").unwrap().flatten();
     let left =

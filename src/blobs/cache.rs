@@ -28,7 +28,9 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::fetch::{
     Blob, CONNECTIONS, Claim, Delivery, FetchCounters, FetchOptions, Fetcher, FillOptions, Filling,
@@ -139,7 +141,7 @@ impl Cache {
     /// one.
     #[must_use]
     pub fn open(&self, source: Arc<dyn ChunkSource>) -> Arc<Blob> {
-        let mut blobs = self.chunks.blobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut blobs = self.chunks.blobs.lock();
         blobs.open(source, &self.tiers)
     }
 
@@ -387,7 +389,7 @@ impl Chunks {
     /// No code panics while it holds a shard, except the function that creates a waiter; a shard is
     /// consistent even then.
     fn lock(&self, number: usize) -> MutexGuard<'_, Shard> {
-        self.shards[number].lock().unwrap_or_else(PoisonError::into_inner)
+        self.shards[number].lock()
     }
 
     fn shard(&self, key: Key) -> MutexGuard<'_, Shard> {
@@ -395,7 +397,7 @@ impl Chunks {
     }
 
     fn queues(&self) -> MutexGuard<'_, Queues> {
-        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queues.lock()
     }
 
     /// Evicts one chunk, and returns its bytes; `None` if there is none to evict. Lock order: the queues'

@@ -55,11 +55,12 @@ mod writer;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use parking_lot::Mutex;
 use thiserror::Error;
 
 use presence::Subject;
@@ -422,7 +423,7 @@ impl Tier {
 impl Drop for Tier {
     fn drop(&mut self) {
         self.shared.send(Command::End);
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let writer = self.writer.lock().take();
         if let Some(writer) = writer
             && writer.thread().id() != std::thread::current().id()
         {

@@ -7,9 +7,10 @@
 //! Publishing goes from the leaves up: layers, config, manifest, index, and the tag last. So a visible tag
 //! always names a complete image.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+
+use parking_lot::Mutex;
 
 use super::image::{ConvertedFormats, ConvertedImage, LayerReport, convert_image, subject};
 use super::{ConvertError, ConvertOptions, Format, KnownLayers, Progress};
@@ -182,14 +183,12 @@ fn build(
                     if result.is_err() {
                         next.store(sources.len(), Ordering::Relaxed);
                     }
-                    if let Ok(mut results) = results.lock() {
-                        results[number] = Some(result);
-                    }
+                    results.lock()[number] = Some(result);
                 }
             });
         }
     });
-    let results = results.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let results = results.into_inner();
     // A result is missing only if another one failed, and that error is returned here.
     results.into_iter().flatten().collect()
 }

@@ -1,6 +1,8 @@
 //! One request that waits for several chunks.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::leases::{ChunkKey, Leases};
 use crate::volume::{VolumeError, Waiter};
@@ -31,7 +33,7 @@ impl Gather {
 
     /// Waits for one more chunk, needed at byte `offset` of the disk.
     pub(super) fn expect(self: &Arc<Self>, key: ChunkKey, offset: u64) -> ChunkWaiter {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).missing += 1;
+        self.state.lock().missing += 1;
         let gather = self.clone();
         Box::new(move |result| match result {
             Ok(chunk) => gather.arrived(vec![(key, chunk)], Ok(())),
@@ -56,7 +58,7 @@ impl Gather {
         mut chunks: Vec<(ChunkKey, Arc<ChunkBytes>)>,
         result: Result<(), VolumeError>,
     ) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         state.missing -= 1;
         state.chunks.append(&mut chunks);
         if result.is_ok() && state.missing > 0 {

@@ -1,8 +1,10 @@
 //! Chunks kept for a woken request until it is repeated.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+
+use parking_lot::Mutex;
 
 use source::chunk::ChunkBytes;
 
@@ -40,7 +42,7 @@ struct Lease {
 impl Leases {
     /// Keeps `chunks` until the next request for `range`.
     pub(super) fn keep(&self, range: Range, chunks: Vec<(ChunkKey, Arc<ChunkBytes>)>) {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.table.lock();
         if let Some(lease) = table.leases.get_mut(&range) {
             lease.takers += 1;
             return;
@@ -59,7 +61,7 @@ impl Leases {
         if self.count.load(Ordering::Acquire) == 0 {
             return Vec::new();
         }
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.table.lock();
         let Some(lease) = table.leases.get_mut(&range) else { return Vec::new() };
         lease.takers -= 1;
         if lease.takers > 0 {

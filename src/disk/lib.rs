@@ -637,7 +637,7 @@ fn check_layer(number: usize, layer: &DiskLayer) -> Result<(), DiskError> {
         |rule: &str| DiskError::Layer { layer: number, name: name(), rule: rule.to_owned() };
     let (own_end, target) = match (&layer.data, layer.index.kind()) {
         (LayerData::Turbo { meta, target }, LayerKind::Warp) => {
-            ((**meta).as_ref().len() as u64, target.as_ref())
+            (meta.bytes().len() as u64, target.as_ref())
         }
         (LayerData::Native { chunks }, LayerKind::Plain) => (chunks.decoded_len(), None),
         _ => return Err(incomplete("its index and its data are of different kinds")),

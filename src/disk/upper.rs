@@ -16,7 +16,9 @@ mod layer;
 pub mod live;
 
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
+
+use parking_lot::RwLock;
 
 use self::cold::{ColdReads, Part};
 use self::layer::UpperLayer;
@@ -122,10 +124,10 @@ impl UpperVolume {
         };
         let whole = end > self.size || (has(first, offset) && has(end, last));
         if whole {
-            let _shared = self.completing.read().unwrap_or_else(PoisonError::into_inner);
+            let _shared = self.completing.read();
             layer.write(offset, bytes).map_err(failed(offset))?;
         } else {
-            let _alone = self.completing.write().unwrap_or_else(PoisonError::into_inner);
+            let _alone = self.completing.write();
             let mut blocks = vec![0; (last - first) as usize];
             let (head, tail) = ((offset - first) as usize, (end - first) as usize);
             self.read_at(&mut blocks[..head], first)?;

@@ -17,7 +17,7 @@ use std::sync::{Arc, mpsc};
 use thiserror::Error;
 
 use source::chunk::{ChunkBytes, ChunkError};
-use source::{ByteSource, SourceError};
+use source::{ByteSource, SharedBytes, SourceError};
 
 /// Error of reading or writing a volume.
 #[derive(Clone, Debug, Error)]
@@ -116,10 +116,10 @@ pub type Waiter = Box<dyn FnOnce(Result<(), VolumeError>) + Send>;
 pub enum Piece {
     /// A hole: this many zero bytes.
     Zero(usize),
-    /// Part of memory that lives as long as the guard.
+    /// Part of memory that stays at its address as long as the guard lives.
     Memory {
         /// Keeps the bytes alive.
-        guard: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        guard: SharedBytes,
         /// Range of the guard's bytes.
         range: std::ops::Range<usize>,
     },
@@ -153,7 +153,7 @@ impl Piece {
     pub fn bytes(&self) -> Option<&[u8]> {
         match self {
             Piece::Zero(_) => None,
-            Piece::Memory { guard, range } => Some(&(**guard).as_ref()[range.clone()]),
+            Piece::Memory { guard, range } => Some(&guard.bytes()[range.clone()]),
             Piece::Chunk { guard, range } => Some(&guard[range.clone()]),
         }
     }
@@ -318,14 +318,14 @@ pub struct FaultyVolume<V> {
     inner: V,
     delay: std::time::Duration,
     fail_at: Option<u64>,
-    asked: std::sync::Mutex<std::collections::HashSet<u64>>,
+    asked: parking_lot::Mutex<std::collections::HashSet<u64>>,
 }
 
 impl<V: Volume> FaultyVolume<V> {
     /// `inner`, with a delay of `delay` in every first read of an offset, and a failure of reads over
     /// `fail_at`.
     pub fn new(inner: V, delay: std::time::Duration, fail_at: Option<u64>) -> Self {
-        Self { inner, delay, fail_at, asked: std::sync::Mutex::default() }
+        Self { inner, delay, fail_at, asked: parking_lot::Mutex::default() }
     }
 }
 
@@ -341,7 +341,7 @@ impl<V: Volume> Volume for FaultyVolume<V> {
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
         let fails = self.fail_at.filter(|at| (offset..offset + len as u64).contains(at));
-        let first = self.asked.lock().is_ok_and(|mut asked| asked.insert(offset));
+        let first = self.asked.lock().insert(offset);
         if first || fails.is_some() {
             let (waiter, delay) = (waiter(), self.delay);
             std::thread::spawn(move || {

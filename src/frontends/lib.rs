@@ -6,6 +6,8 @@
 //!
 //! * [`ublk`]   the block device by the ublk driver
 //! * [`looped`] the disk as one FUSE file under a loop device
+//! * `served`   what both have in common: [`serve`] makes a [`ServedDevice`] of a disk, [`stop_all`] ends many
+//! * `counters` the [counters](FrontTotals) of a device
 //!
 //! ```
 //! // The probe says what the kernel of this host can do, and changes nothing.
@@ -13,5 +15,10 @@
 //! # drop(report);
 //! ```
 
+mod counters;
 pub mod looped;
+mod served;
 pub mod ublk;
+
+pub use counters::FrontTotals;
+pub use served::{FrontChoice, FrontError, FrontKind, ServedDevice, serve, stop_all};

@@ -34,9 +34,9 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::counters::FrontTotals;
 use disk::volume::Volume;
 use formats::units::SECTOR;
-pub use fuse::FuseTotals;
 
 /// Reasons why the fallback could not be set up or removed.
 #[derive(Debug, Error)]
@@ -123,7 +123,7 @@ impl LoopedDevice {
 
     /// Counters of the file system.
     #[must_use]
-    pub fn counters(&self) -> FuseTotals {
+    pub fn counters(&self) -> FrontTotals {
         self.session.as_ref().map(fuse::FuseSession::counters).unwrap_or_default()
     }
 

@@ -12,7 +12,7 @@
 //! address. So the commit names the address of the decoded chunk itself: the kernel copies from this
 //! process's cache into the reader's pages, without a copy in user space. A hole commits a shared zero area.
 //! Only a request whose bytes lie in several places is gathered first into a scratch buffer (counted in
-//! [`QueueCounters`]). The request size is bounded by [`UblkOptions::chunk`], so most requests lie in one
+//! [`FrontTotals::gathered`]). The request size is bounded by [`UblkOptions::chunk`], so most requests lie in one
 //! place.
 //!
 //! The kernel copies while it *issues* the commit, that is, inside `io_uring_enter`. A chunk's guard is
@@ -21,9 +21,8 @@
 //!
 //! # Threads
 //!
-//! A few queue threads serve all devices ([`QueueDriver::Shared`]): a thousand devices have two thousand
-//! queues and still two threads. libublk, which gives each queue of each device a thread, is the other
-//! [`QueueDriver`]; both answer requests by the same code (`answer`) and pass the same tests.
+//! A few queue threads serve all devices (`threads`): a thousand devices have two thousand queues and still
+//! two threads.
 //!
 //! # Waiting
 //!
@@ -47,65 +46,40 @@
 //! * [`probe`]    features of this kernel's ublk, and kernels that must not use it
 //! * `features`   features that are requested
 //! * `device`     a device's options and lifetime
-//! * `shared`     a device on the queue threads of `mux`, set up by the commands of `control`
-//! * `threads`    a device on threads of its own, by libublk; `queue` is their body
+//! * `running`    a device on the queue threads, set up by the commands of `control`
+//! * `threads`    the queue threads
+//! * `driver`     body of a queue thread
+//! * `queue`      a queue that a thread serves, with its request `descriptors`
+//! * `ring`       a thread's ring, with the memory that its commits point to
 //! * `request`    requests from the driver
 //! * `answer`     from a request to the address that is committed for it
 //! * `writer`     additions for a writable device: buffers, and threads that store them
 //! * `mailbox`    from waiters to a queue thread
-//! * `counters`   counters of the queues
 //!
 //! Only this module names the crate `libublk`, whose interface changes between releases.
 //!
+//! [`FrontTotals::gathered`]: crate::FrontTotals::gathered
 //! [`Volume::locate`]: disk::volume::Volume::locate
 //! [`WritableVolume`]: disk::volume::WritableVolume
 
 mod answer;
 mod control;
-mod counters;
+mod descriptors;
 mod device;
+mod driver;
 mod features;
 mod mailbox;
-mod mux;
 pub mod probe;
 mod queue;
 mod request;
-mod shared;
+mod ring;
+mod running;
 mod threads;
 mod writer;
 
-pub use counters::{QueueCounters, QueueTotals};
-pub use device::{QueueDriver, UblkDevice, UblkOptions};
+pub use device::{UblkDevice, UblkOptions};
 
 use thiserror::Error;
-
-/// Stops many devices, several at a time. For most of the time that a device takes to stop, the kernel waits
-/// (for readers of freed memory), and it can wait for several at once, if no thread holds its lock.
-///
-/// # Errors
-/// Returns the first refusal; the other devices are stopped all the same.
-pub fn stop_all(devices: Vec<UblkDevice>) -> Result<(), UblkError> {
-    let rest = std::sync::Mutex::new(devices.into_iter());
-    let next = || rest.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-    std::thread::scope(|scope| {
-        let stop = || {
-            let mut result = Ok(());
-            while let Some(device) = next() {
-                let stopped = device.stop();
-                result = result.and(stopped);
-            }
-            result
-        };
-        let stoppers: Vec<_> = (0..STOPPERS).map(|_| scope.spawn(stop)).collect();
-        let results = stoppers
-            .into_iter()
-            .map(|stopper| stopper.join().unwrap_or(Err(UblkError::ControlThreadGone)));
-        results.fold(Ok(()), Result::and)
-    })
-}
-
-/// Number of devices that are stopped at the same time.
-const STOPPERS: usize = 8;
 
 /// Reasons why a ublk device could not be created or removed.
 #[derive(Debug, Error)]
@@ -173,19 +147,4 @@ pub enum UblkError {
         /// Seconds waited.
         seconds: u64,
     },
-    /// The control thread ended without an answer.
-    #[error("The control thread of the ublk device has ended")]
-    ControlThreadGone,
-}
-
-/// The system error that libublk's error wraps.
-fn system_error(error: libublk::UblkError) -> std::io::Error {
-    use libublk::UblkError as E;
-    match error {
-        E::IOError(error) => error,
-        E::OtherError(code) | E::UringIOError(code) => {
-            std::io::Error::from_raw_os_error(code.abs())
-        }
-        other => std::io::Error::other(other),
-    }
 }

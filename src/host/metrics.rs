@@ -1,6 +1,6 @@
 //! Metrics of the daemon: counters, and their export.
 //!
-//! Each part counts its work in a struct of relaxed atomics of its own ([`FetchCounters`], [`QueueCounters`],
+//! Each part counts its work in a struct of relaxed atomics of its own ([`FetchCounters`], [`FrontTotals`],
 //! …): that costs a few nanoseconds and needs no knowledge of metrics. The exported names of these numbers
 //! are in one place, [`names`]: for each such struct a table, and in it one line for each metric with its
 //! name, its kind, its meaning and the function that reads it. So a new counter is a field and a line. No
@@ -17,7 +17,7 @@
 //! `METRICS.md` lists all metrics; a test compares it with [`names`].
 //!
 //! [`FetchCounters`]: blobs::fetch::FetchCounters
-//! [`QueueCounters`]: frontends::ublk::QueueCounters
+//! [`FrontTotals`]: frontends::FrontTotals
 
 pub mod exporter;
 pub mod names;

@@ -10,7 +10,7 @@
 //! the others use it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -20,6 +20,7 @@ use hyper::header::{
     ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue, USER_AGENT, WWW_AUTHENTICATE,
 };
 use hyper::{HeaderMap, Method, Request, Uri};
+use parking_lot::Mutex;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 
@@ -147,14 +148,9 @@ struct Slot {
     challenges: Vec<Challenge>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The guarded value is always replaced whole, so it is consistent after a panic elsewhere.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl TokenCache {
     fn slot(&self, scope: &Scope) -> Arc<Mutex<Slot>> {
-        lock(&self.slots).entry(scope.clone()).or_default().clone()
+        self.slots.lock().entry(scope.clone()).or_default().clone()
     }
 
     /// The `Authorization` header to send, if one is known; a token about to expire is replaced
@@ -166,7 +162,7 @@ impl TokenCache {
         deadline: Instant,
     ) -> Result<Option<HeaderValue>, RegistryError> {
         let slot = self.slot(scope);
-        let mut slot = lock(&slot);
+        let mut slot = slot.lock();
         if slot.replace_at.is_some_and(|at| at <= Instant::now()) {
             let challenges = slot.challenges.clone();
             if let Err(error) = answer(services, scope, &challenges, deadline, &mut slot) {
@@ -189,7 +185,7 @@ impl TokenCache {
         deadline: Instant,
     ) -> Result<Option<HeaderValue>, RegistryError> {
         let slot = self.slot(scope);
-        let mut slot = lock(&slot);
+        let mut slot = slot.lock();
         if let Some(header) = &slot.header
             && Some(header) != refused
         {

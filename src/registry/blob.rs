@@ -11,9 +11,11 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
+
+use parking_lot::Mutex;
 
 use super::client::Place;
 use super::downloads::Download;
@@ -61,7 +63,7 @@ impl Deliveries {
     /// Adds a range that arrived; a range that continues the previous one from the same source
     /// extends that delivery.
     pub(super) fn add(&self, range: Range<u64>, way: usize, by_peer: bool) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.0.lock();
         let same = |last: &&mut Delivery| {
             last.range.end == range.start && (last.way, last.by_peer) == (way, by_peer)
         };
@@ -77,7 +79,7 @@ impl Deliveries {
 
     /// Name of the source of the last bytes; before any arrived, of the source that is asked first.
     fn last(&self, blob: &BlobAddress) -> String {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.0.lock();
         let last = all.back().map(|last| (last.way, last.by_peer));
         drop(all);
         let (way, by_peer) = last.unwrap_or_else(|| (blob.order()[0], false));
@@ -86,7 +88,7 @@ impl Deliveries {
 
     /// Name of the sender of the byte `at`; if that is not known, of the last bytes.
     fn sender(&self, at: u64, blob: &BlobAddress) -> String {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.0.lock();
         let found = all.iter().rev().find(|delivery| delivery.range.contains(&at));
         let Some((way, by_peer)) = found.map(|delivery| (delivery.way, delivery.by_peer)) else {
             drop(all);
@@ -98,7 +100,7 @@ impl Deliveries {
 
     /// Forgets the sources of the bytes of `range`, and returns them.
     fn take(&self, range: &Range<u64>) -> Vec<(usize, bool)> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.0.lock();
         let meets = |other: &Range<u64>| other.start < range.end && range.start < other.end;
         let mut found = Vec::new();
         all.retain(|delivery| {

@@ -14,8 +14,10 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::downloads::DownloadLog;
 use super::rate::{RateLimits, Tokens};
@@ -53,11 +55,6 @@ const RETRY_BURST: f64 = 16.0;
 const RETRIES_PER_SECOND: f64 = 4.0;
 /// Longest wait of a retry for its turn. A longer one would use up the deadline of the read itself.
 const LONGEST_TURN: Duration = Duration::from_secs(5);
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The guarded numbers are independent, so they are valid after a panic elsewhere.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// When a second request is made for a read that takes unusually long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,14 +128,14 @@ impl Network {
 
     /// The host of this name (`registry.example:5000`).
     pub(super) fn host(&self, name: &str) -> Arc<Host> {
-        let mut hosts = lock(&self.hosts);
+        let mut hosts = self.hosts.lock();
         hosts.entry(name.to_owned()).or_insert_with(|| Arc::new(Host::new(name))).clone()
     }
 
     /// All hosts that were asked so far, by name.
     #[must_use]
     pub fn hosts(&self) -> Vec<Arc<Host>> {
-        let mut hosts: Vec<_> = lock(&self.hosts).values().cloned().collect();
+        let mut hosts: Vec<_> = self.hosts.lock().values().cloned().collect();
         hosts.sort_by(|a, b| a.name.cmp(&b.name));
         hosts
     }
@@ -160,7 +157,7 @@ impl Network {
 
     /// Adds the share of a second request that each new read earns.
     pub(super) fn earn_hedge(&self) {
-        let mut hedges = lock(&self.hedges);
+        let mut hedges = self.hedges.lock();
         *hedges = (*hedges + f64::from(self.hedge.budget_percent) / 100.0).min(HEDGE_BURST);
     }
 
@@ -172,7 +169,7 @@ impl Network {
 
     /// Takes one second request out of the budget, if there is one left.
     pub(super) fn take_hedge(&self) -> bool {
-        let mut hedges = lock(&self.hedges);
+        let mut hedges = self.hedges.lock();
         let left = *hedges >= 1.0;
         if left {
             *hedges -= 1.0;
@@ -255,18 +252,18 @@ impl Host {
     /// True if it has no recent failure that makes it asked last.
     #[must_use]
     pub fn is_healthy(&self) -> bool {
-        lock(&self.state).passed_over_until.is_none_or(|until| until <= Instant::now())
+        self.state.lock().passed_over_until.is_none_or(|until| until <= Instant::now())
     }
 
     /// Longest wait before a reader counts it as a straggler.
     #[must_use]
     pub fn patience(&self) -> Duration {
-        lock(&self.state).patience
+        self.state.lock().patience
     }
 
     /// Longest time for a body of so many bytes, when the bandwidth is known.
     pub(super) fn patience_with_body(&self, bytes: u64) -> Option<Duration> {
-        let bandwidth = lock(&self.state).bandwidth;
+        let bandwidth = self.state.lock().bandwidth;
         let seconds = SLOW_BODY * bytes as f64 / bandwidth;
         (bandwidth > 0.0).then(|| Duration::try_from_secs_f64(seconds).ok()).flatten()
     }
@@ -274,7 +271,7 @@ impl Host {
     /// Records a failure, or a request for a pause of `wait`.
     pub(super) fn failed(&self, wait: Option<Duration>) {
         self.stats.failures.fetch_add(1, Ordering::Relaxed);
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let doubled = FIRST_BREAK.saturating_mul(1 << state.failures_in_a_row.min(10));
         state.failures_in_a_row = state.failures_in_a_row.saturating_add(1);
         let rest = doubled.max(wait.unwrap_or_default()).min(LONGEST_BREAK);
@@ -284,25 +281,25 @@ impl Host {
     /// Records bytes that did not match their checksum.
     pub(super) fn lied(&self) {
         self.stats.distrusted.fetch_add(1, Ordering::Relaxed);
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let until = Instant::now() + BREAK_OF_LIARS;
         state.passed_over_until = state.passed_over_until.max(Some(until));
     }
 
     /// Records a whole read. A host that sent wrong bytes stays asked last.
     pub(super) fn succeeded(&self) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if state.failures_in_a_row > 0 {
             state.failures_in_a_row = 0;
             state.passed_over_until = None;
         }
         drop(state);
-        lock(&self.retries).give(1.0);
+        self.retries.lock().give(1.0);
     }
 
     /// Records a first byte that came after `wait`.
     pub(super) fn heard_after(&self, wait: Duration) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let place = state.next % SAMPLES;
         match state.waits.get_mut(place) {
             Some(sample) => *sample = wait,
@@ -324,7 +321,7 @@ impl Host {
         if bytes < TELLING_BODY || seconds <= 0.0 {
             return;
         }
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let now = bytes as f64 / seconds;
         state.bandwidth = if state.bandwidth == 0.0 {
             now
@@ -336,7 +333,7 @@ impl Host {
     /// Time that a retry waits for its turn.
     pub(super) fn retry_after(&self) -> Duration {
         self.stats.retries.fetch_add(1, Ordering::Relaxed);
-        lock(&self.retries).take(1.0, LONGEST_TURN)
+        self.retries.lock().take(1.0, LONGEST_TURN)
     }
 }
 

@@ -6,9 +6,10 @@
 //! waits for the same bytes is not held up by the limit. Demand reads take no tokens and do not
 //! wait.
 
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use source::Class;
 
@@ -70,7 +71,7 @@ impl RateLimits {
     /// A fill may take so many bytes a second; `None`: any number. Raises the bound on all fills together if that is
     /// lower, and never lowers it: each fill keeps to its own rate besides.
     pub fn allow_fill(&self, rate: Option<u64>) {
-        let mut fill = self.fill.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fill = self.fill.lock();
         let Some(now) = fill.as_ref().map(|bucket| bucket.per_second) else { return };
         if rate.is_none_or(|rate| rate as f64 > now) {
             *fill = rate.map(bucket);
@@ -82,7 +83,7 @@ impl RateLimits {
     #[must_use]
     pub fn wait(&self, class: Class, bytes: u64) -> Duration {
         let take = |bucket: &Mutex<Option<Tokens>>| {
-            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut bucket = bucket.lock();
             Some(bucket.as_mut()?.take(bytes as f64, LONGEST))
         };
         let waits = match class {

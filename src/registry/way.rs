@@ -15,14 +15,15 @@
 //! bytes are requested directly.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderValue, RANGE};
 use hyper::{HeaderMap, Method, Uri};
+use parking_lot::Mutex;
 
 use super::client::{Call, Landed, P2p, Place, refusal, unix_now};
 use super::error::RegistryError;
@@ -135,13 +136,13 @@ struct Moved {
 
 impl Way {
     fn is_well(&self) -> bool {
-        let last_until = *self.last_until.lock().unwrap_or_else(PoisonError::into_inner);
+        let last_until = *self.last_until.lock();
         self.place.state.is_healthy() && last_until.is_none_or(|until| until <= Instant::now())
     }
 
     fn put_last(&self, time: Duration) {
         let until = Instant::now() + time;
-        *self.last_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
+        *self.last_until.lock() = Some(until);
     }
 
     /// Records that the blob could not be read here.
@@ -283,12 +284,12 @@ impl Way {
     }
 
     fn moved_to(&self) -> Option<Moved> {
-        let moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        let moved = self.moved.lock();
         moved.clone().filter(|moved| moved.until > Instant::now())
     }
 
     fn set_moved(&self, to: Option<Moved>) {
-        *self.moved.lock().unwrap_or_else(PoisonError::into_inner) = to;
+        *self.moved.lock() = to;
     }
 
     fn whole(&self, range: &Range<u64>) -> bool {

@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::SharedBytes;
 use crate::traffic::Traffic;
 
 /// Error of reading bytes. Cheap to clone: one failed read can have many waiters.
@@ -207,9 +208,6 @@ pub struct MemorySource {
     bytes: SharedBytes,
 }
 
-/// Shared bytes in memory, of any owner.
-pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
-
 impl MemorySource {
     /// Takes `bytes` under a name for messages.
     pub fn new(name: impl Into<String>, bytes: impl Into<Arc<[u8]>>) -> Self {
@@ -223,7 +221,7 @@ impl MemorySource {
     }
 
     fn bytes(&self) -> &[u8] {
-        (*self.bytes).as_ref()
+        self.bytes.bytes()
     }
 }
 

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::{ByteSource, SourceError};
+use crate::{ByteSource, SourceError, StableBytes};
 
 /// Error of making a chunk. All threads that wait for the chunk receive the same error.
 #[derive(Clone, Debug, Error)]
@@ -51,11 +51,8 @@ pub struct ChunkBytes {
     data: Range<usize>,
 }
 
-/// Memory that a chunk is decoded into: heap memory or a piece of a cache's arena. Its address does not
-/// change during its life.
-pub trait Room: Send + Sync {
-    /// The bytes.
-    fn bytes(&self) -> &[u8];
+/// Memory that a chunk is decoded into: heap memory or a piece of a cache's arena. Its bytes keep their address.
+pub trait Room: StableBytes {
     /// The bytes, writable for the decoder.
     fn bytes_mut(&mut self) -> &mut [u8];
     /// Number of bytes that this room takes from a cache's budget; 0 for memory that no cache counts.
@@ -65,9 +62,6 @@ pub trait Room: Send + Sync {
 }
 
 impl Room for Vec<u8> {
-    fn bytes(&self) -> &[u8] {
-        self
-    }
     fn bytes_mut(&mut self) -> &mut [u8] {
         self
     }

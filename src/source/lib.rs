@@ -8,6 +8,7 @@
 //! * [`bytes`] a run of bytes: memory, file, part of another
 //! * [`chunk`] a blob in chunks: the unit of fetching, verifying and caching
 //! * [`failure`] an error and its causes as one line
+//! * `stable` bytes that keep their address, for those who tell it to the kernel
 //! * `traffic` what a source fetched, and what failed on the way
 //!
 //! ```
@@ -23,10 +24,12 @@
 pub mod bytes;
 pub mod chunk;
 pub mod failure;
+mod stable;
 mod traffic;
 
 pub use bytes::{
-    ByteSource, Class, Fault, FaultySource, FileSource, MemorySource, OneBuffer, Run, SharedBytes,
-    SourceError, SubSource,
+    ByteSource, Class, Fault, FaultySource, FileSource, MemorySource, OneBuffer, Run, SourceError,
+    SubSource,
 };
+pub use stable::{SharedBytes, StableBytes};
 pub use traffic::{Attempts, Retries, Traffic, TryingAgain};

@@ -1,8 +1,9 @@
 //! Traffic of a remote source, and its reads that are being retried.
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
 
 /// Counts of a source so far. All zero for a local one.
 #[derive(Clone, Debug, Default)]
@@ -50,7 +51,7 @@ struct Board {
 
 impl Retries {
     fn lock(&self) -> MutexGuard<'_, Board> {
-        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+        self.board.lock()
     }
 
     /// Starts a read of `range`. It is visible to others from its first failure until this is dropped.

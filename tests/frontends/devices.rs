@@ -15,12 +15,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::block::{
-    MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, soon,
-    sys_block, threads, ublk_here,
+    MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, soon, sys_block,
+    threads, ublk_here,
 };
 use disk::volume::{FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter};
 use turbobd_frontends::looped::LoopedDevice;
-use turbobd_frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
+use turbobd_frontends::ublk::{UblkDevice, UblkOptions};
 
 /// Answers every read in pieces of uneven length, each in memory of its own, with holes.
 struct Scattered {
@@ -73,19 +73,14 @@ enum Device {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
-    Ublk(QueueDriver),
+    Ublk,
     Looped,
-}
-
-/// Default options, with this queue driver.
-fn with(driver: QueueDriver) -> UblkOptions {
-    UblkOptions { driver, ..UblkOptions::default() }
 }
 
 impl Device {
     fn start(kind: Kind, volume: Arc<dyn Volume>) -> Self {
         match kind {
-            Kind::Ublk(driver) => Self::Ublk(UblkDevice::start(volume, &with(driver)).unwrap()),
+            Kind::Ublk => Self::Ublk(UblkDevice::start(volume, &UblkOptions::default()).unwrap()),
             Kind::Looped => {
                 let dir = tempfile::tempdir().unwrap();
                 let device = LoopedDevice::start(volume, &dir.path().join("mount")).unwrap();
@@ -281,9 +276,9 @@ fn leaves_nothing_behind_when_the_start_fails(kind: Kind) {
         let open = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64 - 1;
         setrlimit(Resource::Nofile, Rlimit { current: Some(open + spare), ..before }).unwrap();
         let result = match kind {
-            Kind::Ublk(driver) => {
-                UblkDevice::start(volume.clone(), &with(driver)).map(UblkDevice::stop).is_ok()
-            }
+            Kind::Ublk => UblkDevice::start(volume.clone(), &UblkOptions::default())
+                .map(UblkDevice::stop)
+                .is_ok(),
             Kind::Looped => {
                 LoopedDevice::start(volume.clone(), &mount).map(LoopedDevice::stop).is_ok()
             }
@@ -360,8 +355,7 @@ macro_rules! device_tests {
 }
 
 device_tests!(looped, Kind::Looped, loop_here());
-device_tests!(ublk, Kind::Ublk(QueueDriver::Shared), ublk_here());
-device_tests!(own_ublk, Kind::Ublk(QueueDriver::OwnThreads), ublk_here());
+device_tests!(ublk, Kind::Ublk, ublk_here());
 
 /// Tests for ublk only.
 mod ublk_only {
@@ -398,9 +392,6 @@ mod ublk_only {
         device.stop().unwrap();
     }
 
-    /// Both queue drivers, each in turn.
-    const DRIVERS: [QueueDriver; 2] = [QueueDriver::Shared, QueueDriver::OwnThreads];
-
     #[test]
     fn a_hot_read_costs_one_submission_one_completion_and_no_copy() {
         let _alone = alone();
@@ -408,28 +399,26 @@ mod ublk_only {
             return;
         }
         let bytes = content(4 * MIB);
-        for driver in DRIVERS {
-            let volume = Arc::new(MemoryVolume::new(bytes.clone()));
-            let device = UblkDevice::start(volume, &with(driver)).unwrap();
-            let file = open(device.path(), true);
-            read(&file, 0, 4096).unwrap();
-            let before = device.counters();
-            let mut random = Random(7);
-            for _ in 0..500 {
-                let at = random.below(1024) * 4096;
-                assert!(read(&file, at, 4096).unwrap() == bytes[at as usize..at as usize + 4096]);
-            }
-            let after = device.counters();
-            let reads = after.reads - before.reads;
-            assert!(reads >= 500, "{driver:?}: {after:?}");
-            // The commit of one request arms the tag for the next: one of each, whatever other requests came.
-            assert_eq!(after.submissions - before.submissions, reads, "{driver:?}");
-            assert_eq!(after.completions - before.completions, reads, "{driver:?}");
-            assert_eq!(after.direct - before.direct, reads, "{driver:?}");
-            assert_eq!((after.gathered, after.pending), (0, 0), "{driver:?}");
-            drop(file);
-            device.stop().unwrap();
+        let volume = Arc::new(MemoryVolume::new(bytes.clone()));
+        let device = UblkDevice::start(volume, &UblkOptions::default()).unwrap();
+        let file = open(device.path(), true);
+        read(&file, 0, 4096).unwrap();
+        let before = device.counters();
+        let mut random = Random(7);
+        for _ in 0..500 {
+            let at = random.below(1024) * 4096;
+            assert!(read(&file, at, 4096).unwrap() == bytes[at as usize..at as usize + 4096]);
         }
+        let after = device.counters();
+        let reads = after.reads - before.reads;
+        assert!(reads >= 500, "{after:?}");
+        // The commit of one request arms the tag for the next: one of each, whatever other requests came.
+        assert_eq!(after.submissions - before.submissions, reads);
+        assert_eq!(after.completions - before.completions, reads);
+        assert_eq!(after.direct - before.direct, reads);
+        assert_eq!((after.gathered, after.pending), (0, 0));
+        drop(file);
+        device.stop().unwrap();
     }
 
     #[test]
@@ -444,7 +433,7 @@ mod ublk_only {
             let bytes = all[number * 4096..][..MIB].to_vec();
             let volume =
                 FaultyVolume::new(MemoryVolume::new(bytes.clone()), Duration::from_millis(2), None);
-            (UblkDevice::start(Arc::new(volume), &with(QueueDriver::Shared)).unwrap(), bytes)
+            (UblkDevice::start(Arc::new(volume), &UblkOptions::default()).unwrap(), bytes)
         };
         let devices: Vec<_> = (0..DEVICES).map(start).collect();
         let count = std::fs::read_dir("/proc/self/task")
@@ -491,16 +480,13 @@ mod ublk_only {
         for (queues, depth, chunk) in
             [(1, 1, 4096), (1, 2, 65536), (2, 7, 1 << 20), (1, 256, 128 * 1024)]
         {
-            for driver in DRIVERS {
-                let options =
-                    UblkOptions { queues, depth, chunk, driver, ..UblkOptions::default() };
-                let volume = MemoryVolume::new(bytes.clone());
-                let volume = FaultyVolume::new(volume, Duration::from_millis(1), None);
-                let device = UblkDevice::start(Arc::new(volume), &options).unwrap();
-                assert_eq!(std::fs::read(device.path()).unwrap(), bytes);
-                random_reads(device.path(), &bytes, 10);
-                device.stop().unwrap();
-            }
+            let options = UblkOptions { queues, depth, chunk, ..UblkOptions::default() };
+            let volume = MemoryVolume::new(bytes.clone());
+            let volume = FaultyVolume::new(volume, Duration::from_millis(1), None);
+            let device = UblkDevice::start(Arc::new(volume), &options).unwrap();
+            assert_eq!(std::fs::read(device.path()).unwrap(), bytes);
+            random_reads(device.path(), &bytes, 10);
+            device.stop().unwrap();
         }
     }
 
@@ -540,5 +526,5 @@ mod ublk_only {
 #[test]
 fn ublk_in_a_guest() {
     let _alone = alone();
-    block::in_a_guest_with_ublk(module_path!(), &["ublk"], 22);
+    block::in_a_guest_with_ublk(module_path!(), &["ublk"], 14);
 }

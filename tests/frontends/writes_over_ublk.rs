@@ -1,4 +1,4 @@
-//! Promises of a writable ublk device, for both queue drivers.
+//! Promises of a writable ublk device.
 //!
 //! Without ublk on this machine, [`in_a_guest_with_ublk`] runs these tests inside `scripts/vm`.
 
@@ -20,25 +20,21 @@ use disk::volume::{
     FaultyVolume, Located, MemoryVolume, Piece, Volume, VolumeError, Waiter, WritableVolume,
 };
 use rustix::fs::{FallocateFlags, fallocate};
-use turbobd_frontends::ublk::{QueueDriver, UblkDevice, UblkOptions};
+use turbobd_frontends::ublk::{UblkDevice, UblkOptions};
 
-const DRIVERS: [QueueDriver; 2] = [QueueDriver::Shared, QueueDriver::OwnThreads];
-
-/// Runs a test with each queue driver, if there is ublk.
-fn with_each_driver(test: impl Fn(QueueDriver)) {
+/// Runs a test if there is ublk, and checks that no thread remains.
+fn with_ublk(test: impl Fn()) {
     let _alone = alone();
     if !ublk_here() {
         return; // in_a_guest_with_ublk runs it
     }
-    for driver in DRIVERS {
-        test(driver);
-        assert_eq!(threads("ublk"), Vec::<String>::new(), "{driver:?}");
-        assert_eq!(threads("upper"), Vec::<String>::new(), "{driver:?}");
-    }
+    test();
+    assert_eq!(threads("ublk"), Vec::<String>::new());
+    assert_eq!(threads("upper"), Vec::<String>::new());
 }
 
-fn start(volume: Arc<dyn Volume>, driver: QueueDriver) -> UblkDevice {
-    UblkDevice::start(volume, &UblkOptions { driver, ..UblkOptions::default() }).unwrap()
+fn start(volume: Arc<dyn Volume>) -> UblkDevice {
+    UblkDevice::start(volume, &UblkOptions::default()).unwrap()
 }
 
 /// Opens for writing past the page cache; with `durable`, each write waits until it is durable (FUA).
@@ -136,9 +132,9 @@ impl WritableVolume for Noted {
 
 #[test]
 fn over_ublk_the_kernel_knows_what_a_device_can_and_each_request_is_passed_on() {
-    with_each_driver(|driver| {
+    with_ublk(|| {
         let noted = Noted::new(4 * MIB, Duration::ZERO, None);
-        let device = start(noted.clone(), driver);
+        let device = start(noted.clone());
         let sysfs = sys_block(device.path());
         let attribute =
             |name: &str| std::fs::read_to_string(sysfs.join(name)).unwrap().trim().to_owned();
@@ -190,10 +186,10 @@ fn over_ublk_the_kernel_knows_what_a_device_can_and_each_request_is_passed_on() 
 
 #[test]
 fn over_ublk_a_change_fails_where_the_volume_fails_and_only_there() {
-    with_each_driver(|driver| {
+    with_ublk(|| {
         let noted = Noted::new(MIB, Duration::ZERO, Some(70_000));
         let bytes = content(MIB);
-        let device = start(noted.clone(), driver);
+        let device = start(noted.clone());
         let file = open_for_writing(device.path(), false);
         for _ in 0..3 {
             let error = write(&file, 69_632, &[7; 4096]).unwrap_err();
@@ -211,10 +207,10 @@ fn over_ublk_a_change_fails_where_the_volume_fails_and_only_there() {
 
 #[test]
 fn over_ublk_no_reader_waits_while_changes_wait_for_the_disk() {
-    with_each_driver(|driver| {
+    with_ublk(|| {
         let noted = Noted::new(MIB, Duration::from_millis(1500), None);
         // One queue: the reader's and the writers' requests go to the same thread.
-        let options = UblkOptions { queues: 1, driver, ..UblkOptions::default() };
+        let options = UblkOptions { queues: 1, ..UblkOptions::default() };
         let device = UblkDevice::start(noted, &options).unwrap();
         let begun = Instant::now();
         std::thread::scope(|scope| {
@@ -240,9 +236,9 @@ fn over_ublk_no_reader_waits_while_changes_wait_for_the_disk() {
 
 #[test]
 fn over_ublk_the_writers_of_a_device_that_is_stopped_are_answered() {
-    with_each_driver(|driver| {
+    with_ublk(|| {
         let noted = Noted::new(MIB, Duration::from_millis(400), None);
-        let device = start(noted, driver);
+        let device = start(noted);
         let file = open_for_writing(device.path(), false);
         let writer = std::thread::spawn(move || write(&file, 0, &[1; 4096]));
         std::thread::sleep(Duration::from_millis(100));
@@ -255,9 +251,9 @@ fn over_ublk_the_writers_of_a_device_that_is_stopped_are_answered() {
 
 #[test]
 fn over_ublk_reads_see_every_acknowledged_write() {
-    with_each_driver(|driver| {
+    with_ublk(|| {
         let dir = tempfile::tempdir().unwrap();
-        let device = start(upper(dir.path(), &content(MIB)), driver);
+        let device = start(upper(dir.path(), &content(MIB)));
         let acknowledged = AtomicU64::new(0);
         std::thread::scope(|scope| {
             let (path, acknowledged) = (device.path(), &acknowledged);
@@ -344,11 +340,11 @@ impl Part<'_> {
 
 #[test]
 fn over_ublk_a_disk_is_what_its_writers_wrote_and_so_is_its_layer_later() {
-    with_each_driver(|driver| {
+    with_ublk(|| {
         let lower = content(8 * MIB);
         let mut model = lower.clone();
         let dir = tempfile::tempdir().unwrap();
-        let device = start(upper(dir.path(), &lower), driver);
+        let device = start(upper(dir.path(), &lower));
         std::thread::scope(|scope| {
             for (number, model) in model.chunks_mut(2 * MIB).enumerate() {
                 let path = device.path();
@@ -375,7 +371,7 @@ fn over_ublk_a_disk_is_what_its_writers_wrote_and_so_is_its_layer_later() {
         device.stop().unwrap();
         assert!(whole(&*upper(dir.path(), &lower)) == model);
         // And over ublk again.
-        let device = start(upper(dir.path(), &lower), driver);
+        let device = start(upper(dir.path(), &lower));
         assert!(std::fs::read(device.path()).unwrap() == model);
         device.stop().unwrap();
     });
@@ -383,11 +379,11 @@ fn over_ublk_a_disk_is_what_its_writers_wrote_and_so_is_its_layer_later() {
 
 #[test]
 fn over_ublk_shapes_from_one_tag_to_many_can_be_written() {
-    with_each_driver(|driver| {
+    with_ublk(|| {
         for (queues, depth, chunk) in [(1, 1, 4096), (2, 7, 1 << 20), (1, 256, 64 * 1024)] {
             let lower = content(2 * MIB);
             let dir = tempfile::tempdir().unwrap();
-            let options = UblkOptions { queues, depth, chunk, driver, ..UblkOptions::default() };
+            let options = UblkOptions { queues, depth, chunk, ..UblkOptions::default() };
             let device = UblkDevice::start(upper(dir.path(), &lower), &options).unwrap();
             let bytes: Vec<u8> = content(2 * MIB).into_iter().rev().collect();
             write(&open_for_writing(device.path(), false), 0, &bytes).unwrap();
@@ -458,13 +454,13 @@ fn fill(file: &File, model: &mut [u8], random: &mut Random) -> usize {
 
 #[test]
 fn over_ublk_a_full_layer_is_told_as_such_and_nothing_acknowledged_is_lost() {
-    with_each_driver(|driver| {
+    with_ublk(|| {
         for kind in ["tmpfs", "ext4"] {
             let small = Small::new(kind);
             let dir = small.path().join("upper");
             let lower = content(8 * MIB);
             let mut model = lower.clone();
-            let device = start(upper(&dir, &lower), driver);
+            let device = start(upper(&dir, &lower));
             let file = open_for_writing(device.path(), false);
             let refused = fill(&file, &mut model, &mut Random(5));
             assert_eq!(device.counters().errors, refused as u64, "{kind}");
@@ -481,7 +477,7 @@ fn over_ublk_a_full_layer_is_told_as_such_and_nothing_acknowledged_is_lost() {
             if kind == "ext4" {
                 std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
             }
-            let device = start(upper(&dir, &lower), driver);
+            let device = start(upper(&dir, &lower));
             check(&device);
             // With space it continues at its old position.
             if kind == "tmpfs" {
@@ -497,7 +493,7 @@ fn over_ublk_a_full_layer_is_told_as_such_and_nothing_acknowledged_is_lost() {
 
 #[test]
 fn over_ublk_an_ext4_is_made_filled_and_checked() {
-    with_each_driver(|driver| {
+    with_ublk(|| {
         let dir = tempfile::tempdir().unwrap();
         let (upper_dir, target) = (dir.path().join("upper"), dir.path().join("mounted"));
         std::fs::create_dir(&target).unwrap();
@@ -506,7 +502,7 @@ fn over_ublk_an_ext4_is_made_filled_and_checked() {
             let status = Command::new(args[0]).args(&args[1..]).status().unwrap();
             assert!(status.success(), "{args:?}");
         };
-        let device = start(upper(&upper_dir, &lower), driver);
+        let device = start(upper(&upper_dir, &lower));
         let (node, at) = (device.path().to_str().unwrap(), target.to_str().unwrap());
         run(&["mkfs.ext4", "-q", "-F", node]);
         run(&["mount", "-t", "ext4", "-o", "discard", node, at]);
@@ -520,7 +516,7 @@ fn over_ublk_an_ext4_is_made_filled_and_checked() {
         run(&["e2fsck", "-fn", node]);
         device.stop().unwrap();
 
-        let device = start(upper(&upper_dir, &lower), driver);
+        let device = start(upper(&upper_dir, &lower));
         let node = device.path().to_str().unwrap();
         run(&["e2fsck", "-fn", node]);
         run(&["mount", "-t", "ext4", "-o", "ro", node, at]);

@@ -15,11 +15,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
+use parking_lot::{Mutex, MutexGuard};
 
+use source::StableBytes;
 use source::chunk::Room;
 
 /// Unit of the arena: the kernel's page, so that no two chunks share one.
@@ -73,7 +75,7 @@ impl Arena {
     }
 
     fn free(&self) -> MutexGuard<'_, FreeRuns> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+        self.free.lock()
     }
 
     /// Makes the kernel back newly used pages all at once: otherwise a decoder would fault on each of them,
@@ -117,13 +119,16 @@ impl Run {
     }
 }
 
-impl Room for Run {
+// SAFETY: a run keeps its arena, whose mapping stays until its drop; the pages belong to this run alone.
+unsafe impl StableBytes for Run {
     fn bytes(&self) -> &[u8] {
         // SAFETY: the pages are in the mapping, zeroed by the kernel or written before, and belong to this
         // run alone; they are written only through `bytes_mut`, which borrows the run exclusively.
         unsafe { std::slice::from_raw_parts(self.address().as_ptr(), self.len) }
     }
+}
 
+impl Room for Run {
     fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: see `bytes`; `&mut self` guarantees that no other slice of this run exists.
         unsafe { std::slice::from_raw_parts_mut(self.address().as_ptr(), self.len) }

@@ -7,7 +7,9 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 use crate::fetch::Blob;
 
@@ -41,7 +43,7 @@ struct Together {
 impl Backlog {
     /// Adds chunks at the end, with the number of their bytes that will be read.
     pub(super) fn add(&self, blob: &Arc<Blob>, chunks: Range<u32>, read: u64) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         state.waiting.push_back(Together { blob: Arc::downgrade(blob), chunks, read });
         self.waiting.store(true, Ordering::Relaxed);
     }
@@ -52,7 +54,7 @@ impl Backlog {
         if !self.waiting.load(Ordering::Relaxed) {
             return Vec::new();
         }
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         state.read += bytes;
         let mut follow = Vec::new();
         if state.read < STEP {
@@ -75,7 +77,7 @@ impl Backlog {
         if !self.waiting.load(Ordering::Relaxed) {
             return None;
         }
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         let at = state.waiting.iter().position(|together| {
             together.chunks.contains(&chunk) && together.blob.as_ptr() == Arc::as_ptr(blob)
         })?;

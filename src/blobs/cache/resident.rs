@@ -4,14 +4,16 @@
 //! thousand devices of one base image hold them once.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
-use source::SharedBytes;
+use parking_lot::Mutex;
+
+use source::{SharedBytes, StableBytes};
 
 /// Shared bytes by name, kept while at least one user holds them.
 #[derive(Default)]
 pub struct Residents {
-    known: Mutex<HashMap<Box<str>, Weak<dyn AsRef<[u8]> + Send + Sync>>>,
+    known: Mutex<HashMap<Box<str>, Weak<dyn StableBytes>>>,
 }
 
 impl Residents {
@@ -19,9 +21,9 @@ impl Residents {
     /// share. The caller guarantees that the name stands for exactly these bytes.
     #[must_use]
     pub fn share(&self, name: &str, bytes: SharedBytes) -> SharedBytes {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         if let Some(shared) = known.get(name).and_then(Weak::upgrade)
-            && (*shared).as_ref().len() == (*bytes).as_ref().len()
+            && shared.bytes().len() == bytes.bytes().len()
         {
             return shared;
         }
@@ -33,8 +35,8 @@ impl Residents {
     /// Total of these bytes in memory, each counted once.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.values().filter_map(Weak::upgrade).map(|bytes| (*bytes).as_ref().len() as u64).sum()
+        let known = self.known.lock();
+        known.values().filter_map(Weak::upgrade).map(|bytes| bytes.bytes().len() as u64).sum()
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Condvar, Mutex};
 use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
 
 use super::*;
 use source::chunk::{ChunkSpan, Encoded, EncodedChunk};
@@ -58,7 +59,7 @@ impl Numbers {
     }
 
     fn hold(&self, closed: bool) {
-        *self.bytes.closed.lock().unwrap() = closed;
+        *self.bytes.closed.lock() = closed;
         self.bytes.opened.notify_all();
     }
 
@@ -82,14 +83,14 @@ impl ByteSource for NumberBytes {
     }
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
         self.reads.fetch_add(1, Ordering::SeqCst);
-        let mut closed = self.closed.lock().unwrap();
+        let mut closed = self.closed.lock();
         while *closed {
-            closed = self.opened.wait(closed).unwrap();
+            self.opened.wait(&mut closed);
         }
         drop(closed);
         let index = (offset / LEN as u64) as u32;
         let falls = |which: &Mutex<HashMap<u32, u32>>| {
-            let mut which = which.lock().unwrap();
+            let mut which = which.lock();
             which.get_mut(&index).filter(|left| **left > 0).map(|left| *left -= 1).is_some()
         };
         if falls(&self.failures) {
@@ -216,7 +217,7 @@ fn sources_with_one_identity_share_and_others_do_not() {
 #[test]
 fn a_failure_reaches_all_who_waited_and_is_then_forgotten() {
     let (cache, numbers) = (Cache::new(1 << 20, 2), Numbers::new("a"));
-    numbers.bytes.failures.lock().unwrap().insert(3, 1);
+    numbers.bytes.failures.lock().insert(3, 1);
     let source = cache.open(numbers.clone());
     let (give, take) = channel();
     numbers.hold(true);
@@ -425,7 +426,7 @@ fn damage_is_fetched_again_and_only_lasting_damage_is_an_error() {
         let cache = Cache::new(1 << 20, 2);
         let source = cache.open(numbers.clone());
         let (give, take) = channel();
-        numbers.bytes.damages.lock().unwrap().extend([(7, 2), (8, 3)]);
+        numbers.bytes.damages.lock().extend([(7, 2), (8, 3)]);
         ask(&cache, &source, 7, &give);
         assert_eq!(next(&take).unwrap()[0], 7);
         assert_eq!(numbers.bytes.distrusted.load(Ordering::SeqCst), 2);
@@ -441,7 +442,7 @@ fn damage_is_fetched_again_and_only_lasting_damage_is_an_error() {
 fn a_failed_prefetch_is_repeated_for_those_who_wait_by_then() {
     let (cache, numbers) = (Cache::with(one_connection(1 << 20)), Numbers::far("a"));
     let source = cache.open(numbers.clone());
-    numbers.bytes.failures.lock().unwrap().insert(3, 1);
+    numbers.bytes.failures.lock().insert(3, 1);
     let (give, take) = channel();
     numbers.hold(true);
     cache.batch().prefetch(&source, 3..4);

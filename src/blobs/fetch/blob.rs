@@ -1,9 +1,11 @@
 //! A blob, with the state of its fetches.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::ahead::{Ahead, Touch};
 use super::depth::Depth;
@@ -102,12 +104,12 @@ impl Blob {
 
     /// Encoded bytes to keep in flight for it.
     pub(super) fn depth(&self) -> u64 {
-        lock(&self.depth).bytes()
+        self.depth.lock().bytes()
     }
 
     /// Encoded bytes that arrive sooner within a pending request than by a request of their own.
     pub(super) fn worth_a_request(&self) -> u64 {
-        lock(&self.depth).worth_a_request()
+        self.depth.lock().worth_a_request()
     }
 
     /// Declares that the chunks to be read are known and requested already: no guess is made while reads stay
@@ -135,23 +137,19 @@ impl Blob {
             (AHEAD_LOCALLY, 0)
         } else {
             let encoded = self.source.encoded(chunk).map_or(1, |place| place.len().max(1)) as u64;
-            let depth = lock(&self.depth);
+            let depth = self.depth.lock();
             ((depth.bytes() / encoded).max(1), depth.worth_a_request() / encoded)
         };
         let fit = |chunks: u64| u32::try_from(chunks.min(room / decoded)).unwrap_or(u32::MAX);
         let count = self.source.chunk_count();
         let touch = Touch { chunk, missed, most: fit(most), worth: fit(worth), count };
-        lock(&self.ahead).touched(touch)
+        self.ahead.lock().touched(touch)
     }
 
     /// Records the end of a request for this blob.
     pub(super) fn measured(&self, bytes: u64, wait: Duration, whole: Duration, beside: usize) {
-        lock(&self.depth).measured(bytes, wait, whole, beside);
+        self.depth.lock().measured(bytes, wait, whole, beside);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Chunks read ahead in a local file: there is no delay to hide, but a second core to use.

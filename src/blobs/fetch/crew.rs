@@ -7,9 +7,11 @@
 //! The background fill gets the remaining capacity, limited by [`Pace`](super::pace): large requests, and as
 //! many as fill the line, while there is no demand; else small ones and few.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::pace::Pace;
 use super::queue::{Limit, Queue, Taken, Wanted};
@@ -65,7 +67,7 @@ impl Crew {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     pub(super) fn urge(&self, key: Key) {
@@ -120,12 +122,11 @@ impl Crew {
             state.idle += 1;
             // A fill that is held back gets no signal when the pause is over, so it polls.
             let held_back = state.queue.has_fill();
-            state = if held_back {
-                let waited = self.wake.wait_timeout(state, HELD_BACK);
-                waited.map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state)
+            if held_back {
+                self.wake.wait_for(&mut state, HELD_BACK);
             } else {
-                self.wake.wait(state).unwrap_or_else(PoisonError::into_inner)
-            };
+                self.wake.wait(&mut state);
+            }
             state.idle -= 1;
         }
     }

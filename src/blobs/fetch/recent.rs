@@ -1,8 +1,9 @@
 //! The last failures of a blob, for reports on why its readers wait.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
+
+use parking_lot::{Mutex, MutexGuard};
 
 /// Number of failures that are kept of a blob: enough to see a pattern, and a few KiB at most.
 const KEPT: usize = 16;
@@ -32,7 +33,7 @@ pub struct Recent {
 
 impl Recent {
     fn lock(&self) -> MutexGuard<'_, VecDeque<Failure>> {
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+        self.failures.lock()
     }
 
     /// Records a failure.

@@ -29,9 +29,11 @@ mod pass;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::Shared;
 use super::blob::{Blob, Key};
@@ -106,12 +108,12 @@ impl State {
 
 impl Serials {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
-        let waited = self.wake.wait_timeout(state, most);
-        waited.map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state)
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
+        self.wake.wait_for(&mut state, most);
+        state
     }
 
     /// Makes demand of a chunk that was wanted ahead of time: it has a waiter now.
@@ -161,7 +163,7 @@ impl Serials {
                 return Some((frame.blob.clone(), frame.chunks.clone()));
             }
             state.idle += 1;
-            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.wake.wait(&mut state);
             state.idle -= 1;
         }
     }

@@ -2,18 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use parking_lot::Mutex;
 
 use super::store::{Local, Payload, Store, StoredFile};
 
 const PAGE: u64 = 4096;
 /// Unit that a disk writes whole or not at all.
 const SECTOR: usize = 512;
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A directory in memory. Data that was written but not synced may be lost, whole or in sectors, when its
 /// power fails ([`MemoryStore::crash`]); changes of names are durable at once.
@@ -79,7 +77,7 @@ impl Content {
 
 impl Disk {
     fn allocated(&self) -> u64 {
-        lock(&self.files).values().map(|file| lock(&file.state).now.allocated()).sum()
+        self.files.lock().values().map(|file| file.state.lock().now.allocated()).sum()
     }
 }
 
@@ -106,11 +104,11 @@ impl MemoryStore {
     #[must_use]
     pub fn crash(&self, mut keep: impl FnMut() -> bool) -> Self {
         let after = Self::new(self.disk.size.load(Ordering::SeqCst));
-        let mut files = lock(&after.disk.files);
-        let before = lock(&self.disk.files);
+        let mut files = after.disk.files.lock();
+        let before = self.disk.files.lock();
         let names: BTreeSet<&String> = before.keys().collect();
         for name in names {
-            let state = lock(&before[name].state);
+            let state = before[name].state.lock();
             let mut content = state.durable.clone();
             for change in &state.changes {
                 match change {
@@ -140,7 +138,7 @@ impl MemoryStore {
 
 impl Store for MemoryStore {
     fn open(&self, name: &str) -> io::Result<Arc<dyn StoredFile>> {
-        let mut files = lock(&self.disk.files);
+        let mut files = self.disk.files.lock();
         let file = files.entry(name.to_owned()).or_insert_with(|| {
             Arc::new(MemoryFile {
                 disk: Arc::downgrade(&self.disk),
@@ -152,18 +150,18 @@ impl Store for MemoryStore {
     }
 
     fn names(&self) -> io::Result<Vec<String>> {
-        Ok(lock(&self.disk.files).keys().cloned().collect())
+        Ok(self.disk.files.lock().keys().cloned().collect())
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        if let Some(file) = lock(&self.disk.files).remove(name) {
+        if let Some(file) = self.disk.files.lock().remove(name) {
             file.linked.store(false, Ordering::SeqCst);
         }
         Ok(())
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        let mut files = lock(&self.disk.files);
+        let mut files = self.disk.files.lock();
         let file = files.remove(from).ok_or(io::ErrorKind::NotFound)?;
         if let Some(other) = files.insert(to.to_owned(), file) {
             other.linked.store(false, Ordering::SeqCst);
@@ -178,11 +176,11 @@ impl Store for MemoryStore {
 
 impl StoredFile for MemoryFile {
     fn len(&self) -> io::Result<u64> {
-        Ok(lock(&self.state).now.len)
+        Ok(self.state.lock().now.len)
     }
 
     fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
-        let state = lock(&self.state);
+        let state = self.state.lock();
         if at + buf.len() as u64 > state.now.len {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -199,13 +197,13 @@ impl StoredFile for MemoryFile {
             let disk = self.disk.upgrade().ok_or(io::ErrorKind::NotFound)?;
             let (first, end) = (at / PAGE, (at + bytes.len() as u64).div_ceil(PAGE));
             let more = {
-                let state = lock(&self.state);
+                let state = self.state.lock();
                 (first..end).filter(|page| !state.now.pages.contains_key(page)).count() as u64
             };
             if disk.allocated() + more * PAGE > disk.size.load(Ordering::SeqCst) {
                 return Err(io::ErrorKind::StorageFull.into());
             }
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             state.now.write(at, bytes);
             state.changes.push(Change::Write(at, bytes.to_vec()));
             Ok(())
@@ -214,7 +212,7 @@ impl StoredFile for MemoryFile {
 
     fn sync(&self) -> Local<'_, io::Result<()>> {
         Box::pin(async move {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             state.durable = state.now.clone();
             state.changes.clear();
             Ok(())
@@ -222,14 +220,14 @@ impl StoredFile for MemoryFile {
     }
 
     fn punch(&self, at: u64, len: u64) -> io::Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.now.punch(at, len);
         state.changes.push(Change::Punch(at, len));
         Ok(())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.now.set_len(len);
         state.durable = state.now.clone();
         state.changes.clear();
@@ -237,7 +235,7 @@ impl StoredFile for MemoryFile {
     }
 
     fn allocated(&self) -> io::Result<u64> {
-        Ok(lock(&self.state).now.allocated())
+        Ok(self.state.lock().now.allocated())
     }
 
     fn is_linked(&self) -> io::Result<bool> {
@@ -301,7 +299,7 @@ impl Plan {
 
     /// Makes this step fail.
     pub fn at(&self, step: u64, fault: Fault) {
-        lock(&self.faults).insert(step, fault);
+        self.faults.lock().insert(step, fault);
     }
 
     /// Makes everything fail from this step on: the power is off.
@@ -314,7 +312,7 @@ impl Plan {
         if step >= self.end.load(Ordering::SeqCst) {
             return Some(Fault::Io);
         }
-        lock(&self.faults).remove(&step)
+        self.faults.lock().remove(&step)
     }
 
     fn step(&self) -> io::Result<()> {

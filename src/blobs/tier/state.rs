@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::fifo::Fifo;
 use super::presence::{Extent, HEADER, RECORD, Subject};
@@ -203,11 +205,11 @@ impl Shared {
 
     /// No code panics or waits while it holds this.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     pub(super) fn send(&self, command: Command) -> bool {
-        self.commands.lock().unwrap_or_else(PoisonError::into_inner).send(command).is_ok()
+        self.commands.lock().send(command).is_ok()
     }
 
     pub(super) fn usage(&self) -> Usage {

@@ -20,6 +20,7 @@ use std::task::{Context, Poll, Waker};
 use tokio_uring::buf::IoBuf;
 
 use super::store::{Local, Payload};
+use source::StableBytes;
 
 thread_local! {
     /// True if this thread runs in a ring's runtime.
@@ -79,8 +80,16 @@ pub(super) fn file(file: &File) -> Option<io::Result<tokio_uring::fs::File>> {
 /// A payload in the form that the ring needs.
 struct Whole(Arc<Payload>);
 
-// SAFETY: the bytes are behind an `Arc` that this holds, on the heap or in a cache's arena; neither moves nor
-// changes while a holder exists, and all of them are initialised.
+// SAFETY: a chunk and a vector are stable, the range in the vector never changes, and neither can be borrowed
+// exclusively behind the `Arc`s that hold them.
+unsafe impl StableBytes for Payload {
+    fn bytes(&self) -> &[u8] {
+        self.bytes()
+    }
+}
+
+// SAFETY: the bytes are those of a `StableBytes` behind an `Arc` that this holds: they stay at their address,
+// unchanged and initialised.
 unsafe impl IoBuf for Whole {
     fn stable_ptr(&self) -> *const u8 {
         self.0.bytes().as_ptr()

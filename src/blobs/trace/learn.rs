@@ -15,9 +15,11 @@
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::recorder::{Recorder, Recorders};
 use super::replay::{Replayed, replay};
@@ -95,10 +97,6 @@ struct Active {
     watched: bool,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Traces {
     /// Learns and replays according to `options`.
     #[must_use]
@@ -154,7 +152,7 @@ impl Traces {
     }
 
     fn watch(self: &Arc<Self>, recorder: &Arc<Recorder>) {
-        let mut active = lock(&self.active);
+        let mut active = self.active.lock();
         active.starts.push(Arc::downgrade(recorder));
         if active.watched {
             return;
@@ -178,7 +176,7 @@ impl Traces {
     /// Ends the recordings that are over. True if others remain.
     fn look(&self) -> bool {
         let starts: Vec<Arc<Recorder>> = {
-            let mut active = lock(&self.active);
+            let mut active = self.active.lock();
             active.starts.retain(|start| start.strong_count() > 0);
             active.watched = !active.starts.is_empty();
             active.starts.iter().filter_map(Weak::upgrade).collect()
@@ -187,7 +185,7 @@ impl Traces {
         for start in &starts {
             if start.quiet().is_some_and(|(still, whole)| still >= quiet || whole >= longest) {
                 start.end();
-                let mut active = lock(&self.active);
+                let mut active = self.active.lock();
                 active.starts.retain(|other| !std::ptr::eq(other.as_ptr(), &raw const **start));
             }
         }
@@ -199,7 +197,7 @@ impl Traces {
         if start.touches.is_empty() {
             return;
         }
-        let _guard = lock(&self.files);
+        let _guard = self.files.lock();
         let mut trace = read(path).unwrap_or_default();
         given.into_iter().chain([start]).for_each(|start| trace.merge(start));
         let bytes = trace.to_bytes();

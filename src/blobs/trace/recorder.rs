@@ -5,8 +5,10 @@
 //! touch is about to wait for the network anyway, or was just spared that.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::fetch::Blob;
 use formats::trace::{MAX_TOUCHES, Touch, Trace};
@@ -85,7 +87,7 @@ impl Recorder {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Time since the last new touch, and time since the first touch; `None` before the first touch and after
@@ -177,7 +179,7 @@ impl Recorders {
             recorder.touched(layer, chunk);
         }
         if self.has_others.load(Ordering::Relaxed) {
-            let others = self.others.read().unwrap_or_else(PoisonError::into_inner);
+            let others = self.others.read();
             others.iter().for_each(|recorder| recorder.touched(layer, chunk));
         }
     }
@@ -192,7 +194,7 @@ impl Recorders {
     #[must_use]
     pub fn begin(&self) -> Arc<Recorder> {
         let recorder = Arc::new(Recorder::new(&self.blobs, |_| {}));
-        let mut others = self.others.write().unwrap_or_else(PoisonError::into_inner);
+        let mut others = self.others.write();
         others.push(recorder.clone());
         self.has_others.store(true, Ordering::Relaxed);
         recorder
@@ -200,7 +202,7 @@ impl Recorders {
 
     /// Ends a recording.
     pub fn end(&self, recorder: &Arc<Recorder>) -> Trace {
-        let mut others = self.others.write().unwrap_or_else(PoisonError::into_inner);
+        let mut others = self.others.write();
         others.retain(|other| !Arc::ptr_eq(other, recorder));
         self.has_others.store(!others.is_empty(), Ordering::Relaxed);
         drop(others);

@@ -15,11 +15,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::{Mutex, MutexGuard};
 
 use super::layer::UpperLayer;
 use crate::volume::{VolumeError, Waiter};
@@ -184,7 +185,7 @@ impl ColdReads {
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock()
     }
 
     fn cached(&self, part: Part) -> Option<Arc<Vec<u8>>> {
@@ -225,7 +226,7 @@ fn serve(layer: &UpperLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
 
 /// Reads a part until it is not overwritten during the read, and keeps it.
 fn read(layer: &UpperLayer, kept: &Mutex<Kept>, part: Part) -> Result<(), WritableError> {
-    let lock = || kept.lock().unwrap_or_else(PoisonError::into_inner);
+    let lock = || kept.lock();
     let mut sectors = part.buffer();
     loop {
         lock().begin(part);

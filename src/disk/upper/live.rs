@@ -9,8 +9,9 @@
 //! as before.
 
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
+use parking_lot::RwLock;
 use thiserror::Error;
 
 use super::UpperVolume;
@@ -53,7 +54,7 @@ impl LiveVolume {
     }
 
     fn current(&self) -> Arc<UpperVolume> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.current.read().clone()
     }
 
     /// Seals the layer and continues on the one in `files`, which must exist and be empty. `note` gets the
@@ -66,7 +67,7 @@ impl LiveVolume {
         files: &WritableFiles,
         note: impl FnOnce(&Path) -> std::io::Result<()>,
     ) -> Result<(), LiveError> {
-        let _alone = self.writing.write().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.writing.write();
         let old = self.current();
         let refuse = |rule| LiveError::Next { path: files.data.clone(), rule };
         if is_same(&files.data, &old.files.data) || is_same(&files.index, &old.files.index) {
@@ -84,7 +85,7 @@ impl LiveVolume {
             old.layer.unseal()?;
             return Err(LiveError::Note(error));
         }
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
+        *self.current.write() = Arc::new(next);
         Ok(())
     }
 
@@ -92,7 +93,7 @@ impl LiveVolume {
         &self,
         work: impl FnOnce(&UpperVolume) -> Result<(), VolumeError>,
     ) -> Result<(), VolumeError> {
-        let _shared = self.writing.read().unwrap_or_else(PoisonError::into_inner);
+        let _shared = self.writing.read();
         work(&self.current())
     }
 }

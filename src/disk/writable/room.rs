@@ -5,9 +5,10 @@
 //! thousand records at a time, without making the file longer: a reader sees no difference. If the filesystem
 //! does not support this, there is no such guarantee.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
@@ -38,7 +39,7 @@ impl Room {
         if end <= self.until.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _one = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.growing.lock();
         let from = self.until.load(Ordering::Acquire);
         if end <= from {
             return Ok(());

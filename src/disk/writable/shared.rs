@@ -4,7 +4,9 @@
 //! which can take any time on the disk. Flushes take turns. A caller that waited for another flush usually
 //! finds its records written by it, and needs no flush of its own.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::place::Place;
 use super::{Named, WritableError, WritableLayer, WrittenRun, seal, view};
@@ -26,11 +28,11 @@ impl SharedLayer {
     }
 
     fn read(&self) -> RwLockReadGuard<'_, WritableLayer> {
-        self.layer.read().unwrap_or_else(PoisonError::into_inner)
+        self.layer.read()
     }
 
     fn change(&self) -> RwLockWriteGuard<'_, WritableLayer> {
-        self.layer.write().unwrap_or_else(PoisonError::into_inner)
+        self.layer.write()
     }
 
     /// Writes whole sectors at byte `offset` of the disk, as [`WritableLayer::write`] does.
@@ -71,7 +73,7 @@ impl SharedLayer {
     /// # Errors
     /// [`WritableError`].
     pub fn flush(&self) -> Result<(), WritableError> {
-        let _one = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.flushing.lock();
         let Some(batch) = self.change().take_batch()? else { return Ok(()) };
         let written = batch.write();
         self.change().end_batch(batch, written)

@@ -17,8 +17,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::{PoisonError, RwLock};
 
+use parking_lot::RwLock;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
@@ -134,7 +134,7 @@ impl SparseLayer {
     /// True if the layer was never written to.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.written.read().unwrap_or_else(PoisonError::into_inner).is_empty()
+        self.written.read().is_empty()
     }
 
     /// Alignment of writes, in bytes of the disk. A write must begin and end at a multiple of it, unless the
@@ -152,7 +152,7 @@ impl SparseLayer {
         let (lba, count) = whole_sectors(self.header.virtual_size, offset, bytes.len() as u64)?;
         self.data.file.write_all_at(bytes, RECORD + offset).map_err(self.data.error("write"))?;
         let place = Content::At(FIRST_SECTOR.0 + lba.0);
-        let mut written = self.written.write().unwrap_or_else(PoisonError::into_inner);
+        let mut written = self.written.write();
         written.insert(lba.0, count, place);
         Ok(())
     }
@@ -169,7 +169,7 @@ impl SparseLayer {
     /// [`WritableLayer::look_up`](super::WritableLayer::look_up).
     #[must_use]
     pub fn look_up(&self, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
-        runs(&self.written.read().unwrap_or_else(PoisonError::into_inner), lba, count)
+        runs(&self.written.read(), lba, count)
     }
 
     /// Reads payload from sector `at` of the data file on; can wait for the disk.
@@ -196,7 +196,7 @@ impl SparseLayer {
         self.flush()?;
         let end = RECORD + self.header.virtual_size;
         let mappings = {
-            let written = self.written.read().unwrap_or_else(PoisonError::into_inner);
+            let written = self.written.read();
             view::mappings(&written, end / SECTOR)
         };
         seal::seal(&self.data, &self.header, end, &mappings)

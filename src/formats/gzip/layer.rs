@@ -1,8 +1,9 @@
 //! A gzip layer as a [`ChunkSource`]: one chunk for each segment.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
 use super::GzipError;
@@ -79,12 +80,12 @@ impl IndexedLayer {
     }
 
     fn decoder(&self) -> SegmentDecoder {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = self.idle.lock().pop();
         idle.unwrap_or_else(SegmentDecoder::new)
     }
 
     fn give_back(&self, decoder: SegmentDecoder) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(decoder);
+        self.idle.lock().push(decoder);
     }
 }
 

@@ -1,8 +1,9 @@
 //! A layer and its segments as a [`ChunkSource`]: one chunk for each segment.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
 use super::SegmentsError;
@@ -52,12 +53,12 @@ impl SegmentedLayer {
     }
 
     fn decoder(&self) -> Result<FramesDecoder, String> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = self.idle.lock().pop();
         idle.map_or_else(FramesDecoder::new, Ok)
     }
 
     fn give_back(&self, decoder: FramesDecoder) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(decoder);
+        self.idle.lock().push(decoder);
     }
 
     /// Decodes a segment that decodes alone.

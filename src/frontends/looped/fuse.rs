@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
@@ -19,6 +19,7 @@ use fuser::{
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::{LoopedError, step};
+use crate::counters::{FrontCounters, FrontTotals, count};
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 use formats::units::SECTOR;
 
@@ -39,38 +40,6 @@ const ANSWER_THREADS: usize = 2;
 /// Time that the kernel may take to release the file after the loop device was detached.
 const RELEASE: Duration = Duration::from_secs(5);
 
-/// Counters of the file system.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct FuseTotals {
-    /// Reads answered with data.
-    pub reads: u64,
-    /// Bytes of those.
-    pub bytes: u64,
-    /// Reads that were gathered from several pieces first.
-    pub gathered: u64,
-    /// Times a read had to wait for the volume.
-    pub pending: u64,
-    /// Reads and writes answered with an error.
-    pub errors: u64,
-    /// Writes, and holes punched.
-    #[serde(default)]
-    pub writes: u64,
-    /// Flushes.
-    #[serde(default)]
-    pub flushes: u64,
-}
-
-#[derive(Default)]
-struct Counters {
-    reads: AtomicU64,
-    bytes: AtomicU64,
-    gathered: AtomicU64,
-    pending: AtomicU64,
-    errors: AtomicU64,
-    writes: AtomicU64,
-    flushes: AtomicU64,
-}
-
 /// A read that waits for its bytes.
 struct Read {
     offset: u64,
@@ -87,7 +56,7 @@ struct Answer {
 /// State shared by session and answer threads.
 struct Shared {
     volume: Arc<dyn Volume>,
-    counters: Counters,
+    counters: FrontCounters,
     zeros: Vec<u8>,
 }
 
@@ -98,11 +67,11 @@ impl Shared {
         // The volume may create and call the waiter before `locate` returns, so the read goes with the
         // waiter; if it was not needed, the slot returns it.
         let slot =
-            Arc::new(Slot { read: std::sync::Mutex::new(Some(read)), answers: answers.clone() });
+            Arc::new(Slot { read: parking_lot::Mutex::new(Some(read)), answers: answers.clone() });
         let located = self.volume.locate(offset, len, &mut || slot.waiter());
         match located {
             Ok(Located::Pending) => {
-                self.counters.pending.fetch_add(1, Ordering::Relaxed);
+                count(&self.counters.pending, 1);
             }
             Ok(Located::Ready(pieces)) => {
                 if let Some(read) = slot.take() {
@@ -123,19 +92,21 @@ impl Shared {
             tracing::error!(read.offset, read.len, "The volume answered with a wrong length");
             return self.fail(read, None);
         }
-        counters.reads.fetch_add(1, Ordering::Relaxed);
-        counters.bytes.fetch_add(read.len as u64, Ordering::Relaxed);
+        count(&counters.reads, 1);
+        count(&counters.bytes, read.len as u64);
         if let [piece] = pieces
             && let Some(bytes) = piece.bytes()
         {
+            count(&counters.direct, 1);
             return read.reply.data(bytes);
         }
         if pieces.iter().all(|piece| piece.bytes().is_none())
             && let Some(zeros) = self.zeros.get(..read.len)
         {
+            count(&counters.direct, 1);
             return read.reply.data(zeros);
         }
-        counters.gathered.fetch_add(1, Ordering::Relaxed);
+        count(&counters.gathered, 1);
         let mut gathered = vec![0; read.len];
         let mut rest = gathered.as_mut_slice();
         for piece in pieces {
@@ -161,7 +132,7 @@ impl Shared {
                 "A read of the disk failed: the volume gave no bytes and no reason"
             ),
         }
-        self.counters.errors.fetch_add(1, Ordering::Relaxed);
+        count(&self.counters.errors, 1);
         read.reply.error(Errno::EIO);
     }
 }
@@ -175,14 +146,14 @@ impl Shared {
         what: impl FnOnce(&dyn WritableVolume) -> Result<(), VolumeError>,
     ) -> Result<(), Errno> {
         let Some(volume) = self.volume.writable() else { return Err(Errno::EROFS) };
-        counter.fetch_add(1, Ordering::Relaxed);
+        count(counter, 1);
         what(volume).map_err(|error| {
             tracing::error!(
                 offset,
                 error = &error as &dyn std::error::Error,
                 "A write of the disk failed"
             );
-            self.counters.errors.fetch_add(1, Ordering::Relaxed);
+            count(&self.counters.errors, 1);
             Errno::from_i32(error.errno())
         })
     }
@@ -190,13 +161,13 @@ impl Shared {
 
 /// Holds a read until it is answered.
 struct Slot {
-    read: std::sync::Mutex<Option<Read>>,
+    read: parking_lot::Mutex<Option<Read>>,
     answers: Sender<Option<Answer>>,
 }
 
 impl Slot {
     fn take(&self) -> Option<Read> {
-        self.read.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
+        self.read.lock().take()
     }
 
     fn waiter(self: &Arc<Self>) -> Waiter {
@@ -431,7 +402,7 @@ impl FuseSession {
         let (answers, queue) = unbounded();
         let shared = Arc::new(Shared {
             volume,
-            counters: Counters::default(),
+            counters: FrontCounters::default(),
             zeros: vec![0; MAX_READ as usize],
         });
         let mut this = Self {
@@ -469,18 +440,8 @@ impl FuseSession {
     }
 
     /// Counters now.
-    pub(super) fn counters(&self) -> FuseTotals {
-        let counters = &self.shared.counters;
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        FuseTotals {
-            reads: get(&counters.reads),
-            bytes: get(&counters.bytes),
-            gathered: get(&counters.gathered),
-            pending: get(&counters.pending),
-            errors: get(&counters.errors),
-            writes: get(&counters.writes),
-            flushes: get(&counters.flushes),
-        }
+    pub(super) fn counters(&self) -> FrontTotals {
+        self.shared.counters.totals()
     }
 
     /// Joins the threads; the file must be closed everywhere.

@@ -1,14 +1,12 @@
-//! From a request to its commit: the code that both queue drivers share.
+//! From a request to its commit.
 //!
 //! A commit carries an address. The memory there must stay until the kernel has copied it, which it does
 //! while it *issues* the commit; so it is kept here until the queue driver reports that its submission queue
 //! was empty after an enter.
 
-use std::sync::Arc;
-
-use super::counters::{QueueCounters, count};
 use super::mailbox::Outcome;
 use super::request::{Op, Request};
+use crate::counters::{FrontCounters, count};
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
 
 /// Limit on scratch buffers kept for reuse: one stays warm, and without a limit all those of a burst would
@@ -38,6 +36,7 @@ enum Held {
 }
 
 /// Memory that commits point to.
+#[derive(Default)]
 pub(super) struct Answers {
     held: Vec<Held>,
     /// Scratch buffers not lent to a commit.
@@ -45,21 +44,16 @@ pub(super) struct Answers {
     /// Destination of the data of a refused write; never read.
     refuse: Vec<u8>,
     /// As many zeros as the longest request.
-    zeros: Arc<Vec<u8>>,
+    zeros: Vec<u8>,
     /// Zeros and refuse buffers that were too short for a later device; commits may still point to them.
-    outgrown: Vec<(Arc<Vec<u8>>, Vec<u8>)>,
+    outgrown: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Answers {
-    /// Creates the state. `zeros` are as long as the longest request.
-    pub(super) fn new(zeros: Arc<Vec<u8>>) -> Self {
-        Self { held: Vec::new(), pool: Vec::new(), refuse: Vec::new(), zeros, outgrown: Vec::new() }
-    }
-
     /// Prepares for requests of at most `longest` bytes.
     pub(super) fn prepare(&mut self, longest: usize) {
         if self.zeros.len() < longest {
-            let zeros = std::mem::replace(&mut self.zeros, Arc::new(vec![0; longest]));
+            let zeros = std::mem::replace(&mut self.zeros, vec![0; longest]);
             self.outgrown.push((zeros, std::mem::take(&mut self.refuse)));
         }
     }
@@ -68,7 +62,7 @@ impl Answers {
     pub(super) fn read(
         &mut self,
         volume: &dyn Volume,
-        counters: &QueueCounters,
+        counters: &FrontCounters,
         (offset, len): (u64, usize),
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Verdict {
@@ -85,7 +79,7 @@ impl Answers {
     /// Fails a read: with the volume's error, or because the volume dropped its waiter.
     pub(super) fn failed(
         &self,
-        counters: &QueueCounters,
+        counters: &FrontCounters,
         (offset, bytes): (u64, usize),
         error: Option<&VolumeError>,
     ) -> Verdict {
@@ -106,7 +100,7 @@ impl Answers {
 
     /// Refuses a request that is not a read, on a disk that cannot be written, and a request that no disk
     /// supports.
-    pub(super) fn refused(&self, counters: &QueueCounters, request: &Request) -> Verdict {
+    pub(super) fn refused(&self, counters: &FrontCounters, request: &Request) -> Verdict {
         let errno = match request.op {
             // No data are ever dirty.
             Op::Flush => return self.done(0),
@@ -120,7 +114,7 @@ impl Answers {
     /// Ends a change of the disk. A full disk is reported to the writer by its own error.
     pub(super) fn changed(
         &self,
-        counters: &QueueCounters,
+        counters: &FrontCounters,
         request: &Request,
         outcome: &Outcome,
     ) -> Verdict {
@@ -146,7 +140,7 @@ impl Answers {
         self.error(errno)
     }
 
-    fn stored(&self, counters: &QueueCounters, request: &Request) -> Verdict {
+    fn stored(&self, counters: &FrontCounters, request: &Request) -> Verdict {
         match request.op {
             Op::Write { durable } => {
                 count(&counters.writes, 1);
@@ -193,7 +187,7 @@ impl Answers {
     /// and repeats the request without end in others.
     fn pieces(
         &mut self,
-        counters: &QueueCounters,
+        counters: &FrontCounters,
         offset: u64,
         len: usize,
         pieces: Vec<Piece>,
@@ -255,6 +249,8 @@ fn one_run(pieces: &[Piece]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     fn memory(guard: &Arc<Vec<u8>>, range: std::ops::Range<usize>) -> Piece {

@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 
 use libublk::sys;
 
-use super::counters::{QueueCounters, QueueTotals};
-use super::shared::SharedThreads;
-use super::threads::OwnThreads;
+use super::running::RunningDevice;
 use super::writer::{Writer, WriterThreads};
 use super::{UblkError, probe};
+use crate::counters::{FrontCounters, FrontTotals};
 use disk::volume::{Volume, WritableVolume};
 use formats::units::SECTOR;
 
@@ -18,28 +17,8 @@ use formats::units::SECTOR;
 /// need a while on a busy host.
 const NODE_SECONDS: u64 = 10;
 
-/// Threads that serve a device's queues.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QueueDriver {
-    /// A few threads of this process serve the queues of all devices: a thousand devices need no thousand
-    /// threads. The default.
-    Shared,
-    /// Each queue has a thread of its own, by libublk: one busy device does not slow another, as long as
-    /// there are enough cores.
-    OwnThreads,
-}
-
 /// Sectors of the largest discard, 1 GiB: 129 records of the writable layer.
 const MOST_ZEROED: u32 = 1 << 21;
-
-/// A device that is being served, by either queue driver.
-pub(super) trait Running: Send + Sync {
-    /// N of `/dev/ublkbN`.
-    fn id(&self) -> u32;
-
-    /// Stops and deletes the device after the requests in flight were answered, and releases its threads.
-    fn stop(self: Box<Self>) -> Result<(), UblkError>;
-}
 
 /// Options of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,8 +34,6 @@ pub struct UblkOptions {
     /// Default 256 KiB: a quarter or half of the usual decoded chunk, so that most requests lie in one
     /// decoded chunk, while a sequential reader still gets large requests.
     pub chunk: u32,
-    /// Threads that serve the queues.
-    pub driver: QueueDriver,
     /// True if the kernel may refuse writes before they reach this process, when the volume cannot be
     /// written. Always `true`, except in the test that writes which do arrive are harmless.
     pub read_only: bool,
@@ -65,13 +42,7 @@ pub struct UblkOptions {
 impl Default for UblkOptions {
     fn default() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
-            queues: cpus.clamp(1, 2) as u16,
-            depth: 64,
-            chunk: 256 * 1024,
-            driver: QueueDriver::Shared,
-            read_only: true,
-        }
+        Self { queues: cpus.clamp(1, 2) as u16, depth: 64, chunk: 256 * 1024, read_only: true }
     }
 }
 
@@ -104,7 +75,7 @@ pub(super) struct Backing {
     /// The options.
     pub(super) options: UblkOptions,
     /// The queues' counters.
-    pub(super) counters: Arc<QueueCounters>,
+    pub(super) counters: Arc<FrontCounters>,
 }
 
 impl Backing {
@@ -160,8 +131,8 @@ impl Backing {
 pub struct UblkDevice {
     path: PathBuf,
     id: u32,
-    counters: Arc<QueueCounters>,
-    running: Option<Box<dyn Running>>,
+    counters: Arc<FrontCounters>,
+    running: Option<RunningDevice>,
     /// Ends after the queues, which hand it their writes.
     writers: Option<WriterThreads>,
 }
@@ -176,7 +147,7 @@ impl UblkDevice {
     pub fn start(volume: Arc<dyn Volume>, options: &UblkOptions) -> Result<Self, UblkError> {
         options.check(&*volume)?;
         probe::examine_and_load().verdict()?;
-        let counters = Arc::new(QueueCounters::default());
+        let counters = Arc::new(FrontCounters::default());
         let writers = WriterThreads::start(&volume)?;
         let backing = Backing {
             volume,
@@ -184,10 +155,7 @@ impl UblkDevice {
             options: options.clone(),
             counters: counters.clone(),
         };
-        let running: Box<dyn Running> = match options.driver {
-            QueueDriver::Shared => Box::new(SharedThreads::start(&backing)?),
-            QueueDriver::OwnThreads => Box::new(OwnThreads::start(backing)?),
-        };
+        let running = RunningDevice::start(&backing)?;
         let id = running.id();
         let path = PathBuf::from(format!("/dev/ublkb{id}"));
         Ok(Self { path, id, counters, running: Some(running), writers })
@@ -207,7 +175,7 @@ impl UblkDevice {
 
     /// Counters of the queues.
     #[must_use]
-    pub fn counters(&self) -> QueueTotals {
+    pub fn counters(&self) -> FrontTotals {
         self.counters.totals()
     }
 
@@ -222,7 +190,7 @@ impl UblkDevice {
     }
 
     fn end(&mut self) -> Result<(), UblkError> {
-        let stopped = self.running.take().map_or(Ok(()), Running::stop);
+        let stopped = self.running.take().map_or(Ok(()), RunningDevice::stop);
         self.writers = None;
         stopped
     }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crossbeam_queue::SegQueue;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::counters::{QueueCounters, count};
+use crate::counters::{FrontCounters, count};
 use disk::volume::{VolumeError, Waiter};
 
 /// The queue thread works, or will look into the mailbox before it sleeps.
@@ -99,7 +99,7 @@ impl<T: From<Letter> + Send + 'static> Mailbox<T> {
     /// Returns a waiter that posts the result of the wait `ticket` of a tag, even if it is dropped uncalled.
     pub(super) fn waiter(
         self: &Arc<Self>,
-        counters: &Arc<QueueCounters>,
+        counters: &Arc<FrontCounters>,
         (slot, tag): (u32, u16),
         ticket: u32,
     ) -> Waiter {
@@ -116,7 +116,7 @@ impl<T: From<Letter> + Send + 'static> Mailbox<T> {
 
 /// The one letter that a waiter may send.
 struct Sender<T: From<Letter> + Send + 'static> {
-    to: Option<(Arc<Mailbox<T>>, Arc<QueueCounters>)>,
+    to: Option<(Arc<Mailbox<T>>, Arc<FrontCounters>)>,
     slot: u32,
     tag: u16,
     ticket: u32,
@@ -142,7 +142,7 @@ impl<T: From<Letter> + Send + 'static> Drop for Sender<T> {
 mod tests {
     use super::*;
 
-    fn mailbox() -> (Arc<Mailbox<Letter>>, Arc<QueueCounters>) {
+    fn mailbox() -> (Arc<Mailbox<Letter>>, Arc<FrontCounters>) {
         (Arc::new(Mailbox::new().unwrap()), Arc::default())
     }
 

@@ -1,179 +1,98 @@
-//! The queue driver of libublk: a thread for each queue of each device, and one for its commands.
+//! The queue threads: a few threads serve the queues of all devices.
 //!
-//! libublk keeps its control ring in thread-local storage, so all commands for a device must come from one
-//! thread. Each device has a control thread; it sleeps in a channel between start and stop.
+//! A *queue thread* has one ring and serves the tags of any number of queues of any number of devices
+//! (`driver`). Queue `q` of every device goes to thread `q` modulo the number of threads, and each thread runs
+//! on the CPUs whose requests go to those queues, so that a reader and its server share a cache, and on a small
+//! machine a CPU, which saves the most expensive part of a read: waking a thread on another CPU.
+//!
+//! The threads start with the first device and end with the last.
 
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::io;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
-use libublk::UblkFlags;
-use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
-use libublk::io::UblkDev;
-use libublk::sys;
+use parking_lot::Mutex;
 
-use super::device::{Backing, Running, wait_for_node, without_scheduler};
-use super::queue::{self, QueueContext};
-use super::{UblkError, system_error};
+use super::UblkError;
+use super::driver::{Driver, Post};
+use super::mailbox::Mailbox;
+use super::queue::NewQueue;
 
-/// A device with threads of its own.
-pub(super) struct OwnThreads {
-    id: u32,
-    stop: Sender<()>,
-    control: JoinHandle<Result<(), UblkError>>,
+/// Limit on queue threads: the requests of one queue keep a thread below half busy, and a few threads feed
+/// more decode threads than most hosts have.
+const MOST_THREADS: usize = 4;
+
+/// The queue threads of this process.
+pub(super) struct QueueThreads {
+    threads: Mutex<Vec<Thread>>,
 }
 
-impl OwnThreads {
-    /// Creates and starts a device; after an error nothing remains.
-    pub(super) fn start(backing: Backing) -> Result<Self, UblkError> {
-        let (stop, stopped) = mpsc::channel();
-        let (started, start) = mpsc::channel();
-        let control = spawn("ublk-control", move || control(&backing, &started, &stopped))?;
-        match start.recv() {
-            Ok(id) => Ok(Self { id, stop, control }),
-            // The thread ended before it had a device: its result holds the reason.
-            Err(_) => Err(joined(control).err().unwrap_or(UblkError::ControlThreadGone)),
+struct Thread {
+    mailbox: Arc<Mailbox<Post>>,
+    handle: JoinHandle<()>,
+}
+
+/// The threads, while a device uses them.
+static SHARED: Mutex<Weak<QueueThreads>> = Mutex::new(Weak::new());
+
+impl QueueThreads {
+    /// The threads that all devices share.
+    pub(super) fn shared() -> Arc<Self> {
+        let mut shared = SHARED.lock();
+        if let Some(threads) = shared.upgrade() {
+            return threads;
+        }
+        let threads = Arc::new(Self { threads: Mutex::default() });
+        *shared = Arc::downgrade(&threads);
+        threads
+    }
+
+    /// Gives a queue to its thread, which is started if necessary.
+    ///
+    /// # Errors
+    /// Returns [`UblkError::Thread`], [`UblkError::Queue`].
+    pub(super) fn serve(&self, queue: NewQueue) -> Result<(), UblkError> {
+        let number = queue.number;
+        let failed = |what| move |source| UblkError::Queue { queue: number, what, source };
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let place = usize::from(number) % cpus.min(MOST_THREADS);
+        let mut threads = self.threads.lock();
+        while threads.len() <= place {
+            let thread = Thread::start(threads.len()).map_err(failed("starting its thread"))?;
+            threads.push(thread);
+        }
+        threads[place].mailbox.post(Post::Queue(Box::new(queue)));
+        Ok(())
+    }
+}
+
+impl Drop for QueueThreads {
+    fn drop(&mut self) {
+        let mut threads = self.threads.lock();
+        for Thread { mailbox, handle } in threads.drain(..) {
+            mailbox.post(Post::End);
+            if handle.thread().id() != std::thread::current().id() {
+                let _ = handle.join();
+            }
         }
     }
 }
 
-impl Running for OwnThreads {
-    fn id(&self) -> u32 {
-        self.id
-    }
-
-    fn stop(self: Box<Self>) -> Result<(), UblkError> {
-        drop(self.stop);
-        joined(self.control)
-    }
-}
-
-fn spawn<T: Send + 'static>(
-    name: &str,
-    body: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<T>, UblkError> {
-    std::thread::Builder::new()
-        .name(name.into())
-        .spawn(body)
-        .map_err(|source| UblkError::Thread { name: name.into(), source })
-}
-
-fn joined(thread: JoinHandle<Result<(), UblkError>>) -> Result<(), UblkError> {
-    thread.join().unwrap_or(Err(UblkError::ControlThreadGone))
-}
-
-/// Body of the control thread.
-fn control(
-    backing: &Backing,
-    started: &Sender<u32>,
-    stopped: &Receiver<()>,
-) -> Result<(), UblkError> {
-    let ctrl = add(&backing.options)?;
-    let id = ctrl.dev_info().dev_id;
-    let result = serve(&ctrl, backing, || {
-        let _ = started.send(id);
-        // Ends when the sender is dropped.
-        let _ = stopped.recv();
-    });
-    // By now no file or mapping of the character device is left in this process; otherwise the deletion would
-    // wait for it. The asynchronous form does not wait for an opener of the block node either (6.6+); before
-    // that, a reader that keeps the node open delays this call.
-    let deleted = ctrl.del_dev_async().or_else(|_| ctrl.del_dev());
-    result?;
-    match deleted.map_err(system_error) {
-        Err(source) if source.raw_os_error() != Some(libc::ENODEV) => {
-            Err(UblkError::Control { what: "delete the device", source })
-        }
-        _ => Ok(()),
-    }
-}
-
-fn add(options: &super::UblkOptions) -> Result<UblkCtrl, UblkError> {
-    UblkCtrlBuilder::default()
-        .name("turbobd")
-        // The kernel chooses the number. A fixed number is dangerous: when ADD_DEV fails because the number
-        // is taken, libublk 0.4.8 deletes the device that has it (the control object's Drop).
-        .id(-1)
-        .nr_queues(options.queues)
-        .depth(options.depth)
-        .io_buf_bytes(options.chunk)
-        .ctrl_flags(u64::from(sys::UBLK_F_NEED_GET_DATA))
-        .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
-        .build()
-        .map_err(|error| UblkError::Control { what: "add a device", source: system_error(error) })
-}
-
-/// Runs the device from its parameters to its stop; calls `live` while it serves.
-fn serve(ctrl: &UblkCtrl, backing: &Backing, live: impl FnOnce()) -> Result<(), UblkError> {
-    let refused = |what| move |error| UblkError::Control { what, source: system_error(error) };
-    let info = ctrl.dev_info();
-    if info.flags & u64::from(sys::UBLK_F_NEED_GET_DATA) == 0 {
-        // Without it a stray write would be copied into the cache.
-        let source = std::io::Error::from_raw_os_error(libc::EOPNOTSUPP);
-        return Err(UblkError::Control { what: "announce writes (UBLK_F_NEED_GET_DATA)", source });
-    }
-    let params = backing.params();
-    let dev = UblkDev::new(
-        "turbobd".into(),
-        |dev| {
-            dev.tgt.dev_size = backing.volume.size();
-            dev.tgt.params = params;
-            Ok(())
-        },
-        ctrl,
-    );
-    let dev = Arc::new(dev.map_err(refused("open the character device"))?);
-    let zeros = Arc::new(vec![0; backing.options.chunk as usize]);
-    let (ready, readiness) = mpsc::channel();
-    let mut threads = Vec::new();
-    let mut result = Ok(());
-    for queue in 0..info.nr_hw_queues {
-        let context = QueueContext {
-            queue,
-            dev: dev.clone(),
-            volume: backing.volume.clone(),
-            writer: backing.writer.clone(),
-            counters: backing.counters.clone(),
-            zeros: zeros.clone(),
+impl Thread {
+    fn start(number: usize) -> io::Result<Self> {
+        let mailbox = Arc::new(Mailbox::new()?);
+        let own = mailbox.clone();
+        let (ready, readiness) = channel();
+        let body = move || match Driver::new(own) {
+            Ok(mut driver) => {
+                let _ = ready.send(Ok(()));
+                driver.run();
+            }
+            Err(error) => drop(ready.send(Err(error))),
         };
-        let ready = ready.clone();
-        let name = format!("ublk{}-q{queue}", info.dev_id);
-        match spawn(&name, move || queue::run(&context, &ready)) {
-            Ok(thread) => threads.push(thread),
-            Err(error) => {
-                result = Err(error);
-                break;
-            }
-        }
-        // One after the other: the queue's number belongs to the thread id.
-        match readiness.recv() {
-            // The kernel's choice of CPUs: those whose requests go to this queue.
-            Ok(Ok(tid)) => ctrl.set_thread_affinity(queue, tid),
-            Ok(Err(error)) => {
-                result = Err(error);
-                break;
-            }
-            Err(_) => {
-                result = Err(UblkError::ControlThreadGone);
-                break;
-            }
-        }
+        let handle = std::thread::Builder::new().name(format!("ublk-{number}")).spawn(body)?;
+        readiness.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))?;
+        Ok(Self { mailbox, handle })
     }
-    // START waits until all tags of all queues are armed, so it must not be sent when one is missing.
-    if result.is_ok() {
-        result = ctrl.start_dev(&dev).map(drop).map_err(refused("start the device"));
-    }
-    if result.is_ok() {
-        result = wait_for_node(info.dev_id);
-    }
-    if result.is_ok() {
-        without_scheduler(info.dev_id);
-        live();
-    }
-    // Also for a device that never started: it takes the armed tags back, so that the threads end.
-    let stopped = ctrl.kill_dev().map_err(refused("stop the device"));
-    for thread in threads {
-        let _ = thread.join();
-    }
-    result.and(stopped.map(drop))
 }

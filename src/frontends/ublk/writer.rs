@@ -19,10 +19,11 @@
 //! kept. A read-only device has no buffers and no write threads.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::Mutex;
 
 use super::UblkError;
 use super::request::{Op, Request};
@@ -61,7 +62,7 @@ pub(super) struct Writer {
 
 impl Writer {
     fn buffer(&self, len: usize) -> Vec<u8> {
-        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let spare = self.spare.lock().pop();
         let mut buffer = spare.unwrap_or_default();
         buffer.resize(len, 0);
         buffer
@@ -135,7 +136,7 @@ fn serve(volume: &dyn WritableVolume, queue: &Receiver<Option<Job>>, spare: &Spa
         let result = match change {
             Change::Write { bytes, durable } => {
                 let result = write(volume, offset, &bytes, durable);
-                let mut spare = spare.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut spare = spare.lock();
                 if spare.len() < SPARE {
                     spare.push(bytes);
                 }
@@ -256,7 +257,7 @@ mod tests {
 
     impl Noted {
         fn note(&self, text: String) -> Result<(), VolumeError> {
-            self.0.lock().unwrap().push(text);
+            self.0.lock().push(text);
             Ok(())
         }
     }
@@ -299,7 +300,7 @@ mod tests {
         assert_eq!(run(&mut writes, Op::Flush, u64::MAX, 0), Some(true));
         assert_eq!(run(&mut writes, Op::Other, 0, 512), None);
         let expected = ["write 4096 1024", "write 0 512", "flush", "zero 8192 4294967296", "flush"];
-        assert_eq!(*noted.0.lock().unwrap(), expected);
+        assert_eq!(*noted.0.lock(), expected);
         // A write whose data never came does not happen.
         let request = Request { op: Op::Write { durable: false }, offset: 0, len: 512 };
         assert!(!writes.begin(3, &request, || Box::new(|_| ())));

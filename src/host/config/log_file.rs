@@ -21,8 +21,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+
+use parking_lot::Mutex;
 
 /// Owner writes, group reads: the lines name images and hosts.
 const MODE: u32 = 0o640;
@@ -106,7 +108,7 @@ impl LogFile {
     pub fn append(&self, lines: &[u8]) -> bool {
         let shared = &*self.0;
         // Its numbers are sound after a panic elsewhere.
-        let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = shared.state.lock();
         let written = shared.make_room(&mut state, lines.len() as u64);
         let written = written.and_then(|()| state.write(lines)).is_ok();
         if !written {

@@ -1,8 +1,10 @@
 //! One thread that handles the waits of all devices when their deadlines pass.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::waits::Waits;
 
@@ -44,7 +46,7 @@ impl Bell {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Body of the thread.
@@ -52,11 +54,10 @@ impl Shared {
         let mut state = self.lock();
         while !state.ending {
             let now = Instant::now();
-            state = match state.at {
-                None => self.wake.wait(state).unwrap_or_else(PoisonError::into_inner),
+            match state.at {
+                None => self.wake.wait(&mut state),
                 Some(at) if at > now => {
-                    let waited = self.wake.wait_timeout(state, at - now);
-                    waited.unwrap_or_else(PoisonError::into_inner).0
+                    self.wake.wait_for(&mut state, at - now);
                 }
                 Some(_) => {
                     state.at = None;
@@ -66,11 +67,10 @@ impl Shared {
                     drop(state);
                     let next = all.iter().filter_map(|waits| waits.due(now)).min();
                     drop(all);
-                    let mut state = self.lock();
+                    state = self.lock();
                     state.at = [state.at, next].into_iter().flatten().min();
-                    state
                 }
-            };
+            }
         }
     }
 }
@@ -88,7 +88,7 @@ impl Alarm {
 
     /// Watches these waits too, as long as they live.
     pub(super) fn watch(&self, waits: &Arc<Waits>) -> std::io::Result<()> {
-        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut thread = self.thread.lock();
         if thread.is_none() {
             let shared = self.shared.clone();
             let body = move || shared.run();
@@ -103,7 +103,7 @@ impl Drop for Alarm {
     fn drop(&mut self) {
         self.shared.lock().ending = true;
         self.shared.wake.notify_one();
-        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self.thread.get_mut().take();
         if let Some(thread) = thread {
             let _ = thread.join();
         }

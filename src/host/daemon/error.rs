@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use client::error::code_of_io;
 use client::{ClientError, Code, Fault};
+use frontends::FrontError;
 use frontends::looped::LoopedError;
 use frontends::ublk::UblkError;
 use thiserror::Error;
@@ -106,6 +107,14 @@ impl HostError {
     /// The opener's failure for `image`.
     pub(super) fn of_opener(image: String, failure: OpenFailure) -> Self {
         Self::Open { image, code: failure.code, source: failure.error }
+    }
+
+    /// The front end's failure for `image`.
+    pub(super) fn of_front(image: String, error: FrontError) -> Self {
+        match error {
+            FrontError::Ublk(source) => Self::Ublk { image, source },
+            FrontError::Looped(source) => Self::Looped { image, source },
+        }
     }
 
     /// Kind of the failure.

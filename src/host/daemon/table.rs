@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::alarm::Alarm;
 use super::audit::AuditedDevice;
@@ -22,18 +24,11 @@ use client::protocol::{DeviceState, Explanation, WaitingRecord};
 use client::{DeviceRecord, DeviceSpec, Frontend, mounts};
 use disk::volume::Volume;
 use formats::trace::Trace;
-use frontends::looped::{LoopedDevice, LoopedError};
-use frontends::ublk::{QueueTotals, UblkDevice, UblkError, UblkOptions};
+use frontends::{FrontChoice, FrontKind, FrontTotals, ServedDevice};
 use source::failure::with_causes;
 
-/// A device of either kind.
-enum Served {
-    Ublk(UblkDevice),
-    Looped(LoopedDevice),
-}
-
 struct Entry {
-    served: Served,
+    served: Box<dyn ServedDevice>,
     record: DeviceRecord,
     view: Arc<dyn ImageView>,
     waits: Arc<Waits>,
@@ -59,7 +54,7 @@ pub struct DeviceReading {
     /// Size of the disk in bytes.
     pub size: u64,
     /// Counters of its front end.
-    pub front: QueueTotals,
+    pub front: FrontTotals,
     /// Its reads that waited, and those that wait.
     pub waits: WaitReading,
     /// Counters of its image's blobs.
@@ -97,7 +92,7 @@ impl Table {
     }
 
     fn lock(&self) -> MutexGuard<'_, Devices> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+        self.devices.lock()
     }
 
     /// Opens an image and serves it. The second value is a note for the user.
@@ -149,9 +144,10 @@ impl Table {
         let volume = Arc::new(Watched::new(volume, waits.clone()));
         let (served, note) = serve(volume, spec, &dir)?;
         let made = start.elapsed() - opened;
-        let (frontend, device) = match &served {
-            Served::Ublk(device) => (Frontend::Ublk, device.path().to_owned()),
-            Served::Looped(device) => (Frontend::Loop, device.path().to_owned()),
+        let device = served.path().to_owned();
+        let frontend = match served.kind() {
+            FrontKind::Ublk => Frontend::Ublk,
+            FrontKind::Looped => Frontend::Loop,
         };
         waits.named(&device.to_string_lossy());
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
@@ -398,36 +394,15 @@ impl Devices {
 
     /// Keeps the totals of a device that is removed.
     fn forget(&mut self, entry: &Entry) {
-        let front = entry.front();
+        let front = entry.served.counters();
         self.gone.reads += front.reads;
         self.gone.bytes += front.bytes;
     }
 }
 
 impl Entry {
-    /// Counters of the front end, in the form of ublk's.
-    fn front(&self) -> QueueTotals {
-        match &self.served {
-            Served::Ublk(device) => device.counters(),
-            Served::Looped(device) => {
-                let totals = device.counters();
-                QueueTotals {
-                    reads: totals.reads,
-                    bytes: totals.bytes,
-                    direct: totals.reads.saturating_sub(totals.gathered),
-                    gathered: totals.gathered,
-                    pending: totals.pending,
-                    writes: totals.writes,
-                    flushes: totals.flushes,
-                    errors: totals.errors,
-                    ..QueueTotals::default()
-                }
-            }
-        }
-    }
-
     fn reading(&self) -> DeviceReading {
-        let (size, front) = (self.record.size_bytes, self.front());
+        let (size, front) = (self.record.size_bytes, self.served.counters());
         DeviceReading { size, front, waits: self.waits.reading(), image: self.view.counters() }
     }
 
@@ -468,39 +443,26 @@ impl Entry {
     fn stop(self) -> Result<(), HostError> {
         self.waits.close();
         let image = self.record.image;
-        match self.served {
-            Served::Ublk(device) => {
-                device.stop().map_err(|source| HostError::Ublk { image, source })
+        let device = self.record.device;
+        self.served.stop().map_err(|error| {
+            if error.is_busy() {
+                HostError::Busy { device, mounted: String::new() }
+            } else {
+                HostError::of_front(image, error)
             }
-            Served::Looped(device) => match device.stop() {
-                Err(LoopedError::Busy { path }) => {
-                    Err(HostError::Busy { device: path, mounted: String::new() })
-                }
-                result => result.map_err(|source| HostError::Looped { image, source }),
-            },
-        }
+        })
     }
 }
 
-/// Stops unused devices, ublk's several at a time; failures are logged.
+/// Stops unused devices, several at a time; failures are logged.
 fn stop_all(entries: Vec<Entry>) {
-    let mut ublk = Vec::new();
-    for entry in entries {
+    let close = |entry: Entry| {
         entry.waits.close();
-        let result = match entry.served {
-            Served::Ublk(device) => {
-                ublk.push(device);
-                continue;
-            }
-            Served::Looped(device) => device.stop(),
-        };
-        if let Err(error) = result {
-            let error = with_causes(&error);
-            tracing::warn!(device = %entry.record.device.display(), error, "A device stays");
-        }
-    }
-    if let Err(error) = frontends::ublk::stop_all(ublk) {
-        tracing::warn!(error = with_causes(&error), "A device was not removed cleanly");
+        entry.served
+    };
+    for (device, error) in frontends::stop_all(entries.into_iter().map(close).collect()) {
+        let error = with_causes(&error);
+        tracing::warn!(device = %device.display(), error, "A device was not removed cleanly");
     }
 }
 
@@ -508,30 +470,23 @@ pub(super) fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Creates the device, with the requested fallback.
+/// Creates the device, with the requested fallback. The second value is a note for the user.
 fn serve(
     volume: Arc<dyn Volume>,
     spec: &DeviceSpec,
     dir: &Path,
-) -> Result<(Served, Option<String>), HostError> {
-    let image = || spec.image.name();
-    let mut note = None;
-    if spec.frontend != Frontend::Loop {
-        match UblkDevice::start(volume.clone(), &UblkOptions::default()) {
-            Ok(device) => return Ok((Served::Ublk(device), None)),
-            Err(why @ (UblkError::Unavailable { .. } | UblkError::KnownBadKernel { .. }))
-                if spec.frontend == Frontend::Auto =>
-            {
-                note = Some(format!(
-                    "{why}; served through FUSE and a loop device, which is slower than ublk"
-                ));
-            }
-            Err(source) => return Err(HostError::Ublk { image: image(), source }),
-        }
-    }
-    let device = LoopedDevice::start(volume, dir)
-        .map_err(|source| HostError::Looped { image: image(), source })?;
-    Ok((Served::Looped(device), note))
+) -> Result<(Box<dyn ServedDevice>, Option<String>), HostError> {
+    let choice = match spec.frontend {
+        Frontend::Auto => FrontChoice::UblkOrLooped,
+        Frontend::Ublk => FrontChoice::Only(FrontKind::Ublk),
+        Frontend::Loop => FrontChoice::Only(FrontKind::Looped),
+    };
+    let (device, passed_over) = frontends::serve(volume, choice, dir)
+        .map_err(|error| HostError::of_front(spec.image.name(), error))?;
+    let note = passed_over.map(|why| {
+        format!("{why}; served through FUSE and a loop device, which is slower than ublk")
+    });
+    Ok((device, note))
 }
 
 /// True if a mount, or another exclusive user, holds the block device, in any mount namespace.

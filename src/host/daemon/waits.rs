@@ -12,8 +12,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::alarm::Bell;
 use super::audit::AuditedDevice;
@@ -164,7 +166,7 @@ impl Waits {
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock()
     }
 
     /// Begins a wait. The returned waiter stands for `waiter`.
@@ -202,7 +204,9 @@ impl Waits {
                 let (since, others) =
                     failed.map_or((since, Vec::new()), |failed| (failed.since, failed.waiters));
                 self.over(span, now.saturating_duration_since(since), || match &result {
-                    Some(result) => result.as_ref().err().map(|error| source::failure::with_causes(error)),
+                    Some(result) => {
+                        result.as_ref().err().map(|error| source::failure::with_causes(error))
+                    }
                     None => Some("The disk has given the read up".to_owned()),
                 });
                 // If it is dropped uncalled, the front end's waiter is an error too.
@@ -462,13 +466,13 @@ mod tests {
             waiter: &mut dyn FnMut() -> Waiter,
         ) -> Result<Located, VolumeError> {
             self.asked.fetch_add(1, Ordering::SeqCst);
-            let mut answers = self.answers.lock().unwrap();
+            let mut answers = self.answers.lock();
             if answers.is_empty() {
                 return self.memory.locate(offset, len, waiter);
             }
             let waiter = waiter();
             match answers.remove(0) {
-                None => self.kept.lock().unwrap().push(waiter),
+                None => self.kept.lock().push(waiter),
                 Some(result) => drop(std::thread::spawn(move || {
                     std::thread::sleep(Duration::from_millis(5));
                     waiter(result);
@@ -524,7 +528,7 @@ mod tests {
         let now = watch.waits.reading();
         assert_eq!((now.waiting, now.expired, now.times.count()), (0, 2, 2));
         // A late answer is ignored, and the next read is served.
-        watch.told.kept.lock().unwrap().drain(..).for_each(|waiter| waiter(Ok(())));
+        watch.told.kept.lock().drain(..).for_each(|waiter| waiter(Ok(())));
         read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
         assert_eq!(watch.waits.reading().times.count(), 2);
     }
@@ -564,7 +568,7 @@ mod tests {
         for on_error in [OnError::Eio, OnError::Wait] {
             let watch = watch(on_error, 60_000, Told::new(vec![None]));
             let read = read(&watch);
-            while watch.told.kept.lock().unwrap().is_empty() {
+            while watch.told.kept.lock().is_empty() {
                 std::thread::yield_now();
             }
             watch.waits.close();
@@ -577,10 +581,10 @@ mod tests {
     fn a_waiter_that_the_disk_drops_is_dropped() {
         let watch = watch(OnError::Wait, 10, Told::new(vec![None]));
         let read = read(&watch);
-        while watch.told.kept.lock().unwrap().is_empty() {
+        while watch.told.kept.lock().is_empty() {
             std::thread::yield_now();
         }
-        watch.told.kept.lock().unwrap().clear();
+        watch.told.kept.lock().clear();
         let error = read.recv_timeout(Duration::from_secs(10)).unwrap().unwrap_err();
         assert!(matches!(error, VolumeError::Closed { .. }), "{error}");
     }

@@ -1,7 +1,9 @@
 //! The images that devices have open, so that another device of one opens nothing.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 use client::RegistrySpec;
 use disk::image::LayerInfo;
@@ -46,7 +48,7 @@ pub(super) struct Found {
 impl LiveImages {
     /// The image of this name, if a device has it.
     pub(super) fn find(&self, name: &LiveName) -> Option<Found> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known.lock();
         let Live { parts, layers, trace } = known.get(name)?;
         let parts = parts.upgrade()?;
         Some(Found { parts, layers: layers.clone(), trace: trace.clone() })
@@ -62,7 +64,7 @@ impl LiveImages {
     ) {
         let parts = Arc::downgrade(disk.parts());
         let live = Live { parts, layers: layers.to_vec(), trace: trace.cloned() };
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         known.retain(|_, live| live.parts.strong_count() > 0);
         known.insert(name, live);
     }

@@ -1,7 +1,9 @@
 //! Clients of registries: devices with the same way to a registry share connections, tokens and what is known of it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use client::RegistrySpec;
 use registry::{
@@ -43,7 +45,7 @@ impl Registries {
     /// # Errors
     /// [`RegistryError::Setup`] when a certificate or a key cannot be used.
     pub fn client(&self, spec: &RegistrySpec) -> Result<Client, RegistryError> {
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut made = self.made.lock();
         if let Some(client) = made.get(spec) {
             return Ok(client.clone());
         }

@@ -4,8 +4,9 @@
 //! over the time between the last two that are at least [`LEAST`] apart: two scrapers see the same rate, and
 //! neither shortens the other's interval.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// Shortest time over which a rate is computed.
 const LEAST: Duration = Duration::from_secs(1);
@@ -61,7 +62,7 @@ impl Rates {
         totals: [Totals; 2],
         longest: impl FnOnce() -> [u64; 2],
     ) -> Upstream {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last.lock();
         let Last { look, now: series } = &mut *last;
         match look {
             Some((then, _)) if now.saturating_duration_since(*then) < LEAST => {}

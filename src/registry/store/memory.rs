@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::io::{Cursor, Read};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::{ImageStore, Selector, StoreError, StoredManifest};
 use formats::oci::{Descriptor, Digest};
@@ -29,7 +31,7 @@ impl MemoryStore {
     }
 
     fn contents(&self) -> MutexGuard<'_, Contents> {
-        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+        self.contents.lock()
     }
 
     fn blob(&self, digest: &Digest) -> Result<Arc<[u8]>, StoreError> {

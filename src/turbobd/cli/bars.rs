@@ -1,9 +1,9 @@
 //! Progress bars on a terminal, nothing elsewhere.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use parking_lot::Mutex;
 
 use super::table::short;
 use ::convert::Progress;
@@ -27,7 +27,7 @@ impl Bars {
     }
 
     fn with(&self, layer: &Digest, act: impl FnOnce(&ProgressBar)) {
-        if let Some(bar) = self.bars.lock().unwrap_or_else(PoisonError::into_inner).get(layer) {
+        if let Some(bar) = self.bars.lock().get(layer) {
             act(bar);
         }
     }
@@ -37,7 +37,7 @@ impl Progress for Bars {
     fn start(&self, layer: &Digest, size: u64) {
         let bar = self.group.add(ProgressBar::new(size).with_style(self.style.clone()));
         bar.set_prefix(short(&layer.to_string()));
-        self.bars.lock().unwrap_or_else(PoisonError::into_inner).insert(*layer, bar);
+        self.bars.lock().insert(*layer, bar);
     }
 
     fn advance(&self, layer: &Digest, bytes: u64) {

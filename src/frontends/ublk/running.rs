@@ -1,4 +1,4 @@
-//! A device whose queues the [shared queue threads](super::mux) serve.
+//! A device of the kernel whose queues the [queue threads](super::threads) serve: its setup and its end.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,23 +11,24 @@ use libublk::sys;
 
 use super::UblkError;
 use super::control::{Control, DeviceInfo};
-use super::device::{Backing, Running, wait_for_node, without_scheduler};
+use super::device::{Backing, wait_for_node, without_scheduler};
 use super::features;
-use super::mux::{Mux, NewQueue, wait_until_gone};
+use super::queue::{NewQueue, wait_until_gone};
+use super::threads::QueueThreads;
 
 /// Seconds to wait for the character node: devtmpfs creates it at once, udev on a busy host later.
 const NODE_SECONDS: u64 = 10;
 
-/// A device on the shared threads.
-pub(super) struct SharedThreads {
+/// A device that is being served.
+pub(super) struct RunningDevice {
     id: u32,
-    mux: Arc<Mux>,
+    threads: Arc<QueueThreads>,
     gone: Receiver<()>,
-    /// The character node, held beyond the deletion: see [`SharedThreads::end`].
+    /// The character node, held beyond the deletion: see [`RunningDevice::end`].
     node: Option<Arc<File>>,
 }
 
-impl SharedThreads {
+impl RunningDevice {
     /// Creates and starts a device; after an error nothing remains.
     pub(super) fn start(backing: &Backing) -> Result<Self, UblkError> {
         let mut control = Control::open()?;
@@ -42,7 +43,8 @@ impl SharedThreads {
         };
         control.add(&mut info)?;
         let (gone_sender, gone) = unbounded();
-        let mut device = Self { id: info.dev_id, mux: Mux::shared(), gone, node: None };
+        let mut device =
+            Self { id: info.dev_id, threads: QueueThreads::shared(), gone, node: None };
         let served = device.serve(&mut control, &info, backing, gone_sender);
         match served {
             Ok(()) => Ok(device),
@@ -52,6 +54,20 @@ impl SharedThreads {
                 Err(error)
             }
         }
+    }
+
+    /// N of `/dev/ublkbN`.
+    pub(super) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Stops and deletes the device after the requests in flight were answered, and releases its threads.
+    ///
+    /// # Errors
+    /// Returns the driver's refusal.
+    pub(super) fn stop(self) -> Result<(), UblkError> {
+        let mut control = Control::open()?;
+        self.end(&mut control)
     }
 
     fn serve(
@@ -82,7 +98,7 @@ impl SharedThreads {
         let mut result = Ok(());
         let mut given = 0;
         while given < info.nr_hw_queues && result.is_ok() {
-            result = self.mux.serve(queue(given, control.affinity(self.id, given)));
+            result = self.threads.serve(queue(given, control.affinity(self.id, given)));
             given += u16::from(result.is_ok());
         }
         drop((armed, gone, node));
@@ -116,17 +132,6 @@ impl SharedThreads {
         }
         let deleted = control.delete(id, node);
         stopped.and(deleted)
-    }
-}
-
-impl Running for SharedThreads {
-    fn id(&self) -> u32 {
-        self.id
-    }
-
-    fn stop(self: Box<Self>) -> Result<(), UblkError> {
-        let mut control = Control::open()?;
-        self.end(&mut control)
     }
 }
 
