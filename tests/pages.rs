@@ -57,7 +57,7 @@ fn relative(path: &Path) -> String {
 /// Files below `dir` with this extension, in order; build folders and data are left out.
 fn sources(dir: &Path, extension: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut entries: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap()).collect();
+    let mut entries: Vec<_> = fs::read_dir(dir).unwrap().map(Result::unwrap).collect();
     entries.sort_by_key(fs::DirEntry::file_name);
     for entry in entries {
         let (path, name) = (entry.path(), entry.file_name());
@@ -325,7 +325,7 @@ fn imports(manifest: &str, crates: &BTreeSet<String>) -> BTreeSet<String> {
 fn the_crates_are_the_members_of_the_workspace_and_import_what_the_page_says() {
     let mut members: BTreeSet<String> = fs::read_dir(root().join("src"))
         .unwrap()
-        .map(|entry| entry.unwrap())
+        .map(Result::unwrap)
         .filter(|entry| entry.path().join("Cargo.toml").exists())
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .collect();
