@@ -244,8 +244,7 @@ fn is_implemented(text: &str, name: &str, kind: &str) -> bool {
 }
 
 /// Thread names that the code computes: the file, the argument of `name`, and what it can be. `N` is a number.
-const COMPUTED: [(&str, &str, &[&str]); 4] = [
-    ("src/frontends/ublk/threads.rs", "name.into()", &["ublk-control", "ublkN-qN"]),
+const COMPUTED: [(&str, &str, &[&str]); 3] = [
     ("src/frontends/ublk/writer.rs", "thread_name(number)", &["ublk-write-N"]),
     ("src/blobs/tier.rs", "name", &["tier-encoded", "tier-decoded"]),
     ("src/host/endpoint.rs", "name.into()", &["metrics", "snapshots"]),
