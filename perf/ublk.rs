@@ -21,14 +21,14 @@ use disk::volume::Volume;
 use disk::{Disk, DiskLayer, LayerData};
 use formats::lsmt::{Layer, LayerKind, WarpWriter};
 use formats::units::{Bytes, Sectors};
-use frontends::ServedDevice;
-use frontends::ublk::{UblkDevice, UblkOptions};
 use io_uring::{IoUring, opcode, types};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::{BufDescList, UblkDev, UblkIOCtx, UblkQueue};
 use libublk::{BufDesc, UblkFlags, UblkIORes};
 use source::chunk::{ChunkSource, PlainChunks};
 use source::{MemorySource, SharedBytes};
+use turbobd_frontends::ServedDevice;
+use turbobd_frontends::ublk::{UblkDevice, UblkOptions};
 
 const MIB: u64 = 1 << 20;
 /// Bytes of the range that is read, on every contestant: all of them fit into the cache.
@@ -235,7 +235,7 @@ fn status(key: &str) -> u64 {
 }
 
 fn many(count: usize) {
-    let _ = host::daemon::server::raise_descriptor_limit();
+    let _ = sys::limits::raise_descriptor_limit();
     let bytes =
         Arc::new(MemoryVolume::new((0..MIB as usize).map(|at| (at / 4096) as u8).collect()));
     let (rss, begun) = (status("VmRSS"), Instant::now());
@@ -264,7 +264,7 @@ fn many(count: usize) {
     );
     let begun = Instant::now();
     let devices = devices.into_iter().map(|device| Box::new(device) as Box<dyn ServedDevice>);
-    let failures = frontends::stop_all(devices.collect());
+    let failures = turbobd_frontends::stop_all(devices.collect());
     assert!(failures.is_empty(), "{failures:?}");
     println!("all detached in {:.1} s (bar: 60 s)", begun.elapsed().as_secs_f64());
     let left = std::fs::read_dir("/sys/block").unwrap().flatten();

@@ -244,7 +244,7 @@ fn ls_tells_image_device_mount_point_state_and_traffic() {
         (&name.as_str().into(), &device.into(), &"in_use".into())
     );
     assert_eq!(first["mountpoint"], fs::canonicalize(host.mnt()).unwrap().to_str().unwrap());
-    assert_eq!(first["size"], 1u64 << 30);
+    assert_eq!(first["size_bytes"], 1u64 << 30);
     assert_eq!(first["frontend"], "loop");
     assert_eq!(first["errors"], 0);
     assert!(first["bytes_read"].as_u64().unwrap() >= 5 << 20, "{first}");
@@ -632,7 +632,7 @@ fn a_read_that_waits_is_seen_explained_and_ended_by_its_deadline() {
         assert!(begun.elapsed() < Duration::from_secs(7), "{record}");
         std::thread::sleep(Duration::from_millis(100));
     };
-    assert!(stalled["oldest_wait"].as_u64().unwrap() >= 5000, "{stalled}");
+    assert!(stalled["oldest_wait_ms"].as_u64().unwrap() >= 5000, "{stalled}");
     assert!(stalled["retries"].as_u64().unwrap() > 2, "{stalled}");
     assert!(host.done(&["ls"]).contains("stalled 5"), "{}", host.done(&["ls"]));
     let told = host.done(&["explain", &device]);
@@ -643,7 +643,7 @@ fn a_read_that_waits_is_seen_explained_and_ended_by_its_deadline() {
         assert!(told.contains(needle), "{needle:?} is not in\n{told}");
     }
     let told: Value = serde_json::from_str(&host.done(&["explain", &device, "--json"])).unwrap();
-    assert!(told["waiting"][0]["waits"].as_u64().unwrap() > 4000, "{told}");
+    assert!(told["waiting"][0]["waits_ms"].as_u64().unwrap() > 4000, "{told}");
     let page = host.done(&["ls", "--metrics"]);
     let labels = [&*format!("device=\"{device}\""), &*format!("image=\"{name}\"")];
     assert!(sample(&page, "turbobd_device_oldest_wait_seconds", &labels).unwrap() > 5.0, "{page}");
@@ -718,13 +718,13 @@ fn explain_tells_where_a_file_and_a_byte_of_the_disk_come_from() {
     let mut at = 0;
     for part in told["parts"].as_array().unwrap() {
         let number = |value: &Value| value.as_u64().unwrap();
-        let (offset, len) = (number(&part["file_offset"]), number(&part["len"]));
+        let (offset, len) = (number(&part["file_offset"]), number(&part["length_bytes"]));
         assert_eq!(
             (offset, &part["what"], number(&part["layer"])),
             (at, &"data".into(), 0),
             "{part}"
         );
-        let from = number(&part["chunk"]["at"]) as usize;
+        let from = number(&part["chunk"]["at_bytes"]) as usize;
         let len_in_file = len.min(data.len() as u64 - offset) as usize;
         assert!(
             tar[from..from + len_in_file] == data[offset as usize..][..len_in_file],
@@ -737,7 +737,7 @@ fn explain_tells_where_a_file_and_a_byte_of_the_disk_come_from() {
     fs::read(host.mnt().join("big")).unwrap();
     let told = explain(&["/big"]);
     assert!(told["parts"].as_array().unwrap().iter().all(|part| part["chunk"]["held"] == "memory"));
-    assert!(told["blobs"][0]["fetched"].as_u64().unwrap() > 0);
+    assert!(told["blobs"][0]["fetched_bytes"].as_u64().unwrap() > 0);
     let below = host.mnt().join("etc/first");
     let of_mount = host.done(&["explain", &device, below.to_str().unwrap()]);
     let registry_host = registry.host();

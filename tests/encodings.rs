@@ -254,7 +254,7 @@ fn a_sidecar_that_breaks_a_rule_is_refused_by_name() {
         }
     };
     forge(0, &|file| file[8] = 3, &["turbobd.segments is damaged at byte 8", "version"]);
-    forge(0, &|file| file[10] = 1, &["turbobd.segments is damaged", "another length"]);
+    forge(0, &|file| file[10] = 1, &["turbobd.segments is damaged", "contradict its encoding"]);
     forge(0, &|file| file[10] = 9, &["damaged at byte 10", "encoding"]);
     forge(0, &|file| file[11] = 1, &["damaged at byte 11", "flags"]);
     forge(0, &|file| file[12] += 1, &["turbobd.segments is damaged"]);

@@ -5,6 +5,7 @@
 //! inside `scripts/vm`. If no guest is available it prints that and passes, or fails with `TURBOBD_GUEST=1`,
 //! which `scripts/test` sets.
 
+use crate::block;
 use crate::machine;
 use std::fs;
 use std::path::Path;
@@ -44,11 +45,12 @@ fn an_image_attached_over_ublk_shows_the_same_tree() {
     fs::write(work.path().join("expected"), lines(mounted.path())).unwrap();
     drop(mounted);
 
+    let _turn = block::guest_turn();
     let output = machine::output(
         machine::script("vm")
             .args(["--timeout", "1800", "--"])
             .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "in_the_guest", "--nocapture"])
+            .args(["--exact", "guest::in_the_guest", "--nocapture"])
             .env(WORK, work.path()),
     );
     let text = [&output.stdout[..], &output.stderr].concat();

@@ -74,12 +74,11 @@ impl Client {
     }
 
     /// Connects to the daemon of `run_dir`. If there is none, runs `command` in the background, which must
-    /// become one (`turbobd daemon --auto`, with [`DaemonOptions::auto`](super::DaemonOptions)). Its standard
+    /// become one (`turbobd daemon --auto`). Its standard
     /// error goes to `turbobd.log` in `run_dir`.
     ///
-    /// Returns the errors of [`connect`](Self::connect), and [`ClientError::NotStarted`] with the end of the
-    /// log.
-    /// As [`connect`](Self::connect), and [`ClientError::NotStarted`] with the end of the log.
+    /// # Errors
+    /// The errors of [`connect`](Self::connect); [`ClientError::NotStarted`] with the end of the log.
     pub fn connect_or_spawn(
         run_dir: &Path,
         command: impl Fn() -> Command,
@@ -225,7 +224,7 @@ impl Client {
     /// Begins a recording of the reads of the device that `what` names.
     ///
     /// # Errors
-    /// Returns the errors of [`find`]; [`ClientError::Recording`] when it cannot be recorded.
+    /// Returns the errors of [`find`]; a fault with [`Code::Unsupported`](crate::Code::Unsupported) when it cannot be recorded.
     pub fn begin_trace(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
         self.done(&Request::BeginTrace { id: record.id })?;

@@ -17,7 +17,7 @@ const EROFS_MAGIC: [u8; 4] = [0xe2, 0xe1, 0xf5, 0xe0];
 /// Mounts the file system on a device: erofs if its superblock says so, else ext4 ([`mount_ext4`]).
 ///
 /// # Errors
-/// Returns [`DaemonError::Step`].
+/// Returns [`ClientError::Step`].
 pub fn mount_image(device: &Path, dir: &Path) -> Result<(), ClientError> {
     let mut magic = [0; 4];
     let read = std::fs::File::open(device).and_then(|file| file.read_exact_at(&mut magic, 1024));
@@ -37,7 +37,7 @@ pub fn mount_image(device: &Path, dir: &Path) -> Result<(), ClientError> {
 /// those of the image.
 ///
 /// # Errors
-/// Returns [`DaemonError::Step`].
+/// Returns [`ClientError::Step`].
 pub fn mount_ext4(device: &Path, dir: &Path) -> Result<(), ClientError> {
     let (flags, options) = if is_writable(device).map_err(step("examine", device))? {
         (MountFlags::empty(), c"errors=remount-ro,discard")
@@ -59,7 +59,7 @@ fn is_writable(device: &Path) -> io::Result<bool> {
 /// Unmounts the last mount at `dir`.
 ///
 /// # Errors
-/// Returns [`DaemonError::Busy`] if files there are open, [`DaemonError::Step`].
+/// Returns [`ClientError::Busy`] if files there are open, [`ClientError::Step`].
 pub fn unmount_dir(dir: &Path) -> Result<(), ClientError> {
     match unmount(dir, UnmountFlags::NOFOLLOW) {
         Err(rustix::io::Errno::BUSY) => Err(ClientError::Busy(dir.to_owned())),
@@ -70,7 +70,7 @@ pub fn unmount_dir(dir: &Path) -> Result<(), ClientError> {
 /// Mount points of the file system on `device`, in the order of the mounts.
 ///
 /// # Errors
-/// Returns [`DaemonError::Step`] if the device or the list of mounts cannot be read.
+/// Returns [`ClientError::Step`] if the device or the list of mounts cannot be read.
 pub fn mounted_from(device: &Path) -> Result<Vec<PathBuf>, ClientError> {
     let number = std::fs::metadata(device).map_err(step("examine", device))?.rdev();
     let list = Path::new("/proc/self/mountinfo");

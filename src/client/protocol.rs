@@ -1,7 +1,10 @@
-//! The messages on the socket: one JSON object a line, in both directions.
+//! The messages on the socket: one JSON object or string a line, in both directions.
 //!
 //! A client first asks for the version; a daemon that is about to end closes the connection instead of
 //! answering, and the client looks for another one. After that, each request has one reply.
+//!
+//! `PROTOCOL.md` at the root describes them for programs in any language, each with an example; `tests/pages.rs`
+//! compares the page with these types.
 
 use std::path::{Path, PathBuf};
 
@@ -280,7 +283,7 @@ pub struct FailureRecord {
 /// image attached several times the name is ambiguous.
 ///
 /// # Errors
-/// Returns [`DaemonError::NotFound`] or [`DaemonError::Ambiguous`].
+/// Returns [`ClientError::NotFound`] or [`ClientError::Ambiguous`].
 pub fn find<'a>(records: &'a [DeviceRecord], what: &str) -> Result<&'a DeviceRecord, ClientError> {
     let path = std::fs::canonicalize(what).unwrap_or_else(|_| PathBuf::from(what));
     let by_path = |record: &&DeviceRecord| {

@@ -28,7 +28,7 @@ use formats::ext4::{Image, LayerBlocks, Run, Tree};
 use formats::gzip::{self, Boundary, GZIP_META_NAME, SIDECAR_NAME, Sidecar};
 use formats::lsmt::WarpWriter;
 use formats::oci::{Descriptor, Digest};
-use formats::segments::{self, PlainScanner};
+use formats::segments::{self, FramesScanner, PlainScanner};
 use formats::tar::{self, Event};
 use formats::units::Bytes;
 use formats::{zfile, zstandard};
@@ -388,7 +388,7 @@ struct LayerParser<'t> {
 enum Scan {
     Gzip(Box<gzip::Scanner>),
     Plain(PlainScanner),
-    Zstd(Box<zstandard::Scanner>),
+    Zstd(Box<FramesScanner>),
 }
 
 impl Scan {
@@ -399,7 +399,7 @@ impl Scan {
                 Self::Gzip(Box::new(gzip::Scanner::new(gzip::ScanOptions { span })))
             }
             TargetEncoding::Plain => Self::Plain(PlainScanner::default()),
-            TargetEncoding::Zstd => Self::Zstd(Box::new(zstandard::Scanner::new(span)?)),
+            TargetEncoding::Zstd => Self::Zstd(Box::new(FramesScanner::new(span)?)),
         })
     }
 

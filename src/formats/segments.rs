@@ -29,11 +29,13 @@
 //! * [`sidecar`]  the index as a file
 //! * [`hasher`]   the SHA-256 of each, behind a scan
 //! * [`plain`]    the scan of an uncompressed layer
+//! * [`frames`]   the scan of a zstd layer
 //! * [`layer`]    decoding of any segment of a layer
 //! * `columns`    numbers, as both versions of the file store them
 
 pub(crate) mod columns;
 pub mod error;
+pub mod frames;
 pub mod hasher;
 pub mod index;
 pub mod layer;
@@ -41,6 +43,7 @@ pub mod plain;
 pub mod sidecar;
 
 pub use error::SegmentsError;
+pub use frames::{FramesScanner, LONG};
 pub use hasher::SegmentHasher;
 pub use index::{Encoding, Entry, Scanned, Segment, SegmentIndex};
 pub use layer::SegmentedLayer;

@@ -4,7 +4,7 @@
 //!
 //! A zstd stream (RFC 8878) is a chain of *frames*. Each decodes alone; between them there can be skippable
 //! frames. A frame is a header and blocks of at most 128 KiB of output. So a layer of many frames has natural
-//! segments: one or more whole frames, about a span long ([`Scanner`]). zstd:chunked writes one frame for
+//! segments: one or more whole frames, about a span long ([`FramesScanner`]). zstd:chunked writes one frame for
 //! each file, the seekable format one for each few MiB, `pzstd` one for each thread's piece.
 //!
 //! Most layers are *one* frame of any length, because `docker buildx` and `zstd` write them so. A block
@@ -38,17 +38,17 @@
 //!
 //! * [`error`]   faults of a layer
 //! * [`walk`]    frames and blocks by their headers
-//! * [`scan`]    the cuts of a layer into segments
 //! * [`decode`]  whole frames, and a long one piece by piece
+//!
+//! [`FramesScanner`]: crate::segments::FramesScanner
+//! [`LONG`]: crate::segments::LONG
 
 pub mod decode;
 pub mod error;
-pub mod scan;
 #[cfg(test)]
 mod tests;
 pub mod walk;
 
 pub use decode::{FrameDecoder, FramesDecoder};
-pub use error::ZstdError;
-pub use scan::{LONG, Scanner};
+pub use error::{MOST_INPUT, ZstdError};
 pub use walk::{MAX_WINDOW, is_zstd, window};

@@ -40,14 +40,15 @@ use client::{Code, DeviceSpec};
 
 use crate::metrics::Page;
 use crate::metrics::upstream::Totals;
-pub use audit::{Audit, AuditCounters};
+pub use crate::readings::{AuditCounters, DeviceReading, IoCounters, WaitReading};
+pub use audit::Audit;
 use blobs::trace::Recorders;
 use disk::volume::Volume;
 pub use error::HostError;
 pub use server::{DaemonOptions, run};
-pub use table::{DeviceReading, Table};
-pub use view::{DiskView, ImageView, IoCounters};
-pub use waits::{ReadPolicy, WaitReading};
+pub use table::Table;
+pub use view::{DiskView, ImageView};
+pub use waits::ReadPolicy;
 
 /// An image that can be served.
 pub struct Opened {

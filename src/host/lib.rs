@@ -9,6 +9,7 @@
 //! * [`daemon`]   the device table, the control socket, the life of the process
 //! * [`config`]   the service configuration: overlaybd's keys and turbobd's
 //! * [`metrics`]  every number that is counted, and the page on which others read it
+//! * [`readings`] figures of a device, for the metrics and for lists
 //! * [`doctor`]   what this host can do, and the remedy for what it cannot
 //! * [`endpoint`] a small HTTP server, for the metrics and for snapshots
 //! * [`failure`]  from an error to its code
@@ -29,3 +30,4 @@ pub mod endpoint;
 pub mod failure;
 pub mod images;
 pub mod metrics;
+pub mod readings;

@@ -6,6 +6,7 @@
 //!
 //! * [`extents`] where the bytes of a file lie on its device (`FS_IOC_FIEMAP`)
 //! * [`flock`]   a file that one process has at a time
+//! * [`limits`]  limits of a process
 //! * [`heap`]    gives free memory back to the system
 //!
 //! ```
@@ -18,3 +19,4 @@
 pub mod extents;
 pub mod flock;
 pub mod heap;
+pub mod limits;

@@ -31,4 +31,6 @@
 
 mod cli;
 
+#[doc(hidden)] // for the packaging tool
+pub use cli::command;
 pub use cli::main;

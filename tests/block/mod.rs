@@ -138,6 +138,12 @@ pub fn mounts() -> String {
     std::fs::read_to_string("/proc/self/mountinfo").unwrap()
 }
 
+/// One guest at a time: a guest takes all processors of the machine, and its time limits are made for that.
+pub fn guest_turn() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 /// Runs tests of a module over ublk in a guest, as [`in_a_guest`] does, where this machine has no ublk.
 pub fn in_a_guest_with_ublk(module: &str, words: &[&str], passed: usize) {
     in_a_guest(ublk_here(), module, words, passed);
@@ -157,6 +163,7 @@ pub fn in_a_guest(here: bool, module: &str, words: &[&str], passed: usize) {
     let scripts =
         Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|dir| dir.join("scripts/vm"));
     let vm = scripts.into_iter().find(|vm| vm.exists()).expect("scripts/vm is in the repository");
+    let _turn = guest_turn();
     let run = Command::new(&vm)
         .current_dir(vm.parent().and_then(Path::parent).unwrap())
         .args(["--timeout", GUEST_LIMIT, "--"])

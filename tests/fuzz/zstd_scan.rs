@@ -5,9 +5,9 @@
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
-use formats::segments::{SegmentHasher, SegmentIndex, SegmentedLayer};
+use formats::segments::{FramesScanner, SegmentHasher, SegmentIndex, SegmentedLayer};
 use formats::units::Bytes;
-use formats::zstandard::{Scanner, ZstdError};
+use formats::zstandard::ZstdError;
 use source::MemorySource;
 use source::chunk::ChunkSource as _;
 
@@ -41,7 +41,7 @@ fuzz_target!(|data: &[u8]| {
 });
 
 fn scan(blob: &[u8], piece: usize) -> Result<(SegmentIndex, Vec<u8>), ZstdError> {
-    let mut scanner = Scanner::new(Bytes(64 << 10))?;
+    let mut scanner = FramesScanner::new(Bytes(64 << 10))?;
     let mut hasher = SegmentHasher::new();
     let mut output = Vec::new();
     for piece in blob.chunks(piece) {

@@ -4,6 +4,10 @@ use std::io;
 
 use thiserror::Error;
 
+/// Most bytes of a blob without an end of a segment: they are kept to be hashed. Twice the longest span stays
+/// below this, unless the bytes yield hardly any output.
+pub const MOST_INPUT: u64 = 256 << 20;
+
 /// Error of reading a zstd layer. Offsets are in bytes of the compressed blob.
 #[derive(Debug, Error)]
 pub enum ZstdError {
@@ -52,7 +56,7 @@ pub enum ZstdError {
         dictionary: u32,
     },
     /// Much input with hardly any output. It would have to be kept in memory for its checksum.
-    #[error("The zstd stream has more than {most} bytes before byte {at} that yield almost nothing", most = super::scan::MOST_INPUT)]
+    #[error("The zstd stream has more than {most} bytes before byte {at} that yield almost nothing", most = MOST_INPUT)]
     Empty {
         /// Offset at which the limit was reached.
         at: u64,

@@ -8,7 +8,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::*;
 use crate::oci::Digest;
-use crate::segments::{Entry, Scanned, SegmentHasher, SegmentIndex, SegmentedLayer, sidecar};
+use crate::segments::{
+    Entry, FramesScanner, LONG, Scanned, SegmentHasher, SegmentIndex, SegmentedLayer, sidecar,
+};
 use crate::units::Bytes;
 use source::MemorySource;
 use source::chunk::{ChunkSource, EncodedChunk};
@@ -49,7 +51,7 @@ fn skipped(len: u32) -> Vec<u8> {
 
 /// Scans a layer of several frames, in pieces of `cut` bytes.
 fn scan(layer: &[u8], cut: usize) -> Result<(SegmentIndex, Vec<u8>), ZstdError> {
-    let mut scanner = Scanner::new(SPAN)?;
+    let mut scanner = FramesScanner::new(SPAN)?;
     let mut hasher = SegmentHasher::new();
     let mut out = Vec::new();
     for piece in layer.chunks(cut.max(1)) {

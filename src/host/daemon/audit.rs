@@ -15,7 +15,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
@@ -25,6 +25,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::config::log_file::LogFile;
+use crate::readings::AuditCounters;
 use formats::oci::Digest;
 use registry::{Download, DownloadLog};
 use source::Class;
@@ -38,15 +39,6 @@ const BATCH: usize = 64 << 10;
 
 /// How long the end of the process waits for the last lines.
 const LAST_LINES: Duration = Duration::from_secs(2);
-
-/// What the audit log did.
-#[derive(Debug, Default)]
-pub struct AuditCounters {
-    /// Lines written.
-    pub lines: AtomicU64,
-    /// Lines that were not: too many waited, or the file could not be written.
-    pub dropped: AtomicU64,
-}
 
 /// The audit log of this process.
 #[derive(Debug)]

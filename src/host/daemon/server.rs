@@ -33,7 +33,7 @@ pub const IDLE: Duration = Duration::from_secs(3);
 /// Options of a daemon.
 #[derive(Clone, Debug, Default)]
 pub struct DaemonOptions {
-    /// Directory of its socket; see [`run_dir`](super::protocol::run_dir).
+    /// Directory of its socket; see [`run_dir`](client::protocol::run_dir).
     pub run_dir: PathBuf,
     /// Started by a client (`turbobd daemon --auto`): leaves the session, reports readiness on standard
     /// output, ends when idle.
@@ -54,7 +54,7 @@ pub struct DaemonOptions {
 pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), HostError> {
     let run_dir = &options.run_dir;
     enter_namespace()?;
-    if let Err(error) = raise_descriptor_limit() {
+    if let Err(error) = sys::limits::raise_descriptor_limit() {
         tracing::warn!(%error, "The limit of descriptors stays: few devices can be served");
     }
     DirBuilder::new()
@@ -113,18 +113,6 @@ fn enter_namespace() -> Result<(), HostError> {
         .and_then(|()| mount_change("/", slave))
         .map_err(io::Error::from)
         .map_err(step("enter a mount namespace of its own, away from", "/"))
-}
-
-/// Raises the limit on descriptors: every device takes a few, and the usual limit of 1024 is for programs
-/// that use `select`.
-///
-/// # Errors
-/// Returns the system's refusal; the limit is then unchanged.
-pub fn raise_descriptor_limit() -> io::Result<()> {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    Ok(setrlimit(Resource::Nofile, limit)?)
 }
 
 fn lock(run_dir: &Path) -> Result<File, HostError> {

@@ -14,9 +14,7 @@ use super::audit::AuditedDevice;
 use super::error::step;
 use super::view::placed;
 use super::waits::{Waits, Watched};
-use super::{
-    HostError, ImageOpener, ImageView, IoCounters, Opened, ReadPolicy, Snapshots, WaitReading,
-};
+use super::{DeviceReading, HostError, ImageOpener, ImageView, Opened, ReadPolicy, Snapshots};
 use crate::metrics::upstream::{Rates, Totals};
 use crate::metrics::{Page, names};
 use blobs::trace::{Recorder, Recorders};
@@ -24,7 +22,7 @@ use client::protocol::{DeviceState, Explanation, WaitingRecord};
 use client::{DeviceRecord, DeviceSpec, Frontend, mounts};
 use disk::volume::Volume;
 use formats::trace::Trace;
-use frontends::{FrontChoice, FrontKind, FrontTotals, ServedDevice};
+use frontends::{FrontChoice, FrontKind, ServedDevice};
 use source::failure::with_causes;
 
 struct Entry {
@@ -47,19 +45,6 @@ const MOST_WAITING: usize = 16;
 
 /// Limit on the places of each of them.
 const MOST_PLACES: usize = 8;
-
-/// Counters of a device at one moment.
-#[derive(Clone, Copy, Debug)]
-pub struct DeviceReading {
-    /// Size of the disk in bytes.
-    pub size: u64,
-    /// Counters of its front end.
-    pub front: FrontTotals,
-    /// Its reads that waited, and those that wait.
-    pub waits: WaitReading,
-    /// Counters of its image's blobs.
-    pub image: IoCounters,
-}
 
 #[derive(Default)]
 struct Devices {
@@ -187,7 +172,7 @@ impl Table {
     /// Records the mount point that a client chose for the device.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`].
+    /// Returns [`HostError::NotFound`].
     pub fn mounted(&self, id: u64, mountpoint: Option<PathBuf>) -> Result<(), HostError> {
         let mut devices = self.lock();
         let entry = devices
@@ -202,7 +187,7 @@ impl Table {
     /// by its `--dev-id` or its node.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Snapshot`], and the device continues unchanged.
+    /// Returns [`HostError::NotFound`]; [`HostError::Snapshot`], and the device continues unchanged.
     pub fn snapshot(&self, name: &str, config: &Path) -> Result<(), HostError> {
         let (device, snapshots) = {
             let devices = self.lock();
@@ -226,7 +211,7 @@ impl Table {
     /// Begins a recording of a device's reads. An earlier recording is discarded.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Recording`] when its image cannot be recorded.
+    /// Returns [`HostError::NotFound`]; [`HostError::Recording`] when its image cannot be recorded.
     pub fn begin_trace(&self, id: u64) -> Result<(), HostError> {
         self.with_recorders(id, |recorders, recording| {
             if let Some(before) = recording.replace(recorders.begin()) {
@@ -239,7 +224,7 @@ impl Table {
     /// Ends the recording, and returns its trace.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Recording`] when none was begun.
+    /// Returns [`HostError::NotFound`]; [`HostError::Recording`] when none was begun.
     pub fn end_trace(&self, id: u64) -> Result<Trace, HostError> {
         self.with_recorders(id, |recorders, recording| {
             let recording = recording.take().ok_or("no recording was begun")?;
@@ -265,7 +250,7 @@ impl Table {
     /// Removes an unused device.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`]; [`DaemonError::Busy`], and the device stays; the front end's error.
+    /// Returns [`HostError::NotFound`]; [`HostError::Busy`], and the device stays; the front end's error.
     pub fn detach(&self, id: u64) -> Result<(), HostError> {
         let entry = {
             let mut devices = self.lock();
@@ -332,7 +317,7 @@ impl Table {
     /// Sources of parts of a device's disk, and the device's problems.
     ///
     /// # Errors
-    /// Returns [`DaemonError::NotFound`].
+    /// Returns [`HostError::NotFound`].
     pub fn explain(
         &self,
         id: u64,

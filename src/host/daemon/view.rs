@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Instant, UNIX_EPOCH};
 
+use crate::readings::IoCounters;
 use blobs::fetch::{Blob, FillProgress, Filling};
 use client::protocol::{
     BlobRecord, ChunkRecord, ChunkState, FailureRecord, PartKind, PlacedRecord, RetryRecord,
@@ -12,21 +13,6 @@ use client::protocol::{
 use disk::Disk;
 use disk::explain::{Held, Placed, What};
 use source::{Traffic, TryingAgain};
-
-/// Counters of an image's blobs since it was attached. Blobs that images share count for each of them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct IoCounters {
-    /// Bytes fetched from a registry.
-    pub fetched: u64,
-    /// Requests made for them.
-    pub requests: u64,
-    /// Requests among those that repeat a failed one.
-    pub retries: u64,
-    /// Bytes of the memory cache that the blobs take now.
-    pub cached: u64,
-    /// Reads of a blob that failed for good.
-    pub errors: u64,
-}
 
 /// Facts about an image that only its opener has.
 pub trait ImageView: Send + Sync {

@@ -20,7 +20,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::alarm::Bell;
 use super::audit::AuditedDevice;
 use crate::config::OnError;
-use crate::metrics::Times;
+use crate::readings::WaitReading;
 use blobs::Histogram;
 use disk::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
 
@@ -89,21 +89,6 @@ struct Failed {
     next: Instant,
     /// Waiters that ask again at `next`; empty when they have.
     waiters: Vec<Waiter>,
-}
-
-/// State of a device's waits at one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WaitReading {
-    /// Number of reads that wait now.
-    pub waiting: u64,
-    /// Age of the oldest of them.
-    pub oldest: Option<Duration>,
-    /// Durations of the waits that have ended.
-    pub times: Times,
-    /// Reads that were ended by their deadline.
-    pub expired: u64,
-    /// Reads that failed and were repeated.
-    pub repeated: u64,
 }
 
 /// A read that waits, for display.

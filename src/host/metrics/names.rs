@@ -5,7 +5,7 @@
 
 use super::upstream::Upstream;
 use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
-use crate::daemon::{AuditCounters, DeviceReading};
+use crate::readings::{AuditCounters, DeviceReading};
 use blobs::cache::{CacheStats, Residents};
 use blobs::fetch::FetchCounters;
 use blobs::tier::Tier;
@@ -164,12 +164,14 @@ pub const DEVICE: &[Metric<DeviceReading>] = &[
         "Range requests made to registries for these bytes",
         |device| device.image.requests.into(),
     ),
-    counter("turbobd_device_retries_total", "Range requests repeated after a failure", |device| {
-        device.image.retries.into()
-    }),
+    counter(
+        "turbobd_device_retries_total",
+        "Tries after the first of a read of the image's blobs: each follows a failed request, its broken body included",
+        |device| device.image.retries.into(),
+    ),
     counter(
         "turbobd_device_fetch_errors_total",
-        "Chunks of the image's blobs that could not be fetched",
+        "Reads of the image's blobs that failed after their last try",
         |device| device.image.errors.into(),
     ),
 ];
@@ -285,7 +287,7 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
     }),
     counter(
         "turbobd_fetch_damaged_total",
-        "Chunks whose bytes did not match their checksum, and were fetched again",
+        "Deliveries of a chunk whose bytes did not match their checksum; each but the third in a row is fetched again",
         |fetch| (&fetch.damaged).into(),
     ),
     counter("turbobd_fetch_failed_total", "Chunks that could not be fetched", |fetch| {
@@ -354,7 +356,7 @@ pub const TIER: &[Metric<Tier>] = &[
     ),
     counter(
         "turbobd_tier_damaged_total",
-        "Chunks on disk that failed verification, and were fetched again",
+        "Chunks on disk that failed verification; they are dropped, and fetched again when they are needed",
         |tier: &Tier| (&tier.counters().damaged).into(),
     ),
     counter(

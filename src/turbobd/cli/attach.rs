@@ -1,4 +1,4 @@
-//! `turbobd attach`: make a block device of an image, and mount it.
+//! `turbobd attach`: make the block device of an image, and mount it.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -16,24 +16,24 @@ use super::{Failure, Outcome, Service, image, stderr, stdout};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    #[command(flatten)]
-    image: image::Args,
-    /// Make the device writable: what is written goes to a layer in this folder, made if there is none. It
-    /// stays there, and `turbobd commit` makes an image layer of it.
-    #[arg(long, value_name = "DIR")]
-    upper: Option<PathBuf>,
-    /// What the device is called by who asks for a snapshot of it.
-    #[arg(long, value_name = "ID")]
-    dev_id: Option<String>,
-    /// Mount the device at this directory, read-only unless it has a writable layer.
+    /// Mount the device at this directory: read-only, unless the device has a writable layer.
     #[arg(long, value_name = "DIR")]
     mount: Option<PathBuf>,
-    /// How the device is made: ublk, or a loop device over FUSE where the kernel has no ublk.
+    /// Make the device writable. Writes go to a writable layer in this directory, which is created if it is missing
+    /// and stays after detach. `turbobd commit` makes a native layer from it.
+    #[arg(long, value_name = "DIR")]
+    upper: Option<PathBuf>,
+    /// Front end of the device: ublk, or loop (a loop device over FUSE). auto is ublk where the kernel has it.
     #[arg(long, value_enum, default_value_t = FrontendName::Auto)]
     frontend: FrontendName,
-    /// Serve from this process until it is interrupted, without a daemon.
+    /// Serve the device from this process until a signal ends it, without the daemon.
     #[arg(long)]
     foreground: bool,
+    /// Identifier of the device in requests to the snapshot service.
+    #[arg(long, value_name = "ID")]
+    dev_id: Option<String>,
+    #[command(flatten)]
+    image: image::Args,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -66,7 +66,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     if args.foreground {
         return serve_here(args, &spec, service, start);
     }
-    // A daemon's working directory is another.
+    // The daemon has another working directory.
     let config = service.file.as_deref().map(std::path::absolute).transpose();
     let config = config.map_err(Failure::because)?;
     let daemon = || daemon_command(config.as_deref());
@@ -86,7 +86,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Tells the device, and where it is mounted.
+/// Prints the device and its mount point.
 fn announce(device: &Path, mountpoint: Option<&Path>) -> Result<(), Failure> {
     match mountpoint {
         Some(dir) => stdout::line(format_args!("{} {}", device.display(), dir.display())),
@@ -94,7 +94,7 @@ fn announce(device: &Path, mountpoint: Option<&Path>) -> Result<(), Failure> {
     }
 }
 
-/// What the client starts when no daemon runs. One that runs keeps the configuration it has.
+/// Command that starts a daemon if none runs. A running daemon keeps its own configuration.
 fn daemon_command(config: Option<&Path>) -> Command {
     let program = std::env::current_exe().unwrap_or_else(|_| "turbobd".into());
     let mut command = Command::new(program);
@@ -123,9 +123,9 @@ fn serve_here(args: &Args, spec: &DeviceSpec, service: &Service, start: Instant)
         mounts::mount_image(&device.device, dir).map_err(Failure::because)?;
     }
     tracing::info!("attached after {:.1?}", start.elapsed());
-    // A device that nobody can be told of is taken back as one that is not wanted any more.
-    let told = announce(&device.device, args.mount.as_deref());
-    if told.is_ok() {
+    // Without its name printed the device is useless: remove it again.
+    let announced = announce(&device.device, args.mount.as_deref());
+    if announced.is_ok() {
         signals.wait();
     }
     for place in mounts::mounted_from(&device.device).map_err(Failure::because)?.iter().rev() {
@@ -133,5 +133,5 @@ fn serve_here(args: &Args, spec: &DeviceSpec, service: &Service, start: Instant)
     }
     table.detach(device.id).map_err(Failure::because)?;
     images.flush_audit();
-    told.map(|()| ExitCode::SUCCESS)
+    announced.map(|()| ExitCode::SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! Progress bars on a terminal, nothing elsewhere.
+//! Progress bars on a terminal; silent elsewhere.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use super::table::short;
 use ::convert::Progress;
 use formats::oci::Digest;
 
-/// One bar a layer.
+/// One bar for each layer.
 pub(super) struct Bars {
     group: MultiProgress,
     style: ProgressStyle,
@@ -17,7 +17,7 @@ pub(super) struct Bars {
 }
 
 impl Bars {
-    /// Draws on stderr, and only if that is a terminal.
+    /// Bars on stderr, drawn only if that is a terminal.
     pub(super) fn new() -> Self {
         let style = ProgressStyle::with_template(
             "{prefix} {bar:32} {binary_bytes:>11}/{binary_total_bytes} {binary_bytes_per_sec}",

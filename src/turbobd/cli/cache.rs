@@ -1,7 +1,7 @@
-//! `turbobd cache`: what is kept on disk, whether it is right, and making it smaller.
+//! `turbobd cache`: show, verify and prune the tiers on disk.
 //!
-//! A tier belongs to one process at a time. While a daemon has it, its numbers are on the page of metrics, and it
-//! keeps within its bounds and forgets damage by itself; so nothing here asks the daemon.
+//! A tier belongs to one process at a time. A running daemon holds its tiers open: its figures are in its metrics, and
+//! it keeps the size limits and drops damaged chunks itself. So this command never talks to the daemon.
 
 use std::process::ExitCode;
 
@@ -16,27 +16,27 @@ use blobs::tier::{Tier, TierError, Usage};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
-    what: Option<What>,
+    action: Option<Action>,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
 }
 
 #[derive(Clone, Copy, Debug, Subcommand)]
-enum What {
-    /// What is kept (the default).
+enum Action {
+    /// Show the size of each cache. This is the default.
     Usage,
-    /// Read everything, and forget what is damaged: it is fetched again when it is needed.
+    /// Read each cache, and drop damaged chunks; they are fetched again when they are needed.
     Verify,
-    /// Give up what is least worth keeping.
+    /// Drop the chunks that are least worth keeping.
     Prune {
-        /// Bytes that may stay in each cache; without it, nothing stays.
+        /// Bytes to keep in each cache.
         #[arg(long, value_name = "BYTES", default_value_t = 0)]
         to: u64,
     },
 }
 
-/// Shows, verifies or prunes the caches that the service configuration names.
+/// Shows, verifies or prunes the caches of the service configuration.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let mut rows = Vec::new();
     let mut damaged = 0;
@@ -47,10 +47,10 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
             )),
             error => Failure::because(error),
         })?;
-        match args.what.unwrap_or(What::Usage) {
-            What::Usage => {}
-            What::Verify => damaged += tier.verify().damaged,
-            What::Prune { to } => _ = tier.prune(to),
+        match args.action.unwrap_or(Action::Usage) {
+            Action::Usage => {}
+            Action::Verify => damaged += tier.verify().damaged,
+            Action::Prune { to } => _ = tier.prune(to),
         }
         let Usage { bytes, capacity, blobs, chunks } = tier.usage();
         rows.push(json!({

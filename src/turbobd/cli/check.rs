@@ -1,8 +1,8 @@
 //! `turbobd check`: verify an image.
 //!
-//! Opening verifies the meta image: digests, checksums, indexes, that they fit together, and that no
-//! mapping leaves its target. With `--data`, every chunk of every layer decodes
-//! and has its checksum, and every original blob has its digest.
+//! Opening the image verifies the meta image: digests, checksums, indexes, that they fit together, and that no
+//! mapping leaves its target. `--data` decodes every chunk of every layer, verifies its checksum, and verifies the digest
+//! of every original blob.
 
 use std::io::Read as _;
 use std::process::ExitCode;
@@ -19,15 +19,16 @@ use registry::store::ImageStore;
 use source::chunk::ChunkSource;
 
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("publish", |arg| arg.hide(true)))]
 pub(super) struct Args {
-    #[command(flatten)]
-    image: image::Args,
-    /// Also read and verify every byte of data.
+    /// Also read and verify all data of the layers.
     #[arg(long)]
     data: bool,
+    #[command(flatten)]
+    image: image::Args,
 }
 
-/// Checks; says on stdout what was verified.
+/// Verifies, and prints each verified part.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let registries = Registries::new(service.load()?);
     let cache = Cache::new(registries.service().turbobd.memory_cache, 1);
@@ -55,13 +56,13 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Decodes all chunks, on all cores; those of a long frame on one.
+/// Decodes all chunks on all cores; the chunks of one long frame on one core.
 fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
     let next = AtomicU32::new(0);
     let load = |index: u32| match source.serial(index) {
         serial if serial.len() <= 1 => source.load(index).map(drop),
         serial if serial.start == index => source.load_serial(serial, &mut |_| ()),
-        _ => Ok(()), // whoever has the first of them has them all
+        _ => Ok(()), // decoded with the first chunk of its frame
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..export::loader_threads())

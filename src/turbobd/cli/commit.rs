@@ -1,4 +1,4 @@
-//! `turbobd commit`: make a native layer of what was written to a device, and an image with it on top.
+//! `turbobd commit`: make a native layer from a writable layer, and an image with it on top.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -20,40 +20,40 @@ use formats::oci::manifest::media;
 use formats::oci::{Descriptor, ImageConfig, RepositoryName, annotations};
 use host::images::Registries;
 
-/// `-m`, `--uuid`, `-p`, `-f`, `--algorithm` and `--bs` mean what they mean to upstream's `overlaybd-commit`;
-/// the layer is always a `ZFile` in a tar (its `-z -t`), as registries keep it.
+/// `-m`, `--uuid`, `-p`, `-f`, `--algorithm` and `--bs` have their meaning from upstream's `overlaybd-commit`.
+/// The layer is always a `ZFile` in a tar (upstream's `-z -t`), the form of a layer in a registry.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Folder of the writable layer, as given to `attach --upper`. Nothing may be attached to it.
+    /// Directory of the writable layer, as in `attach --upper`. Detach its device first.
     upper: PathBuf,
     /// Write the layer to this file.
     #[arg(short, long, value_name = "FILE", required_unless_present = "tag")]
     output: Option<PathBuf>,
-    /// Replace the file if it exists.
+    /// Replace an existing file.
     #[arg(short, long)]
     force: bool,
-    /// Where the image below is, and the new one goes: `host/name` or `oci:DIR`.
+    /// Repository of the image below and of the new image: `host/name` or `oci:DIR`.
     #[arg(short, long, value_name = "REPO", requires_all = ["input_tag", "tag"])]
     repository: Option<String>,
-    /// Tag of the image that the device was made of.
+    /// Tag of the image below: the image of the device.
     #[arg(short, long, value_name = "TAG", requires = "repository")]
     input_tag: Option<String>,
-    /// Tag of the image to make: the one below and this layer.
+    /// Tag of the new image: the image below with this layer on top.
     #[arg(short, long, value_name = "TAG", requires = "repository")]
     tag: Option<String>,
-    /// A message for the layer, and for the history of the image; at most 256 bytes.
+    /// Message for the layer and for the history of the image; at most 256 bytes.
     #[arg(short, long, value_name = "TEXT")]
     message: Option<String>,
-    /// Identity of the layer; else the one it was made with.
-    #[arg(long, value_name = "UUID", value_parser = uuid)]
+    /// UUID of the layer [default: the UUID of the writable layer].
+    #[arg(long, value_name = "UUID", value_parser = uuid, help_heading = convert::NATIVE)]
     uuid: Option<Uuid>,
-    /// Identity of the layer below; else the one it was made with.
-    #[arg(short, long, value_name = "UUID", value_parser = uuid)]
+    /// UUID of the layer below [default: the parent's UUID in the writable layer].
+    #[arg(short, long, value_name = "UUID", value_parser = uuid, help_heading = convert::NATIVE)]
     parent_uuid: Option<Uuid>,
     #[command(flatten)]
     compression: convert::Compression,
-    /// Where the layer lies until it is stored; else the system's folder for temporary files.
-    #[arg(short, long, value_name = "DIR")]
+    /// Directory for the layer until it is stored [default: the system's directory for temporary files].
+    #[arg(short, long, value_name = "DIR", help_heading = convert::NATIVE)]
     dir: Option<PathBuf>,
     #[command(flatten)]
     registry: registry_flags::Args,
@@ -61,12 +61,12 @@ pub(super) struct Args {
 
 fn uuid(text: &str) -> Result<Uuid, String> {
     text.parse().map_err(|()| {
-        "an identity is 8-4-4-4-12 hexadecimal digits, as 01234567-89ab-cdef-0123-456789abcdef"
+        "a UUID is 8-4-4-4-12 hexadecimal digits, for example 01234567-89ab-cdef-0123-456789abcdef"
             .into()
     })
 }
 
-/// Commits; prints the digest of the layer, or of the image if one was made.
+/// Commits; prints the digest of the image, or of the layer if no image was made.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let message = args.message.clone().unwrap_or_default();
     if message.len() > 256 {
@@ -107,7 +107,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes the layer beside `path` and moves it there when it is whole.
+/// Writes the layer to a file; `--force` replaces an existing file only with a complete layer.
 fn write_file(args: &Args, path: &PathBuf, blob: &NativeBlob) -> io::Result<()> {
     if args.force {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
@@ -123,12 +123,12 @@ fn write_file(args: &Args, path: &PathBuf, blob: &NativeBlob) -> io::Result<()> 
         .and_then(|mut reader| io::copy(&mut reader, &mut file))
         .and_then(|_| file.sync_all());
     if written.is_err() {
-        let _ = std::fs::remove_file(path); // it was ours
+        let _ = std::fs::remove_file(path); // created above
     }
     written
 }
 
-/// Puts the layer on top of the image `base`, as the image `tag`; gives its digest.
+/// Puts the layer on top of the image `base`, as the image `tag`; returns its digest.
 fn publish(
     repository: &str,
     base: &str,
@@ -144,8 +144,8 @@ fn publish(
     let (stored, mut manifest) = host_manifest(&*store, &selector).map_err(Failure::because)?;
     if ::convert::meta::is_plain(&manifest) {
         return Err(Failure::Failed(format!(
-            "{base} is a plain image: a layer can be put on its converted form (turbobd convert), which is \
-             what a device is made of"
+            "{base} is a plain image: name the tag of its converted image (turbobd convert), which the device \
+             is made from"
         )));
     }
     let is_docker = media::is_docker(manifest.media_type());
@@ -158,7 +158,7 @@ fn publish(
     layer.annotations = annotations::native(&blob.digest(), blob.size()).into_iter().collect();
     manifest.layers.push(layer);
     manifest.config = Descriptor::of(&manifest.config.media_type, &config);
-    // Neither a conversion of the base's original any more, nor made of its layers alone.
+    // The new image is no conversion of the original, and has a layer more.
     manifest.annotations.remove(CHAINS);
     (manifest.subject, manifest.artifact_type) = (None, None);
     let bytes = manifest.to_bytes();

@@ -15,11 +15,18 @@ use formats::units::Bytes;
 use formats::zfile;
 use host::images::Registries;
 
-/// Flags of upstream's `convertor` mean the same here (spec turbooci 2), and `--algorithm` and `--bs` what
-/// they mean to its `overlaybd-commit`; `--span`, `--to`, `--reuse`, `--layer-store` and `--json` are ours.
+/// Heading of the options of native layers.
+pub(super) const NATIVE: &str = "Native layers";
+/// Heading of the options of meta images.
+const META: &str = "Meta image and disk";
+/// Heading of the options for layers from earlier conversions.
+const EARLIER: &str = "Layers of earlier conversions";
+
+/// Flags of upstream's `convertor` have the same meaning here (spec turbooci 2), `--algorithm` and `--bs` that of its
+/// `overlaybd-commit`. `--span`, `--to`, `--reuse`, `--base`, `--anew`, `--layer-store` and `--json` exist only here.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Where the image is and the result goes: `host/name` or `oci:DIR`.
+    /// Repository of the image and of the result: `host/name` or `oci:DIR`.
     #[arg(short, long, value_name = "REPO")]
     repository: String,
     /// Tag of the image to convert.
@@ -28,106 +35,112 @@ pub(super) struct Args {
     /// Digest of the image to convert.
     #[arg(short = 'g', long, value_name = "DIGEST", conflicts_with = "input_tag")]
     input_digest: Option<Digest>,
-    /// Tag of the TurboOCI image to make.
+    /// Tag of the meta image to build (TurboOCI): metadata and an index, without file data.
     #[arg(long = "turboOCI", visible_alias = "fastoci", value_name = "TAG")]
     turbo_oci: Option<String>,
-    /// Tag of the native overlaybd image to make, which holds all data.
+    /// Tag of the native overlaybd image to build, which contains all file data.
     #[arg(short = 'o', long = "overlaybd", visible_alias = "output-tag", value_name = "TAG")]
     native: Option<String>,
-    #[command(flatten)]
-    compression: Compression,
-    /// Where native layers lie until they are stored; else the system's folder for temporary files.
-    #[arg(short, long, value_name = "DIR")]
-    dir: Option<PathBuf>,
-    /// Take layers from this image converted before (a tag of the target, or an image name) where they are
-    /// the same. What stands under the target tags is always looked at.
-    #[arg(long, value_name = "TAG|IMAGE")]
-    reuse: Vec<String>,
-    /// Put new layers on top of those of this converted image (a tag of the target, or an image name), made by
-    /// turbobd or by upstream's tools in either format, where its sources are the image's lowest layers.
-    /// An image of others under a target tag is used so without being named.
-    #[arg(long, value_name = "TAG|IMAGE")]
-    base: Option<String>,
-    /// Convert all layers anew, whatever stands under the target tags.
-    #[arg(long, conflicts_with_all = ["base", "reuse"])]
-    anew: bool,
-    /// Keep converted layers in this folder, and take those of earlier conversions from it.
-    #[arg(long, value_name = "DIR")]
-    layer_store: Option<PathBuf>,
-    /// Write the result to this place instead: `oci:DIR` or `host/name`.
+    /// Repository of the result, if it is another: `host/name` or `oci:DIR`.
     #[arg(long, value_name = "REPO")]
     to: Option<String>,
-    /// Size of the virtual disk in GiB.
-    #[arg(long, value_name = "GB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=16 << 10))]
-    vsize: u64,
-    /// Filesystem of the meta image; upstream also makes erofs.
-    #[arg(long, default_value = "ext4", value_parser = ["ext4"])]
-    fstype: String,
-    /// Distance of gzip checkpoints in KiB: smaller means smaller first reads and a larger meta image.
-    #[arg(long, value_name = "KIB", default_value_t = formats::gzip::DEFAULT_SPAN.get() >> 10,
-          value_parser = clap::value_parser!(u64).range(64..=65536))]
-    span: u64,
-    /// Write OCI media types; without it Docker's are written, as upstream does.
+    /// Write OCI media types. The default is Docker's media types, as in upstream's convertor.
     #[arg(long)]
     oci: bool,
-    /// Name the original as `subject`, so that registries list the result among its referrers (implies --oci).
+    /// Set the original as the subject of the result: registries list the result among the referrers of the original.
+    /// Implies --oci.
     #[arg(long)]
     referrer: bool,
-    /// Platforms converted at the same time (0: all).
+    /// Number of platforms to convert at the same time; 0 means all.
     #[arg(long, value_name = "N", default_value_t = 4)]
     concurrency_limit: usize,
-    /// Build everything, publish nothing.
+    /// Build everything, and store nothing in the repository.
     #[arg(long)]
     no_upload: bool,
-    /// Print what was built as JSON.
+    /// Print a report of the result as JSON.
     #[arg(long)]
     json: bool,
+    /// Size of the virtual disk in GiB.
+    #[arg(long, value_name = "GiB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=16 << 10),
+          help_heading = META)]
+    vsize: u64,
+    /// Filesystem of the disk. erofs is an option of upstream's convertor only.
+    #[arg(long, default_value = "ext4", value_parser = ["ext4"], help_heading = META)]
+    fstype: String,
+    /// Distance of gzip checkpoints in KiB of the tar, 64 to 65536. A shorter span makes first reads smaller and the meta
+    /// image larger.
+    #[arg(long, value_name = "KiB", default_value_t = formats::gzip::DEFAULT_SPAN.get() >> 10,
+          value_parser = clap::value_parser!(u64).range(64..=65536), help_heading = META)]
+    span: u64,
+    #[command(flatten)]
+    compression: Compression,
+    /// Directory for native layers until they are stored [default: the system's directory for temporary files].
+    #[arg(short, long, value_name = "DIR", help_heading = NATIVE)]
+    dir: Option<PathBuf>,
+    /// Reuse equal layers of this converted image: a tag of the target, or an image name. The option may be repeated.
+    /// The images under the target tags are searched without it.
+    #[arg(long, value_name = "TAG|IMAGE", help_heading = EARLIER)]
+    reuse: Vec<String>,
+    /// Use the layers of this converted image (a tag of the target, or an image name) as the lowest layers of the result.
+    /// Its source layers must be the lowest layers of the image. Meta images and native images fit, also those from
+    /// upstream's tools. An image of upstream's tools under a target tag is used without this option.
+    #[arg(long, value_name = "TAG|IMAGE", help_heading = EARLIER)]
+    base: Option<String>,
+    /// Do not use the layers of the images under the target tags.
+    #[arg(long, conflicts_with_all = ["base", "reuse"], help_heading = EARLIER)]
+    anew: bool,
+    /// Directory of converted layers: new layers are kept in it, and layers of earlier conversions are taken from it.
+    #[arg(long, value_name = "DIR", help_heading = EARLIER)]
+    layer_store: Option<PathBuf>,
     #[command(flatten)]
     registry: registry_flags::Args,
     #[command(flatten)]
     upstream: UpstreamOnly,
 }
 
-/// How a native layer is compressed.
+/// Compression of native layers.
 #[derive(Debug, clap::Args)]
 pub(super) struct Compression {
-    /// Compression of a native layer.
-    #[arg(long, value_name = "NAME", default_value = "lz4", value_parser = ["lz4", "zstd"])]
+    /// Compression of native layers.
+    #[arg(long, value_name = "NAME", default_value = "lz4", value_parser = ["lz4", "zstd"], help_heading = NATIVE)]
     algorithm: String,
-    /// Block size of a native layer in KiB: 4, 8, 16, 32, or 64, which only fits what compresses everywhere.
-    #[arg(long, value_name = "KIB", default_value = "4", value_parser = ["4", "8", "16", "32", "64"])]
+    /// Block size of native layers in KiB. 64 works only if every block becomes smaller by compression.
+    #[arg(long, value_name = "KiB", default_value = "4", value_parser = ["4", "8", "16", "32", "64"],
+          help_heading = NATIVE)]
     bs: String,
 }
 
 impl Compression {
-    /// The same for the writer.
+    /// Options of the writer.
     pub(super) fn zfile(&self) -> zfile::Options {
         let algo = if self.algorithm == "zstd" { zfile::Algo::Zstd } else { zfile::Algo::Lz4 };
-        // clap has let nothing else through.
+        // clap accepts no other values.
         let block_size = self.bs.parse::<u32>().map_or(4096, |kib| kib << 10);
         zfile::Options { algo, block_size, ..zfile::Options::default() }
     }
 }
 
-/// Flags of upstream's `convertor` that mean nothing here, or nothing yet: a script that passes them
-/// is told so instead of being misunderstood.
+/// Heading of the flags that only upstream's `convertor` implements.
+const UPSTREAM: &str = "Compatibility with upstream's convertor";
+
+/// Flags of upstream's `convertor` without effect here. A script that passes them gets a warning, or an error if the
+/// result would be another.
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Of upstream's convertor")]
 struct UpstreamOnly {
-    /// Only `true`: the filesystem is always made in the first layer.
-    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    /// Accepted as true only: the first layer always contains the filesystem.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, help_heading = UPSTREAM)]
     mkfs: bool,
-    /// Not needed: work files have no name and are gone with the process.
-    #[arg(long)]
+    /// Ignored: a conversion has no work directory to keep.
+    #[arg(long, help_heading = UPSTREAM)]
     reserve: bool,
-    /// Not needed: there is no writable layer.
-    #[arg(long)]
+    /// Ignored: a conversion has no writable layer.
+    #[arg(long, help_heading = UPSTREAM)]
     disable_sparse: bool,
-    /// There is no database: see --reuse and --layer-store.
-    #[arg(long, value_name = "TYPE")]
+    /// Refused: there is no database. Use --reuse or --layer-store.
+    #[arg(long, value_name = "TYPE", help_heading = UPSTREAM)]
     db_type: Option<String>,
-    /// See --db-type.
-    #[arg(long, value_name = "DSN")]
+    /// Refused, like --db-type.
+    #[arg(long, value_name = "DSN", help_heading = UPSTREAM)]
     db_str: Option<String>,
 }
 
@@ -136,11 +149,11 @@ impl UpstreamOnly {
         let refused = [
             (
                 !self.mkfs,
-                "--mkfs=false: there is no shared base layer; the filesystem is made in the first layer",
+                "--mkfs=false: there is no shared base layer; the first layer contains the filesystem",
             ),
             (
                 self.db_type.is_some() || self.db_str.is_some(),
-                "--db-type: there is no database; --reuse and --layer-store find layers that were converted before",
+                "--db-type: there is no database; --reuse and --layer-store find layers of earlier conversions",
             ),
         ];
         if let Some((_, why)) = refused.iter().find(|(given, _)| *given) {
@@ -150,9 +163,7 @@ impl UpstreamOnly {
             [(self.reserve, "--reserve"), (self.disable_sparse, "--disable-sparse")]
         {
             if given {
-                tracing::warn!(
-                    "{flag} is ignored: it concerns work files that a conversion here does not have"
-                );
+                tracing::warn!("{flag} is ignored: a conversion has no such work files");
             }
         }
         Ok(())
@@ -160,7 +171,7 @@ impl UpstreamOnly {
 }
 
 impl Args {
-    /// Layers that were converted before.
+    /// Layers of earlier conversions.
     fn known_layers(
         &self,
         into: &Arc<dyn ImageStore>,
@@ -173,15 +184,15 @@ impl Args {
         let mut known = KnownLayers::with_local(local);
         let tags = [&self.turbo_oci, &self.native].into_iter().flatten();
         for tag in tags.filter(|_| !self.anew) {
-            // Most conversions are the first under their tag.
+            // Not an error: most conversions are the first under their tag.
             if let Err(error) = known.learn(into, &Selector::Tag(tag.clone())) {
                 tracing::debug!(%tag, %error, "no earlier conversion to take layers from");
             }
         }
         for name in &self.reuse {
             let (from, selector) = self.named(name, into, client)?;
-            let learnt = known.learn(&from, &selector).map_err(Failure::because)?;
-            tracing::info!("{name} has {learnt} layers that can be used again");
+            let count = known.learn(&from, &selector).map_err(Failure::because)?;
+            tracing::info!("{name} has {count} layers that can be reused");
         }
         if let Some(name) = &self.base {
             let (from, selector) = self.named(name, into, client)?;
@@ -228,7 +239,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let source: RepositoryName = args.repository.parse().map_err(Failure::usage)?;
     let store = store::open_repository(&source, &client).map_err(Failure::because)?;
     let into = match &args.to {
-        // A place that nothing is written to is not made either.
+        // Nothing is written, so the target is not created.
         _ if args.no_upload => store.clone(),
         None => store.clone(),
         Some(to) => {
@@ -279,7 +290,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What was built, on stderr: stdout carries only the digest.
+/// Prints the report on stderr: stdout carries only the digest.
 fn report(done: &::convert::Conversion) {
     for image in &done.images {
         for layer in &image.layers {

@@ -11,15 +11,15 @@ use super::{Failure, Outcome, Service};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Ask the running daemon to remove its unused devices and to end.
+    /// Tell the running daemon to remove its unused devices and to exit. It goes on if a device is in use.
     #[arg(long)]
     stop: bool,
-    /// As `attach` starts it: in the background, until nothing is attached any more.
+    /// Run in the background until no device is left; `attach` starts the daemon so.
     #[arg(long, hide = true, conflicts_with = "stop")]
     auto: bool,
 }
 
-/// Serves until it is told to end, or tells the one that does.
+/// Serves until a signal or `--stop` ends it; with `--stop`, ends the running daemon.
 pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
@@ -34,7 +34,7 @@ pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
         let names: Vec<String> =
             busy.iter().map(|record| record.device.display().to_string()).collect();
         return Err(Failure::Failed(format!(
-            "It serves on, because {} is in use: detach it first",
+            "The daemon goes on, because {} is in use: detach it first",
             names.join(", ")
         )));
     }

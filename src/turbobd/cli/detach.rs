@@ -8,24 +8,24 @@ use formats::oci::ImageName;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The device, where it is mounted, or the image.
+    /// Device, its mount point, or its image.
     #[arg(value_name = "DEVICE|MOUNTPOINT|IMAGE")]
-    what: String,
+    target: String,
 }
 
 /// Detaches.
 pub(super) fn run(args: &Args) -> Outcome {
     let none =
-        || Failure::Failed(format!("{} is not attached: no daemon runs on this host", args.what));
+        || Failure::Failed(format!("{} is not attached: no daemon runs on this host", args.target));
     let mut client =
         Client::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(none)?;
-    // An image is known to the daemon by its absolute name.
-    let absolute = args.what.parse::<ImageName>().ok().and_then(|image| image.absolute().ok());
-    let what = match absolute {
+    // The daemon knows an image by its absolute name.
+    let absolute = args.target.parse::<ImageName>().ok().and_then(|image| image.absolute().ok());
+    let target = match absolute {
         Some(image @ ImageName::Layout(_)) => image.to_string(),
-        _ => args.what.clone(),
+        _ => args.target.clone(),
     };
-    let record = client.detach(&what).map_err(Failure::because)?;
+    let record = client.detach(&target).map_err(Failure::because)?;
     tracing::info!("removed {}", record.device.display());
     Ok(ExitCode::SUCCESS)
 }

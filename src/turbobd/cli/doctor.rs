@@ -1,4 +1,4 @@
-//! `turbobd doctor`: what this host can do.
+//! `turbobd doctor`: the abilities of this host.
 
 use std::process::ExitCode;
 
@@ -12,7 +12,7 @@ pub(super) struct Args {
     json: bool,
 }
 
-/// Examines; status 1 when no front end can work.
+/// Examines the host; exit status 1 if no front end can work.
 pub(super) fn run(args: &Args) -> Outcome {
     let report = doctor::examine();
     if args.json {

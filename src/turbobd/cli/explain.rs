@@ -1,4 +1,4 @@
-//! `turbobd explain`: where a file or a byte of a device comes from, and what a device waits for.
+//! `turbobd explain`: the layer, blob and segment behind a file or byte of a device, and the reads that wait.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,26 +13,26 @@ use client::{Client, DeviceRecord, find, mounts};
 use formats::units::SECTOR;
 use sys::extents;
 
-/// Places asked for at once: a file of several GB in segments of a megabyte. The answer is a few MB.
+/// Largest number of places in one answer: enough for a file of several GB in segments of 1 MiB; the answer has a few MB.
 const MOST_PLACES: usize = 20_000;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The device, where it is mounted, or the image.
+    /// Device, its mount point, or its image.
     #[arg(value_name = "DEVICE")]
     device: String,
-    /// A file or directory of the image: a path inside it, or below where it is mounted.
+    /// File or directory of the image: a path in the image, or a path below its mount point.
     #[arg(conflicts_with = "offset")]
     path: Option<PathBuf>,
-    /// A byte of the disk instead of a file.
-    #[arg(long, value_name = "N")]
+    /// Offset on the disk in bytes, instead of a file.
+    #[arg(long, value_name = "BYTES")]
     offset: Option<u64>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// A part of what was asked about, with its place in the file.
+/// A part of the requested file or range, with its place in the file.
 #[derive(serde::Serialize)]
 struct Part {
     /// First byte in the file.
@@ -43,7 +43,7 @@ struct Part {
 }
 
 #[derive(serde::Serialize)]
-struct Told {
+struct Answer {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     parts: Vec<Part>,
     #[serde(flatten)]
@@ -78,13 +78,13 @@ pub(super) fn run(args: &Args) -> Outcome {
         .map(|place| Part { file_offset: file_offset(&of_file, place.offset_bytes), place })
         .collect();
     if args.json {
-        return table::print_json(&Told { parts, explanation }).map(|()| ExitCode::SUCCESS);
+        return table::print_json(&Answer { parts, explanation }).map(|()| ExitCode::SUCCESS);
     }
     if args.path.is_some() || args.offset.is_some() {
         print_parts(&parts, &explanation.blobs)?;
         if parts.is_empty() {
             stderr::line(
-                "turbobd: explain: it has no blocks: its content, if any, is in its inode",
+                "turbobd: explain: the file has no blocks: it is empty, or its content is in the inode",
             );
         }
         if cut {
@@ -105,7 +105,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The device that the user names.
+/// Finds the device that the user names.
 fn named(client: &mut Client, what: &str) -> Result<DeviceRecord, Failure> {
     let records = client.list().map_err(Failure::because)?;
     let absolute =
@@ -119,7 +119,7 @@ fn named(client: &mut Client, what: &str) -> Result<DeviceRecord, Failure> {
 
 type FileRange = (u64, u64, u64);
 
-/// Where a file of a mounted device lies on its disk; and for each part its place in the file.
+/// Ranges of a file on the disk of a mounted device; and the same with the offsets in the file.
 fn file_ranges(
     device: &DeviceRecord,
     path: &std::path::Path,
@@ -143,7 +143,7 @@ fn file_ranges(
     Ok((of_file.iter().map(|&(place, len, _)| (place, len)).collect(), of_file))
 }
 
-/// The place in the file of a byte of the disk.
+/// Offset in the file of a byte of the disk.
 fn file_offset(of_file: &[FileRange], byte: u64) -> Option<u64> {
     let part = of_file.iter().find(|(place, len, _)| (*place..place + len).contains(&byte))?;
     Some(part.2 + (byte - part.0))
@@ -208,8 +208,8 @@ fn held(held: ChunkState) -> &'static str {
     }
 }
 
-fn print_device(told: &Explanation) -> Result<(), Failure> {
-    let device = &told.device;
+fn print_device(explanation: &Explanation) -> Result<(), Failure> {
+    let device = &explanation.device;
     let state = ls::state(device);
     stdout::line(format_args!("{}: {}, {state}", device.device.display(), device.image))?;
     stdout::line(format_args!(
@@ -220,12 +220,12 @@ fn print_device(told: &Explanation) -> Result<(), Failure> {
         device.retries,
         device.errors
     ))?;
-    match told.device.waiting {
+    match device.waiting {
         0 => stdout::line("no read waits")?,
         1 => stdout::line("1 read waits:")?,
         many => stdout::line(format_args!("{many} reads wait:"))?,
     }
-    for read in &told.waiting {
+    for read in &explanation.waiting {
         stdout::line(format_args!("  {}", waiting(read)))?;
     }
     Ok(())

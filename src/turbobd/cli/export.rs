@@ -1,4 +1,4 @@
-//! `turbobd export`: the whole virtual disk without any kernel.
+//! `turbobd export`: the whole virtual disk as a file or digest, without a block device.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,15 +10,16 @@ use disk::{Disk, digest, scan};
 use host::images::{self, Registries};
 
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("publish", |arg| arg.hide(true)))]
 pub(super) struct Args {
-    #[command(flatten)]
-    image: image::Args,
-    /// Write the disk to this file, sparse.
+    /// Write the disk to this sparse file.
     #[arg(short, long, value_name = "RAW", required_unless_present = "digest")]
     output: Option<PathBuf>,
-    /// Print `content_sha256=… vsize=…`: a digest of all blocks that are not zero.
+    /// Print `content_sha256=… vsize=…`: the digest of all blocks that are not zero, and the size in bytes.
     #[arg(long)]
     digest: bool,
+    #[command(flatten)]
+    image: image::Args,
 }
 
 /// Exports.
@@ -43,7 +44,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes the disk beside `path` and moves it there when it is whole.
+/// Writes the disk to a temporary file beside `path`, and renames it to `path` when it is complete.
 fn export(disk: &Disk, path: &Path) -> Result<(), Failure> {
     let cannot = |error: std::io::Error| {
         Failure::Failed(format!("Cannot write {}: {error}", path.display()))
@@ -56,7 +57,7 @@ fn export(disk: &Disk, path: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// One loader a core: inflating is all they do here.
+/// Number of loaders: one for each core, because they only decode.
 pub(super) fn loader_threads() -> usize {
     std::thread::available_parallelism().map_or(2, std::num::NonZero::get)
 }

@@ -1,4 +1,4 @@
-//! The image that a command names.
+//! The image arguments of a command.
 
 use std::path::PathBuf;
 
@@ -7,22 +7,25 @@ use formats::oci::ImageName;
 
 use super::{Failure, registry_flags};
 
+/// Heading of the options of the image.
+const IMAGE: &str = "Image";
+
 /// An image, by name or by overlaybd's device config.
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
 pub(super) struct Args {
-    /// `[host[:port]/]name[:tag|@digest]`, or `oci:DIR[:TAG]`.
+    /// Image in a registry: `[host[:port]/]name[:tag|@digest]`; or in an OCI image layout: `oci:DIR[:TAG]`.
     #[arg(required_unless_present = "config")]
     pub(super) image: Option<String>,
-    /// Upstream's device config (`config.v1.json`) instead of an image.
-    #[arg(long, value_name = "FILE", conflicts_with = "image")]
+    /// Device config of overlaybd (`config.v1.json`), instead of an IMAGE.
+    #[arg(long, value_name = "FILE", conflicts_with = "image", help_heading = IMAGE)]
     pub(super) config: Option<PathBuf>,
-    /// Where meta images of plain images are kept on this host; else the service configuration's
-    /// `turbobd.metaDir`, which is /var/lib/turbobd/meta by default.
-    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    /// Directory for meta images that this host builds for plain images [default: `turbobd.metaDir` of the service
+    /// configuration, or /var/lib/turbobd/meta].
+    #[arg(long, value_name = "DIR", conflicts_with = "config", help_heading = IMAGE)]
     pub(super) meta_dir: Option<PathBuf>,
-    /// Push the meta image that was built for a plain image, as a referrer of it: other hosts find it then.
-    #[arg(long, conflicts_with = "config")]
+    /// Push the meta image that this host builds for a plain image, as a referrer of the image. Other hosts find it there.
+    #[arg(long, conflicts_with = "config", help_heading = IMAGE)]
     pub(super) publish: bool,
     #[command(flatten)]
     pub(super) registry: registry_flags::Args,
@@ -38,13 +41,13 @@ impl Args {
         }
     }
 
-    /// True if all of the image is in a layout on this host. A device config may name layers of registries.
+    /// True if the image is in a layout on this host. The layers of a device config may be in registries.
     pub(super) fn is_local(&self) -> bool {
         let name = self.image.as_ref().and_then(|image| image.parse().ok());
         matches!(name, Some(ImageName::Layout(_)))
     }
 
-    /// The image as a spec, with absolute paths: a daemon has another working directory.
+    /// The image as a spec, with absolute paths: the daemon has another working directory.
     pub(super) fn spec(&self) -> Result<ImageSpec, Failure> {
         let source = match (&self.image, &self.config) {
             (Some(image), _) => {

@@ -1,4 +1,4 @@
-//! `turbobd inspect`: what an image is.
+//! `turbobd inspect`: the layers of an image, their sizes and indexes.
 
 use std::process::ExitCode;
 
@@ -11,12 +11,13 @@ use disk::volume::Volume as _;
 use host::images::{self, Registries};
 
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("publish", |arg| arg.hide(true)))]
 pub(super) struct Args {
-    #[command(flatten)]
-    image: image::Args,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    image: image::Args,
 }
 
 /// Inspects.

@@ -1,19 +1,23 @@
-//! Where this program says what it does: standard error, or a daemon's log file.
+//! The log: on stderr, or in a daemon's log file.
 //!
-//! How much is said: `RUST_LOG`, else `-v`, else the service configuration's `logLevel`, else what a command or a
-//! server says by default. A log file counts as asked for: it begins at level 1.
+//! The level comes from `RUST_LOG`, else `-v`, else the service configuration's `logLevel`, else the default of the
+//! command. The default of a log file is `logLevel` 1. `RUST_LOG` takes targets with levels, such as
+//! `turbobd=debug,warn`.
 
 use std::io::IsTerminal as _;
 
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use super::Failure;
 use host::config::{LogLevel, ServiceConfig};
 
-/// What a server says that nobody has asked to say more.
+/// Default filter of a command that serves devices.
 pub(super) const OF_A_SERVER: &str = "warn,fuser=error,fuser::reply=off";
 
-/// What is said at each level.
+/// Filter of each level.
 fn at(level: LogLevel) -> &'static str {
     match level {
         LogLevel::Debug => "turbobd=debug,info",
@@ -50,14 +54,27 @@ pub(super) fn to_stderr(level: &str) {
 }
 
 fn begin(level: &str, writer: BoxMakeWriter, colours: bool) {
-    let filter =
-        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let stated = std::env::var("RUST_LOG").ok().and_then(|level| level.parse::<Targets>().ok());
+    let Some(filter) = stated.or_else(|| level.parse().ok()) else { return };
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(writer)
         .with_ansi(colours)
         .with_target(false)
-        // It would tell of a log that nobody reads by a macro that panics then.
-        .log_internal_errors(false)
-        .try_init();
+        // The message about a closed log pipe would go through a macro that panics on a closed pipe.
+        .log_internal_errors(false);
+    let _ = tracing_subscriber::registry().with(lines).with(filter).try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_is_a_filter() {
+        let levels = [LogLevel::Debug, LogLevel::Info, LogLevel::Warnings, LogLevel::Errors];
+        let stated = levels.into_iter().map(at).chain([1, 2].map(super::super::verbosity));
+        for level in stated.chain([super::super::QUIET]) {
+            assert!(level.parse::<Targets>().is_ok(), "{level}");
+        }
+    }
 }

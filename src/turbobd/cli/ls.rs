@@ -11,12 +11,12 @@ pub(super) struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// Print everything that the daemon counts, in Prometheus' text format (see METRICS.md).
+    /// Print all metrics of the daemon in Prometheus' text format (METRICS.md).
     #[arg(long, conflicts_with = "json")]
     metrics: bool,
 }
 
-/// Lists; nothing attached and no daemon is an empty list.
+/// Lists the devices; without a daemon the list is empty.
 pub(super) fn run(args: &Args) -> Outcome {
     let client = Client::connect(&protocol::run_dir()).map_err(Failure::because)?;
     if args.metrics {
@@ -64,7 +64,7 @@ fn row(device: &DeviceRecord) -> Vec<String> {
     ]
 }
 
-/// How a device is; of a stalled one, for how long.
+/// State of a device; of a stalled one with the time.
 pub(super) fn state(device: &DeviceRecord) -> String {
     match device.state {
         DeviceState::Ready => "ready".into(),

@@ -1,4 +1,4 @@
-//! Flags for registries, shared by all commands that name an image.
+//! Flags for the registry, in all commands that name an image.
 
 use std::path::{Path, PathBuf};
 
@@ -6,28 +6,30 @@ use client::{CertificateSpec, RegistrySpec};
 
 use super::Failure;
 
-/// How to reach a registry. Names as in upstream's `convertor`.
+/// Heading of these flags. Each flag names it, because `next_help_heading` would also take the flags that follow.
+const REGISTRY: &str = "Registry";
+
+/// The way to a registry. The names are those of upstream's `convertor`.
 #[derive(Clone, Debug, Default, clap::Args)]
-#[command(next_help_heading = "Registry")]
-#[group(skip)] // it is part of commands whose own struct has the same name
+#[group(skip)] // the commands that contain it have a group of the same name
 pub(super) struct Args {
-    /// Credentials, `user:password`; without it, Docker's config file is asked.
-    #[arg(short = 'u', long = "username", value_name = "USER[:PASS]")]
+    /// User and password [default: the credentials in the configuration files of docker and podman].
+    #[arg(short = 'u', long = "username", value_name = "USER[:PASS]", help_heading = REGISTRY)]
     pub(super) user: Option<String>,
-    /// Speak HTTP without TLS (a loopback registry is always spoken to so, unless it is given a CA).
-    #[arg(long)]
+    /// Use HTTP without TLS. This is the default for a registry on loopback, unless a CA is named.
+    #[arg(long, help_heading = REGISTRY)]
     pub(super) plain: bool,
-    /// Do not verify the registry's certificate.
-    #[arg(long)]
+    /// Accept any certificate of the registry.
+    #[arg(long, help_heading = REGISTRY)]
     pub(super) insecure: bool,
-    /// Additional CA certificates, PEM.
-    #[arg(long, value_name = "FILE")]
+    /// PEM file of additional CA certificates.
+    #[arg(long, value_name = "FILE", help_heading = REGISTRY)]
     pub(super) root_ca: Option<PathBuf>,
-    /// Directory of additional CA certificates, PEM.
-    #[arg(long, value_name = "DIR")]
+    /// Directory of PEM files with additional CA certificates.
+    #[arg(long, value_name = "DIR", help_heading = REGISTRY)]
     pub(super) cert_dir: Option<PathBuf>,
-    /// Client certificate and key, PEM.
-    #[arg(long, value_name = "CRT:KEY")]
+    /// Client certificate and its key: two PEM files.
+    #[arg(long, value_name = "CRT:KEY", help_heading = REGISTRY)]
     pub(super) client_cert: Option<String>,
 }
 

@@ -1,7 +1,7 @@
-//! What a command tells people: the one way to stderr.
+//! Messages for people: the only way to stderr.
 //!
-//! Nobody may be reading, and there is nobody else to tell: the command goes on. The standard library's macro panics
-//! then, in the middle of what the command was doing, so a lint forbids it here.
+//! A command goes on if stderr is closed. The standard library's macro panics on a closed pipe, so a lint forbids it
+//! here.
 
 use std::fmt;
 use std::io::{self, Write as _};

@@ -31,7 +31,7 @@ pub(super) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     stdout::line(serde_json::to_string_pretty(value).map_err(Failure::because)?)
 }
 
-/// A size for people: three significant digits and a binary unit.
+/// Formats a size in bytes: three significant digits and a binary unit.
 pub(super) fn size(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
     let mut value = bytes as f64;
@@ -48,7 +48,7 @@ pub(super) fn size(bytes: u64) -> String {
     }
 }
 
-/// A time for people, of milliseconds.
+/// Formats a time in milliseconds.
 pub(super) fn duration(milliseconds: u64) -> String {
     match milliseconds {
         ..1_000 => format!("{milliseconds} ms"),
@@ -58,7 +58,7 @@ pub(super) fn duration(milliseconds: u64) -> String {
     }
 }
 
-/// `part` of `whole` as a percentage.
+/// Formats `part` of `whole` as a percentage.
 pub(super) fn percent(part: u64, whole: u64) -> String {
     if whole == 0 { "-".into() } else { format!("{:.2} %", part as f64 * 100.0 / whole as f64) }
 }

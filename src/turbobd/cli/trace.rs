@@ -1,4 +1,4 @@
-//! `turbobd trace`: record what a start reads, show what was recorded, and [publish] it.
+//! `turbobd trace`: record, show and [publish] the reads of a container's start.
 
 mod publish;
 
@@ -22,34 +22,36 @@ use host::images::{self, HostImages, Registries};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
-    what: What,
+    action: Action,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
-    /// Record what a start reads of an image, or what is read of a device from now on.
+enum Action {
+    /// Record the reads of a start from an image, or the reads of a device from now on.
     Record(Box<RecordArgs>),
-    /// Show what a trace lists.
+    /// Print a trace.
     Show(ShowArgs),
-    /// Push a trace beside its image: a host that has learned nothing of the image yet fetches ahead by it.
+    /// Push a trace beside its image. Hosts without a trace of their own prefetch by it.
     Publish(Box<publish::PublishArgs>),
 }
 
 #[derive(Debug, clap::Args)]
+// Each index is set, because `mut_arg` moves an argument to the end.
+#[command(mut_arg("image", |arg| arg.index(1).help("Image, or a device of this host: its node or mount point")))]
 struct RecordArgs {
-    #[command(flatten)]
-    image: image::Args,
-    /// Write the trace here.
+    /// Write the trace to this file.
     #[arg(short, long, value_name = "FILE", default_value = "turbobd.trace")]
     output: PathBuf,
-    /// Whose format: ours, or overlaybd's, which can speak of native layers only.
+    /// Format of the trace. overlaybd's format covers native layers only.
     #[arg(long, value_enum, default_value_t = Format::Turbobd)]
     format: Format,
-    /// Record for so long [default: 30, if there is no COMMAND].
-    #[arg(long, value_name = "N", conflicts_with = "command")]
+    /// Length of the recording in seconds [default: 30, if there is no COMMAND].
+    #[arg(long, value_name = "SECONDS", conflicts_with = "command")]
     seconds: Option<u64>,
-    /// Record until this ends. For an IMAGE it runs in the mounted image (chroot), for a device on the host.
-    #[arg(last = true, value_name = "COMMAND")]
+    #[command(flatten)]
+    image: image::Args,
+    /// Command to run and record until it ends: in the mounted IMAGE (chroot), or on the host for a device.
+    #[arg(last = true, index = 2, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
@@ -61,7 +63,7 @@ enum Format {
 
 #[derive(Debug, clap::Args)]
 struct ShowArgs {
-    /// A trace, ours or overlaybd's.
+    /// Trace file, in the format of turbobd or overlaybd.
     file: PathBuf,
     /// Print JSON.
     #[arg(long)]
@@ -70,14 +72,14 @@ struct ShowArgs {
 
 /// Records, shows or publishes.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
-    match &args.what {
-        What::Record(args) => record(args, service),
-        What::Show(args) => show(args),
-        What::Publish(args) => publish::run(args, service),
+    match &args.action {
+        Action::Record(args) => record(args, service),
+        Action::Show(args) => show(args),
+        Action::Publish(args) => publish::run(args, service),
     }
 }
 
-/// How long to record when nobody says.
+/// Length of a recording without `--seconds` and without a command.
 const SECONDS: u64 = 30;
 
 fn record(args: &RecordArgs, service: &Service) -> Outcome {
@@ -113,7 +115,7 @@ fn record(args: &RecordArgs, service: &Service) -> Outcome {
     }
 }
 
-/// The daemon, if what is to be recorded is one of its devices.
+/// Connection to the daemon, and the device's name, if the argument is a device.
 fn served_device(image: &image::Args) -> Result<Option<(Client, String)>, Failure> {
     let Some(name) = image.image.clone().filter(|name| name.starts_with('/')) else {
         return Ok(None);
@@ -138,7 +140,7 @@ fn record_device(
     Ok((trace, status?))
 }
 
-/// Attaches the image in this process, mounts it, and watches.
+/// Attaches the image in this process, mounts it, and records.
 fn record_image(
     args: &RecordArgs,
     service: &Service,
@@ -171,7 +173,7 @@ fn record_image(
     Ok((trace?, status?))
 }
 
-/// Runs the command, or waits as long as was asked for.
+/// Runs the command, or waits for the length of the recording.
 fn wait(
     args: &RecordArgs,
     place: impl FnOnce(Vec<String>) -> Vec<String>,
@@ -192,7 +194,7 @@ fn wait(
     status.map(Some).map_err(|error| Failure::Failed(format!("Cannot run {}: {error}", command[0])))
 }
 
-/// The image's disk, to number its layers.
+/// Opens the image's disk, to number its layers.
 fn open(args: &RecordArgs, service: &Service) -> Result<Disk, Failure> {
     Ok(images::open::open(&args.image.spec()?, &Registries::new(service.load()?), Cache::new(0, 1))
         .map_err(Failure::open)?
@@ -205,7 +207,7 @@ fn overlaybd(trace: &Trace, disk: &Disk) -> Result<Vec<u8>, Failure> {
     let reads = upstream::of_trace(trace, &layers);
     if reads.is_empty() && !trace.touches.is_empty() {
         return Err(Failure::Failed(
-            "Nothing was read of native layers, and overlaybd's traces know no others: use --format turbobd".into(),
+            "No native layer was read, and overlaybd's format covers no other layers: use --format turbobd".into(),
         ));
     }
     Ok(upstream::to_bytes(&reads))

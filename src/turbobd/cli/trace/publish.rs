@@ -1,4 +1,4 @@
-//! `turbobd trace publish`: a recorded trace, beside the image, for every host.
+//! `turbobd trace publish`: push a trace beside its image, for every host.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,12 +14,13 @@ use host::images::{self, Registries};
 use registry::store::Selector;
 
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("publish", |arg| arg.hide(true)))]
 pub(super) struct PublishArgs {
-    #[command(flatten)]
-    image: image::Args,
-    /// The trace: what `trace record` wrote, or one that this host has learned.
+    /// Trace file, from `trace record` or learned by this host.
     #[arg(short, long, value_name = "FILE", default_value = "turbobd.trace")]
     trace: PathBuf,
+    #[command(flatten)]
+    image: image::Args,
 }
 
 pub(super) fn run(args: &PublishArgs, service: &Service) -> Outcome {
@@ -45,7 +46,7 @@ pub(super) fn run(args: &PublishArgs, service: &Service) -> Outcome {
     let fitting = fitting.count();
     if fitting == 0 {
         return Err(Failure::Failed(format!(
-            "None of the {} pieces in {} is of a layer of {name}: record a start of this image",
+            "None of the {} pieces in {} belongs to a layer of {name}: record a start of this image",
             trace.touches.len(),
             args.trace.display()
         )));

@@ -1,4 +1,4 @@
-//! Finds the cuts of a layer into segments during its first decoding.
+//! Finds the cuts of a zstd layer into segments during its first decoding.
 //!
 //! A segment is as many whole frames as fit into the span, or one longer frame. Only a frame longer than
 //! [`LONG`] is cut inside: at the first end of a block behind each span. The scan learns that a frame is long
@@ -8,11 +8,11 @@ use std::ops::Range;
 
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 
-use super::ZstdError;
-use super::walk::{Edge, Part, Walker};
-use crate::segments::index::MAX_SEGMENT;
-use crate::segments::{Encoding, Entry, Scanned, Segment};
+use super::index::MAX_SEGMENT;
+use super::{Encoding, Entry, Scanned, Segment};
 use crate::units::Bytes;
+use crate::zstandard::walk::{Edge, Part, Walker};
+use crate::zstandard::{MOST_INPUT, ZstdError};
 
 /// Length of a frame's output above which it is cut inside: 4 MiB, or the span if that is longer. Decoding 4
 /// MiB for one read takes some milliseconds.
@@ -22,9 +22,8 @@ pub const LONG: Bytes = Bytes(4 << 20);
 /// without need.
 const LONG_GAP: u64 = 64 << 10;
 
-/// Most bytes of a blob without an end of a segment: they are kept to be hashed. Twice the longest span stays
-/// below this, unless the bytes yield hardly any output.
-pub const MOST_INPUT: u64 = MAX_SEGMENT.0;
+// What is kept becomes one segment.
+const _: () = assert!(MOST_INPUT == MAX_SEGMENT.0);
 
 /// Bytes decoded at a time.
 const STEP: usize = 256 << 10;
@@ -63,7 +62,7 @@ struct Frame {
 }
 
 /// Decodes a layer as it arrives, and cuts it into segments.
-pub struct Scanner {
+pub struct FramesScanner {
     span: u64,
     long: u64,
     walker: Walker,
@@ -79,7 +78,7 @@ pub struct Scanner {
     taken: usize,
 }
 
-impl Scanner {
+impl FramesScanner {
     /// A scanner at the first byte of a layer, for segments of about `span`.
     ///
     /// # Errors
