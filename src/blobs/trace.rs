@@ -9,7 +9,7 @@
 //!
 //! A [`Recorder`] records the first touch of each chunk; each later one costs the look-up of one bit. A start
 //! is over when no new chunk was touched for a while. Its touches are then merged into those of earlier
-//! starts ([`Trace::merge`]): a touch that recurs gains weight, one that does not loses weight and is removed
+//! starts ([`Trace::merge`](formats::trace::Trace::merge)): a touch that recurs gains weight, one that does not loses weight and is removed
 //! in the end. All this is automatic for each image that is attached ([`learn`]).
 //!
 //! A host without a trace of its own for an image takes the trace that was [published] beside the image, if

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A write appends its bytes to `data`. A discard appends no data: its record says zero. The positions of all
-//! sectors are kept in memory ([`Extents`](super::extents)), so a read is a look-up and a `pread`.
+//! sectors are kept in memory (`Extents`), so a read is a look-up and a `pread`.
 //!
 //! # State after a crash
 //!

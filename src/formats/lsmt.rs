@@ -14,7 +14,7 @@
 //! around it. So all values are checked against each other before they are used.
 //!
 //! Contents: [`mapping`] the sixteen bytes, [`layer`] one file, [`stack`] many layers and the look-up,
-//! [`writer`] writing of a layer, [`writable`] a layer that still changes, for one thread or many.
+//! [`writer`] writing of a layer. A layer that still changes is in the crate `disk`.
 
 pub mod layer;
 pub mod mapping;

@@ -2,7 +2,7 @@
 //!
 //! An image is a *manifest*: a small JSON document that lists a config and layers by digest. Several
 //! manifests, one per platform, are joined by an *index*. The documents have the same bytes in a registry and
-//! in an image layout directory ([`layout`]), and the digest of those bytes is their name. So a rewritten
+//! in an image layout directory, and the digest of those bytes is their name. So a rewritten
 //! document keeps its unknown fields, and the config is edited as text ([`config`]): an image must not lose
 //! data that this program does not know.
 //!
@@ -11,7 +11,6 @@
 //! * [`manifest`]    manifest, index, descriptor, and choosing a platform
 //! * [`annotations`] the keys that mark a layer as an overlaybd layer
 //! * [`config`]      the image config; only its layer digests are ever changed
-//! * [`layout`]      the image layout directory
 
 pub mod annotations;
 pub mod config;

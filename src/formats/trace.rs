@@ -71,7 +71,7 @@ pub enum TraceError {
     /// A part is too large, or bytes follow the end.
     #[error("The trace is invalid: {0}")]
     Invalid(&'static str),
-    /// Upstream's format; see [`upstream`](super::upstream).
+    /// Upstream's format, which the crate `blobs` reads and writes.
     #[error("Upstream's trace is invalid: {0}")]
     Upstream(String),
 }

@@ -14,7 +14,7 @@
 //! takes a layer in any form (with or without a tar, compressed or not) and returns its plain bytes.
 //!
 //! Contents: [`header`] the record at both ends, [`reader`] random access, [`writer`] deterministic writing,
-//! [`parallel`] the same output made on all cores, [`wrap`] the tar around it.
+//! [`block`] one block, [`wrap`] the tar around it.
 
 pub mod block;
 pub mod header;

@@ -16,7 +16,7 @@
 //!
 //! # Decoding of a long frame
 //!
-//! [`fetch`](blobs::fetch) decodes a long frame once, to its end, into the tier (the chunk cache on disk), at
+//! The fetcher (crate `blobs`) decodes a long frame once, to its end, into the tier (the chunk cache on disk), at
 //! the pace of the disk. Each long frame has a thread for this while a reader wants chunks of it. Readers
 //! receive their chunks as the decoder passes them; later readers use the tier, where every chunk is verified
 //! by its CRC-32. Without a tier of decoded chunks, or with a tier too small for the frame, the decoder waits

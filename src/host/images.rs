@@ -154,7 +154,7 @@ fn writable(
     })
 }
 
-/// The trace that was published beside a manifest. That there is none, or nobody who can say so, is no fault.
+/// The trace that was published beside a manifest. An image without a trace, or a registry without an answer, is no fault.
 fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
     published::find(store, manifest)
         .inspect_err(|error| {

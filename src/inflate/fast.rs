@@ -1,6 +1,6 @@
 //! The inner loop: decodes symbols of a Huffman block while there is enough input and room for output.
 //!
-//! The loop in [`inflate`](super::inflate) handles the data near an edge (the last bytes of the present
+//! The careful loop in the crate `formats` handles the data near an edge (the last bytes of the present
 //! input, the last bytes before a limit) and checks each symbol. This loop checks its room once per round.
 //!
 //! `unsafe` is used here for speed: with every access checked, the scan reached 445 MB/s where libdeflate

@@ -116,7 +116,7 @@ impl Network {
         }
     }
 
-    /// Tells `log` of each download from now on, if nobody is told yet.
+    /// Tells `log` of each download from now on. The first log stays.
     pub fn tell(&self, log: Arc<dyn DownloadLog>) {
         let _ = self.log.set(log);
     }

@@ -2,13 +2,13 @@
 //!
 //! A *chunk* is the unit of fetching, verifying and caching, one decoded piece of a blob: a segment of a gzip
 //! layer, a group of blocks of a `ZFile`, a slice of an uncompressed layer. [`ChunkSource`] gives the
-//! positions of the chunks and decodes one on request. The [`cache`](blobs::cache) decides when a chunk is
-//! decoded, and [`fetch`](blobs::fetch) which chunks are fetched together.
+//! positions of the chunks and decodes one on request. The cache decides when a chunk is
+//! decoded, and the fetcher which chunks are fetched together.
 //!
 //! Each chunk decodes alone. The exception is a long zstd frame: its chunks decode one after the other, from
 //! the beginning of the frame (see [`ChunkSource::serial`]).
 //!
-//! Implementations: [`gzip::IndexedLayer`](formats::gzip), [`segments::SegmentedLayer`](formats::segments), the
+//! Implementations: `gzip::IndexedLayer`, `segments::SegmentedLayer`, the
 //! `ZFile` reader and [`PlainChunks`]. For tests in memory or with faults, put [`PlainChunks`] over a
 //! [`MemorySource`](crate::MemorySource) or a `testing::FaultySource`.
 

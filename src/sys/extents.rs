@@ -60,7 +60,7 @@ pub struct FileExtent {
 /// Opens `path` of the image that is mounted at `root`; symbolic links are resolved inside the image.
 ///
 /// # Errors
-/// Returns [`DaemonError::Step`]; also when the path leads out of the mount.
+/// The system's refusal; also when the path leads out of the mount.
 pub fn open_inside(root: &Path, path: &Path) -> io::Result<File> {
     let inside = path.strip_prefix(root).unwrap_or(path);
     let dir = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -3,7 +3,7 @@
 //! A first start without a trace fetches more than it needs and requests it too late. The recording of one
 //! host avoids that for every other: a trace is pushed as a *referrer* of the image's manifest (OCI 1.1), so
 //! that the image, its digest and its tags stay unchanged, and a registry that copies or deletes the image
-//! does the same with its trace. It is one blob in the [format](super::format) of this project under a
+//! does the same with its trace. It is one blob in the [format](formats::trace) of this project under a
 //! manifest of the artifact type [`ARTIFACT_TYPE`], in the form that old clients of registries can create
 //! too.
 //!

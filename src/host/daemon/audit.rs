@@ -199,7 +199,7 @@ impl AuditedDevice {
     }
 }
 
-/// Body of the thread: ends when nobody can send any more.
+/// Body of the thread: ends when the last sender is gone.
 fn write(receiver: &Receiver<Message>, file: &LogFile, counters: &AuditCounters) {
     let mut batch = Vec::with_capacity(BATCH);
     while let Ok(first) = receiver.recv() {

@@ -50,7 +50,7 @@ pub struct DaemonOptions {
 /// mount namespace that it enters is that of the calling thread and its later children.
 ///
 /// # Errors
-/// [`HostError::Running`]; [`ClientError::Socket`](client::ClientError::Socket) and [`HostError::Step`] when it cannot set up.
+/// [`HostError::Running`]; [`ClientError::Socket`] and [`HostError::Step`] when it cannot set up.
 pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), HostError> {
     let run_dir = &options.run_dir;
     enter_namespace()?;
