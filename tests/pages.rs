@@ -245,7 +245,7 @@ fn is_implemented(text: &str, name: &str, kind: &str) -> bool {
 
 /// Thread names that the code computes: the file, the argument of `name`, and what it can be. `N` is a number.
 const COMPUTED: [(&str, &str, &[&str]); 3] = [
-    ("src/frontends/ublk/writer.rs", "thread_name(number)", &["ublk-write-N"]),
+    ("src/frontends/ublk/writer.rs", "THREAD_NAME", &["ublk-write-N"]),
     ("src/blobs/tier.rs", "name", &["tier-encoded", "tier-decoded"]),
     ("src/host/endpoint.rs", "name.into()", &["metrics", "snapshots"]),
 ];
@@ -280,6 +280,16 @@ fn threads(file: &str, text: &str) -> Vec<String> {
         });
         found.push(literal.replace("{number}", "N"));
     }
+    // A pool appends a number to the name of each of its threads.
+    for call in ["threads.spawn(", "threads.spawn_or_log("] {
+        for part in text.split(call).skip(1) {
+            let argument = part.split(',').next().unwrap_or_default().trim();
+            match COMPUTED.iter().find(|(known, name, _)| *known == file && *name == argument) {
+                Some((_, _, names)) => found.extend(names.iter().map(|&name| name.to_owned())),
+                None => found.push(format!("{}-N", argument.trim_matches('"'))),
+            }
+        }
+    }
     found
 }
 
@@ -303,7 +313,8 @@ fn the_table_of_threads_has_exactly_the_threads_that_the_code_starts() {
     let marking: BTreeSet<String> = code()
         .iter()
         .filter(|(_, text)| {
-            text.contains("mark_io_thread()") && text.contains("thread::Builder::new()")
+            text.contains("mark_io_thread()")
+                && (text.contains("thread::Builder::new()") || text.contains("threads.spawn"))
         })
         .flat_map(|(file, text)| threads(file, text))
         .collect();

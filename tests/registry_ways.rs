@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::registry_double::{Access, Double, Fault};
 use formats::oci::Digest;
 use host::config::ServiceConfig;
-use host::images::Registries;
+use host::images::registries::options_of;
 use registry::{
     Client, ClientOptions, Credential, Network, Proxies, RemoteBlob, RetryPolicy, Timeouts,
 };
@@ -47,7 +47,7 @@ fn options(text: &str) -> ClientOptions {
             head: Duration::from_secs(5),
             idle: Duration::from_secs(5),
         },
-        ..Registries::new(Arc::new(settings(text))).options()
+        ..options_of(&settings(text))
     }
 }
 
@@ -605,7 +605,7 @@ fn a_file_is_asked_for_credentials() {
         serde_json::json!({"credentialFilePath": path}).to_string(),
     ] {
         let given = ClientOptions {
-            credential_files: Registries::new(Arc::new(settings(&text))).options().credential_files,
+            credential_files: options_of(&settings(&text)).credential_files,
             ..options(&text)
         };
         assert_eq!(given.credential_files[0], file.path());

@@ -87,7 +87,9 @@ impl<'a, E: From<JsonError>> Object<'a, E> {
         let refused = |rule| E::from(JsonError::NotAnObject { file: file.to_owned(), rule });
         match serde_json::from_str(text) {
             Ok(Value::Object(map)) => Ok(Self::new(file, "", map, notes)),
-            Ok(other) => Err(refused(format!("it is {}", kind(&other)))),
+            Ok(other) => {
+                Err(refused(format!("it must be an object, not {}", found("an object", &other))))
+            }
             Err(error) => Err(refused(error.to_string())),
         }
     }
@@ -117,7 +119,10 @@ impl<'a, E: From<JsonError>> Object<'a, E> {
         let Some(value) = self.map.remove(key) else { return Ok(None) };
         match read(&value) {
             Some(read) => Ok(Some(read)),
-            None => Err(self.error(key, format!("it must be {wanted}, not {}", kind(&value)))),
+            None => {
+                let found = found(wanted, &value);
+                Err(self.error(key, format!("it must be {wanted}, not {found}")))
+            }
         }
     }
 
@@ -217,7 +222,8 @@ impl<'a, E: From<JsonError>> Object<'a, E> {
     fn object(&self, key: &str, value: Value) -> Result<Map<String, Value>, E> {
         match value {
             Value::Object(map) => Ok(map),
-            other => Err(self.error(key, format!("it must be an object, not {}", kind(&other)))),
+            other => Err(self
+                .error(key, format!("it must be an object, not {}", found("an object", &other)))),
         }
     }
 
@@ -260,6 +266,12 @@ fn texts(value: &Value) -> Option<Vec<String>> {
     value.as_array()?.iter().map(|text| text.as_str().map(str::to_owned)).collect()
 }
 
+/// Kind of `value` in a message that wants `wanted`: "such an array" for one with other elements than wanted.
+fn found(wanted: &str, value: &Value) -> String {
+    let found = kind(value);
+    if wanted.starts_with(&found) { format!("such {found}") } else { found }
+}
+
 fn kind(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
@@ -267,8 +279,8 @@ fn kind(value: &Value) -> String {
         Value::Number(number) => format!("the number {number}"),
         // Never the text itself: it may be a secret.
         Value::String(_) => "a string".to_owned(),
-        Value::Array(_) => "such an array".to_owned(),
-        Value::Object(_) => "such an object".to_owned(),
+        Value::Array(_) => "an array".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
     }
 }
 

@@ -228,7 +228,7 @@ mod tests {
             ),
             (
                 r#"{"lowers": {}}"#,
-                "Key lowers of c.json is invalid: it must be an array, not such an object",
+                "Key lowers of c.json is invalid: it must be an array, not an object",
             ),
             (
                 r#"{"upper": {"data": null}}"#,
@@ -238,7 +238,10 @@ mod tests {
                 r#"{"accelerationLayer": 1}"#,
                 "Key accelerationLayer of c.json is invalid: it must be true or false, not the number 1",
             ),
-            ("[]", "Key (all) of c.json is invalid: it is not a JSON object: it is such an array"),
+            (
+                "[]",
+                "Key (all) of c.json is invalid: it is not a JSON object: it must be an object, not an array",
+            ),
         ];
         for (text, message) in cases {
             assert_eq!(parse(text).unwrap_err().to_string(), message);

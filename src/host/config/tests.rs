@@ -377,7 +377,10 @@ fn what_cannot_be_meant_is_an_error_that_names_the_key_and_what_is_expected() {
             r#"{"p2pConfig": {"enable": null}}"#,
             "Key p2pConfig.enable of c.json is invalid: it must be true or false, not null",
         ),
-        ("[]", "The service configuration c.json is not a JSON object: it is such an array"),
+        (
+            "[]",
+            "The service configuration c.json is not a JSON object: it must be an object, not an array",
+        ),
     ] {
         let error = ServiceConfig::parse(text, "c.json").unwrap_err();
         assert_eq!(error.to_string(), message);

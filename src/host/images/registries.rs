@@ -54,40 +54,19 @@ impl Registries {
         Ok(client)
     }
 
-    /// A client that writes: it asks no mirrors, which might not have yet what was written last.
+    /// A client that writes: it asks no mirrors, which might not have yet what was written last. Its network is its own, so
+    /// that it outlives these registries.
     ///
     /// # Errors
     /// [`RegistryError::Setup`] when a certificate or a key cannot be used.
     pub fn writing_client(&self, spec: &RegistrySpec) -> Result<Client, RegistryError> {
-        let host = ClientOptions { mirrors: BTreeMap::new(), p2p: None, ..self.options() };
-        client_with(spec, host)
+        let own = options_of(&self.service);
+        client_with(spec, ClientOptions { mirrors: BTreeMap::new(), p2p: None, ..own })
     }
 
     /// The options that this host's configuration gives, with the network of this process.
-    #[must_use]
-    pub fn options(&self) -> ClientOptions {
-        let service = &self.service;
-        let mut options =
-            ClientOptions { network: self.network.clone(), ..ClientOptions::default() };
-        options.authorities.clone_from(&service.turbobd.authorities);
-        options.certificate = service.certificate.as_ref().map(certificate_of);
-        if let Some(agent) = &service.user_agent {
-            options.user_agent.clone_from(agent);
-        }
-        // A host that speaks TLS to registries elsewhere need not do so to one on this machine.
-        options.plain_loopback = Some(true);
-        match &service.credential.mode {
-            CredentialMode::File(path) => {
-                options.credential_files.retain(|known| known != path);
-                options.credential_files.insert(0, path.clone());
-            }
-            _ => options.credential_service = credential_service(&service.credential),
-        }
-        options.mirrors.clone_from(&service.turbobd.mirrors);
-        options.p2p = service.p2p.enable.then(|| service.p2p.address.clone());
-        // The device decides what happens to a read that is late; here each try of it ends.
-        options.read_retry.deadline = service.turbobd.read_deadline;
-        options
+    fn options(&self) -> ClientOptions {
+        ClientOptions { network: self.network.clone(), ..options_of(&self.service) }
     }
 }
 
@@ -96,6 +75,32 @@ impl Drop for Registries {
     fn drop(&mut self) {
         self.network.end();
     }
+}
+
+/// The options that a host's configuration gives, with a network of their own.
+#[must_use]
+pub fn options_of(service: &ServiceConfig) -> ClientOptions {
+    let network = Arc::new(Network::new(network_options(service)));
+    let mut options = ClientOptions { network, ..ClientOptions::default() };
+    options.authorities.clone_from(&service.turbobd.authorities);
+    options.certificate = service.certificate.as_ref().map(certificate_of);
+    if let Some(agent) = &service.user_agent {
+        options.user_agent.clone_from(agent);
+    }
+    // A host that speaks TLS to registries elsewhere need not do so to one on this machine.
+    options.plain_loopback = Some(true);
+    match &service.credential.mode {
+        CredentialMode::File(path) => {
+            options.credential_files.retain(|known| known != path);
+            options.credential_files.insert(0, path.clone());
+        }
+        _ => options.credential_service = credential_service(&service.credential),
+    }
+    options.mirrors.clone_from(&service.turbobd.mirrors);
+    options.p2p = service.p2p.enable.then(|| service.p2p.address.clone());
+    // The device decides what happens to a read that is late; here each try of it ends.
+    options.read_retry.deadline = service.turbobd.read_deadline;
+    options
 }
 
 /// A client that goes the way of `spec`, and the host's way where `spec` says nothing.

@@ -68,27 +68,32 @@ impl Walk {
         Ok(walk)
     }
 
-    /// Removes mkfs's own directory from the tree.
-    fn hide_lost_and_found(&mut self, inode: u32) {
+    /// Removes the filesystem's own `lost+found` from the tree. It has the first inode, unless another file has that one:
+    /// then the writer gave it another.
+    fn hide_lost_and_found(&mut self, first: u32) {
         let is_own = |file: &File| {
             let own = &file.attributes;
             file.kind == Kind::Directory
                 && (own.mode, own.uid, own.gid) == (0o700, 0, 0)
                 && own.xattrs.is_empty()
         };
-        if !self.files.get(&inode).is_some_and(is_own)
+        let Some(root) = self.names.get(&ROOT_INODE) else { return };
+        let Some(at) = root.iter().position(|(name, _)| **name == *LOST_AND_FOUND_NAME) else {
+            return;
+        };
+        let inode = root[at].1;
+        let is_placed = inode == first || self.files.contains_key(&first);
+        if !is_placed
+            || !self.files.get(&inode).is_some_and(is_own)
             || self.names.get(&inode).is_some_and(|names| !names.is_empty())
         {
             return;
         }
-        let Some(root) = self.names.get_mut(&ROOT_INODE) else { return };
-        let at =
-            root.iter().position(|(name, child)| **name == *LOST_AND_FOUND_NAME && *child == inode);
-        if let Some(at) = at {
+        if let Some(root) = self.names.get_mut(&ROOT_INODE) {
             root.remove(at);
-            self.names.remove(&inode);
-            self.lost_and_found = self.files.remove(&inode).map(|file| file.record);
         }
+        self.names.remove(&inode);
+        self.lost_and_found = self.files.remove(&inode).map(|file| file.record);
     }
 
     /// The tree, the records of its nodes by number, and the filesystem's own `lost+found`.

@@ -40,6 +40,28 @@ pub(super) fn assert_same(ours: &Tree, theirs: &Tree) {
     }
 }
 
+#[test]
+fn a_renamed_lost_and_found_is_a_directory_of_the_image_and_a_new_one_is_not() {
+    let mut continued = 0;
+    for disk in DISKS.iter() {
+        let mut disk = disk.clone();
+        let place = disk.blocks.iter().find_map(|(&number, block)| {
+            Some((number, block.windows(10).position(|name| name == b"lost+found")?))
+        });
+        let (number, at) = place.unwrap();
+        disk.blocks.get_mut(&number).unwrap()[at] ^= 1;
+        let Ok((mut tree, mut image)) = read(&disk, disk.written()) else { continue };
+        change(&mut tree, 10_000);
+        let layer = image.commit_layer(&tree).unwrap();
+        disk.put(&layer);
+        let (again, _) = read(&disk, disk.written()).unwrap();
+        assert!(again.lookup(again.root(), b"most+found").is_some());
+        assert_same(&tree, &again);
+        continued += 1;
+    }
+    assert!(continued > 0, "every disk was refused");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
