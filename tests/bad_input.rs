@@ -790,7 +790,7 @@ fn a_device_config_with_a_fault_is_told_by_file_and_key() {
         &["Cannot open the writable layer", "absent"],
     );
     fs::write(&file, "{\"lowers\": ").unwrap();
-    refused(&args, &[&name, "not JSON"]);
+    refused(&args, &[&name, "not a JSON object"]);
 }
 
 #[test]

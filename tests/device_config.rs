@@ -315,7 +315,7 @@ fn a_malformed_configuration_is_refused_by_its_key() {
         device.refused(needles);
     }
     device.write("config.v1.json", b"{");
-    device.refused(&["it is not JSON"]);
+    device.refused(&["it is not a JSON object"]);
 }
 
 /// An image of a native layer and a TurboOCI layer in a registry, with the files that a snapshotter would
