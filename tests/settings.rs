@@ -275,7 +275,7 @@ fn the_download_section_of_a_device_replaces_that_of_the_host() {
     let host = Host::new();
     let at_once = json!({"enable": true, "delay": 0, "delayExtra": 0});
     let off = json!({"enable": false});
-    // What the host says, what the device says, and whether the layer comes though nobody reads.
+    // The setting of the host, the setting of the device, and true if the layer is fetched without a read.
     for (of_host, of_device, fills) in [
         (&off, Some(at_once.clone()), true),
         (&at_once, Some(off.clone()), false),

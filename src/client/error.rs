@@ -58,17 +58,8 @@ impl Fault {
     /// The fault of an error: its text, and the texts of its causes.
     #[must_use]
     pub fn of(code: Code, error: &dyn std::error::Error) -> Self {
-        let message = error.to_string();
-        let mut causes: Vec<String> = Vec::new();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            let text = error.to_string();
-            // A transparent wrapper would say the same twice.
-            if !causes.last().unwrap_or(&message).ends_with(&text) {
-                causes.push(text);
-            }
-            cause = error.source();
-        }
+        let mut causes = source::failure::parts(error);
+        let message = causes.remove(0);
         Self { code, message, causes }
     }
 

@@ -28,7 +28,21 @@
 //! * [`base`]     converted layers of other images below new ones
 //! * [`image`]    a manifest and its layers → a converted manifest
 //! * [`index`]    images of many platforms; skipped entries; publishing
+//! * [`meta`]     the meta image of a plain image: found, or built and kept
 //! * [`progress`] receiver of progress reports
+//! * `zfile_parallel` a ZFile that is written by all cores
+//!
+//! ```
+//! use formats::oci::{Digest, Manifest};
+//! let text = format!(
+//!     r#"{{"schemaVersion": 2, "config": {{"mediaType": "c", "digest": "{0}", "size": 0}},
+//!         "layers": [{{"mediaType": "l", "digest": "{0}", "size": 0}}]}}"#,
+//!     Digest::of(b"")
+//! );
+//! let manifest: Manifest = serde_json::from_str(&text)?;
+//! assert!(turbobd_convert::meta::is_plain(&manifest)); // so it needs a meta image
+//! # Ok::<(), serde_json::Error>(())
+//! ```
 
 pub mod apply;
 pub mod base;

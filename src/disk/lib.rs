@@ -17,8 +17,22 @@
 //!
 //! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration, [`digest`]
 //! the content of a disk, independent of its storage, [`scan`] reading all of it, [`explain`] the origin of a
-//! byte, for people, [`upper`] a writable layer on top, `listed` a list of files as a trace,
-//! `testing` doubles, by the feature of that name.
+//! byte, for people, [`upper`] a writable layer on top of a disk, [`writable`] the files of such a layer,
+//! [`volume`] the one trait between a disk and a front end, [`resident`] metadata in memory, `listed` a list of
+//! files as a trace, `testing` doubles, by the feature of that name.
+//!
+//! ```
+//! use formats::lsmt::Identity;
+//! use formats::units::Bytes;
+//! use turbobd_disk::writable::{WritableFiles, WritableLayer};
+//! let dir = tempfile::tempdir()?;
+//! let files = WritableFiles::in_dir(dir.path());
+//! let layer = WritableLayer::create(&files, Bytes(1 << 20), Identity::default())?;
+//! assert_eq!(layer.virtual_size(), Bytes(1 << 20));
+//! drop(layer); // it is locked while it is open
+//! assert!(WritableLayer::open(&files).is_ok());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod config;
 pub mod digest;

@@ -1,4 +1,4 @@
-//! The distribution client: names, credentials, ranges, uploads.
+//! The distribution client, and the stores of images: registries and layout directories.
 //!
 //! A registry is an HTTP server that serves manifests by tag and blobs by digest. A client needs
 //! more than `GET`, and a program that starts containers *while* it downloads them meets each of
@@ -33,6 +33,7 @@
 //!
 //! # Contents
 //!
+//! * [`store`]       one trait for the places where images are; [`layout`] the image layout directory
 //! * [`client`]      [`Client`] and its options; one authorised exchange with retries
 //! * [`repository`]  [`Repository`]: manifests and uploads
 //! * [`blob`]        [`RemoteBlob`]: range reads of one blob, a [`ByteSource`](source::ByteSource)
@@ -45,6 +46,15 @@
 //! * [`retry`]       retry policy: pauses, deadlines, numbers of tries
 //! * [`transport`]   the I/O threads (`payload`: request bodies); [`tls`] trust; [`proxy`] proxies
 //! * [`error`]       [`RegistryError`]
+//!
+//! ```
+//! use turbobd_registry::Layout;
+//! let dir = tempfile::tempdir()?;
+//! let layout = Layout::open_or_create(dir.path())?;
+//! let blob = layout.write_blob("text/plain", b"bytes")?;
+//! assert_eq!(layout.read_blob(&blob)?, b"bytes");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod auth;
 pub mod blob;

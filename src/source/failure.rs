@@ -12,15 +12,20 @@ use std::error::Error;
 /// ```
 #[must_use]
 pub fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
+    parts(error).join(": ")
+}
+
+/// The texts of `error` and of its causes, from the effect to the root: the parts of [`with_causes`].
+#[must_use]
+pub fn parts(error: &dyn Error) -> Vec<String> {
+    let mut parts = vec![error.to_string()];
     let mut cause = error.source();
     while let Some(error) = cause {
         let part = error.to_string();
-        if !text.ends_with(&part) {
-            text.push_str(": ");
-            text.push_str(&part);
+        if parts.last().is_none_or(|last| !last.ends_with(&part)) {
+            parts.push(part);
         }
         cause = error.source();
     }
-    text
+    parts
 }
