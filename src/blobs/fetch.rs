@@ -29,6 +29,7 @@
 //! * [`queue`]   wanted chunks, and their division into requests
 //! * `recent`    the last failures of a blob
 //! * [`fill`]    whole layers, with spare capacity
+//! * [`front`]   a blob from front to end
 //! * `pace`      priority of demand over the fill
 //! * `crew`      the fetch threads
 //! * `run`       the buffers of one request
@@ -40,6 +41,7 @@ pub mod blob;
 mod crew;
 pub mod depth;
 pub mod fill;
+pub mod front;
 mod inflate;
 mod pace;
 pub mod queue;
@@ -62,6 +64,7 @@ pub use blob::{Blob, Key};
 use crew::Crew;
 pub(crate) use crew::MOST_BYTES;
 pub use fill::{FillOptions, FillProgress, Filling};
+pub use front::WholeBlob;
 use inflate::{Input, Job, Workers};
 use pace::Pace;
 pub use queue::Wanted;

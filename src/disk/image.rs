@@ -192,6 +192,8 @@ pub struct HostManifest {
     pub manifest: Manifest,
     /// The index from which it was chosen, if any.
     pub index: Option<Index>,
+    /// Digests of the indexes on the way to it: the named one first, the one from which it was chosen last.
+    pub indexes: Vec<Digest>,
 }
 
 /// The manifest of an image for this host, chosen from an index if needed.
@@ -204,6 +206,7 @@ pub fn choose_manifest(
 ) -> Result<HostManifest, ImageError> {
     let mut stored = store.manifest(selector)?;
     let mut chosen_from = None;
+    let mut indexes = Vec::new();
     loop {
         let document = |source| ImageError::Document {
             store: store.name().to_owned(),
@@ -212,10 +215,11 @@ pub fn choose_manifest(
         };
         match Document::parse(&stored.bytes, Some(&stored.media_type)).map_err(document)? {
             Document::Manifest(manifest) => {
-                return Ok(HostManifest { stored, manifest, index: chosen_from });
+                return Ok(HostManifest { stored, manifest, index: chosen_from, indexes });
             }
             Document::Index(index) => {
                 let digest = index.select(&Platform::host()).map_err(document)?.digest;
+                indexes.push(stored.digest);
                 stored = store.manifest(&Selector::Digest(digest))?;
                 chosen_from = Some(index);
             }

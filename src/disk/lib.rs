@@ -51,7 +51,7 @@ pub mod writable;
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use thiserror::Error;
 
@@ -228,6 +228,16 @@ impl Opened {
 pub struct DiskParts {
     stack: Stack,
     layers: Vec<Opened>,
+    /// Why no byte of it may be read any more.
+    refused: OnceLock<Arc<str>>,
+}
+
+impl DiskParts {
+    /// Why no byte of it may be read any more, if so.
+    #[must_use]
+    pub fn refused(&self) -> Option<&Arc<str>> {
+        self.refused.get()
+    }
 }
 
 /// A virtual disk made of layers.
@@ -253,7 +263,7 @@ impl Disk {
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
         let layers: Vec<Opened> =
             layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
-        Ok(Self::of(Arc::new(DiskParts { stack, layers }), cache))
+        Ok(Self::of(Arc::new(DiskParts { stack, layers, refused: OnceLock::new() }), cache))
     }
 
     /// Another disk from the same parts, for another device. `cache` must be the one in which the parts were
@@ -268,6 +278,12 @@ impl Disk {
     #[must_use]
     pub fn parts(&self) -> &Arc<DiskParts> {
         &self.parts
+    }
+
+    /// Makes every read from now on fail, of this disk and of all that share its parts: what it shows was found to be
+    /// something else than its layers contain. `reason` ends the sentence.
+    pub fn refuse_reads(&self, reason: &str) {
+        let _ = self.parts.refused.set(reason.into()); // the first reason stays
     }
 
     /// The merged index.
@@ -551,6 +567,9 @@ impl Volume for Disk {
         len: usize,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
+        if let Some(reason) = self.parts.refused() {
+            return Err(VolumeError::Refused { reason: reason.clone() });
+        }
         let end = offset.saturating_add(len as u64);
         if end > self.size() {
             return Err(VolumeError::PastEnd { offset, end, size: self.size() });

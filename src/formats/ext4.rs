@@ -73,7 +73,7 @@ mod tests;
 pub use data::DataError;
 pub use file::{Attributes, DataRun, Kind, Timestamp};
 pub use geometry::Geometry;
-pub use image::Image;
+pub use image::{FilePart, Image};
 pub use layer::{LayerBlocks, Run};
 pub use read::{ReadError, read};
 pub use superblock::Identity;

@@ -87,6 +87,12 @@ pub struct Filling {
 }
 
 impl Filling {
+    /// True if it has ended: all is near, or no more can be.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.task.ended.load(Ordering::Acquire)
+    }
+
     /// Its progress.
     #[must_use]
     pub fn progress(&self) -> FillProgress {

@@ -32,7 +32,8 @@ fn other_value(key: &str) -> (String, &'static str) {
         "p2pConfig.address" => r#""http://peer.example/p2p""#,
         "serviceConfig.address" => r#""http://127.0.0.1:1""#,
         "turbobd.mirrors" => r#"{"r.example": ["https://m.example"]}"#,
-        "turbobd.authorities" => r#"["/a.pem"]"#,
+        "turbobd.authorities" | "turbobd.metaKeys" => r#"["/a.pem"]"#,
+        "turbobd.metaTrust" => r#""signed""#,
         "turbobd.metricsAddress" => r#""::1""#,
         "turbobd.onError" => r#""wait""#,
         "turbobd.hedge.enable"

@@ -5,7 +5,7 @@
 
 use super::upstream::Upstream;
 use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
-use crate::readings::{AuditCounters, DeviceReading};
+use crate::readings::{AuditCounters, ComparisonCounters, DeviceReading};
 use blobs::cache::{CacheStats, Residents};
 use blobs::fetch::FetchCounters;
 use blobs::tier::Tier;
@@ -385,6 +385,25 @@ pub const AUDIT: &[Metric<AuditCounters>] = &[
     ),
 ];
 
+/// Comparisons of meta images with their layers.
+pub const COMPARISON: &[Metric<ComparisonCounters>] = &[
+    counter(
+        "turbobd_meta_equal_total",
+        "Meta images found beside a tag that were compared with their layers and show what these contain",
+        |comparisons: &ComparisonCounters| (&comparisons.equal).into(),
+    ),
+    counter(
+        "turbobd_meta_different_total",
+        "Meta images that show something else than their layers contain; reads of their devices fail",
+        |comparisons: &ComparisonCounters| (&comparisons.different).into(),
+    ),
+    counter(
+        "turbobd_meta_incomparable_total",
+        "Meta images that could not be compared with their layers",
+        |comparisons: &ComparisonCounters| (&comparisons.failed).into(),
+    ),
+];
+
 /// The endpoint itself.
 pub const EXPORTER: &[Metric<ExporterCounters>] =
     &[counter("turbobd_exporter_requests_total", "Requests to the metrics endpoint", |exporter| {
@@ -468,6 +487,7 @@ pub fn all() -> Vec<Description> {
     describe(&mut all, HOST, &["host"]);
     describe(&mut all, TIER, &["tier"]);
     describe(&mut all, AUDIT, &[]);
+    describe(&mut all, COMPARISON, &[]);
     describe(&mut all, EXPORTER, &[]);
     describe(&mut all, UPSTREAM, &["node"]);
     all
@@ -557,6 +577,7 @@ mod tests {
         check(FETCH);
         check(TIER);
         check(AUDIT);
+        check(COMPARISON);
         check(EXPORTER);
         check(UPSTREAM);
     }

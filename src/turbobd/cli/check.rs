@@ -1,7 +1,8 @@
 //! `turbobd check`: verify an image.
 //!
 //! Opening the image verifies the meta image: digests, checksums, indexes, that they fit together, and that no
-//! mapping leaves its target. `--data` decodes every chunk of every layer, verifies its checksum, and verifies the digest
+//! mapping leaves its target. Then the layers are streamed, and what the meta image shows is compared with what they
+//! contain ([`convert::compare`]). `--data` decodes every chunk of every layer, verifies its checksum, and verifies the digest
 //! of every original blob.
 
 use std::io::Read as _;
@@ -13,8 +14,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Failure, Outcome, Service, export, image, stdout, table};
 use blobs::cache::Cache;
+use convert::Silent;
+use convert::compare::CompareError;
+use convert::meta::Reason;
 use formats::oci::{Descriptor, Digest};
-use host::images::{self, Registries};
+use host::images::{self, OpenImage, Registries};
 use registry::store::ImageStore;
 use source::chunk::ChunkSource;
 
@@ -35,9 +39,15 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let opened =
         images::open::open(&args.image.spec()?, &registries, cache).map_err(Failure::open)?;
     stdout::line(format_args!("meta image: ok ({} layers)", opened.disk.layer_count()))?;
-    if !args.data {
-        return Ok(ExitCode::SUCCESS);
+    if args.data {
+        verify_data(&opened)?;
     }
+    compare(&opened)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Verifies every chunk and every original blob, and prints them.
+fn verify_data(opened: &OpenImage) -> Result<(), Failure> {
     for (number, source) in opened.disk.chunk_sources().into_iter().enumerate() {
         let Some(source) = source else { continue };
         load_every_chunk(&source)?;
@@ -53,7 +63,34 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
             stdout::line(format_args!("{}: ok", target.digest))?;
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
+}
+
+/// Compares the files of the meta image with the contents of its layers.
+fn compare(opened: &OpenImage) -> Result<(), Failure> {
+    let (Some(manifest), Some(targets)) = (&opened.manifest, &opened.targets) else {
+        let text = "contents: not compared (a device config names no manifest)";
+        return stdout::line(format_args!("{text}"));
+    };
+    if let Some(reason) = opened.reason.as_ref().filter(|reason| **reason == Reason::Built) {
+        return stdout::line(format_args!("contents: {reason}"));
+    }
+    match convert::compare::with_layers(&opened.disk, manifest, &**targets, &Silent) {
+        Ok(differences) if differences.is_empty() => {
+            stdout::line(format_args!("contents: those of the layers"))
+        }
+        Ok(differences) => {
+            let listed: Vec<String> = differences.iter().map(ToString::to_string).collect();
+            Err(Failure::Failed(format!(
+                "The meta image does not show what its layers contain: {}",
+                listed.join("; ")
+            )))
+        }
+        Err(error @ CompareError::Native(_)) => {
+            stdout::line(format_args!("contents: not compared ({error})"))
+        }
+        Err(error) => Err(Failure::because(error)),
+    }
 }
 
 /// Decodes all chunks on all cores; the chunks of one long frame on one core.

@@ -9,7 +9,7 @@ use crate::ext4::field::{get16, get32, get64};
 use crate::ext4::file::{Attributes, Kind};
 use crate::ext4::geometry::BLOCK;
 use crate::ext4::image::Record;
-use crate::ext4::inode::{self, EXTENTS_FLAG, INLINE_SYMLINK};
+use crate::ext4::inode::{self, EXTENTS_FLAG, INDEX_FLAG, INLINE_SYMLINK};
 use crate::ext4::tree::SYMLINK_MAX;
 use crate::units::Bytes;
 
@@ -30,6 +30,8 @@ pub(super) struct File {
     pub(super) record: Record,
     /// Blocks of a directory, in order.
     pub(super) content: Vec<u64>,
+    /// True for a directory that says that it has an index.
+    pub(super) indexed: bool,
 }
 
 /// Reads one inode and claims its blocks.
@@ -103,6 +105,16 @@ pub(super) fn read(
         0o140_000 => Kind::Socket,
         other => return Err(bad(format!("has the unknown type {other:o}"))),
     };
+    let doubt = match kind {
+        Kind::Regular { .. } if blocks.unwritten => {
+            Some("has blocks that are marked as never written")
+        }
+        Kind::Directory if allocated(&blocks) > content.len() as u64 => {
+            // An index by hash could lead to them; a walk through the directory never does.
+            Some("is a directory with blocks behind its end")
+        }
+        _ => None,
+    };
     let record = Record {
         inode: number,
         directory: kind == Kind::Directory,
@@ -111,8 +123,15 @@ pub(super) fn read(
         xattr_block,
         kept: true,
         kept_xattrs: Some(found.xattrs.clone()),
+        doubt,
     };
-    Ok(File { kind, attributes: found, record, content })
+    let indexed = kind == Kind::Directory && flags & INDEX_FLAG != 0;
+    Ok(File { kind, attributes: found, record, content, indexed })
+}
+
+/// Number of blocks with content.
+fn allocated(blocks: &FileBlocks) -> u64 {
+    blocks.extents.iter().map(|extent| u64::from(extent.count)).sum()
 }
 
 /// The blocks of a directory of that size; none may be missing.
