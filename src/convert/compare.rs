@@ -11,7 +11,7 @@
 //!    a piece that both disks map to the same byte of the same layer is equal without reading it; any other piece is read
 //!    from both.
 //!
-//! Times are compared to the second, and a time of 0 is accepted; the target of a symbolic link may be the cleaned form
+//! Times are compared to the second and in their low 32 bits, and a time of 0 is accepted; the target of a symbolic link may be the cleaned form
 //! of the one in the layer: upstream's converter writes them so. What a kernel sees and a reader of the tree does not (blocks behind the end of a directory, blocks marked as
 //! never written) counts as a difference; no converter writes them.
 //!
@@ -412,7 +412,7 @@ fn attributes(found: &Attributes, expected: &Attributes) -> Vec<String> {
         differences.push(format!("has another extended attribute {name}"));
     }
     let (time, wanted) = (found.mtime.secs, expected.mtime.secs);
-    if time != wanted && time != 0 {
+    if time as u32 != wanted as u32 && time != 0 {
         differences.push(format!("was changed at {time} s, and at {wanted} s in the layers"));
     }
     differences

@@ -1,8 +1,9 @@
 //! The comparison of a found meta image with its layers, in the background.
 //!
-//! A tag is served at once with the meta image that its repository has beside it, and nothing has proved that one. So when
-//! the background fill has brought the layers, this host builds its own meta image from them: one pass of the scanner over
-//! bytes that are on this host by then. The two are compared ([`convert::compare`]).
+//! A tag is served at once with the meta image that its repository has beside it, and nothing has proved that one. So after
+//! the background fill this host builds its own meta image from the layers: one pass of the scanner. Bytes that the tier of
+//! encoded chunks has are read from there. A layer that is kept decoded only is fetched once more, in the class and at the
+//! rate of the fill: its digest covers the encoded bytes. The two images are compared ([`convert::compare`]).
 //!
 //! * If they show the same, the image that was built is kept: from now on it is what this host uses, also for a digest.
 //! * If not, a reader has been shown something that the layers do not contain. Nothing is swapped under it. **From then on
