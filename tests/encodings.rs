@@ -25,13 +25,13 @@ use crate::run_dir::RunDir;
 use crate::serve::serve;
 use blobs::cache::{Cache, CacheOptions};
 use blobs::fetch::{FetchOptions, FillOptions};
-use blobs::tier::{Kind, Tier, TierOptions, Tiers};
+use blobs::tier::{Tier, TierKind, TierOptions, Tiers};
 use disk::Disk;
 use disk::image::{host_manifest, open_image};
 use disk::volume::Volume as _;
 use formats::oci::Digest;
 use registry::store::{self, ImageStore};
-use registry::{Client, ClientOptions};
+use registry::{ClientOptions, RegistryClient};
 use serde_json::Value;
 
 const OCI_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
@@ -324,7 +324,7 @@ impl Served {
     }
 
     fn open_in(&self, tiers: Tiers, budget: u64) -> Arc<Disk> {
-        let client = Client::new(ClientOptions::default()).unwrap();
+        let client = RegistryClient::new(ClientOptions::default()).unwrap();
         let name = format!("{}/team/app:turbo", self.registry.host()).parse().unwrap();
         let (store, selector) = store::open(&name, &client).unwrap();
         let (_, manifest) = host_manifest(&*store, &selector).unwrap();
@@ -345,13 +345,13 @@ impl Served {
 }
 
 /// A tier in a folder.
-fn tier(kind: Kind, dir: &Path) -> Arc<Tier> {
+fn tier(kind: TierKind, dir: &Path) -> Arc<Tier> {
     let options = TierOptions { dir: dir.to_owned(), capacity: 1 << 30, floor: 0 };
     Arc::new(Tier::open(kind, &options).unwrap())
 }
 
 fn decoded(dir: &Path) -> Tiers {
-    Tiers { decoded: Some(tier(Kind::Decoded, dir)), encoded: None }
+    Tiers { decoded: Some(tier(TierKind::Decoded, dir)), encoded: None }
 }
 
 fn count(counter: &AtomicU64) -> u64 {
@@ -566,7 +566,7 @@ fn the_encoded_tier_keeps_a_long_frame_as_it_came() {
     let len = layer.len() as u64;
     let served = Served::new(OCI_ZSTD, layer);
     let dir = folder();
-    let tiers = || Tiers { encoded: Some(tier(Kind::Encoded, dir.path())), decoded: None };
+    let tiers = || Tiers { encoded: Some(tier(TierKind::Encoded, dir.path())), decoded: None };
     let disk = served.open(tiers());
     let order = chunks(&disk);
     served.is_right(&disk, order[order.len() - 1].0);
@@ -587,12 +587,12 @@ fn the_background_fill_brings_a_long_frame_into_either_tier() {
     let layer = zstd(&tar());
     let len = layer.len() as u64;
     let served = Served::new(OCI_ZSTD, layer);
-    for kind in [Kind::Decoded, Kind::Encoded] {
+    for kind in [TierKind::Decoded, TierKind::Encoded] {
         let dir = folder();
         let mut tiers = Tiers::default();
         match kind {
-            Kind::Decoded => tiers.decoded = Some(tier(kind, dir.path())),
-            Kind::Encoded => tiers.encoded = Some(tier(kind, dir.path())),
+            TierKind::Decoded => tiers.decoded = Some(tier(kind, dir.path())),
+            TierKind::Encoded => tiers.encoded = Some(tier(kind, dir.path())),
         }
         let disk = served.open(tiers);
         let blobs = disk.blobs().into_iter().flatten().collect();

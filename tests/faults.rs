@@ -14,12 +14,12 @@ use crate::registry_double::{Double, Fault};
 use crate::serve::serve;
 use blobs::cache::Cache;
 use disk::Disk;
-use disk::explain::{Held, What};
+use disk::explain::{BytesPlace, What};
 use disk::image::{host_manifest, open_image};
 use disk::volume::{Volume as _, VolumeError};
 use host::daemon::{DiskView, ImageView};
 use registry::store::{self, ImageStore};
-use registry::{Client, ClientOptions, RetryPolicy, Timeouts};
+use registry::{ClientOptions, RegistryClient, RetryPolicy, Timeouts};
 use source::chunk::ChunkError;
 
 const MIB: usize = 1 << 20;
@@ -51,7 +51,7 @@ impl Served {
         let timeouts =
             Timeouts { connect: pause * 20, head: Duration::from_secs(1), idle: pause * 20 };
         let options = ClientOptions { read_retry, timeouts, ..ClientOptions::default() };
-        let client = Client::new(options).unwrap();
+        let client = RegistryClient::new(options).unwrap();
         let name = format!("{host}/team/app:turbo").parse().unwrap();
         let (store, selector) = store::open(&name, &client).unwrap();
         let (_, manifest) = host_manifest(&*store, &selector).unwrap();
@@ -212,7 +212,10 @@ fn a_registry_that_dies_and_comes_back_is_waited_for_and_meanwhile_it_is_said_wh
     let disk = served.open(&line.address.to_string(), Duration::from_secs(30));
     let view = DiskView::new(disk.clone());
     let offset = chunks(&disk)[3].0;
-    assert_eq!(disk.explain(offset..offset + 1, 9)[0].chunk.as_ref().unwrap().held, Held::Remote);
+    assert_eq!(
+        disk.explain(offset..offset + 1, 9)[0].chunk.as_ref().unwrap().held,
+        BytesPlace::Remote
+    );
     let address = line.cut();
     let reader = std::thread::spawn({
         let disk = disk.clone();
@@ -238,7 +241,10 @@ fn a_registry_that_dies_and_comes_back_is_waited_for_and_meanwhile_it_is_said_wh
     assert!(counters.retries > 2 && counters.errors == 0 && counters.fetched > 0, "{counters:?}");
     assert!(counters.cached > 0, "{counters:?}");
     assert_eq!(view.trouble(), None);
-    assert_eq!(disk.explain(offset..offset + 1, 9)[0].chunk.as_ref().unwrap().held, Held::Memory);
+    assert_eq!(
+        disk.explain(offset..offset + 1, 9)[0].chunk.as_ref().unwrap().held,
+        BytesPlace::Memory
+    );
 }
 
 #[test]

@@ -18,8 +18,8 @@ use crate::registry_double::{Access, Double, Fault};
 use bytes::Bytes;
 use formats::oci::Digest;
 use registry::{
-    Client, ClientCertificate, ClientOptions, Credential, Proxies, RegistryError, RemoteBlob,
-    Repository, RetryPolicy, Timeouts,
+    ClientCertificate, ClientOptions, Credential, Proxies, RegistryClient, RegistryError,
+    RemoteBlob, Repository, RetryPolicy, Timeouts,
 };
 use source::{ByteSource as _, SourceError};
 
@@ -48,7 +48,7 @@ fn options() -> ClientOptions {
 }
 
 fn repository_with(registry: &Double, options: ClientOptions) -> Repository {
-    Client::new(options).unwrap().repository(&registry.host(), REPOSITORY).unwrap()
+    RegistryClient::new(options).unwrap().repository(&registry.host(), REPOSITORY).unwrap()
 }
 
 fn repository(registry: &Double) -> Repository {
@@ -267,7 +267,7 @@ fn no_server_at_all_is_said_with_its_name() {
     let gone = Double::start();
     let host = gone.host();
     drop(gone);
-    let repository = Client::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
+    let repository = RegistryClient::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
     let error = repository.manifest("latest").unwrap_err();
     assert!(matches!(error.root(), RegistryError::Unreachable { .. }), "{error}");
     let text = error.to_string();
@@ -695,7 +695,7 @@ fn a_plain_proxy_is_used_and_given_its_password() {
     proxy.add_manifest(REPOSITORY, "v1", OCI_MANIFEST, b"{}");
     let http = format!("http://me:secret@{}", proxy.host());
     let proxies = Proxies::Explicit { http, https: String::new(), no: "direct.invalid".into() };
-    let client = Client::new(ClientOptions { plain: true, proxies, ..options() }).unwrap();
+    let client = RegistryClient::new(ClientOptions { plain: true, proxies, ..options() }).unwrap();
     client.repository("registry.invalid:5000", REPOSITORY).unwrap().manifest("v1").unwrap();
     let seen = &proxy.log()[0];
     assert_eq!(seen.proxy_authorization.as_deref(), Some("Basic bWU6c2VjcmV0"));
@@ -713,7 +713,8 @@ fn an_unknown_authority_is_refused_with_the_remedy_and_accepted_when_given() {
     let front = tls_front::TlsFront::start(&authority, &registry.host(), false);
     let host = format!("https://{}", front.host());
     let blob = |options: ClientOptions| {
-        let repository = Client::new(options).unwrap().repository(&host, REPOSITORY).unwrap();
+        let repository =
+            RegistryClient::new(options).unwrap().repository(&host, REPOSITORY).unwrap();
         repository.blob(&Digest::of(&bytes), 100_000).unwrap()
     };
     let error = failure(&blob(options()), 5, 5);
@@ -725,13 +726,15 @@ fn an_unknown_authority_is_refused_with_the_remedy_and_accepted_when_given() {
     assert_reads(&blob(ClientOptions { insecure: true, ..options() }), &bytes, 5, 50_000);
 
     // With an authority given, this machine is reached by TLS without an option.
-    let repository =
-        Client::new(trusting.clone()).unwrap().repository(&front.host(), REPOSITORY).unwrap();
+    let repository = RegistryClient::new(trusting.clone())
+        .unwrap()
+        .repository(&front.host(), REPOSITORY)
+        .unwrap();
     assert!(repository.blob_exists(&Digest::of(&bytes)).unwrap());
 
     let missing =
         ClientOptions { authorities: vec![PathBuf::from("/nowhere/ca.pem")], ..options() };
-    let error = Client::new(missing).err().unwrap().to_string();
+    let error = RegistryClient::new(missing).err().unwrap().to_string();
     assert!(error.contains("/nowhere/ca.pem"), "{error}");
 }
 
@@ -748,7 +751,7 @@ fn a_client_certificate_is_shown_to_who_asks() {
     };
     let blob = |options: ClientOptions| {
         let repository =
-            Client::new(options).unwrap().repository(&front.host(), REPOSITORY).unwrap();
+            RegistryClient::new(options).unwrap().repository(&front.host(), REPOSITORY).unwrap();
         repository.blob(&Digest::of(&bytes), 1000).unwrap()
     };
     assert!(read(&blob(without), 5, 5).is_err());
@@ -823,7 +826,7 @@ fn tls_goes_through_a_proxy_in_a_tunnel() {
     let options =
         ClientOptions { proxies, authorities: vec![authority.certificate()], ..options() };
     let repository =
-        Client::new(options).unwrap().repository("registry.invalid", REPOSITORY).unwrap();
+        RegistryClient::new(options).unwrap().repository("registry.invalid", REPOSITORY).unwrap();
     assert_reads(&repository.blob(&Digest::of(&bytes), 1000).unwrap(), &bytes, 5, 5);
     let head = asked.join().unwrap();
     assert!(head.starts_with("CONNECT registry.invalid:443 HTTP/1.1\r\n"), "{head}");
@@ -852,7 +855,7 @@ fn an_early_answer_ends_an_upload_that_nobody_reads() {
             thread::spawn(move || refuse(stream.unwrap()));
         }
     });
-    let repository = Client::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
+    let repository = RegistryClient::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
     let started = Instant::now();
     let bytes = Bytes::from(vec![0; 64 << 20]);
     let error = repository.push_blob(&Digest::of(b"any"), &bytes).unwrap_err();
@@ -883,7 +886,7 @@ fn an_upload_is_sent_again_with_a_new_token() {
 fn the_reference_registry_takes_and_gives_what_the_double_does() {
     let Some(registry) = real::start() else { return };
     let repository =
-        Client::new(options()).unwrap().repository(&registry.host(), REPOSITORY).unwrap();
+        RegistryClient::new(options()).unwrap().repository(&registry.host(), REPOSITORY).unwrap();
     let bytes = noise(3_000_000);
     let digest = Digest::of(&bytes);
     assert!(repository.push_blob(&digest, &Bytes::from(bytes.clone())).unwrap());

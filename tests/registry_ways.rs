@@ -16,7 +16,7 @@ use formats::oci::Digest;
 use host::config::ServiceConfig;
 use host::images::registries::options_of;
 use registry::{
-    Client, ClientOptions, Credential, Network, Proxies, RemoteBlob, RetryPolicy, Timeouts,
+    ClientOptions, Credential, Network, Proxies, RegistryClient, RemoteBlob, RetryPolicy, Timeouts,
 };
 use source::{ByteSource as _, Class, OneBuffer, SourceError};
 
@@ -70,7 +70,8 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 fn blob(options: ClientOptions, registry: &str, bytes: &[u8]) -> RemoteBlob {
-    let repository = Client::new(options).unwrap().repository(registry, REPOSITORY).unwrap();
+    let repository =
+        RegistryClient::new(options).unwrap().repository(registry, REPOSITORY).unwrap();
     repository.blob(&Digest::of(bytes), bytes.len() as u64).unwrap()
 }
 
@@ -113,8 +114,10 @@ fn mirrors_are_asked_in_order_before_the_registry_and_told_whom_they_stand_for()
     let [registry, first, second] = registries(&bytes);
     first.add_manifest(REPOSITORY, "v1", MANIFEST, b"{}");
     let options = mirrored(&registry, &[&first, &second]);
-    let repository =
-        Client::new(options.clone()).unwrap().repository(&registry.host(), REPOSITORY).unwrap();
+    let repository = RegistryClient::new(options.clone())
+        .unwrap()
+        .repository(&registry.host(), REPOSITORY)
+        .unwrap();
     assert_eq!(repository.manifest("v1").unwrap().bytes, b"{}");
     let blob = blob(options, &registry.host(), &bytes);
     assert_reads(&blob, &bytes, 100, 50);
@@ -230,7 +233,7 @@ fn a_whole_blob_comes_from_a_mirror_too() {
     let bytes = noise(300_000);
     let [registry, mirror] = registries(&bytes);
     mirror.fault("GET", Fault::DropAfter(100_000), 1);
-    let client = Client::new(mirrored(&registry, &[&mirror])).unwrap();
+    let client = RegistryClient::new(mirrored(&registry, &[&mirror])).unwrap();
     let repository = client.repository(&registry.host(), REPOSITORY).unwrap();
     let mut all = Vec::new();
     let mut stream = repository.blob_stream(&Digest::of(&bytes), bytes.len() as u64).unwrap();

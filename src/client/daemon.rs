@@ -26,13 +26,13 @@ use crate::spec::DeviceSpec;
 const ATTEMPTS: u32 = 5;
 
 /// A connection to the daemon.
-pub struct Client {
+pub struct DaemonClient {
     connection: Connection,
     path: PathBuf,
     pid: u32,
 }
 
-impl Client {
+impl DaemonClient {
     /// Connects to the daemon of `run_dir`; `None` if there is none.
     ///
     /// # Errors

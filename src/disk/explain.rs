@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::{Disk, Opened};
+use super::{Disk, OpenedLayer};
 use crate::volume::Volume as _;
 use blobs::fetch::Blob;
-use formats::lsmt::Place;
+use formats::lsmt::RunPlace;
 use formats::units::{SECTOR, Sectors};
 
 /// Kind of a part of a disk.
@@ -23,7 +23,7 @@ pub enum What {
 
 /// Present place of a chunk's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Held {
+pub enum BytesPlace {
     /// Decoded, in the memory cache.
     Memory,
     /// On this host: in a local file, or in the tier on disk.
@@ -65,7 +65,7 @@ pub struct ChunkPlace {
     /// Its length decoded, in bytes.
     pub decoded: u64,
     /// Its present place.
-    pub held: Held,
+    pub held: BytesPlace,
 }
 
 impl Disk {
@@ -90,17 +90,20 @@ impl Disk {
             let layer = usize::from(run.layer);
             let part = |what, layer| Placed { offset: start, len, what, layer, chunk: None };
             match (run.place, &self.parts.layers[layer]) {
-                (Place::Zero, _) => parts.push(part(What::Hole, None)),
-                (Place::Own(_), Opened::Turbo { .. }) => {
+                (RunPlace::Zero, _) => parts.push(part(What::Hole, None)),
+                (RunPlace::Own(_), OpenedLayer::Turbo { .. }) => {
                     parts.push(part(What::Metadata, Some(layer)));
                 }
-                (Place::Remote(sector), Opened::Turbo { target: Some(blob), .. })
-                | (Place::Own(sector) | Place::Remote(sector), Opened::Native { chunks: blob }) => {
+                (RunPlace::Remote(sector), OpenedLayer::Turbo { target: Some(blob), .. })
+                | (
+                    RunPlace::Own(sector) | RunPlace::Remote(sector),
+                    OpenedLayer::Native { chunks: blob },
+                ) => {
                     let at = sector.bytes().0 + skip;
                     self.explain_chunks(blob, layer, start, at..at + len, most, &mut parts);
                 }
                 // Refused when the disk was opened.
-                (Place::Remote(_), Opened::Turbo { target: None, .. }) => {}
+                (RunPlace::Remote(_), OpenedLayer::Turbo { target: None, .. }) => {}
             }
         }
         parts
@@ -128,11 +131,11 @@ impl Disk {
             let len = (span.start + u64::from(span.len)).min(range.end) - at;
             let place = source.encoded(span.index).map_or(0..0, |place| place.range);
             let held = if self.cache.holds(blob, span.index) {
-                Held::Memory
+                BytesPlace::Memory
             } else if blob.is_near(span.index) {
-                Held::Disk
+                BytesPlace::Disk
             } else {
-                Held::Remote
+                BytesPlace::Remote
             };
             let chunk = ChunkPlace {
                 blob: source.id().to_owned(),

@@ -23,11 +23,11 @@ const MAX_LEASES: usize = 4096;
 pub(super) struct Leases {
     /// Number of leases, so that a disk without leases does not lock.
     count: AtomicUsize,
-    table: Mutex<Table>,
+    table: Mutex<LeaseTable>,
 }
 
 #[derive(Default)]
-struct Table {
+struct LeaseTable {
     leases: HashMap<Range, Lease>,
     /// Ranges in the order of their waking; some may be taken already.
     order: VecDeque<Range>,

@@ -22,12 +22,12 @@
 //! files as a trace, `testing` doubles, by the feature of that name.
 //!
 //! ```
-//! use formats::lsmt::Identity;
+//! use formats::lsmt::LayerIdentity;
 //! use formats::units::Bytes;
 //! use turbobd_disk::writable::{WritableFiles, WritableLayer};
 //! let dir = tempfile::tempdir()?;
 //! let files = WritableFiles::in_dir(dir.path());
-//! let layer = WritableLayer::create(&files, Bytes(1 << 20), Identity::default())?;
+//! let layer = WritableLayer::create(&files, Bytes(1 << 20), LayerIdentity::default())?;
 //! assert_eq!(layer.virtual_size(), Bytes(1 << 20));
 //! drop(layer); // it is locked while it is open
 //! assert!(WritableLayer::open(&files).is_ok());
@@ -56,10 +56,10 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
-use blobs::cache::{Batch, Cache, Lookup};
+use blobs::cache::{Cache, ChunkBatch, Lookup};
 use blobs::fetch::Blob;
 use blobs::trace::{self, Recorders};
-use formats::lsmt::{self, LayerKind, LsmtError, Mapping, Place, Stack, Uuid};
+use formats::lsmt::{self, LsmtError, Mapping, RunPlace, Stack, TagMeaning, Uuid};
 use formats::trace::Trace;
 use formats::units::{SECTOR, Sectors};
 use formats::zfile::ZFileError;
@@ -173,7 +173,7 @@ pub enum DiskError {
 /// A layer of an image.
 pub struct DiskLayer {
     /// Its mappings.
-    pub index: lsmt::Layer,
+    pub index: lsmt::LsmtLayer,
     /// Position of its bytes.
     pub data: LayerData,
 }
@@ -201,12 +201,12 @@ pub enum LayerData {
 const TARGET_PADDING: u64 = 4096;
 
 /// A layer's bytes, with its blob opened in the cache.
-enum Opened {
+enum OpenedLayer {
     Turbo { meta: SharedBytes, target: Option<Arc<Blob>> },
     Native { chunks: Arc<Blob> },
 }
 
-impl Opened {
+impl OpenedLayer {
     fn new(data: LayerData, cache: &Cache) -> Self {
         match data {
             LayerData::Turbo { meta, target } => {
@@ -227,7 +227,7 @@ impl Opened {
 /// The shared part of disks of the same image: the index and the metadata.
 pub struct DiskParts {
     stack: Stack,
-    layers: Vec<Opened>,
+    layers: Vec<OpenedLayer>,
 }
 
 /// A virtual disk made of layers.
@@ -251,8 +251,8 @@ impl Disk {
         check_chain(&layers)?;
         check_size(&layers)?;
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
-        let layers: Vec<Opened> =
-            layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
+        let layers: Vec<OpenedLayer> =
+            layers.into_iter().map(|layer| OpenedLayer::new(layer.data, &cache)).collect();
         Ok(Self::of(Arc::new(DiskParts { stack, layers }), cache))
     }
 
@@ -301,16 +301,16 @@ impl Disk {
     /// The chunk sources of the native layers only, which upstream's traces refer to.
     #[must_use]
     pub fn native_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
-        let native = |layer: &Opened| match layer {
-            Opened::Native { chunks } => Some(chunks.source().clone()),
-            Opened::Turbo { .. } => None,
+        let native = |layer: &OpenedLayer| match layer {
+            OpenedLayer::Native { chunks } => Some(chunks.source().clone()),
+            OpenedLayer::Turbo { .. } => None,
         };
         self.parts.layers.iter().map(native).collect()
     }
 
     /// Upstream's trace of this disk's layers in the form of this program.
     #[must_use]
-    pub fn trace_of(&self, reads: &[trace::upstream::Record]) -> Trace {
+    pub fn trace_of(&self, reads: &[trace::upstream::LayerRead]) -> Trace {
         let native = self.native_sources();
         let layers: Vec<_> = native.iter().map(Option::as_deref).collect();
         trace::upstream::to_trace(reads, &layers)
@@ -332,7 +332,7 @@ impl Disk {
     /// other sectors of the disk are zero.
     pub fn mapped(&self) -> impl Iterator<Item = (Sectors, Sectors)> + '_ {
         let end = self.parts.stack.virtual_size().sector();
-        let data = self.parts.stack.extents().filter(|extent| extent.place != Place::Zero);
+        let data = self.parts.stack.extents().filter(|extent| extent.place != RunPlace::Zero);
         let mut inside = data
             .take_while(move |extent| extent.lba < end)
             .map(move |extent| (extent.lba, Sectors(extent.len.0.min(end.0 - extent.lba.0))))
@@ -350,7 +350,7 @@ impl Disk {
     /// missing chunks.
     fn locate_chunks(
         &self,
-        request: &mut Request<'_, '_>,
+        request: &mut LocateCall<'_, '_>,
         part: &ChunkPart<'_>,
     ) -> Result<(), VolumeError> {
         let source = part.blob.source();
@@ -391,7 +391,7 @@ impl Disk {
     /// A chunk from the lease or the cache. If it is missing, it is requested and `request` waits for it.
     fn chunk(
         &self,
-        request: &mut Request<'_, '_>,
+        request: &mut LocateCall<'_, '_>,
         part: &ChunkPart<'_>,
         index: u32,
         offset: u64,
@@ -413,12 +413,12 @@ impl Disk {
 
     fn cached_chunk(
         &self,
-        request: &mut Request<'_, '_>,
+        request: &mut LocateCall<'_, '_>,
         part: &ChunkPart<'_>,
         key: leases::ChunkKey,
         offset: u64,
     ) -> Option<Arc<ChunkBytes>> {
-        let Request { gather, waiter, leases, range, batch, .. } = request;
+        let LocateCall { gather, waiter, leases, range, batch, .. } = request;
         let lookup = batch.get(part.blob, key.1, &mut || {
             let gather =
                 gather.get_or_insert_with(|| Gather::new(waiter(), (*leases).clone(), *range));
@@ -435,7 +435,7 @@ impl Disk {
 
     fn locate_all(
         &self,
-        request: &mut Request<'_, '_>,
+        request: &mut LocateCall<'_, '_>,
         offset: u64,
         end: u64,
     ) -> Result<(), VolumeError> {
@@ -448,11 +448,11 @@ impl Disk {
             let len = ((run.lba + run.len).bytes().0.min(end) - start) as usize;
             let layer = usize::from(run.layer);
             let (blob, sector) = match (run.place, &self.parts.layers[layer]) {
-                (Place::Zero, _) => {
+                (RunPlace::Zero, _) => {
                     push_zero(&mut request.pieces, len);
                     continue;
                 }
-                (Place::Own(sector), Opened::Turbo { meta, .. }) => {
+                (RunPlace::Own(sector), OpenedLayer::Turbo { meta, .. }) => {
                     // In bounds: `check_layer`.
                     let from = (sector.bytes().0 + skip) as usize;
                     request
@@ -460,13 +460,14 @@ impl Disk {
                         .push(Piece::Memory { guard: meta.clone(), range: from..from + len });
                     continue;
                 }
-                (Place::Remote(sector), Opened::Turbo { target: Some(target), .. }) => {
+                (RunPlace::Remote(sector), OpenedLayer::Turbo { target: Some(target), .. }) => {
                     (target, sector)
                 }
-                (Place::Own(sector) | Place::Remote(sector), Opened::Native { chunks }) => {
-                    (chunks, sector)
-                }
-                (Place::Remote(_), Opened::Turbo { target: None, .. }) => {
+                (
+                    RunPlace::Own(sector) | RunPlace::Remote(sector),
+                    OpenedLayer::Native { chunks },
+                ) => (chunks, sector),
+                (RunPlace::Remote(_), OpenedLayer::Turbo { target: None, .. }) => {
                     // Refused by `check_layer`; must never become zeros.
                     let reason = Arc::new(io::Error::other("The layer has no target"));
                     let name = format!("layer {layer}");
@@ -489,7 +490,7 @@ impl Disk {
 }
 
 /// State of one call of [`Volume::locate`].
-struct Request<'a, 'w> {
+struct LocateCall<'a, 'w> {
     range: (u64, usize),
     pieces: Vec<Piece>,
     /// Chunks that were kept for this request when it was woken.
@@ -500,7 +501,7 @@ struct Request<'a, 'w> {
     last: Option<(leases::ChunkKey, Option<Arc<ChunkBytes>>)>,
     gather: Option<Arc<Gather>>,
     /// The missing chunks, fetched together.
-    batch: Batch<'a>,
+    batch: ChunkBatch<'a>,
     waiter: &'a mut (dyn FnMut() -> Waiter + 'w),
     leases: &'a Arc<Leases>,
 }
@@ -560,7 +561,7 @@ impl Volume for Disk {
         }
         let range = (offset, len);
         let leased = self.leases.take(range);
-        let mut request = Request {
+        let mut request = LocateCall {
             range,
             pieces: Vec::new(),
             leased,
@@ -591,11 +592,11 @@ impl Volume for Disk {
 /// has this check but does not run it when it opens an image: a missing layer then appears as damaged files.
 fn check_chain(layers: &[DiskLayer]) -> Result<(), DiskError> {
     let identity = |layer: &DiskLayer| match layer.index.kind() {
-        LayerKind::Plain => {
+        TagMeaning::Plain => {
             let trailer = layer.index.trailer();
             (trailer.uuid, trailer.parent)
         }
-        LayerKind::Warp => (Uuid::NULL, Uuid::NULL),
+        TagMeaning::Warp => (Uuid::NULL, Uuid::NULL),
     };
     let mut seen: HashMap<Uuid, usize> = HashMap::new();
     let mut below = None;
@@ -653,10 +654,10 @@ fn check_layer(number: usize, layer: &DiskLayer) -> Result<(), DiskError> {
     let incomplete =
         |rule: &str| DiskError::Layer { layer: number, name: name(), rule: rule.to_owned() };
     let (own_end, target) = match (&layer.data, layer.index.kind()) {
-        (LayerData::Turbo { meta, target }, LayerKind::Warp) => {
+        (LayerData::Turbo { meta, target }, TagMeaning::Warp) => {
             (meta.bytes().len() as u64, target.as_ref())
         }
-        (LayerData::Native { chunks }, LayerKind::Plain) => (chunks.decoded_len(), None),
+        (LayerData::Native { chunks }, TagMeaning::Plain) => (chunks.decoded_len(), None),
         _ => return Err(incomplete("its index and its data are of different kinds")),
     };
     for mapping in layer.index.mappings().iter().filter(|mapping| !mapping.zeroed) {

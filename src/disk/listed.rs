@@ -10,7 +10,7 @@ use super::Disk;
 use super::explain::What;
 use super::volume::VolumeSource;
 use blobs::trace;
-use formats::ext4::{self, Image, Kind, NodeId, ReadError, Tree};
+use formats::ext4::{self, Image, NodeId, NodeKind, ReadError, Tree};
 use formats::trace::{Touch, Trace, TraceError};
 
 /// Longest list, equal to upstream's limit: 64 KiB.
@@ -89,7 +89,7 @@ impl Files<'_> {
                 name => self.tree.lookup(node, name.as_bytes())?,
             };
             node = match self.tree.kind(found) {
-                Kind::Symlink(target) => {
+                NodeKind::Symlink(target) => {
                     *links = links.checked_sub(1)?;
                     self.find(node, std::str::from_utf8(target).ok()?, links)?
                 }
@@ -102,12 +102,12 @@ impl Files<'_> {
     /// Adds the blocks of a file, or of the files below a directory down to `depth`.
     fn touch(&self, disk: &Disk, node: NodeId, depth: u32, trace: &mut Trace) {
         match self.tree.kind(node) {
-            Kind::Directory if depth > 0 => {
+            NodeKind::Directory if depth > 0 => {
                 for (_, child) in self.tree.children(node) {
                     self.touch(disk, child, depth - 1, trace);
                 }
             }
-            Kind::Regular { .. } => {
+            NodeKind::Regular { .. } => {
                 for range in self.image.blocks_of(node) {
                     add(disk, range, trace);
                 }

@@ -7,10 +7,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use formats::lsmt::{Identity, Layer, NativeWriter, WarpWriter};
+use formats::lsmt::{LayerIdentity, LsmtLayer, NativeWriter, WarpWriter};
 use formats::units::Bytes;
 use source::chunk::PlainChunks;
-use source::testing::{Fault, FaultySource};
+use source::testing::{FaultySource, ReadFault};
 use source::{ByteSource, MemorySource};
 
 const DISK: u64 = 4096;
@@ -29,17 +29,19 @@ fn turbo(target: Option<Arc<dyn ChunkSource>>, fill: impl FnOnce(&mut WarpWriter
     fill(&mut writer);
     let mut bytes = Vec::new();
     writer.finish(&mut bytes).unwrap();
-    let index = Layer::open(&MemorySource::new("meta", bytes.clone()), LayerKind::Warp).unwrap();
+    let index =
+        LsmtLayer::open(&MemorySource::new("meta", bytes.clone()), TagMeaning::Warp).unwrap();
     DiskLayer { index, data: LayerData::Turbo { meta: Arc::new(bytes), target } }
 }
 
 fn native(id: &str, runs: &[(u64, Vec<u8>)]) -> DiskLayer {
-    let mut writer = NativeWriter::new(Vec::new(), Bytes(DISK * 512), Identity::default()).unwrap();
+    let mut writer =
+        NativeWriter::new(Vec::new(), Bytes(DISK * 512), LayerIdentity::default()).unwrap();
     for (lba, bytes) in runs {
         writer.data(Sectors(*lba), bytes).unwrap();
     }
     let bytes = writer.finish().unwrap();
-    let index = Layer::open(&MemorySource::new(id, bytes.clone()), LayerKind::Plain).unwrap();
+    let index = LsmtLayer::open(&MemorySource::new(id, bytes.clone()), TagMeaning::Plain).unwrap();
     DiskLayer { index, data: LayerData::Native { chunks: plain_chunks(id, bytes) } }
 }
 
@@ -190,7 +192,7 @@ fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_o
 #[test]
 fn an_error_comes_once_and_names_the_layer_and_the_place() {
     let source: Arc<dyn ByteSource> = Arc::new(MemorySource::new("t", tar(600_000)));
-    let faulty = Arc::new(FaultySource::new(source, vec![Fault::FailAt(300_000)]));
+    let faulty = Arc::new(FaultySource::new(source, vec![ReadFault::FailAt(300_000)]));
     let layer = turbo(Some(Arc::new(PlainChunks::new("t", faulty))), |writer| {
         writer.metadata(Sectors(0), &[7; 512]).unwrap();
         writer.remote(Sectors(8), Sectors(1100), Sectors(0)).unwrap();

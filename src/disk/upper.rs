@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use self::cold::{ColdReads, Part};
+use self::cold::{ColdReads, DataPart};
 use self::layer::UpperLayer;
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 use crate::writable::{SparseLayer, WritableError, WritableFiles};
@@ -173,7 +173,7 @@ impl Volume for UpperVolume {
         for run in &runs {
             match run.place {
                 WrittenPlace::Zero => {}
-                WrittenPlace::Data(at) => parts.push(Part { at, len: run.len }),
+                WrittenPlace::Data(at) => parts.push(DataPart { at, len: run.len }),
                 WrittenPlace::Below => match self.locate_below(&bytes(run), waiter)? {
                     Located::Ready(pieces) => below.push(pieces),
                     Located::Pending => return Ok(Located::Pending),

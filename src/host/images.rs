@@ -35,8 +35,10 @@ pub use open::{OpenError, OpenImage};
 pub use registries::Registries;
 
 use crate::config::log_file::LogFile;
-use crate::config::{ConfigError, DownloadConfig, ServiceConfig, TracesConfig};
-use crate::daemon::{Audit, DiskView, ImageOpener, OpenFailure, Opened, ReadPolicy, Snapshots};
+use crate::config::{DownloadConfig, ServiceConfig, ServiceConfigError, TracesConfig};
+use crate::daemon::{
+    Audit, DiskView, ImageOpener, OpenFailure, ReadPolicy, ServableImage, Snapshots,
+};
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
@@ -83,8 +85,8 @@ impl HostImages {
     /// The same images with the audit log, if the configuration wants one.
     ///
     /// # Errors
-    /// [`ConfigError::NotWritable`] when its file cannot be opened.
-    pub fn audited(self) -> Result<Self, ConfigError> {
+    /// [`ServiceConfigError::NotWritable`] when its file cannot be opened.
+    pub fn audited(self) -> Result<Self, ServiceConfigError> {
         let audit = &self.config.audit;
         if !audit.enable {
             return Ok(self);
@@ -133,14 +135,14 @@ impl HostImages {
 }
 
 /// A disk to be served, and who makes snapshots of it.
-type Served = (Arc<dyn Volume>, Option<Arc<dyn Snapshots>>);
+type ServedVolume = (Arc<dyn Volume>, Option<Arc<dyn Snapshots>>);
 
 /// The disk with its writable layer: that of `--upper`, or the one that the device config names.
 fn writable(
     spec: &DeviceSpec,
     disk: &Arc<Disk>,
     upper: Option<WritableFiles>,
-) -> Result<Served, OpenError> {
+) -> Result<ServedVolume, OpenError> {
     Ok(match (&spec.upper, upper, &spec.image.source) {
         (Some(_), Some(_), _) => return Err(OpenError::TwoUppers),
         (Some(dir), None, _) => (Arc::new(UpperVolume::open(dir, disk.clone())?), None),
@@ -164,7 +166,7 @@ fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
 }
 
 impl ImageOpener for HostImages {
-    fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure> {
+    fn open(&self, spec: &DeviceSpec) -> Result<ServableImage, OpenFailure> {
         self.audit.get_or_init(|| self.begin_audit());
         let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
         let image = spec.image.name();
@@ -195,7 +197,7 @@ impl ImageOpener for HostImages {
             self.registries.network().limits().allow_fill(download.max_bytes_per_second);
         }
         let filling = fill_options(&download).map(|options| cache.fill(blobs, options));
-        Ok(Opened {
+        Ok(ServableImage {
             volume,
             name: image,
             view: Arc::new(DiskView::new(disk).filled(filling)),

@@ -31,7 +31,7 @@ pub use process::Process;
 
 /// Behaviour of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum MetricKind {
     /// Only grows, while the daemon runs or the device exists.
     Counter,
     /// Goes up and down.
@@ -40,7 +40,7 @@ pub enum Kind {
     Histogram,
 }
 
-impl Kind {
+impl MetricKind {
     /// Name of the kind in Prometheus.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -94,7 +94,7 @@ pub struct Metric<T: ?Sized> {
     /// Its name, with its unit at the end.
     pub name: &'static str,
     /// Its kind.
-    pub kind: Kind,
+    pub kind: MetricKind,
     /// Labels that tell it from others of the same name.
     pub labels: &'static [Label<'static>],
     /// Its meaning, as one sentence without a full stop.

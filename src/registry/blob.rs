@@ -17,10 +17,10 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::client::Place;
+use super::client::RepositoryPlace;
 use super::downloads::Download;
 use super::error::RegistryError;
-use super::race::Reading;
+use super::race::RacedRead;
 use super::retry::Budget;
 use super::way::BlobAddress;
 use formats::oci::Digest;
@@ -51,9 +51,9 @@ const REMEMBERED: usize = 256;
 
 /// Recent byte ranges with their source.
 #[derive(Default)]
-pub(super) struct Deliveries(Mutex<VecDeque<Delivery>>);
+pub(super) struct Deliveries(Mutex<VecDeque<RangeDelivery>>);
 
-struct Delivery {
+struct RangeDelivery {
     range: Range<u64>,
     way: usize,
     by_peer: bool,
@@ -64,7 +64,7 @@ impl Deliveries {
     /// extends that delivery.
     pub(super) fn add(&self, range: Range<u64>, way: usize, by_peer: bool) {
         let mut all = self.0.lock();
-        let same = |last: &&mut Delivery| {
+        let same = |last: &&mut RangeDelivery| {
             last.range.end == range.start && (last.way, last.by_peer) == (way, by_peer)
         };
         if let Some(last) = all.iter_mut().rev().take(32).find(same) {
@@ -74,7 +74,7 @@ impl Deliveries {
         if all.len() == REMEMBERED {
             all.pop_front();
         }
-        all.push_back(Delivery { range, way, by_peer });
+        all.push_back(RangeDelivery { range, way, by_peer });
     }
 
     /// Name of the source of the last bytes; before any arrived, of the source that is asked first.
@@ -125,8 +125,8 @@ pub struct RemoteBlob {
 
 impl RemoteBlob {
     pub(super) fn new(
-        place: &Arc<Place>,
-        mirrors: &[Arc<Place>],
+        place: &Arc<RepositoryPlace>,
+        mirrors: &[Arc<RepositoryPlace>],
         digest: &Digest,
         size: u64,
     ) -> Result<Self, RegistryError> {
@@ -180,7 +180,7 @@ impl RemoteBlob {
         services.network.limits().pace(class, range.end - range.start);
         let mut budget = Budget::new(services.read_retry, self.blob.registry());
         let mut attempts = self.stats.trying_again.read(range.clone());
-        let mut reading = Reading {
+        let mut reading = RacedRead {
             blob: &self.blob,
             network: &services.network,
             stats: &self.stats,

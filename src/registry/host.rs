@@ -204,12 +204,12 @@ pub struct HostStats {
 pub struct Host {
     name: String,
     stats: HostStats,
-    state: Mutex<State>,
+    state: Mutex<HostState>,
     retries: Mutex<Tokens>,
 }
 
 #[derive(Debug)]
-struct State {
+struct HostState {
     failures_in_a_row: u32,
     passed_over_until: Option<Instant>,
     waits: Vec<Duration>,
@@ -225,7 +225,7 @@ impl Host {
         Self {
             name: name.to_owned(),
             stats: HostStats::default(),
-            state: Mutex::new(State {
+            state: Mutex::new(HostState {
                 failures_in_a_row: 0,
                 passed_over_until: None,
                 waits: Vec::new(),

@@ -22,12 +22,12 @@ pub(super) struct Gauge {
 
 /// The body of a request.
 #[derive(Debug)]
-pub(super) enum Payload {
+pub(super) enum RequestBody {
     Memory(Bytes),
     Stream { pieces: mpsc::Receiver<io::Result<Bytes>>, left: u64, gauge: Arc<Gauge> },
 }
 
-impl HttpBody for Payload {
+impl HttpBody for RequestBody {
     type Data = Bytes;
     type Error = io::Error;
 

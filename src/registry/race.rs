@@ -31,7 +31,7 @@ use source::{Class, Run};
 use threads::count;
 
 /// A read in progress, over all its tries.
-pub(super) struct Reading<'a> {
+pub(super) struct RacedRead<'a> {
     pub(super) blob: &'a BlobAddress,
     pub(super) network: &'a Network,
     pub(super) stats: &'a RemoteStats,
@@ -65,7 +65,7 @@ enum Stage<'a> {
     Flowing(RangeBody),
 }
 
-enum Event {
+enum RaceEvent {
     Head,
     /// Bytes that can be taken.
     Bytes(Bytes),
@@ -74,16 +74,16 @@ enum Event {
 }
 
 impl Lane<'_> {
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Event> {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<RaceEvent> {
         loop {
             match &mut self.stage {
                 Stage::Opening(opening) => {
                     let opened = ready!(opening.as_mut().poll(context));
                     return Poll::Ready(match opened {
-                        Err(error) => Event::Broken(error),
+                        Err(error) => RaceEvent::Broken(error),
                         Ok(body) => {
                             self.stage = Stage::Flowing(body);
-                            Event::Head
+                            RaceEvent::Head
                         }
                     });
                 }
@@ -91,11 +91,11 @@ impl Lane<'_> {
                     Ok(Some(frame)) => {
                         self.heard = Some(Instant::now());
                         if let Some(bytes) = self.held.replace(frame) {
-                            return Poll::Ready(Event::Bytes(bytes));
+                            return Poll::Ready(RaceEvent::Bytes(bytes));
                         }
                     }
-                    Ok(None) => return Poll::Ready(Event::End),
-                    Err(error) => return Poll::Ready(Event::Broken(error)),
+                    Ok(None) => return Poll::Ready(RaceEvent::End),
+                    Err(error) => return Poll::Ready(RaceEvent::Broken(error)),
                 },
             }
         }
@@ -116,7 +116,7 @@ impl Lane<'_> {
     }
 }
 
-impl<'a> Reading<'a> {
+impl<'a> RacedRead<'a> {
     /// Reads on from `at`, asking each source once; afterwards `at` is the position reached.
     pub(super) fn once(&mut self, deadline: Instant) -> Result<(), RegistryError> {
         let order = self.blob.order();
@@ -150,9 +150,9 @@ impl<'a> Reading<'a> {
                         lanes.push(second);
                     }
                 }
-                Some((number, Event::Head)) => self.head(&mut lanes[number]),
-                Some((number, Event::Bytes(bytes))) => self.take(&mut lanes[number], bytes),
-                Some((number, Event::End)) => {
+                Some((number, RaceEvent::Head)) => self.head(&mut lanes[number]),
+                Some((number, RaceEvent::Bytes(bytes))) => self.take(&mut lanes[number], bytes),
+                Some((number, RaceEvent::End)) => {
                     let mut lane = lanes.swap_remove(number);
                     if let Some(bytes) = lane.held.take() {
                         self.take(&mut lane, bytes);
@@ -160,7 +160,7 @@ impl<'a> Reading<'a> {
                     self.whole(&lane);
                     return Ok(());
                 }
-                Some((number, Event::Broken(error))) => {
+                Some((number, RaceEvent::Broken(error))) => {
                     let mut lane = lanes.swap_remove(number);
                     let by_peer = self.broken(&mut lane, &error);
                     tell(&mut told, error, lane.way);

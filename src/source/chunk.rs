@@ -107,7 +107,7 @@ impl fmt::Debug for ChunkBytes {
 
 /// Position of a chunk in its blob, and the room that its decoder needs around it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Encoded {
+pub struct EncodedRange {
     /// The chunk's byte range in the blob. Neighbours may share a byte.
     pub range: Range<u64>,
     /// Bytes of room that the decoder needs in front of them.
@@ -116,7 +116,7 @@ pub struct Encoded {
     pub tail: usize,
 }
 
-impl Encoded {
+impl EncodedRange {
     /// Number of bytes of the blob.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -140,7 +140,7 @@ pub struct EncodedChunk {
 impl EncodedChunk {
     /// Makes room for the bytes of `place`, in a buffer that may have been used before.
     #[must_use]
-    pub fn new(place: &Encoded, mut buffer: Vec<u8>) -> Self {
+    pub fn new(place: &EncodedRange, mut buffer: Vec<u8>) -> Self {
         let data = place.head..place.head + place.len();
         let len = data.end + place.tail;
         buffer.truncate(len);
@@ -223,7 +223,7 @@ pub trait ChunkSource: Send + Sync {
     ///
     /// # Errors
     /// [`ChunkError`] if there is no such chunk.
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError>;
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError>;
 
     /// Bytes of room that chunk `index` is decoded into: its own length plus the room that its decoder needs.
     fn room(&self, index: u32) -> usize;
@@ -409,14 +409,14 @@ impl ChunkSource for PlainChunks {
         &self.source
     }
 
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
         let start = u64::from(index) * Self::CHUNK;
         let size = self.source.len();
         if start >= size {
             let name = self.source.name().to_owned();
             return Err(SourceError::PastEnd { name, offset: start, end: start + 1, size }.into());
         }
-        Ok(Encoded { range: start..size.min(start + Self::CHUNK), head: 0, tail: 0 })
+        Ok(EncodedRange { range: start..size.min(start + Self::CHUNK), head: 0, tail: 0 })
     }
 
     fn room(&self, index: u32) -> usize {

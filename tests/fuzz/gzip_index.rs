@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
 use flate2::Crc;
-use formats::gzip::{Index, IndexedLayer, merge};
+use formats::gzip::{GzipIndex, IndexedLayer, merge};
 use formats::segments::{SegmentIndex, SegmentedLayer, sidecar};
 use source::MemorySource;
 use source::chunk::ChunkSource as _;
@@ -51,7 +51,7 @@ fn decode_segments(index: SegmentIndex, filling: &[u8]) {
 }
 
 /// Decodes a blob of the right length by `index`.
-fn decode(index: Index, filling: &[u8]) {
+fn decode(index: GzipIndex, filling: &[u8]) {
     let len = index.compressed_len.get();
     if len > 1 << 20 {
         return;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::*;
-use source::chunk::{ChunkSpan, Encoded, EncodedChunk};
+use source::chunk::{ChunkSpan, EncodedChunk, EncodedRange};
 use source::{ByteSource, Run, SourceError};
 
 /// A blob whose chunks are `LEN` bytes of their number; its reads can be held up and can fail.
@@ -131,9 +131,9 @@ impl ChunkSource for Numbers {
     fn blob(&self) -> &Arc<dyn ByteSource> {
         &self.blob
     }
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
         let start = u64::from(index) * LEN as u64;
-        Ok(Encoded { range: start..start + LEN as u64, head: 3, tail: 5 })
+        Ok(EncodedRange { range: start..start + LEN as u64, head: 3, tail: 5 })
     }
     fn room(&self, _: u32) -> usize {
         LEN
@@ -154,9 +154,9 @@ impl ChunkSource for Numbers {
     }
 }
 
-type Answer = Result<Arc<ChunkBytes>, Arc<ChunkError>>;
+type Loaded = Result<Arc<ChunkBytes>, Arc<ChunkError>>;
 
-fn ask(cache: &Cache, source: &Arc<Blob>, index: u32, answers: &Sender<Answer>) -> bool {
+fn ask(cache: &Cache, source: &Arc<Blob>, index: u32, answers: &Sender<Loaded>) -> bool {
     let lookup = cache.batch().get(source, index, &mut || {
         let answers = answers.clone();
         Box::new(move |answer| answers.send(answer).unwrap())
@@ -170,7 +170,7 @@ fn ask(cache: &Cache, source: &Arc<Blob>, index: u32, answers: &Sender<Answer>) 
     }
 }
 
-fn next(answers: &Receiver<Answer>) -> Answer {
+fn next(answers: &Receiver<Loaded>) -> Loaded {
     answers.recv_timeout(Duration::from_secs(20)).expect("an answer")
 }
 
@@ -298,12 +298,12 @@ fn the_end_of_the_cache_answers_everyone() {
     });
     drop(cache);
     opener.join().unwrap();
-    let answers: Vec<Answer> = (0..100).map(|_| next(&take)).collect();
+    let answers: Vec<Loaded> = (0..100).map(|_| next(&take)).collect();
     assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 2);
     assert_eq!(numbers_left(&take), 0);
 }
 
-fn numbers_left(take: &Receiver<Answer>) -> usize {
+fn numbers_left(take: &Receiver<Loaded>) -> usize {
     take.try_iter().count()
 }
 

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::pace::Pace;
-use super::queue::{Limit, Queue, Taken, Wanted};
+use super::queue::{FetchQueue, Limit, Taken, WantedChunk};
 use super::run::ChunkRun;
-use super::{Key, Shared};
-use source::chunk::{ChunkError, Encoded};
+use super::{FetchShared, Key};
+use source::chunk::{ChunkError, EncodedRange};
 use source::{Class, Run as _};
 use threads::{Pool, count};
 
@@ -33,7 +33,7 @@ const HELD_BACK: Duration = Duration::from_millis(50);
 
 /// The threads and their work.
 pub(super) struct Crew {
-    state: Mutex<State>,
+    state: Mutex<CrewState>,
     wake: Condvar,
     most: usize,
     /// Requests of [`Class::Prefetch`] under way at most.
@@ -41,8 +41,8 @@ pub(super) struct Crew {
 }
 
 #[derive(Default)]
-struct State {
-    queue: Queue,
+struct CrewState {
+    queue: FetchQueue,
     /// Number of threads that wait for work.
     idle: usize,
     /// Requests in flight without a waiter, those of the fill included.
@@ -53,7 +53,7 @@ struct State {
     ending: bool,
 }
 
-impl State {
+impl CrewState {
     /// Requests in flight for demand or ahead of it.
     fn threads_at_work(&self) -> usize {
         (self.threads.len() - self.idle.min(self.threads.len())).saturating_sub(self.fill + 1)
@@ -66,7 +66,7 @@ impl Crew {
         Self { state: Mutex::default(), wake: Condvar::new(), most, prefetches }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, CrewState> {
         self.state.lock()
     }
 
@@ -79,7 +79,7 @@ impl Crew {
     }
 
     /// Accepts no more work; returns the work that was not begun.
-    pub(super) fn end(&self) -> Vec<Wanted> {
+    pub(super) fn end(&self) -> Vec<WantedChunk> {
         let mut state = self.lock();
         state.ending = true;
         self.wake.notify_all();
@@ -145,7 +145,10 @@ impl Crew {
 }
 
 /// Adds wanted chunks, all at once; returns them at the end or when there is no thread.
-pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<Wanted>> {
+pub(super) fn want(
+    shared: &Arc<FetchShared>,
+    wanted: Vec<WantedChunk>,
+) -> Result<(), Vec<WantedChunk>> {
     let crew = &shared.crew;
     let mut state = crew.lock();
     if state.ending || (state.threads.is_empty() && !add_thread(shared, &mut state)) {
@@ -161,20 +164,20 @@ pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<
 
 /// Starts a thread if none is idle: this thread may wait for its server for long, and chunks wanted meanwhile
 /// need another thread.
-fn grow(shared: &Arc<Shared>) {
+fn grow(shared: &Arc<FetchShared>) {
     let mut state = shared.crew.lock();
     if state.idle == 0 && state.threads.len() < shared.crew.most && !state.ending {
         add_thread(shared, &mut state);
     }
 }
 
-fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
+fn add_thread(shared: &Arc<FetchShared>, state: &mut CrewState) -> bool {
     let own = shared.clone();
     state.threads.spawn_or_log("fetch", move || run(&own))
 }
 
 /// Body of a fetch thread.
-fn run(shared: &Arc<Shared>) {
+fn run(shared: &Arc<FetchShared>) {
     threads::mark_io_thread();
     while let Some(taken) = shared.crew.next(&shared.pace) {
         grow(shared);
@@ -187,9 +190,9 @@ fn run(shared: &Arc<Shared>) {
 }
 
 /// Runs one request.
-fn fetch(shared: &Arc<Shared>, taken: &Taken) {
+fn fetch(shared: &Arc<FetchShared>, taken: &Taken) {
     let source = taken.blob.source();
-    let places: Result<Vec<Encoded>, ChunkError> =
+    let places: Result<Vec<EncodedRange>, ChunkError> =
         taken.chunks.clone().map(|chunk| source.encoded(chunk)).collect();
     let places = match places {
         Ok(places) => places,
@@ -197,7 +200,7 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
             let error = Arc::new(error);
             for (chunk, (class, tries)) in taken.chunks.clone().zip(&taken.wanted) {
                 let wanted =
-                    Wanted { blob: taken.blob.clone(), chunk, class: *class, tries: *tries };
+                    WantedChunk { blob: taken.blob.clone(), chunk, class: *class, tries: *tries };
                 shared.fail(&wanted, error.clone());
             }
             return;
@@ -229,7 +232,7 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
         }
         Err(error) => {
             let error = Arc::new(ChunkError::from(error));
-            let rest: Vec<Wanted> = run.rest().collect();
+            let rest: Vec<WantedChunk> = run.rest().collect();
             for wanted in rest {
                 shared.fail(&wanted, error.clone());
             }

@@ -9,27 +9,27 @@ use std::sync::mpsc::Sender;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::fifo::Fifo;
-use super::presence::{Extent, HEADER, RECORD, Subject};
+use super::presence::{ChunkExtent, HEADER, RECORD, Subject};
 use super::store::{Store, StoredFile};
-use super::writer::{Command, Gone, Offer};
-use super::{Kind, QUEUE, Stored, TierCounters, TierOptions, Usage, in_pages};
+use super::writer::{Gone, Offer, WriterCommand};
+use super::{QUEUE, TierBlob, TierCounters, TierKind, TierOptions, Usage, in_pages};
 use threads::count;
 
 /// State shared by readers and the writer.
-pub(super) struct Shared {
-    pub(super) kind: Kind,
+pub(super) struct TierShared {
+    pub(super) kind: TierKind,
     pub(super) store: Arc<dyn Store>,
     pub(super) options: TierOptions,
     pub(super) counters: Arc<TierCounters>,
-    state: Mutex<State>,
-    commands: Mutex<Sender<Command>>,
+    state: Mutex<TierState>,
+    commands: Mutex<Sender<WriterCommand>>,
     queued: AtomicU64,
     full: AtomicBool,
 }
 
 /// All files.
 #[derive(Default)]
-pub(super) struct State {
+pub(super) struct TierState {
     pub(super) files: HashMap<u32, FileState>,
     names: HashMap<String, u32>,
     pub(super) fifo: Fifo,
@@ -41,8 +41,8 @@ pub(super) struct State {
 
 /// A chunk that is present.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Slot {
-    pub(super) extent: Extent,
+pub(super) struct PresentChunk {
+    pub(super) extent: ChunkExtent,
     /// Number that tells it from a later chunk at the same place.
     turn: u64,
 }
@@ -53,7 +53,7 @@ pub(super) struct FileState {
     pub(super) name: String,
     pub(super) subject: Subject,
     pub(super) seed: u32,
-    pub(super) slots: HashMap<u32, Slot>,
+    pub(super) slots: HashMap<u32, PresentChunk>,
     /// Records in the map; `None` before the files are created.
     pub(super) records: Option<u64>,
     /// Bytes that the data file takes beyond its chunks: the filesystem's own metadata.
@@ -117,7 +117,7 @@ pub(super) fn file_name(subject: &Subject) -> String {
     format!("{id}.{}", subject.kind.name())
 }
 
-impl State {
+impl TierState {
     /// Adds a file.
     pub(super) fn add(&mut self, file: FileState) -> u32 {
         let number = self.next;
@@ -129,9 +129,9 @@ impl State {
     }
 
     /// Makes a chunk present. The caller counts its pages.
-    pub(super) fn publish(&mut self, number: u32, chunk: u32, extent: Extent, old: bool) {
+    pub(super) fn publish(&mut self, number: u32, chunk: u32, extent: ChunkExtent, old: bool) {
         self.turn += 1;
-        let slot = Slot { extent, turn: self.turn };
+        let slot = PresentChunk { extent, turn: self.turn };
         let Some(file) = self.files.get_mut(&number) else { return };
         file.slots.insert(chunk, slot);
         file.end = file.end.max(extent.at + u64::from(extent.len));
@@ -185,12 +185,12 @@ impl State {
     }
 }
 
-impl Shared {
+impl TierShared {
     pub(super) fn new(
-        kind: Kind,
+        kind: TierKind,
         store: Arc<dyn Store>,
         options: TierOptions,
-        commands: Sender<Command>,
+        commands: Sender<WriterCommand>,
     ) -> Self {
         Self {
             kind,
@@ -205,11 +205,11 @@ impl Shared {
     }
 
     /// No code panics or waits while it holds this.
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, TierState> {
         self.state.lock()
     }
 
-    pub(super) fn send(&self, command: Command) -> bool {
+    pub(super) fn send(&self, command: WriterCommand) -> bool {
         self.commands.lock().send(command).is_ok()
     }
 
@@ -274,7 +274,7 @@ impl Shared {
         number
     }
 
-    fn begin_use(&self, state: &mut State, number: u32) {
+    fn begin_use(&self, state: &mut TierState, number: u32) {
         let Some(file) = state.files.get_mut(&number) else { return };
         file.users += 1;
         if file.data.is_none() && file.records.is_some() {
@@ -289,11 +289,11 @@ impl Shared {
     }
 
     /// Returns a handle to a known file.
-    pub(super) fn hold(self: &Arc<Self>, number: u32) -> Option<Stored> {
+    pub(super) fn hold(self: &Arc<Self>, number: u32) -> Option<TierBlob> {
         let mut state = self.lock();
         state.files.get(&number)?;
         self.begin_use(&mut state, number);
-        Some(Stored { shared: self.clone(), file: number })
+        Some(TierBlob { shared: self.clone(), file: number })
     }
 
     pub(super) fn let_go(&self, number: u32) {
@@ -321,7 +321,7 @@ impl Shared {
         all
     }
 
-    pub(super) fn extent(&self, number: u32, chunk: u32) -> Option<Extent> {
+    pub(super) fn extent(&self, number: u32, chunk: u32) -> Option<ChunkExtent> {
         Some(self.lock().files.get(&number)?.slots.get(&chunk)?.extent)
     }
 
@@ -333,7 +333,7 @@ impl Shared {
         let len = offer.payload.bytes().len() as u64;
         // A chunk that is longer than the queue is accepted when no other one waits.
         let before = self.queued.fetch_add(len, Ordering::Relaxed);
-        if (before > 0 && before + len > QUEUE) || !self.send(Command::Offer(offer)) {
+        if (before > 0 && before + len > QUEUE) || !self.send(WriterCommand::Offer(offer)) {
             self.unqueue(len);
             count(&self.counters.dropped, 1);
             return false;
@@ -358,7 +358,7 @@ impl Shared {
             state.fifo.touch((number, chunk));
             found
         };
-        let Slot { extent, turn } = slot;
+        let PresentChunk { extent, turn } = slot;
         let wrong = if extent.len as usize != buf.len() {
             Some("its length is different".to_owned())
         } else if let Err(error) = data.read_exact_at(buf, extent.at) {
@@ -392,6 +392,6 @@ impl Shared {
         drop(state);
         count(&self.counters.damaged, 1);
         tracing::warn!("Chunk {chunk} in the cache file {name} is forgotten: {why}");
-        self.send(Command::Forget(gone));
+        self.send(WriterCommand::Forget(gone));
     }
 }

@@ -6,16 +6,16 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
-use super::memory::{Fault, FaultyStore, MemoryStore, Plan};
+use super::memory::{FaultyTierStore, MemoryTierStore, Plan, StoreFault};
 use super::store::Store;
 use super::*;
 use source::chunk::PlainChunks;
 use source::{ByteSource, SourceError};
 
 /// A blob with a length and no bytes.
-struct Length(u64);
+struct LengthOnly(u64);
 
-impl ByteSource for Length {
+impl ByteSource for LengthOnly {
     fn name(&self) -> &'static str {
         "length"
     }
@@ -30,7 +30,7 @@ impl ByteSource for Length {
 /// A blob of `chunks` chunks of 256 KiB, which are filled to a small part only.
 fn blob(number: u32, chunks: u64) -> PlainChunks {
     let id = format!("plain:sha256:{number:064x}");
-    PlainChunks::new(id, Arc::new(Length(chunks * PlainChunks::CHUNK)))
+    PlainChunks::new(id, Arc::new(LengthOnly(chunks * PlainChunks::CHUNK)))
 }
 
 fn options(capacity: u64, floor: u64) -> TierOptions {
@@ -38,7 +38,7 @@ fn options(capacity: u64, floor: u64) -> TierOptions {
 }
 
 fn tier(store: Arc<dyn Store>, capacity: u64, floor: u64) -> Tier {
-    Tier::with_store(Kind::Encoded, store, &options(capacity, floor)).unwrap()
+    Tier::with_store(TierKind::Encoded, store, &options(capacity, floor)).unwrap()
 }
 
 /// Contents of chunk `chunk` of blob `number`; some KiB, and no whole pages.
@@ -47,13 +47,13 @@ fn bytes(number: u32, chunk: u32) -> Vec<u8> {
     (0..len).map(|i| (i * 31 + chunk * 17 + number * 101) as u8 | 1).collect()
 }
 
-fn offer(file: &Stored, number: u32, chunk: u32) -> bool {
+fn offer(file: &TierBlob, number: u32, chunk: u32) -> bool {
     let start = u64::from(chunk) * PlainChunks::CHUNK;
     file.offer(chunk, start, bytes(number, chunk).into())
 }
 
 /// True if the chunk is present; then it must be right.
-fn reads(file: &Stored, number: u32, chunk: u32) -> bool {
+fn reads(file: &TierBlob, number: u32, chunk: u32) -> bool {
     let mut buf = bytes(number, chunk);
     buf.fill(0);
     let good = file.len_of(chunk) == Some(buf.len()) && file.read(chunk, &mut buf, &|_| None);
@@ -67,7 +67,7 @@ fn get(counter: &AtomicU64) -> u64 {
 
 #[test]
 fn what_was_offered_is_there_after_a_restart_and_is_shared_by_identity() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let first = tier(Arc::new(store.clone()), 1 << 30, 0);
     let (one, same, other) =
         (first.file(&blob(1, 64)), first.file(&blob(1, 64)), first.file(&blob(2, 64)));
@@ -90,14 +90,14 @@ fn what_was_offered_is_there_after_a_restart_and_is_shared_by_identity() {
 
 #[test]
 fn a_blob_without_a_digest_has_no_file() {
-    let tier = tier(Arc::new(MemoryStore::new(1 << 20)), 1 << 20, 0);
-    let source = PlainChunks::new("plain:/some/path", Arc::new(Length(100)));
+    let tier = tier(Arc::new(MemoryTierStore::new(1 << 20)), 1 << 20, 0);
+    let source = PlainChunks::new("plain:/some/path", Arc::new(LengthOnly(100)));
     assert!(tier.file(&source).is_none());
 }
 
 #[test]
 fn another_length_or_version_begins_the_file_anew() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let first = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = first.file(&blob(1, 64)).unwrap();
     assert!(offer(&file, 1, 3));
@@ -124,7 +124,7 @@ fn another_length_or_version_begins_the_file_anew() {
 #[test]
 fn the_capacity_is_never_exceeded_and_is_used() {
     const CAPACITY: u64 = 200 << 10;
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let tier = tier(Arc::new(store.clone()), CAPACITY, 0);
     let files: Vec<_> = (0..3).map(|number| tier.file(&blob(number, 512)).unwrap()).collect();
     for chunk in 0..400 {
@@ -153,7 +153,7 @@ fn the_capacity_is_never_exceeded_and_is_used() {
 
 #[test]
 fn a_smaller_capacity_is_kept_after_a_restart_and_prune_goes_to_any_size() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let first = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = first.file(&blob(1, 512)).unwrap();
     (0..200).for_each(|chunk| assert!(offer(&file, 1, chunk)));
@@ -172,7 +172,7 @@ fn a_smaller_capacity_is_kept_after_a_restart_and_prune_goes_to_any_size() {
 
 #[test]
 fn below_the_floor_the_tier_shrinks_and_takes_no_more_until_there_is_space_again() {
-    let store = MemoryStore::new(10 << 20);
+    let store = MemoryTierStore::new(10 << 20);
     let tier = tier(Arc::new(store.clone()), 8 << 20, 2 << 20);
     let file = tier.file(&blob(1, 512)).unwrap();
     (0..100).for_each(|chunk| assert!(offer(&file, 1, chunk)));
@@ -195,7 +195,7 @@ fn below_the_floor_the_tier_shrinks_and_takes_no_more_until_there_is_space_again
 
 #[test]
 fn a_full_disk_is_no_error_and_no_wrong_data() {
-    let store = MemoryStore::new(256 << 10);
+    let store = MemoryTierStore::new(256 << 10);
     let tier = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = tier.file(&blob(1, 512)).unwrap();
     for chunk in 0..200 {
@@ -213,9 +213,10 @@ fn a_full_disk_is_no_error_and_no_wrong_data() {
 
 #[test]
 fn a_wrong_byte_a_short_file_and_a_dying_disk_are_forgotten_and_not_served() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let plan = Plan::new();
-    let tier = tier(Arc::new(FaultyStore::new(Arc::new(store.clone()), plan.clone())), 1 << 30, 0);
+    let tier =
+        tier(Arc::new(FaultyTierStore::new(Arc::new(store.clone()), plan.clone())), 1 << 30, 0);
     let file = tier.file(&blob(1, 512)).unwrap();
     (0..50).for_each(|chunk| assert!(offer(&file, 1, chunk)));
     tier.flush();
@@ -239,7 +240,7 @@ fn a_wrong_byte_a_short_file_and_a_dying_disk_are_forgotten_and_not_served() {
 
 #[test]
 fn verify_forgets_what_is_damaged_and_nothing_else() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let tier = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = tier.file(&blob(1, 512)).unwrap();
     (0..50).for_each(|chunk| assert!(offer(&file, 1, chunk)));
@@ -287,14 +288,14 @@ proptest! {
         const CAPACITY: u64 = 96 << 10;
         let count = {
             let plan = Plan::new();
-            let store = FaultyStore::new(Arc::new(MemoryStore::new(1 << 30)), plan.clone());
+            let store = FaultyTierStore::new(Arc::new(MemoryTierStore::new(1 << 30)), plan.clone());
             work(&tier(Arc::new(store), CAPACITY, 0), &steps);
             plan.steps()
         };
         let plan = Plan::new();
         plan.end_at(end.index(count as usize + 1) as u64);
-        let disk = MemoryStore::new(1 << 30);
-        work(&tier(Arc::new(FaultyStore::new(Arc::new(disk.clone()), plan)), CAPACITY, 0), &steps);
+        let disk = MemoryTierStore::new(1 << 30);
+        work(&tier(Arc::new(FaultyTierStore::new(Arc::new(disk.clone()), plan)), CAPACITY, 0), &steps);
         let mut state = seed | 1;
         let disk = disk.crash(|| {
             state ^= state << 13;
@@ -326,10 +327,10 @@ proptest! {
     ) {
         let plan = Plan::new();
         for (step, kind) in faults {
-            plan.at(step, [Fault::NoSpace, Fault::Io, Fault::Short, Fault::Torn][kind]);
+            plan.at(step, [StoreFault::NoSpace, StoreFault::Io, StoreFault::Short, StoreFault::Torn][kind]);
         }
-        let disk = MemoryStore::new(1 << 30);
-        let tier = tier(Arc::new(FaultyStore::new(Arc::new(disk.clone()), plan)), 96 << 10, 0);
+        let disk = MemoryTierStore::new(1 << 30);
+        let tier = tier(Arc::new(FaultyTierStore::new(Arc::new(disk.clone()), plan)), 96 << 10, 0);
         work(&tier, &steps);
         work(&tier, &steps);
         prop_assert!(tier.usage().bytes <= 96 << 10);
@@ -338,7 +339,7 @@ proptest! {
 
 #[test]
 fn readers_beside_a_tier_that_gives_up_and_writes_anew_never_see_anything_wrong() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let tier = tier(Arc::new(store), 150 << 10, 0);
     let hits = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -372,7 +373,7 @@ fn directories() -> Vec<tempfile::TempDir> {
 }
 
 fn on_disk(dir: &Path, capacity: u64) -> Result<Tier, TierError> {
-    Tier::open(Kind::Encoded, &TierOptions { dir: dir.to_owned(), capacity, floor: 0 })
+    Tier::open(TierKind::Encoded, &TierOptions { dir: dir.to_owned(), capacity, floor: 0 })
 }
 
 fn allocated(dir: &Path) -> u64 {

@@ -91,9 +91,9 @@ mod tests {
     use source::{ByteSource, SourceError};
 
     /// Zeros behind a network.
-    struct Far(u64);
+    struct FarZeros(u64);
 
-    impl ByteSource for Far {
+    impl ByteSource for FarZeros {
         fn name(&self) -> &'static str {
             "far"
         }
@@ -114,7 +114,7 @@ mod tests {
     fn cache_and_blob(name: &str) -> (Arc<Cache>, Arc<Blob>) {
         let fetch = FetchOptions { workers: 2, connections: 1, ahead: None };
         let cache = Cache::with(CacheOptions { budget: 64 * CHUNK, fetch });
-        let blob = cache.open(Arc::new(PlainChunks::new(name, Arc::new(Far(100 * CHUNK)))));
+        let blob = cache.open(Arc::new(PlainChunks::new(name, Arc::new(FarZeros(100 * CHUNK)))));
         (cache, blob)
     }
 

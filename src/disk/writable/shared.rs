@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::place::Place;
+use super::place::RunWrite;
 use super::{Named, WritableError, WritableLayer, WrittenRun, seal, view};
 use formats::units::{Bytes, SECTOR, Sectors};
 
@@ -57,7 +57,7 @@ impl SharedLayer {
 
     fn settle(
         &self,
-        place: &Place,
+        place: &RunWrite,
         written: Result<(), WritableError>,
     ) -> Result<(), WritableError> {
         if let Err(error) = written {

@@ -7,10 +7,12 @@ use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
 use super::SegmentsError;
-use super::index::{Encoding, Entry, Segment, SegmentIndex};
+use super::index::{Encoding, Segment, SegmentEntry, SegmentIndex};
 use crate::zstandard::{self, FrameDecoder, FramesDecoder};
 use source::ByteSource;
-use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk, SerialDecoder};
+use source::chunk::{
+    ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange, SerialDecoder,
+};
 
 /// A layer that is not gzip, with its index.
 pub struct SegmentedLayer {
@@ -135,8 +137,8 @@ impl ChunkSource for SegmentedLayer {
         &self.blob
     }
 
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
-        Ok(Encoded { range: self.segment(index)?.input(), head: 0, tail: 0 })
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
+        Ok(EncodedRange { range: self.segment(index)?.input(), head: 0, tail: 0 })
     }
 
     fn room(&self, index: u32) -> usize {
@@ -173,7 +175,7 @@ impl ChunkSource for SegmentedLayer {
     fn begin_serial(&self, first: u32) -> Result<Box<dyn SerialDecoder>, ChunkError> {
         let segment = self.segment(first)?;
         let refused = |reason: String| damaged(&*self.blob, first, segment.input(), reason);
-        if segment.entry == Entry::Inside {
+        if segment.entry == SegmentEntry::Inside {
             return Err(refused("it is not the first of a frame".to_owned()));
         }
         let (index, blob) = (self.index.clone(), self.blob.clone());

@@ -49,26 +49,28 @@ struct Read {
 }
 
 /// A read with the result of its wait.
-struct Answer {
+struct WaitedRead {
     read: Read,
     result: Result<(), Option<VolumeError>>,
 }
 
 /// State shared by session and answer threads.
-struct Shared {
+struct SessionShared {
     volume: Arc<dyn Volume>,
     counters: FrontCounters,
     zeros: Vec<u8>,
 }
 
-impl Shared {
+impl SessionShared {
     /// Answers now, or leaves the read with the volume.
-    fn read(&self, read: Read, answers: &Sender<Option<Answer>>) {
+    fn read(&self, read: Read, answers: &Sender<Option<WaitedRead>>) {
         let (offset, len) = (read.offset, read.len);
         // The volume may create and call the waiter before `locate` returns, so the read goes with the
         // waiter; if it was not needed, the slot returns it.
-        let slot =
-            Arc::new(Slot { read: parking_lot::Mutex::new(Some(read)), answers: answers.clone() });
+        let slot = Arc::new(ReadSlot {
+            read: parking_lot::Mutex::new(Some(read)),
+            answers: answers.clone(),
+        });
         let located = self.volume.locate(offset, len, &mut || slot.waiter());
         match located {
             Ok(Located::Pending) => {
@@ -138,7 +140,7 @@ impl Shared {
     }
 }
 
-impl Shared {
+impl SessionShared {
     /// Changes the disk; a failure is reported to the log and to the kernel.
     fn change(
         &self,
@@ -161,47 +163,51 @@ impl Shared {
 }
 
 /// Holds a read until it is answered.
-struct Slot {
+struct ReadSlot {
     read: parking_lot::Mutex<Option<Read>>,
-    answers: Sender<Option<Answer>>,
+    answers: Sender<Option<WaitedRead>>,
 }
 
-impl Slot {
+impl ReadSlot {
     fn take(&self) -> Option<Read> {
         self.read.lock().take()
     }
 
     fn waiter(self: &Arc<Self>) -> Waiter {
-        let mut promise = Promise { slot: Some(self.clone()) };
+        let mut promise = ReadPromise { slot: Some(self.clone()) };
         Box::new(move |result| promise.keep(result.map_err(Some)))
     }
 }
 
 /// The one answer of a waiter; if it is dropped uncalled, the answer is an error.
-struct Promise {
-    slot: Option<Arc<Slot>>,
+struct ReadPromise {
+    slot: Option<Arc<ReadSlot>>,
 }
 
-impl Promise {
+impl ReadPromise {
     fn keep(&mut self, result: Result<(), Option<VolumeError>>) {
         if let Some(slot) = self.slot.take()
             && let Some(read) = slot.take()
         {
             // Fails only when the session has ended; the dropped reply then answers EIO.
-            let _ = slot.answers.send(Some(Answer { read, result }));
+            let _ = slot.answers.send(Some(WaitedRead { read, result }));
         }
     }
 }
 
-impl Drop for Promise {
+impl Drop for ReadPromise {
     fn drop(&mut self) {
         self.keep(Err(None));
     }
 }
 
 /// Body of an answer thread; `None` in the queue ends one thread.
-fn answer(shared: &Shared, queue: &Receiver<Option<Answer>>, answers: &Sender<Option<Answer>>) {
-    while let Ok(Some(Answer { read, result })) = queue.recv() {
+fn answer(
+    shared: &SessionShared,
+    queue: &Receiver<Option<WaitedRead>>,
+    answers: &Sender<Option<WaitedRead>>,
+) {
+    while let Ok(Some(WaitedRead { read, result })) = queue.recv() {
         match result {
             Ok(()) => shared.read(read, answers),
             Err(error) => shared.fail(read, error.as_ref()),
@@ -210,8 +216,8 @@ fn answer(shared: &Shared, queue: &Receiver<Option<Answer>>, answers: &Sender<Op
 }
 
 struct DiskFile {
-    shared: Arc<Shared>,
-    answers: Sender<Option<Answer>>,
+    shared: Arc<SessionShared>,
+    answers: Sender<Option<WaitedRead>>,
 }
 
 impl DiskFile {
@@ -378,8 +384,8 @@ impl Filesystem for DiskFile {
 pub(super) struct FuseSession {
     dir: PathBuf,
     session: Option<JoinHandle<io::Result<()>>>,
-    shared: Arc<Shared>,
-    answers: Sender<Option<Answer>>,
+    shared: Arc<SessionShared>,
+    answers: Sender<Option<WaitedRead>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -401,7 +407,7 @@ impl FuseSession {
     fn serve(volume: Arc<dyn Volume>, dir: &Path) -> Result<(Self, File), LoopedError> {
         let writable = volume.writable().is_some();
         let (answers, queue) = unbounded();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SessionShared {
             volume,
             counters: FrontCounters::default(),
             zeros: vec![0; MAX_READ as usize],

@@ -4,8 +4,8 @@
 //! while it *issues* the commit; so it is kept here until the queue driver reports that its submission queue
 //! was empty after an enter.
 
-use super::mailbox::Outcome;
-use super::request::{Op, Request};
+use super::mailbox::WaitOutcome;
+use super::request::{BlockRequest, Op};
 use crate::counters::FrontCounters;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
 use threads::count;
@@ -29,7 +29,7 @@ pub(super) enum Verdict {
 }
 
 /// Memory that a submitted commit points to.
-enum Held {
+enum CommitMemory {
     /// The volume's guards.
     Pieces(#[allow(dead_code, reason = "kept alive, not read")] Vec<Piece>),
     /// A gathered request; its buffer returns to the pool.
@@ -39,7 +39,7 @@ enum Held {
 /// Memory that commits point to.
 #[derive(Default)]
 pub(super) struct Answers {
-    held: Vec<Held>,
+    held: Vec<CommitMemory>,
     /// Scratch buffers not lent to a commit.
     pool: Vec<Vec<u8>>,
     /// Destination of the data of a refused write; never read.
@@ -101,7 +101,7 @@ impl Answers {
 
     /// Refuses a request that is not a read, on a disk that cannot be written, and a request that no disk
     /// supports.
-    pub(super) fn refused(&self, counters: &FrontCounters, request: &Request) -> Verdict {
+    pub(super) fn refused(&self, counters: &FrontCounters, request: &BlockRequest) -> Verdict {
         let errno = match request.op {
             // No data are ever dirty.
             Op::Flush => return self.done(0),
@@ -116,19 +116,19 @@ impl Answers {
     pub(super) fn changed(
         &self,
         counters: &FrontCounters,
-        request: &Request,
-        outcome: &Outcome,
+        request: &BlockRequest,
+        outcome: &WaitOutcome,
     ) -> Verdict {
         let (offset, bytes) = (request.offset, request.len);
         let errno = match outcome {
-            Outcome::Ready => return self.stored(counters, request),
-            Outcome::Failed(error) => {
+            WaitOutcome::Ready => return self.stored(counters, request),
+            WaitOutcome::Failed(error) => {
                 let errno = error.errno();
                 let error = error as &dyn std::error::Error;
                 tracing::error!(offset, bytes, error, "A change of the disk failed");
                 errno
             }
-            Outcome::Forgotten => {
+            WaitOutcome::Forgotten => {
                 tracing::error!(
                     offset,
                     bytes,
@@ -141,7 +141,7 @@ impl Answers {
         self.error(errno)
     }
 
-    fn stored(&self, counters: &FrontCounters, request: &Request) -> Verdict {
+    fn stored(&self, counters: &FrontCounters, request: &BlockRequest) -> Verdict {
         match request.op {
             Op::Write { durable } => {
                 count(&counters.writes, 1);
@@ -177,7 +177,7 @@ impl Answers {
     /// Records that every commit so far has been issued.
     pub(super) fn issued(&mut self) {
         for held in self.held.drain(..) {
-            if let Held::Scratch(buffer) = held {
+            if let CommitMemory::Scratch(buffer) = held {
                 self.pool.push(buffer);
             }
         }
@@ -207,7 +207,7 @@ impl Answers {
         }
         if let Some(address) = one_run(&pieces) {
             count(&counters.direct, 1);
-            self.held.push(Held::Pieces(pieces));
+            self.held.push(CommitMemory::Pieces(pieces));
             return Verdict::Commit { address, result };
         }
         count(&counters.gathered, 1);
@@ -220,7 +220,7 @@ impl Answers {
             rest = tail;
         }
         let address = scratch.as_ptr() as u64;
-        self.held.push(Held::Scratch(scratch));
+        self.held.push(CommitMemory::Scratch(scratch));
         Verdict::Commit { address, result }
     }
 

@@ -10,8 +10,8 @@ use io_uring::cqueue;
 use libublk::sys;
 
 use super::answer::Verdict;
-use super::mailbox::{Letter, Mailbox, Outcome};
-use super::queue::{NewQueue, Queue};
+use super::mailbox::{Letter, Mailbox, WaitOutcome};
+use super::queue::{NewQueue, ServedQueue};
 use super::request::Op;
 use super::ring::{MAILBOX, Ring, target};
 use threads::count;
@@ -33,17 +33,17 @@ impl From<Letter> for Post {
 }
 
 /// State of a queue thread.
-pub(super) struct Driver {
+pub(super) struct QueueDriver {
     ring: Ring,
     mailbox: Arc<Mailbox<Post>>,
-    queues: Vec<Option<Queue>>,
+    queues: Vec<Option<ServedQueue>>,
     /// Number of the last wait.
     ticket: u32,
     pinned: bool,
     ending: bool,
 }
 
-impl Driver {
+impl QueueDriver {
     /// Creates the state of this thread, and polls its mailbox.
     ///
     /// # Errors
@@ -106,7 +106,7 @@ impl Driver {
 
     fn arm(&mut self, new: NewQueue) -> io::Result<()> {
         let (depth, longest) = (new.depth, new.longest);
-        let mut queue = Queue::new(new)?;
+        let mut queue = ServedQueue::new(new)?;
         self.ring.answers.prepare(longest);
         let free = self.queues.iter().position(Option::is_none);
         let slot = free.unwrap_or(self.queues.len());
@@ -214,11 +214,11 @@ impl Driver {
             outcome if request.op != Op::Read => {
                 self.ring.answers.changed(counters, &request, outcome)
             }
-            Outcome::Ready => return self.read(slot, tag),
-            Outcome::Failed(error) => {
+            WaitOutcome::Ready => return self.read(slot, tag),
+            WaitOutcome::Failed(error) => {
                 self.ring.answers.failed(counters, request.range(), Some(error))
             }
-            Outcome::Forgotten => self.ring.answers.failed(counters, request.range(), None),
+            WaitOutcome::Forgotten => self.ring.answers.failed(counters, request.range(), None),
         };
         self.carry_out(slot, tag, &verdict)
     }

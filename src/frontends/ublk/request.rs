@@ -21,7 +21,7 @@ pub(super) enum Op {
 
 /// A request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Request {
+pub(super) struct BlockRequest {
     pub(super) op: Op,
     /// First byte of the disk.
     pub(super) offset: u64,
@@ -29,7 +29,7 @@ pub(super) struct Request {
     pub(super) len: u64,
 }
 
-impl Request {
+impl BlockRequest {
     /// Decodes a descriptor (`struct ublksrv_io_desc` of `ublk_cmd.h`).
     pub(super) fn of(descriptor: &sys::ublksrv_io_desc) -> Self {
         let op = match descriptor.op_flags & 0xff {

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::answer::Answers;
-use super::queue::Queue;
+use super::queue::ServedQueue;
 use threads::count;
 
 /// Entries of a submission queue: pushes beyond it are issued at once.
@@ -67,7 +67,7 @@ impl Ring {
     }
 
     /// Puts the queue's node into the table of files, if it has a place for `slot`.
-    pub(super) fn register(&self, slot: usize, queue: &mut Queue) {
+    pub(super) fn register(&self, slot: usize, queue: &mut ServedQueue) {
         let node = queue.node.as_raw_fd();
         queue.fixed = slot < self.files as usize
             && self.ring.submitter().register_files_update(slot as u32, &[node]).is_ok();
@@ -84,7 +84,7 @@ impl Ring {
     /// Returns the kernel's refusal to issue what was pushed before.
     pub(super) fn command(
         &mut self,
-        queue: &Queue,
+        queue: &ServedQueue,
         (slot, tag): (usize, u16),
         op: u32,
         address: u64,

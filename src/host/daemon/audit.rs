@@ -49,13 +49,13 @@ pub struct Audit {
 
 #[derive(Debug)]
 enum Message {
-    Record(Timestamp, Record),
+    Record(Timestamp, AuditRecord),
     /// Everything before it is to be written; then the sender is dropped.
     Flush(#[allow(dead_code)] Sender<()>), // kept for its drop
 }
 
 #[derive(Debug)]
-enum Record {
+enum AuditRecord {
     Download(Download),
     Read {
         device: Option<Arc<str>>,
@@ -88,7 +88,7 @@ struct Line<'a> {
     error: Option<&'a str>,
 }
 
-impl Record {
+impl AuditRecord {
     fn line(&self, time: Timestamp) -> Line<'_> {
         let micros = |took: &Duration| u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let time = format!("{time:.6}");
@@ -159,7 +159,7 @@ impl Audit {
         }
     }
 
-    fn note(&self, record: Record) {
+    fn note(&self, record: AuditRecord) {
         if self.sender.try_send(Message::Record(Timestamp::now(), record)).is_err() {
             self.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
@@ -168,7 +168,7 @@ impl Audit {
 
 impl DownloadLog for Audit {
     fn downloaded(&self, download: Download) {
-        self.note(Record::Download(download));
+        self.note(AuditRecord::Download(download));
     }
 }
 
@@ -195,7 +195,7 @@ impl AuditedDevice {
     pub(super) fn read(&self, (offset, len): (u64, usize), took: Duration, error: Option<String>) {
         let range = offset..offset.saturating_add(len as u64);
         let (device, image) = (self.device.get().cloned(), self.image.clone());
-        self.audit.note(Record::Read { device, image, range, took, error });
+        self.audit.note(AuditRecord::Read { device, image, range, took, error });
     }
 }
 

@@ -11,7 +11,7 @@ use client::protocol::{
     BlobRecord, ChunkRecord, ChunkState, FailureRecord, PartKind, PlacedRecord, RetryRecord,
 };
 use disk::Disk;
-use disk::explain::{Held, Placed, What};
+use disk::explain::{BytesPlace, Placed, What};
 use source::{Traffic, TryingAgain};
 
 /// Facts about an image that only its opener has.
@@ -171,9 +171,9 @@ pub(super) fn placed(places: Vec<Placed>) -> impl Iterator<Item = PlacedRecord> 
             end_bytes: chunk.end,
             decoded_bytes: chunk.decoded,
             held: match chunk.held {
-                Held::Memory => ChunkState::Memory,
-                Held::Disk => ChunkState::Disk,
-                Held::Remote => ChunkState::Remote,
+                BytesPlace::Memory => ChunkState::Memory,
+                BytesPlace::Disk => ChunkState::Disk,
+                BytesPlace::Remote => ChunkState::Remote,
             },
         }),
     })

@@ -56,7 +56,7 @@ pub(super) struct Waits {
     policy: ReadPolicy,
     bell: Bell,
     reason: Box<dyn Fn() -> Option<String> + Send + Sync>,
-    table: Mutex<Table>,
+    table: Mutex<WaitTable>,
     /// Number of reads that failed: zero means that a read need not take the lock.
     failing: AtomicUsize,
     closed: AtomicBool,
@@ -67,7 +67,7 @@ pub(super) struct Waits {
 }
 
 #[derive(Default)]
-struct Table {
+struct WaitTable {
     last: u64,
     /// Reads that wait for the disk, in the order in which they came. They wait since their last request, so
     /// the first is due first.
@@ -150,7 +150,7 @@ impl Waits {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Table> {
+    fn lock(&self) -> MutexGuard<'_, WaitTable> {
         self.table.lock()
     }
 
@@ -165,7 +165,7 @@ impl Waits {
         if let Some(deadline) = self.deadline() {
             self.bell.by(since + deadline);
         }
-        let mut promise = Promise { waits: Some(self.clone()), number };
+        let mut promise = DiskPromise { waits: Some(self.clone()), number };
         Box::new(move |result| promise.keep(Some(result)))
     }
 
@@ -302,7 +302,7 @@ impl Waits {
     }
 }
 
-impl Table {
+impl WaitTable {
     /// Records that a read has failed, and returns the time of its next try.
     fn failed(
         &mut self,
@@ -355,12 +355,12 @@ impl Table {
 }
 
 /// The one answer of the disk.
-struct Promise {
+struct DiskPromise {
     waits: Option<Arc<Waits>>,
     number: u64,
 }
 
-impl Promise {
+impl DiskPromise {
     fn keep(&mut self, result: Option<Result<(), VolumeError>>) {
         if let Some(waits) = self.waits.take() {
             waits.end(self.number, result);
@@ -368,7 +368,7 @@ impl Promise {
     }
 }
 
-impl Drop for Promise {
+impl Drop for DiskPromise {
     fn drop(&mut self) {
         self.keep(None);
     }

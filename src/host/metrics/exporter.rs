@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use hyper::header::{ALLOW, HeaderValue};
 use hyper::{Method, StatusCode};
 
-use crate::endpoint::{Asked, Endpoint, Reply, reply};
+use crate::endpoint::{Endpoint, PageReply, PageRequest, reply};
 
 /// Address and path of the page.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ impl Exporter {
     pub fn start(options: &ExporterOptions, render: Render) -> io::Result<Self> {
         let counters = Arc::new(ExporterCounters::default());
         let (path, count) = (options.path.clone(), counters.clone());
-        let answer = move |request: &Asked| {
+        let answer = move |request: &PageRequest| {
             count.requests.fetch_add(1, Ordering::Relaxed);
             page(request, &path, &*render)
         };
@@ -75,7 +75,7 @@ impl Exporter {
     }
 }
 
-fn page(request: &Asked, path: &str, render: &dyn Fn() -> String) -> Reply {
+fn page(request: &PageRequest, path: &str, render: &dyn Fn() -> String) -> PageReply {
     const PLAIN: &str = "text/plain; charset=utf-8";
     if request.uri().path().trim_end_matches('/') != path.trim_end_matches('/') {
         let hint = format!("No such page; the metrics are at {path}\n");

@@ -4,7 +4,7 @@
 //! end of a counter. One table for each struct of counters; [`all`] lists them.
 
 use super::upstream::Upstream;
-use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
+use super::{Label, Metric, MetricKind, Process, Reading, exporter::ExporterCounters};
 use crate::readings::{AuditCounters, DeviceReading};
 use blobs::cache::{CacheStats, Residents};
 use blobs::fetch::FetchCounters;
@@ -17,7 +17,7 @@ const fn counter<T: ?Sized>(
     help: &'static str,
     read: fn(&T) -> Reading,
 ) -> Metric<T> {
-    Metric { name, kind: Kind::Counter, labels: &[], help, read }
+    Metric { name, kind: MetricKind::Counter, labels: &[], help, read }
 }
 
 /// A metric that goes up and down.
@@ -26,7 +26,7 @@ const fn gauge<T: ?Sized>(
     help: &'static str,
     read: fn(&T) -> Reading,
 ) -> Metric<T> {
-    Metric { name, kind: Kind::Gauge, labels: &[], help, read }
+    Metric { name, kind: MetricKind::Gauge, labels: &[], help, read }
 }
 
 /// A metric of durations.
@@ -35,7 +35,7 @@ const fn times<T: ?Sized>(
     help: &'static str,
     read: fn(&T) -> Reading,
 ) -> Metric<T> {
-    Metric { name, kind: Kind::Histogram, labels: &[], help, read }
+    Metric { name, kind: MetricKind::Histogram, labels: &[], help, read }
 }
 
 impl<T: ?Sized> Metric<T> {
@@ -449,7 +449,7 @@ pub struct Description {
     /// Its name.
     pub name: &'static str,
     /// Its kind.
-    pub kind: Kind,
+    pub kind: MetricKind,
     /// Its labels, with their values if there are few.
     pub labels: String,
     /// Its meaning.
@@ -538,8 +538,8 @@ mod tests {
                     continue;
                 }
                 assert!(name.starts_with("turbobd_"), "{name}");
-                assert_eq!(name.ends_with("_total"), kind == Kind::Counter, "{name}");
-                assert!(kind != Kind::Histogram || name.ends_with("_seconds"), "{name}");
+                assert_eq!(name.ends_with("_total"), kind == MetricKind::Counter, "{name}");
+                assert!(kind != MetricKind::Histogram || name.ends_with("_seconds"), "{name}");
                 assert!(!metric.help.ends_with('.') && !metric.help.contains('\n'), "{name}");
                 for other in &metrics[..number] {
                     if other.name == name {

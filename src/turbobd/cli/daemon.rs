@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use client::{Client, protocol};
+use client::{DaemonClient, protocol};
 use host::daemon::{self, DaemonOptions};
 use host::images::HostImages;
 
@@ -24,7 +24,7 @@ pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
         super::log_to_stderr(verbose, true);
-        let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
+        let Some(mut client) = DaemonClient::connect(&run_dir).map_err(Failure::because)? else {
             return Ok(ExitCode::SUCCESS);
         };
         let busy = client.stop().map_err(Failure::because)?;

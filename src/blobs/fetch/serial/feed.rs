@@ -10,8 +10,8 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use super::super::blob::Blob;
-use super::super::{MOST_TRIES, Shared, failure};
-use source::chunk::{ChunkError, Encoded, EncodedChunk};
+use super::super::{FetchShared, MOST_TRIES, failure};
+use source::chunk::{ChunkError, EncodedChunk, EncodedRange};
 use source::{Class, Run};
 use threads::count;
 
@@ -32,7 +32,7 @@ impl Feed {
     /// Returns chunk `at`, which follows the one returned before; chunks up to `goal` are fetched ahead.
     pub(super) fn next(
         &mut self,
-        shared: &Arc<Shared>,
+        shared: &Arc<FetchShared>,
         blob: &Arc<Blob>,
         at: u32,
         goal: u32,
@@ -68,7 +68,7 @@ fn batch(blob: &Blob, first: u32, goal: u32) -> Range<u32> {
 
 /// Fetches a batch on a thread of its own; without one, it is fetched at its turn.
 fn fetch_ahead(
-    shared: &Arc<Shared>,
+    shared: &Arc<FetchShared>,
     blob: &Arc<Blob>,
     chunks: Range<u32>,
     class: Class,
@@ -82,9 +82,9 @@ fn fetch_ahead(
 }
 
 /// Reads chunks from their place: a local file, the encoded tier, or their server.
-fn fetch(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>, class: Class) -> Fetched {
+fn fetch(shared: &Arc<FetchShared>, blob: &Arc<Blob>, chunks: Range<u32>, class: Class) -> Fetched {
     let source = blob.source();
-    let places: Result<Vec<Encoded>, ChunkError> =
+    let places: Result<Vec<EncodedRange>, ChunkError> =
         chunks.clone().map(|chunk| source.encoded(chunk)).collect();
     let places = places.map_err(Arc::new)?;
     let mut batch: VecDeque<EncodedChunk> =
@@ -106,7 +106,12 @@ fn fetch(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>, class: Clas
 }
 
 /// Reads a chunk from the encoded tier.
-fn read_stored(shared: &Arc<Shared>, blob: &Blob, chunk: u32, encoded: &mut EncodedChunk) -> bool {
+fn read_stored(
+    shared: &Arc<FetchShared>,
+    blob: &Blob,
+    chunk: u32,
+    encoded: &mut EncodedChunk,
+) -> bool {
     let stored = blob.stored().encoded.as_ref().filter(|stored| stored.has(chunk));
     let source = blob.source();
     let len = encoded.bytes().len();
@@ -122,9 +127,9 @@ fn read_stored(shared: &Arc<Shared>, blob: &Blob, chunk: u32, encoded: &mut Enco
 
 /// Reads the neighbours `numbers` of a batch, by one request.
 fn read_far(
-    shared: &Arc<Shared>,
+    shared: &Arc<FetchShared>,
     blob: &Blob,
-    places: &[Encoded],
+    places: &[EncodedRange],
     batch: &mut VecDeque<EncodedChunk>,
     numbers: Range<usize>,
     class: Class,
@@ -153,7 +158,7 @@ fn read_far(
     Ok(())
 }
 
-fn requests(shared: &Shared, class: Class) -> &AtomicU64 {
+fn requests(shared: &FetchShared, class: Class) -> &AtomicU64 {
     match class {
         Class::Demand => &shared.counters.demand_requests,
         Class::Prefetch => &shared.counters.ahead_requests,
@@ -163,10 +168,10 @@ fn requests(shared: &Shared, class: Class) -> &AtomicU64 {
 
 /// Compares a chunk's checksum, and fetches it again if it is wrong.
 fn verify(
-    shared: &Arc<Shared>,
+    shared: &Arc<FetchShared>,
     blob: &Blob,
     chunk: u32,
-    place: &Encoded,
+    place: &EncodedRange,
     encoded: &mut EncodedChunk,
 ) -> Result<(), Arc<ChunkError>> {
     let source = blob.source();
