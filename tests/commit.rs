@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of, turbobd};
+use disk::DiskRange;
 use disk::writable::{WritableFiles, WritableLayer};
 use formats::lsmt::LayerIdentity;
 use formats::units::Bytes;
@@ -61,7 +62,7 @@ fn change(image: &str, raw: &Path, upper: &Path) {
         for (number, (old, new)) in a.chunks(4096).zip(b.chunks(4096)).enumerate() {
             let at = at + 4096 * number as u64;
             if old != new && new.iter().all(|&byte| byte == 0) {
-                layer.discard(at, 4096).unwrap();
+                layer.discard(DiskRange::new(at, 4096)).unwrap();
             } else if old != new {
                 layer.write(at, new).unwrap();
             }

@@ -13,10 +13,10 @@ use crate::image::{Images, OCI_GZIP, chunks, gzip, prose, tar_of};
 use crate::registry_double::{Double, Fault};
 use crate::serve::serve;
 use blobs::cache::Cache;
-use disk::Disk;
 use disk::explain::{BytesPlace, What};
 use disk::image::{host_manifest, open_image};
 use disk::volume::{Volume as _, VolumeError};
+use disk::{Disk, DiskRange};
 use host::daemon::{DiskView, ImageView};
 use registry::store::{self, ImageStore};
 use registry::{ClientOptions, RegistryClient, RetryPolicy, Timeouts};
@@ -213,7 +213,7 @@ fn a_registry_that_dies_and_comes_back_is_waited_for_and_meanwhile_it_is_said_wh
     let view = DiskView::new(disk.clone());
     let offset = chunks(&disk)[3].0;
     assert_eq!(
-        disk.explain(offset..offset + 1, 9)[0].chunk.as_ref().unwrap().held,
+        disk.explain(DiskRange::new(offset, 1), 9)[0].chunk.as_ref().unwrap().held,
         BytesPlace::Remote
     );
     let address = line.cut();
@@ -242,7 +242,7 @@ fn a_registry_that_dies_and_comes_back_is_waited_for_and_meanwhile_it_is_said_wh
     assert!(counters.cached > 0, "{counters:?}");
     assert_eq!(view.trouble(), None);
     assert_eq!(
-        disk.explain(offset..offset + 1, 9)[0].chunk.as_ref().unwrap().held,
+        disk.explain(DiskRange::new(offset, 1), 9)[0].chunk.as_ref().unwrap().held,
         BytesPlace::Memory
     );
 }
@@ -273,11 +273,11 @@ fn a_registry_that_stays_away_is_an_error_that_may_pass_when_the_deadline_has() 
 fn the_places_of_a_disk_are_told_without_a_gap_and_as_they_are_read() {
     let served = Served::new();
     let disk = served.open(&served.registry.host(), Duration::from_secs(20));
-    let places = disk.explain(0..disk.size(), usize::MAX);
+    let places = disk.explain(DiskRange::new(0, disk.size()), usize::MAX);
     let mut at = 0;
     for place in &places {
-        assert_eq!(place.offset, at);
-        at += place.len;
+        assert_eq!(place.range.offset, at);
+        at += place.range.len;
         assert_eq!(place.chunk.is_some(), place.what == What::Data, "{place:?}");
     }
     assert_eq!(at, disk.size());
@@ -286,8 +286,8 @@ fn the_places_of_a_disk_are_told_without_a_gap_and_as_they_are_read() {
     for place in data.step_by(3) {
         let chunk = place.chunk.as_ref().unwrap();
         assert!(chunk.blob.starts_with(&served.target), "{place:?}");
-        let read = sector(&disk, place.offset).unwrap();
-        let len = place.len.min(512) as usize;
+        let read = sector(&disk, place.range.offset).unwrap();
+        let len = place.range.len.min(512) as usize;
         assert!(read[..len] == tar[chunk.at as usize..][..len], "{place:?} is not at {}", chunk.at);
     }
     let view = DiskView::new(disk.clone());

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::leases::{ChunkKey, Leases};
+use crate::DiskRange;
 use crate::volume::{VolumeError, Waiter};
 use blobs::cache::ChunkWaiter;
 use source::chunk::ChunkBytes;
@@ -14,7 +15,7 @@ use source::chunk::ChunkBytes;
 pub(super) struct Gather {
     state: Mutex<GatherState>,
     leases: Arc<Leases>,
-    range: (u64, usize),
+    range: DiskRange,
 }
 
 struct GatherState {
@@ -26,7 +27,7 @@ struct GatherState {
 }
 
 impl Gather {
-    pub(super) fn new(waiter: Waiter, leases: Arc<Leases>, range: (u64, usize)) -> Arc<Self> {
+    pub(super) fn new(waiter: Waiter, leases: Arc<Leases>, range: DiskRange) -> Arc<Self> {
         let state = GatherState { missing: 1, waiter: Some(waiter), chunks: Vec::new() };
         Arc::new(Self { state: Mutex::new(state), leases, range })
     }

@@ -41,6 +41,7 @@ mod gather;
 pub mod image;
 mod leases;
 mod listed;
+pub mod range;
 pub mod resident;
 pub mod scan;
 #[cfg(any(test, feature = "testing"))]
@@ -53,6 +54,7 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
+pub use range::DiskRange;
 use thiserror::Error;
 
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
@@ -433,19 +435,13 @@ impl Disk {
         }
     }
 
-    fn locate_all(
-        &self,
-        request: &mut LocateCall<'_, '_>,
-        offset: u64,
-        end: u64,
-    ) -> Result<(), VolumeError> {
-        let first = offset / SECTOR;
-        let count = Sectors(end.div_ceil(SECTOR) - first);
-        for run in self.parts.stack.look_up(Sectors(first), count) {
+    fn locate_all(&self, request: &mut LocateCall<'_, '_>) -> Result<(), VolumeError> {
+        let (first, count) = request.range.sectors();
+        for run in self.parts.stack.look_up(first, count) {
             // A run is in whole sectors, a request in bytes.
-            let start = run.lba.bytes().0.max(offset);
+            let part = request.range.part_in(run.lba, run.len);
+            let (start, len) = (part.offset, part.buffer_len());
             let skip = start - run.lba.bytes().0;
-            let len = ((run.lba + run.len).bytes().0.min(end) - start) as usize;
             let layer = usize::from(run.layer);
             let (blob, sector) = match (run.place, &self.parts.layers[layer]) {
                 (RunPlace::Zero, _) => {
@@ -491,7 +487,7 @@ impl Disk {
 
 /// State of one call of [`Volume::locate`].
 struct LocateCall<'a, 'w> {
-    range: (u64, usize),
+    range: DiskRange,
     pieces: Vec<Piece>,
     /// Chunks that were kept for this request when it was woken.
     leased: Vec<(leases::ChunkKey, Arc<ChunkBytes>)>,
@@ -548,18 +544,13 @@ impl Volume for Disk {
 
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let end = offset.saturating_add(len as u64);
-        if end > self.size() {
-            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
-        }
-        if len == 0 {
+        range.check(self.size())?;
+        if range.is_empty() {
             return Ok(Located::Ready(Vec::new()));
         }
-        let range = (offset, len);
         let leased = self.leases.take(range);
         let mut request = LocateCall {
             range,
@@ -572,7 +563,7 @@ impl Volume for Disk {
             waiter,
             leases: &self.leases,
         };
-        let result = self.locate_all(&mut request, offset, end);
+        let result = self.locate_all(&mut request);
         drop(request.batch);
         match (request.gather, result) {
             (None, Ok(())) => Ok(Located::Ready(request.pieces)),

@@ -6,9 +6,9 @@
 //!
 //! A list is advice, like any trace: a line without a matching file is counted and skipped.
 
-use super::Disk;
 use super::explain::What;
 use super::volume::VolumeSource;
+use super::{Disk, DiskRange};
 use blobs::trace;
 use formats::ext4::{self, Image, NodeId, NodeKind, ReadError, Tree};
 use formats::trace::{Touch, Trace, TraceError};
@@ -109,7 +109,7 @@ impl Files<'_> {
             }
             NodeKind::Regular { .. } => {
                 for range in self.image.blocks_of(node) {
-                    add(disk, range, trace);
+                    add(disk, range.into(), trace);
                 }
             }
             _ => {}
@@ -117,12 +117,12 @@ impl Files<'_> {
     }
 }
 
-/// Adds bytes `range` of the disk.
-fn add(disk: &Disk, range: std::ops::Range<u64>, trace: &mut Trace) {
+/// Adds a range of the disk.
+fn add(disk: &Disk, range: DiskRange, trace: &mut Trace) {
     for part in disk.explain(range, MAX_PIECES) {
         let (What::Data, Some(chunk)) = (part.what, part.chunk) else { continue };
         let Some(blob) = trace.blob(trace::digest_of(&chunk.blob)) else { continue };
-        trace.touches.push(Touch { blob, start: chunk.at, len: part.len, at: 0, weight: 1 });
+        trace.touches.push(Touch { blob, start: chunk.at, len: part.range.len, at: 0, weight: 1 });
     }
 }
 

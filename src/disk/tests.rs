@@ -66,7 +66,9 @@ fn a_request_over_metadata_data_zeros_and_holes_is_cut_into_pieces_of_each() {
     let mut few = [0; 700];
     disk.read_at(&mut few, 900).unwrap();
     assert_eq!(few[..], bytes[900..1600]);
-    let Located::Ready(pieces) = disk.locate(0, 12 * 512, &mut || unreachable!()).unwrap() else {
+    let Located::Ready(pieces) =
+        disk.locate(DiskRange::new(0, 12 * 512), &mut || unreachable!()).unwrap()
+    else {
         panic!()
     };
     let kinds: Vec<_> =
@@ -76,7 +78,7 @@ fn a_request_over_metadata_data_zeros_and_holes_is_cut_into_pieces_of_each() {
         disk.mapped().collect::<Vec<_>>(),
         [(Sectors(0), Sectors(5)), (Sectors(9), Sectors(1))]
     );
-    assert!(disk.locate(DISK * 512, 1, &mut || unreachable!()).is_err());
+    assert!(disk.locate(DiskRange::new(DISK * 512, 1), &mut || unreachable!()).is_err());
 }
 
 #[test]
@@ -171,20 +173,20 @@ fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_o
         let called = called.clone();
         Box::new(move |result| called.send(result).unwrap())
     };
-    let len = 4 * 262_144;
-    assert!(matches!(disk.locate(8 * 512, len, &mut waiter).unwrap(), Located::Pending));
+    let range = DiskRange::new(8 * 512, 4 * 262_144);
+    assert!(matches!(disk.locate(range, &mut waiter).unwrap(), Located::Pending));
     calls.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
     // They are neighbours: one request, and no other at the same time.
     assert_eq!(disk.cache.fetched().demand_requests.load(Ordering::Relaxed), 1);
     assert_eq!(slow.most.load(Ordering::SeqCst), 1);
-    let Located::Ready(pieces) = disk.locate(8 * 512, len, &mut waiter).unwrap() else {
+    let Located::Ready(pieces) = disk.locate(range, &mut waiter).unwrap() else {
         panic!("pending again")
     };
     let read: Vec<u8> = pieces.iter().flat_map(|piece| piece.bytes().unwrap().to_vec()).collect();
     assert!(read == bytes);
     drop(pieces);
     // The lease is used up.
-    assert!(matches!(disk.locate(8 * 512, len, &mut waiter).unwrap(), Located::Pending));
+    assert!(matches!(disk.locate(range, &mut waiter).unwrap(), Located::Pending));
     calls.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
     assert!(calls.try_recv().is_err());
 }

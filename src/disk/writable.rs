@@ -65,6 +65,7 @@ use self::extents::{Extents, RunContent};
 use self::log::Log;
 use self::place::RunWrite;
 use self::room::IndexRoom;
+use crate::DiskRange;
 use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, LsmtHeader, Uuid};
 use formats::lsmt::mapping::{ENTRY, LBA_LIMIT, MAX_LEN, MOFFSET_LIMIT, Mapping};
 use formats::lsmt::writer::{LayerIdentity, NativeWriter};
@@ -248,9 +249,10 @@ fn check_appended(data: &Named, header: &LsmtHeader) -> Result<(), WritableError
     seal::check_unsealed(data)
 }
 
-/// First sector and number of sectors of a byte range. The disk has `size` bytes; 0 accepts any range.
-fn whole_sectors(size: u64, offset: u64, len: u64) -> Result<(Sectors, u64), WritableError> {
-    let end = offset.saturating_add(len);
+/// First sector and number of sectors of a range. The disk has `size` bytes; 0 accepts any range.
+fn whole_sectors(size: u64, range: DiskRange) -> Result<(Sectors, u64), WritableError> {
+    let DiskRange { offset, len } = range;
+    let end = range.end();
     let limit = match size {
         0 => LBA_LIMIT.saturating_mul(SECTOR),
         size => size,
@@ -421,7 +423,7 @@ impl WritableLayer {
     /// # Errors
     /// [`WritableError`]; then the layer is unchanged.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
-        let place = self.take_place(offset, bytes.len() as u64)?;
+        let place = self.take_place(DiskRange::new(offset, bytes.len() as u64))?;
         let written = place.write(bytes);
         self.settle(&place, written)
     }
@@ -430,8 +432,8 @@ impl WritableLayer {
     ///
     /// # Errors
     /// [`WritableError`].
-    pub fn discard(&mut self, offset: u64, len: u64) -> Result<(), WritableError> {
-        let place = self.take_zeros(offset, len)?;
+    pub fn discard(&mut self, range: DiskRange) -> Result<(), WritableError> {
+        let place = self.take_zeros(range)?;
         let made = place.make_room();
         self.settle(&place, made)
     }
@@ -448,9 +450,9 @@ impl WritableLayer {
         if self.note_place(place) { self.flush() } else { Ok(()) }
     }
 
-    /// Takes the next place in the data file for `len` bytes of the disk from byte `offset` on.
-    fn take_place(&mut self, offset: u64, len: u64) -> Result<RunWrite, WritableError> {
-        let (lba, count) = whole_sectors(self.header.virtual_size, offset, len)?;
+    /// Takes the next place in the data file for a range of the disk.
+    fn take_place(&mut self, range: DiskRange) -> Result<RunWrite, WritableError> {
+        let (lba, count) = whole_sectors(self.header.virtual_size, range)?;
         if self.position + count > MOFFSET_LIMIT {
             return Err(WritableError::Full);
         }
@@ -460,8 +462,8 @@ impl WritableLayer {
     }
 
     /// Takes a place for zeros, which need only a record.
-    fn take_zeros(&mut self, offset: u64, len: u64) -> Result<RunWrite, WritableError> {
-        let (lba, count) = whole_sectors(self.header.virtual_size, offset, len)?;
+    fn take_zeros(&mut self, range: DiskRange) -> Result<RunWrite, WritableError> {
+        let (lba, count) = whole_sectors(self.header.virtual_size, range)?;
         self.promise(lba.0, count, RunContent::Zero)
     }
 

@@ -25,6 +25,7 @@ use rustix::io::Errno;
 use super::{
     Extents, Named, RunContent, WritableError, WrittenRun, runs, seal, view, whole_sectors,
 };
+use crate::DiskRange;
 use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, LsmtHeader};
 use formats::lsmt::{FIRST_SECTOR, RECORD};
 use formats::units::{Bytes, SECTOR, Sectors};
@@ -151,7 +152,8 @@ impl SparseLayer {
     /// # Errors
     /// [`WritableError`]; the content of the range is then unspecified.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
-        let (lba, count) = whole_sectors(self.header.virtual_size, offset, bytes.len() as u64)?;
+        let (lba, count) =
+            whole_sectors(self.header.virtual_size, DiskRange::new(offset, bytes.len() as u64))?;
         self.data.file.write_all_at(bytes, RECORD + offset).map_err(self.data.error("write"))?;
         let place = RunContent::At(FIRST_SECTOR.0 + lba.0);
         let mut written = self.written.write();

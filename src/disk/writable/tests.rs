@@ -107,7 +107,7 @@ proptest! {
                     model[(at * SECTOR) as usize..][..bytes.len()].copy_from_slice(&bytes);
                 }
                 WriteStep::Discard(at, len) => {
-                    layer.discard(at * SECTOR, len * SECTOR).unwrap();
+                    layer.discard(DiskRange::new(at * SECTOR, len * SECTOR)).unwrap();
                     model[(at * SECTOR) as usize..][..(len * SECTOR) as usize].fill(0);
                 }
                 WriteStep::Flush => layer.flush().unwrap(),
@@ -212,7 +212,7 @@ fn what_was_flushed_survives_any_cut_of_what_came_after() {
     let (data, index) = (dir.path().join(DATA_NAME), dir.path().join(INDEX_NAME));
     let kept = [fs::metadata(&data).unwrap().len(), fs::metadata(&index).unwrap().len()];
     first.write(0, &[3; 4096]).unwrap();
-    first.discard(4096, 512).unwrap();
+    first.discard(DiskRange::new(4096, 512)).unwrap();
     first.write(1 << 19, &[4; 20 * 512]).unwrap();
     first.flush().unwrap();
     let after = read_all(&first);
@@ -298,7 +298,10 @@ fn ranges_off_the_sectors_or_off_the_disk_are_refused() {
     {
         let bytes = vec![0; len as usize];
         assert!(matches!(layer.write(offset, &bytes), Err(WritableError::Range { .. })));
-        assert!(matches!(layer.discard(offset, len), Err(WritableError::Range { .. })));
+        assert!(matches!(
+            layer.discard(DiskRange::new(offset, len)),
+            Err(WritableError::Range { .. })
+        ));
     }
     assert!(layer.is_empty());
 }
@@ -361,7 +364,7 @@ fn threads_that_write_and_flush_at_once_lose_nothing() {
                     let at = thread * PART + round % 7 * 4096;
                     shared.write(at, &[fill; 8192]).unwrap();
                     if round % 5 == 0 {
-                        shared.discard(thread * PART + 65_536, 4096).unwrap();
+                        shared.discard(DiskRange::new(thread * PART + 65_536, 4096)).unwrap();
                         shared.flush().unwrap();
                     }
                     // A read returns acknowledged writes.
@@ -426,11 +429,11 @@ fn a_flush_that_found_no_space_can_be_repeated_and_keeps_the_order() {
 fn a_write_that_fails_leaves_its_place_to_the_next() {
     let dir = tempfile::tempdir().unwrap();
     let mut first = layer(dir.path());
-    let failed = first.take_place(0, 1024).unwrap();
-    let other = first.take_place(4096, 512).unwrap();
+    let failed = first.take_place(DiskRange::new(0, 1024)).unwrap();
+    let other = first.take_place(DiskRange::new(4096, 512)).unwrap();
     first.give_back(&failed);
     first.give_back(&other);
-    let next = first.take_place(8192, 512).unwrap();
+    let next = first.take_place(DiskRange::new(8192, 512)).unwrap();
     assert_eq!(next.content, other.content, "the last place is free again");
     assert_eq!((next.index_end, first.promised), (RECORD + ENTRY, 1));
 }

@@ -20,6 +20,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::{LoopedError, step};
 use crate::counters::{FrontCounters, FrontTotals};
+use disk::DiskRange;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 use formats::units::SECTOR;
 use threads::count;
@@ -43,8 +44,7 @@ const RELEASE: Duration = Duration::from_secs(5);
 
 /// A read that waits for its bytes.
 struct Read {
-    offset: u64,
-    len: usize,
+    range: DiskRange,
     reply: ReplyData,
 }
 
@@ -64,14 +64,14 @@ struct SessionShared {
 impl SessionShared {
     /// Answers now, or leaves the read with the volume.
     fn read(&self, read: Read, answers: &Sender<Option<WaitedRead>>) {
-        let (offset, len) = (read.offset, read.len);
+        let range = read.range;
         // The volume may create and call the waiter before `locate` returns, so the read goes with the
         // waiter; if it was not needed, the slot returns it.
         let slot = Arc::new(ReadSlot {
             read: parking_lot::Mutex::new(Some(read)),
             answers: answers.clone(),
         });
-        let located = self.volume.locate(offset, len, &mut || slot.waiter());
+        let located = self.volume.locate(range, &mut || slot.waiter());
         match located {
             Ok(Located::Pending) => {
                 count(&self.counters.pending, 1);
@@ -90,13 +90,13 @@ impl SessionShared {
     }
 
     fn reply(&self, read: Read, pieces: &[Piece]) {
-        let counters = &self.counters;
-        if pieces.iter().map(Piece::len).sum::<usize>() != read.len {
-            tracing::error!(read.offset, read.len, "The volume answered with a wrong length");
+        let (counters, len) = (&self.counters, read.range.buffer_len());
+        if pieces.iter().map(Piece::len).sum::<usize>() != len {
+            tracing::error!(read.range.offset, len, "The volume answered with a wrong length");
             return self.fail(read, None);
         }
         count(&counters.reads, 1);
-        count(&counters.bytes, read.len as u64);
+        count(&counters.bytes, read.range.len);
         if let [piece] = pieces
             && let Some(bytes) = piece.bytes()
         {
@@ -104,13 +104,13 @@ impl SessionShared {
             return read.reply.data(bytes);
         }
         if pieces.iter().all(|piece| piece.bytes().is_none())
-            && let Some(zeros) = self.zeros.get(..read.len)
+            && let Some(zeros) = self.zeros.get(..len)
         {
             count(&counters.direct, 1);
             return read.reply.data(zeros);
         }
         count(&counters.gathered, 1);
-        let mut gathered = vec![0; read.len];
+        let mut gathered = vec![0; len];
         let mut rest = gathered.as_mut_slice();
         for piece in pieces {
             let (part, tail) = rest.split_at_mut(piece.len());
@@ -121,7 +121,7 @@ impl SessionShared {
     }
 
     fn fail(&self, read: Read, error: Option<&VolumeError>) {
-        let (offset, bytes) = (read.offset, read.len);
+        let (offset, bytes) = (read.range.offset, read.range.len);
         match error {
             Some(error) => tracing::error!(
                 offset,
@@ -298,11 +298,11 @@ impl Filesystem for DiskFile {
     ) {
         // The page cache asks for whole pages, past the end too.
         let rest = self.shared.volume.size().saturating_sub(offset);
-        let len = u64::from(size).min(rest) as usize;
+        let len = u64::from(size).min(rest);
         if len == 0 {
             return reply.data(&[]);
         }
-        self.shared.read(Read { offset, len, reply }, &self.answers);
+        self.shared.read(Read { range: DiskRange::new(offset, len), reply }, &self.answers);
     }
 
     fn write(
@@ -352,7 +352,10 @@ impl Filesystem for DiskFile {
             return reply.error(Errno::EOPNOTSUPP);
         }
         let writes = &self.shared.counters.writes;
-        match self.shared.change(offset, writes, |volume| volume.discard(offset, length)) {
+        match self
+            .shared
+            .change(offset, writes, |volume| volume.discard(DiskRange::new(offset, length)))
+        {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(error),
         }

@@ -7,6 +7,7 @@
 use super::mailbox::WaitOutcome;
 use super::request::{BlockRequest, Op};
 use crate::counters::FrontCounters;
+use disk::DiskRange;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
 use threads::count;
 
@@ -59,21 +60,21 @@ impl Answers {
         }
     }
 
-    /// Answers a read of `len` bytes at byte `offset`.
+    /// Answers a read.
     pub(super) fn read(
         &mut self,
         volume: &dyn Volume,
         counters: &FrontCounters,
-        (offset, len): (u64, usize),
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Verdict {
-        match volume.locate(offset, len, waiter) {
-            Ok(Located::Ready(pieces)) => self.pieces(counters, offset, len, pieces),
+        match volume.locate(range, waiter) {
+            Ok(Located::Ready(pieces)) => self.pieces(counters, range, pieces),
             Ok(Located::Pending) => {
                 count(&counters.pending, 1);
                 Verdict::Wait
             }
-            Err(error) => self.failed(counters, (offset, len), Some(&error)),
+            Err(error) => self.failed(counters, range, Some(&error)),
         }
     }
 
@@ -81,9 +82,10 @@ impl Answers {
     pub(super) fn failed(
         &self,
         counters: &FrontCounters,
-        (offset, bytes): (u64, usize),
+        range: DiskRange,
         error: Option<&VolumeError>,
     ) -> Verdict {
+        let (offset, bytes) = (range.offset, range.len);
         match error {
             Some(error) => {
                 let error = error as &dyn std::error::Error;
@@ -119,7 +121,7 @@ impl Answers {
         request: &BlockRequest,
         outcome: &WaitOutcome,
     ) -> Verdict {
-        let (offset, bytes) = (request.offset, request.len);
+        let (offset, bytes) = (request.range.offset, request.range.len);
         let errno = match outcome {
             WaitOutcome::Ready => return self.stored(counters, request),
             WaitOutcome::Failed(error) => {
@@ -145,9 +147,9 @@ impl Answers {
         match request.op {
             Op::Write { durable } => {
                 count(&counters.writes, 1);
-                count(&counters.written, request.len);
+                count(&counters.written, request.range.len);
                 count(&counters.flushes, durable.into());
-                i32::try_from(request.len)
+                i32::try_from(request.range.len)
                     .map_or_else(|_| self.error(libc::EIO), |len| self.done(len))
             }
             Op::Zero => {
@@ -189,18 +191,18 @@ impl Answers {
     fn pieces(
         &mut self,
         counters: &FrontCounters,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         pieces: Vec<Piece>,
     ) -> Verdict {
-        let Ok(result) = i32::try_from(len) else { return self.error(libc::EIO) };
+        let Ok(result) = i32::try_from(range.len) else { return self.error(libc::EIO) };
+        let len = range.buffer_len();
         if pieces.iter().map(Piece::len).sum::<usize>() != len {
-            tracing::error!(offset, len, "The volume answered with a wrong length");
+            tracing::error!(range.offset, len, "The volume answered with a wrong length");
             count(&counters.errors, 1);
             return self.error(libc::EIO);
         }
         count(&counters.reads, 1);
-        count(&counters.bytes, len as u64);
+        count(&counters.bytes, range.len);
         if pieces.iter().all(|piece| piece.bytes().is_none()) && len <= self.zeros.len() {
             count(&counters.zero, 1);
             return Verdict::Commit { address: self.zero_address(), result };

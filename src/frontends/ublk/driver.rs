@@ -187,7 +187,7 @@ impl QueueDriver {
 
     fn read(&mut self, slot: usize, tag: u16) -> io::Result<()> {
         let Some(queue) = self.queues[slot].as_mut() else { return Ok(()) };
-        let range = queue.request(tag).range();
+        let range = queue.request(tag).range;
         self.ticket = self.ticket.wrapping_add(1);
         let (mailbox, ticket) = (&self.mailbox, self.ticket);
         let counters = &queue.counters;
@@ -216,9 +216,9 @@ impl QueueDriver {
             }
             WaitOutcome::Ready => return self.read(slot, tag),
             WaitOutcome::Failed(error) => {
-                self.ring.answers.failed(counters, request.range(), Some(error))
+                self.ring.answers.failed(counters, request.range, Some(error))
             }
-            WaitOutcome::Forgotten => self.ring.answers.failed(counters, request.range(), None),
+            WaitOutcome::Forgotten => self.ring.answers.failed(counters, request.range, None),
         };
         self.carry_out(slot, tag, &verdict)
     }

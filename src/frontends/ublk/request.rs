@@ -2,6 +2,7 @@
 
 use libublk::sys;
 
+use disk::DiskRange;
 use formats::units::SECTOR;
 
 /// Kinds of requests.
@@ -23,10 +24,8 @@ pub(super) enum Op {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BlockRequest {
     pub(super) op: Op,
-    /// First byte of the disk.
-    pub(super) offset: u64,
-    /// Number of bytes. A read or a write has at most the device's chunk.
-    pub(super) len: u64,
+    /// Its bytes of the disk. A read or a write has at most the device's chunk.
+    pub(super) range: DiskRange,
 }
 
 impl BlockRequest {
@@ -42,11 +41,6 @@ impl BlockRequest {
             _ => Op::Other,
         };
         let offset = descriptor.start_sector.saturating_mul(SECTOR);
-        Self { op, offset, len: u64::from(descriptor.nr_sectors) * SECTOR }
-    }
-
-    /// Offset and length of a read.
-    pub(super) fn range(&self) -> (u64, usize) {
-        (self.offset, self.len as usize)
+        Self { op, range: DiskRange::new(offset, u64::from(descriptor.nr_sectors) * SECTOR) }
     }
 }

@@ -25,6 +25,7 @@ use parking_lot::Mutex;
 
 use super::UblkError;
 use super::request::{BlockRequest, Op};
+use disk::DiskRange;
 use disk::volume::{Volume, VolumeError, Waiter, WritableVolume};
 use threads::{Pool, mark_io_thread};
 
@@ -41,12 +42,13 @@ const SPARE: usize = 8;
 /// A change of the disk.
 enum DiskChange {
     Write { bytes: Vec<u8>, durable: bool },
-    Zero { len: u64 },
+    Zero,
     Flush,
 }
 
 struct WriteJob {
-    offset: u64,
+    /// Empty for a flush.
+    range: DiskRange,
     change: DiskChange,
     done: Waiter,
 }
@@ -119,17 +121,17 @@ impl Drop for WriterThreads {
 
 /// Body of a write thread; `None` in the queue ends one.
 fn serve(volume: &dyn WritableVolume, queue: &Receiver<Option<WriteJob>>, spare: &Spare) {
-    while let Ok(Some(WriteJob { offset, change, done })) = queue.recv() {
+    while let Ok(Some(WriteJob { range, change, done })) = queue.recv() {
         let result = match change {
             DiskChange::Write { bytes, durable } => {
-                let result = write(volume, offset, &bytes, durable);
+                let result = write(volume, range.offset, &bytes, durable);
                 let mut spare = spare.lock();
                 if spare.len() < SPARE {
                     spare.push(bytes);
                 }
                 result
             }
-            DiskChange::Zero { len } => volume.discard(offset, len),
+            DiskChange::Zero => volume.discard(range),
             DiskChange::Flush => volume.flush(),
         };
         done(result);
@@ -163,10 +165,10 @@ impl QueueWrites {
     /// flushes).
     pub(super) fn let_in(&mut self, tag: u16, request: &BlockRequest) -> Option<u64> {
         let place = self.filling.get_mut(usize::from(tag))?;
-        if !matches!(request.op, Op::Write { .. }) || request.len == 0 {
+        if !matches!(request.op, Op::Write { .. }) || request.range.is_empty() {
             return None;
         }
-        *place = self.writer.buffer(request.len as usize);
+        *place = self.writer.buffer(request.range.buffer_len());
         Some(place.as_mut_ptr() as u64)
     }
 
@@ -191,19 +193,19 @@ impl QueueWrites {
                 let mut bytes = place.map(std::mem::take).unwrap_or_default();
                 // The kernel may have copied less than it announced, and then asks for less: the rest comes
                 // as another request.
-                if (bytes.len() as u64) < request.len {
+                if (bytes.len() as u64) < request.range.len {
                     return false;
                 }
-                bytes.truncate(request.len as usize);
+                bytes.truncate(request.range.buffer_len());
                 DiskChange::Write { bytes, durable }
             }
-            Op::Zero => DiskChange::Zero { len: request.len },
+            Op::Zero => DiskChange::Zero,
             Op::Flush => DiskChange::Flush,
             Op::Read | Op::Other => return false,
         };
         // Fails when the threads have ended; the waiter is then dropped, which fails the request.
         let _ =
-            self.writer.jobs.send(Some(WriteJob { offset: request.offset, change, done: done() }));
+            self.writer.jobs.send(Some(WriteJob { range: request.range, change, done: done() }));
         true
     }
 }
@@ -233,11 +235,10 @@ mod tests {
         }
         fn locate(
             &self,
-            offset: u64,
-            _: usize,
+            range: DiskRange,
             _: &mut dyn FnMut() -> Waiter,
         ) -> Result<Located, VolumeError> {
-            Err(VolumeError::Closed { offset })
+            Err(VolumeError::Closed { offset: range.offset })
         }
         fn writable(&self) -> Option<&dyn WritableVolume> {
             Some(self)
@@ -258,8 +259,8 @@ mod tests {
             }
             self.note(format!("write {offset} {}", bytes.len()))
         }
-        fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
-            self.note(format!("zero {offset} {len}"))
+        fn discard(&self, range: DiskRange) -> Result<(), VolumeError> {
+            self.note(format!("zero {range}"))
         }
         fn flush(&self) -> Result<(), VolumeError> {
             self.note("flush".into())
@@ -268,7 +269,7 @@ mod tests {
 
     /// Runs one request to its end; `None`: the request is not supported.
     fn run(writes: &mut QueueWrites, op: Op, offset: u64, len: u64) -> Option<bool> {
-        let request = BlockRequest { op, offset, len };
+        let request = BlockRequest { op, range: DiskRange::new(offset, len) };
         let announced = writes.let_in(3, &request).is_some();
         assert_eq!(announced, matches!(op, Op::Write { .. }));
         let (sender, receiver) = channel();
@@ -288,10 +289,12 @@ mod tests {
         assert_eq!(run(&mut writes, Op::Zero, 8192, 1 << 32), Some(true));
         assert_eq!(run(&mut writes, Op::Flush, u64::MAX, 0), Some(true));
         assert_eq!(run(&mut writes, Op::Other, 0, 512), None);
-        let expected = ["write 4096 1024", "write 0 512", "flush", "zero 8192 4294967296", "flush"];
+        let expected =
+            ["write 4096 1024", "write 0 512", "flush", "zero 8192..4294975488", "flush"];
         assert_eq!(*noted.0.lock(), expected);
         // A write whose data never came does not happen.
-        let request = BlockRequest { op: Op::Write { durable: false }, offset: 0, len: 512 };
+        let request =
+            BlockRequest { op: Op::Write { durable: false }, range: DiskRange::new(0, 512) };
         assert!(!writes.begin(3, &request, || Box::new(|_| ())));
     }
 
@@ -302,7 +305,7 @@ mod tests {
         let mut writes = QueueWrites::new(threads.writer(), 1);
         drop(threads);
         let (sender, receiver) = channel::<()>();
-        let request = BlockRequest { op: Op::Flush, offset: 0, len: 0 };
+        let request = BlockRequest { op: Op::Flush, range: DiskRange::new(0, 0) };
         writes.begin(0, &request, || {
             Box::new(move |result| {
                 if result.is_ok() {

@@ -14,7 +14,6 @@
 //! ```
 
 use std::io;
-use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -26,6 +25,7 @@ use serde::Serialize;
 
 use crate::config::log_file::LogFile;
 use crate::readings::AuditCounters;
+use disk::DiskRange;
 use formats::oci::Digest;
 use registry::{Download, DownloadLog};
 use source::Class;
@@ -60,7 +60,7 @@ enum AuditRecord {
     Read {
         device: Option<Arc<str>>,
         image: Arc<str>,
-        range: Range<u64>,
+        range: DiskRange,
         took: Duration,
         error: Option<String>,
     },
@@ -117,8 +117,8 @@ impl AuditRecord {
                 image: Some(image),
                 blob: None,
                 class: None,
-                offset_bytes: range.start,
-                length_bytes: range.end - range.start,
+                offset_bytes: range.offset,
+                length_bytes: range.len,
                 duration_us: micros(took),
                 source_host: None,
                 error: error.as_deref(),
@@ -192,8 +192,7 @@ impl AuditedDevice {
     }
 
     /// A read had to wait, and has ended.
-    pub(super) fn read(&self, (offset, len): (u64, usize), took: Duration, error: Option<String>) {
-        let range = offset..offset.saturating_add(len as u64);
+    pub(super) fn read(&self, range: DiskRange, took: Duration, error: Option<String>) {
         let (device, image) = (self.device.get().cloned(), self.image.clone());
         self.audit.note(AuditRecord::Read { device, image, range, took, error });
     }

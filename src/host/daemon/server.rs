@@ -24,6 +24,7 @@ use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
 use crate::metrics::{Page, Process, names};
 use client::protocol::{DeviceRecord, OLDEST_VERSION, READY, Reply, Request, VERSION, socket};
 use client::{ClientError, Connection};
+use disk::DiskRange;
 use source::failure::with_causes;
 
 /// Time that a daemon started by a client outlives its last device and connection: long enough for a script
@@ -310,6 +311,8 @@ impl Server {
             Request::List => Ok(Reply::Devices(table.list())),
             Request::Detach { id } => table.detach(id).map(|()| Reply::Done),
             Request::Explain { id, ranges, most } => {
+                let ranges: Vec<_> =
+                    ranges.into_iter().map(|(offset, len)| DiskRange::new(offset, len)).collect();
                 table.explain(id, &ranges, most).map(|told| Reply::Explained(Box::new(told)))
             }
             Request::Metrics => Ok(Reply::Metrics(self.metrics())),

@@ -22,6 +22,7 @@ use crate::metrics::{Page, names};
 use blobs::trace::{Recorder, Recorders};
 use client::protocol::{DeviceState, Explanation, WaitingRecord};
 use client::{DeviceRecord, DeviceSpec, Frontend, mounts};
+use disk::DiskRange;
 use disk::volume::Volume;
 use formats::trace::Trace;
 use frontends::{FrontChoice, FrontKind, ServedDevice};
@@ -331,7 +332,7 @@ impl DeviceTable {
     pub fn explain(
         &self,
         id: u64,
-        ranges: &[(u64, u64)],
+        ranges: &[DiskRange],
         most: usize,
     ) -> Result<Explanation, HostError> {
         let (device, view, waits) = {
@@ -343,16 +344,15 @@ impl DeviceTable {
             (entry.now(), entry.view.clone(), entry.waits.clone())
         };
         let mut places = Vec::new();
-        for &(offset, len) in ranges {
+        for &range in ranges {
             let left = most.saturating_sub(places.len());
-            places.extend(placed(view.explain(offset..offset.saturating_add(len), left)));
+            places.extend(placed(view.explain(range, left)));
         }
         let waiting = waits.oldest(MOST_WAITING).into_iter().map(|read| WaitingRecord {
-            offset_bytes: read.offset,
-            length_bytes: read.len as u64,
+            offset_bytes: read.range.offset,
+            length_bytes: read.range.len,
             waits_ms: milliseconds(read.waits),
-            places: placed(view.explain(read.offset..read.offset + read.len as u64, MOST_PLACES))
-                .collect(),
+            places: placed(view.explain(read.range, MOST_PLACES)).collect(),
             tries: read.tries,
             error: read.error,
             next_ms: read.next.map(milliseconds),
