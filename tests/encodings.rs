@@ -636,7 +636,7 @@ fn a_chunk_of_a_long_frame_loads_alone_by_decoding_what_is_before_it() {
         let range = span.start as usize..span.start as usize + span.len as usize;
         assert!(source.load(chunk).unwrap()[..] == tar[range], "chunk {chunk}");
     }
-    let mut decoder = source.begin_serial(0).unwrap();
+    let mut decoder = source.serial().unwrap().begin_frame(0).unwrap();
     let wrong = source::chunk::EncodedChunk::new(&source.encoded(0).unwrap(), Vec::new());
     assert!(decoder.decode_next(&wrong, &mut vec![0; source.room(0)]).is_err());
 }

@@ -133,7 +133,7 @@ impl Disk {
                 blob: source.id().to_owned(),
                 at,
                 index: span.index,
-                decoded_from: Some(source.serial(span.index).start)
+                decoded_from: Some(source.frame(span.index).start)
                     .filter(|&first| first != span.index),
                 start: place.start,
                 end: place.end,

@@ -44,7 +44,7 @@ fn decode_segments(index: SegmentIndex, filling: &[u8]) {
     let blob = Arc::new(MemorySource::new("fuzz", blob));
     let Ok(layer) = SegmentedLayer::new("fuzz", index, blob) else { return };
     for segment in 0..layer.chunk_count().min(8) {
-        let serial = layer.serial(segment);
+        let serial = layer.frame(segment);
         assert!(serial.contains(&segment) && serial.end <= layer.chunk_count());
         let _ = layer.load(segment);
     }

@@ -1,7 +1,7 @@
 //! Long zstd frames: decoded from their beginning, once for all waiters.
 //!
 //! A chunk of such a frame decodes only after all chunks before it
-//! ([`ChunkSource::serial`](source::chunk::ChunkSource::serial)). So any decode thread cannot take it: each
+//! ([`SerialChunks`](source::chunk::SerialChunks)). So any decode thread cannot take it: each
 //! frame with a wanted chunk has *one* thread at a time, and two readers of a frame never decode it twice at
 //! once. A request for a chunk adds it to the frame's list; the thread decodes the frame from its beginning,
 //! and passes each chunk to its waiters, and to the tier that keeps it:
@@ -283,7 +283,7 @@ pub(super) fn want(
         return Err(wanted);
     }
     for wanted in wanted {
-        let chunks = wanted.blob.source().serial(wanted.chunk);
+        let chunks = wanted.blob.source().frame(wanted.chunk);
         let first = wanted.blob.key(chunks.start);
         let frame = state.frames.entry(first).or_insert_with(|| WantedFrame {
             blob: wanted.blob.clone(),

@@ -14,7 +14,7 @@ use crate::segments::{
 };
 use crate::units::Bytes;
 use source::MemorySource;
-use source::chunk::{ChunkSource, EncodedChunk};
+use source::chunk::{ChunkSource, EncodedChunk, SerialChunks};
 use source::testing::{FaultySource, ReadFault};
 
 const SPAN: Bytes = Bytes(64 << 10);
@@ -91,11 +91,11 @@ fn check(blob: &[u8], index: &SegmentIndex, out: &[u8]) {
     }
     let mut number = 0;
     while number < layer.chunk_count() {
-        let serial = layer.serial(number);
+        let serial = layer.frame(number);
         if serial.len() > 1 {
             let mut at = index.segments()[number as usize].out as usize;
             layer
-                .load_serial(serial.clone(), &mut |bytes| {
+                .load_frame(serial.clone(), &mut |bytes| {
                     assert!(bytes == &out[at..at + bytes.len()], "at {at}");
                     at += bytes.len();
                 })
@@ -155,7 +155,7 @@ fn a_long_frame_is_cut_between_its_blocks_and_decodes_from_its_beginning() {
     let mut room = vec![0; layer.room(2)];
     let refused = layer.decode(2, &mut encoded, &mut room).unwrap_err().to_string();
     assert!(refused.contains("only after the earlier segments"), "{refused}");
-    assert!(layer.begin_serial(2).is_err());
+    assert!(layer.begin_frame(2).is_err());
     assert!(layer.load(5).unwrap()[..] == whole[index_of(&layer, 5)]);
 }
 

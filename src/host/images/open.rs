@@ -20,7 +20,7 @@ use formats::units::Bytes;
 use registry::store::{self, ImageStore, Selector, StoreError, StoredManifest};
 use registry::{RegistryClient, RegistryError};
 use source::ByteSource;
-use source::chunk::ChunkSource;
+use source::chunk::{ChunkSource, SerialChunks};
 use source::failure::with_causes;
 use thiserror::Error;
 
@@ -248,7 +248,7 @@ impl Opening<'_> {
 fn warn_of_long_frames(image: &str, disk: &Disk) {
     for (number, blob) in disk.blobs().into_iter().enumerate() {
         let Some(blob) = blob else { continue };
-        let longest = blob.source().longest_serial();
+        let longest = blob.source().serial().map_or(0, SerialChunks::longest_frame);
         let kept = blob.stored().decoded.as_ref().map_or(0, TierBlob::capacity);
         if longest > 0 && kept <= longest {
             tracing::warn!(

@@ -143,12 +143,13 @@ impl Pass<'_> {
     /// Creates the decoder, when there is memory for it.
     fn begin(&mut self, first: &EncodedChunk) -> Result<(), Arc<ChunkError>> {
         let (shared, source) = (self.shared, self.blob.source());
-        let window = source.serial_memory(first.bytes());
+        let serial = source.serial().ok_or_else(|| failure(self.blob, "It has no long frame"))?;
+        let window = serial.window(first.bytes());
         if !shared.serials.reserve(window) {
             return Err(super::super::ended(self.blob));
         }
         self.window = window;
-        self.decoder = Some(source.begin_serial(self.chunks.start).map_err(Arc::new)?);
+        self.decoder = Some(serial.begin_frame(self.chunks.start).map_err(Arc::new)?);
         count(&shared.counters.frames, 1);
         Ok(())
     }
