@@ -202,9 +202,8 @@ fn over_the_line(layout: &Path) {
         let read = discard(&disk);
         ratios.push(read / (blob as f64 / GIGABIT));
         let fetched = cache.fetched();
-        requests = fetched.demand_requests.load(Ordering::Relaxed)
-            + fetched.ahead_requests.load(Ordering::Relaxed);
-        chunks = fetched.chunks.load(Ordering::Relaxed);
+        requests = fetched.demand_requests.get() + fetched.ahead_requests.get();
+        chunks = fetched.chunks.get();
     }
     println!(
         "the same over loopback HTTP, 20 ms a request and 1 Gbit/s: {:.2} of the transfer time (bar 1.15); {chunks} segments by {requests} requests",

@@ -77,7 +77,7 @@ fn start(
         requests as f64 / segments.len() as f64,
         bytes as f64 / 1e6,
         bytes as f64 / touched as f64,
-        counters.demand_requests.load(Ordering::Relaxed),
+        counters.demand_requests.get(),
     );
     if std::env::var_os("TURBOBD_BENCH_VERBOSE").is_some() {
         let blobs: Vec<_> = trace.touches.iter().map(|t| (t.at, t.blob, t.start >> 20)).collect();

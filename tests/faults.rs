@@ -87,8 +87,7 @@ fn a_wrong_byte_is_fetched_again_and_counted_and_three_times_wrong_is_an_error_w
     let view = DiskView::new(disk.clone());
     let chunks = chunks(&disk);
     let counters = disk.cache().fetched().clone();
-    let count =
-        || (counters.damaged.load(Ordering::SeqCst), counters.failed.load(Ordering::SeqCst));
+    let count = || (counters.damaged.get(), counters.failed.get());
     // Far from each other, so that neither is read ahead for the other.
     let ((first, index, place), (last, broken, place_of_last)) =
         (chunks[0], chunks[chunks.len() - 1]);

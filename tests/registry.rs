@@ -10,7 +10,6 @@ use std::io::{self, Cursor, Read, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -120,8 +119,8 @@ fn a_range_costs_one_request_and_its_own_bytes() {
     assert_reads(&blob, &bytes, 0, 1 << 20);
     assert_eq!(registry.log().len(), 4, "no probe, no HEAD");
     assert_eq!(registry.log()[1].range.as_deref(), Some("bytes=300000-799999"));
-    assert_eq!(blob.stats().bytes.load(Ordering::Relaxed), 500_011 + (1 << 20));
-    assert_eq!(blob.stats().requests.load(Ordering::Relaxed), 4);
+    assert_eq!(blob.stats().bytes.get(), 500_011 + (1 << 20));
+    assert_eq!(blob.stats().requests.get(), 4);
 }
 
 #[test]
@@ -167,7 +166,7 @@ fn short_long_and_misplaced_bodies_are_retried_and_never_served() {
         let (registry, bytes, blob) = one_blob(400_000);
         registry.fault("GET", fault.clone(), 2);
         assert_reads(&blob, &bytes, 100, 200_000);
-        assert_eq!(blob.stats().retries.load(Ordering::Relaxed), 2, "{fault:?}");
+        assert_eq!(blob.stats().retries.get(), 2, "{fault:?}");
         registry.fault("GET", fault.clone(), 100);
         if matches!(fault, Fault::DropAfter(70_000) | Fault::StallAfter(70_000)) {
             assert_reads(&blob, &bytes, 100, 200_000); // in three pieces
@@ -211,7 +210,7 @@ fn what_can_never_succeed_fails_after_one_request() {
     let error = failure(&blob, 0, 5);
     assert!(error.contains("Not found: this blob"), "{error}");
     assert_eq!(registry.log().len(), 1);
-    assert_eq!(blob.stats().failures.load(Ordering::Relaxed), 1);
+    assert_eq!(blob.stats().failures.get(), 1);
 }
 
 #[test]
@@ -312,7 +311,7 @@ fn an_expired_url_is_not_used_and_a_refused_one_is_replaced() {
     registry.revoke_signatures();
     assert_reads(&blob, &bytes, 20, 5);
     assert_eq!(store.log().iter().map(|seen| seen.status).collect::<Vec<_>>(), [206, 403, 206]);
-    assert_eq!(blob.stats().retries.load(Ordering::Relaxed), 0, "replaced within the same try");
+    assert_eq!(blob.stats().retries.get(), 0, "replaced within the same try");
 
     let (registry, bytes, blob) = one_blob(1000);
     let store = Double::start_storage_of(&registry);
@@ -379,7 +378,7 @@ fn a_token_that_ran_out_is_replaced_on_401_and_on_403() {
         registry.revoke_tokens();
         assert_reads(&blob, &bytes, 20, 5);
         assert_eq!(registry.count("/token"), 2);
-        assert_eq!(blob.stats().retries.load(Ordering::Relaxed), 0);
+        assert_eq!(blob.stats().retries.get(), 0);
     }
 }
 

@@ -44,6 +44,7 @@ pub use resident::Residents;
 use shard::{FoundChunk, Shard};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
+use threads::Counter;
 
 /// Callback of one request: called once, from any thread, with the chunk or the reason why there is none.
 pub type ChunkWaiter = Box<dyn FnOnce(Result<Arc<ChunkBytes>, Arc<ChunkError>>) + Send>;
@@ -192,17 +193,16 @@ impl Cache {
     /// Counters of the cache.
     #[must_use]
     pub fn stats(&self) -> CacheStats {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let chunks = &self.chunks;
         CacheStats {
-            hits: read(&chunks.hits),
-            misses: read(&chunks.misses),
-            loads: read(&chunks.loads),
-            errors: read(&chunks.errors),
-            bytes: read(&chunks.held),
+            hits: chunks.hits.get(),
+            misses: chunks.misses.get(),
+            loads: chunks.loads.get(),
+            errors: chunks.errors.get(),
+            bytes: chunks.held.load(Ordering::Relaxed),
             chunks: (0..SHARDS).map(|number| chunks.lock(number).len() as u64).sum(),
-            evictions: read(&chunks.evictions),
-            unkept: read(&chunks.unkept),
+            evictions: chunks.evictions.get(),
+            unkept: chunks.unkept.get(),
         }
     }
 }
@@ -251,7 +251,7 @@ impl ChunkBatch<'_> {
                 if first {
                     self.follow(bytes.held());
                 }
-                chunks.hits.fetch_add(1, Ordering::Relaxed);
+                chunks.hits.add(1);
                 return Lookup::Hit(bytes);
             }
             FoundChunk::Joined { ahead: false } => {}
@@ -267,7 +267,7 @@ impl ChunkBatch<'_> {
                 }
             }
         }
-        chunks.misses.fetch_add(1, Ordering::Relaxed);
+        chunks.misses.add(1);
         Lookup::Pending
     }
 
@@ -294,7 +294,7 @@ impl ChunkBatch<'_> {
     }
 
     fn want(&mut self, blob: &Arc<Blob>, chunk: u32, class: Class) {
-        self.cache.chunks.loads.fetch_add(1, Ordering::Relaxed);
+        self.cache.chunks.loads.add(1);
         self.wanted.push(WantedChunk { blob: blob.clone(), chunk, class, tries: 0 });
     }
 }
@@ -358,12 +358,12 @@ struct Chunks {
     /// The order of eviction.
     queues: Mutex<Queues>,
     clock: Clock,
-    hits: AtomicU64,
-    misses: AtomicU64,
-    loads: AtomicU64,
-    errors: AtomicU64,
-    evictions: AtomicU64,
-    unkept: AtomicU64,
+    hits: Counter,
+    misses: Counter,
+    loads: Counter,
+    errors: Counter,
+    evictions: Counter,
+    unkept: Counter,
 }
 
 impl Chunks {
@@ -377,12 +377,12 @@ impl Chunks {
             held: AtomicU64::new(0),
             queues: Mutex::default(),
             clock: Clock::default(),
-            hits: AtomicU64::new(0),
-            misses: AtomicU64::new(0),
-            loads: AtomicU64::new(0),
-            errors: AtomicU64::new(0),
-            evictions: AtomicU64::new(0),
-            unkept: AtomicU64::new(0),
+            hits: Counter::default(),
+            misses: Counter::default(),
+            loads: Counter::default(),
+            errors: Counter::default(),
+            evictions: Counter::default(),
+            unkept: Counter::default(),
         }
     }
 
@@ -405,7 +405,7 @@ impl Chunks {
     fn evict_one(&self) -> Option<u64> {
         let bytes = self.queues().evict(self.budget, &mut |key, _| self.shard(key).evict(key))?;
         self.held.fetch_sub(bytes, Ordering::Relaxed);
-        self.evictions.fetch_add(1, Ordering::Relaxed);
+        self.evictions.add(1);
         Some(bytes)
     }
 }
@@ -420,7 +420,7 @@ impl Delivery for Chunks {
             let Some(more) = self.evict_one() else { break };
             given_up += more;
         }
-        self.unkept.fetch_add(1, Ordering::Relaxed);
+        self.unkept.add(1);
         Box::new(vec![0; len])
     }
 
@@ -447,7 +447,7 @@ impl Delivery for Chunks {
 
     fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
         if result.is_err() {
-            self.errors.fetch_add(1, Ordering::Relaxed);
+            self.errors.add(1);
         }
         let kept = result.as_ref().ok().filter(|bytes| bytes.held() > 0);
         if let Some(bytes) = kept {

@@ -50,7 +50,6 @@ mod streams;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use crate::Histogram;
@@ -67,7 +66,7 @@ use pace::Pace;
 pub use queue::WantedChunk;
 pub use recent::{Recent, RecentFailure};
 use serial::Serials;
-use threads::count;
+use threads::Counter;
 
 /// Receiver of decoded chunks: the cache.
 pub trait Delivery: Send + Sync {
@@ -135,46 +134,46 @@ const MOST_TRIES: u8 = 3;
 #[derive(Debug, Default)]
 pub struct FetchCounters {
     /// Range requests made for demand.
-    pub demand_requests: AtomicU64,
+    pub demand_requests: Counter,
     /// Range requests made ahead of demand.
-    pub ahead_requests: AtomicU64,
+    pub ahead_requests: Counter,
     /// Chunks that those requests fetched; more than requests when neighbours were fetched together.
-    pub chunks: AtomicU64,
+    pub chunks: Counter,
     /// Encoded bytes of those.
-    pub bytes: AtomicU64,
+    pub bytes: Counter,
     /// Chunks read from local files.
-    pub local: AtomicU64,
+    pub local: Counter,
     /// Chunks read from the disk tiers.
-    pub stored: AtomicU64,
+    pub stored: Counter,
     /// Chunks whose bytes did not match their checksum.
-    pub damaged: AtomicU64,
+    pub damaged: Counter,
     /// Chunks that could not be fetched.
-    pub failed: AtomicU64,
+    pub failed: Counter,
     /// Range requests made by the background fill.
-    pub fill_requests: AtomicU64,
+    pub fill_requests: Counter,
     /// Chunks filled in the background.
-    pub filled: AtomicU64,
+    pub filled: Counter,
     /// Encoded bytes of those.
-    pub filled_bytes: AtomicU64,
+    pub filled_bytes: Counter,
     /// Time from a request to its first byte.
     pub first_byte: Histogram,
     /// Time from a request to its last byte.
     pub whole: Histogram,
     /// Encoded bytes that were decoded.
-    pub inflate_in: AtomicU64,
+    pub inflate_in: Counter,
     /// Decoded bytes produced.
-    pub inflate_out: AtomicU64,
+    pub inflate_out: Counter,
     /// Time to verify and decode a chunk.
     pub inflate: Histogram,
     /// Passes begun through long zstd frames, possibly several through the same frame.
-    pub frames: AtomicU64,
+    pub frames: Counter,
 }
 
 impl FetchCounters {
     /// Records that a chunk was decoded.
     fn inflated(&self, encoded: usize, decoded: usize, begun: Instant) {
-        count(&self.inflate_in, encoded as u64);
-        count(&self.inflate_out, decoded as u64);
+        self.inflate_in.add(encoded as u64);
+        self.inflate_out.add(decoded as u64);
         self.inflate.add(begun.elapsed());
     }
 }
@@ -319,7 +318,7 @@ impl FetchShared {
             }]);
             return;
         }
-        count(&self.counters.failed, 1);
+        self.counters.failed.add(1);
         wanted.blob.failures().note(wanted.chunk, false, &*error);
         self.deliver(key, Err(error));
     }

@@ -58,7 +58,6 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
 
@@ -69,6 +68,7 @@ use presence::Subject;
 use source::chunk::ChunkSource;
 use state::TierShared;
 use store::{ChunkPayload, DirStore, Store};
+use threads::Counter;
 use writer::{Offer, WriterCommand};
 
 /// Unit of allocation in the data files: the filesystem's page.
@@ -170,25 +170,25 @@ pub enum TierError {
 #[derive(Debug, Default)]
 pub struct TierCounters {
     /// Chunks read and verified.
-    pub reads: AtomicU64,
+    pub reads: Counter,
     /// Bytes of those.
-    pub read_bytes: AtomicU64,
+    pub read_bytes: Counter,
     /// Chunks written.
-    pub writes: AtomicU64,
+    pub writes: Counter,
     /// Bytes of those.
-    pub written_bytes: AtomicU64,
+    pub written_bytes: Counter,
     /// Chunks not written because the queue was full.
-    pub dropped: AtomicU64,
+    pub dropped: Counter,
     /// Chunks not written for lack of space: the floor, a full disk, or a chunk longer than the capacity.
-    pub refused: AtomicU64,
+    pub refused: Counter,
     /// Chunks evicted for others or for the floor.
-    pub evicted: AtomicU64,
+    pub evicted: Counter,
     /// Chunks that failed verification, and are fetched again.
-    pub damaged: AtomicU64,
+    pub damaged: Counter,
     /// Files that were removed, truncated or of another version, and are created anew.
-    pub resets: AtomicU64,
+    pub resets: Counter,
     /// Reads, writes and syncs that the system refused.
-    pub failures: AtomicU64,
+    pub failures: Counter,
 }
 
 /// Present contents of a tier.

@@ -177,7 +177,7 @@ fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_o
     assert!(matches!(disk.locate(range, &mut waiter).unwrap(), Located::Pending));
     calls.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
     // They are neighbours: one request, and no other at the same time.
-    assert_eq!(disk.cache.fetched().demand_requests.load(Ordering::Relaxed), 1);
+    assert_eq!(disk.cache.fetched().demand_requests.get(), 1);
     assert_eq!(slow.most.load(Ordering::SeqCst), 1);
     let Located::Ready(pieces) = disk.locate(range, &mut waiter).unwrap() else {
         panic!("pending again")

@@ -15,8 +15,6 @@ mod live;
 pub mod open;
 pub mod registries;
 pub mod tiers;
-
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use blobs::cache::Cache;
@@ -231,10 +229,9 @@ impl ImageOpener for HostImages {
     fn downloaded(&self) -> Totals {
         self.cache.get().map_or_else(Totals::default, |cache| {
             let fetched = cache.fetched();
-            let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
             Totals {
-                reads: get(&fetched.demand_requests) + get(&fetched.ahead_requests),
-                bytes: get(&fetched.bytes),
+                reads: fetched.demand_requests.get() + fetched.ahead_requests.get(),
+                bytes: fetched.bytes.get(),
             }
         })
     }

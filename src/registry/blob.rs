@@ -12,7 +12,6 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -25,24 +24,25 @@ use super::retry::Budget;
 use super::way::BlobAddress;
 use formats::oci::Digest;
 use source::{ByteSource, Class, OneBuffer, Retries, Run, SourceError, Traffic};
+use threads::Counter;
 
 /// Counters of one blob's fetches.
 #[derive(Debug, Default)]
 pub struct RemoteStats {
     /// Range requests made; a request with all its redirects counts as one.
-    pub requests: AtomicU64,
+    pub requests: Counter,
     /// Bytes of bodies that arrived.
-    pub bytes: AtomicU64,
+    pub bytes: Counter,
     /// Reads that failed at every source and were tried again.
-    pub retries: AtomicU64,
+    pub retries: Counter,
     /// Reads that failed for good.
-    pub failures: AtomicU64,
+    pub failures: Counter,
     /// Reads that have failed and wait for their next try.
     pub trying_again: Retries,
     /// Second requests, for reads that took unusually long.
-    pub hedges: AtomicU64,
+    pub hedges: Counter,
     /// Second requests that finished first.
-    pub hedges_won: AtomicU64,
+    pub hedges_won: Counter,
 }
 
 /// Number of deliveries remembered: more than are between the network and the checksums at any
@@ -194,10 +194,10 @@ impl RemoteBlob {
             let Err(error) = reading.once(budget.deadline()) else { return Ok(()) };
             let told = budget.pause_telling(error, |error, wait| attempts.failed(error, wait));
             if let Err(error) = told {
-                self.stats.failures.fetch_add(1, Ordering::Relaxed);
+                self.stats.failures.add(1);
                 return Err(error);
             }
-            self.stats.retries.fetch_add(1, Ordering::Relaxed);
+            self.stats.retries.add(1);
         }
     }
 }
@@ -238,7 +238,7 @@ impl ByteSource for RemoteBlob {
     }
 
     fn traffic(&self) -> Traffic {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let get = Counter::get;
         Traffic {
             bytes: get(&self.stats.bytes),
             requests: get(&self.stats.requests),

@@ -28,7 +28,6 @@ use super::host::Network;
 use super::wait::{block_on, block_until};
 use super::way::{BlobAddress, RangeBody, Way, tell};
 use source::{Class, Run};
-use threads::count;
 
 /// A read in progress, over all its tries.
 pub(super) struct RacedRead<'a> {
@@ -182,8 +181,8 @@ impl<'a> RacedRead<'a> {
 
     fn lane(&self, number: usize, deadline: Instant, by_peer: bool) -> Lane<'a> {
         let way = &self.blob.ways[number];
-        count(&self.stats.requests, 1);
-        count(&way.place.state.stats().requests, 1);
+        self.stats.requests.add(1);
+        way.place.state.stats().requests.add(1);
         let opening = way.open(self.at..self.end, Some(deadline), by_peer);
         Lane {
             number,
@@ -202,8 +201,8 @@ impl<'a> RacedRead<'a> {
     /// Starts the second request for a read that `first` is late with. A peer is not asked again.
     fn second(&self, first: &Lane<'_>, next: Option<usize>, deadline: Instant) -> Lane<'a> {
         tracing::debug!(host = %first.way.place.host, at = self.at, "registry: asking a second time");
-        count(&self.stats.hedges, 1);
-        count(&first.way.place.state.stats().hedges, 1);
+        self.stats.hedges.add(1);
+        first.way.place.state.stats().hedges.add(1);
         Lane { is_second: true, ..self.lane(next.unwrap_or(first.number), deadline, false) }
     }
 
@@ -218,12 +217,12 @@ impl<'a> RacedRead<'a> {
     /// Takes the bytes that no other request has brought yet.
     fn take(&mut self, lane: &mut Lane<'_>, mut bytes: Bytes) {
         let arrived = bytes.len() as u64;
-        count(&self.stats.bytes, arrived);
+        self.stats.bytes.add(arrived);
         let known = (self.at - lane.at).min(arrived);
         bytes.advance(usize::try_from(known).unwrap_or(bytes.len()));
         lane.at += arrived;
         if let Stage::Flowing(body) = &lane.stage {
-            count(&body.source.stats().bytes, arrived);
+            body.source.stats().bytes.add(arrived);
         }
         if !bytes.is_empty() {
             let range = self.at..lane.at;
@@ -238,8 +237,8 @@ impl<'a> RacedRead<'a> {
             body.source.succeeded();
         }
         if lane.is_second {
-            count(&self.stats.hedges_won, 1);
-            count(&lane.way.place.state.stats().hedges_won, 1);
+            self.stats.hedges_won.add(1);
+            lane.way.place.state.stats().hedges_won.add(1);
         } else if let Some(head) = lane.head
             && !lane.is_by_peer()
         {

@@ -415,7 +415,7 @@ impl Exchange {
     ) -> Result<Response<Incoming>, TransportError> {
         let mut answer = std::pin::pin!(self.pool.request(request));
         loop {
-            let before = gauge.sent.load(Ordering::Relaxed);
+            let before = gauge.sent.get();
             let limit = if gauge.done.load(Ordering::Relaxed) {
                 // A registry hashes a whole layer before it answers the last byte.
                 self.timeouts.head + Duration::from_millis(before >> 17)
@@ -424,9 +424,7 @@ impl Exchange {
             };
             match timeout(limit, answer.as_mut()).await {
                 Ok(answer) => return answer.map_err(|error| explain(&error)),
-                Err(_)
-                    if gauge.sent.load(Ordering::Relaxed) != before
-                        || gauge.starved.load(Ordering::Relaxed) => {}
+                Err(_) if gauge.sent.get() != before || gauge.starved.load(Ordering::Relaxed) => {}
                 Err(_) => {
                     return Err(TransportError::Silent {
                         waiting_for: "the upload to continue",

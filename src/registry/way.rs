@@ -154,7 +154,7 @@ impl Way {
             | RegistryError::RangeIgnored { .. }
             | RegistryError::SizeMismatch { .. } => self.put_last(MISSING),
             RegistryError::RateLimited { retry_after, .. } => {
-                state.stats().limited.fetch_add(1, Ordering::Relaxed);
+                state.stats().limited.add(1);
                 state.failed(*retry_after);
             }
             _ => state.failed(None),
@@ -269,7 +269,7 @@ impl Way {
         } else {
             None
         };
-        peer.host.stats().requests.fetch_add(1, Ordering::Relaxed);
+        peer.host.stats().requests.add(1);
         let wrapped = peer.wrap(url)?;
         let request = self.place.request(&call, &wrapped, header.as_ref())?;
         let sent = services.transport.send_async(request, deadline).await;

@@ -372,8 +372,8 @@ fn neighbours_that_are_wanted_together_come_by_one_request() {
         next(&take).unwrap();
     }
     let fetched = cache.fetched();
-    assert_eq!(fetched.demand_requests.load(Ordering::Relaxed), 3);
-    assert_eq!(fetched.chunks.load(Ordering::Relaxed), 12);
+    assert_eq!(fetched.demand_requests.get(), 3);
+    assert_eq!(fetched.chunks.get(), 12);
 }
 
 fn one_connection(budget: u64) -> CacheOptions {
@@ -400,7 +400,7 @@ fn demand_overtakes_what_was_asked_for_ahead_of_time() {
     assert_eq!(next(&take).unwrap()[0], 90);
     assert_eq!(next(&take).unwrap()[0], 30);
     let fetched = cache.fetched();
-    assert_eq!(fetched.demand_requests.load(Ordering::Relaxed), 2);
+    assert_eq!(fetched.demand_requests.get(), 2);
 }
 
 #[test]
@@ -434,7 +434,7 @@ fn damage_is_fetched_again_and_only_lasting_damage_is_an_error() {
         assert!(matches!(*next(&take).unwrap_err(), ChunkError::Damaged { chunk: 8, .. }));
         ask(&cache, &source, 8, &give);
         assert_eq!(next(&take).unwrap()[0], 8, "a failure is forgotten");
-        assert_eq!(cache.fetched().damaged.load(Ordering::Relaxed), 5);
+        assert_eq!(cache.fetched().damaged.get(), 5);
     }
 }
 

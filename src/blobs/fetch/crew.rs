@@ -18,7 +18,7 @@ use super::run::ChunkRun;
 use super::{FetchShared, Key};
 use source::chunk::{ChunkError, EncodedRange};
 use source::{Class, Run as _};
-use threads::{Pool, count};
+use threads::Pool;
 
 /// Limit on the encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
 /// continent, so larger requests save nothing, while a broken connection loses no more than this.
@@ -212,7 +212,7 @@ fn fetch(shared: &Arc<FetchShared>, taken: &Taken) {
         Class::Prefetch => &counters.ahead_requests,
         Class::Fill => &counters.fill_requests,
     };
-    count(requests, 1);
+    requests.add(1);
     let (Some(first), Some(last)) = (places.first(), places.last()) else { return };
     let range = first.range.start..last.range.end;
     let bytes = range.end - range.start;

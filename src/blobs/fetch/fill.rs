@@ -29,7 +29,6 @@ use crate::tier::store::ChunkPayload;
 use crate::tier::{QUEUE, TierBlob, TierKind};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room};
-use threads::count;
 
 /// Limit on the bytes in flight or waiting for the disk: the rest of the tier's queue is for chunks that are
 /// read meanwhile.
@@ -479,8 +478,8 @@ impl Round<'_> {
 
 impl FetchShared {
     pub(super) fn filled(&self, bytes: usize) {
-        count(&self.counters.filled, 1);
-        count(&self.counters.filled_bytes, bytes as u64);
+        self.counters.filled.add(1);
+        self.counters.filled_bytes.add(bytes as u64);
     }
 
     /// Ends the load of a chunk that was filled; false when it has a waiter by now.

@@ -19,7 +19,7 @@ use crate::tier::TierKind;
 use crate::tier::store::ChunkPayload;
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk};
-use threads::{Pool, count};
+use threads::Pool;
 
 /// Limit on buffers for encoded chunks that are kept for reuse: as many as are usually in flight.
 const SPARE_BUFFERS: usize = 32;
@@ -232,7 +232,7 @@ fn work(shared: &Arc<FetchShared>, mut job: DecodeJob) {
     };
     let damaged = matches!(*error, ChunkError::Damaged { .. });
     if damaged {
-        count(&shared.counters.damaged, 1);
+        shared.counters.damaged.add(1);
         if job.tries + 1 < MOST_TRIES && !shared.crew.is_ending() {
             tracing::warn!(%error, "A chunk is fetched again");
             job.blob.failures().note(job.chunk, true, &*error);
@@ -312,7 +312,7 @@ fn read_decoded(shared: &Arc<FetchShared>, job: &DecodeJob) -> Option<ChunkBytes
     let mut room = shared.delivery.room(len);
     let verify = |bytes: &[u8]| source.verify_decoded(job.chunk, bytes);
     stored.read(job.chunk, room.bytes_mut(), &verify).then(|| {
-        count(&shared.counters.stored, 1);
+        shared.counters.stored.add(1);
         ChunkBytes::new(room, 0..len)
     })
 }
@@ -325,7 +325,7 @@ fn read_encoded(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<bool, 
         let mut encoded = EncodedChunk::new(&place, shared.workers.buffer());
         let read = source.blob().read_exact_at(encoded.bytes_mut(), place.range.start);
         read.map_err(|error| Arc::new(ChunkError::from(error)))?;
-        count(&shared.counters.local, 1);
+        shared.counters.local.add(1);
         job.input = Input::Fetched(encoded);
         return Ok(true);
     }
@@ -338,7 +338,7 @@ fn read_encoded(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<bool, 
     if !stored.read(job.chunk, encoded.bytes_mut(), &|_| None) {
         return Ok(false);
     }
-    count(&shared.counters.stored, 1);
+    shared.counters.stored.add(1);
     job.input = Input::Stored(encoded);
     Ok(true)
 }

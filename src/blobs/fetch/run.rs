@@ -8,7 +8,6 @@ use super::inflate::{DecodeJob, Input};
 use super::queue::{Taken, WantedChunk};
 use source::chunk::{EncodedChunk, EncodedRange};
 use source::{Class, Run};
-use threads::count;
 
 /// The chunks of a request in flight. Complete ones go to the decode threads while the rest arrives.
 pub(super) struct ChunkRun<'a> {
@@ -68,8 +67,8 @@ impl<'a> ChunkRun<'a> {
     fn hand_on(&mut self, encoded: EncodedChunk) {
         self.seam = encoded.bytes().last().copied();
         let counters = &self.shared.counters;
-        count(&counters.chunks, 1);
-        count(&counters.bytes, encoded.bytes().len() as u64);
+        counters.chunks.add(1);
+        counters.bytes.add(encoded.bytes().len() as u64);
         let WantedChunk { blob, chunk, mut class, tries } = self.wanted(self.done);
         self.done += 1;
         if class > Class::Demand && self.shared.delivery.is_awaited(blob.key(chunk)) {

@@ -11,7 +11,6 @@ use super::presence::Map;
 use super::state::{FileState, TierShared, file_name, map_bytes};
 use super::store::{DirStore, Store as _, StoredFile};
 use super::{TierError, TierKind, in_pages};
-use threads::count;
 
 /// Longest map that is read, 1 GiB: 32 million records.
 const MOST_MAP: u64 = 1 << 30;
@@ -91,7 +90,7 @@ pub(super) fn read_directory(shared: &Arc<TierShared>) -> io::Result<()> {
             let stem = format!("{stem}.{}", shared.kind.name());
             let whole = names.contains(&format!("{stem}.data")) && read_file(shared, &stem)?;
             if !whole {
-                count(&shared.counters.resets, 1);
+                shared.counters.resets.add(1);
                 tracing::warn!("The cache file {stem} is unusable and removed");
                 shared.store.remove(name)?;
                 shared.store.remove(&format!("{stem}.data"))?;

@@ -13,7 +13,6 @@ use super::presence::{ChunkExtent, HEADER, RECORD, Subject};
 use super::store::{Store, StoredFile};
 use super::writer::{Gone, Offer, WriterCommand};
 use super::{QUEUE, TierBlob, TierCounters, TierKind, TierOptions, Usage, in_pages};
-use threads::count;
 
 /// State shared by readers and the writer.
 pub(super) struct TierShared {
@@ -258,7 +257,7 @@ impl TierShared {
         if let Some(number) = known
             && state.files.get(&number).is_some_and(|file| file.subject != *subject)
         {
-            count(&self.counters.resets, 1);
+            self.counters.resets.add(1);
             tracing::warn!("The cache file {name} belongs to another blob and is created anew");
             state.reset(number);
             if let Some(file) = state.files.get_mut(&number) {
@@ -281,7 +280,7 @@ impl TierShared {
             match self.store.open(&file.data_name()) {
                 Ok(data) => file.data = Some(data),
                 Err(error) => {
-                    count(&self.counters.failures, 1);
+                    self.counters.failures.add(1);
                     tracing::warn!(%error, "Cannot open the cache file {}", file.data_name());
                 }
             }
@@ -335,7 +334,7 @@ impl TierShared {
         let before = self.queued.fetch_add(len, Ordering::Relaxed);
         if (before > 0 && before + len > QUEUE) || !self.send(WriterCommand::Offer(offer)) {
             self.unqueue(len);
-            count(&self.counters.dropped, 1);
+            self.counters.dropped.add(1);
             return false;
         }
         true
@@ -362,15 +361,15 @@ impl TierShared {
         let wrong = if extent.len as usize != buf.len() {
             Some("its length is different".to_owned())
         } else if let Err(error) = data.read_exact_at(buf, extent.at) {
-            count(&self.counters.failures, 1);
+            self.counters.failures.add(1);
             Some(error.to_string())
         } else {
             let good = verify(buf).unwrap_or_else(|| crc32c::crc32c(buf) == extent.crc);
             (!good).then(|| "its checksum differs".to_owned())
         };
         let Some(wrong) = wrong else {
-            count(&self.counters.reads, 1);
-            count(&self.counters.read_bytes, buf.len() as u64);
+            self.counters.reads.add(1);
+            self.counters.read_bytes.add(buf.len() as u64);
             return true;
         };
         // It may have been evicted, and its place used again, during the read: no damage then.
@@ -390,7 +389,7 @@ impl TierShared {
         let Some(gone) = state.take_out(number, chunk) else { return };
         let name = state.files.get(&number).map(FileState::data_name).unwrap_or_default();
         drop(state);
-        count(&self.counters.damaged, 1);
+        self.counters.damaged.add(1);
         tracing::warn!("Chunk {chunk} in the cache file {name} is forgotten: {why}");
         self.send(WriterCommand::Forget(gone));
     }

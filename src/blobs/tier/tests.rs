@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt as _;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 
@@ -61,10 +61,6 @@ fn reads(file: &TierBlob, number: u32, chunk: u32) -> bool {
     good
 }
 
-fn get(counter: &AtomicU64) -> u64 {
-    counter.load(Ordering::SeqCst)
-}
-
 #[test]
 fn what_was_offered_is_there_after_a_restart_and_is_shared_by_identity() {
     let store = MemoryTierStore::new(1 << 30);
@@ -106,7 +102,7 @@ fn another_length_or_version_begins_the_file_anew() {
     let second = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = second.file(&blob(1, 65)).unwrap();
     assert!(!file.has(3));
-    assert_eq!(get(&second.counters().resets), 1);
+    assert_eq!(second.counters().resets.get(), 1);
     assert!(offer(&file, 1, 3));
     second.flush();
     assert!(reads(&file, 1, 3));
@@ -117,7 +113,7 @@ fn another_length_or_version_begins_the_file_anew() {
     let map = store.open(&map).unwrap();
     uring::block_on(map.write(Arc::new(vec![9].into()), 8)).unwrap();
     let third = tier(Arc::new(store.clone()), 1 << 30, 0);
-    assert_eq!((get(&third.counters().resets), third.usage().chunks), (1, 0));
+    assert_eq!((third.counters().resets.get(), third.usage().chunks), (1, 0));
     assert_eq!(store.allocated(), 0);
 }
 
@@ -141,14 +137,14 @@ fn the_capacity_is_never_exceeded_and_is_used() {
     }
     tier.flush();
     assert!(tier.usage().bytes > CAPACITY * 8 / 10, "{:?}", tier.usage());
-    assert!(get(&tier.counters().evicted) > 1000);
+    assert!(tier.counters().evicted.get() > 1000);
     let there: usize = files
         .iter()
         .zip(0..)
         .map(|(file, number)| (0..400).filter(|chunk| reads(file, number, *chunk)).count())
         .sum();
     assert_eq!(there, tier.usage().chunks);
-    assert_eq!(get(&tier.counters().damaged), 0);
+    assert_eq!(tier.counters().damaged.get(), 0);
 }
 
 #[test]
@@ -205,7 +201,7 @@ fn a_full_disk_is_no_error_and_no_wrong_data() {
         }
     }
     tier.flush();
-    assert!(get(&tier.counters().refused) > 100 && tier.is_full());
+    assert!(tier.counters().refused.get() > 100 && tier.is_full());
     let there = (0..200).filter(|chunk| reads(&file, 1, *chunk)).count();
     assert!(there > 10);
     assert_eq!(tier.usage().bytes, store.allocated());
@@ -227,11 +223,11 @@ fn a_wrong_byte_a_short_file_and_a_dying_disk_are_forgotten_and_not_served() {
     assert!(!reads(&file, 1, 7) && !file.has(7) && reads(&file, 1, 8));
     data.set_len(place(40 * PlainChunks::CHUNK, 40)).unwrap();
     assert!(!reads(&file, 1, 45) && reads(&file, 1, 39));
-    assert_eq!(get(&tier.counters().damaged), 2);
+    assert_eq!(tier.counters().damaged.get(), 2);
     // The next write notices it, and creates the files anew.
     assert!(offer(&file, 1, 7));
     tier.flush();
-    assert_eq!(get(&tier.counters().resets), 1);
+    assert_eq!(tier.counters().resets.get(), 1);
     assert!(reads(&file, 1, 7) && !file.has(39));
     assert_eq!(tier.usage().bytes, store.allocated());
     plan.deaf.store(true, Ordering::SeqCst);
@@ -310,7 +306,7 @@ proptest! {
                 prop_assert_eq!(file.has(chunk), reads(&file, number, chunk));
             }
         }
-        prop_assert_eq!(get(&after.counters().damaged), 0);
+        prop_assert_eq!(after.counters().damaged.get(), 0);
         after.flush();
         prop_assert!(disk.allocated() <= CAPACITY);
         prop_assert_eq!(after.usage().bytes, disk.allocated());
@@ -361,8 +357,8 @@ fn readers_beside_a_tier_that_gives_up_and_writes_anew_never_see_anything_wrong(
             });
         }
     });
-    assert!(get(&hits) > 100);
-    assert_eq!(get(&tier.counters().damaged), 0, "what is given up is not damage");
+    assert!(hits.load(Ordering::SeqCst) > 100);
+    assert_eq!(tier.counters().damaged.get(), 0, "what is given up is not damage");
 }
 
 /// Directories to try: one on this machine's disk, one in memory.
@@ -399,7 +395,7 @@ fn in_a_real_directory_the_capacity_holds_and_a_second_process_goes_without() {
         tier.flush();
         assert_eq!(tier.usage().bytes, allocated(dir.path()), "{}", dir.path().display());
         let there: Vec<u32> = (0..300).filter(|chunk| reads(&file, 1, *chunk)).collect();
-        assert!(there.len() > 30 && get(&tier.counters().damaged) == 0);
+        assert!(there.len() > 30 && tier.counters().damaged.get() == 0);
         drop((file, tier));
         let tier = on_disk(dir.path(), CAPACITY).unwrap();
         let file = tier.file(&blob(1, 512)).unwrap();
@@ -443,7 +439,7 @@ fn a_file_that_is_removed_or_cut_off_under_load_costs_only_a_fetch() {
     }
     assert_eq!((missed[&0], missed[&41]), (40, 1));
     assert!((50..60).all(|round| !missed.contains_key(&round)), "{missed:?}");
-    assert_eq!(get(&tier.counters().resets), 3);
+    assert_eq!(tier.counters().resets.get(), 3);
     drop((file, tier));
     let tier = on_disk(dir.path(), 64 << 20).unwrap();
     let file = tier.file(&blob(1, 512)).unwrap();

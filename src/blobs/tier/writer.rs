@@ -16,7 +16,6 @@ use super::state::{FileState, TierShared, map_bytes};
 use super::store::{ChunkPayload, StoredFile};
 use super::uring::join;
 use super::{PAGE, in_pages};
-use threads::count;
 
 /// Limit on the bytes in a batch, 8 MiB: two syncs for it are then a small part of its time.
 const BATCH: u64 = 8 << 20;
@@ -208,7 +207,7 @@ impl TierWriter {
         let mut refused = false;
         if low {
             refused |= !offers.is_empty();
-            count(&shared.counters.refused, offers.len() as u64);
+            shared.counters.refused.add(offers.len() as u64);
             offers.clear();
         } else {
             offers.retain(|offer| {
@@ -218,7 +217,7 @@ impl TierWriter {
                     spare -= pages;
                 } else {
                     refused |= pages <= capacity;
-                    count(&shared.counters.refused, 1);
+                    shared.counters.refused.add(1);
                 }
                 fits
             });
@@ -246,7 +245,7 @@ impl TierWriter {
             while left > 0
                 && let Some(victim) = state.evict(capacity)
             {
-                count(&shared.counters.evicted, 1);
+                shared.counters.evicted.add(1);
                 let pages = in_pages(victim.extent.len.into());
                 left = left.saturating_sub(pages);
                 missing = missing.saturating_sub(pages);
@@ -258,7 +257,7 @@ impl TierWriter {
                 if over > 0 && offers.pop().is_none() {
                     break;
                 }
-                count(&shared.counters.refused, u64::from(over > 0));
+                shared.counters.refused.add(u64::from(over > 0));
             }
         }
         state.used += offers.iter().map(|offer| in_pages(offer.len())).sum::<u64>();
@@ -266,7 +265,7 @@ impl TierWriter {
     }
 
     fn failed(&self, what: &str, name: &str, error: &io::Error) {
-        count(&self.shared.counters.failures, 1);
+        self.shared.counters.failures.add(1);
         tracing::warn!(%error, "Cannot {what} the cache file {name}");
         if error.kind() == io::ErrorKind::StorageFull {
             self.shared.set_full(true);
@@ -384,7 +383,7 @@ impl TierWriter {
             match self.usable(number, data, &name, records, end) {
                 Ok(Some(data)) => return Some(data),
                 Ok(None) => {
-                    count(&self.shared.counters.resets, 1);
+                    self.shared.counters.resets.add(1);
                     tracing::warn!(
                         "The cache file {name} was removed or truncated, and is created anew"
                     );
@@ -510,8 +509,8 @@ impl TierWriter {
             data.let_go(offer.at, in_pages(offer.len()));
         }
         let counters = &self.shared.counters;
-        count(&counters.writes, offers.len() as u64);
-        count(&counters.written_bytes, offers.iter().map(Offer::len).sum());
+        counters.writes.add(offers.len() as u64);
+        counters.written_bytes.add(offers.iter().map(Offer::len).sum());
         let mut state = self.shared.lock();
         for (chunk, extent) in extents {
             state.publish(number, chunk, extent, false);
@@ -527,7 +526,7 @@ impl TierWriter {
     }
 
     fn uncount(&self, offers: &[Offer]) {
-        count(&self.shared.counters.refused, offers.len() as u64);
+        self.shared.counters.refused.add(offers.len() as u64);
         let pages = offers.iter().map(|offer| in_pages(offer.len())).sum::<u64>();
         self.shared.lock().used -= pages;
     }

@@ -148,9 +148,9 @@ mod tests {
         assert_eq!((done.chunks, done.foreign, done.later), (6, 0, 0));
         wait(&cache, &blob, &[0, 1, 20, 21, 22, 23]);
         let fetched = cache.fetched();
-        assert_eq!(fetched.chunks.load(Ordering::Relaxed), 6);
-        assert_eq!(fetched.ahead_requests.load(Ordering::Relaxed), 2);
-        assert_eq!(fetched.demand_requests.load(Ordering::Relaxed), 0);
+        assert_eq!(fetched.chunks.get(), 6);
+        assert_eq!(fetched.ahead_requests.get(), 2);
+        assert_eq!(fetched.demand_requests.get(), 0);
     }
 
     #[test]
@@ -180,8 +180,7 @@ mod tests {
         assert!(!cache.holds(&blob, 60));
         // All of them by one request more than the first chunk took; demand goes ahead of it.
         let fetched = cache.fetched();
-        let requests = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        assert!(requests(&fetched.demand_requests) == 1 && requests(&fetched.ahead_requests) <= 2);
+        assert!(fetched.demand_requests.get() == 1 && fetched.ahead_requests.get() <= 2);
     }
 
     /// A far source that counts how many reads it has at once.

@@ -6,7 +6,6 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
@@ -23,7 +22,7 @@ use crate::counters::{FrontCounters, FrontTotals};
 use disk::DiskRange;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 use formats::units::SECTOR;
-use threads::count;
+use threads::Counter;
 
 /// Name of the file.
 pub(super) const NAME: &str = "disk";
@@ -74,7 +73,7 @@ impl SessionShared {
         let located = self.volume.locate(range, &mut || slot.waiter());
         match located {
             Ok(Located::Pending) => {
-                count(&self.counters.pending, 1);
+                self.counters.pending.add(1);
             }
             Ok(Located::Ready(pieces)) => {
                 if let Some(read) = slot.take() {
@@ -95,21 +94,21 @@ impl SessionShared {
             tracing::error!(read.range.offset, len, "The volume answered with a wrong length");
             return self.fail(read, None);
         }
-        count(&counters.reads, 1);
-        count(&counters.bytes, read.range.len);
+        counters.reads.add(1);
+        counters.bytes.add(read.range.len);
         if let [piece] = pieces
             && let Some(bytes) = piece.bytes()
         {
-            count(&counters.direct, 1);
+            counters.direct.add(1);
             return read.reply.data(bytes);
         }
         if pieces.iter().all(|piece| piece.bytes().is_none())
             && let Some(zeros) = self.zeros.get(..len)
         {
-            count(&counters.direct, 1);
+            counters.direct.add(1);
             return read.reply.data(zeros);
         }
-        count(&counters.gathered, 1);
+        counters.gathered.add(1);
         let mut gathered = vec![0; len];
         let mut rest = gathered.as_mut_slice();
         for piece in pieces {
@@ -135,7 +134,7 @@ impl SessionShared {
                 "A read of the disk failed: the volume gave no bytes and no reason"
             ),
         }
-        count(&self.counters.errors, 1);
+        self.counters.errors.add(1);
         read.reply.error(Errno::EIO);
     }
 }
@@ -145,18 +144,18 @@ impl SessionShared {
     fn change(
         &self,
         offset: u64,
-        counter: &AtomicU64,
+        counter: &Counter,
         what: impl FnOnce(&dyn WritableVolume) -> Result<(), VolumeError>,
     ) -> Result<(), Errno> {
         let Some(volume) = self.volume.writable() else { return Err(Errno::EROFS) };
-        count(counter, 1);
+        counter.add(1);
         what(volume).map_err(|error| {
             tracing::error!(
                 offset,
                 error = &error as &dyn std::error::Error,
                 "A write of the disk failed"
             );
-            count(&self.counters.errors, 1);
+            self.counters.errors.add(1);
             Errno::from_i32(error.errno())
         })
     }

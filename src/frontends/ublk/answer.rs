@@ -9,7 +9,6 @@ use super::request::{BlockRequest, Op};
 use crate::counters::FrontCounters;
 use disk::DiskRange;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
-use threads::count;
 
 /// Limit on scratch buffers kept for reuse: one stays warm, and without a limit all those of a burst would
 /// stay.
@@ -71,7 +70,7 @@ impl Answers {
         match volume.locate(range, waiter) {
             Ok(Located::Ready(pieces)) => self.pieces(counters, range, pieces),
             Ok(Located::Pending) => {
-                count(&counters.pending, 1);
+                counters.pending.add(1);
                 Verdict::Wait
             }
             Err(error) => self.failed(counters, range, Some(&error)),
@@ -97,7 +96,7 @@ impl Answers {
                 "A read of the disk failed: the volume dropped its waiter"
             ),
         }
-        count(&counters.errors, 1);
+        counters.errors.add(1);
         self.error(libc::EIO)
     }
 
@@ -110,7 +109,7 @@ impl Answers {
             Op::Write { .. } => libc::EROFS,
             _ => libc::EOPNOTSUPP,
         };
-        count(&counters.refused, 1);
+        counters.refused.add(1);
         self.error(errno)
     }
 
@@ -139,25 +138,25 @@ impl Answers {
                 libc::EIO
             }
         };
-        count(&counters.errors, 1);
+        counters.errors.add(1);
         self.error(errno)
     }
 
     fn stored(&self, counters: &FrontCounters, request: &BlockRequest) -> Verdict {
         match request.op {
             Op::Write { durable } => {
-                count(&counters.writes, 1);
-                count(&counters.written, request.range.len);
-                count(&counters.flushes, durable.into());
+                counters.writes.add(1);
+                counters.written.add(request.range.len);
+                counters.flushes.add(durable.into());
                 i32::try_from(request.range.len)
                     .map_or_else(|_| self.error(libc::EIO), |len| self.done(len))
             }
             Op::Zero => {
-                count(&counters.zeroed, 1);
+                counters.zeroed.add(1);
                 self.done(0)
             }
             _ => {
-                count(&counters.flushes, 1);
+                counters.flushes.add(1);
                 self.done(0)
             }
         }
@@ -198,21 +197,21 @@ impl Answers {
         let len = range.buffer_len();
         if pieces.iter().map(Piece::len).sum::<usize>() != len {
             tracing::error!(range.offset, len, "The volume answered with a wrong length");
-            count(&counters.errors, 1);
+            counters.errors.add(1);
             return self.error(libc::EIO);
         }
-        count(&counters.reads, 1);
-        count(&counters.bytes, range.len);
+        counters.reads.add(1);
+        counters.bytes.add(range.len);
         if pieces.iter().all(|piece| piece.bytes().is_none()) && len <= self.zeros.len() {
-            count(&counters.zero, 1);
+            counters.zero.add(1);
             return Verdict::Commit { address: self.zero_address(), result };
         }
         if let Some(address) = one_run(&pieces) {
-            count(&counters.direct, 1);
+            counters.direct.add(1);
             self.held.push(CommitMemory::Pieces(pieces));
             return Verdict::Commit { address, result };
         }
-        count(&counters.gathered, 1);
+        counters.gathered.add(1);
         let mut scratch = self.pool.pop().unwrap_or_default();
         scratch.resize(scratch.len().max(len), 0);
         let mut rest = scratch.as_mut_slice();

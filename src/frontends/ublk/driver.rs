@@ -14,7 +14,6 @@ use super::mailbox::{Letter, Mailbox, WaitOutcome};
 use super::queue::{NewQueue, ServedQueue};
 use super::request::Op;
 use super::ring::{MAILBOX, Ring, target};
-use threads::count;
 
 /// A message to a queue thread.
 pub(super) enum Post {
@@ -62,7 +61,7 @@ impl QueueDriver {
     pub(super) fn run(&mut self) {
         if let Err(error) = self.serve() {
             for queue in self.queues.iter().flatten() {
-                count(&queue.counters.lost_queues, 1);
+                queue.counters.lost_queues.add(1);
             }
             tracing::error!(%error, "A ublk queue thread has ended: requests of its devices will fail");
         }
@@ -133,7 +132,7 @@ impl QueueDriver {
         if !queue.has(tag) {
             return Ok(());
         }
-        count(&queue.counters.completions, 1);
+        queue.counters.completions.add(1);
         match u32::try_from(result) {
             Ok(sys::UBLK_IO_RES_OK) => self.request(slot, tag),
             Ok(sys::UBLK_IO_RES_NEED_GET_DATA) => {

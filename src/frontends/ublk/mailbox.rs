@@ -14,7 +14,6 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::counters::FrontCounters;
 use disk::volume::{VolumeError, Waiter};
-use threads::count;
 
 /// The queue thread works, or will look into the mailbox before it sleeps.
 const RUNNING: u32 = 0;
@@ -128,7 +127,7 @@ impl<T: From<Letter> + Send + 'static> Sender<T> {
         if let Some((mailbox, counters)) = self.to.take() {
             let Self { slot, tag, ticket, .. } = *self;
             let asleep = mailbox.post(Letter { slot, tag, ticket, outcome }.into());
-            count(&counters.wakes, u64::from(asleep));
+            counters.wakes.add(u64::from(asleep));
         }
     }
 }

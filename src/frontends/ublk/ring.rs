@@ -11,7 +11,6 @@ use io_uring::{IoUring, opcode, squeue, types};
 
 use super::answer::Answers;
 use super::queue::ServedQueue;
-use threads::count;
 
 /// Entries of a submission queue: pushes beyond it are issued at once.
 const SUBMISSIONS: u32 = 1024;
@@ -101,7 +100,7 @@ impl Ring {
         } else {
             opcode::UringCmd16::new(types::Fd(queue.node.as_raw_fd()), op).cmd(body).build()
         };
-        count(&queue.counters.submissions, 1);
+        queue.counters.submissions.add(1);
         self.push(&entry.user_data((slot as u64) << TAG_BITS | u64::from(tag)))
     }
 

@@ -22,9 +22,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use threads::Counter;
 
 /// Owner writes, group reads: the lines name images and hosts.
 const MODE: u32 = 0o640;
@@ -47,7 +47,7 @@ struct LogShared {
     path: PathBuf,
     rotation: Rotation,
     state: Mutex<OpenLog>,
-    lost: AtomicU64,
+    lost: Counter,
 }
 
 #[derive(Debug)]
@@ -100,7 +100,7 @@ impl LogFile {
             fs::create_dir_all(folder)?;
         }
         let state = Mutex::new(OpenLog::open(path)?);
-        let lost = AtomicU64::new(0);
+        let lost = Counter::default();
         Ok(Self(Arc::new(LogShared { path: path.to_owned(), rotation, state, lost })))
     }
 
@@ -112,7 +112,7 @@ impl LogFile {
         let written = shared.make_room(&mut state, lines.len() as u64);
         let written = written.and_then(|()| state.write(lines)).is_ok();
         if !written {
-            shared.lost.fetch_add(1, Ordering::Relaxed);
+            shared.lost.add(1);
         }
         written
     }
@@ -120,7 +120,7 @@ impl LogFile {
     /// Appends that failed so far.
     #[must_use]
     pub fn lost(&self) -> u64 {
-        self.0.lost.load(Ordering::Relaxed)
+        self.0.lost.get()
     }
 }
 

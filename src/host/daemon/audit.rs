@@ -14,7 +14,6 @@
 //! ```
 
 use std::io;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
@@ -161,7 +160,7 @@ impl Audit {
 
     fn note(&self, record: AuditRecord) {
         if self.sender.try_send(Message::Record(Timestamp::now(), record)).is_err() {
-            self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+            self.counters.dropped.add(1);
         }
     }
 }
@@ -222,7 +221,7 @@ fn write(receiver: &Receiver<Message>, file: &LogFile, counters: &AuditCounters)
             };
         }
         let counter = if file.append(&batch) { &counters.lines } else { &counters.dropped };
-        counter.fetch_add(lines, Ordering::Relaxed);
+        counter.add(lines);
         batch.clear();
     }
 }
@@ -279,7 +278,7 @@ mod tests {
         assert_eq!(lines[..3], [early, read, fetched.clone()]);
         fetched["error"] = "it broke".into();
         assert_eq!(lines[3], fetched);
-        assert_eq!(audit.counters().lines.load(Ordering::Relaxed), 4);
+        assert_eq!(audit.counters().lines.get(), 4);
     }
 
     #[test]
@@ -288,7 +287,7 @@ mod tests {
         for _ in 0..10 {
             audit.downloaded(download(None));
         }
-        assert_eq!((receiver.len(), audit.counters().dropped.load(Ordering::Relaxed)), (3, 7));
+        assert_eq!((receiver.len(), audit.counters().dropped.get()), (3, 7));
     }
 
     #[test]
@@ -298,8 +297,8 @@ mod tests {
         for number in 1..=3 {
             audit.downloaded(download(None));
             audit.flush();
-            assert_eq!(audit.counters().dropped.load(Ordering::Relaxed), number);
+            assert_eq!(audit.counters().dropped.get(), number);
         }
-        assert_eq!(audit.counters().lines.load(Ordering::Relaxed), 0);
+        assert_eq!(audit.counters().lines.get(), 0);
     }
 }

@@ -11,7 +11,7 @@
 //! [`FIRST_PAUSE`] to [`LONGEST_PAUSE`], as upstream's do, but without upstream's end after seven days.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use crate::readings::WaitReading;
 use blobs::Histogram;
 use disk::DiskRange;
 use disk::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
+use threads::Counter;
 
 /// Pause after the first failure of a read. Most of the waiting is done by the client of the registry, which
 /// gives up only after the deadline; so this is short.
@@ -59,8 +60,8 @@ pub(super) struct Waits {
     failing: AtomicUsize,
     closed: AtomicBool,
     times: Histogram,
-    expired: AtomicU64,
-    repeated: AtomicU64,
+    expired: Counter,
+    repeated: Counter,
     audit: OnceLock<AuditedDevice>,
 }
 
@@ -120,8 +121,8 @@ impl Waits {
             failing: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             times: Histogram::default(),
-            expired: AtomicU64::new(0),
-            repeated: AtomicU64::new(0),
+            expired: Counter::default(),
+            repeated: Counter::default(),
             audit: OnceLock::new(),
         })
     }
@@ -237,11 +238,11 @@ impl Waits {
             }
         }
         drop(table);
-        self.repeated.fetch_add(again.len() as u64, Ordering::Relaxed);
+        self.repeated.add(again.len() as u64);
         again.into_iter().for_each(|waiter| waiter(Ok(())));
         let last = if late.is_empty() { None } else { (self.reason)() };
         for Waiting { range, since, waiter } in late {
-            self.expired.fetch_add(1, Ordering::Relaxed);
+            self.expired.add(1);
             let (seconds, last) = (self.policy.deadline.as_secs(), last.clone());
             let error = VolumeError::Deadline { offset: range.offset, seconds, last };
             self.over(range, now.saturating_duration_since(since), || Some(error.to_string()));
@@ -275,8 +276,8 @@ impl Waits {
             waiting: (table.waiting.len() + asleep) as u64,
             oldest,
             times: self.times.times(),
-            expired: self.expired.load(Ordering::Relaxed),
-            repeated: self.repeated.load(Ordering::Relaxed),
+            expired: self.expired.get(),
+            repeated: self.repeated.get(),
         }
     }
 

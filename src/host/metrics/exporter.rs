@@ -6,12 +6,12 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use hyper::header::{ALLOW, HeaderValue};
 use hyper::{Method, StatusCode};
 
 use crate::endpoint::{Endpoint, PageReply, PageRequest, reply};
+use threads::Counter;
 
 /// Address and path of the page.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +34,7 @@ impl Default for ExporterOptions {
 #[derive(Debug, Default)]
 pub struct ExporterCounters {
     /// Requests, with any answer.
-    pub requests: AtomicU64,
+    pub requests: Counter,
 }
 
 /// Renders the page.
@@ -55,7 +55,7 @@ impl Exporter {
         let counters = Arc::new(ExporterCounters::default());
         let (path, count) = (options.path.clone(), counters.clone());
         let answer = move |request: &PageRequest| {
-            count.requests.fetch_add(1, Ordering::Relaxed);
+            count.requests.add(1);
             page(request, &path, &*render)
         };
         let endpoint = Endpoint::start("metrics", options.address, Arc::new(answer))?;
@@ -121,7 +121,7 @@ mod tests {
         assert!(ask(address, "HEAD /metrics").ends_with("\r\n\r\n"));
         assert!(ask(address, "GET /").starts_with("HTTP/1.1 404 "));
         assert!(ask(address, "POST /metrics").starts_with("HTTP/1.1 405 "));
-        assert_eq!(exporter.counters().requests.load(Ordering::Relaxed), 4);
+        assert_eq!(exporter.counters().requests.get(), 4);
         // The address is in use now, and free again afterwards, even with open connections.
         let taken = ExporterOptions { address, ..options };
         assert!(Exporter::start(&taken, render.clone()).is_err());

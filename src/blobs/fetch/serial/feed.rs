@@ -5,7 +5,6 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -13,7 +12,7 @@ use super::super::blob::Blob;
 use super::super::{FetchShared, MOST_TRIES, failure};
 use source::chunk::{ChunkError, EncodedChunk, EncodedRange};
 use source::{Class, Run};
-use threads::count;
+use threads::Counter;
 
 /// Encoded bytes of a batch, 4 MiB; a batch always takes at least one chunk.
 const BATCH: u64 = 4 << 20;
@@ -120,7 +119,7 @@ fn read_stored(
             && stored.read(chunk, encoded.bytes_mut(), &|bytes| source.verify(chunk, bytes))
     });
     if read {
-        count(&shared.counters.stored, 1);
+        shared.counters.stored.add(1);
     }
     read
 }
@@ -145,20 +144,20 @@ fn read_far(
     let mut buffers = Buffers { batch, numbers: numbers.clone(), filled: 0, first: None };
     source.read_run(range, class, &mut buffers).map_err(ChunkError::from).map_err(Arc::new)?;
     if source.is_local() {
-        count(&counters.local, numbers.len() as u64);
+        counters.local.add(numbers.len() as u64);
         return Ok(());
     }
     let wait = buffers.first.map_or(begun.elapsed(), |first| first - begun);
-    count(requests(shared, class), 1);
-    count(&counters.chunks, numbers.len() as u64);
-    count(&counters.bytes, bytes);
+    requests(shared, class).add(1);
+    counters.chunks.add(numbers.len() as u64);
+    counters.bytes.add(bytes);
     counters.first_byte.add(wait);
     counters.whole.add(begun.elapsed());
     blob.measured(bytes, wait, begun.elapsed(), 0);
     Ok(())
 }
 
-fn requests(shared: &FetchShared, class: Class) -> &AtomicU64 {
+fn requests(shared: &FetchShared, class: Class) -> &Counter {
     match class {
         Class::Demand => &shared.counters.demand_requests,
         Class::Prefetch => &shared.counters.ahead_requests,
@@ -179,7 +178,7 @@ fn verify(
         if source.verify(chunk, encoded.bytes()) != Some(false) {
             break;
         }
-        count(&shared.counters.damaged, 1);
+        shared.counters.damaged.add(1);
         let error = ChunkError::Damaged {
             blob: source.blob().name().to_owned(),
             chunk,

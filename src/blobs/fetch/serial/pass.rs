@@ -16,7 +16,6 @@ use crate::tier::store::ChunkPayload;
 use crate::tier::{QUEUE, TierBlob, TierKind};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room, SerialDecoder};
-use threads::count;
 
 /// Limit on the bytes that wait for the disk: the rest of the tier's queue is for other blobs.
 const MOST_WAITING: u64 = QUEUE / 4 * 3;
@@ -150,7 +149,7 @@ impl Pass<'_> {
         }
         self.window = window;
         self.decoder = Some(serial.begin_frame(self.chunks.start).map_err(Arc::new)?);
-        count(&shared.counters.frames, 1);
+        shared.counters.frames.add(1);
         Ok(())
     }
 
