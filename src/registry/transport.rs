@@ -10,7 +10,7 @@
 //! clock of its own: the I/O thread always sends an end or an error.
 //!
 //! HTTP/1.1 only, with as many connections as there are parallel requests: HTTP/2 was measured and
-//! gains nothing (`perf/http2.rs`).
+//! gains nothing (`perf/http2`).
 
 use std::error::Error as StdError;
 use std::io::{self, Read};
