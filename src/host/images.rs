@@ -57,6 +57,8 @@ pub struct HostImages {
     live: LiveImages,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
+    /// The daemon's log, if it is a file.
+    log: Option<LogFile>,
     /// File of the audit log, if the configuration wants one.
     audit_file: Option<LogFile>,
     /// Made with the cache, because it is a thread.
@@ -75,6 +77,7 @@ impl HostImages {
             live: LiveImages::default(),
             config,
             traces,
+            log: None,
             audit_file: None,
             audit: OnceLock::new(),
         }
@@ -91,6 +94,12 @@ impl HostImages {
         }
         let file = self.config.open_log("auditPath", &audit.path)?;
         Ok(Self { audit_file: Some(file), ..self })
+    }
+
+    /// The same images; `log` is the file to which this process logs, if it does.
+    #[must_use]
+    pub fn logged(self, log: Option<LogFile>) -> Self {
+        Self { log, ..self }
     }
 
     /// Begins the audit log, with the first image.
@@ -210,6 +219,9 @@ impl ImageOpener for HostImages {
 
     /// Each part with the table of its names: see [`names`].
     fn observe(&self, page: &mut Page) {
+        if let Some(log) = &self.log {
+            page.put(names::LOG, log, &[]);
+        }
         if let Some(audit) = self.audit.get().and_then(Option::as_ref) {
             page.put(names::AUDIT, audit.counters(), &[]);
         }

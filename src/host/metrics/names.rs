@@ -5,6 +5,7 @@
 
 use super::upstream::Upstream;
 use super::{Label, Metric, MetricKind, Process, Reading, exporter::ExporterCounters};
+use crate::config::log_file::LogFile;
 use crate::readings::{AuditCounters, DeviceReading};
 use blobs::cache::{CacheStats, Residents};
 use blobs::fetch::FetchCounters;
@@ -371,6 +372,13 @@ pub const TIER: &[Metric<Tier>] = &[
     ),
 ];
 
+/// The log of the daemon, if it goes to a file.
+pub const LOG: &[Metric<LogFile>] = &[counter(
+    "turbobd_log_lost_total",
+    "Messages not written to the log file, because the system refused",
+    |log: &LogFile| log.lost().into(),
+)];
+
 /// The audit log.
 pub const AUDIT: &[Metric<AuditCounters>] = &[
     counter(
@@ -467,6 +475,7 @@ pub fn all() -> Vec<Description> {
     describe(&mut all, FETCH, &[]);
     describe(&mut all, HOST, &["host"]);
     describe(&mut all, TIER, &["tier"]);
+    describe(&mut all, LOG, &[]);
     describe(&mut all, AUDIT, &[]);
     describe(&mut all, EXPORTER, &[]);
     describe(&mut all, UPSTREAM, &["node"]);
@@ -556,6 +565,7 @@ mod tests {
         check(RESIDENT);
         check(FETCH);
         check(TIER);
+        check(LOG);
         check(AUDIT);
         check(EXPORTER);
         check(UPSTREAM);
