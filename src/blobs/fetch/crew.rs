@@ -6,6 +6,10 @@
 //!
 //! The background fill gets the remaining capacity, limited by [`Pace`](super::pace): large requests, and as
 //! many as fill the line, while there is no demand; else small ones and few.
+//!
+//! The threads of long frames ([`serial`](super::serial)) make requests of their own, and hold a [`Permit`] of the crew
+//! for each: one limit is for all requests in flight, and one for those ahead of demand. A request of theirs that
+//! has a reader is admitted before the crew's next one.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,6 +39,8 @@ const HELD_BACK: Duration = Duration::from_millis(50);
 pub(super) struct Crew {
     state: Mutex<CrewState>,
     wake: Condvar,
+    /// Wakes threads that wait for a permit.
+    admits: Condvar,
     most: usize,
     /// Requests of [`Class::Prefetch`] under way at most.
     prefetches: usize,
@@ -49,6 +55,12 @@ struct CrewState {
     ahead: usize,
     /// Requests of the fill in flight.
     fill: usize,
+    /// Requests of the crew in flight.
+    own: usize,
+    /// Permits of each [`Class`].
+    permits: [usize; 3],
+    /// Threads that wait for a permit for demand.
+    awaited: usize,
     threads: Pool,
     ending: bool,
 }
@@ -58,12 +70,43 @@ impl CrewState {
     fn threads_at_work(&self) -> usize {
         (self.threads.len() - self.idle.min(self.threads.len())).saturating_sub(self.fill + 1)
     }
+
+    /// Requests in flight.
+    fn in_flight(&self) -> usize {
+        self.own + self.permits.iter().sum::<usize>()
+    }
+
+    /// Requests of [`Class::Prefetch`] in flight.
+    fn prefetches(&self) -> usize {
+        self.ahead - self.fill.min(self.ahead) + self.permits[Class::Prefetch as usize]
+    }
+
+    /// Requests in flight without a waiter.
+    fn all_ahead(&self) -> usize {
+        let [_, prefetches, fills] = self.permits;
+        self.ahead + prefetches + fills
+    }
+}
+
+/// A request that a thread outside the crew may make, until it is dropped.
+pub(super) struct Permit<'a> {
+    crew: &'a Crew,
+    class: Class,
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        let mut state = self.crew.lock();
+        state.permits[self.class as usize] -= 1;
+        self.crew.freed(&state);
+    }
 }
 
 impl Crew {
     pub(super) fn new(most: usize, prefetches: Option<usize>) -> Self {
         let prefetches = prefetches.unwrap_or(usize::MAX).max(1);
-        Self { state: Mutex::default(), wake: Condvar::new(), most, prefetches }
+        let (state, wake, admits) = (Mutex::default(), Condvar::new(), Condvar::new());
+        Self { state, wake, admits, most, prefetches }
     }
 
     fn lock(&self) -> MutexGuard<'_, CrewState> {
@@ -83,6 +126,7 @@ impl Crew {
         let mut state = self.lock();
         state.ending = true;
         self.wake.notify_all();
+        self.admits.notify_all();
         state.queue.drain()
     }
 
@@ -105,12 +149,13 @@ impl Crew {
             if state.ending {
                 return None;
             }
-            let prefetches = state.ahead - state.fill.min(state.ahead);
-            let demand_only = state.ahead >= self.most_ahead() || prefetches >= self.prefetches;
-            let free = state.idle + 1 + self.most.saturating_sub(state.threads.len());
+            let free = self.most.saturating_sub(state.in_flight() + state.awaited);
+            let demand_only = !self.admits_ahead(&state, Class::Prefetch);
             let fill = pace.fill(state.threads_at_work(), state.fill);
             let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };
-            if let Some(taken) = state.queue.take(limit) {
+            let taken = if free > 0 { state.queue.take(limit) } else { None };
+            if let Some(taken) = taken {
+                state.own += 1;
                 state.ahead += usize::from(taken.class > Class::Demand);
                 state.fill += usize::from(taken.class == Class::Fill);
                 return Some(taken);
@@ -127,6 +172,50 @@ impl Crew {
         }
     }
 
+    /// True if another request of this class, which is not demand, fits beside those ahead of demand.
+    fn admits_ahead(&self, state: &CrewState, class: Class) -> bool {
+        state.all_ahead() < self.most_ahead()
+            && (class != Class::Prefetch || state.prefetches() < self.prefetches)
+    }
+
+    /// Waits until a thread outside the crew may make a request of this class; `is_urgent` tells whether it has
+    /// become demand meanwhile. `None` at the end.
+    pub(super) fn admit(
+        &self,
+        mut class: Class,
+        is_urgent: &dyn Fn() -> bool,
+    ) -> Option<Permit<'_>> {
+        loop {
+            // Without the lock: it takes another.
+            if class > Class::Demand && is_urgent() {
+                class = Class::Demand;
+            }
+            let mut state = self.lock();
+            if state.ending {
+                return None;
+            }
+            let fits = state.in_flight() < self.most
+                && (class == Class::Demand || self.admits_ahead(&state, class));
+            if fits {
+                state.permits[class as usize] += 1;
+                return Some(Permit { crew: self, class });
+            }
+            let awaited = usize::from(class == Class::Demand);
+            state.awaited += awaited;
+            self.admits.wait_for(&mut state, HELD_BACK);
+            state.awaited -= awaited;
+        }
+    }
+
+    /// A request has ended: another may begin.
+    fn freed(&self, state: &CrewState) {
+        self.admits.notify_all();
+        // Work that this request held back may start now, on another thread if this one takes demand.
+        if !state.queue.is_empty() {
+            self.wake.notify_one();
+        }
+    }
+
     /// Requests in flight, at least the caller's own.
     fn busy(&self) -> usize {
         let state = self.lock();
@@ -135,12 +224,10 @@ impl Crew {
 
     fn done(&self, class: Class) {
         let mut state = self.lock();
+        state.own -= 1;
         state.ahead -= usize::from(class > Class::Demand);
         state.fill -= usize::from(class == Class::Fill);
-        // Work that this request held back may start now, on another thread if this one takes demand.
-        if !state.queue.is_empty() {
-            self.wake.notify_one();
-        }
+        self.freed(&state);
     }
 }
 

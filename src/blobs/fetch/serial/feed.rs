@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use super::super::blob::Blob;
-use super::super::{FetchShared, MOST_TRIES, failure};
+use super::super::blob::{Blob, Key};
+use super::super::crew::Permit;
+use super::super::{FetchShared, MOST_TRIES, ended, failure};
 use source::chunk::{ChunkError, EncodedChunk, EncodedRange};
 use source::{Class, Run};
 use threads::Counter;
@@ -88,18 +89,19 @@ fn fetch(shared: &Arc<FetchShared>, blob: &Arc<Blob>, chunks: Range<u32>, class:
     let places = places.map_err(Arc::new)?;
     let mut batch: VecDeque<EncodedChunk> =
         places.iter().map(|place| EncodedChunk::new(place, shared.workers.buffer())).collect();
+    let frame = blob.key(source.frame(chunks.start).start);
     let mut far = 0..0;
     for (number, chunk) in chunks.clone().enumerate() {
         if read_stored(shared, blob, chunk, &mut batch[number]) {
-            read_far(shared, blob, &places, &mut batch, far, class)?;
+            read_far(shared, blob, &places, &mut batch, far, frame, class)?;
             far = number + 1..number + 1;
         } else {
             far.end = number + 1;
         }
     }
-    read_far(shared, blob, &places, &mut batch, far, class)?;
+    read_far(shared, blob, &places, &mut batch, far, frame, class)?;
     for ((chunk, place), encoded) in chunks.zip(&places).zip(&mut batch) {
-        verify(shared, blob, chunk, place, encoded)?;
+        verify(shared, blob, chunk, place, frame, encoded)?;
     }
     Ok(batch)
 }
@@ -124,6 +126,18 @@ fn read_stored(
     read
 }
 
+/// Waits until a request may be made for a frame. One that nothing waited for is not held back when a reader of the
+/// frame has come meanwhile.
+fn admit<'a>(
+    shared: &'a FetchShared,
+    blob: &Blob,
+    frame: Key,
+    class: Class,
+) -> Result<Permit<'a>, Arc<ChunkError>> {
+    let is_urgent = || shared.serials.is_urgent(frame);
+    shared.crew.admit(class, &is_urgent).ok_or_else(|| ended(blob))
+}
+
 /// Reads the neighbours `numbers` of a batch, by one request.
 fn read_far(
     shared: &Arc<FetchShared>,
@@ -131,12 +145,14 @@ fn read_far(
     places: &[EncodedRange],
     batch: &mut VecDeque<EncodedChunk>,
     numbers: Range<usize>,
+    frame: Key,
     class: Class,
 ) -> Result<(), Arc<ChunkError>> {
     let Some([first, .., last] | [first @ last]) = places.get(numbers.clone()) else {
         return Ok(());
     };
     let source = blob.source().blob();
+    let _permit = if source.is_local() { None } else { Some(admit(shared, blob, frame, class)?) };
     let range = first.range.start..last.range.end;
     let bytes = range.end - range.start;
     let counters = &shared.counters;
@@ -171,6 +187,7 @@ fn verify(
     blob: &Blob,
     chunk: u32,
     place: &EncodedRange,
+    frame: Key,
     encoded: &mut EncodedChunk,
 ) -> Result<(), Arc<ChunkError>> {
     let source = blob.source();
@@ -193,6 +210,7 @@ fn verify(
         }
         tracing::warn!(%error, "A chunk is fetched again");
         source.blob().distrust(place.range.clone());
+        let _permit = admit(shared, blob, frame, Class::Demand)?;
         let read = source.blob().read_exact_at(encoded.bytes_mut(), place.range.start);
         read.map_err(ChunkError::from).map_err(Arc::new)?;
     }
