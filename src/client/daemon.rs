@@ -263,13 +263,25 @@ impl DaemonClient {
         Ok(record)
     }
 
-    /// Asks the daemon of `run_dir` to remove unused devices and to end, also a daemon whose version has nothing
-    /// in common with this client's. Returns the devices in use; if there are any, the daemon stays. `None` if there
+    /// Asks the daemon to remove unused devices and to end. Returns the devices in use; if there are any, the
+    /// daemon stays.
+    ///
+    /// # Errors
+    /// Returns the connection's error.
+    pub fn stop(&mut self) -> Result<Vec<DeviceRecord>, ClientError> {
+        match self.ask(&Request::Stop)? {
+            Reply::Stopping(left) => Ok(left),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Form of [`stop`](Self::stop) for the daemon of `run_dir`, also for one whose versions have nothing in common
+    /// with this client's. Returns the devices in use; if there are any, the daemon stays. `None` if there
     /// is no daemon.
     ///
     /// # Errors
     /// Returns the connection's error.
-    pub fn stop(run_dir: &Path) -> Result<Option<Vec<PathBuf>>, ClientError> {
+    pub fn stop_any_version(run_dir: &Path) -> Result<Option<Vec<PathBuf>>, ClientError> {
         let Some((mut client, _)) = Self::open(run_dir)? else { return Ok(None) };
         client.connection.send(&Request::Stop)?;
         match client.connection.receive()? {
@@ -385,9 +397,12 @@ mod tests {
         {
             let dir = tempfile::tempdir().unwrap();
             let daemon = daemon(dir.path(), vec![NEW, stopping]);
-            assert_eq!(DaemonClient::stop(dir.path()).unwrap(), Some(expected));
+            assert_eq!(DaemonClient::stop_any_version(dir.path()).unwrap(), Some(expected));
             assert_eq!(daemon.join().unwrap(), ["\"version\"", "\"stop\""]);
         }
-        assert_eq!(DaemonClient::stop(tempfile::tempdir().unwrap().path()).unwrap(), None);
+        assert_eq!(
+            DaemonClient::stop_any_version(tempfile::tempdir().unwrap().path()).unwrap(),
+            None
+        );
     }
 }

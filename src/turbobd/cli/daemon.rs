@@ -24,7 +24,8 @@ pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
         super::log_to_stderr(verbose, true);
-        let busy = DaemonClient::stop(&run_dir).map_err(Failure::because)?.unwrap_or_default();
+        let busy =
+            DaemonClient::stop_any_version(&run_dir).map_err(Failure::because)?.unwrap_or_default();
         if busy.is_empty() {
             return Ok(ExitCode::SUCCESS);
         }
