@@ -4,7 +4,7 @@
 //! in progress at once; so they are futures, driven by the store's own means ([`Store::drive`]): `io_uring`
 //! where there is one, else the calling thread, one after the other.
 //!
-//! Real: [`DirStore`]. For tests: `memory::MemoryStore`, whose power can fail, and `memory::FaultyStore`.
+//! Real: [`DirStore`]. For tests: `memory::MemoryTierStore`, whose power can fail, and `memory::FaultyTierStore`.
 
 use std::fs::{File, OpenOptions};
 use std::future::Future;

@@ -98,7 +98,7 @@ fn paths(layers: &[&[&str]]) -> String {
 }
 
 fn at(tree: &Tree, path: &str) -> NodeId {
-    path::Lower(tree).node_at(&Path::raw(path.as_bytes())).unwrap_or_else(|| panic!("no {path}"))
+    path::LowerTree(tree).node_at(&Path::raw(path.as_bytes())).unwrap_or_else(|| panic!("no {path}"))
 }
 
 fn error(layers: &[&[&str]], last: &[&str]) -> String {
@@ -379,7 +379,7 @@ fn the_interop_layers_make_the_tree_that_their_script_describes() {
         parser.finish().unwrap();
         apply.finish().unwrap();
     }
-    let exists = |path: &str| path::Lower(&tree).node_at(&Path::raw(path.as_bytes())).is_some();
+    let exists = |path: &str| path::LowerTree(&tree).node_at(&Path::raw(path.as_bytes())).is_some();
     for gone in [
         "wh/gone",
         "wh/sub",
