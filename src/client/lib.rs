@@ -1,7 +1,7 @@
 //! Asks a turbobd daemon for devices: the protocol of its socket, and a client that speaks it.
 //!
-//! A daemon serves the devices of a host. A program says what it wants as a [`DeviceSpec`], plain data without any
-//! type of this project's inner crates; the [`DaemonClient`] sends it over the daemon's Unix socket and returns a
+//! A daemon serves the devices of a host. A program says what it wants as a [`DeviceSpec`], plain data (its types are
+//! here and in the crate `formats`); the [`DaemonClient`] sends it over the daemon's Unix socket and returns a
 //! [`DeviceRecord`], or a [`Fault`] whose [`Code`] a program can act upon. The daemon never mounts: mounting happens
 //! in the caller's mount namespace, by [`mounts`].
 //!

@@ -6,7 +6,7 @@
 //! store ── pieces ──▶ scan (gzip, zstd) ──▶ tar ──▶ apply ──▶ tree    one thread: layer.rs
 //!                       │ boundaries
 //!                       ▼
-//!                     SHA-256 of the blob and of each segment         another
+//!                     SHA-256 of the blob and of each segment         a scoped thread
 //! ```
 //!
 //! A TurboOCI image keeps no data of the layer: only the in-memory tree of files ([`formats::ext4`]) and the

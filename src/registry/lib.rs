@@ -25,7 +25,7 @@
 //!
 //! # Threads
 //!
-//! The callers are plain threads that want bytes: queue threads, decode threads, a converter. The
+//! The callers are plain threads that want bytes: fetch threads, frame threads, a converter, a connection of the daemon. The
 //! sockets belong to one or two I/O threads of this process, and [`transport`] is their synchronous
 //! interface: a request goes over, a head comes back, and the body follows through a bounded
 //! channel. So a layer of 10 GB is streamed in a few hundred KiB of memory, and a slow reader slows

@@ -124,9 +124,10 @@ fn io_threads() -> Result<&'static IoThreads, TransportError> {
 fn start_io_thread(number: usize) -> io::Result<Handle> {
     let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
     let handle = runtime.handle().clone();
-    thread::Builder::new()
-        .name(format!("registry-io-{number}"))
-        .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+    thread::Builder::new().name(format!("registry-io-{number}")).spawn(move || {
+        threads::mark_io_thread();
+        runtime.block_on(std::future::pending::<()>());
+    })?;
     Ok(handle)
 }
 

@@ -22,7 +22,7 @@ use crate::counters::{FrontCounters, FrontTotals};
 use disk::DiskRange;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 use formats::units::SECTOR;
-use threads::Counter;
+use threads::{Counter, mark_io_thread};
 
 /// Name of the file.
 pub(super) const NAME: &str = "disk";
@@ -425,7 +425,10 @@ impl FuseSession {
             let (shared, queue, answers) = (shared.clone(), queue.clone(), answers.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("disk-answer-{number}"))
-                .spawn(move || answer(&shared, &queue, &answers))
+                .spawn(move || {
+                    mark_io_thread();
+                    answer(&shared, &queue, &answers);
+                })
                 .map_err(step("start a thread for", dir))?;
             this.threads.push(thread);
         }
@@ -436,10 +439,15 @@ impl FuseSession {
         // Only the thread is kept: the rest of the handle has a descriptor of the connection. The session
         // threads must have the only ones: if they end at their start, for lack of descriptors, the kernel
         // ends the connection, and the open below fails instead of waiting without end.
-        let session =
+        let start = || {
+            mark_io_thread();
             Session::from_fd(DiskFile { shared, answers }, device, SessionACL::All, config)
                 .and_then(Session::spawn)
-                .map(|session| session.guard);
+                .map(|session| session.guard)
+        };
+        // The session threads inherit the mark from a thread of this moment: the caller must not keep it.
+        let session = std::thread::scope(|scope| scope.spawn(start).join())
+            .unwrap_or_else(|_| Err(io::Error::other("the start of a session panicked")));
         this.session = Some(session.map_err(step("serve the file system at", dir))?);
         let file = dir.join(NAME);
         let opened = OpenOptions::new().read(true).write(writable).open(&file);

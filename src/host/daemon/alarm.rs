@@ -91,7 +91,10 @@ impl Alarm {
         let mut thread = self.thread.lock();
         if thread.is_none() {
             let shared = self.shared.clone();
-            let body = move || shared.run();
+            let body = move || {
+                threads::mark_io_thread();
+                shared.run();
+            };
             *thread = Some(std::thread::Builder::new().name("deadlines".into()).spawn(body)?);
         }
         self.shared.lock().waits.push(Arc::downgrade(waits));
