@@ -27,8 +27,8 @@ use crate::{ConvertError, ConvertOptions, Progress};
 use disk::Disk;
 use disk::image::{ImageError, open_layers};
 use disk::volume::{Volume as _, VolumeError, VolumeSource};
-use formats::ext4::{self, Attributes, Image, Kind, NodeId, ReadError, Tree};
-use formats::lsmt::Place;
+use formats::ext4::{self, Attributes, Image, NodeId, NodeKind, ReadError, Tree};
+use formats::lsmt::RunPlace;
 use formats::oci::annotations::{AnnotationError, LayerKind, split_acceleration};
 use formats::oci::{Descriptor, Manifest};
 use formats::units::{Bytes, SECTOR, Sectors};
@@ -145,9 +145,9 @@ fn originals(
 /// # Errors
 /// [`CompareError`].
 pub fn disks(found: &Disk, expected: &Disk) -> Result<Vec<Difference>, CompareError> {
-    let found = Side::read(found, "the meta image")?;
-    let expected = Side::read(expected, "the layers")?;
-    let mut walk = Walk {
+    let found = ComparedTree::read(found, "the meta image")?;
+    let expected = ComparedTree::read(expected, "the layers")?;
+    let mut walk = TreePair {
         found: &found,
         expected: &expected,
         partners: [HashMap::new(), HashMap::new()],
@@ -158,13 +158,13 @@ pub fn disks(found: &Disk, expected: &Disk) -> Result<Vec<Difference>, CompareEr
 }
 
 /// One of the two filesystems.
-struct Side<'d> {
+struct ComparedTree<'d> {
     disk: &'d Disk,
     tree: Tree,
     image: Image,
 }
 
-impl<'d> Side<'d> {
+impl<'d> ComparedTree<'d> {
     fn read(disk: &'d Disk, which: &'static str) -> Result<Self, CompareError> {
         let (tree, image) = ext4::read(&VolumeSource(disk), disk.mapped())
             .map_err(|source| CompareError::Filesystem { which, source })?;
@@ -184,7 +184,7 @@ impl<'d> Side<'d> {
                 pieces.push(FilePiece {
                     start: at,
                     end: part.file,
-                    origin: Origin::Zero,
+                    origin: PieceOrigin::Zero,
                     disk: None,
                 });
             }
@@ -194,16 +194,16 @@ impl<'d> Side<'d> {
                 let stop = (start + run.len.bytes().0).min(end);
                 let layer = run.layer;
                 let origin = match run.place {
-                    Place::Zero => Origin::Zero,
-                    Place::Own(_) => Origin::Own,
-                    Place::Remote(at) => Origin::Remote { layer, at: at.bytes().0 },
+                    RunPlace::Zero => PieceOrigin::Zero,
+                    RunPlace::Own(_) => PieceOrigin::Own,
+                    RunPlace::Remote(at) => PieceOrigin::Remote { layer, at: at.bytes().0 },
                 };
                 pieces.push(FilePiece { start, end: stop, origin, disk: Some(run.lba.bytes().0) });
             }
             at = end;
         }
         if at < size {
-            pieces.push(FilePiece { start: at, end: size, origin: Origin::Zero, disk: None });
+            pieces.push(FilePiece { start: at, end: size, origin: PieceOrigin::Zero, disk: None });
         }
         pieces
     }
@@ -222,14 +222,14 @@ impl<'d> Side<'d> {
 struct FilePiece {
     start: u64,
     end: u64,
-    origin: Origin,
+    origin: PieceOrigin,
     /// First byte on the disk; `None` for a hole of the file.
     disk: Option<u64>,
 }
 
 /// Source of a piece.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Origin {
+enum PieceOrigin {
     /// No bytes.
     Zero,
     /// In the layer itself.
@@ -238,7 +238,7 @@ enum Origin {
     Remote { layer: u8, at: u64 },
 }
 
-impl Origin {
+impl PieceOrigin {
     /// The same source, so many bytes further.
     fn further(self, by: u64) -> Self {
         match self {
@@ -254,15 +254,15 @@ impl Origin {
 }
 
 /// A walk through both trees at once.
-struct Walk<'s, 'd> {
-    found: &'s Side<'d>,
-    expected: &'s Side<'d>,
+struct TreePair<'s, 'd> {
+    found: &'s ComparedTree<'d>,
+    expected: &'s ComparedTree<'d>,
     /// For each file that was met, the one on the other side: names of one file must be names of one file there.
     partners: [HashMap<NodeId, NodeId>; 2],
     differences: Vec<Difference>,
 }
 
-impl Walk<'_, '_> {
+impl TreePair<'_, '_> {
     fn whole(&mut self) -> Result<(), CompareError> {
         let mut open = vec![(String::from("/"), self.found.tree.root(), self.expected.tree.root())];
         while let Some((path, found, expected)) = open.pop() {
@@ -271,7 +271,7 @@ impl Walk<'_, '_> {
             }
             let is_new = self.file(&path, found, expected)?;
             let both = [self.found.tree.kind(found), self.expected.tree.kind(expected)];
-            if is_new && both.iter().all(|kind| **kind == Kind::Directory) {
+            if is_new && both.iter().all(|kind| **kind == NodeKind::Directory) {
                 self.names(&path, found, expected, &mut open);
             }
         }
@@ -329,7 +329,7 @@ impl Walk<'_, '_> {
             self.note(path, what);
         }
         match (f.tree.kind(found), e.tree.kind(expected)) {
-            (Kind::Regular { size: ours, .. }, Kind::Regular { size, .. }) => {
+            (NodeKind::Regular { size: ours, .. }, NodeKind::Regular { size, .. }) => {
                 if ours != size {
                     self.note(path, format!("is {ours} long, and {size} in the layers"));
                 } else if let Some(at) = self.content(found, expected, size.get())? {
@@ -337,8 +337,9 @@ impl Walk<'_, '_> {
                 }
             }
             (found, expected) if found == expected => {}
-            (Kind::Symlink(found), Kind::Symlink(expected)) if *found == cleaned(expected) => {}
-            (Kind::Symlink(found), Kind::Symlink(expected)) => {
+            (NodeKind::Symlink(found), NodeKind::Symlink(expected))
+                if *found == cleaned(expected) => {}
+            (NodeKind::Symlink(found), NodeKind::Symlink(expected)) => {
                 let text = |target: &[u8]| String::from_utf8_lossy(target).into_owned();
                 let what = format!(
                     "leads to {:?}, and to {:?} in the layers",
@@ -436,14 +437,14 @@ fn cleaned(target: &[u8]) -> Vec<u8> {
 }
 
 /// Name of a kind in a sentence.
-fn named(kind: &Kind) -> String {
+fn named(kind: &NodeKind) -> String {
     match kind {
-        Kind::Directory => "a directory".into(),
-        Kind::Regular { .. } => "a regular file".into(),
-        Kind::Symlink(_) => "a symbolic link".into(),
-        Kind::Char { major, minor } => format!("the character device {major}:{minor}"),
-        Kind::Block { major, minor } => format!("the block device {major}:{minor}"),
-        Kind::Fifo => "a FIFO".into(),
-        Kind::Socket => "a socket".into(),
+        NodeKind::Directory => "a directory".into(),
+        NodeKind::Regular { .. } => "a regular file".into(),
+        NodeKind::Symlink(_) => "a symbolic link".into(),
+        NodeKind::Char { major, minor } => format!("the character device {major}:{minor}"),
+        NodeKind::Block { major, minor } => format!("the block device {major}:{minor}"),
+        NodeKind::Fifo => "a FIFO".into(),
+        NodeKind::Socket => "a socket".into(),
     }
 }

@@ -42,13 +42,13 @@ use thiserror::Error;
 use crate::image::{ConvertedImage, convert_image};
 use crate::{ConvertError, ConvertOptions, KnownLayers, Progress};
 use formats::oci::annotations::{ARTIFACT_TYPE_TURBO, LayerKind};
-use formats::oci::{Descriptor, Digest, Index, Manifest};
+use formats::oci::{Descriptor, Digest, ImageIndex, Manifest};
 pub use places::TAG_SUFFIXES;
-use places::{Candidate, candidates};
+use places::{MetaCandidate, candidates};
 use registry::signatures::Signers;
 use registry::store::referrers::{self, fallback_tag};
 use registry::store::{ImageStore, LayoutStore, StoreError, StoredManifest};
-pub use trust::{MetaTrust, Named, Place, Reason};
+pub use trust::{MetaPlace, MetaReason, MetaTrust, NamedImage};
 
 /// Reasons why a plain image has no meta image.
 #[derive(Debug, Error)]
@@ -72,7 +72,7 @@ pub enum MetaError {
 
 /// Origin of a meta image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum MetaOrigin {
     /// Built on this host before.
     Local,
     /// An entry of the image's index.
@@ -94,9 +94,9 @@ pub struct MetaImage {
     /// The parsed manifest.
     pub manifest: Manifest,
     /// Its origin.
-    pub found: Found,
+    pub found: MetaOrigin,
     /// Why it is used.
-    pub reason: Reason,
+    pub reason: MetaReason,
 }
 
 /// A requested plain image.
@@ -108,7 +108,7 @@ pub struct Plain<'a> {
     /// True if the user's own reference is a digest. A digest that a program got for the user's tag is none.
     pub pinned: bool,
     /// The index from which its manifest was chosen, if any.
-    pub index: Option<&'a Index>,
+    pub index: Option<&'a ImageIndex>,
     /// Digests of that index and of those above it, the named one first.
     pub indexes: &'a [Digest],
     /// Its manifest as stored.
@@ -155,7 +155,7 @@ impl MetaImages {
         if let Some(image) = self.find(plain) {
             let MetaImage { found, reason, stored, .. } = &image;
             tracing::info!(?found, %reason, digest = %stored.digest, "meta image");
-            if self.publish && image.found == Found::Local {
+            if self.publish && image.found == MetaOrigin::Local {
                 publish(plain, &image).map_err(|error| MetaError::Keep(Box::new(error)))?;
             }
             return Ok(image);
@@ -179,8 +179,8 @@ impl MetaImages {
         let _lock = Lock::take(&self.local, &plain.stored.digest)
             .map_err(|source| MetaError::Local { dir: self.local.clone(), source })?;
         match places::in_local_store(plain, &self.local) {
-            Some(candidate) if candidate.place == Place::Built => {
-                Ok(MetaImage::of(candidate, Reason::Built))
+            Some(candidate) if candidate.place == MetaPlace::Built => {
+                Ok(MetaImage::of(candidate, MetaReason::Built))
             }
             _ => self.build(plain, from, &(Arc::new(store) as _), progress),
         }
@@ -238,7 +238,7 @@ impl MetaImages {
         let manifest = places::fits(plain, &stored).ok_or_else(unfit)?;
         built::keep(&self.local, &plain.stored.digest, &stored.digest)
             .map_err(|source| MetaError::Local { dir: self.local.clone(), source })?;
-        let (store, found, reason) = (store.clone(), Found::Built, Reason::Built);
+        let (store, found, reason) = (store.clone(), MetaOrigin::Built, MetaReason::Built);
         let image = MetaImage { store, stored, manifest, found, reason };
         if self.publish {
             publish(plain, &image).map_err(keep)?;
@@ -269,8 +269,8 @@ impl Drop for Lock {
 }
 
 impl MetaImage {
-    fn of(candidate: Candidate, reason: Reason) -> Self {
-        let Candidate { store, stored, manifest, found, .. } = candidate;
+    fn of(candidate: MetaCandidate, reason: MetaReason) -> Self {
+        let MetaCandidate { store, stored, manifest, found, .. } = candidate;
         Self { store, stored, manifest, found, reason }
     }
 }

@@ -1,11 +1,11 @@
 //! Figures of a device, of its image and of the audit log: plain data, counted by [`daemon`](crate::daemon), named by
 //! [`metrics`](crate::metrics).
 
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use blobs::histogram::Times;
 use frontends::FrontTotals;
+use threads::Counter;
 
 /// Counters of a device at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -54,18 +54,18 @@ pub struct IoCounters {
 #[derive(Debug, Default)]
 pub struct AuditCounters {
     /// Lines written.
-    pub lines: AtomicU64,
+    pub lines: Counter,
     /// Lines dropped: the queue was full, or the file could not be written.
-    pub dropped: AtomicU64,
+    pub dropped: Counter,
 }
 
 /// Counts of comparisons of meta images with their layers.
 #[derive(Debug, Default)]
 pub struct ComparisonCounters {
     /// Meta images that show what their layers contain.
-    pub equal: AtomicU64,
+    pub equal: Counter,
     /// Meta images that do not.
-    pub different: AtomicU64,
+    pub different: Counter,
     /// Meta images that could not be compared.
-    pub failed: AtomicU64,
+    pub failed: Counter,
 }

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::trust::{Named, Place};
-use super::{Found, Plain, built};
+use super::trust::{MetaPlace, NamedImage};
+use super::{MetaOrigin, Plain, built};
 use formats::oci::annotations::{ARTIFACT_TYPE_TURBO, LayerKind};
 use formats::oci::{Descriptor, Digest, Document, Manifest, Platform};
 use registry::signatures::{Signed, Signers};
@@ -19,18 +19,18 @@ pub const TAG_SUFFIXES: [&str; 3] = ["_turbo", "-turbo", "_obd"];
 const MOST_ENTRIES: usize = 16;
 
 /// A meta image that fits the plain image, and what it needs to be used.
-pub(super) struct Candidate {
+pub(super) struct MetaCandidate {
     pub(super) store: Arc<dyn ImageStore>,
     pub(super) stored: StoredManifest,
     pub(super) manifest: Manifest,
-    pub(super) found: Found,
-    pub(super) named: Named,
-    pub(super) place: Place,
+    pub(super) found: MetaOrigin,
+    pub(super) named: NamedImage,
+    pub(super) place: MetaPlace,
     /// Digests of the indexes that name it, the nearest last: a signature of one of them covers it.
     indexes: Vec<Digest>,
 }
 
-impl Candidate {
+impl MetaCandidate {
     /// The signature of it, or of an index that names it.
     pub(super) fn signed(&self, signers: &Signers) -> Option<Signed> {
         std::iter::once(&self.stored.digest)
@@ -42,9 +42,9 @@ impl Candidate {
 /// A place to look.
 struct Looked<'p> {
     store: &'p Arc<dyn ImageStore>,
-    found: Found,
-    named: Named,
-    place: Place,
+    found: MetaOrigin,
+    named: NamedImage,
+    place: MetaPlace,
 }
 
 /// The meta images that fit, the cheapest to find first. A place is searched when the ones before it are exhausted; one
@@ -52,8 +52,8 @@ struct Looked<'p> {
 pub(super) fn candidates<'p>(
     plain: &'p Plain<'p>,
     local: &'p Path,
-) -> impl Iterator<Item = Candidate> + 'p {
-    let named = if plain.pinned { Named::Digest } else { Named::Tag };
+) -> impl Iterator<Item = MetaCandidate> + 'p {
+    let named = if plain.pinned { NamedImage::Digest } else { NamedImage::Tag };
     in_local_store(plain, local)
         .into_iter()
         .chain(lazily(move || in_index(plain)))
@@ -66,7 +66,7 @@ fn lazily<I: IntoIterator>(search: impl FnOnce() -> I) -> impl Iterator<Item = I
 }
 
 /// The meta image in the local store: the one that was built here, or else one that came there in another way.
-pub(super) fn in_local_store(plain: &Plain<'_>, local: &Path) -> Option<Candidate> {
+pub(super) fn in_local_store(plain: &Plain<'_>, local: &Path) -> Option<MetaCandidate> {
     if !local.join("index.json").exists() {
         return None;
     }
@@ -74,16 +74,16 @@ pub(super) fn in_local_store(plain: &Plain<'_>, local: &Path) -> Option<Candidat
         .inspect_err(|error| tracing::warn!(%error, "The local store is skipped"))
         .ok()?;
     let store: Arc<dyn ImageStore> = Arc::new(store);
-    let named = if plain.pinned { Named::Digest } else { Named::Tag };
+    let named = if plain.pinned { NamedImage::Digest } else { NamedImage::Tag };
     let find = |selector: &Selector, place| {
         let stored = store.manifest(selector).ok()?;
-        let looked = Looked { store: &store, found: Found::Local, named, place };
+        let looked = Looked { store: &store, found: MetaOrigin::Local, named, place };
         fitting(plain, &looked, stored, Vec::new())
     };
     let built = built::find(local, &plain.stored.digest);
     built
-        .and_then(|meta| find(&Selector::Digest(meta), Place::Built))
-        .or_else(|| find(&Selector::Tag(fallback_tag(&plain.stored.digest)), Place::Elsewhere))
+        .and_then(|meta| find(&Selector::Digest(meta), MetaPlace::Built))
+        .or_else(|| find(&Selector::Tag(fallback_tag(&plain.stored.digest)), MetaPlace::Elsewhere))
 }
 
 /// Examines the entries of an index that have the artifact type of a meta image.
@@ -92,7 +92,7 @@ fn among<'p>(
     entries: Vec<Descriptor>,
     looked: Looked<'p>,
     indexes: &'p [Digest],
-) -> impl Iterator<Item = Candidate> + 'p {
+) -> impl Iterator<Item = MetaCandidate> + 'p {
     let turbo = entries.into_iter().filter(move |entry| {
         entry.artifact_type.as_deref() == Some(ARTIFACT_TYPE_TURBO)
             && entry.digest != plain.stored.digest
@@ -104,22 +104,27 @@ fn among<'p>(
 }
 
 /// The index lists both: who names it by digest names the meta image too.
-fn in_index<'p>(plain: &'p Plain<'p>) -> impl Iterator<Item = Candidate> + 'p {
-    let named = if plain.pinned { Named::Meta } else { Named::Tag };
+fn in_index<'p>(plain: &'p Plain<'p>) -> impl Iterator<Item = MetaCandidate> + 'p {
+    let named = if plain.pinned { NamedImage::Meta } else { NamedImage::Tag };
     let entries = plain.index.map(|index| index.manifests.clone()).unwrap_or_default();
-    let looked = Looked { store: plain.store, found: Found::Index, named, place: Place::Beside };
+    let looked =
+        Looked { store: plain.store, found: MetaOrigin::Index, named, place: MetaPlace::Beside };
     among(plain, entries, looked, plain.indexes)
 }
 
-fn among_referrers<'p>(plain: &'p Plain<'p>, named: Named) -> impl Iterator<Item = Candidate> + 'p {
+fn among_referrers<'p>(
+    plain: &'p Plain<'p>,
+    named: NamedImage,
+) -> impl Iterator<Item = MetaCandidate> + 'p {
     let listed = referrers::list(&**plain.store, &plain.stored.digest)
         .inspect_err(|error| tracing::debug!(%error, "The referrers cannot be listed"))
         .unwrap_or_default();
-    let looked = Looked { store: plain.store, found: Found::Referrer, named, place: Place::Beside };
+    let looked =
+        Looked { store: plain.store, found: MetaOrigin::Referrer, named, place: MetaPlace::Beside };
     among(plain, listed, looked, &[])
 }
 
-fn by_tag<'p>(plain: &'p Plain<'p>, named: Named) -> impl Iterator<Item = Candidate> + 'p {
+fn by_tag<'p>(plain: &'p Plain<'p>, named: NamedImage) -> impl Iterator<Item = MetaCandidate> + 'p {
     plain.tag.into_iter().flat_map(move |tag| {
         TAG_SUFFIXES
             .iter()
@@ -127,7 +132,7 @@ fn by_tag<'p>(plain: &'p Plain<'p>, named: Named) -> impl Iterator<Item = Candid
     })
 }
 
-fn of_tag(plain: &Plain<'_>, named: Named, tag: &str) -> Option<Candidate> {
+fn of_tag(plain: &Plain<'_>, named: NamedImage, tag: &str) -> Option<MetaCandidate> {
     let mut stored = plain.store.manifest(&Selector::Tag(tag.to_owned())).ok()?;
     let mut indexes = Vec::new();
     if let Document::Index(index) = Document::parse(&stored.bytes, Some(&stored.media_type)).ok()? {
@@ -135,7 +140,8 @@ fn of_tag(plain: &Plain<'_>, named: Named, tag: &str) -> Option<Candidate> {
         let host = index.select(&Platform::host()).ok()?.digest;
         stored = plain.store.manifest(&Selector::Digest(host)).ok()?;
     }
-    let looked = Looked { store: plain.store, found: Found::Tag, named, place: Place::Beside };
+    let looked =
+        Looked { store: plain.store, found: MetaOrigin::Tag, named, place: MetaPlace::Beside };
     fitting(plain, &looked, stored, indexes)
 }
 
@@ -145,10 +151,10 @@ fn fitting(
     looked: &Looked<'_>,
     stored: StoredManifest,
     indexes: Vec<Digest>,
-) -> Option<Candidate> {
+) -> Option<MetaCandidate> {
     let manifest = fits(plain, &stored)?;
     let &Looked { store, found, named, place } = looked;
-    Some(Candidate { store: store.clone(), stored, manifest, found, named, place, indexes })
+    Some(MetaCandidate { store: store.clone(), stored, manifest, found, named, place, indexes })
 }
 
 /// The manifest, if its layers are made of those of `plain`.

@@ -50,18 +50,18 @@ impl MetaTrust {
     /// is called only if that decides.
     pub fn reason(
         self,
-        named: Named,
-        place: Place,
+        named: NamedImage,
+        place: MetaPlace,
         signed: impl FnOnce() -> Option<Signed>,
-    ) -> Option<Reason> {
+    ) -> Option<MetaReason> {
         let free = match (self, named, place) {
-            (_, _, Place::Built) => Some(Reason::Built),
-            (Self::Any, ..) => Some(Reason::Policy),
-            (Self::Verify, Named::Meta, Place::Beside) => Some(Reason::Named),
-            (Self::Verify, Named::Tag, Place::Beside) => Some(Reason::Repository),
+            (_, _, MetaPlace::Built) => Some(MetaReason::Built),
+            (Self::Any, ..) => Some(MetaReason::Policy),
+            (Self::Verify, NamedImage::Meta, MetaPlace::Beside) => Some(MetaReason::NamedImage),
+            (Self::Verify, NamedImage::Tag, MetaPlace::Beside) => Some(MetaReason::Repository),
             _ => None,
         };
-        free.or_else(|| signed().map(Reason::Signed))
+        free.or_else(|| signed().map(MetaReason::Signed))
     }
 }
 
@@ -81,7 +81,7 @@ impl FromStr for MetaTrust {
 
 /// What the user's reference names, seen from a meta image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Named {
+pub enum NamedImage {
     /// The meta image: by its own tag or digest, or by the digest of an index that lists it.
     Meta,
     /// The plain image, by a tag.
@@ -90,9 +90,9 @@ pub enum Named {
     Digest,
 }
 
-/// Place of a meta image.
+/// MetaPlace of a meta image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum MetaPlace {
     /// This host's store, with this host's record of its building.
     Built,
     /// The repository of the named image.
@@ -101,13 +101,13 @@ pub enum Place {
     Elsewhere,
 }
 
-/// Reason why a meta image is used.
+/// MetaReason why a meta image is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Reason {
+pub enum MetaReason {
     /// This host built it from the layers.
     Built,
     /// The reference names it.
-    Named,
+    NamedImage,
     /// The reference is a tag, and the repository has it beside the image.
     Repository,
     /// A listed key has signed it.
@@ -116,7 +116,7 @@ pub enum Reason {
     Policy,
 }
 
-impl Reason {
+impl MetaReason {
     /// True if its contents are known to be those of the layers, as far as this host's word and the keys' go.
     #[must_use]
     pub fn is_proof(&self) -> bool {
@@ -124,11 +124,11 @@ impl Reason {
     }
 }
 
-impl fmt::Display for Reason {
+impl fmt::Display for MetaReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Built => f.write_str("built on this host from the layers"),
-            Self::Named => f.write_str("named by the reference"),
+            Self::NamedImage => f.write_str("named by the reference"),
             Self::Repository => {
                 f.write_str("found beside the tag, and not compared with the layers")
             }
@@ -147,15 +147,15 @@ mod tests {
         Signed { digest: Digest::of(b"m"), key: "/k.pub".into() }
     }
 
-    fn is_used(trust: MetaTrust, named: Named, place: Place, is_signed: bool) -> bool {
+    fn is_used(trust: MetaTrust, named: NamedImage, place: MetaPlace, is_signed: bool) -> bool {
         trust.reason(named, place, || is_signed.then(signed)).is_some()
     }
 
     #[test]
     fn the_policy_decides_as_its_table_says() {
+        use MetaPlace::{Beside, Built, Elsewhere};
         use MetaTrust::{Any, Signed, Verify};
-        use Named::{Digest, Meta, Tag};
-        use Place::{Beside, Built, Elsewhere};
+        use NamedImage::{Digest, Meta, Tag};
         // Unsigned: used under verify, signed, any.
         let table = [
             (Meta, Beside, [true, false, true]),
@@ -182,9 +182,9 @@ mod tests {
     #[test]
     fn a_signature_is_looked_for_only_where_it_decides() {
         let never = || panic!("it is not needed");
-        MetaTrust::Verify.reason(Named::Tag, Place::Beside, never);
-        MetaTrust::Any.reason(Named::Digest, Place::Elsewhere, never);
-        MetaTrust::Signed.reason(Named::Digest, Place::Built, never);
+        MetaTrust::Verify.reason(NamedImage::Tag, MetaPlace::Beside, never);
+        MetaTrust::Any.reason(NamedImage::Digest, MetaPlace::Elsewhere, never);
+        MetaTrust::Signed.reason(NamedImage::Digest, MetaPlace::Built, never);
     }
 
     #[test]

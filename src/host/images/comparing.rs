@@ -15,7 +15,7 @@
 
 use std::collections::HashMap;
 use std::io::Read;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -73,7 +73,7 @@ impl Drop for Comparing {
 
 /// Why there is no result.
 #[derive(Debug, Error)]
-enum Failure {
+enum ComparisonFailure {
     #[error(transparent)]
     Build(#[from] MetaError),
     #[error(transparent)]
@@ -97,7 +97,7 @@ impl Comparisons {
         filling: &Arc<Filling>,
     ) -> Option<Comparing> {
         let stop = Arc::new(AtomicBool::new(false));
-        let job = Job {
+        let job = ComparisonJob {
             name: name.to_owned(),
             unproved,
             parts: Arc::downgrade(disk.parts()),
@@ -115,7 +115,7 @@ impl Comparisons {
     }
 }
 
-struct Job {
+struct ComparisonJob {
     name: String,
     unproved: Unproved,
     /// The disk lives as long as its device, not as long as this thread.
@@ -127,7 +127,7 @@ struct Job {
     turn: Arc<Mutex<()>>,
 }
 
-impl Job {
+impl ComparisonJob {
     fn run(self) {
         // Threads that are made for the conversion have the same priority.
         if let Err(error) = rustix::process::setpriority_process(None, LOWEST) {
@@ -152,24 +152,23 @@ impl Job {
         let result = self.compare(&disk);
         drop(turn);
         let name = &self.name;
-        let add = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
         match result {
             _ if self.stop.load(Ordering::Acquire) => {}
             Ok(differences) if differences.is_empty() => {
-                add(&self.counters.equal);
+                self.counters.equal.add(1);
                 tracing::info!("{name}: its meta image shows what its layers contain");
             }
             Ok(differences) => {
                 let listed: Vec<String> = differences.iter().map(ToString::to_string).collect();
                 let listed = listed.join("; ");
-                add(&self.counters.different);
+                self.counters.different.add(1);
                 tracing::error!(
                     "{name}: its meta image does not show what its layers contain, and its reads fail from now on: {listed}"
                 );
                 disk.refuse_reads(&listed);
             }
             Err(error) => {
-                add(&self.counters.failed);
+                self.counters.failed.add(1);
                 let reason = with_causes(&error);
                 tracing::warn!(
                     "{name}: its meta image could not be compared with its layers: {reason}"
@@ -179,7 +178,7 @@ impl Job {
     }
 
     /// The differences between the image that this host builds and `disk`.
-    fn compare(&self, disk: &Disk) -> Result<Vec<Difference>, Failure> {
+    fn compare(&self, disk: &Disk) -> Result<Vec<Difference>, ComparisonFailure> {
         let Unproved { images, store, stored, plain, found } = &self.unproved;
         let blobs = disk.blobs().into_iter().zip(&plain.layers);
         let near = NearLayers {

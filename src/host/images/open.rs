@@ -4,13 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blobs::cache::Cache;
-use blobs::tier::Stored;
+use blobs::tier::TierBlob;
 use client::{Code, ImageSource, ImageSpec, RegistrySpec};
 use convert::meta::{
-    MetaError, MetaImages, MetaTrust, Named, Place, Plain, Reason, is_meta, is_plain,
+    MetaError, MetaImages, MetaPlace, MetaReason, MetaTrust, NamedImage, Plain, is_meta, is_plain,
 };
 use convert::{ConvertOptions, Silent};
-use disk::config::{self, Download, Purpose, TargetOpener};
+use disk::config::{self, DeviceDownload, Purpose, TargetOpener};
 use disk::image::{
     HostManifest, ImageError, IndexedTargets, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
@@ -20,14 +20,14 @@ use formats::oci::{Digest, ImageName, Manifest, ReferenceError, RepositoryName, 
 use formats::trace::Trace;
 use formats::units::Bytes;
 use registry::store::{self, ImageStore, Selector, StoreError, StoredManifest};
-use registry::{Client, RegistryError};
+use registry::{RegistryClient, RegistryError};
 use source::ByteSource;
-use source::chunk::ChunkSource;
+use source::chunk::{ChunkSource, SerialChunks};
 use source::failure::with_causes;
 use thiserror::Error;
 
 use super::comparing::Unproved;
-use super::live::{Found, LiveImages, LiveName};
+use super::live::{FoundImage, LiveImages, LiveName};
 use super::registries::Registries;
 
 /// Failure to open an image.
@@ -110,7 +110,7 @@ pub struct OpenImage {
     pub digest: Option<Digest>,
     /// Its manifest; none for a device config.
     pub manifest: Option<Manifest>,
-    /// Place of the original blobs; none for a device config.
+    /// MetaPlace of the original blobs; none for a device config.
     pub targets: Option<Arc<dyn ImageStore>>,
     /// Trace that the image brought with it.
     pub trace: Option<Trace>,
@@ -119,11 +119,11 @@ pub struct OpenImage {
     /// The writable layer that the device config names for a device, which is not in the disk.
     pub upper: Option<WritableFiles>,
     /// Settings of the background download in the device config; they replace the host's.
-    pub download: Option<Download>,
+    pub download: Option<DeviceDownload>,
     /// Its meta image, if that was found beside a tag and nothing has proved it.
     pub unproved: Option<Unproved>,
     /// Why its meta image is used; none for a device config, and for an image that holds all its data itself.
-    pub reason: Option<Reason>,
+    pub reason: Option<MetaReason>,
 }
 
 /// Opens an image over `cache`.
@@ -223,7 +223,7 @@ impl Opening<'_> {
         &self,
         store: &dyn ImageStore,
         chosen: &HostManifest,
-    ) -> Result<Option<Reason>, OpenError> {
+    ) -> Result<Option<MetaReason>, OpenError> {
         if !is_meta(&chosen.manifest) {
             return Ok(None);
         }
@@ -235,7 +235,7 @@ impl Opening<'_> {
                 .find_map(|digest| signers.find(store, digest))
         };
         let trust: MetaTrust = self.registries.service().turbobd.meta_trust;
-        match trust.reason(Named::Meta, Place::Beside, signed) {
+        match trust.reason(NamedImage::Meta, MetaPlace::Beside, signed) {
             Some(reason) => Ok(Some(reason)),
             None => Err(OpenError::Unsigned { digest, store: store.name().to_owned() }),
         }
@@ -247,7 +247,7 @@ impl Opening<'_> {
         store: Arc<dyn ImageStore>,
         selector: &Selector,
         chosen: &HostManifest,
-        client: &Client,
+        client: &RegistryClient,
     ) -> Result<OpenImage, OpenError> {
         let local = self.spec.meta_dir.as_ref();
         let own = &self.registries.service().turbobd;
@@ -273,7 +273,7 @@ impl Opening<'_> {
         let meta = images.of(&plain, &Silent)?;
         let converted = (&*meta.store, &meta.stored, &meta.manifest);
         let opened = self.open_converted(converted, store.clone(), client)?;
-        if meta.reason == Reason::Repository {
+        if meta.reason == MetaReason::Repository {
             let unproved = Unproved {
                 images,
                 store,
@@ -292,7 +292,7 @@ impl Opening<'_> {
         &self,
         (store, stored, manifest): (&dyn ImageStore, &StoredManifest, &Manifest),
         originals: Arc<dyn ImageStore>,
-        client: &Client,
+        client: &RegistryClient,
     ) -> Result<OpenImage, OpenError> {
         let targets = match manifest.annotations.get(annotations::ORIGIN) {
             None => originals,
@@ -310,7 +310,7 @@ impl Opening<'_> {
             way: self.spec.registry.clone(),
         };
         let (disk, layers, trace) = match self.live.find(&name) {
-            Some(Found { parts, layers, trace }) => {
+            Some(FoundImage { parts, layers, trace }) => {
                 if let Some(reason) = parts.refused() {
                     return Err(OpenError::Different {
                         digest: stored.digest,
@@ -349,8 +349,8 @@ impl Opening<'_> {
 fn warn_of_long_frames(image: &str, disk: &Disk) {
     for (number, blob) in disk.blobs().into_iter().enumerate() {
         let Some(blob) = blob else { continue };
-        let longest = blob.source().longest_serial();
-        let kept = blob.stored().decoded.as_ref().map_or(0, Stored::capacity);
+        let longest = blob.source().serial().map_or(0, SerialChunks::longest_frame);
+        let kept = blob.stored().decoded.as_ref().map_or(0, TierBlob::capacity);
         if longest > 0 && kept <= longest {
             tracing::warn!(
                 layer = number,

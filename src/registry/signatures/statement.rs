@@ -23,12 +23,12 @@ struct Simple {
 
 #[derive(Deserialize)]
 struct Critical {
-    image: Image,
+    image: SimpleImage,
     r#type: String,
 }
 
 #[derive(Deserialize)]
-struct Image {
+struct SimpleImage {
     #[serde(rename = "docker-manifest-digest")]
     digest: String,
 }
@@ -46,11 +46,11 @@ struct Statement {
     #[serde(rename = "_type")]
     kind: String,
     predicate_type: String,
-    subject: Vec<Subject>,
+    subject: Vec<StatementSubject>,
 }
 
 #[derive(Deserialize)]
-struct Subject {
+struct StatementSubject {
     digest: SubjectDigest,
 }
 

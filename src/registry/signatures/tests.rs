@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::testing::MemoryStore;
-use formats::oci::Index;
+use formats::oci::ImageIndex;
 use formats::oci::manifest::media;
 
 /// Two pairs, of these tests alone.
@@ -230,7 +230,7 @@ fn the_signatures_of_a_layout_are_found_too() {
     let store = MemoryStore::new();
     put_bundle(&store, &digest, &statement(&digest, SIGN), IN_TOTO, OURS.0);
     let listed = store.referrers(&digest).unwrap().unwrap();
-    let Ok(Document::Index(Index { manifests, .. })) =
+    let Ok(Document::Index(ImageIndex { manifests, .. })) =
         Document::parse(&listed.bytes, Some(&listed.media_type))
     else {
         panic!("not an index");

@@ -16,7 +16,7 @@ use super::{Failure, Outcome, Service, export, image, stdout, table};
 use blobs::cache::Cache;
 use convert::Silent;
 use convert::compare::CompareError;
-use convert::meta::Reason;
+use convert::meta::MetaReason;
 use formats::oci::{Descriptor, Digest};
 use host::images::{self, OpenImage, Registries};
 use registry::store::ImageStore;
@@ -72,7 +72,7 @@ fn compare(opened: &OpenImage) -> Result<(), Failure> {
         let text = "contents: not compared (a device config names no manifest)";
         return stdout::line(format_args!("{text}"));
     };
-    if let Some(reason) = opened.reason.as_ref().filter(|reason| **reason == Reason::Built) {
+    if let Some(reason) = opened.reason.as_ref().filter(|reason| **reason == MetaReason::Built) {
         return stdout::line(format_args!("contents: {reason}"));
     }
     match convert::compare::with_layers(&opened.disk, manifest, &**targets, &Silent) {
@@ -96,10 +96,12 @@ fn compare(opened: &OpenImage) -> Result<(), Failure> {
 /// Decodes all chunks on all cores; the chunks of one long frame on one core.
 fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
     let next = AtomicU32::new(0);
-    let load = |index: u32| match source.serial(index) {
-        serial if serial.len() <= 1 => source.load(index).map(drop),
-        serial if serial.start == index => source.load_serial(serial, &mut |_| ()),
-        _ => Ok(()), // decoded with the first chunk of its frame
+    let load = |index: u32| match (source.serial(), source.frame(index)) {
+        (Some(serial), frame) if frame.len() > 1 && frame.start == index => {
+            serial.load_frame(frame, &mut |_| ())
+        }
+        (Some(_), frame) if frame.len() > 1 => Ok(()), // decoded with the first chunk of its frame
+        _ => source.load(index).map(drop),
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..export::loader_threads())

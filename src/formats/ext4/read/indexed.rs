@@ -17,7 +17,7 @@ const NODE_HEADER: usize = 8;
 const DEEPEST: u8 = 2;
 
 /// A block of names, and the lowest hash that leads to it.
-struct Leaf {
+struct IndexedBlock {
     first: u32,
     block: usize,
 }
@@ -29,7 +29,7 @@ pub(super) fn leads_to_all(blocks: &[Box<[u8; BLOCK]>], rule: HashRule) -> bool 
 }
 
 /// The leaves in the order of the index; `None` if it has no valid form.
-fn leaves(blocks: &[Box<[u8; BLOCK]>]) -> Option<Vec<Leaf>> {
+fn leaves(blocks: &[Box<[u8; BLOCK]>]) -> Option<Vec<IndexedBlock>> {
     let root = blocks.first()?;
     let (version, length, levels) = (root[28], root[29], root[30]);
     if get32(&root[..], 24) != 0 || version != HALF_MD4 || length != 8 || levels > DEEPEST {
@@ -52,7 +52,7 @@ fn leaves(blocks: &[Box<[u8; BLOCK]>]) -> Option<Vec<Leaf>> {
             children.push((child, if number == 0 { first } else { hash }));
         }
         if level == 0 {
-            leaves.extend(children.into_iter().map(|(block, first)| Leaf { first, block }));
+            leaves.extend(children.into_iter().map(|(block, first)| IndexedBlock { first, block }));
         } else {
             let below = children.into_iter().rev();
             open.extend(below.map(|(block, first)| (block, level - 1, first)));
@@ -71,7 +71,7 @@ fn pairs(area: &[u8]) -> Option<Vec<(u32, u32)>> {
     Some(slots.map(|slot| (get32(slot, 0), get32(slot, 4) & 0x0fff_ffff)).collect())
 }
 
-fn leads(blocks: &[Box<[u8; BLOCK]>], leaves: &[Leaf], rule: HashRule) -> bool {
+fn leads(blocks: &[Box<[u8; BLOCK]>], leaves: &[IndexedBlock], rule: HashRule) -> bool {
     let mut reached = vec![false; blocks.len()];
     for (number, leaf) in leaves.iter().enumerate() {
         reached[leaf.block] = true;
