@@ -58,7 +58,7 @@ use crate::tier::Kind;
 use source::chunk::{ChunkBytes, ChunkError, Room};
 use source::{Class, SourceError};
 
-pub use blob::{Blob, Key};
+pub use blob::{Blob, Key, SharedChunk};
 use crew::Crew;
 pub(crate) use crew::MOST_BYTES;
 pub use fill::{FillOptions, FillProgress, Filling};
@@ -87,11 +87,14 @@ pub trait Delivery: Send + Sync {
     /// delivered.
     fn abandon(&self, key: Key) -> bool;
 
-    /// Ends the load of a chunk and calls its waiters.
+    /// Ends the load of a chunk and calls its waiters: with bytes those of all ways, with an error those of its own.
     fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>);
 
-    /// True if a chunk that was wanted ahead of time has a waiter.
+    /// True if a chunk that was wanted ahead of time has a waiter of this way.
     fn is_awaited(&self, key: Key) -> bool;
+
+    /// True if a chunk is still wanted this way: no other way has brought it meanwhile.
+    fn is_loading(&self, key: Key) -> bool;
 }
 
 /// Answer to [`Delivery::claim`].
@@ -156,6 +159,10 @@ pub struct FetchCounters {
     pub filled: AtomicU64,
     /// Encoded bytes of those.
     pub filled_bytes: AtomicU64,
+    /// Blobs without a table of checksums that were fetched whole and have their digest.
+    pub whole_blobs: AtomicU64,
+    /// Blobs that were fetched whole and have another digest.
+    pub whole_wrong: AtomicU64,
     /// Time from a request to its first byte.
     pub first_byte: Histogram,
     /// Time from a request to its last byte.

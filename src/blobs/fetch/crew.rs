@@ -4,9 +4,14 @@
 //! fetch threads, never by the thread that wants a chunk: a thread inherits the CPUs that it may run on, and
 //! a ublk queue thread is bound to its own. A quarter of the threads is reserved for demand.
 //!
+//! A request to a registry that is down, or slow, keeps its thread until a deadline. So a way (see [`Key`]) without any
+//! request in flight gets a thread for its demand even when all are busy, beyond the limit: the readers of one
+//! repository never wait for another's.
+//!
 //! The background fill gets the remaining capacity, limited by [`Pace`](super::pace): large requests, and as
 //! many as fill the line, while there is no demand; else small ones and few.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +33,10 @@ pub(crate) const MOST_BYTES: u64 = 4 << 20;
 /// object store's rate for one connection. Below it more requests only cost more.
 const LEAST_BYTES: u64 = 1 << 20;
 
+/// Limit on requests in flight beyond those, one for each way that has no other: more repositories are seldom in use at
+/// once, and far fewer are down.
+const MOST_BEYOND: usize = 32;
+
 /// Interval at which a fill that is held back is checked again.
 const HELD_BACK: Duration = Duration::from_millis(50);
 
@@ -45,6 +54,10 @@ struct State {
     queue: Queue,
     /// Number of threads that wait for work.
     idle: usize,
+    /// Requests in flight.
+    requests: usize,
+    /// The same by way.
+    requests_of: HashMap<u32, usize>,
     /// Requests in flight without a waiter, those of the fill included.
     ahead: usize,
     /// Requests of the fill in flight.
@@ -56,7 +69,26 @@ struct State {
 impl State {
     /// Requests in flight for demand or ahead of it.
     fn threads_at_work(&self) -> usize {
-        (self.threads.len() - self.idle.min(self.threads.len())).saturating_sub(self.fill + 1)
+        self.requests.saturating_sub(self.fill)
+    }
+
+    fn begun(&mut self, taken: &Taken) {
+        self.requests += 1;
+        *self.requests_of.entry(taken.blob.way()).or_default() += 1;
+        self.ahead += usize::from(taken.class > Class::Demand);
+        self.fill += usize::from(taken.class == Class::Fill);
+    }
+
+    fn ended(&mut self, taken: &Taken) {
+        self.requests -= 1;
+        if let Some(requests) = self.requests_of.get_mut(&taken.blob.way()) {
+            *requests -= 1;
+            if *requests == 0 {
+                self.requests_of.remove(&taken.blob.way());
+            }
+        }
+        self.ahead -= usize::from(taken.class > Class::Demand);
+        self.fill -= usize::from(taken.class == Class::Fill);
     }
 }
 
@@ -72,6 +104,7 @@ impl Crew {
 
     pub(super) fn urge(&self, key: Key) {
         self.lock().queue.urge(key);
+        self.wake.notify_one();
     }
 
     pub(super) fn is_ending(&self) -> bool {
@@ -107,12 +140,17 @@ impl Crew {
             }
             let prefetches = state.ahead - state.fill.min(state.ahead);
             let demand_only = state.ahead >= self.most_ahead() || prefetches >= self.prefetches;
-            let free = state.idle + 1 + self.most.saturating_sub(state.threads.len());
+            let free = self.most.saturating_sub(state.requests).max(1);
             let fill = pace.fill(state.threads_at_work(), state.fill);
             let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };
-            if let Some(taken) = state.queue.take(limit) {
-                state.ahead += usize::from(taken.class > Class::Demand);
-                state.fill += usize::from(taken.class == Class::Fill);
+            let State { queue, requests, requests_of, .. } = &mut *state;
+            let taken = if *requests < self.most {
+                queue.take(limit)
+            } else {
+                queue.take_of_idle(limit, &|way| requests_of.contains_key(&way))
+            };
+            if let Some(taken) = taken {
+                state.begun(&taken);
                 return Some(taken);
             }
             state.idle += 1;
@@ -129,14 +167,12 @@ impl Crew {
 
     /// Requests in flight, at least the caller's own.
     fn busy(&self) -> usize {
-        let state = self.lock();
-        (state.threads.len() - state.idle.min(state.threads.len())).max(1)
+        self.lock().requests.max(1)
     }
 
-    fn done(&self, class: Class) {
+    fn done(&self, taken: &Taken) {
         let mut state = self.lock();
-        state.ahead -= usize::from(class > Class::Demand);
-        state.fill -= usize::from(class == Class::Fill);
+        state.ended(taken);
         // Work that this request held back may start now, on another thread if this one takes demand.
         if !state.queue.is_empty() {
             self.wake.notify_one();
@@ -163,7 +199,8 @@ pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<
 /// need another thread.
 fn grow(shared: &Arc<Shared>) {
     let mut state = shared.crew.lock();
-    if state.idle == 0 && state.threads.len() < shared.crew.most && !state.ending {
+    let most = shared.crew.most + MOST_BEYOND;
+    if state.idle == 0 && state.threads.len() < most && !state.ending {
         add_thread(shared, &mut state);
     }
 }
@@ -182,12 +219,18 @@ fn run(shared: &Arc<Shared>) {
         if taken.class == Class::Demand {
             shared.pace.demand();
         }
-        shared.crew.done(taken.class);
+        shared.crew.done(&taken);
     }
 }
 
 /// Runs one request.
 fn fetch(shared: &Arc<Shared>, taken: &Taken) {
+    let keys = || taken.chunks.clone().map(|chunk| taken.blob.key(chunk));
+    if !keys().any(|key| shared.delivery.is_loading(key)) {
+        // Another way has brought them.
+        keys().for_each(|key| shared.fill.ended(key, true));
+        return;
+    }
     let source = taken.blob.source();
     let places: Result<Vec<Encoded>, ChunkError> =
         taken.chunks.clone().map(|chunk| source.encoded(chunk)).collect();

@@ -137,14 +137,14 @@ impl Pass<'_> {
 
     fn drop_decoder(&mut self) {
         self.decoder = None;
-        self.shared.serials.release(std::mem::take(&mut self.window));
+        self.shared.serials.release(self.first.way, std::mem::take(&mut self.window));
     }
 
     /// Creates the decoder, when there is memory for it.
     fn begin(&mut self, first: &EncodedChunk) -> Result<(), Arc<ChunkError>> {
         let (shared, source) = (self.shared, self.blob.source());
         let window = source.serial_memory(first.bytes());
-        if !shared.serials.reserve(window) {
+        if !shared.serials.reserve(self.first.way, window) {
             return Err(super::super::ended(self.blob));
         }
         self.window = window;
