@@ -125,7 +125,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use source::chunk::{ChunkError, ChunkSpan, Encoded, EncodedChunk};
+    use source::chunk::{ChunkError, ChunkSpan, EncodedChunk, EncodedRange};
     use source::{ByteSource, MemorySource, Origin, SourceError};
 
     /// Bytes of an origin.
@@ -168,8 +168,8 @@ mod tests {
         fn blob(&self) -> &Arc<dyn ByteSource> {
             &self.1
         }
-        fn encoded(&self, _: u32) -> Result<Encoded, ChunkError> {
-            Ok(Encoded { range: 0..0, head: 0, tail: 0 })
+        fn encoded(&self, _: u32) -> Result<EncodedRange, ChunkError> {
+            Ok(EncodedRange { range: 0..0, head: 0, tail: 0 })
         }
         fn room(&self, _: u32) -> usize {
             0

@@ -5,7 +5,6 @@ use std::collections::HashSet;
 use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::image::{Images, OCI_GZIP, OCI_TAR, done, noise, tar_of};
@@ -14,7 +13,7 @@ use crate::serve::serve;
 use blobs::cache::{Cache, CacheOptions};
 use blobs::fetch::{FetchOptions, FillOptions};
 use blobs::identity::{Verification, VerifiedBy};
-use blobs::tier::{Kind, Tier, TierOptions, Tiers};
+use blobs::tier::{Tier, TierKind, TierOptions, Tiers};
 use blobs::trace::{LearnOptions, Traces};
 use disk::Disk;
 use disk::image::{host_manifest, open_image};
@@ -145,11 +144,11 @@ fn cache(tiers: Tiers, connections: usize) -> Arc<Cache> {
 }
 
 fn tiers(dir: &Path) -> Tiers {
-    let tier = |kind: Kind| {
+    let tier = |kind: TierKind| {
         let options = TierOptions { dir: dir.join(kind.name()), capacity: 1 << 30, floor: 0 };
         Some(Arc::new(Tier::open(kind, &options).unwrap()))
     };
-    Tiers { encoded: tier(Kind::Encoded), decoded: tier(Kind::Decoded) }
+    Tiers { encoded: tier(TierKind::Encoded), decoded: tier(TierKind::Decoded) }
 }
 
 fn flush(tiers: &Tiers) {
@@ -324,7 +323,6 @@ fn what_was_fetched_whole_and_has_its_digest_is_shared_and_a_lie_is_told() {
     liar(Form::Native, b'E', &victim, &a, "x");
     serve(&victim.images, &c, "x");
     let dir = tempfile::tempdir().unwrap();
-    let counter = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::SeqCst);
     let fill = |disk: &Disk, cache: &Arc<Cache>| {
         let blobs = disk.blobs().into_iter().flatten().collect();
         let filling = cache.fill(blobs, FillOptions::default());
@@ -341,7 +339,7 @@ fn what_was_fetched_whole_and_has_its_digest_is_shared_and_a_lie_is_told() {
         let (lie, truth) = (open(&a, "x:turbo", &cache), open(&b, "x:turbo", &cache));
         fill(&lie, &cache);
         let counters = cache.fetched();
-        assert_eq!((counter(&counters.whole_blobs), counter(&counters.whole_wrong)), (0, 1));
+        assert_eq!((counters.whole_blobs.get(), counters.whole_wrong.get()), (0, 1));
         let failures = lie.blobs()[0].as_ref().unwrap().failures().now();
         assert!(
             failures.iter().any(|failure| failure.reason.contains("whole blob")),
@@ -349,7 +347,7 @@ fn what_was_fetched_whole_and_has_its_digest_is_shared_and_a_lie_is_told() {
         );
         assert_eq!(verified(&truth), VerifiedBy::Checksum);
         fill(&truth, &cache);
-        assert_eq!((counter(&counters.whole_blobs), counter(&counters.whole_wrong)), (1, 1));
+        assert_eq!((counters.whole_blobs.get(), counters.whole_wrong.get()), (1, 1));
         assert_eq!(verified(&truth), VerifiedBy::Blob);
         flush(&tiers);
     }
@@ -458,7 +456,7 @@ fn the_image_that_is_left_reads_on_when_another_of_its_layer_is_deleted_and_deta
     drop(first);
     assert_eq!(word(&second).unwrap(), b'G');
     let counters = cache.fetched();
-    assert_eq!(counters.failed.load(Ordering::SeqCst), 0);
+    assert_eq!(counters.failed.get(), 0);
 }
 
 #[test]

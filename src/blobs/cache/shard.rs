@@ -5,19 +5,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ChunkWaiter;
-use super::queues::{Clock, MOST_USES, Verdict};
+use super::queues::{Clock, EvictionTry, MOST_USES};
 use crate::fetch::{Blob, Key, SharedChunk};
 use source::chunk::ChunkBytes;
 
 /// A chunk that is in memory, or loading. It is one for all images that share it; each of them loads it in its own way.
-struct Slot {
+struct ChunkSlot {
     /// Bytes that the chunks of the blob take together.
     blob_held: Arc<AtomicU64>,
-    state: State,
+    state: LoadState,
 }
 
-enum State {
-    Held(Held),
+enum LoadState {
+    Held(HeldChunk),
     Loading(Loading),
 }
 
@@ -76,7 +76,7 @@ pub(super) enum LoadEnd {
 }
 
 /// A chunk in memory.
-struct Held {
+struct HeldChunk {
     bytes: Arc<ChunkBytes>,
     /// Time of its arrival.
     came: u64,
@@ -88,7 +88,7 @@ struct Held {
     ahead: bool,
 }
 
-impl Held {
+impl HeldChunk {
     fn touched(&mut self, clock: &Clock) {
         // A chunk that was loaded ahead belongs to the burst that begins now.
         if std::mem::take(&mut self.ahead) {
@@ -100,7 +100,7 @@ impl Held {
 }
 
 /// Answer to [`Shard::look_up`].
-pub(super) enum Found {
+pub(super) enum FoundChunk {
     /// The chunk is in memory.
     Held {
         /// The chunk.
@@ -121,7 +121,7 @@ pub(super) enum Found {
 /// One part of a cache's chunks.
 #[derive(Default)]
 pub(super) struct Shard {
-    slots: HashMap<SharedChunk, Slot>,
+    slots: HashMap<SharedChunk, ChunkSlot>,
     held: usize,
 }
 
@@ -138,25 +138,25 @@ impl Shard {
         index: u32,
         clock: &Clock,
         waiter: &mut dyn FnMut() -> ChunkWaiter,
-    ) -> Found {
+    ) -> FoundChunk {
         match self.slots.get_mut(&blob.shared(index)).map(|slot| &mut slot.state) {
-            Some(State::Held(held)) => {
+            Some(LoadState::Held(held)) => {
                 let first = held.ahead;
                 held.touched(clock);
-                Found::Held { bytes: held.bytes.clone(), first }
+                FoundChunk::Held { bytes: held.bytes.clone(), first }
             }
-            Some(State::Loading(loading)) => {
+            Some(LoadState::Loading(loading)) => {
                 if let Some(load) = loading.of(blob.way()) {
                     load.waiters.push(waiter());
-                    return Found::Joined { ahead: std::mem::take(&mut load.ahead) };
+                    return FoundChunk::Joined { ahead: std::mem::take(&mut load.ahead) };
                 }
                 let (way, waiters) = (blob.way(), vec![waiter()]);
                 loading.loads.push(Load { way, waiters, ahead: false });
-                Found::Claimed
+                FoundChunk::Claimed
             }
             None => {
                 self.load(blob, index, vec![waiter()], false);
-                Found::Claimed
+                FoundChunk::Claimed
             }
         }
     }
@@ -173,27 +173,27 @@ impl Shard {
 
     fn load(&mut self, blob: &Blob, index: u32, waiters: Vec<ChunkWaiter>, ahead: bool) {
         let loads = vec![Load { way: blob.way(), waiters, ahead }];
-        let state = State::Loading(Loading { loads, arriving: false });
+        let state = LoadState::Loading(Loading { loads, arriving: false });
         let blob_held = blob.held_counter().clone();
-        self.slots.insert(blob.shared(index), Slot { blob_held, state });
+        self.slots.insert(blob.shared(index), ChunkSlot { blob_held, state });
     }
 
     fn loading(&mut self, key: SharedChunk) -> Option<&mut Loading> {
         match self.slots.get_mut(&key).map(|slot| &mut slot.state) {
-            Some(State::Loading(loading)) => Some(loading),
+            Some(LoadState::Loading(loading)) => Some(loading),
             _ => None,
         }
     }
 
     /// True if a chunk is in memory.
     pub(super) fn holds(&self, key: SharedChunk) -> bool {
-        self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Held(_)))
+        self.slots.get(&key).is_some_and(|slot| matches!(slot.state, LoadState::Held(_)))
     }
 
     /// A chunk in memory, without counting a use.
     pub(super) fn peek(&self, key: SharedChunk) -> Option<Arc<ChunkBytes>> {
         match self.slots.get(&key).map(|slot| &slot.state) {
-            Some(State::Held(held)) => Some(held.bytes.clone()),
+            Some(LoadState::Held(held)) => Some(held.bytes.clone()),
             _ => None,
         }
     }
@@ -224,7 +224,9 @@ impl Shard {
 
     fn load_of(&self, key: Key) -> Option<&Load> {
         match self.slots.get(&key.chunk).map(|slot| &slot.state) {
-            Some(State::Loading(loading)) => loading.loads.iter().find(|load| load.way == key.way),
+            Some(LoadState::Loading(loading)) => {
+                loading.loads.iter().find(|load| load.way == key.way)
+            }
             _ => None,
         }
     }
@@ -243,14 +245,14 @@ impl Shard {
     pub(super) fn end_load(&mut self, key: Key, end: LoadEnd) -> Vec<ChunkWaiter> {
         let Some(slot) = self.slots.get_mut(&key.chunk) else { return Vec::new() };
         // A chunk that came another way before: its waiters have it.
-        let State::Loading(loading) = &mut slot.state else { return Vec::new() };
+        let LoadState::Loading(loading) = &mut slot.state else { return Vec::new() };
         match end {
             LoadEnd::Kept { bytes, came, main } => {
                 let loading = std::mem::take(loading);
                 let ahead = loading.loads.iter().all(|load| load.waiters.is_empty());
                 self.held += 1;
                 slot.blob_held.fetch_add(bytes.held(), Ordering::Relaxed);
-                slot.state = State::Held(Held { bytes, came, uses: 0, main, ahead });
+                slot.state = LoadState::Held(HeldChunk { bytes, came, uses: 0, main, ahead });
                 loading.end_all()
             }
             LoadEnd::Served if !loading.arriving => {
@@ -269,24 +271,24 @@ impl Shard {
     }
 
     /// Evicts a chunk, unless it was used or has a reader.
-    pub(super) fn evict(&mut self, key: SharedChunk) -> Verdict {
+    pub(super) fn evict(&mut self, key: SharedChunk) -> EvictionTry {
         let (held, blob_held) = match self.slots.get_mut(&key) {
-            Some(Slot { state: State::Held(held), blob_held }) => (held, blob_held),
+            Some(ChunkSlot { state: LoadState::Held(held), blob_held }) => (held, blob_held),
             // A chunk is in the queues a moment before it is here.
-            Some(_) => return Verdict::InUse,
-            None => return Verdict::Evicted,
+            Some(_) => return EvictionTry::InUse,
+            None => return EvictionTry::Evicted,
         };
         if Arc::strong_count(&held.bytes) > 1 {
-            return Verdict::InUse;
+            return EvictionTry::InUse;
         }
         if held.uses > 0 || std::mem::take(&mut held.ahead) {
             held.uses = if held.main { held.uses.saturating_sub(1) } else { 0 };
             held.main = true;
-            return Verdict::Used;
+            return EvictionTry::Used;
         }
         blob_held.fetch_sub(held.bytes.held(), Ordering::Relaxed);
         self.held -= 1;
         self.slots.remove(&key);
-        Verdict::Evicted
+        EvictionTry::Evicted
     }
 }

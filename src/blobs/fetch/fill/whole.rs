@@ -11,16 +11,15 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
-use super::super::Shared;
+use super::super::FetchShared;
 use super::super::blob::Blob;
 use super::MOST_UNDER_WAY;
 use crate::identity;
-use crate::tier::store::Payload;
-use crate::tier::{Kind, Stored};
+use crate::tier::store::ChunkPayload;
+use crate::tier::{TierBlob, TierKind};
 use formats::oci::Digest;
 use source::chunk::ChunkError;
 use source::{ByteSource, SourceError};
-use threads::count;
 
 /// Bytes between chunks that are fetched and hashed at a time, 1 MiB.
 const STEP: u64 = 1 << 20;
@@ -30,9 +29,9 @@ const POLL: Duration = Duration::from_millis(10);
 
 /// Compares the digest of a blob that the tier has as a whole, and moves its chunks to where all images find them.
 /// `is_over` ends it early.
-pub(super) fn verify(shared: &Shared, blob: &Arc<Blob>, is_over: &dyn Fn() -> bool) {
+pub(super) fn verify(shared: &FetchShared, blob: &Arc<Blob>, is_over: &dyn Fn() -> bool) {
     let Some(digest) = identity::claimed(blob.source().id()) else { return };
-    let (Some((Kind::Encoded, stored)), Some(whole)) =
+    let (Some((TierKind::Encoded, stored)), Some(whole)) =
         (blob.stored().target(), &blob.stored().whole)
     else {
         return;
@@ -45,12 +44,12 @@ pub(super) fn verify(shared: &Shared, blob: &Arc<Blob>, is_over: &dyn Fn() -> bo
     let name = blob.source().blob().name();
     match hash(blob, is_over) {
         Ok(Some((found, sums))) if found == digest => {
-            count(&shared.counters.whole_blobs, 1);
+            shared.counters.whole_blobs.add(1);
             tracing::info!("{name} was fetched whole, and has its digest");
             move_chunks(blob, stored, whole, &sums, is_over);
         }
         Ok(Some((found, _))) => {
-            count(&shared.counters.whole_wrong, 1);
+            shared.counters.whole_wrong.add(1);
             tracing::warn!("{name} was fetched whole: its bytes have the digest {found}");
             let (blob_name, reason) = (name.to_owned(), format!("the whole blob has {found}"));
             let (start, end) = (0, blob.source().blob().len());
@@ -123,8 +122,8 @@ fn read(blob: &Blob, chunk: u32, len: usize, buffer: &mut Vec<u8>) -> bool {
 /// Moves the chunks to the file of the whole blob, each only with the bytes that were hashed.
 fn move_chunks(
     blob: &Blob,
-    stored: &Stored,
-    whole: &Stored,
+    stored: &TierBlob,
+    whole: &TierBlob,
     sums: &[[u8; 32]],
     is_over: &dyn Fn() -> bool,
 ) {
@@ -144,7 +143,7 @@ fn move_chunks(
         if !good || is_over() {
             return;
         }
-        whole.offer(chunk, place.range.start, Payload::from(std::mem::take(&mut buffer)));
+        whole.offer(chunk, place.range.start, ChunkPayload::from(std::mem::take(&mut buffer)));
     }
     while whole.waiting() > 0 && !is_over() {
         std::thread::sleep(POLL);
@@ -153,7 +152,7 @@ fn move_chunks(
 }
 
 /// Gives up chunks of the origin's file that the whole blob's file has by now; returns the first that it has not.
-fn release(stored: &Stored, whole: &Stored, chunks: std::ops::Range<u32>) -> u32 {
+fn release(stored: &TierBlob, whole: &TierBlob, chunks: std::ops::Range<u32>) -> u32 {
     let end = chunks.end;
     let there = chunks.clone().take_while(|&chunk| whole.has(chunk));
     let next = there.inspect(|&chunk| stored.release(chunk)).last();
