@@ -382,7 +382,7 @@ fn a_way_that_is_lost_or_slow_fails_its_own_readers_only() {
         let cache = cache(Tiers::default(), 4);
         let (first, second) = (Arc::new(open(&a, "x:turbo", &cache)), open(&b, "x:turbo", &cache));
         let places = places(&first);
-        assert!(places.len() > 8, "{form:?}");
+        assert!(places.len() > 2, "{form:?}: {places:?}");
         a.fault(&image.digest.to_string(), fault.clone(), 1_000_000);
         // More readers than there are connections, and each waits for a chunk that the second image wants too.
         let stuck: Vec<_> = places
