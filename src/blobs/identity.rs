@@ -6,7 +6,6 @@
 //! and with none of another, whatever digest they name; until the background fill has fetched the whole blob, and its
 //! bytes have the digest that they are named by.
 
-use crate::fetch::Blob;
 use formats::oci::Digest;
 use source::Proof;
 use source::chunk::ChunkSource;
@@ -60,17 +59,6 @@ impl Verification {
             && (source.verify(0, &[]).is_some() || source.verify_decoded(0, &[]).is_some());
         let verified_by = if checked { VerifiedBy::Checksum } else { VerifiedBy::Nothing };
         Self { verified_by, shared_by: source.blob().origin().name }
-    }
-
-    /// What verifies the chunks of an open blob now.
-    #[must_use]
-    pub fn now(blob: &Blob) -> Self {
-        match claimed(blob.source().id()) {
-            Some(digest) if blob.is_whole() => {
-                Self { verified_by: VerifiedBy::Blob, shared_by: digest.to_string() }
-            }
-            _ => Self::of(&**blob.source()),
-        }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::registry_double::{Access, Double, Fault};
 use crate::serve::serve;
 use blobs::cache::{Cache, CacheOptions};
 use blobs::fetch::{FetchOptions, FillOptions};
-use blobs::identity::{Verification, VerifiedBy};
+use blobs::identity::VerifiedBy;
 use blobs::tier::{Tier, TierKind, TierOptions, Tiers};
 use blobs::trace::{LearnOptions, Traces};
 use disk::Disk;
@@ -332,7 +332,7 @@ fn what_was_fetched_whole_and_has_its_digest_is_shared_and_a_lie_is_told() {
             std::thread::sleep(Duration::from_millis(20));
         }
     };
-    let verified = |disk: &Disk| Verification::now(disk.blobs()[0].as_ref().unwrap()).verified_by;
+    let verified = |disk: &Disk| disk.blobs()[0].as_ref().unwrap().verification().verified_by;
     {
         let tiers = tiers(dir.path());
         let cache = cache(tiers.clone(), 8);

@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use super::ahead::{Ahead, ChunkTouch};
 use super::depth::Depth;
 use super::recent::Recent;
+use crate::identity::{self, Verification, VerifiedBy};
 use crate::tier::StoredBlob;
 use source::chunk::ChunkSource;
 
@@ -129,6 +130,17 @@ impl Blob {
     pub fn is_whole(&self) -> bool {
         let (whole, chunks) = (self.stored.whole.as_ref(), self.source.chunk_count() as usize);
         chunks > 0 && whole.is_some_and(|stored| stored.count() == chunks)
+    }
+
+    /// What verifies its chunks now.
+    #[must_use]
+    pub fn verification(&self) -> Verification {
+        match identity::claimed(self.source.id()) {
+            Some(digest) if self.is_whole() => {
+                Verification { verified_by: VerifiedBy::Blob, shared_by: digest.to_string() }
+            }
+            _ => Verification::of(&*self.source),
+        }
     }
 
     /// Its chunks in the disk tiers.

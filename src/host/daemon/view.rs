@@ -131,7 +131,7 @@ fn record(blob: &Blob, now: Instant) -> BlobRecord {
         error: read.error,
         next_ms: super::table::milliseconds(read.next.saturating_duration_since(now)),
     };
-    let Verification { verified_by, shared_by } = Verification::now(blob);
+    let Verification { verified_by, shared_by } = blob.verification();
     let failures = blob.failures().now().into_iter().map(|failure| FailureRecord {
         at_unix_ms: failure.at.duration_since(UNIX_EPOCH).map_or(0, super::table::milliseconds),
         chunk: failure.chunk,
