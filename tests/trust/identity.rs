@@ -20,7 +20,7 @@ use disk::image::{host_manifest, open_image};
 use disk::volume::{Volume as _, VolumeError};
 use formats::oci::Digest;
 use registry::store::{self, ImageStore};
-use registry::{Client, ClientOptions, Credential, RetryPolicy, Timeouts};
+use registry::{ClientOptions, Credential, RegistryClient, RetryPolicy, Timeouts};
 
 const OCI_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 const TARGET: &str = "containerd.io/snapshot/overlaybd/turbo-oci/target-digest";
@@ -171,11 +171,11 @@ fn options() -> ClientOptions {
 }
 
 fn open_with(options: ClientOptions, registry: &Double, place: &str, cache: &Arc<Cache>) -> Disk {
-    let client = Client::new(options).unwrap();
+    let client = RegistryClient::new(options).unwrap();
     open_by(&client, registry, place, cache)
 }
 
-fn open_by(client: &Client, registry: &Double, place: &str, cache: &Arc<Cache>) -> Disk {
+fn open_by(client: &RegistryClient, registry: &Double, place: &str, cache: &Arc<Cache>) -> Disk {
     let name = format!("{}/{place}", registry.host()).parse().unwrap();
     let (store, selector) = store::open(&name, client).unwrap();
     let (_, manifest) = host_manifest(&*store, &selector).unwrap();
@@ -296,10 +296,10 @@ fn what_nothing_proves_is_shared_within_one_repository_and_trust_only() {
         serve(&image.images, &registry, "x");
         let dir = tempfile::tempdir().unwrap();
         let cache = cache(tiers(dir.path()), 8);
-        let client = Client::new(options()).unwrap();
+        let client = RegistryClient::new(options()).unwrap();
         let fetched = || registry.traffic(&image.digest).1;
         // Opening a native layer reads its index; here the reading of its data counts.
-        let cost = |client: &Client, place: &str| {
+        let cost = |client: &RegistryClient, place: &str| {
             let disk = open_by(client, &registry, place, &cache);
             let before = fetched();
             assert_eq!(word(&disk).unwrap(), b'G');
@@ -309,9 +309,9 @@ fn what_nothing_proves_is_shared_within_one_repository_and_trust_only() {
         assert!(cost(&client, "x:again") < MIB / 2, "{form:?}: another tag of the repository");
         assert!(cost(&client, "y:turbo") > 3 * MIB, "{form:?}: another repository");
         let credential = Some(Credential::from_user_password("someone:secret"));
-        let other = Client::new(ClientOptions { credential, ..options() }).unwrap();
+        let other = RegistryClient::new(ClientOptions { credential, ..options() }).unwrap();
         assert!(cost(&other, "x:turbo") > 3 * MIB, "{form:?}: another user");
-        let insecure = Client::new(ClientOptions { insecure: true, ..options() }).unwrap();
+        let insecure = RegistryClient::new(ClientOptions { insecure: true, ..options() }).unwrap();
         assert!(cost(&insecure, "x:turbo") > 3 * MIB, "{form:?}: another trust");
     }
 }

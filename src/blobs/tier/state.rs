@@ -387,7 +387,7 @@ impl TierShared {
     pub(super) fn release(&self, number: u32, chunk: u32) {
         let gone = self.lock().take_out(number, chunk);
         if let Some(gone) = gone {
-            self.send(Command::Forget(gone));
+            self.send(WriterCommand::Forget(gone));
         }
     }
 

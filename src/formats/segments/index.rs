@@ -209,7 +209,7 @@ impl SegmentIndex {
             table.update(segment.len.to_le_bytes());
             table.update(segment.out.to_le_bytes());
             table.update(segment.out_len.to_le_bytes());
-            table.update([u8::from(segment.entry == Entry::Inside)]);
+            table.update([u8::from(segment.entry == SegmentEntry::Inside)]);
             table.update(segment.crc32.to_le_bytes());
         }
         table.update(self.sha256.as_flattened());

@@ -92,7 +92,7 @@ impl ZFile {
 
     /// Its jump table as a [`Proof`]: it says where blocks lie, and the checksums beside them find damage only.
     fn proof(&self) -> Proof {
-        let Record { original_size, block_size, algo, dict_size, verify, .. } = self.record;
+        let ZFileHeader { original_size, block_size, algo, dict_size, verify, .. } = self.record;
         let mut table = Sha256::new();
         table.update(b"turbobd zfile index 1\0");
         table.update(original_size.to_le_bytes());
