@@ -59,7 +59,7 @@ use crate::tier::TierKind;
 use source::chunk::{ChunkBytes, ChunkError, Room};
 use source::{Class, SourceError};
 
-pub use blob::{Blob, Key};
+pub use blob::{Blob, Key, SharedChunk};
 use crew::Crew;
 pub(crate) use crew::MOST_BYTES;
 pub use fill::{FillOptions, FillProgress, Filling};
@@ -89,11 +89,14 @@ pub trait Delivery: Send + Sync {
     /// delivered.
     fn abandon(&self, key: Key) -> bool;
 
-    /// Ends the load of a chunk and calls its waiters.
+    /// Ends the load of a chunk and calls its waiters: with bytes those of all ways, with an error those of its own.
     fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>);
 
-    /// True if a chunk that was wanted ahead of time has a waiter.
+    /// True if a chunk that was wanted ahead of time has a waiter of this way.
     fn is_awaited(&self, key: Key) -> bool;
+
+    /// True if a chunk is still wanted this way: no other way has brought it meanwhile.
+    fn is_loading(&self, key: Key) -> bool;
 }
 
 /// Answer to [`Delivery::claim`].
@@ -158,6 +161,10 @@ pub struct FetchCounters {
     pub filled: Counter,
     /// Encoded bytes of those.
     pub filled_bytes: Counter,
+    /// Blobs without a table of checksums that were fetched whole and have their digest.
+    pub whole_blobs: Counter,
+    /// Blobs that were fetched whole and have another digest.
+    pub whole_wrong: Counter,
     /// Time from a request to its first byte.
     pub first_byte: Histogram,
     /// Time from a request to its last byte.

@@ -6,6 +6,7 @@ use std::time::{Instant, UNIX_EPOCH};
 
 use crate::readings::IoCounters;
 use blobs::fetch::{Blob, FillProgress, Filling};
+use blobs::identity::Verification;
 use client::protocol::{
     BlobRecord, ChunkRecord, ChunkState, FailureRecord, PartKind, PlacedRecord, RetryRecord,
 };
@@ -143,6 +144,7 @@ fn record(blob: &Blob, now: Instant) -> BlobRecord {
         error: read.error,
         next_ms: super::table::milliseconds(read.next.saturating_duration_since(now)),
     };
+    let Verification { verified_by, shared_by } = blob.verification();
     let failures = blob.failures().now().into_iter().map(|failure| FailureRecord {
         at_unix_ms: failure.at.duration_since(UNIX_EPOCH).map_or(0, super::table::milliseconds),
         chunk: failure.chunk,
@@ -152,6 +154,8 @@ fn record(blob: &Blob, now: Instant) -> BlobRecord {
     BlobRecord {
         blob: source.id().to_owned(),
         source: source.blob().name().to_owned(),
+        verified_by: verified_by.name().to_owned(),
+        shared_by,
         host,
         fetched_bytes: bytes,
         requests,

@@ -287,6 +287,16 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
         (&fetch.filled_bytes).into()
     }),
     counter(
+        "turbobd_fill_whole_total",
+        "Blobs without a table of checksums that were fetched whole and have their digest",
+        |fetch| (&fetch.whole_blobs).into(),
+    ),
+    counter(
+        "turbobd_fill_whole_wrong_total",
+        "Blobs that were fetched whole and have another digest than the image names",
+        |fetch| (&fetch.whole_wrong).into(),
+    ),
+    counter(
         "turbobd_fetch_damaged_total",
         "Deliveries of a chunk whose bytes did not match their checksum; each but the third in a row is fetched again",
         |fetch| (&fetch.damaged).into(),

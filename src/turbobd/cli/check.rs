@@ -2,8 +2,8 @@
 //!
 //! Opening the image verifies the meta image: digests, checksums, indexes, that they fit together, and that no
 //! mapping leaves its target. Then the layers are streamed, and what the meta image shows is compared with what they
-//! contain ([`convert::compare`]). `--data` decodes every chunk of every layer, verifies its checksum, and verifies the digest
-//! of every original blob.
+//! contain ([`convert::compare`]). `--data` decodes every chunk of every layer, verifies its checksum, and verifies the
+//! digest of every original blob and of every native layer. It says what each was verified by.
 
 use std::io::Read as _;
 use std::process::ExitCode;
@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Failure, Outcome, Service, export, image, stdout, table};
 use blobs::cache::Cache;
+use blobs::identity::{Verification, VerifiedBy};
 use convert::Silent;
 use convert::compare::CompareError;
 use convert::meta::MetaReason;
@@ -52,15 +53,23 @@ fn verify_data(opened: &OpenImage) -> Result<(), Failure> {
         let Some(source) = source else { continue };
         load_every_chunk(&source)?;
         stdout::line(format_args!(
-            "layer {number}: {} in {} chunks: ok",
+            "layer {number}: {} in {} chunks: ok, {}",
             table::size(source.decoded_len()),
-            source.chunk_count()
+            source.chunk_count(),
+            by(&*source)
         ))?;
+    }
+    let native = opened.layers.iter().filter(|layer| layer.target.is_none());
+    if let Some((store, _)) = &opened.named {
+        for layer in native {
+            verify_blob(&**store, "native layer", &layer.digest, layer.size)?;
+            stdout::line(format_args!("{}: ok, as a whole", layer.digest))?;
+        }
     }
     if let Some(targets) = &opened.targets {
         for target in opened.layers.iter().filter_map(|layer| layer.target.as_ref()) {
-            verify_blob(&**targets, &target.digest, target.size)?;
-            stdout::line(format_args!("{}: ok", target.digest))?;
+            verify_blob(&**targets, "original layer", &target.digest, target.size)?;
+            stdout::line(format_args!("{}: ok, as a whole", target.digest))?;
         }
     }
     Ok(())
@@ -90,6 +99,16 @@ fn compare(opened: &OpenImage) -> Result<(), Failure> {
             stdout::line(format_args!("contents: not compared ({error})"))
         }
         Err(error) => Err(Failure::because(error)),
+    }
+}
+
+/// What the chunks of a layer were verified by.
+fn by(source: &dyn ChunkSource) -> &'static str {
+    match Verification::of(source).verified_by {
+        VerifiedBy::Table => "by the SHA-256 of each",
+        VerifiedBy::Blob => "by the digest of the whole",
+        VerifiedBy::Checksum => "by checksums, which find damage and prove nothing",
+        VerifiedBy::Nothing => "with no checksum to verify them by",
     }
 }
 
@@ -129,7 +148,7 @@ fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
 }
 
 /// Reads a blob from end to end and compares its digest.
-fn verify_blob(store: &dyn ImageStore, digest: &str, size: u64) -> Result<(), Failure> {
+fn verify_blob(store: &dyn ImageStore, kind: &str, digest: &str, size: u64) -> Result<(), Failure> {
     let digest: Digest = digest.parse().map_err(Failure::because)?;
     let mut blob = store.open_blob(&Descriptor::new("", digest, size)).map_err(Failure::because)?;
     let mut hasher = Sha256::new();
@@ -143,7 +162,7 @@ fn verify_blob(store: &dyn ImageStore, digest: &str, size: u64) -> Result<(), Fa
     let got = Digest::from_hasher(hasher);
     if got != digest {
         return Err(Failure::Failed(format!(
-            "The original layer {digest} is damaged: its bytes have digest {got}"
+            "The {kind} {digest} is damaged: its bytes have digest {got}"
         )));
     }
     Ok(())
