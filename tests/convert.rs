@@ -577,7 +577,8 @@ fn a_meta_image_written_elsewhere_knows_its_origin() {
     let document: Value = serde_json::from_slice(&document).unwrap();
     assert_eq!(document["annotations"]["dev.turbobd.origin"], repository);
     images.convert(&[]);
-    assert_eq!(content(&format!("{to}:turbo")), content(&images.name("turbo")));
+    let export = |name: &str, origin: &str| done(&["export", name, "--digest", "--origin", origin]);
+    assert_eq!(export(&format!("{to}:turbo"), &repository), content(&images.name("turbo")));
     // And the other way round: the data in a directory, the meta image in a registry.
     let back = format!("{}/meta/app", registry.host());
     let dir = images.place();
@@ -594,7 +595,7 @@ fn a_meta_image_written_elsewhere_knows_its_origin() {
         "--vsize",
         "1",
     ]);
-    assert_eq!(content(&format!("{back}:turbo")), content(&images.name("turbo")));
+    assert_eq!(export(&format!("{back}:turbo"), &dir), content(&images.name("turbo")));
 }
 
 fn blob_in(dir: &Path, digest: &str) -> std::path::PathBuf {

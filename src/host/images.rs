@@ -5,6 +5,7 @@
 //! already is shared, its traces are replayed, and its layers are fetched in the background.
 //!
 //! * [`open`]          from an [`ImageSpec`](client::ImageSpec) to an opened image
+//! * [`origin`]        the place of the original layers, where the image names another than its own
 //! * [`registries`]    clients that devices with the same way to a registry share
 //! * `live`            the images that devices have open
 //! * `config_snapshots` snapshots of a device that a device config describes
@@ -13,6 +14,7 @@
 mod config_snapshots;
 mod live;
 pub mod open;
+pub mod origin;
 pub mod registries;
 pub mod tiers;
 

@@ -49,6 +49,14 @@ pub enum RegistryError {
         /// Reason of the failure.
         reason: String,
     },
+    /// A redirect, a token service or an upload leads to an address of this host, or to a link-local one.
+    #[error("{what} is not read: {reason}")]
+    OutOfReach {
+        /// The requested object and its place.
+        what: String,
+        /// The host, and what it is.
+        reason: String,
+    },
     /// The server's certificate does not lead to a trusted authority.
     #[error(
         "The certificate of {host} is not trusted ({reason}): give the authority's certificate with --root-ca FILE, \

@@ -267,8 +267,28 @@ impl FileSource {
             source: Arc::new(source),
         };
         let file = File::open(path).map_err(io)?;
-        let len = file.metadata().map_err(io)?.len();
-        Ok(Self { name, file, len })
+        Self::new(name.clone(), file)
+    }
+
+    /// Takes an open file under a name for messages, and its present length as final.
+    ///
+    /// # Errors
+    /// [`SourceError::Io`] if its length cannot be had.
+    pub fn new(name: String, file: File) -> Result<Self, SourceError> {
+        match file.metadata() {
+            Ok(meta) => Ok(Self { name, file, len: meta.len() }),
+            Err(source) => {
+                Err(SourceError::Io { name, offset: 0, len: 0, source: Arc::new(source) })
+            }
+        }
+    }
+}
+
+impl FileSource {
+    /// The file, for a reader from front to end.
+    #[must_use]
+    pub fn into_file(self) -> File {
+        self.file
     }
 }
 

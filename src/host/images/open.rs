@@ -25,6 +25,7 @@ use source::failure::with_causes;
 use thiserror::Error;
 
 use super::live::{Found, LiveImages, LiveName};
+use super::origin::{self, OriginError};
 use super::registries::Registries;
 
 /// Failure to open an image.
@@ -51,6 +52,9 @@ pub enum OpenError {
     /// The writable layer cannot be used.
     #[error(transparent)]
     Upper(#[from] WritableError),
+    /// The image names a place for its original layers that is not followed.
+    #[error(transparent)]
+    Origin(#[from] OriginError),
     /// Two writable layers are named.
     #[error("The device config names a writable layer, and --upper another: name one")]
     TwoUppers,
@@ -71,6 +75,7 @@ impl OpenError {
             Self::Meta(error) => error,
             Self::Config(error) => error,
             Self::Upper(error) => error,
+            Self::Origin(_) => return Code::Denied,
             Self::TwoUppers | Self::BlobUrl(_) => return Code::Invalid,
         };
         crate::failure::code_of(inner)
@@ -166,11 +171,12 @@ impl Opening<'_> {
         let chosen = choose_manifest(&*store, &selector)?;
         let named = Some((store.clone(), chosen.stored.digest));
         let opened = if is_plain(&chosen.manifest) {
-            self.open_plain(store, &selector, &chosen, &client)?
+            self.open_plain(store, &image.repository(), &selector, &chosen, &client)?
         } else {
             let HostManifest { stored, manifest, .. } = chosen;
             let own = store.clone();
-            self.open_converted((&*own, &stored, &manifest), store, &client)?
+            let place = image.repository();
+            self.open_converted((&*own, &stored, &manifest), store, &place, &client)?
         };
         Ok(OpenImage { named, ..opened })
     }
@@ -179,6 +185,7 @@ impl Opening<'_> {
     fn open_plain(
         &self,
         store: Arc<dyn ImageStore>,
+        place: &RepositoryName,
         selector: &Selector,
         chosen: &HostManifest,
         client: &Client,
@@ -201,22 +208,22 @@ impl Opening<'_> {
         };
         let meta = images.of(&plain, &Silent)?;
         let converted = (&*meta.store, &meta.stored, &meta.manifest);
-        self.open_converted(converted, store, client)
+        self.open_converted(converted, store, place, client)
     }
 
     /// Opens a converted image (its store, its manifest, the same parsed) whose original layers are in
-    /// `originals` unless it says otherwise.
+    /// `originals`, the repository `own`, unless it says otherwise and may.
     fn open_converted(
         &self,
         (store, stored, manifest): (&dyn ImageStore, &StoredManifest, &Manifest),
         originals: Arc<dyn ImageStore>,
+        own: &RepositoryName,
         client: &Client,
     ) -> Result<OpenImage, OpenError> {
         let targets = match manifest.annotations.get(annotations::ORIGIN) {
             None => originals,
             Some(origin) => {
-                let origin: RepositoryName = origin.parse()?;
-                store::open_repository(&origin, client)?
+                origin::follow(origin, self.spec, (own, &originals), (self.registries, client))?
             }
         };
         let digest = Some(stored.digest);
@@ -226,6 +233,7 @@ impl Opening<'_> {
             store: store.name().to_owned(),
             targets: targets.name().to_owned(),
             way: self.spec.registry.clone(),
+            origin: self.spec.origin.clone(),
         };
         let (disk, layers, trace) = match self.live.find(&name) {
             Some(Found { parts, layers, trace }) => {

@@ -1,0 +1,1 @@
+//! The daemon has the rights that it needs, and no more.
