@@ -479,7 +479,7 @@ fn tokens_that_run_out_within_a_conversion_are_renewed() {
         done(&["export", &name, "--digest", "-u", "me:secret"]),
         content(&images.name("turbo"))
     );
-    refused(&["export", &name, "--digest"], &["denied", "docker login", "-u USER:PASSWORD"]);
+    refused(&["export", &name, "--digest"], &["denied", "docker login", "-u USER --password-stdin"]);
 }
 
 #[test]
@@ -492,7 +492,9 @@ fn a_user_and_a_password_are_enough_for_basic_access() {
     let base =
         ["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1"];
     refused(&base, &["denied", &registry.host()]);
-    refused(&[&base[..], &["-u", "me:wrong"]].concat(), &["denied"]);
+    let ended = end(turbobd().args([&base[..], &["-u", "me:wrong"]].concat()));
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains("denied") && ended.stderr.contains("--password-stdin"));
     assert_eq!(done(&[&base[..], &["-u", "me:se:cret"]].concat()), images.convert(&[]));
 }
 

@@ -1,8 +1,8 @@
 //! Client of the daemon: finds a daemon, or starts one, and sends it requests.
 
-use std::fs::{DirBuilder, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,7 +15,7 @@ use source::failure::with_causes;
 
 use crate::connection::Connection;
 use crate::error::{ClientError, step};
-use crate::mounts;
+use crate::mounts::{self, MountRights};
 use crate::protocol::{
     DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request, VERSION,
     find, socket,
@@ -83,11 +83,7 @@ impl Client {
         run_dir: &Path,
         command: impl Fn() -> Command,
     ) -> Result<Self, ClientError> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(run_dir)
-            .map_err(step("create", run_dir))?;
+        sys::private::folder(run_dir).map_err(step("use", run_dir))?;
         // The lock lets one client after the other pass, so that only one of them starts a daemon.
         let lock = run_dir.join("spawn.lock");
         let file =
@@ -158,12 +154,13 @@ impl Client {
         &mut self,
         request: DeviceSpec,
         dir: &Path,
+        rights: MountRights,
     ) -> Result<(DeviceRecord, Option<String>), ClientError> {
         // First the steps that need no device.
         let dir = std::fs::canonicalize(dir).map_err(step("find the mount point", dir))?;
         let (mut device, note) = self.attach(request)?;
         let start = Instant::now();
-        if let Err(error) = mounts::mount_image(&device.device, &dir) {
+        if let Err(error) = mounts::mount_image(&device.device, &dir, rights) {
             // The mount's error is the one to return.
             if let Err(left) = self.done(&Request::Detach { id: device.id }) {
                 let left = with_causes(&left);

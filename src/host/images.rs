@@ -70,6 +70,15 @@ impl HostImages {
     #[must_use]
     pub fn new(config: Arc<ServiceConfig>) -> Self {
         let TracesConfig { enable, dir, .. } = config.turbobd.traces.clone();
+        // A trace that another user wrote decides what is fetched; a link there, what is overwritten.
+        let usable = || match dir.exists().then(|| sys::private::folder(&dir)) {
+            Some(Err(error)) => {
+                tracing::warn!(%error, "Starts are not recorded");
+                false
+            }
+            _ => true,
+        };
+        let enable = enable && usable();
         let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
         Self {
             cache: OnceLock::new(),

@@ -21,7 +21,7 @@ pub enum RegistryError {
     },
     /// 401 or 403, after a fresh token.
     #[error(
-        "Access to {what} was denied: {reason}; log in with docker login {host}, or give -u USER:PASSWORD"
+        "Access to {what} was denied: {reason}; log in with docker login {host}, or give -u USER --password-stdin"
     )]
     Denied {
         /// The requested object and its place.

@@ -169,6 +169,13 @@ pub fn examine() -> Findings {
     }
 }
 
+/// Loads the module if the control node is missing and the module is there. A process that gives up its rights calls this before.
+pub fn load() {
+    if !Path::new(CONTROL).exists() && known_bad(&kernel_release()).is_none() {
+        modprobe(&[]);
+    }
+}
+
 /// Loads the module if the control node is missing, then examines the system like [`examine`].
 #[must_use]
 pub fn examine_and_load() -> Findings {

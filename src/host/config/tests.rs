@@ -32,6 +32,7 @@ fn other_value(key: &str) -> (String, &'static str) {
         "p2pConfig.address" => r#""http://peer.example/p2p""#,
         "serviceConfig.address" => r#""http://127.0.0.1:1""#,
         "turbobd.mirrors" => r#"{"r.example": ["https://m.example"]}"#,
+        "turbobd.origins" => r#"["r.example/team"]"#,
         "turbobd.authorities" => r#"["/a.pem"]"#,
         "turbobd.metricsAddress" => r#""::1""#,
         "turbobd.onError" => r#""wait""#,

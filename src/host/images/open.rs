@@ -191,6 +191,12 @@ impl Opening<'_> {
         client: &Client,
     ) -> Result<OpenImage, OpenError> {
         let local = self.spec.meta_dir.as_ref();
+        let folder = local.unwrap_or(&self.registries.service().turbobd.meta_dir);
+        if folder.exists() {
+            // What is in it is taken for a meta image that was built here.
+            sys::private::folder(folder)
+                .map_err(|source| MetaError::Local { dir: folder.clone(), source })?;
+        }
         let images = MetaImages {
             local: local.unwrap_or(&self.registries.service().turbobd.meta_dir).clone(),
             publish: self.spec.publish,
