@@ -479,7 +479,10 @@ fn tokens_that_run_out_within_a_conversion_are_renewed() {
         done(&["export", &name, "--digest", "-u", "me:secret"]),
         content(&images.name("turbo"))
     );
-    refused(&["export", &name, "--digest"], &["denied", "docker login", "-u USER --password-stdin"]);
+    refused(
+        &["export", &name, "--digest"],
+        &["denied", "docker login", "-u USER --password-stdin"],
+    );
 }
 
 #[test]

@@ -544,7 +544,8 @@ fn each_promise_of_security_names_tests_that_exist() {
         .collect();
     let is_test = |name: &str| {
         code.iter().any(|text| {
-            text.match_indices(&format!("fn {name}()")).any(|(at, _)| text[..at].trim_end().ends_with("#[test]"))
+            text.match_indices(&format!("fn {name}()"))
+                .any(|(at, _)| text[..at].trim_end().ends_with("#[test]"))
         })
     };
     let rows = table(&page, &["who", "never", "held by"]);

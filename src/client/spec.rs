@@ -47,7 +47,13 @@ impl ImageSpec {
     }
 
     fn new(source: ImageSource) -> Self {
-        Self { source, registry: RegistrySpec::default(), meta_dir: None, publish: false, origin: None }
+        Self {
+            source,
+            registry: RegistrySpec::default(),
+            meta_dir: None,
+            publish: false,
+            origin: None,
+        }
     }
 
     /// Name of the image in listings and messages.

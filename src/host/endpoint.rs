@@ -7,8 +7,8 @@
 //! mode 0600, and the kernel tells who is at its other end: only root and the user of this process are answered.
 
 use std::convert::Infallible;
-use std::io;
 use std::fmt;
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener;

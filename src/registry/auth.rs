@@ -378,7 +378,9 @@ impl Asker<'_> {
     }
 
     fn reach(&self, url: &Uri) -> Reach {
-        self.scope.origin.parse().map_or(Reach::OfRegistry, |origin| Reach::from(&origin, url))
+        let trusted = &self.services.trusted;
+        let origin = self.scope.origin.parse();
+        origin.map_or(Reach::OfRegistry, |origin| Reach::from(&origin, url, trusted))
     }
 
     /// Refuses a realm in clear text for a registry reached by TLS: it would make this client send
@@ -390,8 +392,7 @@ impl Asker<'_> {
         let loopback = realm.host().is_some_and(super::proxy::is_loopback);
         let harmless =
             origin.scheme_str() == Some("http") || loopback || same_origin(realm, &origin);
-        (known && realm.host().is_some() && (!clear || harmless))
-            .then_some(())
+        (known && realm.host().is_some() && (!clear || harmless)).then_some(())
     }
 }
 

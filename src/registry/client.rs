@@ -64,6 +64,8 @@ pub struct ClientOptions {
     pub mirrors: BTreeMap<String, Vec<String>>,
     /// A peer-to-peer proxy for blobs: the actual URL is appended to this one.
     pub p2p: Option<String>,
+    /// Hosts to which any registry may send this client, at whatever address: those of the operator.
+    pub trusted: Vec<String>,
     /// State shared with other clients of this process.
     pub network: Arc<Network>,
 }
@@ -86,6 +88,7 @@ impl Default for ClientOptions {
             credential_service: None,
             mirrors: BTreeMap::new(),
             p2p: None,
+            trusted: Vec::new(),
             network: Arc::default(),
         }
     }
@@ -111,6 +114,7 @@ pub(super) struct Services {
     plain_loopback: bool,
     pub(super) network: Arc<Network>,
     mirrors: BTreeMap<String, Vec<String>>,
+    pub(super) trusted: Vec<String>,
     pub(super) p2p: Option<P2p>,
 }
 
@@ -209,6 +213,7 @@ impl Services {
                 .unwrap_or(options.authorities.is_empty() && options.certificate.is_none()),
             p2p: options.p2p.as_deref().map(|address| P2p::new(address, network)).transpose()?,
             mirrors: options.mirrors.clone(),
+            trusted: options.trusted.clone(),
             network: network.clone(),
         })
     }
@@ -348,6 +353,11 @@ impl Place {
         }
     }
 
+    /// How far a request to `url` may go.
+    pub(super) fn reach(&self, url: &Uri) -> Reach {
+        Reach::from(&self.origin, url, &self.services.trusted)
+    }
+
     /// True if `Authorization` may be sent to `url`: it is at this registry, and not in another repository of it. A
     /// registry keeps its bytes where it likes; but a credential for one repository is never shown to another because an
     /// answer said so.
@@ -397,7 +407,7 @@ impl Place {
                 None
             };
             let request = self.request(call, &url, header.as_ref())?;
-            let reach = Reach::from(&self.origin, &url);
+            let reach = self.reach(&url);
             let sent = self.services.transport.send_async(request, reach, deadline).await;
             let reply =
                 sent.map_err(|error| self.services.broken(&call.what, authority(&url), &error))?;
@@ -530,7 +540,10 @@ pub(super) fn authority(url: &Uri) -> &str {
 fn is_winding(path: &str) -> bool {
     let lower = path.to_ascii_lowercase();
     let coded = ["%2e", "%2f", "%5c"].iter().any(|code| lower.contains(code));
-    coded || lower.contains("//") || lower.contains('\\') || lower.split('/').any(|part| part == ".." || part == ".")
+    coded
+        || lower.contains("//")
+        || lower.contains('\\')
+        || lower.split('/').any(|part| part == ".." || part == ".")
 }
 
 /// Refuses to leave TLS for plain HTTP.

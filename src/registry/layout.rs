@@ -328,7 +328,9 @@ impl Layout {
     fn index(&self) -> Result<Index, LayoutError> {
         let path = self.dir.join("index.json");
         let document = |source| LayoutError::Document { path: path.clone(), source };
-        match Document::parse(&read_small(&self.dir, "index.json")?, Some(media::OCI_INDEX)).map_err(document)? {
+        match Document::parse(&read_small(&self.dir, "index.json")?, Some(media::OCI_INDEX))
+            .map_err(document)?
+        {
             Document::Index(index) => Ok(index),
             Document::Manifest(_) => {
                 Err(document(ManifestError::Kind("a manifest, not an index".to_owned())))
@@ -432,7 +434,8 @@ impl Layout {
             path: path.clone(),
             source: ManifestError::Json { what: "index", source },
         };
-        let mut index: Value = serde_json::from_slice(&read_small(&self.dir, "index.json")?).map_err(json)?;
+        let mut index: Value =
+            serde_json::from_slice(&read_small(&self.dir, "index.json")?).map_err(json)?;
         let mut named = image.clone();
         named.annotations.insert(REF_NAME.to_owned(), tag.to_owned());
         let mut entry = Some(serde_json::to_value(&named).map_err(json)?);

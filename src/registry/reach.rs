@@ -5,7 +5,8 @@
 //! `urls` of a layer. This process runs as root inside the host's network: a registry that sends it to
 //! `http://169.254.169.254/` or `http://localhost:2375/` would read and reach what only the host can.
 //!
-//! So such a request has a [`Reach`], which depends on the registry that it comes from. Three details decide whether that
+//! So such a request has a [`Reach`], which depends on the registry that it comes from, and on a list of the operator's for hosts
+//! on this machine that have names. Three details decide whether that
 //! holds:
 //!
 //! * The *resolved* addresses are examined, and the connection goes to exactly these: a name that resolves to
@@ -55,9 +56,10 @@ impl Reach {
         }
     }
 
-    /// The reach of a request to `url` that comes from the registry at `origin`.
-    pub(super) fn from(origin: &Uri, url: &Uri) -> Self {
-        if same_origin(origin, url) {
+    /// The reach of a request to `url` that comes from the registry at `origin`; `trusted` are hosts that the operator lists.
+    pub(super) fn from(origin: &Uri, url: &Uri, trusted: &[String]) -> Self {
+        let is_listed = |host: &str| trusted.iter().any(|listed| listed.eq_ignore_ascii_case(host));
+        if same_origin(origin, url) || url.host().is_some_and(is_listed) {
             Self::Named
         } else if origin.host().is_some_and(is_loopback) {
             Self::OfLoopback
@@ -79,7 +81,8 @@ impl Reach {
 
     /// Refuses a host that needs no resolver: a numeric one in any form, or `localhost`.
     pub(super) fn check_literal(self, host: &str) -> Result<(), OutOfReach> {
-        let literal = numeric(host).or_else(|| is_loopback(host).then_some(Ipv4Addr::LOCALHOST.into()));
+        let literal =
+            numeric(host).or_else(|| is_loopback(host).then_some(Ipv4Addr::LOCALHOST.into()));
         literal.map_or(Ok(()), |address| self.check(host, address))
     }
 }
@@ -95,7 +98,8 @@ impl fmt::Display for OutOfReach {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} is {}, to which an image or a registry elsewhere must not send this host",
+            "{} is {}, to which an image or a registry elsewhere must not send this host; list the name in \
+             turbobd.trustedHosts if it is yours",
             self.host, self.kind
         )
     }
@@ -243,30 +247,60 @@ mod tests {
     #[test]
     fn an_address_is_known_in_each_of_its_forms() {
         for this_host in [
-            "127.0.0.1", "127.9.9.9", "0.0.0.0", "0.1.2.3", "::1", "::", "::ffff:127.0.0.1", "::ffff:0.0.0.0",
-            "::127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b::127.0.0.1", "64:ff9b:1::127.0.0.1", "2002:7f00:1::",
+            "127.0.0.1",
+            "127.9.9.9",
+            "0.0.0.0",
+            "0.1.2.3",
+            "::1",
+            "::",
+            "::ffff:127.0.0.1",
+            "::ffff:0.0.0.0",
+            "::127.0.0.1",
+            "::ffff:0:127.0.0.1",
+            "64:ff9b::127.0.0.1",
+            "64:ff9b:1::127.0.0.1",
+            "2002:7f00:1::",
             "2001:0:4136:e378:8000:63bf:80ff:fffe",
         ] {
             assert_eq!(kind(this_host), Kind::ThisHost, "{this_host}");
         }
         for link in [
-            "169.254.169.254", "fe80::1", "febf::1", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe",
-            "2002:a9fe:a9fe::", "fd00:ec2::254", "100.100.100.200", "168.63.129.16",
+            "169.254.169.254",
+            "fe80::1",
+            "febf::1",
+            "::ffff:169.254.169.254",
+            "64:ff9b::a9fe:a9fe",
+            "2002:a9fe:a9fe::",
+            "fd00:ec2::254",
+            "100.100.100.200",
+            "168.63.129.16",
         ] {
             assert_eq!(kind(link), Kind::Link, "{link}");
         }
-        for other in ["10.0.0.1", "192.168.1.1", "8.8.8.8", "2001:db8::1", "fd00::1", "::ffff:10.0.0.1"] {
+        for other in
+            ["10.0.0.1", "192.168.1.1", "8.8.8.8", "2001:db8::1", "fd00::1", "::ffff:10.0.0.1"]
+        {
             assert_eq!(kind(other), Kind::Other, "{other}");
         }
     }
 
     #[test]
     fn a_number_is_read_as_the_resolver_reads_it() {
-        for host in ["127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0x7f.0x0.0.1", "127.0.0.1.", "127.0.1"] {
+        for host in [
+            "127.1",
+            "2130706433",
+            "0x7f000001",
+            "0177.0.0.1",
+            "0x7f.0x0.0.1",
+            "127.0.0.1.",
+            "127.0.1",
+        ] {
             assert_eq!(numeric(host), Some(Ipv4Addr::LOCALHOST.into()), "{host}");
         }
         assert_eq!(numeric("[::1]"), Some(Ipv6Addr::LOCALHOST.into()));
-        for name in ["a.example", "", ".", "1.2.3.4.5", "256.1", "1.2.3.256", "08.1", "0x", "-1", "127.+1"] {
+        for name in
+            ["a.example", "", ".", "1.2.3.4.5", "256.1", "1.2.3.256", "08.1", "0x", "-1", "127.+1"]
+        {
             assert_eq!(numeric(name), None, "{name}");
         }
     }
@@ -275,10 +309,12 @@ mod tests {
     fn what_a_registry_may_name_depends_on_where_it_is() {
         let uri = |text: &str| text.parse::<Uri>().unwrap();
         let far = uri("https://r.example/");
-        assert_eq!(Reach::from(&far, &uri("https://r.example/v2/x")), Reach::Named);
-        assert_eq!(Reach::from(&far, &uri("https://cdn.example/x")), Reach::OfRegistry);
+        assert_eq!(Reach::from(&far, &uri("https://r.example/v2/x"), &[]), Reach::Named);
+        assert_eq!(Reach::from(&far, &uri("https://cdn.example/x"), &[]), Reach::OfRegistry);
+        let listed = ["CDN.example".to_owned()];
+        assert_eq!(Reach::from(&far, &uri("https://cdn.example/x"), &listed), Reach::Named);
         let near = uri("http://127.0.0.1:5000/");
-        assert_eq!(Reach::from(&near, &uri("http://127.0.0.1:5001/x")), Reach::OfLoopback);
+        assert_eq!(Reach::from(&near, &uri("http://127.0.0.1:5001/x"), &[]), Reach::OfLoopback);
         for host in ["127.0.0.1", "localhost", "LOCALHOST", "[::ffff:7f00:1]", "0", "127.1"] {
             assert!(Reach::OfRegistry.check_literal(host).is_err(), "{host}");
             assert!(Reach::OfLoopback.check_literal(host).is_ok(), "{host}");

@@ -14,7 +14,6 @@ use super::auth::parse_challenges;
 use super::blob::RemoteBlob;
 use super::client::{Call, Landed, Place, authority, keep_tls, refusal};
 use super::error::RegistryError;
-use super::reach::Reach;
 use super::redirect::resolve;
 use super::retry::{Budget, RetryPolicy};
 use super::stream::BlobReader;
@@ -464,13 +463,14 @@ impl Upload<'_> {
 
     fn location(&self, landed: &Landed) -> Result<Uri, RegistryError> {
         let location = landed.reply.headers.get(LOCATION).and_then(|value| value.to_str().ok());
-        let next = location.and_then(|location| resolve(&landed.url, location)).ok_or_else(|| {
-            RegistryError::Protocol {
-                what: self.what.clone(),
-                host: landed.host().to_owned(),
-                rule: "it accepted an upload without a Location to send it to".to_owned(),
-            }
-        })?;
+        let next =
+            location.and_then(|location| resolve(&landed.url, location)).ok_or_else(|| {
+                RegistryError::Protocol {
+                    what: self.what.clone(),
+                    host: landed.host().to_owned(),
+                    rule: "it accepted an upload without a Location to send it to".to_owned(),
+                }
+            })?;
         keep_tls(&self.what, &landed.url, &next)?;
         Ok(next)
     }
@@ -522,7 +522,7 @@ impl Upload<'_> {
             source: source.into(),
         };
         let mut reader = open().map_err(unreadable)?;
-        let reach = Reach::from(&place.origin, &call.url);
+        let reach = place.reach(&call.url);
         let sent = place.services.transport.upload(request, reach, &mut *reader, self.length);
         sent.map_err(|error| place.services.broken(&self.what, authority(&call.url), &error))
     }

@@ -304,7 +304,8 @@ impl Way {
     }
 
     fn call(&self, range: &Range<u64>, url: Uri) -> Call {
-        let call = Call { verified: self.covered, ..Call::new(Method::GET, url, self.what.clone()) };
+        let call =
+            Call { verified: self.covered, ..Call::new(Method::GET, url, self.what.clone()) };
         let value = HeaderValue::try_from(format!("bytes={}-{}", range.start, range.end - 1));
         match value {
             Ok(value) if !self.whole(range) => call.header(RANGE, value),

@@ -38,11 +38,14 @@ pub fn folder(dir: &Path) -> io::Result<()> {
     let meta = fs::metadata(dir)?;
     match others_can_write(&meta) {
         None => Ok(()),
-        Some(why) => Err(refused(dir, &format!(
-            "{why}, so that its files can be replaced or be links: `chown {} {dir}; chmod go-w {dir}`, or choose another folder",
-            rustix::process::geteuid().as_raw(),
-            dir = dir.display()
-        ))),
+        Some(why) => Err(refused(
+            dir,
+            &format!(
+                "{why}, so that its files can be replaced or be links: `chown {} {dir}; chmod go-w {dir}`, or choose another folder",
+                rustix::process::geteuid().as_raw(),
+                dir = dir.display()
+            ),
+        )),
     }
 }
 
@@ -53,7 +56,8 @@ pub fn folder(dir: &Path) -> io::Result<()> {
 /// The system's; [`io::ErrorKind::PermissionDenied`], with a sentence, if it is another user's.
 pub fn open(path: &Path, options: &OpenOptions) -> io::Result<File> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let shared = fs::metadata(folder.unwrap_or(Path::new("."))).is_ok_and(|meta| others_can_write(&meta).is_some());
+    let shared = fs::metadata(folder.unwrap_or(Path::new(".")))
+        .is_ok_and(|meta| others_can_write(&meta).is_some());
     let mut options = options.clone();
     options.mode(FILE_MODE);
     if !shared {
@@ -71,7 +75,10 @@ pub fn open(path: &Path, options: &OpenOptions) -> io::Result<File> {
 }
 
 fn refused(path: &Path, why: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::PermissionDenied, format!("{} is not used: {why}", path.display()))
+    io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        format!("{} is not used: {why}", path.display()),
+    )
 }
 
 /// True for root and for this process.
@@ -85,7 +92,8 @@ fn others_can_write(meta: &Metadata) -> Option<String> {
     if !is_trusted(uid) {
         return Some(format!("it belongs to the user {uid}"));
     }
-    (mode & OTHERS_WRITE != 0).then(|| format!("others than its owner can write to it (its mode is {mode:o})"))
+    (mode & OTHERS_WRITE != 0)
+        .then(|| format!("others than its owner can write to it (its mode is {mode:o})"))
 }
 
 /// Refuses a path with a link that another user made.
@@ -107,7 +115,11 @@ fn examine_links(path: &Path) -> io::Result<()> {
             _ => continue,
         };
         if !is_trusted(meta.uid()) {
-            let why = format!("{} is a link that the user {} made: name the folder itself", at.display(), meta.uid());
+            let why = format!(
+                "{} is a link that the user {} made: name the folder itself",
+                at.display(),
+                meta.uid()
+            );
             return Err(refused(path, &why));
         }
         links += 1;
@@ -164,8 +176,14 @@ mod tests {
         folder(&link.join("below")).unwrap();
         if rustix::process::geteuid().is_root() {
             lchown(&link, Some(1234), None).unwrap();
-            for path in [link.clone(), link.join("below"), dir.path().join("target/../link/below")] {
-                assert!(folder(&path).unwrap_err().to_string().contains("a link that the user 1234 made"));
+            for path in [link.clone(), link.join("below"), dir.path().join("target/../link/below")]
+            {
+                assert!(
+                    folder(&path)
+                        .unwrap_err()
+                        .to_string()
+                        .contains("a link that the user 1234 made")
+                );
             }
         }
     }

@@ -32,7 +32,10 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 pub const NEEDED: [(CapabilitySet, &str); 5] = [
     (CapabilitySet::SYS_ADMIN, "control commands of ublk, loop devices, mounts of FUSE"),
     (CapabilitySet::SYS_RESOURCE, "PR_SET_IO_FLUSHER of threads that serve devices"),
-    (CapabilitySet::DAC_OVERRIDE, "layouts, layers and credentials in folders of other users, which root names"),
+    (
+        CapabilitySet::DAC_OVERRIDE,
+        "layouts, layers and credentials in folders of other users, which root names",
+    ),
     (CapabilitySet::IPC_LOCK, "rings and buffers of io_uring beyond RLIMIT_MEMLOCK"),
     (CapabilitySet::NET_BIND_SERVICE, "metrics at a port below 1024, if they are configured there"),
 ];
@@ -126,7 +129,8 @@ pub fn give_up() -> Vec<(&'static str, io::Error)> {
 /// Takes from the calling thread what a thread that works on open files alone does not need; threads that it starts inherit
 /// that. A kernel without seccomp is no error: the thread then has the rights of its process.
 pub fn become_clerk() {
-    let done = set_no_new_privs(true).map_err(io::Error::from).and_then(|()| install(DENIED_TO_CLERKS));
+    let done =
+        set_no_new_privs(true).map_err(io::Error::from).and_then(|()| install(DENIED_TO_CLERKS));
     if let Err(error) = done {
         CLERKS_REFUSED.get_or_init(|| error.to_string());
     }
@@ -141,7 +145,8 @@ pub fn clerks_refused() -> Option<&'static str> {
 static CLERKS_REFUSED: OnceLock<String> = OnceLock::new();
 
 fn drop_capabilities() -> io::Result<()> {
-    let needed = NEEDED.iter().fold(CapabilitySet::empty(), |all, (capability, _)| all | *capability);
+    let needed =
+        NEEDED.iter().fold(CapabilitySet::empty(), |all, (capability, _)| all | *capability);
     let mut sets = capabilities(None)?;
     // Known to this kernel or not: an unknown one is refused, and is in no set.
     for bit in (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number)) {

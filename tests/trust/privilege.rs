@@ -61,7 +61,11 @@ impl Host {
         let (name, mnt) = (self.images.name("latest"), self.dir.mnt());
         let args = ["attach", &name, "--frontend", "loop", "--mount", mnt.to_str().unwrap()];
         self.done(&[&args[..], more].concat());
-        let read = Command::new("find").arg(&mnt).args(["-type", "f", "-exec", "cat", "{}", "+"]).output().unwrap();
+        let read = Command::new("find")
+            .arg(&mnt)
+            .args(["-type", "f", "-exec", "cat", "{}", "+"])
+            .output()
+            .unwrap();
         assert!(read.status.success());
     }
 
@@ -113,7 +117,11 @@ fn the_daemon_keeps_the_rights_that_it_needs_and_no_more() {
     };
     let main = filters("turbobd");
     for name in ["audit", "metrics", "tier-encoded", "tier-decoded"] {
-        assert_eq!(filters(name).parse::<u32>().unwrap(), main.parse::<u32>().unwrap() + 1, "{name}");
+        assert_eq!(
+            filters(name).parse::<u32>().unwrap(),
+            main.parse::<u32>().unwrap() + 1,
+            "{name}"
+        );
     }
     host.detach();
 }
@@ -156,12 +164,23 @@ fn a_folder_that_others_can_change_is_not_used() {
     };
     chmod("run", 0o777);
     let name = host.images.name("latest");
-    for args in [&["attach", &name, "--frontend", "loop"][..], &["daemon"], &["attach", &name, "--foreground"]] {
+    for args in [
+        &["attach", &name, "--frontend", "loop"][..],
+        &["daemon"],
+        &["attach", &name, "--foreground"],
+    ] {
         let ended = end(&mut host.turbobd(args));
         assert_eq!(ended.code, Some(1), "{args:?}: {}", ended.stdout);
-        let told = format!("{}{}", ended.stderr, fs::read_to_string(host.dir.at("own/log/turbobd.log")).unwrap_or_default());
+        let told = format!(
+            "{}{}",
+            ended.stderr,
+            fs::read_to_string(host.dir.at("own/log/turbobd.log")).unwrap_or_default()
+        );
         assert!(told.contains("others than its owner can write to it"), "{args:?}: {told}");
-        assert!(fs::read_dir(host.dir.at("run")).unwrap().next().is_none(), "{args:?} made files there");
+        assert!(
+            fs::read_dir(host.dir.at("run")).unwrap().next().is_none(),
+            "{args:?} made files there"
+        );
     }
     chmod("run", 0o700);
     // A cache is missed, and a device is not.
@@ -270,7 +289,11 @@ fn a_password_on_the_command_line_is_warned_of() {
     let images = Images::converted();
     let ended = end(turbobd().args(["inspect", &images.name("turbo"), "-u", "me:secret"]));
     assert_eq!(ended.code, Some(0));
-    assert!(ended.stderr.contains("--password-stdin") && !ended.stderr.contains("secret"), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("--password-stdin") && !ended.stderr.contains("secret"),
+        "{}",
+        ended.stderr
+    );
     let ended = end(turbobd().args(["inspect", &images.name("turbo"), "-u", "me"]));
     assert_eq!(ended.stderr, "");
 }
@@ -294,7 +317,11 @@ fn each_command_that_takes_a_user_takes_the_password_from_standard_input() {
         };
         for command in subs {
             let text = help(&command);
-            assert_eq!(text.contains("--username"), text.contains("--password-stdin"), "{command:?}");
+            assert_eq!(
+                text.contains("--username"),
+                text.contains("--password-stdin"),
+                "{command:?}"
+            );
             with_user += u32::from(text.contains("--username"));
         }
     }

@@ -56,8 +56,10 @@ impl Deputy {
     /// Exports with the host's credentials for `b` and these keys of `turbobd` in the configuration.
     fn export(&self, name: &str, turbobd_keys: &Value, more: &[&str]) -> crate::image::Ended {
         let folder = tempfile::tempdir().unwrap();
-        let (credentials, service) = (folder.path().join("cred.json"), folder.path().join("service.json"));
-        let login = json!({"auths": {self.b.host(): {"username": "hostuser", "password": "hostword"}}});
+        let (credentials, service) =
+            (folder.path().join("cred.json"), folder.path().join("service.json"));
+        let login =
+            json!({"auths": {self.b.host(): {"username": "hostuser", "password": "hostword"}}});
         fs::write(&credentials, login.to_string()).unwrap();
         let base = include_str!("../machine/service.json");
         let mut config: Value = serde_json::from_str(base).unwrap();
@@ -92,7 +94,8 @@ fn an_image_of_a_registry_never_sends_the_host_to_a_folder() {
         is_refusal(&ended, &["export"], &["a folder of this host", "--origin"]);
     }
     deputy.is_right(&deputy.export(&name, &json!({}), &["--origin", &place]));
-    let link = format!("{place}/../{}", deputy.images.path().file_name().unwrap().to_str().unwrap());
+    let link =
+        format!("{place}/../{}", deputy.images.path().file_name().unwrap().to_str().unwrap());
     let ended = deputy.export(&deputy.naming(&link), &json!({}), &[]);
     is_refusal(&ended, &["export"], &["a folder of this host"]);
 }
@@ -106,7 +109,8 @@ fn an_image_sends_the_host_to_no_repository_that_its_operator_did_not_name() {
         let ended = deputy.export(&name, &keys, &[]);
         is_refusal(&ended, &["export"], &[&private, "turbobd.origins"]);
     }
-    let ended = deputy.export(&name, &json!({}), &["--origin", &format!("{}/other", deputy.b.host())]);
+    let ended =
+        deputy.export(&name, &json!({}), &["--origin", &format!("{}/other", deputy.b.host())]);
     is_refusal(&ended, &["export"], &[&private]);
     assert_eq!(deputy.b.log().len(), 0, "it was asked");
     deputy.is_right(&deputy.export(&name, &json!({}), &["--origin", &private]));
@@ -144,7 +148,11 @@ fn an_image_of_a_layout_is_followed_only_where_its_operator_lets_it_go() {
         let document = copy.descriptor(crate::image::OCI_MANIFEST, manifest.to_string().as_bytes());
         copy.tag("forged", &document);
         let name = copy.name("forged");
-        is_refusal(&deputy.export(&name, &json!({}), &[]), &["export"], &[&origin, "turbobd.origins"]);
+        is_refusal(
+            &deputy.export(&name, &json!({}), &[]),
+            &["export"],
+            &[&origin, "turbobd.origins"],
+        );
         assert_eq!(deputy.b.log().len(), 0, "it was asked");
         deputy.is_right(&deputy.export(&name, &json!({}), &["--origin", &origin]));
         deputy.b.clear_log();
@@ -207,27 +215,61 @@ fn a_registry_elsewhere_sends_the_host_neither_to_itself_nor_to_a_metadata_servi
         read(&repository, &digest, bytes.len()).unwrap_err()
     };
     for host in [
-        "127.0.0.1", "localhost", "LocalHost", "127.1", "2130706433", "0x7f.1", "0", "0.0.0.0", "[::1]", "[::]",
-        "[::ffff:127.0.0.1]", "[::ffff:0:7f00:1]", "[64:ff9b::7f00:1]", "[::7f00:1]",
+        "127.0.0.1",
+        "localhost",
+        "LocalHost",
+        "127.1",
+        "2130706433",
+        "0x7f.1",
+        "0",
+        "0.0.0.0",
+        "[::1]",
+        "[::]",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:0:7f00:1]",
+        "[64:ff9b::7f00:1]",
+        "[::7f00:1]",
     ] {
         let error = ask(format!("http://{host}:{port}{path}"));
-        assert!(error.contains("is this host itself") && error.contains("must not send"), "{error}");
+        assert!(
+            error.contains("is this host itself") && error.contains("must not send"),
+            "{error}"
+        );
         let error = ask(format!("https://{host}:{port}{path}"));
         assert!(error.contains("is this host itself"), "{error}");
     }
-    for host in ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "[fd00:ec2::254]", "2852039166"] {
+    for host in [
+        "169.254.169.254",
+        "[fe80::1]",
+        "[::ffff:169.254.169.254]",
+        "[fd00:ec2::254]",
+        "2852039166",
+    ] {
         let error = ask(format!("http://{host}/latest/meta-data/"));
         assert!(error.contains("metadata service"), "{error}");
     }
     assert_eq!(inside.log().len(), 0);
     // To another host it may: object stores are used so.
     registry.clear_faults();
-    registry.fault(
-        "GET",
-        Fault::Location(format!("http://cdn.invalid{path}")),
-        1,
-    );
+    registry.fault("GET", Fault::Location(format!("http://cdn.invalid{path}")), 1);
     assert_eq!(read(&repository, &digest, bytes.len()).unwrap(), bytes[..bytes.len() - 1]);
+}
+
+#[test]
+fn a_host_that_the_operator_trusts_may_be_this_one() {
+    let (registry, inside) = (Double::start(), Double::start());
+    let bytes = noise(3, 1000);
+    let digest = registry.add_blob(REPOSITORY, &bytes);
+    inside.add_blob(REPOSITORY, &bytes);
+    let there = format!("{}/v2/{REPOSITORY}/blobs/{digest}", inside.base_url());
+    registry.fault("GET", Fault::Location(there), 9);
+    let http = format!("http://{}", registry.host());
+    let proxies = Proxies::Explicit { http, https: String::new(), no: String::new() };
+    let trusted = vec!["127.0.0.1".to_owned()];
+    let client = Client::new(ClientOptions { plain: true, proxies, trusted, ..options() }).unwrap();
+    let repository = client.repository("registry.invalid:5000", REPOSITORY).unwrap();
+    assert_eq!(read(&repository, &digest, bytes.len()).unwrap(), bytes[..bytes.len() - 1]);
+    assert!(inside.log().iter().all(|seen| seen.authorization.is_none()));
 }
 
 #[test]
@@ -269,20 +311,32 @@ fn a_credential_is_shown_to_no_other_repository_of_its_registry() {
     assert!(read(&repository, &digest, bytes.len()).is_ok(), "the credential is right");
     let own = format!("GET /v2/{REPOSITORY}/");
     for path in [
-        "/v2/private/secret/blobs/", "/v2/team/app/../../private/secret/blobs/", "/x/../v2/private/secret/blobs/",
-        "/v2/team/app/%2e%2e/%2E%2E/private/secret/blobs/", "/v2/team/apps/blobs/", "/v2//private/secret/blobs/",
+        "/v2/private/secret/blobs/",
+        "/v2/team/app/../../private/secret/blobs/",
+        "/x/../v2/private/secret/blobs/",
+        "/v2/team/app/%2e%2e/%2E%2E/private/secret/blobs/",
+        "/v2/team/apps/blobs/",
+        "/v2//private/secret/blobs/",
     ] {
         registry.clear_log();
         registry.clear_faults();
-        registry.fault(&format!("{own}blobs/{digest}"), Fault::Location(format!("{path}{digest}")), 9);
+        registry.fault(
+            &format!("{own}blobs/{digest}"),
+            Fault::Location(format!("{path}{digest}")),
+            9,
+        );
         assert!(read(&repository, &digest, bytes.len()).is_err(), "{path}");
         let log = registry.log();
-        let others: Vec<_> = log.iter().filter(|seen| !seen.line.starts_with(&format!("{own}blobs/{digest}"))).collect();
+        let others: Vec<_> = log
+            .iter()
+            .filter(|seen| !seen.line.starts_with(&format!("{own}blobs/{digest}")))
+            .collect();
         assert!(!others.is_empty(), "{path}: {log:?}");
         assert!(others.iter().all(|seen| seen.authorization.is_none()), "{path}: {others:?}");
     }
     // Within the repository it stays.
-    let (short, blobs) = (format!("{own}blobs/{digest}"), format!("/v2/{REPOSITORY}/blobs/{digest}?there"));
+    let (short, blobs) =
+        (format!("{own}blobs/{digest}"), format!("/v2/{REPOSITORY}/blobs/{digest}?there"));
     registry.clear_faults();
     registry.fault(&short, Fault::Location(blobs), 1);
     assert!(read(&repository, &digest, bytes.len()).is_ok());
@@ -347,5 +401,9 @@ fn the_files_of_a_layout_are_opened_without_following_links() {
     done(&["export", &name, "--digest"]);
     // The folder itself is what the user named.
     symlink(images.path(), elsewhere.path().join("named")).unwrap();
-    done(&["export", &format!("oci:{}:turbo", elsewhere.path().join("named").display()), "--digest"]);
+    done(&[
+        "export",
+        &format!("oci:{}:turbo", elsewhere.path().join("named").display()),
+        "--digest",
+    ]);
 }

@@ -62,6 +62,8 @@ pub struct TurbobdConfig {
     /// `origins`: repositories, and folders above them, to which the images of this host may send it for their original
     /// layers.
     pub origins: Vec<String>,
+    /// `trustedHosts`: hosts to which any registry may send this one, whatever their address.
+    pub trusted_hosts: Vec<String>,
     /// `metaDir`: directory of meta images that were built here.
     pub meta_dir: PathBuf,
 }
@@ -101,6 +103,7 @@ impl TurbobdConfig {
             metrics_address: metrics_address(&mut section)?,
             traces: TracesConfig::take(&mut section)?,
             origins: origins(&mut section)?,
+            trusted_hosts: section.texts("trustedHosts")?,
             meta_dir: folder(section.path("metaDir")?, "/var/lib/turbobd/meta"),
         };
         section.end();

@@ -33,6 +33,7 @@ fn other_value(key: &str) -> (String, &'static str) {
         "serviceConfig.address" => r#""http://127.0.0.1:1""#,
         "turbobd.mirrors" => r#"{"r.example": ["https://m.example"]}"#,
         "turbobd.origins" => r#"["r.example/team"]"#,
+        "turbobd.trustedHosts" => r#"["r.example"]"#,
         "turbobd.authorities" => r#"["/a.pem"]"#,
         "turbobd.metricsAddress" => r#""::1""#,
         "turbobd.onError" => r#""wait""#,

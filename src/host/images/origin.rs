@@ -98,12 +98,26 @@ mod tests {
 
     #[test]
     fn an_entry_lists_itself_and_what_is_below_it() {
-        let list: Vec<String> = ["r.example/team", "oci:/srv/images", "whole.example"].map(Into::into).into();
+        let list: Vec<String> =
+            ["r.example/team", "oci:/srv/images", "whole.example"].map(Into::into).into();
         let listed = |name: &str| is_listed(&list, &name.parse().unwrap());
-        for name in ["r.example/team", "r.example/team/app", "whole.example/any/thing", "oci:/srv/images", "oci:/srv/images/a"] {
+        for name in [
+            "r.example/team",
+            "r.example/team/app",
+            "whole.example/any/thing",
+            "oci:/srv/images",
+            "oci:/srv/images/a",
+        ] {
             assert!(listed(name), "{name}");
         }
-        for name in ["r.example/teams", "r.example/other", "whole.example.evil/x", "oci:/srv/images2", "oci:/srv/images/../x", "oci:/etc"] {
+        for name in [
+            "r.example/teams",
+            "r.example/other",
+            "whole.example.evil/x",
+            "oci:/srv/images2",
+            "oci:/srv/images/../x",
+            "oci:/etc",
+        ] {
             assert!(!listed(name), "{name}");
         }
     }

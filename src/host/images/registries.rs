@@ -120,6 +120,7 @@ pub fn options_of(service: &ServiceConfig) -> ClientOptions {
         _ => options.credential_service = credential_service(&service.credential),
     }
     options.mirrors.clone_from(&service.turbobd.mirrors);
+    options.trusted.clone_from(&service.turbobd.trusted_hosts);
     options.p2p = service.p2p.enable.then(|| service.p2p.address.clone());
     // The device decides what happens to a read that is late; here each try of it ends.
     options.read_retry.deadline = service.turbobd.read_deadline;

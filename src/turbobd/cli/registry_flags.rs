@@ -96,7 +96,9 @@ fn password() -> Result<&'static str, Failure> {
     }
     let mut text = String::new();
     let read = std::io::stdin().lock().take(LONGEST_PASSWORD + 1).read_to_string(&mut text);
-    read.map_err(|error| Failure::Failed(format!("The password cannot be read from standard input: {error}")))?;
+    read.map_err(|error| {
+        Failure::Failed(format!("The password cannot be read from standard input: {error}"))
+    })?;
     if text.len() as u64 > LONGEST_PASSWORD {
         return Err(Failure::Failed(format!(
             "The password on standard input is longer than {LONGEST_PASSWORD} bytes"
