@@ -551,10 +551,12 @@ pub(super) fn keep_tls(what: &str, from: &Uri, to: &Uri) -> Result<(), RegistryE
     if from.scheme_str() != Some("https") || to.scheme_str() != Some("http") {
         return Ok(());
     }
-    Err(RegistryError::Protocol {
+    let (from, to) = (authority(from), authority(to));
+    Err(RegistryError::OutOfReach {
         what: what.to_owned(),
-        host: authority(from).to_owned(),
-        rule: format!("it redirects from TLS to plain HTTP at {}", authority(to)),
+        reason: format!(
+            "{from} redirects from TLS to plain HTTP at {to}, and no digest covers each byte that would come"
+        ),
     })
 }
 

@@ -49,12 +49,12 @@ pub enum RegistryError {
         /// Reason of the failure.
         reason: String,
     },
-    /// A redirect, a token service or an upload leads to an address of this host, or to a link-local one.
+    /// A redirect, a token service or an upload leads to an address of this host, to a link-local one, or away from TLS.
     #[error("{what} is not read: {reason}")]
     OutOfReach {
         /// The requested object and its place.
         what: String,
-        /// The host, and what it is.
+        /// The host, and the reason against it.
         reason: String,
     },
     /// The server's certificate does not lead to a trusted authority.

@@ -156,10 +156,12 @@ fn inner(address: Ipv6Addr) -> Option<Ipv4Addr> {
         Ipv4Addr::new(a, b, c, d)
     };
     match address.segments() {
-        // Mapped (RFC 4291 2.5.5.2), compatible (2.5.5.1), and translated (RFC 2765 2.1).
-        [0, 0, 0, 0, 0, 0xffff | 0, ..] | [0, 0, 0, 0, 0xffff, 0, ..] => Some(at(12)),
-        // NAT64: the well-known prefix (RFC 6052 2.1), and the one for local use (RFC 8215).
-        [0x64, 0xff9b, 0, 0, 0, 0, ..] | [0x64, 0xff9b, 1, ..] => Some(at(12)),
+        // Mapped (RFC 4291 2.5.5.2), compatible (2.5.5.1), and translated (RFC 2765 2.1); NAT64 with the well-known prefix
+        // (RFC 6052 2.1), and with the one for local use (RFC 8215).
+        [0, 0, 0, 0, 0, 0xffff | 0, ..]
+        | [0, 0, 0, 0, 0xffff, 0, ..]
+        | [0x64, 0xff9b, 0, 0, 0, 0, ..]
+        | [0x64, 0xff9b, 1, ..] => Some(at(12)),
         // 6to4 (RFC 3056).
         [0x2002, ..] => Some(at(2)),
         // Teredo (RFC 4380 4): the client's address, inverted.

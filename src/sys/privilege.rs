@@ -154,8 +154,8 @@ fn drop_capabilities() -> io::Result<()> {
             let _ = remove_capability_from_bounding_set(bit);
         }
     }
-    sets.permitted = sets.permitted & needed;
-    sets.effective = sets.effective & needed;
+    sets.permitted &= needed;
+    sets.effective &= needed;
     sets.inheritable = CapabilitySet::empty();
     Ok(set_capabilities(None, sets)?)
 }

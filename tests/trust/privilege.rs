@@ -233,12 +233,13 @@ fn programs_and_nodes_of_an_image_have_no_rights_unless_they_are_asked_for() {
     let _alone = alone();
     let host = Host::new();
     let mnt = fs::canonicalize(host.dir.mnt()).unwrap();
-    for (more, options) in [
-        (&[][..], ["nosuid", "nodev"].as_slice()),
+    let cases: [(&[&str], &[&str]); 4] = [
+        (&[], &["nosuid", "nodev"]),
         (&["--suid"], &["nodev"]),
         (&["--dev"], &["nosuid"]),
         (&["--suid", "--dev"], &[]),
-    ] {
+    ];
+    for (more, options) in cases {
         host.attach(more);
         let has = mount_options(&mnt);
         for option in ["nosuid", "nodev"] {

@@ -68,7 +68,7 @@ impl Deputy {
             config["turbobd"][key] = value.clone();
         }
         fs::write(&service, config.to_string()).unwrap();
-        let args = [&["export", name, "--digest"], more].concat();
+        let args = [&["export", name, "--digest"][..], more].concat();
         end(turbobd().env("TURBOBD_SERVICE_CONFIG", service).args(args))
     }
 
