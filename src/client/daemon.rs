@@ -51,6 +51,7 @@ impl Client {
                 return Err(ClientError::Socket { what: "connect to", socket: path, source });
             }
         };
+        trust(&stream).map_err(step("trust the daemon at", &path))?;
         let mut connection = Connection::new(stream, path.clone());
         // An ending daemon closes without an answer: it counts as none.
         if connection.send(&Request::Version).is_err() {
@@ -271,6 +272,16 @@ impl Client {
             other => Err(self.unexpected(&other)),
         }
     }
+}
+
+/// Refuses a daemon of another user: it would be told credentials, and its devices would be mounted.
+fn trust(stream: &UnixStream) -> io::Result<()> {
+    let uid = rustix::net::sockopt::socket_peercred(stream)?.uid;
+    if uid.is_root() || uid == rustix::process::geteuid() {
+        return Ok(());
+    }
+    let why = format!("its server runs as the user {}", uid.as_raw());
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
 }
 
 /// Starts a daemon and returns when it accepts connections.

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -218,6 +219,26 @@ fn a_log_is_written_through_no_link_in_a_folder_that_others_can_write() {
     let rotation = host::config::log_file::Rotation { size: 1 << 20, keep: 1 };
     assert!(host::config::log_file::LogFile::open(&log, rotation).is_err());
     assert_eq!(fs::read_to_string(&victim).unwrap(), "old");
+}
+
+#[test]
+fn a_client_tells_nothing_to_a_daemon_of_another_user() {
+    need_root();
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let path = dir.path().join("turbobd.sock");
+    let bound = std::thread::spawn(move || {
+        let nobody = rustix::process::Uid::from_raw(65534);
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        UnixListener::bind(path).unwrap()
+    });
+    let listener = bound.join().unwrap();
+    let error = Client::connect(dir.path()).err().unwrap();
+    let told = source::failure::with_causes(&error);
+    assert!(told.contains("its server runs as the user 65534"), "{told}");
+    let mut sent = Vec::new();
+    listener.accept().unwrap().0.read_to_end(&mut sent).unwrap();
+    assert_eq!(sent, b"");
 }
 
 /// Options of the mount at `dir`.
