@@ -70,7 +70,8 @@ impl Args {
         };
         let origin = self.origin.as_ref().map(|origin| {
             let place: RepositoryName = origin.parse().map_err(Failure::usage)?;
-            Ok(place.absolute().map_err(Failure::because)?.to_string())
+            let place = place.absolute().map_err(Failure::because)?;
+            Ok::<_, Failure>(place.to_string())
         });
         let meta_dir = self.meta_dir.as_ref().map(std::path::absolute).transpose();
         Ok(ImageSpec {
