@@ -81,7 +81,6 @@ pub(super) struct Route {
     tcp: HttpConnector<Resolver>,
     /// To proxies, which the operator named.
     to_proxy: HttpConnector<Resolver>,
-    reach: Reach,
     proxies: Arc<Matcher>,
 }
 
@@ -99,7 +98,6 @@ impl Route {
         Self {
             tcp: connector(reach, connect),
             to_proxy: connector(Reach::Named, connect),
-            reach,
             proxies: Arc::new(proxies.matcher()),
         }
     }
@@ -129,13 +127,8 @@ impl Service<Uri> for Route {
     fn call(&mut self, uri: Uri) -> Self::Future {
         let intercept =
             if uri.host().is_some_and(is_loopback) { None } else { self.proxies.intercept(&uri) };
-        // A numeric host never comes to the resolver.
-        let refused = uri.host().and_then(|host| self.reach.check_literal(host).err());
         let (mut tcp, mut to_proxy) = (self.tcp.clone(), self.to_proxy.clone());
         Box::pin(async move {
-            if let Some(refused) = refused {
-                return Err(refused.into());
-            }
             let Some(proxy) = intercept else {
                 let stream = tcp.call(uri).await?;
                 return Ok(Link { stream, proxied: false });

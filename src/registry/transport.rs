@@ -325,6 +325,10 @@ impl Transport {
         gauge: Option<Arc<Gauge>>,
         deadline: Option<Instant>,
     ) -> Result<Answer, TransportError> {
+        // A numeric host never comes to the resolver, nor does any that a proxy connects to.
+        if let Some(host) = request.uri().host() {
+            reach.check_literal(host).map_err(TransportError::OutOfReach)?;
+        }
         if let Some(value) = self.route.proxy_authorization(request.uri()) {
             request.headers_mut().insert(PROXY_AUTHORIZATION, value);
         }
