@@ -34,17 +34,17 @@ const CONNECTIONS: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A request. Its body is not read.
-pub type Asked = Request<Incoming>;
+pub type PageRequest = Request<Incoming>;
 
 /// An answer.
-pub type Reply = Response<Full<Bytes>>;
+pub type PageReply = Response<Full<Bytes>>;
 
 /// Answers a request. The endpoint's only thread calls it: while it works, other clients wait.
-pub type Answer = Arc<dyn Fn(&Asked) -> Reply + Send + Sync>;
+pub type PageHandler = Arc<dyn Fn(&PageRequest) -> PageReply + Send + Sync>;
 
 /// A text of the type `kind`.
 #[must_use]
-pub fn reply(status: StatusCode, text: String, kind: &'static str) -> Reply {
+pub fn reply(status: StatusCode, text: String, kind: &'static str) -> PageReply {
     let mut response = Response::new(Full::new(Bytes::from(text)));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
@@ -113,7 +113,7 @@ impl Endpoint {
         name: &'static str,
         listen: &Listen,
         before: fn(),
-        answer: Answer,
+        answer: PageHandler,
     ) -> io::Result<Self> {
         let (stop, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -181,7 +181,7 @@ impl Drop for Endpoint {
     }
 }
 
-async fn accept(name: &'static str, listener: Listener, answer: Answer) {
+async fn accept(name: &'static str, listener: Listener, answer: PageHandler) {
     let free = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(permit) = free.clone().acquire_owned().await else { return };
@@ -227,7 +227,8 @@ mod tests {
     }
 
     fn started(path: &Path) -> io::Result<Endpoint> {
-        let answer: Answer = Arc::new(|_| reply(StatusCode::OK, "here".to_owned(), "text/plain"));
+        let answer: PageHandler =
+            Arc::new(|_| reply(StatusCode::OK, "here".to_owned(), "text/plain"));
         Endpoint::start("tests", &Listen::Unix(path.to_owned()), || {}, answer)
     }
 

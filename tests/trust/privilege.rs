@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use client::Client;
+use client::DaemonClient;
 use serde_json::json;
 
 use crate::block::alone;
@@ -75,7 +75,7 @@ impl Host {
     }
 
     fn pid(&self) -> u32 {
-        Client::connect(&self.dir.at("run")).unwrap().unwrap().pid()
+        DaemonClient::connect(&self.dir.at("run")).unwrap().unwrap().pid()
     }
 }
 
@@ -233,7 +233,7 @@ fn a_client_tells_nothing_to_a_daemon_of_another_user() {
         UnixListener::bind(path).unwrap()
     });
     let listener = bound.join().unwrap();
-    let error = Client::connect(dir.path()).err().unwrap();
+    let error = DaemonClient::connect(dir.path()).err().unwrap();
     let told = source::failure::with_causes(&error);
     assert!(told.contains("its server runs as the user 65534"), "{told}");
     let mut sent = Vec::new();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use formats::oci::Digest;
 use registry::{
-    Client, ClientOptions, Credential, Proxies, RegistryError, Repository, RetryPolicy,
+    ClientOptions, Credential, Proxies, RegistryClient, RegistryError, Repository, RetryPolicy,
 };
 use serde_json::{Value, json};
 use source::ByteSource as _;
@@ -188,7 +188,7 @@ fn options() -> ClientOptions {
 fn elsewhere(double: &Double) -> Repository {
     let http = format!("http://{}", double.host());
     let proxies = Proxies::Explicit { http, https: String::new(), no: String::new() };
-    let client = Client::new(ClientOptions { plain: true, proxies, ..options() }).unwrap();
+    let client = RegistryClient::new(ClientOptions { plain: true, proxies, ..options() }).unwrap();
     client.repository("registry.invalid:5000", REPOSITORY).unwrap()
 }
 
@@ -266,7 +266,8 @@ fn a_host_that_the_operator_trusts_may_be_this_one() {
     let http = format!("http://{}", registry.host());
     let proxies = Proxies::Explicit { http, https: String::new(), no: String::new() };
     let trusted = vec!["127.0.0.1".to_owned()];
-    let client = Client::new(ClientOptions { plain: true, proxies, trusted, ..options() }).unwrap();
+    let client =
+        RegistryClient::new(ClientOptions { plain: true, proxies, trusted, ..options() }).unwrap();
     let repository = client.repository("registry.invalid:5000", REPOSITORY).unwrap();
     assert_eq!(read(&repository, &digest, bytes.len()).unwrap(), bytes[..bytes.len() - 1]);
     assert!(inside.log().iter().all(|seen| seen.authorization.is_none()));
@@ -277,7 +278,7 @@ fn a_registry_on_this_machine_sends_the_host_to_no_metadata_service() {
     let registry = Double::start();
     let digest = registry.add_blob(REPOSITORY, b"bytes");
     registry.fault("GET", Fault::Location("http://169.254.169.254/".into()), 9);
-    let client = Client::new(options()).unwrap();
+    let client = RegistryClient::new(options()).unwrap();
     let repository = client.repository(&registry.host(), REPOSITORY).unwrap();
     let error = read(&repository, &digest, 5).unwrap_err();
     assert!(error.contains("metadata service"), "{error}");
@@ -306,7 +307,7 @@ fn a_credential_is_shown_to_no_other_repository_of_its_registry() {
     registry.add_blob("private/secret", &bytes);
     registry.set_access(Access::Basic("me:secret".into()));
     let credential = Some(Credential::from_user_password("me:secret"));
-    let client = Client::new(ClientOptions { credential, ..options() }).unwrap();
+    let client = RegistryClient::new(ClientOptions { credential, ..options() }).unwrap();
     let repository = client.repository(&registry.host(), REPOSITORY).unwrap();
     assert!(read(&repository, &digest, bytes.len()).is_ok(), "the credential is right");
     let own = format!("GET /v2/{REPOSITORY}/");

@@ -16,7 +16,7 @@ use hyper::StatusCode;
 use percent_encoding::percent_decode_str;
 
 use super::HostError;
-use crate::endpoint::{Asked, Endpoint, Listen, Reply, reply};
+use crate::endpoint::{Endpoint, Listen, PageReply, PageRequest, reply};
 use source::failure::with_causes;
 
 /// Takes a snapshot of the device with this name, with the configuration at the path.
@@ -24,11 +24,11 @@ pub(super) type TakeSnapshot = Arc<dyn Fn(&str, &Path) -> Result<(), HostError> 
 
 /// Listens there.
 pub(super) fn serve(listen: &Listen, take: TakeSnapshot) -> io::Result<Endpoint> {
-    let answer = Arc::new(move |request: &Asked| answer(request, &*take));
+    let answer = Arc::new(move |request: &PageRequest| answer(request, &*take));
     Endpoint::start("snapshots", listen, || {}, answer)
 }
 
-fn answer(request: &Asked, take: &dyn Fn(&str, &Path) -> Result<(), HostError>) -> Reply {
+fn answer(request: &PageRequest, take: &dyn Fn(&str, &Path) -> Result<(), HostError>) -> PageReply {
     let (status, message) = outcome(request.uri().path(), request.uri().query(), take);
     let success = status == StatusCode::OK;
     let text = serde_json::json!({ "success": success, "message": message }).to_string();

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use client::{ImageSpec, RegistrySpec};
 use formats::oci::RepositoryName;
-use registry::Client;
+use registry::RegistryClient;
 use registry::store::{self, ImageStore};
 use thiserror::Error;
 
@@ -52,7 +52,7 @@ pub(super) fn follow(
     origin: &str,
     spec: &ImageSpec,
     own: (&RepositoryName, &Arc<dyn ImageStore>),
-    (registries, client): (&Registries, &Client),
+    (registries, client): (&Registries, &RegistryClient),
 ) -> Result<Arc<dyn ImageStore>, OpenError> {
     let place: RepositoryName = origin.parse()?;
     let (own_place, own_store) = own;
