@@ -329,8 +329,10 @@ impl Tier {
         opening::read_directory(&shared).map_err(io("read"))?;
         let own = shared.clone();
         let name = format!("tier-{}", kind.name());
-        let writer =
-            std::thread::Builder::new().name(name).spawn(move || writer::run(own, receiver));
+        let writer = std::thread::Builder::new().name(name).spawn(move || {
+            sys::privilege::become_clerk();
+            writer::run(own, receiver);
+        });
         let writer = Mutex::new(Some(writer.map_err(io("start the writer of"))?));
         Ok(Self { shared, writer, _lock: lock })
     }

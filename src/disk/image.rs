@@ -410,7 +410,7 @@ fn open_target(
             let annotated = if is_gzip { "gzip" } else { "tar" };
             return Err(OpenLayerError::OtherEncoding { encoding: encoding.name(), annotated });
         }
-        let blob = targets.blob_source(target, Some(index.scanned().compressed_len.get()))?;
+        let blob = targets.covered_source(target, index.scanned().compressed_len.get())?;
         let info = TargetInfo::segmented(target, &index);
         return Ok((Arc::new(SegmentedLayer::new(&target.to_string(), index, blob)?), info));
     }
@@ -423,7 +423,11 @@ fn open_target(
     if let Some(layer) = index.layer.filter(|layer| layer != target) {
         return Err(other(layer));
     }
-    let blob = targets.blob_source(target, Some(index.compressed_len.get()))?;
+    let len = index.compressed_len.get();
+    let blob = match index.sha256 {
+        Some(_) => targets.covered_source(target, len)?,
+        None => targets.blob_source(target, Some(len))?,
+    };
     let info = TargetInfo::indexed(target, &index);
     Ok((Arc::new(IndexedLayer::new(&target.to_string(), index, blob)?), info))
 }

@@ -5,6 +5,7 @@
 //! already is shared, its traces are replayed, and its layers are fetched in the background.
 //!
 //! * [`open`]          from an [`ImageSpec`](client::ImageSpec) to an opened image
+//! * [`origin`]        the place of the original layers, where the image names another than its own
 //! * [`registries`]    clients that devices with the same way to a registry share
 //! * `live`            the images that devices have open
 //! * [`comparing`]     found meta images and their layers, in the background
@@ -15,6 +16,7 @@ pub mod comparing;
 mod config_snapshots;
 mod live;
 pub mod open;
+pub mod origin;
 pub mod registries;
 pub mod tiers;
 use std::sync::{Arc, OnceLock};
@@ -75,6 +77,15 @@ impl HostImages {
     #[must_use]
     pub fn new(config: Arc<ServiceConfig>) -> Self {
         let TracesConfig { enable, dir, .. } = config.turbobd.traces.clone();
+        // A trace that another user wrote decides what is fetched; a link there, what is overwritten.
+        let usable = || match dir.exists().then(|| sys::private::folder(&dir)) {
+            Some(Err(error)) => {
+                tracing::warn!(%error, "Starts are not recorded");
+                false
+            }
+            _ => true,
+        };
+        let enable = enable && usable();
         let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
         Self {
             cache: OnceLock::new(),

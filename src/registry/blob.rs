@@ -129,10 +129,11 @@ impl RemoteBlob {
         mirrors: &[Arc<RepositoryPlace>],
         digest: &Digest,
         size: u64,
+        covered: bool,
     ) -> Result<Self, RegistryError> {
         let name = place.describe(&digest.to_string());
         // The reader's error names the blob; the errors below need not repeat it.
-        let blob = BlobAddress::new(place, mirrors, digest, size, "this blob")?;
+        let blob = BlobAddress::new(place, mirrors, digest, size, covered, "this blob")?;
         let (stats, deliveries) = Default::default();
         Ok(Self { blob, digest: *digest, name, stats, deliveries })
     }

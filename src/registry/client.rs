@@ -22,6 +22,7 @@ use super::credentials::{Credential, CredentialStore};
 use super::error::RegistryError;
 use super::host::{Host, Network};
 use super::proxy::{Proxies, is_loopback};
+use super::reach::Reach;
 use super::redirect::{MAX_HOPS, resolve, same_origin};
 use super::repository::Repository;
 use super::retry::{RetryPolicy, parse_retry_after};
@@ -65,6 +66,8 @@ pub struct ClientOptions {
     pub mirrors: BTreeMap<String, Vec<String>>,
     /// A peer-to-peer proxy for blobs: the actual URL is appended to this one.
     pub p2p: Option<String>,
+    /// Hosts to which any registry may send this client, at whatever address: those of the operator.
+    pub trusted: Vec<String>,
     /// State shared with other clients of this process.
     pub network: Arc<Network>,
 }
@@ -87,6 +90,7 @@ impl Default for ClientOptions {
             credential_service: None,
             mirrors: BTreeMap::new(),
             p2p: None,
+            trusted: Vec::new(),
             network: Arc::default(),
         }
     }
@@ -112,6 +116,7 @@ pub(super) struct Services {
     plain_loopback: bool,
     pub(super) network: Arc<Network>,
     mirrors: BTreeMap<String, Vec<String>>,
+    pub(super) trusted: Vec<String>,
     pub(super) p2p: Option<P2p>,
     /// Number of this client in this process: it stands for the secrets, which an [`Origin`] does not hold.
     number: u64,
@@ -217,6 +222,7 @@ impl Services {
                 .unwrap_or(options.authorities.is_empty() && options.certificate.is_none()),
             p2p: options.p2p.as_deref().map(|address| P2p::new(address, network)).transpose()?,
             mirrors: options.mirrors.clone(),
+            trusted: options.trusted.clone(),
             network: network.clone(),
             number: NEXT_CLIENT.fetch_add(1, Ordering::Relaxed),
             trust: trust(options),
@@ -229,6 +235,9 @@ impl Services {
         match error {
             TransportError::Untrusted(reason) => {
                 RegistryError::Untrusted { host, reason: reason.clone() }
+            }
+            TransportError::OutOfReach(reason) => {
+                RegistryError::OutOfReach { what, reason: reason.to_string() }
             }
             TransportError::TooLarge(limit) => RegistryError::TooLarge { what, limit: *limit },
             TransportError::Reader(source) => {
@@ -382,6 +391,29 @@ impl RepositoryPlace {
         }
     }
 
+    /// How far a request to `url` may go.
+    pub(super) fn reach(&self, url: &Uri) -> Reach {
+        Reach::from(&self.origin, url, &self.services.trusted)
+    }
+
+    /// True if `Authorization` may be sent to `url`: it is at this registry, and not in another repository of it. A
+    /// registry keeps its bytes where it likes; but a credential for one repository is never shown to another because an
+    /// answer said so.
+    pub(super) fn is_home(&self, url: &Uri) -> bool {
+        if !same_origin(url, &self.origin) {
+            return false;
+        }
+        let path = url.path();
+        let base = self.base.splitn(4, '/').nth(3).unwrap_or_default();
+        match path.strip_prefix('/').and_then(|path| path.strip_prefix(base)?.strip_prefix('/')) {
+            Some(inside) => {
+                let own = inside.strip_prefix(&self.name).is_some_and(|rest| rest.starts_with('/'));
+                own && !is_winding(path)
+            }
+            None => !is_winding(path),
+        }
+    }
+
     /// Sends `call`, authenticates when asked to, and follows redirects. Any other answer is
     /// returned unchanged.
     pub(super) fn exchange(
@@ -403,7 +435,7 @@ impl RepositoryPlace {
         let scope = self.scope(call.actions);
         let mut url = call.url.clone();
         // After a redirect has left the registry, no later redirect restores `Authorization`.
-        let mut at_home = same_origin(&url, &self.origin);
+        let mut at_home = self.is_home(&url);
         let (mut renewed, mut hops) = (false, 0);
         loop {
             let tokens = &self.services.tokens;
@@ -413,7 +445,8 @@ impl RepositoryPlace {
                 None
             };
             let request = self.request(call, &url, header.as_ref())?;
-            let sent = self.services.transport.send_async(request, deadline).await;
+            let reach = self.reach(&url);
+            let sent = self.services.transport.send_async(request, reach, deadline).await;
             let reply =
                 sent.map_err(|error| self.services.broken(&call.what, authority(&url), &error))?;
             if at_home && !renewed && matches!(reply.status.as_u16(), 401 | 403) {
@@ -434,7 +467,7 @@ impl RepositoryPlace {
                 hops += 1;
                 let next = self.next_hop(call, &url, &reply, hops)?;
                 reply.body.discard_async().await;
-                at_home = at_home && same_origin(&next, &url);
+                at_home = at_home && self.is_home(&next);
                 url = next;
                 continue;
             }
@@ -482,13 +515,9 @@ impl RepositoryPlace {
         let location = reply.headers.get(LOCATION).and_then(|value| value.to_str().ok());
         let next = location.and_then(|location| resolve(url, location));
         let next = next.ok_or_else(|| protocol("its redirect is not an HTTP URL".to_owned()))?;
-        // Blobs are checked by digest, whatever their source; names and manifests by tag are not.
-        let downgrade = url.scheme_str() == Some("https") && next.scheme_str() == Some("http");
-        if downgrade && !call.verified {
-            return Err(protocol(format!(
-                "it redirects from TLS to plain HTTP at {}",
-                authority(&next)
-            )));
+        // What is checked by digest may come from anywhere; names, lengths and bytes without a checksum may not.
+        if !call.verified {
+            keep_tls(&call.what, url, &next)?;
         }
         Ok(next)
     }
@@ -543,6 +572,30 @@ impl Landed {
 
 pub(super) fn authority(url: &Uri) -> &str {
     url.authority().map_or("", |authority| authority.as_str())
+}
+
+/// True if a server may take the path for another one: it has empty parts, or `..`, or letters in their encoded form.
+fn is_winding(path: &str) -> bool {
+    let lower = path.to_ascii_lowercase();
+    let coded = ["%2e", "%2f", "%5c"].iter().any(|code| lower.contains(code));
+    coded
+        || lower.contains("//")
+        || lower.contains('\\')
+        || lower.split('/').any(|part| part == ".." || part == ".")
+}
+
+/// Refuses to leave TLS for plain HTTP.
+pub(super) fn keep_tls(what: &str, from: &Uri, to: &Uri) -> Result<(), RegistryError> {
+    if from.scheme_str() != Some("https") || to.scheme_str() != Some("http") {
+        return Ok(());
+    }
+    let (from, to) = (authority(from), authority(to));
+    Err(RegistryError::OutOfReach {
+        what: what.to_owned(),
+        reason: format!(
+            "{from} redirects from TLS to plain HTTP at {to}, and no digest covers each byte that would come"
+        ),
+    })
 }
 
 fn is_redirect(reply: &HttpReply) -> bool {

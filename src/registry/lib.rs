@@ -37,6 +37,7 @@
 //! * [`client`]      [`RegistryClient`] and its options; one authorised exchange with retries
 //! * [`repository`]  [`Repository`]: manifests and uploads
 //! * [`blob`]        [`RemoteBlob`]: range reads of one blob, a [`ByteSource`](source::ByteSource)
+//! * [`reach`]       addresses that a registry or an image may send this host to
 //! * `way`           one source of a blob: the registry, a mirror, a peer; `race` one read of it
 //! * [`stream`]      [`BlobReader`]: one blob from front to end, resumed after a broken connection
 //! * [`auth`]        challenges and tokens
@@ -70,6 +71,7 @@ mod payload;
 pub mod proxy;
 mod race;
 pub mod rate;
+pub mod reach;
 pub mod redirect;
 pub mod repository;
 pub mod retry;

@@ -279,9 +279,28 @@ impl FileSource {
             source: Arc::new(source),
         };
         let file = File::open(path).map_err(io)?;
-        let meta = file.metadata().map_err(io)?;
-        let (origin, len) = (file_state(path, &meta), meta.len());
-        Ok(Self { name, origin, file, len })
+        Self::new(path, name.clone(), file)
+    }
+
+    /// Takes an open file, its path (it is part of the origin), a name for messages, and its present length as final.
+    ///
+    /// # Errors
+    /// [`SourceError::Io`] if its length cannot be had.
+    pub fn new(path: &Path, name: String, file: File) -> Result<Self, SourceError> {
+        match file.metadata() {
+            Ok(meta) => Ok(Self { origin: file_state(path, &meta), len: meta.len(), name, file }),
+            Err(source) => {
+                Err(SourceError::Io { name, offset: 0, len: 0, source: Arc::new(source) })
+            }
+        }
+    }
+}
+
+impl FileSource {
+    /// The file, for a reader from front to end.
+    #[must_use]
+    pub fn into_file(self) -> File {
+        self.file
     }
 }
 

@@ -1,5 +1,11 @@
-//! What an image, a meta image, a registry and a user of the host can never do: each file is named after a sentence of
-//! the threat model.
+//! What no image, registry or user can do: each sentence of `SECURITY.md` names a test of this folder.
+//!
+//! * [`identity`]  chunks are shared by what proves them
+//! * [`pinned`]    an image named by digest shows its layers
+//! * [`reach`]     an image reaches only its own repository
+//! * [`privilege`] the daemon has the rights that it needs, and no more
 
 mod identity;
 mod pinned;
+mod privilege;
+mod reach;

@@ -61,6 +61,11 @@ pub struct TurbobdConfig {
     pub metrics_address: IpAddr,
     /// `traces`.
     pub traces: TracesConfig,
+    /// `origins`: repositories, and folders above them, to which the images of this host may send it for their original
+    /// layers.
+    pub origins: Vec<String>,
+    /// `trustedHosts`: hosts to which any registry may send this one, whatever their address.
+    pub trusted_hosts: Vec<String>,
     /// `metaDir`: directory of meta images that were built here.
     pub meta_dir: PathBuf,
     /// `metaTrust`: which meta images are used.
@@ -105,6 +110,8 @@ impl TurbobdConfig {
             on_error: OnError::take(&mut section)?,
             metrics_address: metrics_address(&mut section)?,
             traces: TracesConfig::take(&mut section)?,
+            origins: origins(&mut section)?,
+            trusted_hosts: section.texts("trustedHosts")?,
             meta_dir: folder(section.path("metaDir")?, "/var/lib/turbobd/meta"),
             meta_trust: meta_trust(&mut section)?,
             meta_keys: section.texts("metaKeys")?.into_iter().map(PathBuf::from).collect(),
@@ -112,6 +119,22 @@ impl TurbobdConfig {
         };
         section.end();
         Ok(config)
+    }
+}
+
+/// Repositories, folders of them, hosts, and absolute folders of this host after `oci:`.
+fn origins(section: &mut Object<'_>) -> Taken<Vec<String>> {
+    let origins = section.texts("origins")?;
+    let is_wrong = |entry: &&String| match entry.strip_prefix("oci:") {
+        Some(folder) => !folder.starts_with('/'),
+        None => entry.is_empty() || entry.contains("://") || entry.starts_with('/'),
+    };
+    match origins.iter().find(is_wrong) {
+        Some(wrong) => Err(section.error(
+            "origins",
+            format!("{wrong:?} is neither HOST, HOST/REPOSITORY nor oci:/ABSOLUTE/FOLDER"),
+        )),
+        None => Ok(origins),
     }
 }
 

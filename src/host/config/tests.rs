@@ -34,6 +34,8 @@ fn other_value(key: &str) -> (String, &'static str) {
         "turbobd.mirrors" => r#"{"r.example": ["https://m.example"]}"#,
         "turbobd.authorities" | "turbobd.metaKeys" => r#"["/a.pem"]"#,
         "turbobd.metaTrust" => r#""signed""#,
+        "turbobd.origins" => r#"["r.example/team"]"#,
+        "turbobd.trustedHosts" => r#"["r.example"]"#,
         "turbobd.metricsAddress" => r#""::1""#,
         "turbobd.onError" => r#""wait""#,
         "turbobd.hedge.enable"

@@ -134,7 +134,10 @@ impl Audit {
     pub fn begin(file: LogFile) -> io::Result<Arc<Self>> {
         let (audit, receiver) = Self::with_queue(QUEUE);
         let counters = audit.counters.clone();
-        let body = move || write(&receiver, &file, &counters);
+        let body = move || {
+            sys::privilege::become_clerk();
+            write(&receiver, &file, &counters);
+        };
         thread::Builder::new().name("audit".into()).spawn(body)?;
         Ok(Arc::new(audit))
     }

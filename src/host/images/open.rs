@@ -28,6 +28,7 @@ use thiserror::Error;
 
 use super::comparing::Unproved;
 use super::live::{FoundImage, LiveImages, LiveName};
+use super::origin::{self, OriginError};
 use super::registries::Registries;
 
 /// Failure to open an image.
@@ -72,6 +73,9 @@ pub enum OpenError {
     /// The writable layer cannot be used.
     #[error(transparent)]
     Upper(#[from] WritableError),
+    /// The image names a place for its original layers that is not followed.
+    #[error(transparent)]
+    Origin(#[from] OriginError),
     /// Two writable layers are named.
     #[error("The device config names a writable layer, and --upper another: name one")]
     TwoUppers,
@@ -94,6 +98,7 @@ impl OpenError {
             Self::Upper(error) => error,
             Self::Unsigned { .. } => return Code::Denied,
             Self::Different { .. } => return Code::Damaged,
+            Self::Origin(_) => return Code::Denied,
             Self::TwoUppers | Self::BlobUrl(_) => return Code::Invalid,
         };
         crate::failure::code_of(inner)
@@ -207,12 +212,14 @@ impl Opening<'_> {
         let chosen = choose_manifest(&*store, &selector)?;
         let named = Some((store.clone(), chosen.stored.digest));
         let opened = if is_plain(&chosen.manifest) {
-            self.open_plain(store, &selector, &chosen, &client)?
+            self.open_plain(store, &image.repository(), &selector, &chosen, &client)?
         } else {
             let reason = self.reason_of_named(&*store, &chosen)?;
             let HostManifest { stored, manifest, .. } = chosen;
             let own = store.clone();
-            let opened = self.open_converted((&*own, &stored, &manifest), store, &client)?;
+            let place = image.repository();
+            let opened =
+                self.open_converted((&*own, &stored, &manifest), store, &place, &client)?;
             OpenImage { reason, ..opened }
         };
         Ok(OpenImage { named, ..opened })
@@ -245,12 +252,19 @@ impl Opening<'_> {
     fn open_plain(
         &self,
         store: Arc<dyn ImageStore>,
+        place: &RepositoryName,
         selector: &Selector,
         chosen: &HostManifest,
         client: &RegistryClient,
     ) -> Result<OpenImage, OpenError> {
         let local = self.spec.meta_dir.as_ref();
         let own = &self.registries.service().turbobd;
+        let folder = local.unwrap_or(&own.meta_dir);
+        if folder.exists() {
+            // What is in it is taken for a meta image that was built here.
+            sys::private::folder(folder)
+                .map_err(|source| MetaError::Local { dir: folder.clone(), source })?;
+        }
         let images = MetaImages {
             local: local.unwrap_or(&own.meta_dir).clone(),
             publish: self.spec.publish,
@@ -272,7 +286,7 @@ impl Opening<'_> {
         };
         let meta = images.of(&plain, &Silent)?;
         let converted = (&*meta.store, &meta.stored, &meta.manifest);
-        let opened = self.open_converted(converted, store.clone(), client)?;
+        let opened = self.open_converted(converted, store.clone(), place, client)?;
         if meta.reason == MetaReason::Repository {
             let unproved = Unproved {
                 images,
@@ -287,18 +301,18 @@ impl Opening<'_> {
     }
 
     /// Opens a converted image (its store, its manifest, the same parsed) whose original layers are in
-    /// `originals` unless it says otherwise.
+    /// `originals`, the repository `own`, unless it says otherwise and may.
     fn open_converted(
         &self,
         (store, stored, manifest): (&dyn ImageStore, &StoredManifest, &Manifest),
         originals: Arc<dyn ImageStore>,
+        own: &RepositoryName,
         client: &RegistryClient,
     ) -> Result<OpenImage, OpenError> {
         let targets = match manifest.annotations.get(annotations::ORIGIN) {
             None => originals,
             Some(origin) => {
-                let origin: RepositoryName = origin.parse()?;
-                store::open_repository(&origin, client)?
+                origin::follow(origin, self.spec, (own, &originals), (self.registries, client))?
             }
         };
         let digest = Some(stored.digest);
@@ -308,6 +322,7 @@ impl Opening<'_> {
             store: store.name().to_owned(),
             targets: targets.name().to_owned(),
             way: self.spec.registry.clone(),
+            origin: self.spec.origin.clone(),
         };
         let (disk, layers, trace) = match self.live.find(&name) {
             Some(FoundImage { parts, layers, trace }) => {
