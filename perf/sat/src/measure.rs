@@ -236,7 +236,11 @@ impl Run<'_> {
                 })
                 .collect();
             all.push(first.map(|(known, answered, started)| {
+                let told = known.len();
+                // What a system does before the container it does first.
                 split(&mut phases, known, started - pulled, "container");
+                let rest = phases.len() - told - 1;
+                phases[rest..].rotate_left(1);
                 phases.push(("answer".into(), answered - started));
                 answered
             }));

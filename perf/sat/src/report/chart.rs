@@ -89,7 +89,7 @@ pub(super) fn draw(group: &Group<'_>) -> String {
     let mut x = 16.0;
     let mut y = bottom + 36.0;
     for (_, fill, text) in COLOURS.iter().filter(|(name, _, _)| occurs(name)) {
-        let width = 24.0 + text.len() as f64 * 6.4;
+        let width = 24.0 + text.len() as f64 * 7.4;
         if x + width > WIDTH {
             x = 16.0;
             y += 18.0;

@@ -22,20 +22,23 @@ pub(super) fn draw(title: &str, measured: &Measured) -> String {
     let mut picture = Picture::new(WIDTH, bottom + 44.0);
     picture.text(16.0, 22.0, 15.0, Anchor::Start, title);
     let mut from = 0.0;
-    for (number, (name, seconds)) in measured.phases.iter().enumerate() {
+    let mut band = 0;
+    for (name, seconds) in &measured.phases {
         let to = from + seconds * 1e3;
         picture.rectangle(
             at(from),
             TOP,
             at(to) - at(from),
             bottom - TOP,
-            BANDS[number % 2],
+            BANDS[band % 2],
             &format!("{name}: {seconds:.3} s"),
         );
         // A phase that is too short for its name has none.
         if at(to) - at(from) > name.len() as f64 * 7.0 {
             picture.text(f64::midpoint(at(from), at(to)), TOP - 6.0, 11.0, Anchor::Middle, name);
         }
+        // Phases that are too short to be seen change no colour.
+        band += usize::from(at(to) - at(from) > 1.0);
         from = to;
     }
     let mut answers = measured.answers.clone();
