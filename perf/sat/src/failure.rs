@@ -44,8 +44,8 @@ pub(crate) enum Failure {
 
 impl Failure {
     /// `what` could not be done, because of `why`.
-    pub(crate) fn cannot(what: impl Into<String>, why: impl ToString) -> Self {
-        Self::Cannot { what: what.into(), why: why.to_string() }
+    pub(crate) fn cannot(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::Cannot { what: what.into(), why: why.into() }
     }
 
     /// `program` is not there, and comes from `remedy`.
@@ -62,6 +62,6 @@ pub(crate) trait Attempt<T> {
 
 impl<T, E: ToString> Attempt<T> for Result<T, E> {
     fn attempt(self, what: impl FnOnce() -> String) -> Result<T, Failure> {
-        self.map_err(|error| Failure::cannot(what(), error))
+        self.map_err(|error| Failure::cannot(what(), error.to_string()))
     }
 }

@@ -100,8 +100,11 @@ impl Records {
         found.is_some_and(|record| record.measured.is_some())
     }
 
-    /// Adds a record, in place of an earlier one of the same run.
+    /// Adds a record, in place of an earlier one of the same run. A run that failed does not replace one that did not.
     pub(crate) fn add(&mut self, record: RunRecord) -> Result<(), Failure> {
+        if record.measured.is_none() && self.has(&record.cell, record.round) {
+            return Ok(());
+        }
         let Cell { image, network, count, system } = &record.cell;
         let name = format!("{image}.{network}.{count}.{system}.{}.json", record.round);
         let (file, begun) = (self.dir.join(&name), self.dir.join(format!("{name}.new")));
@@ -159,6 +162,7 @@ pub(crate) mod tests {
         let mut records = Records::open(dir.path()).unwrap();
         records.add(sample("overlayfs", 0, Some(2.0))).unwrap();
         records.add(sample("nydus-zran", 0, None)).unwrap();
+        records.add(sample("overlayfs", 0, None)).unwrap();
         // A file that was under way when the harness was killed.
         fs::write(dir.path().join("web.cloud.1.overlayfs.1.json.new"), "{\"cell").unwrap();
         let records = Records::open(dir.path()).unwrap();

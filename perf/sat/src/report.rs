@@ -121,7 +121,7 @@ pub(crate) fn write(
     records: &Records,
     arguments: &Arguments,
 ) -> Result<PathBuf, Failure> {
-    let dir = place.folder("report")?;
+    let dir = place.folder(if arguments.image.is_some() { "report-yours" } else { "report" })?;
     let groups = groups(records);
     for group in &groups {
         let file = dir.join(format!("{}.svg", group.file()));

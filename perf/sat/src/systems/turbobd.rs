@@ -31,6 +31,9 @@ const ATTACH: Duration = Duration::from_secs(1200);
 /// Longest wait for the answer of a start that is recorded.
 const RECORD: Duration = Duration::from_secs(300);
 
+/// Longest wait until no device is in use after a run.
+const STOP: Duration = Duration::from_secs(20);
+
 /// Tag of what a conversion has made.
 const CONVERTED: &str = "converted";
 
@@ -311,9 +314,17 @@ impl Running for Attached {
         let Self { containerd, daemon, end, store, .. } = *self;
         containerd.stop()?;
         unmount_below(&store)?;
-        program::run(&end, Duration::from_secs(30))?;
+        // A device is in use until the last process of a container and its mounts are gone.
+        let until = Instant::now() + STOP;
+        let ended = loop {
+            let ended = program::run(&end, STOP);
+            if ended.is_ok() || Instant::now() > until {
+                break ended;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
         drop(daemon);
-        Ok(())
+        ended.map(drop)
     }
 }
 
