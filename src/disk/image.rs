@@ -18,9 +18,9 @@ use blobs::cache::Cache;
 use blobs::trace;
 use formats::archive::{EROFS_META_NAME, FS_META_NAME};
 use formats::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
-use formats::lsmt::{self, LayerKind};
+use formats::lsmt::{self, TagMeaning};
 use formats::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind, split_acceleration};
-use formats::oci::{Descriptor, Digest, Document, Index, Manifest, ManifestError, Platform};
+use formats::oci::{Descriptor, Digest, Document, ImageIndex, Manifest, ManifestError, Platform};
 use formats::segments::{self, Encoding, SegmentIndex, SegmentedLayer, SegmentsError};
 use formats::tar;
 use formats::trace::Trace;
@@ -61,13 +61,13 @@ pub enum ImageError {
         digest: Digest,
         /// The fault.
         #[source]
-        source: Box<LayerError>,
+        source: Box<OpenLayerError>,
     },
 }
 
 /// Error of opening a layer.
 #[derive(Debug, Error)]
-pub enum LayerError {
+pub enum OpenLayerError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -191,7 +191,7 @@ pub struct HostManifest {
     /// The parsed manifest.
     pub manifest: Manifest,
     /// The index from which it was chosen, if any.
-    pub index: Option<Index>,
+    pub index: Option<ImageIndex>,
 }
 
 /// The manifest of an image for this host, chosen from an index if needed.
@@ -293,7 +293,7 @@ pub fn open_layers<'l>(
 fn read_trace(
     store: &dyn ImageStore,
     layer: &Descriptor,
-) -> Result<Vec<trace::upstream::Record>, LayerError> {
+) -> Result<Vec<trace::upstream::LayerRead>, OpenLayerError> {
     let members = Members::unpack(&store.read_blob(layer)?)?;
     let bytes = members.get("trace").or_else(|| members.get("./trace"));
     Ok(trace::upstream::parse(bytes.unwrap_or_default())?)
@@ -304,22 +304,22 @@ fn open_layer(
     targets: &dyn ImageStore,
     descriptor: &Descriptor,
     filesystem: &mut Option<&'static str>,
-) -> Result<(DiskLayer, LayerInfo), LayerError> {
+) -> Result<(DiskLayer, LayerInfo), OpenLayerError> {
     match AnnotatedKind::of(descriptor)? {
         AnnotatedKind::Turbo { target, is_gzip, .. } => {
             open_turbo(store, targets, descriptor, &target, is_gzip, filesystem)
         }
         AnnotatedKind::Native => open_native(store, descriptor),
-        AnnotatedKind::Plain => Err(LayerError::NotConverted),
+        AnnotatedKind::Plain => Err(OpenLayerError::NotConverted),
     }
 }
 
 fn open_native(
     store: &dyn ImageStore,
     descriptor: &Descriptor,
-) -> Result<(DiskLayer, LayerInfo), LayerError> {
+) -> Result<(DiskLayer, LayerInfo), OpenLayerError> {
     let payload = zfile::open(store.blob_source(&descriptor.digest, Some(descriptor.size))?)?;
-    let index = lsmt::Layer::open(&*payload.source(), LayerKind::Plain)?;
+    let index = lsmt::LsmtLayer::open(&*payload.source(), TagMeaning::Plain)?;
     let chunks = payload.chunks(&descriptor.digest.to_string());
     let info = LayerInfo {
         kind: "native",
@@ -354,7 +354,7 @@ fn open_turbo(
     target: &Digest,
     is_gzip: bool,
     filesystem: &mut Option<&'static str>,
-) -> Result<(DiskLayer, LayerInfo), LayerError> {
+) -> Result<(DiskLayer, LayerInfo), OpenLayerError> {
     let members = Members::unpack(&store.read_blob(descriptor)?)?;
     let fs_meta = members.fs_meta(filesystem)?;
     let (source, mut info) = open_target(&members, targets, target, is_gzip)?;
@@ -366,7 +366,7 @@ fn open_turbo(
     let name = format!("{} of {}", filesystem.unwrap_or(FS_META_NAME), descriptor.digest);
     let meta: SharedBytes =
         Arc::new(read_resident(&zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?)?);
-    let index = lsmt::Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
+    let index = lsmt::LsmtLayer::open(&MemorySource::shared(name, meta.clone()), TagMeaning::Warp)?;
     let info = LayerInfo {
         kind: "turbo",
         digest: descriptor.digest.to_string(),
@@ -383,8 +383,8 @@ fn open_target(
     targets: &dyn ImageStore,
     target: &Digest,
     is_gzip: bool,
-) -> Result<(Arc<dyn ChunkSource>, TargetInfo), LayerError> {
-    let other = |layer| LayerError::OtherTarget { layer, target: *target };
+) -> Result<(Arc<dyn ChunkSource>, TargetInfo), OpenLayerError> {
+    let other = |layer| OpenLayerError::OtherTarget { layer, target: *target };
     let sidecar = members.get(SIDECAR_NAME);
     if let Some(file) = sidecar.filter(|file| segments::sidecar::is_version_2(file)) {
         let index = segments::sidecar::read(file)?;
@@ -395,7 +395,7 @@ fn open_target(
         // Every compressed layer is annotated as gzip, because of upstream.
         if is_gzip == (encoding == Encoding::Plain) {
             let annotated = if is_gzip { "gzip" } else { "tar" };
-            return Err(LayerError::OtherEncoding { encoding: encoding.name(), annotated });
+            return Err(OpenLayerError::OtherEncoding { encoding: encoding.name(), annotated });
         }
         let blob = targets.blob_source(target, Some(index.scanned().compressed_len.get()))?;
         let info = TargetInfo::segmented(target, &index);
@@ -446,7 +446,7 @@ impl TargetInfo {
         }
     }
 
-    fn indexed(digest: &Digest, index: &gzip::Index) -> Self {
+    fn indexed(digest: &Digest, index: &gzip::GzipIndex) -> Self {
         Self {
             size: index.compressed_len.get(),
             uncompressed: index.uncompressed_len.get(),
@@ -466,15 +466,15 @@ struct Members {
 }
 
 impl Members {
-    fn unpack(archive: &[u8]) -> Result<Self, LayerError> {
+    fn unpack(archive: &[u8]) -> Result<Self, OpenLayerError> {
         let mut bytes = Vec::new();
         if archive.starts_with(&[0x1f, 0x8b]) {
             let unpacked = flate2::read::MultiGzDecoder::new(archive)
                 .take(MAX_ARCHIVE + 1)
                 .read_to_end(&mut bytes);
-            unpacked.map_err(LayerError::Archive)?;
+            unpacked.map_err(OpenLayerError::Archive)?;
             if bytes.len() as u64 > MAX_ARCHIVE {
-                return Err(LayerError::ArchiveTooLarge);
+                return Err(OpenLayerError::ArchiveTooLarge);
             }
         } else {
             bytes.extend_from_slice(archive);
@@ -489,10 +489,10 @@ impl Members {
     }
 
     /// The filesystem metadata: of the same filesystem as in the layers below, otherwise ext4 before erofs.
-    fn fs_meta(&self, below: &mut Option<&'static str>) -> Result<&[u8], LayerError> {
+    fn fs_meta(&self, below: &mut Option<&'static str>) -> Result<&[u8], OpenLayerError> {
         let lacks = |wanted| {
             let names: Vec<&str> = self.ranges.iter().map(|(name, _)| name.as_str()).collect();
-            LayerError::NoFsMeta { wanted, found: names.join(", ") }
+            OpenLayerError::NoFsMeta { wanted, found: names.join(", ") }
         };
         let there =
             [FS_META_NAME, EROFS_META_NAME].into_iter().find(|name| self.get(name).is_some());
@@ -514,9 +514,11 @@ impl TargetOpener for IndexedTargets {
     ) -> Result<Arc<dyn ChunkSource>, DiskError> {
         let name = digest.unwrap_or_else(|| blob.name()).to_owned();
         let target = digest.and_then(|digest| digest.parse::<Digest>().ok());
-        let open = || -> Result<Arc<dyn ChunkSource>, LayerError> {
+        let open = || -> Result<Arc<dyn ChunkSource>, OpenLayerError> {
             let check = |layer: Digest| match target {
-                Some(target) if target != layer => Err(LayerError::OtherTarget { layer, target }),
+                Some(target) if target != layer => {
+                    Err(OpenLayerError::OtherTarget { layer, target })
+                }
                 _ => Ok(()),
             };
             if let Some(file) =

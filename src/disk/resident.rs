@@ -8,7 +8,7 @@ use std::num::NonZero;
 use std::thread;
 
 use formats::zfile::reader::ZFile;
-use formats::zfile::{Payload, ZFileError};
+use formats::zfile::{LayerPayload, ZFileError};
 use memmap2::{MmapMut, MmapOptions};
 use source::ByteSource as _;
 
@@ -19,17 +19,17 @@ const SHARE: u64 = 2 << 20;
 ///
 /// # Errors
 /// [`ZFileError`] when a block is damaged or there is no room for the bytes.
-pub fn read_resident(payload: &Payload) -> Result<MmapMut, ZFileError> {
+pub fn read_resident(payload: &LayerPayload) -> Result<MmapMut, ZFileError> {
     let len = match payload {
-        Payload::ZFile(file) => file.len(),
-        Payload::Plain(source) => source.len(),
+        LayerPayload::ZFile(file) => file.len(),
+        LayerPayload::Plain(source) => source.len(),
     };
     // No mapping is empty, and an LSMT stream is never empty either.
     let len = usize::try_from(len).unwrap_or(usize::MAX).max(1);
     let mut plain = MmapOptions::new().len(len).populate().map_anon()?;
     match payload {
-        Payload::ZFile(file) => decode_on_all_cores(file, &mut plain)?,
-        Payload::Plain(source) => source.read_exact_at(&mut plain, 0)?,
+        LayerPayload::ZFile(file) => decode_on_all_cores(file, &mut plain)?,
+        LayerPayload::Plain(source) => source.read_exact_at(&mut plain, 0)?,
     }
     // Swap would bring the page faults back. An unprivileged process may lock little, so a refusal is ignored.
     let _ = plain.lock();

@@ -10,7 +10,7 @@ use client::Code;
 use client::error::code_of_io;
 use convert::{BaseError, ConvertError};
 use disk::DiskError;
-use disk::image::{ImageError, LayerError};
+use disk::image::{ImageError, OpenLayerError};
 use disk::writable::WritableError;
 use formats::ext4::Ext4Error;
 use formats::gzip::GzipError;
@@ -55,10 +55,10 @@ fn own_code(error: &(dyn Error + 'static)) -> Option<Code> {
             ImageError::Layer { .. } => None,
         };
     }
-    if let Some(error) = error.downcast_ref::<LayerError>() {
+    if let Some(error) = error.downcast_ref::<OpenLayerError>() {
         return match error {
-            LayerError::Store(error) => of_store(error),
-            LayerError::NotConverted => Some(Code::Unsupported),
+            OpenLayerError::Store(error) => of_store(error),
+            OpenLayerError::NotConverted => Some(Code::Unsupported),
             _ => Some(Code::Damaged),
         };
     }

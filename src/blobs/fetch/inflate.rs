@@ -13,19 +13,19 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::blob::{Blob, Key};
 use super::pace::Pace;
-use super::queue::Wanted;
-use super::{MOST_TRIES, Shared, failure, fill};
-use crate::tier::Kind;
-use crate::tier::store::Payload;
+use super::queue::WantedChunk;
+use super::{FetchShared, MOST_TRIES, failure, fill};
+use crate::tier::TierKind;
+use crate::tier::store::ChunkPayload;
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk};
-use threads::{Pool, count};
+use threads::Pool;
 
 /// Limit on buffers for encoded chunks that are kept for reuse: as many as are usually in flight.
 const SPARE_BUFFERS: usize = 32;
 
 /// A chunk to decode.
-pub(super) struct Job {
+pub(super) struct DecodeJob {
     pub(super) blob: Arc<Blob>,
     pub(super) chunk: u32,
     pub(super) class: Class,
@@ -44,10 +44,10 @@ pub(super) enum Input {
     Stored(EncodedChunk),
 }
 
-impl Job {
-    pub(super) fn wanted(&self) -> Wanted {
+impl DecodeJob {
+    pub(super) fn wanted(&self) -> WantedChunk {
         let Self { chunk, class, tries, .. } = *self;
-        Wanted { blob: self.blob.clone(), chunk, class, tries }
+        WantedChunk { blob: self.blob.clone(), chunk, class, tries }
     }
 
     fn key(&self) -> Key {
@@ -57,17 +57,17 @@ impl Job {
 
 /// The threads and their work.
 pub(super) struct Workers {
-    state: Mutex<State>,
+    state: Mutex<DecodeQueue>,
     wake: Condvar,
     most: usize,
     spare: ArrayQueue<Vec<u8>>,
 }
 
 #[derive(Default)]
-struct State {
-    demand: VecDeque<Job>,
-    ahead: VecDeque<Job>,
-    fill: VecDeque<Job>,
+struct DecodeQueue {
+    demand: VecDeque<DecodeJob>,
+    ahead: VecDeque<DecodeJob>,
+    fill: VecDeque<DecodeJob>,
     /// Number of threads that work for the fill.
     filling: usize,
     idle: usize,
@@ -81,12 +81,12 @@ impl Workers {
         Self { state: Mutex::default(), wake: Condvar::new(), most, spare }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, DecodeQueue> {
         self.state.lock()
     }
 
     /// Adds a job; returns it at the end or when there is no thread.
-    pub(super) fn push(&self, job: Job) -> Result<(), Job> {
+    pub(super) fn push(&self, job: DecodeJob) -> Result<(), DecodeJob> {
         let mut state = self.lock();
         if state.ending || state.threads.is_empty() {
             return Err(job);
@@ -103,7 +103,7 @@ impl Workers {
 
     pub(super) fn urge(&self, key: Key) {
         let mut state = self.lock();
-        let State { demand, ahead, fill, .. } = &mut *state;
+        let DecodeQueue { demand, ahead, fill, .. } = &mut *state;
         for jobs in [ahead, fill] {
             let at = jobs.iter().position(|job| job.key() == key);
             if let Some(mut job) = at.and_then(|at| jobs.remove(at)) {
@@ -123,11 +123,11 @@ impl Workers {
     }
 
     /// Accepts no more jobs; returns those that were not begun.
-    pub(super) fn end(&self) -> Vec<Job> {
+    pub(super) fn end(&self) -> Vec<DecodeJob> {
         let mut state = self.lock();
         state.ending = true;
         self.wake.notify_all();
-        let mut left: Vec<Job> = state.demand.drain(..).collect();
+        let mut left: Vec<DecodeJob> = state.demand.drain(..).collect();
         left.extend(state.ahead.drain(..));
         left.extend(state.fill.drain(..));
         left
@@ -141,7 +141,7 @@ impl Workers {
     }
 
     /// The next job. `filled`: the job before was for the fill.
-    fn next(&self, pace: &Pace, filled: bool) -> Option<Job> {
+    fn next(&self, pace: &Pace, filled: bool) -> Option<DecodeJob> {
         let mut state = self.lock();
         state.filling -= usize::from(filled);
         loop {
@@ -170,12 +170,12 @@ impl Workers {
 }
 
 /// Starts the first thread. The others are started by decode threads; see [`Crew`](super::crew).
-pub(super) fn start(shared: &Arc<Shared>) {
+pub(super) fn start(shared: &Arc<FetchShared>) {
     add_thread(shared, &mut shared.workers.lock());
 }
 
 /// Starts a thread if there is work that no idle one will take.
-fn grow(shared: &Arc<Shared>) {
+fn grow(shared: &Arc<FetchShared>) {
     let workers = &shared.workers;
     let mut state = workers.lock();
     let waiting = state.demand.len() + state.ahead.len() + state.fill.len();
@@ -185,7 +185,7 @@ fn grow(shared: &Arc<Shared>) {
     }
 }
 
-fn add_thread(shared: &Arc<Shared>, state: &mut State) {
+fn add_thread(shared: &Arc<FetchShared>, state: &mut DecodeQueue) {
     let own = shared.clone();
     state.threads.spawn_or_log("inflate", move || {
         threads::mark_io_thread();
@@ -209,7 +209,7 @@ enum Made {
 }
 
 /// Processes one chunk, from its encoded bytes to its waiters.
-fn work(shared: &Arc<Shared>, mut job: Job) {
+fn work(shared: &Arc<FetchShared>, mut job: DecodeJob) {
     // A panic is a bug of the decoder; the reader gets an error and the thread continues.
     let result = catch_unwind(AssertUnwindSafe(|| make(shared, &mut job)));
     let result = result.unwrap_or_else(|_| {
@@ -232,7 +232,7 @@ fn work(shared: &Arc<Shared>, mut job: Job) {
     };
     let damaged = matches!(*error, ChunkError::Damaged { .. });
     if damaged {
-        count(&shared.counters.damaged, 1);
+        shared.counters.damaged.add(1);
         if job.tries + 1 < MOST_TRIES && !shared.crew.is_ending() {
             tracing::warn!(%error, "A chunk is fetched again");
             job.blob.failures().note(job.chunk, true, &*error);
@@ -240,29 +240,29 @@ fn work(shared: &Arc<Shared>, mut job: Job) {
                 job.blob.source().blob().distrust(place.range);
             }
             let wanted = job.wanted();
-            shared.want(vec![Wanted { tries: wanted.tries + 1, ..wanted }]);
+            shared.want(vec![WantedChunk { tries: wanted.tries + 1, ..wanted }]);
             return;
         }
     }
-    let wanted = Wanted { tries: MOST_TRIES, ..job.wanted() };
+    let wanted = WantedChunk { tries: MOST_TRIES, ..job.wanted() };
     shared.fail(&wanted, error);
 }
 
 /// Offers a fetched chunk to the tier that keeps it.
-fn keep(shared: &Arc<Shared>, job: Job, bytes: Arc<ChunkBytes>) {
+fn keep(shared: &Arc<FetchShared>, job: DecodeJob, bytes: Arc<ChunkBytes>) {
     let (Input::Fetched(encoded) | Input::Stored(encoded)) = job.input else { return };
     let blob = job.blob;
     match blob.stored().target() {
-        Some((Kind::Encoded, stored)) if !stored.has(job.chunk) => {
+        Some((TierKind::Encoded, stored)) if !stored.has(job.chunk) => {
             if let Ok(place) = blob.source().encoded(job.chunk) {
                 let (buffer, data) = encoded.into_parts();
-                stored.offer(job.chunk, place.range.start, Payload::Owned(buffer, data));
+                stored.offer(job.chunk, place.range.start, ChunkPayload::Owned(buffer, data));
             }
             return;
         }
-        Some((Kind::Decoded, stored)) => {
+        Some((TierKind::Decoded, stored)) => {
             if let Some(span) = blob.source().span(job.chunk) {
-                stored.offer(job.chunk, span.start, Payload::Shared(bytes));
+                stored.offer(job.chunk, span.start, ChunkPayload::Shared(bytes));
             }
         }
         _ => {}
@@ -271,7 +271,7 @@ fn keep(shared: &Arc<Shared>, job: Job, bytes: Arc<ChunkBytes>) {
 }
 
 /// Reads a near chunk, verifies and decodes it; or verifies and stores it, when it has no waiter.
-fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
+fn make(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<Made, Arc<ChunkError>> {
     let is_serial = job.blob.source().is_serial(job.chunk);
     if let Input::Near = job.input {
         if let Some(bytes) = read_decoded(shared, job) {
@@ -301,7 +301,7 @@ fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
 }
 
 /// Reads a chunk from the decoded tier, directly into the cache's memory.
-fn read_decoded(shared: &Arc<Shared>, job: &Job) -> Option<ChunkBytes> {
+fn read_decoded(shared: &Arc<FetchShared>, job: &DecodeJob) -> Option<ChunkBytes> {
     let stored = job.blob.stored().decoded.as_ref()?;
     let len = stored.len_of(job.chunk)?;
     let source = job.blob.source();
@@ -312,20 +312,20 @@ fn read_decoded(shared: &Arc<Shared>, job: &Job) -> Option<ChunkBytes> {
     let mut room = shared.delivery.room(len);
     let verify = |bytes: &[u8]| source.verify_decoded(job.chunk, bytes);
     stored.read(job.chunk, room.bytes_mut(), &verify).then(|| {
-        count(&shared.counters.stored, 1);
+        shared.counters.stored.add(1);
         ChunkBytes::new(room, 0..len)
     })
 }
 
 /// Reads the encoded bytes from the tier or the local file; false when they are not there.
-fn read_encoded(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkError>> {
+fn read_encoded(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<bool, Arc<ChunkError>> {
     let source = job.blob.source();
     let place = source.encoded(job.chunk).map_err(Arc::new)?;
     if source.blob().is_local() {
         let mut encoded = EncodedChunk::new(&place, shared.workers.buffer());
         let read = source.blob().read_exact_at(encoded.bytes_mut(), place.range.start);
         read.map_err(|error| Arc::new(ChunkError::from(error)))?;
-        count(&shared.counters.local, 1);
+        shared.counters.local.add(1);
         job.input = Input::Fetched(encoded);
         return Ok(true);
     }
@@ -338,13 +338,13 @@ fn read_encoded(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkEr
     if !stored.read(job.chunk, encoded.bytes_mut(), &|_| None) {
         return Ok(false);
     }
-    count(&shared.counters.stored, 1);
+    shared.counters.stored.add(1);
     job.input = Input::Stored(encoded);
     Ok(true)
 }
 
 /// Verifies and decodes the encoded bytes.
-fn decode(shared: &Arc<Shared>, job: &mut Job) -> Result<ChunkBytes, Arc<ChunkError>> {
+fn decode(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<ChunkBytes, Arc<ChunkError>> {
     let source = job.blob.source();
     let (Input::Fetched(encoded) | Input::Stored(encoded)) = &mut job.input else {
         return Err(failure(&job.blob, "The chunk has no bytes"));

@@ -5,12 +5,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Lower, TargetOpener};
+use super::{LowerConfig, TargetOpener};
 use crate::resident::read_resident;
 use crate::{DiskError, DiskLayer, LayerData};
 use blobs::cache::Cache;
 use formats::gzip::SIDECAR_NAME;
-use formats::lsmt::{Layer, LayerKind};
+use formats::lsmt::{LsmtLayer, TagMeaning};
 use formats::oci::Digest;
 use formats::{zfile, zstandard};
 use source::chunk::{ChunkSource, PlainChunks};
@@ -21,7 +21,7 @@ use source::{ByteSource, FileSource, MemorySource, SharedBytes};
 const MAX_INDEX: u64 = 8 << 30;
 
 /// The first existing file of the places where upstream looks for a layer; otherwise all those places.
-fn local_file(lower: &Lower, folder: &Path) -> Result<PathBuf, Vec<PathBuf>> {
+fn local_file(lower: &LowerConfig, folder: &Path) -> Result<PathBuf, Vec<PathBuf>> {
     let mut candidates = Vec::new();
     if !lower.file.is_empty() {
         candidates.push(folder.join(&lower.file));
@@ -56,7 +56,7 @@ fn read_file(path: &Path) -> Result<Vec<u8>, DiskError> {
 }
 
 /// Base of the files and blobs of a configuration.
-pub(super) struct Place<'a> {
+pub(super) struct LowersBase<'a> {
     pub(super) file: &'a str,
     pub(super) folder: &'a Path,
     pub(super) blobs: &'a str,
@@ -65,10 +65,14 @@ pub(super) struct Place<'a> {
 }
 
 /// A file or a blob, and its name in the cache.
-type Named = (Arc<dyn ByteSource>, String);
+type NamedBytes = (Arc<dyn ByteSource>, String);
 
-impl Place<'_> {
-    pub(super) fn open_lower(&self, number: usize, lower: &Lower) -> Result<DiskLayer, DiskError> {
+impl LowersBase<'_> {
+    pub(super) fn open_lower(
+        &self,
+        number: usize,
+        lower: &LowerConfig,
+    ) -> Result<DiskLayer, DiskError> {
         let (source, id) = match local_file(lower, self.folder) {
             Ok(path) => {
                 (Arc::new(FileSource::open(&path)?) as Arc<dyn ByteSource>, identity(&path)?)
@@ -78,7 +82,7 @@ impl Place<'_> {
         let name = source.name().to_owned();
         let payload = zfile::open(source)?;
         if lower.target_file.is_empty() && lower.target_digest.is_empty() {
-            let index = Layer::open(&*payload.source(), LayerKind::Plain)?;
+            let index = LsmtLayer::open(&*payload.source(), TagMeaning::Plain)?;
             return Ok(DiskLayer {
                 index,
                 data: LayerData::Native { chunks: payload.chunks(&id) },
@@ -87,7 +91,7 @@ impl Place<'_> {
         // Devices of one file share its metadata.
         let meta: SharedBytes = Arc::new(read_resident(&payload)?);
         let meta = self.cache.residents().share(&id, meta);
-        let index = Layer::open(&MemorySource::shared(name, meta.clone()), LayerKind::Warp)?;
+        let index = LsmtLayer::open(&MemorySource::shared(name, meta.clone()), TagMeaning::Warp)?;
         let target = self.open_target(number, lower)?;
         Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })
     }
@@ -96,9 +100,9 @@ impl Place<'_> {
     fn remote_layer(
         &self,
         number: usize,
-        lower: &Lower,
+        lower: &LowerConfig,
         tried: &[PathBuf],
-    ) -> Result<Named, DiskError> {
+    ) -> Result<NamedBytes, DiskError> {
         let tried: Vec<_> = tried.iter().map(|path| path.display().to_string()).collect();
         if lower.digest.is_empty() {
             let rule = if tried.is_empty() {
@@ -118,7 +122,7 @@ impl Place<'_> {
         key: &str,
         digest: &str,
         size: Option<u64>,
-    ) -> Result<Named, DiskError> {
+    ) -> Result<NamedBytes, DiskError> {
         let invalid =
             |key: String, rule: String| DiskError::Config { file: self.file.to_owned(), key, rule };
         let parsed: Digest = digest
@@ -131,7 +135,11 @@ impl Place<'_> {
         Ok((self.targets.open_remote(self.blobs, &parsed, size)?, digest.to_owned()))
     }
 
-    fn open_target(&self, number: usize, lower: &Lower) -> Result<Arc<dyn ChunkSource>, DiskError> {
+    fn open_target(
+        &self,
+        number: usize,
+        lower: &LowerConfig,
+    ) -> Result<Arc<dyn ChunkSource>, DiskError> {
         let (blob, id) = if lower.target_file.is_empty() {
             self.remote(number, "targetDigest", &lower.target_digest, None)?
         } else {
@@ -165,7 +173,7 @@ impl Place<'_> {
     fn check_plain(
         &self,
         number: usize,
-        lower: &Lower,
+        lower: &LowerConfig,
         blob: &dyn ByteSource,
     ) -> Result<(), DiskError> {
         if !blob.is_local() || blob.len() < 4 {

@@ -7,10 +7,10 @@ use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
 use super::GzipError;
-use super::index::Index;
+use super::index::GzipIndex;
 use super::segment::{HEADROOM, SegmentDecoder, TAILROOM};
 use source::ByteSource;
-use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
+use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange};
 
 /// Longest segment that is decoded. An upstream index may have any distance between checkpoints, because
 /// upstream cannot cut a block, but a number from a file must not decide how much memory is taken.
@@ -22,7 +22,7 @@ const MAX_SEGMENT: u64 = 1 << 30;
 /// 40 MB.
 pub struct IndexedLayer {
     id: String,
-    index: Index,
+    index: GzipIndex,
     blob: Arc<dyn ByteSource>,
     /// Decoders that no thread uses at present.
     idle: Mutex<Vec<SegmentDecoder>>,
@@ -36,7 +36,7 @@ impl IndexedLayer {
     /// [`GzipError::OtherLayer`] if the blob's length is not that of the index, [`GzipError::Damaged`] if a
     /// segment is too short for its output, [`GzipError::TooLarge`] if a segment is longer than the limit of
     /// 1 GiB.
-    pub fn new(id: &str, index: Index, blob: Arc<dyn ByteSource>) -> Result<Self, GzipError> {
+    pub fn new(id: &str, index: GzipIndex, blob: Arc<dyn ByteSource>) -> Result<Self, GzipError> {
         if blob.len() != index.compressed_len.0 {
             return Err(GzipError::OtherLayer {
                 what: "the compressed length",
@@ -70,7 +70,7 @@ impl IndexedLayer {
 
     /// The index.
     #[must_use]
-    pub fn index(&self) -> &Index {
+    pub fn index(&self) -> &GzipIndex {
         &self.index
     }
 
@@ -128,7 +128,7 @@ impl ChunkSource for IndexedLayer {
         &self.blob
     }
 
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
         if index as usize >= self.index.segments() {
             return Err(self.damaged(index, 0..0, "there is no such segment".to_owned()));
         }
@@ -136,7 +136,7 @@ impl ChunkSource for IndexedLayer {
         if range.start >= range.end {
             return Err(self.damaged(index, range, "it has no compressed bytes".to_owned()));
         }
-        Ok(Encoded { range, head: HEADROOM, tail: TAILROOM })
+        Ok(EncodedRange { range, head: HEADROOM, tail: TAILROOM })
     }
 
     fn room(&self, index: u32) -> usize {
