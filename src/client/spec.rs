@@ -27,7 +27,7 @@ pub struct ImageSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ImageSource {
-    /// `[host[:port]/]name[:tag|@digest]`, or `oci:DIR[:TAG]`.
+    /// `[host[:port]/]name[:tag|@digest]`, or `oci:DIR[:TAG|@DIGEST]`.
     Reference(String),
     /// Path of an overlaybd device config (`config.v1.json`).
     DeviceConfig(PathBuf),

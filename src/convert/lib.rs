@@ -28,6 +28,7 @@
 //! * [`base`]     converted layers of other images below new ones
 //! * [`image`]    a manifest and its layers → a converted manifest
 //! * [`index`]    images of many platforms; skipped entries; publishing
+//! * [`compare`]  a meta image and the layers that it names
 //! * [`meta`]     the meta image of a plain image: found, or built and kept
 //! * [`progress`] receiver of progress reports
 //! * `zfile_parallel` a ZFile that is written by all cores
@@ -47,6 +48,7 @@
 pub mod apply;
 pub mod base;
 pub mod chain;
+pub mod compare;
 pub mod image;
 pub mod index;
 pub mod layer;

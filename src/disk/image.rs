@@ -15,6 +15,7 @@ use super::config::TargetOpener;
 use super::{Disk, DiskError, DiskLayer, LayerData};
 use crate::resident::read_resident;
 use blobs::cache::Cache;
+use blobs::identity::Verification;
 use blobs::trace;
 use formats::archive::{EROFS_META_NAME, FS_META_NAME};
 use formats::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
@@ -155,6 +156,9 @@ pub struct LayerInfo {
     pub target: Option<TargetInfo>,
     /// Mappings in the layer's index.
     pub mappings: usize,
+    /// What verifies its file data. Its own metadata, in a `turbo` layer, is verified by its digest.
+    #[serde(flatten)]
+    pub data: Verification,
 }
 
 /// The original layer of a `TurboOCI` layer.
@@ -192,6 +196,8 @@ pub struct HostManifest {
     pub manifest: Manifest,
     /// The index from which it was chosen, if any.
     pub index: Option<ImageIndex>,
+    /// Digests of the indexes on the way to it: the named one first, the one from which it was chosen last.
+    pub indexes: Vec<Digest>,
 }
 
 /// The manifest of an image for this host, chosen from an index if needed.
@@ -204,6 +210,7 @@ pub fn choose_manifest(
 ) -> Result<HostManifest, ImageError> {
     let mut stored = store.manifest(selector)?;
     let mut chosen_from = None;
+    let mut indexes = Vec::new();
     loop {
         let document = |source| ImageError::Document {
             store: store.name().to_owned(),
@@ -212,10 +219,11 @@ pub fn choose_manifest(
         };
         match Document::parse(&stored.bytes, Some(&stored.media_type)).map_err(document)? {
             Document::Manifest(manifest) => {
-                return Ok(HostManifest { stored, manifest, index: chosen_from });
+                return Ok(HostManifest { stored, manifest, index: chosen_from, indexes });
             }
             Document::Index(index) => {
                 let digest = index.select(&Platform::host()).map_err(document)?.digest;
+                indexes.push(stored.digest);
                 stored = store.manifest(&Selector::Digest(digest))?;
                 chosen_from = Some(index);
             }
@@ -280,8 +288,10 @@ pub fn open_layers<'l>(
         let (mut layer, info) =
             open_layer(store, targets, descriptor, &mut filesystem).map_err(in_layer)?;
         if let LayerData::Turbo { meta, .. } = &mut layer.data {
-            // Images with a common layer share its metadata.
-            *meta = cache.residents().share(&descriptor.digest.to_string(), meta.clone());
+            // Images with a common layer share its metadata: its archive was verified by this digest. An archive may
+            // have the metadata of several filesystems.
+            let name = format!("{} {}", descriptor.digest, filesystem.unwrap_or_default());
+            *meta = cache.residents().share(&name, meta.clone());
         }
         layers.push(layer);
         infos.push(info);
@@ -321,7 +331,9 @@ fn open_native(
     let payload = zfile::open(store.blob_source(&descriptor.digest, Some(descriptor.size))?)?;
     let index = lsmt::LsmtLayer::open(&*payload.source(), TagMeaning::Plain)?;
     let chunks = payload.chunks(&descriptor.digest.to_string());
+    let data = Verification::of(&*chunks);
     let info = LayerInfo {
+        data,
         kind: "native",
         digest: descriptor.digest.to_string(),
         size: descriptor.size,
@@ -368,6 +380,7 @@ fn open_turbo(
         Arc::new(read_resident(&zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?)?);
     let index = lsmt::LsmtLayer::open(&MemorySource::shared(name, meta.clone()), TagMeaning::Warp)?;
     let info = LayerInfo {
+        data: Verification::of(&*source),
         kind: "turbo",
         digest: descriptor.digest.to_string(),
         size: descriptor.size,

@@ -52,7 +52,7 @@ pub mod writable;
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use range::DiskRange;
 use thiserror::Error;
@@ -230,6 +230,16 @@ impl OpenedLayer {
 pub struct DiskParts {
     stack: Stack,
     layers: Vec<OpenedLayer>,
+    /// Why no byte of it may be read any more.
+    refused: OnceLock<Arc<str>>,
+}
+
+impl DiskParts {
+    /// Why no byte of it may be read any more, if so.
+    #[must_use]
+    pub fn refused(&self) -> Option<&Arc<str>> {
+        self.refused.get()
+    }
 }
 
 /// A virtual disk made of layers.
@@ -255,7 +265,7 @@ impl Disk {
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
         let layers: Vec<OpenedLayer> =
             layers.into_iter().map(|layer| OpenedLayer::new(layer.data, &cache)).collect();
-        Ok(Self::of(Arc::new(DiskParts { stack, layers }), cache))
+        Ok(Self::of(Arc::new(DiskParts { stack, layers, refused: OnceLock::new() }), cache))
     }
 
     /// Another disk from the same parts, for another device. `cache` must be the one in which the parts were
@@ -270,6 +280,12 @@ impl Disk {
     #[must_use]
     pub fn parts(&self) -> &Arc<DiskParts> {
         &self.parts
+    }
+
+    /// Makes every read from now on fail, of this disk and of all that share its parts: what it shows was found to be
+    /// something else than its layers contain. `reason` ends the sentence.
+    pub fn refuse_reads(&self, reason: &str) {
+        let _ = self.parts.refused.set(reason.into()); // the first reason stays
     }
 
     /// The merged index.
@@ -547,6 +563,9 @@ impl Volume for Disk {
         range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
+        if let Some(reason) = self.parts.refused() {
+            return Err(VolumeError::Refused { reason: reason.clone() });
+        }
         range.check(self.size())?;
         if range.is_empty() {
             return Ok(Located::Ready(Vec::new()));

@@ -73,7 +73,7 @@ mod tests;
 pub use data::DataError;
 pub use file::{Attributes, DataRun, NodeKind, Timestamp};
 pub use geometry::Geometry;
-pub use image::Image;
+pub use image::{FilePart, Image};
 pub use layer::{LayerBlocks, LayerRun};
 pub use read::{ReadError, read};
 pub use superblock::FilesystemIdentity;

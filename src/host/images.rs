@@ -8,9 +8,11 @@
 //! * [`origin`]        the place of the original layers, where the image names another than its own
 //! * [`registries`]    clients that devices with the same way to a registry share
 //! * `live`            the images that devices have open
+//! * [`comparing`]     found meta images and their layers, in the background
 //! * `config_snapshots` snapshots of a device that a device config describes
 //! * [`tiers`]         the caches that the service configuration asks for
 
+pub mod comparing;
 mod config_snapshots;
 mod live;
 pub mod open;
@@ -42,6 +44,7 @@ use crate::daemon::{
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
+use comparing::Comparisons;
 use config_snapshots::ConfigSnapshots;
 use live::LiveImages;
 use tiers::{fill_options, new_cache};
@@ -57,6 +60,8 @@ pub struct HostImages {
     registries: Registries,
     /// What devices have open.
     live: LiveImages,
+    /// Which meta images were compared with their layers.
+    comparisons: Comparisons,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
     /// The daemon's log, if it is a file.
@@ -86,6 +91,7 @@ impl HostImages {
             cache: OnceLock::new(),
             registries: Registries::new(config.clone()),
             live: LiveImages::default(),
+            comparisons: Comparisons::default(),
             config,
             traces,
             log: None,
@@ -214,11 +220,15 @@ impl ImageOpener for HostImages {
             // The host's bound is on all devices together; a device with its own may have more.
             self.registries.network().limits().allow_fill(download.max_bytes_per_second);
         }
-        let filling = fill_options(&download).map(|options| cache.fill(blobs, options));
+        let filling = fill_options(&download).map(|options| Arc::new(cache.fill(blobs, options)));
+        let comparing = opened.unproved.zip(filling.as_ref()).and_then(|(unproved, filling)| {
+            let comparing = self.comparisons.begin(&image, unproved, &disk, filling)?;
+            Some(Box::new(comparing) as Box<dyn Send + Sync>)
+        });
         Ok(ServableImage {
             volume,
             name: image,
-            view: Arc::new(DiskView::new(disk).filled(filling)),
+            view: Arc::new(DiskView::new(disk).filled(filling).compared(comparing)),
             recorders: Some(recorders),
             snapshots,
         })
@@ -236,6 +246,7 @@ impl ImageOpener for HostImages {
         if let Some(audit) = self.audit.get().and_then(Option::as_ref) {
             page.put(names::AUDIT, audit.counters(), &[]);
         }
+        page.put(names::COMPARISON, &**self.comparisons.counters(), &[]);
         for host in self.registries.network().hosts() {
             page.put(names::HOST, &host, &[("host", host.name())]);
         }

@@ -23,7 +23,7 @@ use super::race::RacedRead;
 use super::retry::Budget;
 use super::way::BlobAddress;
 use formats::oci::Digest;
-use source::{ByteSource, Class, OneBuffer, Retries, Run, SourceError, Traffic};
+use source::{ByteSource, Class, OneBuffer, Origin, Retries, Run, SourceError, Traffic};
 use threads::Counter;
 
 /// Counters of one blob's fetches.
@@ -252,6 +252,10 @@ impl ByteSource for RemoteBlob {
 
     fn is_local(&self) -> bool {
         false
+    }
+
+    fn origin(&self) -> Origin {
+        self.blob.registry().origin_of_blobs()
     }
 
     fn distrust(&self, range: Range<u64>) {

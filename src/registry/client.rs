@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,6 +14,7 @@ use hyper::http::uri::Authority;
 use hyper::{HeaderMap, Method, Request, Uri};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
+use source::Origin;
 
 use super::auth::{Scope, TokenCache, parse_challenges};
 use super::credential_service::CredentialService;
@@ -116,7 +118,14 @@ pub(super) struct Services {
     mirrors: BTreeMap<String, Vec<String>>,
     pub(super) trusted: Vec<String>,
     pub(super) p2p: Option<P2p>,
+    /// Number of this client in this process: it stands for the secrets, which an [`Origin`] does not hold.
+    number: u64,
+    /// The user and the trust with which this client reaches a registry, as the end of a sentence.
+    trust: String,
 }
+
+/// Number of the next client.
+static NEXT_CLIENT: AtomicU64 = AtomicU64::new(1);
 
 /// The peer-to-peer proxy.
 pub(super) struct P2p {
@@ -215,6 +224,8 @@ impl Services {
             mirrors: options.mirrors.clone(),
             trusted: options.trusted.clone(),
             network: network.clone(),
+            number: NEXT_CLIENT.fetch_add(1, Ordering::Relaxed),
+            trust: trust(options),
         })
     }
 
@@ -235,6 +246,26 @@ impl Services {
             other => RegistryError::Unreachable { what, host, reason: other.to_string() },
         }
     }
+}
+
+/// The user and the trust of a client, without any secret.
+fn trust(options: &ClientOptions) -> String {
+    let mut text = String::new();
+    match &options.credential {
+        Some(Credential::Password { user, .. }) => text.push_str(&format!(" as {user}")),
+        Some(Credential::IdentityToken(_)) => text.push_str(" by a token"),
+        None => {}
+    }
+    if options.insecure {
+        text.push_str(" with any certificate");
+    }
+    for authority in &options.authorities {
+        text.push_str(&format!(" trusting {}", authority.display()));
+    }
+    if let Some(shown) = &options.certificate {
+        text.push_str(&format!(" showing {}", shown.certificate.display()));
+    }
+    text
 }
 
 /// One repository of one registry.
@@ -335,6 +366,13 @@ impl RepositoryPlace {
     /// `blob sha256:… of registry.example/team/app`.
     pub(super) fn describe(&self, item: &str) -> String {
         format!("{item} of {}/{}", self.host, self.name)
+    }
+
+    /// Who answers for blobs of this repository that nothing proves, and the way to them. A mirror is a matter of the
+    /// host's configuration and changes neither.
+    pub(super) fn origin_of_blobs(&self) -> Origin {
+        let Services { number, trust, .. } = &*self.services;
+        Origin { name: format!("{}{}{trust}", self.origin, self.name), client: *number }
     }
 
     pub(super) fn scope(&self, actions: &'static str) -> Scope {

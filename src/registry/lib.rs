@@ -44,6 +44,7 @@
 //! * [`credentials`] credentials per registry; [`credential_service`] a service that gives them
 //! * [`host`]        state of each host: health, patience, retries; [`rate`] limits
 //! * [`redirect`]    target and lifetime of a `Location`
+//! * [`signatures`]  signatures of manifests by listed keys
 //! * [`retry`]       retry policy: pauses, deadlines, numbers of tries
 //! * [`transport`]   the I/O threads (`payload`: request bodies); [`tls`] trust; [`proxy`] proxies
 //! * [`error`]       [`RegistryError`]
@@ -74,6 +75,7 @@ pub mod reach;
 pub mod redirect;
 pub mod repository;
 pub mod retry;
+pub mod signatures;
 pub mod store;
 pub mod stream;
 #[cfg(any(test, feature = "testing"))]

@@ -257,7 +257,11 @@ pub fn open(
     client: &RegistryClient,
 ) -> Result<(Arc<dyn ImageStore>, Selector), StoreError> {
     let selector = match image {
-        ImageName::Layout(name) => name.tag.clone().map_or(Selector::Default, Selector::Tag),
+        ImageName::Layout(name) => match (&name.digest, &name.tag) {
+            (Some(digest), _) => Selector::Digest(*digest),
+            (None, Some(tag)) => Selector::Tag(tag.clone()),
+            (None, None) => Selector::Default,
+        },
         ImageName::Registry(name) => match (&name.digest, &name.tag) {
             (Some(digest), _) => Selector::Digest(*digest),
             (None, Some(tag)) => Selector::Tag(tag.clone()),

@@ -125,8 +125,13 @@ fn io_threads() -> Result<&'static IoThreads, TransportError> {
     })
 }
 
+/// Look-ups of host names at once, for each I/O thread: as many as there are requests in flight, so that no request waits
+/// behind the look-ups of a registry whose name server is slow. Threads exist only while they look up.
+const LOOK_UPS: usize = 64;
+
 fn start_io_thread(number: usize) -> io::Result<Handle> {
-    let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+    let mut builder = Builder::new_current_thread();
+    let runtime = builder.enable_all().max_blocking_threads(LOOK_UPS).build()?;
     let handle = runtime.handle().clone();
     thread::Builder::new().name(format!("registry-io-{number}")).spawn(move || {
         threads::mark_io_thread();

@@ -12,16 +12,17 @@
 //! `testing::FaultySource`, which fails or returns wrong bytes at chosen offsets.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
 use thiserror::Error;
 
 use crate::SharedBytes;
+use crate::origin::Origin;
 use crate::traffic::Traffic;
 
 /// Error of reading bytes. Cheap to clone: one failed read can have many waiters.
@@ -177,6 +178,16 @@ pub trait ByteSource: Send + Sync {
         Traffic::default()
     }
 
+    /// Its origin. A source that knows none has its name.
+    fn origin(&self) -> Origin {
+        Origin::new(self.name())
+    }
+
+    /// The source that it is a part of, and the position of its first byte there.
+    fn outer(&self) -> Option<(&Arc<dyn ByteSource>, u64)> {
+        None
+    }
+
     /// All bytes as one slice, if they are in memory already.
     fn as_slice(&self) -> Option<&[u8]> {
         None
@@ -249,6 +260,7 @@ impl ByteSource for MemorySource {
 /// A file, read with `pread`.
 pub struct FileSource {
     name: String,
+    origin: String,
     file: File,
     len: u64,
 }
@@ -270,13 +282,16 @@ impl FileSource {
         Self::new(name.clone(), file)
     }
 
-    /// Takes an open file under a name for messages, and its present length as final.
+    /// Takes an open file under a name for messages, its path, and its present length as final.
     ///
     /// # Errors
     /// [`SourceError::Io`] if its length cannot be had.
     pub fn new(name: String, file: File) -> Result<Self, SourceError> {
         match file.metadata() {
-            Ok(meta) => Ok(Self { name, file, len: meta.len() }),
+            Ok(meta) => {
+                let (origin, len) = (file_state(Path::new(&name), &meta), meta.len());
+                Ok(Self { name, origin, file, len })
+            }
             Err(source) => {
                 Err(SourceError::Io { name, offset: 0, len: 0, source: Arc::new(source) })
             }
@@ -292,6 +307,17 @@ impl FileSource {
     }
 }
 
+/// Name of a file in its present state: another file at its path, or the same file changed, has another name. The time
+/// of the last change of the inode belongs to it, because a user can set every other time.
+#[must_use]
+pub fn file_state(path: &Path, meta: &Metadata) -> String {
+    let (dev, ino, len) = (meta.dev(), meta.ino(), meta.len());
+    let (written, changed) = (meta.mtime(), meta.ctime());
+    let (written_ns, changed_ns) = (meta.mtime_nsec(), meta.ctime_nsec());
+    let path = path.display();
+    format!("{path}:{dev:x}:{ino:x}:{len}:{written}.{written_ns}:{changed}.{changed_ns}")
+}
+
 impl ByteSource for FileSource {
     fn len(&self) -> u64 {
         self.len
@@ -305,6 +331,10 @@ impl ByteSource for FileSource {
             len: buf.len(),
             source: Arc::new(source),
         })
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::new(self.origin.clone())
     }
 
     fn name(&self) -> &str {
@@ -369,6 +399,14 @@ impl ByteSource for SubSource {
 
     fn traffic(&self) -> Traffic {
         self.inner.traffic()
+    }
+
+    fn origin(&self) -> Origin {
+        self.inner.origin()
+    }
+
+    fn outer(&self) -> Option<(&Arc<dyn ByteSource>, u64)> {
+        Some((&self.inner, self.start))
     }
 
     fn as_slice(&self) -> Option<&[u8]> {

@@ -1,7 +1,7 @@
-//! What no image, registry or user can do: each sentence of `SECURITY.md` names a test of this folder.
-//!
-//! * [`reach`]     an image reaches only its own repository
-//! * [`privilege`] the daemon has the rights that it needs, and no more
+//! What an image, a meta image, a registry and a user of the host can never do: each sentence of `SECURITY.md` names a
+//! test of this folder.
 
+mod identity;
+mod pinned;
 mod privilege;
 mod reach;

@@ -18,7 +18,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::fetch::Key;
+use crate::fetch::SharedChunk;
 
 /// Divisor of the budget for the small queue. A tenth, as in the paper, is only a few chunks here.
 const SMALL: u64 = 4;
@@ -60,16 +60,16 @@ pub(super) enum EvictionTry {
 /// The order of the chunks that are held.
 #[derive(Debug, Default)]
 pub(super) struct Queues {
-    small: VecDeque<(Key, u64)>,
-    main: VecDeque<(Key, u64)>,
+    small: VecDeque<(SharedChunk, u64)>,
+    main: VecDeque<(SharedChunk, u64)>,
     small_bytes: u64,
-    ghosts: HashSet<Key>,
-    ghost_order: VecDeque<Key>,
+    ghosts: HashSet<SharedChunk>,
+    ghost_order: VecDeque<SharedChunk>,
 }
 
 impl Queues {
     /// Adds a chunk; returns true if it goes to the main queue.
-    pub(super) fn insert(&mut self, key: Key, bytes: u64, clock: &Clock) -> bool {
+    pub(super) fn insert(&mut self, key: SharedChunk, bytes: u64, clock: &Clock) -> bool {
         clock.came.fetch_add(1, Ordering::Relaxed);
         let main = self.ghosts.remove(&key);
         if main {
@@ -88,7 +88,7 @@ impl Queues {
     pub(super) fn evict(
         &mut self,
         budget: u64,
-        look: &mut dyn FnMut(Key, bool) -> EvictionTry,
+        look: &mut dyn FnMut(SharedChunk, bool) -> EvictionTry,
     ) -> Option<u64> {
         // After so many rounds every use is subtracted, and the remaining chunks have readers.
         let most = (self.small.len() + self.main.len()) * (usize::from(MOST_USES) + 2);
@@ -117,7 +117,7 @@ impl Queues {
     }
 
     /// As many keys are remembered as chunks are held.
-    fn remember(&mut self, key: Key) {
+    fn remember(&mut self, key: SharedChunk) {
         self.ghosts.insert(key);
         self.ghost_order.push_back(key);
         while self.ghost_order.len() > self.small.len() + self.main.len()
@@ -157,9 +157,9 @@ mod tests {
             while self.held.len() as u64 >= BUDGET {
                 let Self { queues, held, .. } = self;
                 let evicted = queues.evict(BUDGET, &mut |key, _| {
-                    let (uses, _, main) = held.get_mut(&key.chunk).unwrap();
+                    let (uses, _, main) = held.get_mut(&key.number).unwrap();
                     if *uses == 0 {
-                        held.remove(&key.chunk);
+                        held.remove(&key.number);
                         return EvictionTry::Evicted;
                     }
                     *uses = if *main { *uses - 1 } else { 0 };
@@ -168,7 +168,7 @@ mod tests {
                 });
                 assert_eq!(evicted, Some(1));
             }
-            let main = self.queues.insert(Key { blob: 0, chunk }, 1, &self.clock);
+            let main = self.queues.insert(SharedChunk { blob: 0, number: chunk }, 1, &self.clock);
             self.held.insert(chunk, (0, self.clock.now(), main));
         }
     }
@@ -205,7 +205,7 @@ mod tests {
     fn when_everything_is_being_read_nothing_is_given_up() {
         let (mut queues, clock) = (Queues::default(), Clock::default());
         for chunk in 0..10 {
-            queues.insert(Key { blob: 0, chunk }, 1, &clock);
+            queues.insert(SharedChunk { blob: 0, number: chunk }, 1, &clock);
         }
         assert_eq!(queues.evict(10, &mut |_, _| EvictionTry::InUse), None);
         assert_eq!(queues.evict(10, &mut |_, _| EvictionTry::Evicted), Some(1));

@@ -128,6 +128,19 @@ impl FetchQueue {
     /// Takes the next request.
     pub fn take(&mut self, limit: Limit) -> Option<Taken> {
         let first = self.next(limit)?;
+        self.take_from(first, limit)
+    }
+
+    /// Takes the next request for demand of a way that is not busy.
+    pub fn take_of_idle(&mut self, limit: Limit, is_busy: &dyn Fn(u32) -> bool) -> Option<Taken> {
+        let idle = |key: &Key| !is_busy(key.way) && self.wanted.contains_key(key);
+        let at = self.demand.iter().position(idle)?;
+        let first = self.demand.remove(at)?;
+        self.take_from(first, limit)
+    }
+
+    /// Takes a request that begins with a chunk, and its neighbours.
+    fn take_from(&mut self, first: Key, limit: Limit) -> Option<Taken> {
         let WantedChunk { blob, chunk, class, tries } = self.wanted.remove(&first)?;
         let size =
             |chunk| blob.source().encoded(chunk).map_or(u64::MAX, |place| place.len() as u64);
@@ -252,7 +265,7 @@ mod tests {
     fn blob(number: u32, chunks: u64) -> Arc<Blob> {
         let source = Arc::new(UnreadSource(chunks * PlainChunks::CHUNK));
         let source: Arc<dyn ChunkSource> = Arc::new(PlainChunks::new("b", source));
-        Arc::new(Blob::new(number, source, StoredBlob::default(), Arc::default()))
+        Arc::new(Blob::new(number, 0, source, StoredBlob::default(), Arc::default()))
     }
 
     fn wanted(blob: &Arc<Blob>, chunk: u32, class: Class) -> WantedChunk {
@@ -343,7 +356,7 @@ mod tests {
                 ahead |= request.class > Class::Demand;
                 taken.extend(request.chunks.map(|chunk| request.blob.key(chunk)));
             }
-            let mut expected: Vec<_> = asked.iter().map(|((blob, chunk), _)| Key { blob: *blob, chunk: *chunk }).collect();
+            let mut expected: Vec<Key> = asked.iter().map(|((blob, chunk), _)| blobs[*blob as usize].key(*chunk)).collect();
             expected.sort();
             taken.sort();
             prop_assert_eq!(taken, expected);

@@ -15,6 +15,9 @@
 //! again, after the wanted chunks ahead have been reached. A thread without work keeps its decoder and waits
 //! [`PARKED`] for a reader that continues, unless another frame needs the thread.
 //!
+//! A thread may wait for its registry for long. So a way (see [`Key`]) without any thread, or without any window, gets one
+//! beyond the limits: a registry that is down holds up its own readers only.
+//!
 //! Memory: windows of [`MOST_WINDOWS`] together (one is 2 to 8 MiB at usual levels, 128 MiB at most), two
 //! requests of bytes for each of at most [`MOST_THREADS`] frames, and the tier's queue. The lists hold only
 //! chunks that the cache has claimed.
@@ -44,6 +47,9 @@ use threads::Pool;
 /// them.
 const MOST_THREADS: usize = 16;
 
+/// Limit on threads beyond those, each for a way that has none at work.
+const MOST_BEYOND: usize = 16;
+
 /// Limit on the bytes of windows of the frames that are decoded at the same time.
 const MOST_WINDOWS: u64 = 256 << 20;
 
@@ -70,6 +76,8 @@ struct FrameQueue {
     idle: usize,
     /// Bytes of windows.
     windows: u64,
+    /// The same by way.
+    windows_of: HashMap<u32, u64>,
     /// Number of threads that wait until others release windows.
     starved: usize,
     ending: bool,
@@ -101,8 +109,25 @@ impl FrameQueue {
     /// True if a frame with a waiter gets no thread or no memory.
     fn is_contested(&self) -> bool {
         let waits = |frame: &WantedFrame| !frame.taken && !frame.wanted.is_empty();
-        let full = self.idle == 0 && self.threads.len() >= MOST_THREADS;
+        let full = self.at_work().count() >= MOST_THREADS;
         self.starved > 0 || full && self.frames.values().any(waits)
+    }
+
+    /// Frames that have a thread.
+    fn at_work(&self) -> impl Iterator<Item = &Key> {
+        self.frames.iter().filter(|(_, frame)| frame.taken).map(|(first, _)| first)
+    }
+
+    /// The frame that gets the next thread: the most urgent one; when all threads are at work, of a way that has none.
+    fn most_urgent(&mut self) -> Option<&mut WantedFrame> {
+        let at_work: Vec<u32> = self.at_work().map(|first| first.way).collect();
+        let full = at_work.len() >= MOST_THREADS;
+        let free = self.frames.iter_mut().filter(|(first, frame)| {
+            let waits = !frame.taken && !frame.wanted.is_empty();
+            waits && !(full && at_work.contains(&first.way))
+        });
+        let urgency = |frame: &&mut WantedFrame| frame.wanted.values().map(|one| one.class).min();
+        free.map(|(_, frame)| frame).min_by_key(urgency)
     }
 }
 
@@ -123,9 +148,9 @@ impl Serials {
     /// Makes demand of a chunk that was wanted ahead of time: it has a waiter now.
     pub(super) fn urge(&self, key: Key) {
         let mut state = self.lock();
-        let frames = state.frames.iter_mut().filter(|(first, _)| first.blob == key.blob);
-        for (_, frame) in frames {
-            if let Some(wanted) = frame.wanted.get_mut(&key.chunk) {
+        let of_blob = |first: &Key| (first.chunk.blob, first.way) == (key.chunk.blob, key.way);
+        for (_, frame) in state.frames.iter_mut().filter(|(first, _)| of_blob(first)) {
+            if let Some(wanted) = frame.wanted.get_mut(&key.chunk.number) {
                 wanted.class = Class::Demand;
                 self.wake.notify_all();
             }
@@ -155,11 +180,7 @@ impl Serials {
             if state.ending {
                 return None;
             }
-            let urgency =
-                |frame: &&mut WantedFrame| frame.wanted.values().map(|one| one.class).min();
-            let free = state.frames.values_mut().filter(|frame| !frame.taken);
-            let free = free.filter(|frame| !frame.wanted.is_empty());
-            if let Some(frame) = free.min_by_key(urgency) {
+            if let Some(frame) = state.most_urgent() {
                 frame.taken = true;
                 return Some((frame.blob.clone(), frame.chunks.clone()));
             }
@@ -213,17 +234,19 @@ impl Serials {
         state.ending || state.frames.get(&first).is_some_and(demands)
     }
 
-    /// Waits until a window of so many bytes fits beside the others. A single one always does. False at the
-    /// end.
-    fn reserve(&self, window: u64) -> bool {
+    /// Waits until a window of so many bytes fits beside the others. A single one of a way always does. False at
+    /// the end.
+    fn reserve(&self, way: u32, window: u64) -> bool {
         let mut state = self.lock();
         let mut waits = false;
         let fits = loop {
             if state.ending {
                 break false;
             }
-            if state.windows == 0 || state.windows + window <= MOST_WINDOWS {
+            let alone = state.windows_of.get(&way).is_none_or(|windows| *windows == 0);
+            if alone || state.windows + window <= MOST_WINDOWS {
                 state.windows += window;
+                *state.windows_of.entry(way).or_default() += window;
                 break true;
             }
             if !waits {
@@ -238,9 +261,17 @@ impl Serials {
     }
 
     /// Releases a reservation.
-    fn release(&self, window: u64) {
+    fn release(&self, way: u32, window: u64) {
         if window > 0 {
-            self.lock().windows -= window;
+            let mut state = self.lock();
+            state.windows -= window;
+            if let Some(windows) = state.windows_of.get_mut(&way) {
+                *windows -= window;
+                if *windows == 0 {
+                    state.windows_of.remove(&way);
+                }
+            }
+            drop(state);
             self.wake.notify_all();
         }
     }
@@ -294,7 +325,8 @@ pub(super) fn want(
         frame.wanted.insert(wanted.chunk, wanted);
     }
     let waiting = state.frames.values().filter(|frame| !frame.taken).count();
-    if waiting > state.idle && state.threads.len() < MOST_THREADS {
+    let limit = MOST_THREADS + if state.most_urgent().is_some() { MOST_BEYOND } else { 0 };
+    if waiting > state.idle && state.threads.len() < limit {
         add_thread(shared, &mut state);
     }
     drop(state);

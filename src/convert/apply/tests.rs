@@ -98,7 +98,9 @@ fn paths(layers: &[&[&str]]) -> String {
 }
 
 fn at(tree: &Tree, path: &str) -> NodeId {
-    path::LowerTree(tree).node_at(&Path::raw(path.as_bytes())).unwrap_or_else(|| panic!("no {path}"))
+    path::LowerTree(tree)
+        .node_at(&Path::raw(path.as_bytes()))
+        .unwrap_or_else(|| panic!("no {path}"))
 }
 
 fn error(layers: &[&[&str]], last: &[&str]) -> String {

@@ -1,7 +1,6 @@
 //! The read-only layers: local files, or else blobs of the registry.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -40,8 +39,7 @@ pub(super) fn identity(path: &Path) -> Result<String, DiskError> {
         name: path.display().to_string(),
         source: Arc::new(source),
     })?;
-    let (dev, ino, len) = (meta.dev(), meta.ino(), meta.len());
-    Ok(format!("{}:{dev:x}:{ino:x}:{len}:{}.{}", path.display(), meta.mtime(), meta.mtime_nsec()))
+    Ok(source::file_state(path, &meta))
 }
 
 /// Reads a whole file into memory.
@@ -79,7 +77,7 @@ impl LowersBase<'_> {
             }
             Err(tried) => self.remote_layer(number, lower, &tried)?,
         };
-        let name = source.name().to_owned();
+        let (name, is_local) = (source.name().to_owned(), source.is_local());
         let payload = zfile::open(source)?;
         if lower.target_file.is_empty() && lower.target_digest.is_empty() {
             let index = LsmtLayer::open(&*payload.source(), TagMeaning::Plain)?;
@@ -88,9 +86,10 @@ impl LowersBase<'_> {
                 data: LayerData::Native { chunks: payload.chunks(&id) },
             });
         }
-        // Devices of one file share its metadata.
+        // Devices of one file share its metadata. A blob was not verified by its digest: its metadata is its name.
         let meta: SharedBytes = Arc::new(read_resident(&payload)?);
-        let meta = self.cache.residents().share(&id, meta);
+        let shared = if is_local { id } else { Digest::of(meta.bytes()).to_string() };
+        let meta = self.cache.residents().share(&shared, meta);
         let index = LsmtLayer::open(&MemorySource::shared(name, meta.clone()), TagMeaning::Warp)?;
         let target = self.open_target(number, lower)?;
         Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })

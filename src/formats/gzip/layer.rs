@@ -9,8 +9,8 @@ use sha2::{Digest as _, Sha256};
 use super::GzipError;
 use super::index::GzipIndex;
 use super::segment::{HEADROOM, SegmentDecoder, TAILROOM};
-use source::ByteSource;
 use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange};
+use source::{ByteSource, Proof};
 
 /// Longest segment that is decoded. An upstream index may have any distance between checkpoints, because
 /// upstream cannot cut a block, but a number from a file must not decide how much memory is taken.
@@ -22,6 +22,7 @@ const MAX_SEGMENT: u64 = 1 << 30;
 /// 40 MB.
 pub struct IndexedLayer {
     id: String,
+    proof: Proof,
     index: GzipIndex,
     blob: Arc<dyn ByteSource>,
     /// Decoders that no thread uses at present.
@@ -29,8 +30,8 @@ pub struct IndexedLayer {
 }
 
 impl IndexedLayer {
-    /// The layer `blob` with digest `id`, decoded by `index`. A cache identifies it by both: two images may
-    /// share a layer but have different checkpoints for it.
+    /// The layer `blob`, which the image names by the digest `id`, decoded by `index`. Two images may share a layer but
+    /// have different checkpoints for it.
     ///
     /// # Errors
     /// [`GzipError::OtherLayer`] if the blob's length is not that of the index, [`GzipError::Damaged`] if a
@@ -65,7 +66,8 @@ impl IndexedLayer {
             ));
         }
         let id = format!("{id}#gzip-{:08x}", index.cuts());
-        Ok(Self { id, index, blob, idle: Mutex::new(Vec::new()) })
+        let proof = index.proof();
+        Ok(Self { id, proof, index, blob, idle: Mutex::new(Vec::new()) })
     }
 
     /// The index.
@@ -92,6 +94,10 @@ impl IndexedLayer {
 impl ChunkSource for IndexedLayer {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn proof(&self) -> Proof {
+        self.proof
     }
 
     fn decoded_len(&self) -> u64 {

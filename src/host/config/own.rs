@@ -5,7 +5,9 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use convert::meta::MetaTrust;
 use registry::Hedging;
+use registry::signatures::Signers;
 
 use super::ServiceConfigError;
 use super::object::{Object, Paths as _};
@@ -66,6 +68,12 @@ pub struct TurbobdConfig {
     pub trusted_hosts: Vec<String>,
     /// `metaDir`: directory of meta images that were built here.
     pub meta_dir: PathBuf,
+    /// `metaTrust`: which meta images are used.
+    pub meta_trust: MetaTrust,
+    /// `metaKeys`: files of the keys whose signatures count.
+    pub meta_keys: Vec<PathBuf>,
+    /// The keys in `meta_keys`; none until [`ServiceConfig::read`](super::ServiceConfig::read) has read the files.
+    pub signers: Signers,
 }
 
 /// `traces`: the chunks that a start reads are recorded, and fetched ahead at the next start.
@@ -105,6 +113,9 @@ impl TurbobdConfig {
             origins: origins(&mut section)?,
             trusted_hosts: section.texts("trustedHosts")?,
             meta_dir: folder(section.path("metaDir")?, "/var/lib/turbobd/meta"),
+            meta_trust: meta_trust(&mut section)?,
+            meta_keys: section.texts("metaKeys")?.into_iter().map(PathBuf::from).collect(),
+            signers: Signers::default(),
         };
         section.end();
         Ok(config)
@@ -134,6 +145,15 @@ fn metrics_address(section: &mut Object<'_>) -> Taken<IpAddr> {
         Some(text) => text
             .parse()
             .map_err(|_| section.error("metricsAddress", format!("{text:?} is not an IP address"))),
+    }
+}
+
+fn meta_trust(section: &mut Object<'_>) -> Taken<MetaTrust> {
+    match section.text("metaTrust")? {
+        None => Ok(MetaTrust::default()),
+        Some(text) => text.parse().map_err(|()| {
+            section.error("metaTrust", format!("it is verify, signed or any, not {text:?}"))
+        }),
     }
 }
 

@@ -34,7 +34,8 @@ fn other_value(key: &str) -> (String, &'static str) {
         "turbobd.mirrors" => r#"{"r.example": ["https://m.example"]}"#,
         "turbobd.origins" => r#"["r.example/team"]"#,
         "turbobd.trustedHosts" => r#"["r.example"]"#,
-        "turbobd.authorities" => r#"["/a.pem"]"#,
+        "turbobd.authorities" | "turbobd.metaKeys" => r#"["/a.pem"]"#,
+        "turbobd.metaTrust" => r#""signed""#,
         "turbobd.metricsAddress" => r#""::1""#,
         "turbobd.onError" => r#""wait""#,
         "turbobd.hedge.enable"

@@ -14,7 +14,7 @@ const IMAGE: &str = "Image";
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
 pub(super) struct Args {
-    /// Image in a registry: `[host[:port]/]name[:tag|@digest]`; or in an OCI image layout: `oci:DIR[:TAG]`.
+    /// Image in a registry: `[host[:port]/]name[:tag|@digest]`; or in an OCI image layout: `oci:DIR[:TAG|@DIGEST]`.
     #[arg(required_unless_present = "config")]
     pub(super) image: Option<String>,
     /// Device config of overlaybd (`config.v1.json`), instead of an IMAGE.

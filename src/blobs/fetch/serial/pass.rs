@@ -136,7 +136,7 @@ impl Pass<'_> {
 
     fn drop_decoder(&mut self) {
         self.decoder = None;
-        self.shared.serials.release(std::mem::take(&mut self.window));
+        self.shared.serials.release(self.first.way, std::mem::take(&mut self.window));
     }
 
     /// Creates the decoder, when there is memory for it.
@@ -144,7 +144,7 @@ impl Pass<'_> {
         let (shared, source) = (self.shared, self.blob.source());
         let serial = source.serial().ok_or_else(|| failure(self.blob, "It has no long frame"))?;
         let window = serial.window(first.bytes());
-        if !shared.serials.reserve(window) {
+        if !shared.serials.reserve(self.first.way, window) {
             return Err(super::super::ended(self.blob));
         }
         self.window = window;
