@@ -206,7 +206,7 @@ impl Services {
             RegistryError::Setup { reason: "the user agent cannot be sent in a header".to_owned() }
         })?;
         Ok(Self {
-            transport: Transport::new(tls, &options.proxies, options.timeouts),
+            transport: Transport::new(&tls, &options.proxies, options.timeouts),
             credentials: CredentialStore {
                 explicit: options.credential.clone(),
                 service: options.credential_service.clone(),

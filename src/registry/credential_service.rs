@@ -139,7 +139,7 @@ impl CredentialService {
         let authorities: Vec<PathBuf> = self.authority.iter().cloned().collect();
         let tls = tls::configure(&authorities, self.certificate.as_ref(), false)?;
         let timeouts = Timeouts { connect: self.timeout, head: self.timeout, idle: self.timeout };
-        Ok(Transport::new(tls, &Proxies::Environment, timeouts))
+        Ok(Transport::new(&tls, &Proxies::Environment, timeouts))
     }
 
     fn ask_socket(&self, path: &Path, query: &str) -> Result<(u16, Bytes), String> {

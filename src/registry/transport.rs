@@ -235,7 +235,7 @@ impl ReplyBody {
 impl Transport {
     /// Creates the pools with these rules.
     #[must_use]
-    pub fn new(tls: ClientConfig, proxies: &Proxies, timeouts: Timeouts) -> Self {
+    pub fn new(tls: &ClientConfig, proxies: &Proxies, timeouts: Timeouts) -> Self {
         let pools = Reach::ALL.map(|reach| {
             let connector = HttpsConnectorBuilder::new()
                 .with_tls_config(tls.clone())

@@ -168,8 +168,7 @@ fn install(denied: &[(&str, c_long)]) -> io::Result<()> {
 
 fn filter(denied: &[(&str, c_long)]) -> Result<BpfProgram, seccompiler::BackendError> {
     // No rule: the number of the call alone decides.
-    let rules: BTreeMap<i64, _> =
-        denied.iter().map(|(_, number)| (i64::from(*number), Vec::new())).collect();
+    let rules: BTreeMap<i64, _> = denied.iter().map(|(_, number)| (*number, Vec::new())).collect();
     let refuse = SeccompAction::Errno(libc::EPERM as u32);
     let arch: TargetArch = std::env::consts::ARCH.try_into()?;
     SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch)?.try_into()
