@@ -254,9 +254,13 @@ mod tests {
         let path = dir.path().join("audit.log");
         let audit = Audit::begin(LogFile::open(&path, ROTATION).unwrap()).unwrap();
         let device = AuditedDevice::new(audit.clone(), "app:1");
-        device.read((0, 512), Duration::from_millis(2), None);
+        device.read(DiskRange { offset: 0, len: 512 }, Duration::from_millis(2), None);
         device.named("/dev/ublkb7");
-        device.read((8192, 131_072), Duration::from_micros(31), Some("no \"route\"\n".into()));
+        device.read(
+            DiskRange { offset: 8192, len: 131_072 },
+            Duration::from_micros(31),
+            Some("no \"route\"\n".into()),
+        );
         audit.downloaded(download(None));
         audit.downloaded(download(Some("it broke")));
         audit.flush();
