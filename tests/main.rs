@@ -42,5 +42,6 @@ mod registry_ways;
 mod settings;
 mod sparse;
 mod trace;
+mod trust;
 mod uppers;
 mod writable;

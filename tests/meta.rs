@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::image::Images;
+use convert::child::Builder;
 use convert::meta::{Found, MetaError, MetaImage, MetaImages, Plain, is_plain};
 use convert::{ConvertOptions, Silent};
 use disk::image::host_manifest;
@@ -49,7 +50,7 @@ impl Host {
             disk_size: formats::units::Bytes(1 << 30),
             ..ConvertOptions::default()
         };
-        MetaImages { local, publish, options }.of(&plain, &Silent)
+        MetaImages { local, publish, options, builder: Builder::Here }.of(&plain, &Silent)
     }
 
     fn forget_local(&self) {

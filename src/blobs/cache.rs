@@ -15,10 +15,11 @@
 //! gives the same one: two images with a common layer have it once.
 //!
 //! Contents: `arena` the memory, `shard` the chunks under one lock, `queues` the order of eviction, `backlog`
-//! the chunks to load later, `resident` memory of open images outside the budget.
+//! the chunks to load later, `heap` chunks without room in the arena, `resident` memory of open images outside the budget.
 
 mod arena;
 mod backlog;
+mod heap;
 mod queues;
 mod resident;
 mod shard;
@@ -27,23 +28,24 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::fetch::{
     Blob, CONNECTIONS, Claim, Delivery, FetchCounters, FetchOptions, Fetcher, FillOptions, Filling,
-    Key, Wanted,
+    Flow, Key, Wanted,
 };
 use crate::tier::Tiers;
 use arena::Arena;
 use backlog::Backlog;
+use heap::Heap;
 use queues::{Clock, Queues};
 pub use resident::Residents;
 use shard::{Found, Shard};
-use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
+use source::{Budget, Class};
 
 /// Callback of one request: called once, from any thread, with the chunk or the reason why there is none.
 pub type ChunkWaiter = Box<dyn FnOnce(Result<Arc<ChunkBytes>, Arc<ChunkError>>) + Send>;
@@ -110,6 +112,8 @@ pub struct Cache {
     ahead: u64,
     backlog: Backlog,
     residents: Residents,
+    /// Number of devices that were given a flow.
+    flows: AtomicU32,
 }
 
 impl Cache {
@@ -129,12 +133,19 @@ impl Cache {
     /// Creates a cache with these options and with chunks on disk behind it.
     #[must_use]
     pub fn over(options: CacheOptions, tiers: Tiers) -> Arc<Self> {
-        let chunks = Arc::new(Chunks::new(options.budget));
+        Self::within(options, tiers, Budget::default())
+    }
+
+    /// As [`over`](Self::over), with `images` as the memory that open images may take beside the cache.
+    #[must_use]
+    pub fn within(options: CacheOptions, tiers: Tiers, images: Budget) -> Arc<Self> {
+        let chunks = Arc::new(Chunks::new(options.budget, images.clone()));
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
         let budget = options.budget;
-        let residents = Residents::default();
+        let residents = Residents::within(images);
         let (ahead, backlog) = (budget / AHEAD_SHARE, Backlog::default());
-        Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents, backlog })
+        let flows = AtomicU32::new(0);
+        Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents, backlog, flows })
     }
 
     /// Opens the blob whose chunks `source` makes; returns the open blob of the same identity if there is
@@ -158,10 +169,22 @@ impl Cache {
         self.fetcher.fill(blobs, options)
     }
 
-    /// Begins a request for chunks that belong together.
+    /// Begins a request for chunks that belong together, of no device.
     #[must_use]
     pub fn batch(&self) -> Batch<'_> {
-        Batch { cache: self, wanted: Vec::new() }
+        self.batch_for(Flow::default())
+    }
+
+    /// Begins a request of a device: devices take turns.
+    #[must_use]
+    pub fn batch_for(&self, flow: Flow) -> Batch<'_> {
+        Batch { cache: self, wanted: Vec::new(), flow }
+    }
+
+    /// The flow of a new device.
+    #[must_use]
+    pub fn flow(&self) -> Flow {
+        Flow(self.flows.fetch_add(1, Ordering::Relaxed).wrapping_add(1))
     }
 
     /// True if the chunk is in memory.
@@ -212,6 +235,7 @@ impl Cache {
 pub struct Batch<'a> {
     cache: &'a Cache,
     wanted: Vec<Wanted>,
+    flow: Flow,
 }
 
 impl Batch<'_> {
@@ -245,7 +269,7 @@ impl Batch<'_> {
     ) -> Lookup {
         let chunks = &self.cache.chunks;
         let key = blob.key(index);
-        let found = chunks.shard(key).look_up(blob, index, &chunks.clock, waiter);
+        let found = chunks.shard(key).look_up(blob, (index, self.flow), &chunks.clock, waiter);
         match found {
             Found::Held { bytes, first } => {
                 if first {
@@ -254,9 +278,12 @@ impl Batch<'_> {
                 chunks.hits.fetch_add(1, Ordering::Relaxed);
                 return Lookup::Hit(bytes);
             }
-            Found::Joined { ahead: false } => {}
-            Found::Joined { ahead: true } => {
-                self.cache.fetcher.urge(key);
+            Found::Joined { ahead: false, foreign: false } => {}
+            Found::Joined { ahead: false, foreign: true } => {
+                self.cache.fetcher.urge(key, self.flow)
+            }
+            Found::Joined { ahead: true, .. } => {
+                self.cache.fetcher.urge(key, self.flow);
                 self.follow(blob.source().room(index) as u64);
             }
             Found::Claimed => {
@@ -274,7 +301,7 @@ impl Batch<'_> {
     /// Loads those of `indices` that are neither in memory nor loading, without a waiter.
     pub fn prefetch(&mut self, blob: &Arc<Blob>, indices: Range<u32>) {
         for index in indices {
-            if self.cache.chunks.shard(blob.key(index)).claim(blob, index) {
+            if self.cache.chunks.shard(blob.key(index)).claim(blob, index, self.flow) {
                 self.want(blob, index, Class::Prefetch);
             }
         }
@@ -295,7 +322,7 @@ impl Batch<'_> {
 
     fn want(&mut self, blob: &Arc<Blob>, chunk: u32, class: Class) {
         self.cache.chunks.loads.fetch_add(1, Ordering::Relaxed);
-        self.wanted.push(Wanted { blob: blob.clone(), chunk, class, tries: 0 });
+        self.wanted.push(Wanted { blob: blob.clone(), chunk, class, tries: 0, flow: self.flow });
     }
 }
 
@@ -353,6 +380,8 @@ struct Chunks {
     hasher: RandomState,
     blobs: Mutex<Blobs>,
     arena: Arc<Arena>,
+    /// Chunks that fit nowhere in it.
+    heap: Arc<Heap>,
     budget: u64,
     held: AtomicU64,
     /// The order of eviction.
@@ -367,8 +396,9 @@ struct Chunks {
 }
 
 impl Chunks {
-    fn new(budget: u64) -> Self {
+    fn new(budget: u64, images: Budget) -> Self {
         Self {
+            heap: Heap::new(images),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             hasher: RandomState::new(),
             blobs: Mutex::default(),
@@ -411,17 +441,17 @@ impl Chunks {
 }
 
 impl Delivery for Chunks {
-    fn room(&self, len: usize) -> Box<dyn Room> {
+    fn room(&self, len: usize, flow: Flow) -> Option<Box<dyn Room>> {
         let mut given_up = 0;
         while self.arena.could_hold(len) && given_up <= len as u64 * WORTH {
             if let Some(run) = self.arena.take(len) {
-                return Box::new(run);
+                return Some(Box::new(run));
             }
             let Some(more) = self.evict_one() else { break };
             given_up += more;
         }
         self.unkept.fetch_add(1, Ordering::Relaxed);
-        Box::new(vec![0; len])
+        Some(Box::new(self.heap.take(len, flow)?))
     }
 
     fn spare_room(&self, len: usize) -> Option<Box<dyn Room>> {
@@ -436,7 +466,7 @@ impl Delivery for Chunks {
         let mut shard = self.shard(blob.key(chunk));
         match shard.peek(blob.key(chunk)) {
             Some(bytes) => Claim::Held(bytes),
-            None if shard.claim(blob, chunk) => Claim::Claimed,
+            None if shard.claim(blob, chunk, Flow::default()) => Claim::Claimed,
             None => Claim::Loading,
         }
     }
@@ -454,7 +484,10 @@ impl Delivery for Chunks {
             self.held.fetch_add(bytes.held(), Ordering::Relaxed);
         }
         // Into the queues first: a chunk that is only in a shard could never be evicted.
-        let main = kept.is_some_and(|bytes| self.queues().insert(key, bytes.held(), &self.clock));
+        let main = kept.is_some_and(|bytes| {
+            let flow = self.shard(key).flow(key);
+            self.queues().insert(key, flow, bytes.held(), &self.clock)
+        });
         let waiters = self.shard(key).end_load(key, kept.cloned(), self.clock.now(), main);
         for waiter in waiters {
             let result = result.clone();

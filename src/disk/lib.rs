@@ -66,7 +66,7 @@ use formats::zfile::ZFileError;
 use gather::Gather;
 use leases::Leases;
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
-use source::{SharedBytes, SourceError};
+use source::{OverBudget, Reserved, SharedBytes, SourceError};
 
 /// Error of opening an image.
 #[derive(Clone, Debug, Error)]
@@ -74,6 +74,9 @@ pub enum DiskError {
     /// A layer's index, or the stack of layers, is invalid.
     #[error(transparent)]
     Lsmt(#[from] LsmtError),
+    /// The layers do not fit the budget of memory.
+    #[error(transparent)]
+    Budget(#[from] OverBudget),
     /// A layer's container is invalid.
     #[error(transparent)]
     ZFile(#[from] ZFileError),
@@ -228,6 +231,10 @@ impl Opened {
 pub struct DiskParts {
     stack: Stack,
     layers: Vec<Opened>,
+    /// Memory of the indexes, in the budget of images.
+    _reserved: Vec<Reserved>,
+    /// The memory of long frames, if a layer has one.
+    _frames: Option<Arc<Reserved>>,
 }
 
 /// A virtual disk made of layers.
@@ -245,6 +252,18 @@ impl Disk {
     /// [`DiskError::Lsmt`] if they cannot be stacked, [`DiskError::Layer`] and [`DiskError::PastTarget`] if a
     /// mapping points to missing data.
     pub fn new(layers: Vec<DiskLayer>, cache: Arc<Cache>) -> Result<Self, DiskError> {
+        Self::with_reserved(layers, cache, Vec::new())
+    }
+
+    /// As [`new`](Self::new), with the parts of the budget of images that the layers' indexes take.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_reserved(
+        layers: Vec<DiskLayer>,
+        cache: Arc<Cache>,
+        reserved: Vec<Reserved>,
+    ) -> Result<Self, DiskError> {
         for (number, layer) in layers.iter().enumerate() {
             check_layer(number, layer)?;
         }
@@ -253,7 +272,11 @@ impl Disk {
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
         let layers: Vec<Opened> =
             layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
-        Ok(Self::of(Arc::new(DiskParts { stack, layers }), cache))
+        let mut blobs = layers.iter().filter_map(Opened::blob);
+        let has_frames = blobs.any(|blob| blob.source().longest_serial() > 0);
+        let frames = if has_frames { Some(cache.residents().frames()?) } else { None };
+        let parts = DiskParts { stack, layers, _reserved: reserved, _frames: frames };
+        Ok(Self::of(Arc::new(parts), cache))
     }
 
     /// Another disk from the same parts, for another device. `cache` must be the one in which the parts were
@@ -261,7 +284,8 @@ impl Disk {
     #[must_use]
     pub fn of(parts: Arc<DiskParts>, cache: Arc<Cache>) -> Self {
         let blobs = parts.layers.iter().map(|layer| layer.blob().cloned()).collect();
-        Self { parts, cache, leases: Arc::default(), recorders: Recorders::new(blobs) }
+        let recorders = Recorders::of(cache.flow(), blobs);
+        Self { parts, cache, leases: Arc::default(), recorders }
     }
 
     /// The part that it shares with other disks of the same image.
@@ -320,6 +344,12 @@ impl Disk {
     #[must_use]
     pub fn recorders(&self) -> &Arc<Recorders> {
         &self.recorders
+    }
+
+    /// True if a layer brings its filesystem's metadata with it: then reads of metadata wait for nothing.
+    #[must_use]
+    pub fn has_metadata(&self) -> bool {
+        self.parts.layers.iter().any(|layer| matches!(layer, Opened::Turbo { .. }))
     }
 
     /// The cache of its chunks.
@@ -567,7 +597,7 @@ impl Volume for Disk {
             present: Vec::new(),
             last: None,
             gather: None,
-            batch: self.cache.batch(),
+            batch: self.cache.batch_for(self.recorders.flow()),
             waiter,
             leases: &self.leases,
         };

@@ -22,6 +22,7 @@ use std::sync::{Arc, OnceLock};
 use blobs::cache::Cache;
 use blobs::trace::{Given, LearnOptions, Traces, published};
 use client::{DeviceSpec, ImageSource};
+use convert::child::{Builder, Program};
 use disk::Disk;
 use disk::upper::{LiveVolume, UpperVolume};
 use disk::volume::Volume;
@@ -29,6 +30,7 @@ use disk::writable::WritableFiles;
 use formats::oci::Digest;
 use formats::trace::Trace;
 use registry::store::ImageStore;
+use source::Budget;
 use source::failure::with_causes;
 
 pub use open::{OpenError, OpenImage};
@@ -42,7 +44,7 @@ use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
 use config_snapshots::ConfigSnapshots;
 use live::LiveImages;
-use tiers::{fill_options, new_cache};
+use tiers::{fill_options, images_budget, new_cache};
 
 /// Opens images for this host: one cache for all of them.
 pub struct HostImages {
@@ -55,6 +57,10 @@ pub struct HostImages {
     registries: Registries,
     /// What devices have open.
     live: LiveImages,
+    /// Where meta images are built.
+    builder: Builder,
+    /// Memory of open images and of conversions.
+    budget: Budget,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
     /// File of the audit log, if the configuration wants one.
@@ -64,15 +70,18 @@ pub struct HostImages {
 }
 
 impl HostImages {
-    /// Nothing is open yet.
+    /// Nothing is open yet. The program of this process must take [`convert::child::COMMAND`].
     #[must_use]
     pub fn new(config: Arc<ServiceConfig>) -> Self {
         let TracesConfig { enable, dir, .. } = config.turbobd.traces.clone();
+        let budget = images_budget(&config);
         let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
         Self {
             cache: OnceLock::new(),
             registries: Registries::new(config.clone()),
             live: LiveImages::default(),
+            builder: Builder::Child(Arc::new(Program::itself(budget.clone()))),
+            budget,
             config,
             traces,
             audit_file: None,
@@ -166,11 +175,16 @@ fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
 impl ImageOpener for HostImages {
     fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure> {
         self.audit.get_or_init(|| self.begin_audit());
-        let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
+        let cache = self.cache.get_or_init(|| new_cache(&self.config, self.budget.clone())).clone();
         let image = spec.image.name();
         let start = std::time::Instant::now();
-        let opened =
-            open::open_for_device(&spec.image, &self.registries, cache.clone(), &self.live)?;
+        let opened = open::open_for_device(
+            &spec.image,
+            &self.registries,
+            cache.clone(),
+            &self.live,
+            &self.builder,
+        )?;
         tracing::info!("{image}: opened in {:.1?}", start.elapsed());
         let recorders = opened.disk.recorders().clone();
         let given = match (opened.trace, opened.named) {

@@ -5,6 +5,7 @@
 //! fetched, verified and decoded alone. The crate `formats` implements chunks, the crate `registry` implements bytes,
 //! and the crate `blobs` joins both without a name of either.
 //!
+//! * [`budget`] a bound on memory, and what is taken of it
 //! * [`bytes`] a run of bytes: memory, file, part of another
 //! * [`chunk`] a blob in chunks: the unit of fetching, verifying and caching
 //! * [`failure`] an error and its causes as one line
@@ -22,6 +23,7 @@
 //! # Ok::<(), turbobd_source::SourceError>(())
 //! ```
 
+pub mod budget;
 pub mod bytes;
 pub mod chunk;
 pub mod failure;
@@ -30,8 +32,9 @@ mod stable;
 pub mod testing;
 mod traffic;
 
+pub use budget::{Budget, OverBudget, Reserved};
 pub use bytes::{
     ByteSource, Class, FileSource, MemorySource, OneBuffer, Run, SourceError, SubSource,
 };
-pub use stable::{SharedBytes, StableBytes};
+pub use stable::{Counted, SharedBytes, StableBytes};
 pub use traffic::{Attempts, Retries, Traffic, TryingAgain};

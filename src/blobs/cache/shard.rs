@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ChunkWaiter;
 use super::queues::{Clock, MOST_USES, Verdict};
-use crate::fetch::{Blob, Key};
+use crate::fetch::{Blob, Flow, Key};
 use source::chunk::ChunkBytes;
 
 /// A chunk that is in memory, or loading.
@@ -18,7 +18,12 @@ struct Slot {
 
 enum State {
     Held(Held),
-    Loading { waiters: Vec<ChunkWaiter>, ahead: bool },
+    /// `flow` is the device that waited first.
+    Loading {
+        waiters: Vec<ChunkWaiter>,
+        ahead: bool,
+        flow: Flow,
+    },
 }
 
 /// A chunk in memory.
@@ -58,6 +63,8 @@ pub(super) enum Found {
     Joined {
         /// True if it was loading ahead, and this is its first waiter.
         ahead: bool,
+        /// True if another device waits for it.
+        foreign: bool,
     },
     /// It is not loading; the waiter was added and the caller must start the load.
     Claimed,
@@ -80,7 +87,7 @@ impl Shard {
     pub(super) fn look_up(
         &mut self,
         blob: &Blob,
-        index: u32,
+        (index, flow): (u32, Flow),
         clock: &Clock,
         waiter: &mut dyn FnMut() -> ChunkWaiter,
     ) -> Found {
@@ -90,12 +97,12 @@ impl Shard {
                 held.touched(clock);
                 Found::Held { bytes: held.bytes.clone(), first }
             }
-            Some(State::Loading { waiters, ahead }) => {
+            Some(State::Loading { waiters, ahead, flow: first }) => {
                 waiters.push(waiter());
-                Found::Joined { ahead: std::mem::take(ahead) }
+                Found::Joined { ahead: std::mem::take(ahead), foreign: *first != flow }
             }
             None => {
-                self.load(blob, index, vec![waiter()], false);
+                self.load(blob, (index, flow), vec![waiter()], false);
                 Found::Claimed
             }
         }
@@ -103,16 +110,22 @@ impl Shard {
 
     /// Claims a chunk for a load without a waiter. True if the caller must load it: it is neither in memory
     /// nor loading.
-    pub(super) fn claim(&mut self, blob: &Blob, index: u32) -> bool {
+    pub(super) fn claim(&mut self, blob: &Blob, index: u32, flow: Flow) -> bool {
         let claimed = !self.slots.contains_key(&blob.key(index));
         if claimed {
-            self.load(blob, index, Vec::new(), true);
+            self.load(blob, (index, flow), Vec::new(), true);
         }
         claimed
     }
 
-    fn load(&mut self, blob: &Blob, index: u32, waiters: Vec<ChunkWaiter>, ahead: bool) {
-        let state = State::Loading { waiters, ahead };
+    fn load(
+        &mut self,
+        blob: &Blob,
+        (index, flow): (u32, Flow),
+        waiters: Vec<ChunkWaiter>,
+        ahead: bool,
+    ) {
+        let state = State::Loading { waiters, ahead, flow };
         self.slots.insert(blob.key(index), Slot { blob_held: blob.held_counter().clone(), state });
     }
 
@@ -138,6 +151,14 @@ impl Shard {
             self.slots.remove(&key);
         }
         true
+    }
+
+    /// The device that loads a chunk.
+    pub(super) fn flow(&self, key: Key) -> Flow {
+        match self.slots.get(&key).map(|slot| &slot.state) {
+            Some(State::Loading { flow, .. }) => *flow,
+            _ => Flow::default(),
+        }
     }
 
     /// True if a chunk has waiters.

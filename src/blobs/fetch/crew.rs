@@ -2,7 +2,8 @@
 //!
 //! There is one at first, and another starts whenever all are busy, up to a limit. New ones are started by
 //! fetch threads, never by the thread that wants a chunk: a thread inherits the CPUs that it may run on, and
-//! a ublk queue thread is bound to its own. A quarter of the threads is reserved for demand.
+//! a ublk queue thread is bound to its own. A quarter of the threads is reserved for demand, and a quarter for other
+//! devices than the one that has the most ([`fair`](super::fair)).
 //!
 //! The background fill gets the remaining capacity, limited by [`Pace`](super::pace): large requests, and as
 //! many as fill the line, while there is no demand; else small ones and few.
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::fair::{Bounds, Flow, Shares};
 use super::pace::Pace;
 use super::queue::{Limit, Queue, Taken, Wanted};
 use super::run::ChunkRun;
@@ -23,6 +25,10 @@ use threads::{Pool, count};
 /// Limit on the encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
 /// continent, so larger requests save nothing, while a broken connection loses no more than this.
 pub(crate) const MOST_BYTES: u64 = 4 << 20;
+
+/// Limit on the encoded bytes of all requests in flight, 256 MiB: a line of 10 Gbit/s brings as many in 200 ms. A segment
+/// can be longer than a request ([`MAX_SEGMENT`](formats::segments::MAX_SEGMENT)), so the number of requests is no bound.
+const MOST_IN_FLIGHT: u64 = 256 << 20;
 
 /// Encoded bytes below which a request is not divided between connections, 1 MiB: half a round trip at an
 /// object store's rate for one connection. Below it more requests only cost more.
@@ -49,6 +55,8 @@ struct State {
     ahead: usize,
     /// Requests of the fill in flight.
     fill: usize,
+    /// Requests of each device in flight, those of the fill excluded.
+    shares: Shares,
     threads: Pool,
     ending: bool,
 }
@@ -70,8 +78,8 @@ impl Crew {
         self.state.lock()
     }
 
-    pub(super) fn urge(&self, key: Key) {
-        self.lock().queue.urge(key);
+    pub(super) fn urge(&self, key: Key, flow: Flow) {
+        self.lock().queue.urge(key, flow);
     }
 
     pub(super) fn is_ending(&self) -> bool {
@@ -110,7 +118,13 @@ impl Crew {
             let free = state.idle + 1 + self.most.saturating_sub(state.threads.len());
             let fill = pace.fill(state.threads_at_work(), state.fill);
             let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };
-            if let Some(taken) = state.queue.take(limit) {
+            let State { queue, shares, .. } = &mut *state;
+            let (active, bounds) = (shares.active(), self.bounds());
+            let may = |flow, bytes| shares.may_begin(flow, bytes, active, bounds);
+            if let Some(taken) = queue.take(limit, &may) {
+                if taken.class < Class::Fill {
+                    state.shares.begin(taken.flow, taken.bytes);
+                }
                 state.ahead += usize::from(taken.class > Class::Demand);
                 state.fill += usize::from(taken.class == Class::Fill);
                 return Some(taken);
@@ -133,8 +147,19 @@ impl Crew {
         (state.threads.len() - state.idle.min(state.threads.len())).max(1)
     }
 
-    fn done(&self, class: Class) {
+    /// Bounds on the requests of one device. While others are active, a third of its part: their requests share the line
+    /// and the server with its.
+    fn bounds(&self) -> Bounds {
+        let bytes = MOST_BYTES.saturating_mul(self.most as u64).min(MOST_IN_FLIGHT);
+        Bounds { threads: self.most, reserved: self.most / 4, divisor: 3, least: 2, bytes }
+    }
+
+    fn done(&self, taken: &Taken) {
+        let class = taken.class;
         let mut state = self.lock();
+        if class < Class::Fill {
+            state.shares.end(taken.flow, taken.bytes);
+        }
         state.ahead -= usize::from(class > Class::Demand);
         state.fill -= usize::from(class == Class::Fill);
         // Work that this request held back may start now, on another thread if this one takes demand.
@@ -178,11 +203,12 @@ fn run(shared: &Arc<Shared>) {
     threads::mark_io_thread();
     while let Some(taken) = shared.crew.next(&shared.pace) {
         grow(shared);
+        shared.workers.wait_for_room(taken.flow);
         fetch(shared, &taken);
         if taken.class == Class::Demand {
             shared.pace.demand();
         }
-        shared.crew.done(taken.class);
+        shared.crew.done(&taken);
     }
 }
 
@@ -196,8 +222,13 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
         Err(error) => {
             let error = Arc::new(error);
             for (chunk, (class, tries)) in taken.chunks.clone().zip(&taken.wanted) {
-                let wanted =
-                    Wanted { blob: taken.blob.clone(), chunk, class: *class, tries: *tries };
+                let wanted = Wanted {
+                    blob: taken.blob.clone(),
+                    chunk,
+                    class: *class,
+                    tries: *tries,
+                    flow: taken.flow,
+                };
                 shared.fail(&wanted, error.clone());
             }
             return;

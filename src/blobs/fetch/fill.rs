@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::blob::{Blob, Key};
+use super::fair::Flow;
 use super::inflate::{Input, Job};
 use super::queue::Wanted;
 use super::{Claim, Shared};
@@ -352,7 +353,13 @@ impl Round<'_> {
             state.bytes += takes;
             self.shared.fill.under_way.fetch_add(1, Ordering::Release);
         }
-        self.batch.push(Wanted { blob: blob.clone(), chunk, class: Class::Fill, tries: 0 });
+        self.batch.push(Wanted {
+            blob: blob.clone(),
+            chunk,
+            class: Class::Fill,
+            tries: 0,
+            flow: Flow::default(),
+        });
         self.bytes += encoded;
         if self.bytes >= STRETCH {
             self.send();

@@ -36,6 +36,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::Shared;
 use super::blob::{Blob, Key};
+use super::fair::Flow;
 use super::queue::Wanted;
 use source::Class;
 use threads::Pool;
@@ -44,8 +45,15 @@ use threads::Pool;
 /// them.
 const MOST_THREADS: usize = 16;
 
-/// Limit on the bytes of windows of the frames that are decoded at the same time.
-const MOST_WINDOWS: u64 = 256 << 20;
+/// Limit on the frames of one device: the rest of the threads is for others.
+const MOST_OF_ONE: usize = MOST_THREADS / 4 * 3;
+
+/// Limit on the bytes of windows of the frames that are decoded at the same time: 8 MiB each, or one of the longest
+/// kind.
+const MOST_WINDOWS: u64 = 128 << 20;
+
+/// Most memory of all frames: their windows, and two batches for each. Reserved while an image with such a frame is open.
+pub(crate) const MOST_MEMORY: u64 = MOST_WINDOWS + MOST_THREADS as u64 * 2 * feed::BATCH;
 
 /// Time that a thread which another frame needs still waits for its reader to continue: a reader asks for the
 /// next piece when it has got one.
@@ -68,8 +76,8 @@ struct State {
     threads: Pool,
     /// Number of threads without a frame.
     idle: usize,
-    /// Bytes of windows.
-    windows: u64,
+    /// Bytes of windows, by device.
+    windows: HashMap<Flow, u64>,
     /// Number of threads that wait until others release windows.
     starved: usize,
     ending: bool,
@@ -80,6 +88,8 @@ struct Frame {
     blob: Arc<Blob>,
     chunks: Range<u32>,
     wanted: BTreeMap<u32, Wanted>,
+    /// The device that wanted it first.
+    flow: Flow,
     /// True if a thread has it.
     taken: bool,
 }
@@ -100,9 +110,17 @@ struct Orders {
 impl State {
     /// True if a frame with a waiter gets no thread or no memory.
     fn is_contested(&self) -> bool {
-        let waits = |frame: &Frame| !frame.taken && !frame.wanted.is_empty();
         let full = self.idle == 0 && self.threads.len() >= MOST_THREADS;
-        self.starved > 0 || full && self.frames.values().any(waits)
+        let waits = |frame: &Frame| {
+            let has_thread = !full && self.taken_by(frame.flow) < MOST_OF_ONE;
+            !frame.taken && !frame.wanted.is_empty() && !has_thread
+        };
+        self.starved > 0 || self.frames.values().any(waits)
+    }
+
+    /// Number of threads that a device has.
+    fn taken_by(&self, flow: Flow) -> usize {
+        self.frames.values().filter(|frame| frame.taken && frame.flow == flow).count()
     }
 }
 
@@ -151,10 +169,14 @@ impl Serials {
             if state.ending {
                 return None;
             }
-            let urgency = |frame: &&mut Frame| frame.wanted.values().map(|one| one.class).min();
-            let free = state.frames.values_mut().filter(|frame| !frame.taken);
-            let free = free.filter(|frame| !frame.wanted.is_empty());
-            if let Some(frame) = free.min_by_key(urgency) {
+            // Devices with few threads first, and within a device the most urgent frame.
+            let rank = |(&key, frame): (&Key, &Frame)| {
+                let taken = state.taken_by(frame.flow);
+                let urgency = frame.wanted.values().map(|one| one.class).min()?;
+                (!frame.taken && taken < MOST_OF_ONE).then_some((taken, urgency, key))
+            };
+            let next = state.frames.iter().filter_map(rank).min().map(|(_, _, key)| key);
+            if let Some(frame) = next.and_then(|key| state.frames.get_mut(&key)) {
                 frame.taken = true;
                 return Some((frame.blob.clone(), frame.chunks.clone()));
             }
@@ -207,18 +229,22 @@ impl Serials {
         state.ending || state.frames.get(&first).is_some_and(demands)
     }
 
-    /// Waits until a window of so many bytes fits beside the others. A single one always does. False at the
-    /// end.
-    fn reserve(&self, window: u64) -> bool {
+    /// Waits until a window of so many bytes for frame `first` fits beside the others, and beside those of its device,
+    /// which leave a quarter. A single one always does. Returns the device; `None` at the end.
+    fn reserve(&self, first: Key, window: u64) -> Option<Flow> {
         let mut state = self.lock();
         let mut waits = false;
+        let flow = state.frames.get(&first).map_or_else(Flow::default, |frame| frame.flow);
         let fits = loop {
             if state.ending {
-                break false;
+                break None;
             }
-            if state.windows == 0 || state.windows + window <= MOST_WINDOWS {
-                state.windows += window;
-                break true;
+            let all: u64 = state.windows.values().sum();
+            let own = state.windows.get(&flow).copied().unwrap_or(0);
+            let fits_own = own == 0 || own + window <= MOST_WINDOWS / 4 * 3;
+            if all == 0 || (all + window <= MOST_WINDOWS && fits_own) {
+                *state.windows.entry(flow).or_default() += window;
+                break Some(flow);
             }
             if !waits {
                 waits = true;
@@ -232,9 +258,15 @@ impl Serials {
     }
 
     /// Releases a reservation.
-    fn release(&self, window: u64) {
+    fn release(&self, flow: Flow, window: u64) {
         if window > 0 {
-            self.lock().windows -= window;
+            let mut state = self.lock();
+            if let Some(own) = state.windows.get_mut(&flow) {
+                *own = own.saturating_sub(window);
+                if *own == 0 {
+                    state.windows.remove(&flow);
+                }
+            }
             self.wake.notify_all();
         }
     }
@@ -280,6 +312,7 @@ pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<
             blob: wanted.blob.clone(),
             chunks,
             wanted: BTreeMap::new(),
+            flow: wanted.flow,
             taken: false,
         });
         frame.wanted.insert(wanted.chunk, wanted);
@@ -297,6 +330,7 @@ fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
     let own = shared.clone();
     state.threads.spawn_or_log("frame", move || {
         threads::mark_io_thread();
+        threads::yield_to_short_work();
         while let Some((blob, chunks)) = own.serials.next() {
             pass::run(&own, &blob, chunks);
         }

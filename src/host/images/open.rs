@@ -6,14 +6,17 @@ use std::sync::Arc;
 use blobs::cache::Cache;
 use blobs::tier::Stored;
 use client::{Code, ImageSource, ImageSpec, RegistrySpec};
+use convert::child::Builder;
 use convert::meta::{MetaError, MetaImages, Plain, is_plain};
 use convert::{ConvertOptions, Silent};
 use disk::config::{self, Download, Purpose, TargetOpener};
 use disk::image::{
     HostManifest, ImageError, IndexedTargets, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
+use disk::volume::VolumeSource;
 use disk::writable::{WritableError, WritableFiles};
 use disk::{Disk, DiskError};
+use formats::ext4::{MountableError, check_mountable};
 use formats::oci::{Digest, ImageName, Manifest, ReferenceError, RepositoryName, annotations};
 use formats::trace::Trace;
 use formats::units::Bytes;
@@ -48,6 +51,9 @@ pub enum OpenError {
     /// The device config, or a layer that it names, cannot be used.
     #[error(transparent)]
     Config(#[from] DiskError),
+    /// The kernel must not mount the filesystem.
+    #[error(transparent)]
+    Filesystem(#[from] MountableError),
     /// The writable layer cannot be used.
     #[error(transparent)]
     Upper(#[from] WritableError),
@@ -70,6 +76,7 @@ impl OpenError {
             Self::Image(error) => error,
             Self::Meta(error) => error,
             Self::Config(error) => error,
+            Self::Filesystem(error) => error,
             Self::Upper(error) => error,
             Self::TwoUppers | Self::BlobUrl(_) => return Code::Invalid,
         };
@@ -106,7 +113,8 @@ pub fn open(
     registries: &Registries,
     cache: Arc<Cache>,
 ) -> Result<OpenImage, OpenError> {
-    Opening { spec, registries, cache, live: &LiveImages::default() }.open(Purpose::Read)
+    let (live, builder) = (&LiveImages::default(), &Builder::Here);
+    Opening { spec, registries, cache, live, builder }.open(Purpose::Read)
 }
 
 /// Opens an image for a device: what another device has open is shared, and a device config is told the outcome in
@@ -116,8 +124,10 @@ pub(super) fn open_for_device(
     registries: &Registries,
     cache: Arc<Cache>,
     live: &LiveImages,
+    builder: &Builder,
 ) -> Result<OpenImage, OpenError> {
-    let opened = Opening { spec, registries, cache, live }.open(Purpose::Serve);
+    let opened = Opening { spec, registries, cache, live, builder }.open(Purpose::Serve);
+    let opened = opened.and_then(|opened| check_filesystem(&opened.disk).map(|()| opened));
     if let Ok(opened) = &opened {
         warn_of_long_frames(&spec.name(), &opened.disk);
     }
@@ -134,6 +144,7 @@ struct Opening<'a> {
     registries: &'a Registries,
     cache: Arc<Cache>,
     live: &'a LiveImages,
+    builder: &'a Builder,
 }
 
 impl Opening<'_> {
@@ -188,6 +199,7 @@ impl Opening<'_> {
             local: local.unwrap_or(&self.registries.service().turbobd.meta_dir).clone(),
             publish: self.spec.publish,
             options: ConvertOptions::default(),
+            builder: self.builder.clone(),
         };
         let plain = Plain {
             store: &store,
@@ -242,6 +254,15 @@ impl Opening<'_> {
         let (named, upper, download) = (None, None, None);
         Ok(OpenImage { disk, layers, digest, targets, trace, named, upper, download })
     }
+}
+
+/// Refuses a meta image whose filesystem the kernel must not be given. The filesystem of a native image is read from its
+/// layers as the kernel mounts it: it is not held back for that.
+fn check_filesystem(disk: &Disk) -> Result<(), OpenError> {
+    if disk.has_metadata() {
+        check_mountable(&VolumeSource(disk))?;
+    }
+    Ok(())
 }
 
 /// Says which layers of a device have a zstd frame that no tier on this host holds once it is decoded.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::blob::{Blob, Key};
+use super::super::fair::Flow;
 use super::super::inflate::{Input, Job};
 use super::super::queue::Wanted;
 use super::super::{Claim, Shared, failure};
@@ -44,7 +45,7 @@ pub(super) fn run(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>) {
         at: chunks.start,
         chunks,
         decoder: None,
-        window: 0,
+        window: <(Flow, u64)>::default(),
         feed: Feed::default(),
         passed: VecDeque::new(),
         patience: PATIENCE,
@@ -88,8 +89,8 @@ struct Pass<'a> {
     at: u32,
     /// The decoder; `None` before the first chunk.
     decoder: Option<Box<dyn SerialDecoder>>,
-    /// Bytes of memory reserved for it.
-    window: u64,
+    /// The device, and bytes of memory reserved for it.
+    window: (Flow, u64),
     feed: Feed,
     /// Chunks that were recently given to the decoded tier, and may not be there yet; without one, the last
     /// passed chunks.
@@ -137,17 +138,18 @@ impl Pass<'_> {
 
     fn drop_decoder(&mut self) {
         self.decoder = None;
-        self.shared.serials.release(std::mem::take(&mut self.window));
+        let (flow, window) = std::mem::take(&mut self.window);
+        self.shared.serials.release(flow, window);
     }
 
     /// Creates the decoder, when there is memory for it.
     fn begin(&mut self, first: &EncodedChunk) -> Result<(), Arc<ChunkError>> {
         let (shared, source) = (self.shared, self.blob.source());
         let window = source.serial_memory(first.bytes());
-        if !shared.serials.reserve(window) {
+        let Some(flow) = shared.serials.reserve(self.first, window) else {
             return Err(super::super::ended(self.blob));
-        }
-        self.window = window;
+        };
+        self.window = (flow, window);
         self.decoder = Some(source.begin_serial(self.chunks.start).map_err(Arc::new)?);
         count(&shared.counters.frames, 1);
         Ok(())
@@ -194,9 +196,9 @@ impl Pass<'_> {
             && !self.is_for_nobody(&wanted)
         {
             // A decode thread reads it; if it turns out to be damaged there, it comes back and is lost.
-            let Wanted { blob, chunk, class, tries } = wanted;
+            let Wanted { blob, chunk, class, tries, flow } = wanted;
             let class = class.min(Class::Prefetch);
-            let job = Job { blob, chunk, class, tries, input: Input::Near };
+            let job = Job { blob, chunk, class, tries, flow, input: Input::Near };
             if let Err(job) = shared.workers.push(job) {
                 let wanted = job.wanted();
                 shared.fail(&wanted, super::super::ended(&wanted.blob));
@@ -293,7 +295,8 @@ impl Pass<'_> {
         let key = blob.key(chunk);
         match wanted {
             Some(one) if one.class < Class::Fill || shared.delivery.is_awaited(key) => {
-                (Purpose::Reader, shared.delivery.room(len))
+                let room = shared.delivery.room(len, one.flow);
+                (Purpose::Reader, room.unwrap_or_else(heap))
             }
             Some(_) if blob.stored().target().is_some() => (Purpose::Fill, heap()),
             Some(_) => match shared.delivery.spare_room(len) {
