@@ -45,7 +45,7 @@ use queues::{Clock, Queues};
 pub use resident::Residents;
 use shard::{Found, Shard};
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
-use source::{Budget, Class};
+use source::{Class, MemoryBudget};
 
 /// Callback of one request: called once, from any thread, with the chunk or the reason why there is none.
 pub type ChunkWaiter = Box<dyn FnOnce(Result<Arc<ChunkBytes>, Arc<ChunkError>>) + Send>;
@@ -133,12 +133,12 @@ impl Cache {
     /// Creates a cache with these options and with chunks on disk behind it.
     #[must_use]
     pub fn over(options: CacheOptions, tiers: Tiers) -> Arc<Self> {
-        Self::within(options, tiers, Budget::default())
+        Self::within(options, tiers, MemoryBudget::default())
     }
 
     /// As [`over`](Self::over), with `images` as the memory that open images may take beside the cache.
     #[must_use]
-    pub fn within(options: CacheOptions, tiers: Tiers, images: Budget) -> Arc<Self> {
+    pub fn within(options: CacheOptions, tiers: Tiers, images: MemoryBudget) -> Arc<Self> {
         let chunks = Arc::new(Chunks::new(options.budget, images.clone()));
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
         let budget = options.budget;
@@ -396,7 +396,7 @@ struct Chunks {
 }
 
 impl Chunks {
-    fn new(budget: u64, images: Budget) -> Self {
+    fn new(budget: u64, images: MemoryBudget) -> Self {
         Self {
             heap: Heap::new(images),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),

@@ -36,7 +36,7 @@ use crate::{ConvertOptions, KnownLayers, Silent};
 use formats::oci::{Descriptor, Digest, Document, Manifest};
 use registry::store::{ImageStore, Selector, StoreError, StoredManifest};
 use source::failure::with_causes;
-use source::{Budget, ByteSource, OverBudget, Reserved};
+use source::{ByteSource, MemoryBudget, OverBudget, Reserved};
 
 /// Argument of the program that makes it such a child. The command line does not list it.
 pub const COMMAND: &str = "build-meta";
@@ -113,7 +113,7 @@ pub enum Builder {
 #[derive(Debug)]
 pub struct Program {
     path: PathBuf,
-    budget: Budget,
+    budget: MemoryBudget,
     /// Number of children.
     running: Mutex<usize>,
     ended: Condvar,
@@ -122,13 +122,13 @@ pub struct Program {
 impl Program {
     /// The program at `path`, which takes [`COMMAND`]; the children's memory is part of `budget`.
     #[must_use]
-    pub fn new(path: PathBuf, budget: Budget) -> Self {
+    pub fn new(path: PathBuf, budget: MemoryBudget) -> Self {
         Self { path, budget, running: Mutex::default(), ended: Condvar::new() }
     }
 
     /// This program itself.
     #[must_use]
-    pub fn itself(budget: Budget) -> Self {
+    pub fn itself(budget: MemoryBudget) -> Self {
         Self::new("/proc/self/exe".into(), budget)
     }
 
@@ -214,7 +214,7 @@ pub(crate) fn build(
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn();
-    let mut child = Running(child.map_err(ChildError::Start)?);
+    let mut child = RunningChild(child.map_err(ChildError::Start)?);
     let lost = || ChildError::Start(io::Error::other("it has no pipes"));
     let stdin = child.0.stdin.take().ok_or_else(lost)?;
     let stdout = child.0.stdout.take().ok_or_else(lost)?;
@@ -268,9 +268,9 @@ pub(crate) fn build(
 const OUT_OF_MEMORY: &str = "memory allocation of";
 
 /// A child, which does not outlive this value.
-struct Running(Child);
+struct RunningChild(Child);
 
-impl Drop for Running {
+impl Drop for RunningChild {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();

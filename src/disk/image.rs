@@ -27,7 +27,7 @@ use formats::trace::Trace;
 use formats::zfile;
 use registry::store::{ImageStore, Selector, StoreError, StoredManifest};
 use source::chunk::{ChunkSource, PlainChunks};
-use source::{Budget, ByteSource, MemorySource, OverBudget, Reserved};
+use source::{ByteSource, MemoryBudget, MemorySource, OverBudget, Reserved};
 
 /// Most bytes that a layer archive may unpack to, 4 GiB: the metadata of a layer of some 400 GB.
 const MAX_ARCHIVE: u64 = 4 << 30;
@@ -285,7 +285,7 @@ pub fn open_layers<'l>(
             digest: descriptor.digest,
             source: Box::new(error),
         };
-        let mut memory = Memory { budget: &budget, index: budget.part() };
+        let mut memory = LayerMemory { budget: &budget, index: budget.part() };
         let (mut layer, info) =
             open_layer(store, targets, descriptor, &mut filesystem, &mut memory)
                 .map_err(in_layer)?;
@@ -305,8 +305,8 @@ pub fn open_layers<'l>(
 }
 
 /// The memory of a layer that is being opened.
-struct Memory<'a> {
-    budget: &'a Budget,
+struct LayerMemory<'a> {
+    budget: &'a MemoryBudget,
     /// The part that its indexes take as long as the image is open.
     index: Reserved,
 }
@@ -315,7 +315,7 @@ struct Memory<'a> {
 fn read_trace(
     store: &dyn ImageStore,
     layer: &Descriptor,
-    budget: &Budget,
+    budget: &MemoryBudget,
 ) -> Result<Vec<trace::upstream::Record>, LayerError> {
     let what = "The trace of the image";
     let mut part = budget.reserve(layer.size, what)?;
@@ -329,7 +329,7 @@ fn open_layer(
     targets: &dyn ImageStore,
     descriptor: &Descriptor,
     filesystem: &mut Option<&'static str>,
-    memory: &mut Memory<'_>,
+    memory: &mut LayerMemory<'_>,
 ) -> Result<(DiskLayer, LayerInfo), LayerError> {
     match AnnotatedKind::of(descriptor)? {
         AnnotatedKind::Turbo { target, is_gzip, .. } => {
@@ -380,7 +380,7 @@ fn open_turbo(
     descriptor: &Descriptor,
     (target, is_gzip): (&Digest, bool),
     filesystem: &mut Option<&'static str>,
-    Memory { budget, index: part }: &mut Memory<'_>,
+    LayerMemory { budget, index: part }: &mut LayerMemory<'_>,
 ) -> Result<(DiskLayer, LayerInfo), LayerError> {
     let what = format!("The archive of layer {}", descriptor.digest);
     // Given back at the end: the archive is needed only until the layer is open.

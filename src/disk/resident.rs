@@ -11,7 +11,7 @@ use std::thread;
 use formats::zfile::reader::ZFile;
 use formats::zfile::{Payload, ZFileError};
 use memmap2::{MmapMut, MmapOptions};
-use source::{Budget, ByteSource as _, Counted, SharedBytes};
+use source::{Accounted, ByteSource as _, MemoryBudget, SharedBytes};
 
 /// Fewest plain bytes for which another thread is worth starting.
 const SHARE: u64 = 2 << 20;
@@ -40,11 +40,11 @@ pub fn read_resident(payload: &Payload) -> Result<MmapMut, ZFileError> {
 /// As [`read_resident`], and [`ZFileError::Budget`] before any memory is taken.
 pub fn read_within(
     payload: &Payload,
-    budget: &Budget,
+    budget: &MemoryBudget,
     what: &str,
 ) -> Result<SharedBytes, ZFileError> {
     let part = budget.reserve(len_of(payload), what)?;
-    Ok(Arc::new(Counted::new(read_resident(payload)?, part)))
+    Ok(Arc::new(Accounted::new(read_resident(payload)?, part)))
 }
 
 fn len_of(payload: &Payload) -> u64 {

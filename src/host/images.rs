@@ -30,7 +30,7 @@ use disk::writable::WritableFiles;
 use formats::oci::Digest;
 use formats::trace::Trace;
 use registry::store::ImageStore;
-use source::Budget;
+use source::MemoryBudget;
 use source::failure::with_causes;
 
 pub use open::{OpenError, OpenImage};
@@ -60,7 +60,7 @@ pub struct HostImages {
     /// Where meta images are built.
     builder: Builder,
     /// Memory of open images and of conversions.
-    budget: Budget,
+    budget: MemoryBudget,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
     /// File of the audit log, if the configuration wants one.

@@ -32,7 +32,7 @@ const KEY: &str = "turbobd.memoryBudgetMB";
 
 /// A bound on bytes of memory. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Budget(Arc<Account>);
+pub struct MemoryBudget(Arc<Account>);
 
 #[derive(Debug)]
 struct Account {
@@ -40,14 +40,14 @@ struct Account {
     used: AtomicU64,
 }
 
-impl Default for Budget {
+impl Default for MemoryBudget {
     /// Without a bound: for a program that opens one image that its user chose.
     fn default() -> Self {
         Self::new(u64::MAX)
     }
 }
 
-impl Budget {
+impl MemoryBudget {
     /// A budget of `limit` bytes.
     #[must_use]
     pub fn new(limit: u64) -> Self {
@@ -92,7 +92,7 @@ impl Budget {
 /// A part of a budget. Dropping it gives the part back.
 #[derive(Debug)]
 pub struct Reserved {
-    budget: Budget,
+    budget: MemoryBudget,
     bytes: u64,
 }
 
@@ -100,7 +100,7 @@ impl Reserved {
     /// Nothing yet, of a budget without a bound.
     #[must_use]
     pub fn unbounded() -> Self {
-        Self { budget: Budget::default(), bytes: 0 }
+        Self { budget: MemoryBudget::default(), bytes: 0 }
     }
 
     /// Its bytes.
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_with_the_figures_and_what_is_dropped_is_free_again() {
-        let budget = Budget::new(100);
+        let budget = MemoryBudget::new(100);
         let mut first = budget.reserve(60, "one").unwrap();
         let error = budget.reserve(41, "The metadata of a").unwrap_err();
         let text = error.to_string();
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn threads_never_reserve_more_than_there_is() {
-        let budget = Budget::new(1000);
+        let budget = MemoryBudget::new(1000);
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {

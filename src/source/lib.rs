@@ -32,9 +32,9 @@ mod stable;
 pub mod testing;
 mod traffic;
 
-pub use budget::{Budget, OverBudget, Reserved};
+pub use budget::{MemoryBudget, OverBudget, Reserved};
 pub use bytes::{
     ByteSource, Class, FileSource, MemorySource, OneBuffer, Run, SourceError, SubSource,
 };
-pub use stable::{Counted, SharedBytes, StableBytes};
+pub use stable::{Accounted, SharedBytes, StableBytes};
 pub use traffic::{Attempts, Retries, Traffic, TryingAgain};

@@ -57,12 +57,12 @@ unsafe impl StableBytes for ChunkBytes {
 }
 
 /// Bytes with the part of a budget that they take: it is given back with them.
-pub struct Counted<B, P = Reserved> {
+pub struct Accounted<B, P = Reserved> {
     bytes: B,
     _part: P,
 }
 
-impl<B, P> Counted<B, P> {
+impl<B, P> Accounted<B, P> {
     /// `bytes`, for which `part` was reserved.
     pub fn new(bytes: B, part: P) -> Self {
         Self { bytes, _part: part }
@@ -70,13 +70,13 @@ impl<B, P> Counted<B, P> {
 }
 
 // SAFETY: the bytes keep their address by their own promise, and are private.
-unsafe impl<B: StableBytes, P: Send + Sync> StableBytes for Counted<B, P> {
+unsafe impl<B: StableBytes, P: Send + Sync> StableBytes for Accounted<B, P> {
     fn bytes(&self) -> &[u8] {
         self.bytes.bytes()
     }
 }
 
-impl<B: Room, P: Send + Sync> Room for Counted<B, P> {
+impl<B: Room, P: Send + Sync> Room for Accounted<B, P> {
     fn bytes_mut(&mut self) -> &mut [u8] {
         self.bytes.bytes_mut()
     }

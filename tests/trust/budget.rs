@@ -8,7 +8,7 @@ use blobs::fetch::FetchOptions;
 use blobs::tier::Tiers;
 use disk::image::{host_manifest, open_image};
 use registry::store::{LayoutStore, Selector};
-use source::Budget;
+use source::MemoryBudget;
 use source::failure::with_causes;
 
 use crate::image::{Images, OCI_GZIP, end, gunzip, gzip, lower, members_of, tar_of};
@@ -22,7 +22,7 @@ fn opened(images: &Images, tag: &str, budget: u64) -> Result<u64, String> {
     let store = LayoutStore::open(images.path()).unwrap();
     let (_, manifest) = host_manifest(&store, &Selector::Tag(tag.into())).unwrap();
     let fetch = FetchOptions { workers: 1, connections: 1, ahead: None };
-    let budget = Budget::new(budget);
+    let budget = MemoryBudget::new(budget);
     let options = CacheOptions { budget: MIB, fetch };
     let cache = Cache::within(options, Tiers::default(), budget.clone());
     let result = open_image(&store, &store, &manifest, cache);

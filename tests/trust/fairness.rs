@@ -15,19 +15,19 @@ const LEN: usize = 4096;
 const CHUNKS: usize = 4096;
 
 /// A blob whose chunks take a while to decode, and count themselves.
-struct Slow {
+struct SlowChunks {
     id: String,
     blob: Arc<dyn ByteSource>,
     made: AtomicUsize,
 }
 
 /// Bytes behind a network, or in memory.
-struct Bytes {
+struct SlowBytes {
     bytes: MemorySource,
     far: bool,
 }
 
-impl ByteSource for Bytes {
+impl ByteSource for SlowBytes {
     fn name(&self) -> &str {
         self.bytes.name()
     }
@@ -45,15 +45,15 @@ impl ByteSource for Bytes {
     }
 }
 
-impl Slow {
+impl SlowChunks {
     fn new(id: &str, far: bool) -> Arc<Self> {
         let bytes = MemorySource::new(id, vec![7; LEN * CHUNKS]);
-        let blob = Arc::new(Bytes { bytes, far });
+        let blob = Arc::new(SlowBytes { bytes, far });
         Arc::new(Self { id: id.into(), blob, made: AtomicUsize::new(0) })
     }
 }
 
-impl ChunkSource for Slow {
+impl ChunkSource for SlowChunks {
     fn id(&self) -> &str {
         &self.id
     }
@@ -111,7 +111,7 @@ fn ask(cache: &Cache, flow: Flow, blob: &Arc<Blob>, chunk: u32) -> Receiver<()> 
 fn decoded_meanwhile(far: bool, shared: bool) -> usize {
     let fetch = FetchOptions { workers: 2, connections: 8, ahead: None };
     let cache = Cache::with(CacheOptions { budget: 64 << 20, fetch });
-    let (hostile, innocent) = (Slow::new("hostile", far), Slow::new("innocent", far));
+    let (hostile, innocent) = (SlowChunks::new("hostile", far), SlowChunks::new("innocent", far));
     let other = cache.open(hostile.clone());
     let own = if shared { other.clone() } else { cache.open(innocent) };
     let (bad, good) = (cache.flow(), cache.flow());

@@ -10,19 +10,19 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::fetch::Flow;
-use source::{Budget, Counted, Reserved};
+use source::{Accounted, MemoryBudget, Reserved};
 
 /// Divisor of the budget of images for the chunks of one device.
 const SHARE: u64 = 4;
 
 /// The bytes on the heap, by device.
 pub(super) struct Heap {
-    budget: Budget,
+    budget: MemoryBudget,
     held: Mutex<HashMap<Flow, u64>>,
 }
 
 impl Heap {
-    pub(super) fn new(budget: Budget) -> Arc<Self> {
+    pub(super) fn new(budget: MemoryBudget) -> Arc<Self> {
         Arc::new(Self { budget, held: Mutex::default() })
     }
 
@@ -37,22 +37,22 @@ impl Heap {
         let part = self.budget.reserve(bytes, "A chunk").ok()?;
         *held.entry(flow).or_default() += bytes;
         drop(held);
-        let part = Part { heap: self.clone(), flow, reserved: part };
-        Some(Counted::new(vec![0; len], part))
+        let part = HeapPart { heap: self.clone(), flow, reserved: part };
+        Some(Accounted::new(vec![0; len], part))
     }
 }
 
 /// A chunk on the heap.
-pub(super) type OnHeap = Counted<Vec<u8>, Part>;
+pub(super) type OnHeap = Accounted<Vec<u8>, HeapPart>;
 
 /// The part of a device's share that a chunk takes.
-pub(super) struct Part {
+pub(super) struct HeapPart {
     heap: Arc<Heap>,
     flow: Flow,
     reserved: Reserved,
 }
 
-impl Drop for Part {
+impl Drop for HeapPart {
     fn drop(&mut self) {
         let mut held = self.heap.held.lock();
         if let Some(own) = held.get_mut(&self.flow) {
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn one_device_gets_a_quarter_and_all_together_what_the_budget_has() {
-        let budget = Budget::new(1000);
+        let budget = MemoryBudget::new(1000);
         let heap = Heap::new(budget.clone());
         let mut first: Vec<_> = std::iter::from_fn(|| heap.take(100, Flow(1))).collect();
         assert_eq!(first.len(), 2);

@@ -63,7 +63,7 @@ pub(super) enum Verdict {
 /// The order of the chunks that are held.
 #[derive(Debug, Default)]
 pub(super) struct Queues {
-    small: Vec<Small>,
+    small: Vec<SmallQueue>,
     main: VecDeque<(Key, u64)>,
     /// Chunks in all small queues, and their bytes.
     small_len: usize,
@@ -74,7 +74,7 @@ pub(super) struct Queues {
 
 /// The small queue of a device.
 #[derive(Debug)]
-struct Small {
+struct SmallQueue {
     flow: Flow,
     bytes: u64,
     chunks: VecDeque<(Key, u64)>,
@@ -103,7 +103,7 @@ impl Queues {
             return;
         }
         self.small.retain(|small| !small.chunks.is_empty());
-        self.small.push(Small { flow, bytes, chunks: VecDeque::from([(key, bytes)]) });
+        self.small.push(SmallQueue { flow, bytes, chunks: VecDeque::from([(key, bytes)]) });
     }
 
     /// Takes the oldest chunk of the device that has the most bytes in its small queue.

@@ -10,12 +10,12 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 
 use crate::fetch::FRAMES_MEMORY;
-use source::{Budget, OverBudget, Reserved, SharedBytes, StableBytes};
+use source::{MemoryBudget, OverBudget, Reserved, SharedBytes, StableBytes};
 
 /// Shared bytes by name, kept while at least one user holds them.
 #[derive(Default)]
 pub struct Residents {
-    budget: Budget,
+    budget: MemoryBudget,
     /// The memory of long frames, while an image has one.
     frames: Mutex<Weak<Reserved>>,
     known: Mutex<HashMap<Box<str>, Weak<dyn StableBytes>>>,
@@ -23,13 +23,13 @@ pub struct Residents {
 
 impl Residents {
     /// Bytes of images within `budget`.
-    pub(super) fn within(budget: Budget) -> Self {
+    pub(super) fn within(budget: MemoryBudget) -> Self {
         Self { budget, ..Self::default() }
     }
 
     /// The memory that open images may take together.
     #[must_use]
-    pub fn budget(&self) -> &Budget {
+    pub fn budget(&self) -> &MemoryBudget {
         &self.budget
     }
 

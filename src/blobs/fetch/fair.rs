@@ -26,14 +26,14 @@ const ACTIVE: Duration = Duration::from_secs(1);
 /// Work of several devices, in lines.
 #[derive(Debug)]
 pub(super) struct Lines<T> {
-    lines: Vec<Line<T>>,
+    lines: Vec<DeviceLine<T>>,
     /// The turn of the line that was served last.
     now: u64,
     len: usize,
 }
 
 #[derive(Debug)]
-struct Line<T> {
+struct DeviceLine<T> {
     flow: Flow,
     turn: u64,
     items: VecDeque<T>,
@@ -65,12 +65,12 @@ impl<T> Lines<T> {
         if self.lines.len() >= MANY_LINES {
             self.lines.retain(|line| !line.items.is_empty() || line.turn > now);
         }
-        self.lines.push(Line { flow, turn: now, items: VecDeque::from([item]) });
+        self.lines.push(DeviceLine { flow, turn: now, items: VecDeque::from([item]) });
     }
 
     /// Takes the first item of the line with the earliest turn; only lines whose first item `may` be taken.
     pub(super) fn pop(&mut self, may: &mut dyn FnMut(Flow, &T) -> bool) -> Option<(Flow, T)> {
-        let turn = |(at, line): (usize, &Line<T>)| {
+        let turn = |(at, line): (usize, &DeviceLine<T>)| {
             line.items.front().filter(|item| may(line.flow, item)).map(|_| (line.turn, at))
         };
         let (_, at) = self.lines.iter().enumerate().filter_map(turn).min()?;

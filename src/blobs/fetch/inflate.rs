@@ -203,11 +203,11 @@ impl Workers {
     }
 
     /// The next job. `done`: the job before, if it was for a device, or for the fill.
-    fn next(&self, pace: &Pace, done: Option<Done>) -> Option<Job> {
+    fn next(&self, pace: &Pace, done: Option<JobDone>) -> Option<Job> {
         let mut state = self.lock();
         match done {
-            Some(Done::Fill) => state.filling -= 1,
-            Some(Done::Of(flow)) => state.shares.end(flow, 0),
+            Some(JobDone::Fill) => state.filling -= 1,
+            Some(JobDone::Of(flow)) => state.shares.end(flow, 0),
             None => {}
         }
         loop {
@@ -267,7 +267,7 @@ impl Workers {
 
 /// The job that a thread has done.
 #[derive(Clone, Copy)]
-enum Done {
+enum JobDone {
     Of(Flow),
     Fill,
 }
@@ -295,7 +295,8 @@ fn add_thread(shared: &Arc<Shared>, state: &mut State) {
         let mut done = None;
         while let Some(job) = own.workers.next(&own.pace, done) {
             grow(&own);
-            done = Some(if job.class == Class::Fill { Done::Fill } else { Done::Of(job.flow) });
+            done =
+                Some(if job.class == Class::Fill { JobDone::Fill } else { JobDone::Of(job.flow) });
             work(&own, job);
         }
     });

@@ -46,7 +46,7 @@ const FLEX_BG: u32 = 0x200;
 const HAS_JOURNAL: u32 = 0x4;
 
 /// The numbers of a superblock that the rest of the check needs.
-struct Numbers {
+struct MountNumbers {
     block: u64,
     first: u64,
     blocks: u64,
@@ -56,17 +56,17 @@ struct Numbers {
     descriptor: u64,
     groups: u64,
     first_meta_group: Option<u64>,
-    backups: Backups,
+    backups: SuperblockCopies,
 }
 
 /// Groups with a copy of the superblock, for the places of descriptors with `meta_bg`.
-enum Backups {
+enum SuperblockCopies {
     All,
     Powers,
     Two([u64; 2]),
 }
 
-impl Backups {
+impl SuperblockCopies {
     fn has(&self, group: u64) -> bool {
         let power = |base: u64| {
             let mut value = base;
@@ -159,7 +159,7 @@ fn check_orders(record: &[u8]) -> Result<(), MountableError> {
     Ok(())
 }
 
-fn check_numbers(record: &[u8], disk: u64) -> Result<Numbers, MountableError> {
+fn check_numbers(record: &[u8], disk: u64) -> Result<MountNumbers, MountableError> {
     let (incompatible, read_only) = (get32(record, 96), get32(record, 100));
     let log = get32(record, 24);
     if log > 2 || get32(record, 28) != log {
@@ -237,13 +237,13 @@ fn check_numbers(record: &[u8], disk: u64) -> Result<Numbers, MountableError> {
         return refused("its descriptors begin behind their end (first_meta_bg)");
     }
     let backups = if get32(record, 92) & 0x200 != 0 {
-        Backups::Two([u64::from(get32(record, 588)), u64::from(get32(record, 592))])
+        SuperblockCopies::Two([u64::from(get32(record, 588)), u64::from(get32(record, 592))])
     } else if read_only & 0x1 != 0 {
-        Backups::Powers
+        SuperblockCopies::Powers
     } else {
-        Backups::All
+        SuperblockCopies::All
     };
-    Ok(Numbers {
+    Ok(MountNumbers {
         block,
         first,
         blocks,
@@ -258,8 +258,8 @@ fn check_numbers(record: &[u8], disk: u64) -> Result<Numbers, MountableError> {
 }
 
 /// Checks all group descriptors; returns the first block of the first inode table.
-fn check_groups(disk: &dyn ByteSource, numbers: &Numbers) -> Result<u64, MountableError> {
-    let Numbers { block, first, blocks, descriptor, groups, .. } = *numbers;
+fn check_groups(disk: &dyn ByteSource, numbers: &MountNumbers) -> Result<u64, MountableError> {
+    let MountNumbers { block, first, blocks, descriptor, groups, .. } = *numbers;
     let per_block = block / descriptor;
     let table = (numbers.group_inodes * numbers.inode_size).div_ceil(block);
     // Everything that has one place only: superblock and descriptors first, then bitmaps and tables of each group.
@@ -329,7 +329,7 @@ fn check_groups(disk: &dyn ByteSource, numbers: &Numbers) -> Result<u64, Mountab
 fn check_root(
     disk: &dyn ByteSource,
     superblock: &[u8],
-    numbers: &Numbers,
+    numbers: &MountNumbers,
     table: u64,
 ) -> Result<(), MountableError> {
     let mut inode = [0; 128];

@@ -541,9 +541,10 @@ fn windows_that_many_entries_share_are_not_copied_for_each() {
     let table_at = number(313) as usize;
     let mut table = Vec::new();
     flate2::read::ZlibDecoder::new(&file[table_at..]).read_to_end(&mut table).unwrap();
+    let len = (table_at as u32 - 333).min(60_000);
     for entry in table.chunks_exact_mut(29) {
         entry[16..24].copy_from_slice(&333_u64.to_le_bytes());
-        entry[25..29].copy_from_slice(&60_000_u32.to_le_bytes());
+        entry[25..29].copy_from_slice(&len.to_le_bytes());
     }
     let mut forged = file[..table_at].to_vec();
     forged[10] = 1;
@@ -551,7 +552,8 @@ fn windows_that_many_entries_share_are_not_copied_for_each() {
     packed.write_all(&table).unwrap();
     let packed = packed.finish().unwrap();
     forged.extend(&packed);
-    forged[41..49].copy_from_slice(&(forged.len() as u64).to_le_bytes());
+    let file_len = forged.len() as u64;
+    forged[41..49].copy_from_slice(&file_len.to_le_bytes());
     forged[321..329].copy_from_slice(&(packed.len() as u64).to_le_bytes());
     let crc = !crc32c::crc32c_append(u32::MAX, &forged[..329]);
     forged[329..333].copy_from_slice(&crc.to_le_bytes());

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use blobs::cache::{Cache, CacheOptions};
 use blobs::fetch::{FetchOptions, FillOptions};
 use blobs::tier::{Kind, Tier, TierOptions, Tiers, Usage};
-use source::Budget;
+use source::MemoryBudget;
 use source::failure::with_causes;
 
 use crate::config::{CacheConfig, CacheType, DownloadConfig, ServiceConfig};
 
 /// The memory of open images and of conversions: the part of the budget that is not of fixed size.
-pub(super) fn images_budget(config: &ServiceConfig) -> Budget {
-    Budget::new(config.turbobd.memory_budget.saturating_sub(config.turbobd.fixed_memory()))
+pub(super) fn images_budget(config: &ServiceConfig) -> MemoryBudget {
+    MemoryBudget::new(config.turbobd.memory_budget.saturating_sub(config.turbobd.fixed_memory()))
 }
 
 /// One cache for all devices, and the memory that their images may take.
-pub(super) fn new_cache(config: &ServiceConfig, images: Budget) -> Arc<Cache> {
+pub(super) fn new_cache(config: &ServiceConfig, images: MemoryBudget) -> Arc<Cache> {
     let fetch = FetchOptions {
         connections: config.turbobd.connections,
         ahead: config.prefetch.concurrency,
