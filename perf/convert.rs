@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use convert::layer::{BuiltLayer, build_layer};
 use convert::{ConvertOptions, Silent};
-use formats::ext4::{Geometry, Identity, Image, Tree};
+use formats::ext4::{FilesystemIdentity, Geometry, Image, Tree};
 use formats::oci::Descriptor;
 use formats::units::Bytes;
 use layer::{gzip_dc, median};
@@ -22,7 +22,8 @@ fn main() {
         let options = ConvertOptions { span: Bytes(span), ..ConvertOptions::default() };
         let (mut tree, mut image) = (
             Tree::new(),
-            Image::new(Geometry { size: options.disk_size }, Identity::default()).unwrap(),
+            Image::new(Geometry { size: options.disk_size }, FilesystemIdentity::default())
+                .unwrap(),
         );
         let start = Instant::now();
         let blob = Box::new(File::open(&path).unwrap());

@@ -22,12 +22,12 @@ use disk::image::{host_manifest, open_image};
 use disk::scan::{self, scan, steps};
 use disk::volume::{Volume, VolumeError};
 use formats::gzip::{self, GZIP_META_NAME, IndexedLayer, SIDECAR_NAME};
-use formats::lsmt::Place;
+use formats::lsmt::RunPlace;
 use formats::tar;
 use layer::{gzip_dc, median};
 use line::Line;
 use registry::store::{self, ImageStore as _, LayoutStore, Selector};
-use registry::{Client, ClientOptions};
+use registry::{ClientOptions, RegistryClient};
 use source::chunk::{ChunkSource, EncodedChunk};
 
 const ROUNDS: usize = 5;
@@ -67,7 +67,7 @@ fn layout(layer: &Path) -> PathBuf {
 }
 
 fn open(image: &str, cache: Arc<Cache>) -> Disk {
-    let client = Client::new(ClientOptions::default()).unwrap();
+    let client = RegistryClient::new(ClientOptions::default()).unwrap();
     let (store, selector) = store::open(&image.parse().unwrap(), &client).unwrap();
     let (_, manifest) = host_manifest(&*store, &selector).unwrap();
     open_image(&*store, &*store, &manifest, cache).unwrap().disk
@@ -202,9 +202,8 @@ fn over_the_line(layout: &Path) {
         let read = discard(&disk);
         ratios.push(read / (blob as f64 / GIGABIT));
         let fetched = cache.fetched();
-        requests = fetched.demand_requests.load(Ordering::Relaxed)
-            + fetched.ahead_requests.load(Ordering::Relaxed);
-        chunks = fetched.chunks.load(Ordering::Relaxed);
+        requests = fetched.demand_requests.get() + fetched.ahead_requests.get();
+        chunks = fetched.chunks.get();
     }
     println!(
         "the same over loopback HTTP, 20 ms a request and 1 Gbit/s: {:.2} of the transfer time (bar 1.15); {chunks} segments by {requests} requests",
@@ -217,7 +216,7 @@ fn over_the_line(layout: &Path) {
         let files: Vec<_> = disk
             .stack()
             .extents()
-            .filter(|e| matches!(e.place, Place::Remote(_)) && e.len.0 >= 8)
+            .filter(|e| matches!(e.place, RunPlace::Remote(_)) && e.len.0 >= 8)
             .collect();
         let before =
             (line.asked.ranges.load(Ordering::Relaxed), line.asked.bytes.load(Ordering::Relaxed));

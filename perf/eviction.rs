@@ -15,18 +15,18 @@ use std::sync::{Arc, Mutex};
 use blobs::cache::Cache;
 use disk::Disk;
 use disk::image::{host_manifest, open_image};
-use formats::lsmt::Place;
+use formats::lsmt::RunPlace;
 use formats::units::{SECTOR, Sectors};
 use python::{FRAMEWORK, SERVICE, Watched};
 use registry::store;
-use registry::{Client, ClientOptions};
+use registry::{ClientOptions, RegistryClient};
 
 /// A chunk: its layer and number. A touch has also its bytes in the cache.
 type Key = (u8, u32);
 type Touch = (Key, u64);
 
 fn open() -> Disk {
-    let client = Client::new(ClientOptions::default()).unwrap();
+    let client = RegistryClient::new(ClientOptions::default()).unwrap();
     let image = format!("oci:{}:turbo", python::layout().display());
     let (store, selector) = store::open(&image.parse().unwrap(), &client).unwrap();
     let (_, manifest) = host_manifest(&*store, &selector).unwrap();
@@ -44,7 +44,7 @@ fn record(command: &[&str]) -> Vec<Touch> {
         let first = offset / SECTOR;
         let count = (offset + u64::from(len)).div_ceil(SECTOR) - first;
         for run in disk.disk.stack().look_up(Sectors(first), Sectors(count)) {
-            let Place::Remote(sector) = run.place else { continue };
+            let RunPlace::Remote(sector) = run.place else { continue };
             let source = blobs[usize::from(run.layer)].as_ref().unwrap().source();
             let (mut at, end) = (sector.bytes().0, (sector + run.len).bytes().0);
             while at < end

@@ -21,7 +21,7 @@ use formats::trace::Trace;
 use line::Line;
 use python::{FRAMEWORK, SERVICE, Watched};
 use registry::store::{self, LayoutStore, Selector};
-use registry::{Client, ClientOptions};
+use registry::{ClientOptions, RegistryClient};
 
 const DELAY: Duration = Duration::from_millis(5);
 const GIGABIT: f64 = 1e9 / 8.0;
@@ -37,7 +37,7 @@ fn start(
 ) -> Trace {
     let fetch = FetchOptions::default();
     let cache = Cache::with(CacheOptions { budget: BUDGET, fetch });
-    let client = Client::new(ClientOptions::default()).unwrap();
+    let client = RegistryClient::new(ClientOptions::default()).unwrap();
     let image = format!("{}/perf:turbo", line.host);
     let (store, selector) = store::open(&image.parse().unwrap(), &client).unwrap();
     let (stored, manifest) = host_manifest(&*store, &selector).unwrap();
@@ -77,7 +77,7 @@ fn start(
         requests as f64 / segments.len() as f64,
         bytes as f64 / 1e6,
         bytes as f64 / touched as f64,
-        counters.demand_requests.load(Ordering::Relaxed),
+        counters.demand_requests.get(),
     );
     if std::env::var_os("TURBOBD_BENCH_VERBOSE").is_some() {
         let blobs: Vec<_> = trace.touches.iter().map(|t| (t.at, t.blob, t.start >> 20)).collect();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use formats::gzip::{
-    GzipError, IndexedLayer, ScanOptions, Scanner, SegmentHasher, Sidecar, ddgzidx,
+    GzipError, GzipSegmentHasher, IndexedLayer, ScanOptions, Scanner, Sidecar, ddgzidx,
 };
 use formats::units::Bytes;
 use source::MemorySource;
@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Command::new("gzip").args(["-dc", &path]).stdout(Stdio::null()).status()
         })?;
     }
-    let mut hasher = SegmentHasher::new();
+    let mut hasher = GzipSegmentHasher::new();
     timed("hash segments and whole", size, || {
         for piece in gzip.chunks(256 << 10) {
             hasher.push(bytes::Bytes::copy_from_slice(piece));

@@ -8,7 +8,7 @@ mod layer;
 use std::hint::black_box;
 use std::time::Instant;
 
-use formats::lsmt::{Layer, LayerKind, Stack, WarpWriter};
+use formats::lsmt::{LsmtLayer, Stack, TagMeaning, WarpWriter};
 use formats::units::{Bytes, Sectors};
 use source::MemorySource;
 
@@ -38,9 +38,9 @@ fn main() {
         }
         let mut stream = Vec::new();
         writer.finish(&mut stream).unwrap();
-        Layer::open(&MemorySource::new("layer", stream), LayerKind::Warp).unwrap()
+        LsmtLayer::open(&MemorySource::new("layer", stream), TagMeaning::Warp).unwrap()
     };
-    let layers: Vec<Layer> = (0..LAYERS).map(|_| one_layer()).collect();
+    let layers: Vec<LsmtLayer> = (0..LAYERS).map(|_| one_layer()).collect();
     let mappings: usize = layers.iter().map(|layer| layer.mappings().len()).sum();
     let start = Instant::now();
     let stack = Stack::merge(&layers.iter().collect::<Vec<_>>()).unwrap();

@@ -8,9 +8,9 @@ use std::fs::File;
 use std::time::Instant;
 
 use convert::ConvertOptions;
-use convert::layer::{Wanted, build_native_layer};
+use convert::layer::{WantedForms, build_native_layer};
 use convert::native::{NativeBlob, NativeLayer};
-use formats::ext4::{Geometry, Identity, Image, Tree};
+use formats::ext4::{FilesystemIdentity, Geometry, Image, Tree};
 use formats::lsmt;
 use formats::oci::Descriptor;
 use formats::zfile::{Algo, Options};
@@ -41,15 +41,16 @@ fn main() {
     let run = |turbo: bool, zfile: Option<Options>| -> Run {
         let (mut tree, mut image) = (
             Tree::new(),
-            Image::new(Geometry { size: options.disk_size }, Identity::default()).unwrap(),
+            Image::new(Geometry { size: options.disk_size }, FilesystemIdentity::default())
+                .unwrap(),
         );
         let native = zfile.map(|zfile| NativeLayer {
             virtual_size: options.disk_size,
-            identity: lsmt::Identity::default(),
+            identity: lsmt::LayerIdentity::default(),
             has_lower: false,
             zfile,
         });
-        let wanted = Wanted { turbo, native };
+        let wanted = WantedForms { turbo, native };
         let (start, cpu_before) = (Instant::now(), cpu());
         let blob = Box::new(File::open(&path).unwrap());
         let (_, blob) =

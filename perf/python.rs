@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use client::mounts;
-use disk::Disk;
 use disk::volume::{Located, Volume, VolumeError, Waiter};
+use disk::{Disk, DiskRange};
 use frontends::looped::LoopedDevice;
 
 /// The first imports of a data scientist's program: about 1,500 files.
@@ -78,12 +78,11 @@ impl Volume for Watched {
     }
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        self.reads.lock().unwrap().push((offset, len as u32));
-        self.disk.locate(offset, len, waiter)
+        self.reads.lock().unwrap().push((range.offset, range.len as u32));
+        self.disk.locate(range, waiter)
     }
 }
 

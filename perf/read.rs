@@ -18,9 +18,9 @@ use disk::resident::read_resident;
 use disk::volume::Volume as _;
 use disk::{Disk, DiskLayer, LayerData, digest};
 use formats::archive::FS_META_NAME;
-use formats::ext4::{Geometry, Identity, Image, Tree};
+use formats::ext4::{FilesystemIdentity, Geometry, Image, Tree};
 use formats::gzip::{self, DEFAULT_SPAN, GZIP_META_NAME, IndexedLayer, SIDECAR_NAME};
-use formats::lsmt::{self, LayerKind, Place};
+use formats::lsmt::{self, RunPlace, TagMeaning};
 use formats::oci::Descriptor;
 use formats::units::Bytes;
 use formats::{tar, zfile};
@@ -67,7 +67,7 @@ impl Converted {
         let options = ConvertOptions { span: Bytes(span), ..ConvertOptions::default() };
         let geometry = Geometry { size: options.disk_size };
         let (mut tree, mut image) =
-            (Tree::new(), Image::new(geometry, Identity::default()).unwrap());
+            (Tree::new(), Image::new(geometry, FilesystemIdentity::default()).unwrap());
         let file = Box::new(File::open(path).unwrap());
         let built =
             build_layer(file, descriptor, &mut tree, &mut image, &options, &Silent).unwrap();
@@ -96,7 +96,8 @@ impl Converted {
         let meta: SharedBytes =
             Arc::new(read_resident(&zfile::open(Arc::new(fs_meta)).unwrap()).unwrap());
         let index =
-            lsmt::Layer::open(&MemorySource::shared("fs", meta.clone()), LayerKind::Warp).unwrap();
+            lsmt::LsmtLayer::open(&MemorySource::shared("fs", meta.clone()), TagMeaning::Warp)
+                .unwrap();
         let data = LayerData::Turbo { meta, target: Some(Arc::new(self.target())) };
         Disk::new(vec![DiskLayer { index, data }], cache).unwrap()
     }
@@ -179,7 +180,7 @@ fn first_reads(converted: &Converted) -> [Vec<f64>; 2] {
     let remote: Vec<_> = disk
         .stack()
         .extents()
-        .filter(|e| matches!(e.place, Place::Remote(_)) && e.len.0 >= 8)
+        .filter(|e| matches!(e.place, RunPlace::Remote(_)) && e.len.0 >= 8)
         .collect();
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
     let mut random = move |below: u64| {

@@ -19,7 +19,7 @@ use blobs::cache::Cache;
 use disk::testing::MemoryVolume;
 use disk::volume::Volume;
 use disk::{Disk, DiskLayer, LayerData};
-use formats::lsmt::{Layer, LayerKind, WarpWriter};
+use formats::lsmt::{LsmtLayer, TagMeaning, WarpWriter};
 use formats::units::{Bytes, Sectors};
 use io_uring::{IoUring, opcode, types};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
@@ -161,7 +161,8 @@ fn disk() -> Disk {
     let mut meta = Vec::new();
     writer.finish(&mut meta).unwrap();
     let meta: SharedBytes = Arc::new(meta);
-    let index = Layer::open(&MemorySource::shared("m", meta.clone()), LayerKind::Warp).unwrap();
+    let index =
+        LsmtLayer::open(&MemorySource::shared("m", meta.clone()), TagMeaning::Warp).unwrap();
     let target: Arc<dyn ChunkSource> =
         Arc::new(PlainChunks::new("t", Arc::new(MemorySource::new("t", tar))));
     let data = LayerData::Turbo { meta, target: Some(target) };

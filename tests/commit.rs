@@ -10,8 +10,9 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::image::{Images, OCI_GZIP, done, end, gzip, noise, refused, tar_of, turbobd};
+use disk::DiskRange;
 use disk::writable::{WritableFiles, WritableLayer};
-use formats::lsmt::Identity;
+use formats::lsmt::LayerIdentity;
 use formats::units::Bytes;
 use serde_json::json;
 
@@ -48,7 +49,7 @@ fn change(image: &str, raw: &Path, upper: &Path) {
     machine::run(Command::new("e2fsck").arg("-fn").arg(raw));
 
     let mut layer =
-        WritableLayer::create(&WritableFiles::in_dir(upper), Bytes(DISK), Identity::default())
+        WritableLayer::create(&WritableFiles::in_dir(upper), Bytes(DISK), LayerIdentity::default())
             .unwrap();
     let (old, new) = (File::open(&before).unwrap(), File::open(raw).unwrap());
     let (mut a, mut b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
@@ -61,7 +62,7 @@ fn change(image: &str, raw: &Path, upper: &Path) {
         for (number, (old, new)) in a.chunks(4096).zip(b.chunks(4096)).enumerate() {
             let at = at + 4096 * number as u64;
             if old != new && new.iter().all(|&byte| byte == 0) {
-                layer.discard(at, 4096).unwrap();
+                layer.discard(DiskRange::new(at, 4096)).unwrap();
             } else if old != new {
                 layer.write(at, new).unwrap();
             }
@@ -73,9 +74,12 @@ fn change(image: &str, raw: &Path, upper: &Path) {
 /// The line of `export --digest` of a raw disk, by an image with this disk as its only layer.
 fn content_of_raw(raw: &Path, work: &Path) -> String {
     let upper = work.join("whole");
-    let mut layer =
-        WritableLayer::create(&WritableFiles::in_dir(&upper), Bytes(DISK), Identity::default())
-            .unwrap();
+    let mut layer = WritableLayer::create(
+        &WritableFiles::in_dir(&upper),
+        Bytes(DISK),
+        LayerIdentity::default(),
+    )
+    .unwrap();
     let file = File::open(raw).unwrap();
     let mut bytes = vec![0; 1 << 20];
     for at in (0..DISK).step_by(1 << 20) {
@@ -87,7 +91,7 @@ fn content_of_raw(raw: &Path, work: &Path) -> String {
     drop(layer.commit(
         File::create(work.join("whole.lsmt")).unwrap(),
         Bytes(DISK),
-        Identity::default(),
+        LayerIdentity::default(),
     ));
     let config = work.join("whole.json");
     fs::write(&config, r#"{"lowers": [{"file": "whole.lsmt"}]}"#).unwrap();
@@ -137,9 +141,12 @@ fn a_committed_layer_on_top_of_its_image_is_the_disk_that_was_written() {
 fn a_layer_goes_to_a_file_that_is_not_replaced_by_accident() {
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (upper, out) = (work.path().join("upper"), work.path().join("layer"));
-    let mut layer =
-        WritableLayer::create(&WritableFiles::in_dir(&upper), Bytes(DISK), Identity::default())
-            .unwrap();
+    let mut layer = WritableLayer::create(
+        &WritableFiles::in_dir(&upper),
+        Bytes(DISK),
+        LayerIdentity::default(),
+    )
+    .unwrap();
     layer.write(4096, &noise(3, 40_960)).unwrap();
     layer.flush().unwrap();
     let (upper, out) = (upper.to_str().unwrap(), out.to_str().unwrap());
@@ -170,7 +177,7 @@ fn a_layer_does_not_go_on_top_of_a_plain_image() {
         WritableLayer::create(
             &WritableFiles::in_dir(work.path()),
             Bytes(DISK),
-            Identity::default(),
+            LayerIdentity::default(),
         )
         .unwrap(),
     );

@@ -19,9 +19,9 @@ use crate::image::{Images, OCI_GZIP, done, gzip, lower, refused, tar_of, upper};
 use crate::listing::{differences, list};
 use crate::machine::{Mounted, need_root, output, run};
 use convert::apply::LayerApply;
-use formats::ext4::{Image, ReadError, Run, Tree, read};
+use formats::ext4::{Image, LayerRun, ReadError, Tree, read};
 use formats::oci::Digest;
-use formats::tar::{Event, Parser};
+use formats::tar::{Parser, TarEvent};
 use formats::units::Sectors;
 use serde_json::{Value, json};
 use source::{ByteSource, SourceError};
@@ -123,11 +123,11 @@ fn apply_and_write(tree: &mut Tree, image: &mut Image, tar: &[u8], disk: &File) 
     let mut parser = Parser::with_data();
     parser
         .feed(tar, &mut |event| match event {
-            Event::Entry(entry) => {
+            TarEvent::Entry(entry) => {
                 layer.entry(entry).unwrap();
                 Ok::<(), formats::tar::TarError>(())
             }
-            Event::Data(bytes) => {
+            TarEvent::Data(bytes) => {
                 layer.data(bytes);
                 Ok(())
             }
@@ -138,11 +138,11 @@ fn apply_and_write(tree: &mut Tree, image: &mut Image, tar: &[u8], disk: &File) 
     for run in image.commit_layer(tree).unwrap().runs() {
         let at = run.lba().bytes().0;
         match run {
-            Run::Metadata { bytes, .. } => disk.write_all_at(bytes, at).unwrap(),
-            Run::Zeroed { count, .. } => {
+            LayerRun::Metadata { bytes, .. } => disk.write_all_at(bytes, at).unwrap(),
+            LayerRun::Zeroed { count, .. } => {
                 disk.write_all_at(&vec![0; count.bytes().0 as usize], at).unwrap();
             }
-            Run::Remote { count, target, .. } => {
+            LayerRun::Remote { count, target, .. } => {
                 let start = target.bytes().0 as usize;
                 disk.write_all_at(&tar[start..start + count.bytes().0 as usize], at).unwrap();
             }

@@ -16,7 +16,7 @@ use crate::registry_double::{Access, Double, Fault};
 use crate::serve::serve;
 use formats::oci::{Digest, RepositoryName};
 use registry::store;
-use registry::{Client, ClientOptions};
+use registry::{ClientOptions, RegistryClient};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -502,7 +502,7 @@ fn the_reference_registry_takes_and_serves_it() {
     let images = Images::new();
     images.set_manifest("latest", &many_platforms(&images));
     let repository = format!("{}/team/app", registry.host());
-    let client = Client::new(ClientOptions::default()).unwrap();
+    let client = RegistryClient::new(ClientOptions::default()).unwrap();
     let place: RepositoryName = repository.parse().unwrap();
     let into = store::create_repository(&place, &client).unwrap();
     let push = |bytes: &[u8], tag: Option<&str>| {

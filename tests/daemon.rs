@@ -12,9 +12,9 @@ use crate::block::{
     MIB, alone, content, loop_here, mounts, open, read, soon, sys_block, ublk_here,
 };
 use client::protocol::DeviceState;
-use client::{Client, ClientError, Code, DeviceRecord, DeviceSpec, Frontend, ImageSpec};
+use client::{ClientError, Code, DaemonClient, DeviceRecord, DeviceSpec, Frontend, ImageSpec};
 use disk::testing::MemoryVolume;
-use host::daemon::{DaemonOptions, IoCounters, OpenFailure, Opened};
+use host::daemon::{DaemonOptions, IoCounters, OpenFailure, ServableImage};
 
 /// A device of a raw file. Its path stands where the folder of meta images would.
 fn request(image: &str, file: &Path) -> DeviceSpec {
@@ -23,10 +23,10 @@ fn request(image: &str, file: &Path) -> DeviceSpec {
 }
 
 /// Opens the raw file of a [`request`].
-fn open_image(spec: &DeviceSpec) -> Result<Opened, OpenFailure> {
+fn open_image(spec: &DeviceSpec) -> Result<ServableImage, OpenFailure> {
     let bytes = std::fs::read(spec.image.meta_dir.as_ref().unwrap())?;
     let view = Arc::new(|| IoCounters { fetched: 5, cached: 6, ..IoCounters::default() });
-    Ok(Opened {
+    Ok(ServableImage {
         volume: Arc::new(MemoryVolume::new(bytes)),
         name: format!("raw {}", spec.image.name()),
         view,
@@ -79,8 +79,8 @@ impl Host {
         self.dir.path().join("mnt")
     }
 
-    fn client(&self) -> Client {
-        Client::connect_or_spawn(&self.run_dir(), || {
+    fn client(&self) -> DaemonClient {
+        DaemonClient::connect_or_spawn(&self.run_dir(), || {
             let mut command = Command::new(std::env::current_exe().unwrap());
             command
                 .args([
@@ -174,7 +174,7 @@ fn ublk_or_loop_attach_mount_list_detach_and_the_daemon_ends_when_idle() {
         drop(client);
         std::thread::sleep(host::daemon::server::IDLE);
         assert!(soon(|| !alive(pid)), "the idle daemon stays");
-        assert!(Client::connect(&host.run_dir()).unwrap().is_none());
+        assert!(DaemonClient::connect(&host.run_dir()).unwrap().is_none());
         assert_eq!(host.left(), Vec::<String>::new());
     });
 }

@@ -13,7 +13,6 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::image::{
@@ -25,13 +24,13 @@ use crate::run_dir::RunDir;
 use crate::serve::serve;
 use blobs::cache::{Cache, CacheOptions};
 use blobs::fetch::{FetchOptions, FillOptions};
-use blobs::tier::{Kind, Tier, TierOptions, Tiers};
+use blobs::tier::{Tier, TierKind, TierOptions, Tiers};
 use disk::Disk;
 use disk::image::{host_manifest, open_image};
 use disk::volume::Volume as _;
 use formats::oci::Digest;
 use registry::store::{self, ImageStore};
-use registry::{Client, ClientOptions};
+use registry::{ClientOptions, RegistryClient};
 use serde_json::Value;
 
 const OCI_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
@@ -324,7 +323,7 @@ impl Served {
     }
 
     fn open_in(&self, tiers: Tiers, budget: u64) -> Arc<Disk> {
-        let client = Client::new(ClientOptions::default()).unwrap();
+        let client = RegistryClient::new(ClientOptions::default()).unwrap();
         let name = format!("{}/team/app:turbo", self.registry.host()).parse().unwrap();
         let (store, selector) = store::open(&name, &client).unwrap();
         let (_, manifest) = host_manifest(&*store, &selector).unwrap();
@@ -345,17 +344,13 @@ impl Served {
 }
 
 /// A tier in a folder.
-fn tier(kind: Kind, dir: &Path) -> Arc<Tier> {
+fn tier(kind: TierKind, dir: &Path) -> Arc<Tier> {
     let options = TierOptions { dir: dir.to_owned(), capacity: 1 << 30, floor: 0 };
     Arc::new(Tier::open(kind, &options).unwrap())
 }
 
 fn decoded(dir: &Path) -> Tiers {
-    Tiers { decoded: Some(tier(Kind::Decoded, dir)), encoded: None }
-}
-
-fn count(counter: &AtomicU64) -> u64 {
-    counter.load(Ordering::SeqCst)
+    Tiers { decoded: Some(tier(TierKind::Decoded, dir)), encoded: None }
 }
 
 #[test]
@@ -369,7 +364,7 @@ fn a_wrong_byte_of_any_encoding_is_fetched_again_counted_and_never_served() {
         let (first, _, place) = chunks[2];
         served.registry.fault(&served.target, Fault::Flip(place + 50, 8), 1);
         served.is_right(&disk, first);
-        assert_eq!((count(&counters.damaged), count(&counters.failed)), (1, 0), "layer {number}");
+        assert_eq!((counters.damaged.get(), counters.failed.get()), (1, 0), "layer {number}");
         // A third damage is an error with a reason, and none of the data are kept. (Near enough to be in the
         // next request of a long frame, far enough not to be read ahead.)
         let (last, _, place) = chunks[8];
@@ -379,7 +374,7 @@ fn a_wrong_byte_of_any_encoding_is_fetched_again_counted_and_never_served() {
         let source = std::error::Error::source(&error).map(ToString::to_string);
         let told = format!("{error}: {source:?}");
         assert!(told.contains("SHA-256"), "layer {number}: {told}");
-        assert_eq!(count(&counters.damaged), 4, "layer {number}");
+        assert_eq!(counters.damaged.get(), 4, "layer {number}");
         served.registry.clear_faults();
         served.is_right(&disk, last);
     }
@@ -393,7 +388,7 @@ fn layers_are_fetched_by_ranges() {
         let disk = served.open(Tiers::default());
         let (at, _, _) = chunks(&disk)[3];
         served.is_right(&disk, at);
-        let fetched = count(&disk.cache().fetched().bytes);
+        let fetched = disk.cache().fetched().bytes.get();
         assert!(fetched > 0 && fetched < len / 8, "{fetched} of {len} bytes for one block");
         let path = format!("blobs/{}", served.target);
         let log = served.registry.log();
@@ -420,8 +415,8 @@ fn what_is_to_be_skipped_between_frames_is_not_fetched() {
         served.is_right(&disk, at);
     }
     let counters = disk.cache().fetched();
-    assert_eq!((count(&counters.damaged), count(&counters.failed)), (0, 0));
-    assert!(count(&counters.bytes) <= len - gaps, "{} bytes", count(&counters.bytes));
+    assert_eq!((counters.damaged.get(), counters.failed.get()), (0, 0));
+    assert!(counters.bytes.get() <= len - gaps, "{} bytes", counters.bytes.get());
 }
 
 #[test]
@@ -446,9 +441,9 @@ fn a_long_frame_is_decoded_once_into_the_tier_however_many_read_it_in_whatever_o
             });
         }
     });
-    assert_eq!(count(&counters.frames), 1, "the frame was begun again");
-    assert!(count(&counters.bytes) <= len, "{} of {len}", count(&counters.bytes));
-    assert_eq!(count(&counters.failed), 0);
+    assert_eq!(counters.frames.get(), 1, "the frame was begun again");
+    assert!(counters.bytes.get() <= len, "{} of {len}", counters.bytes.get());
+    assert_eq!(counters.failed.get(), 0);
     // The frame's thread continues to its end by itself.
     let source = disk.chunk_sources()[0].clone().unwrap();
     let blob = disk.blobs()[0].clone().unwrap();
@@ -457,7 +452,7 @@ fn a_long_frame_is_decoded_once_into_the_tier_however_many_read_it_in_whatever_o
         assert!(begun.elapsed() < Duration::from_secs(30), "the tier does not get it all");
         std::thread::sleep(Duration::from_millis(20));
     }
-    assert_eq!(count(&counters.bytes), len);
+    assert_eq!(counters.bytes.get(), len);
     drop((blob, source, disk));
 
     // The next process needs no server, and no decoder.
@@ -466,7 +461,7 @@ fn a_long_frame_is_decoded_once_into_the_tier_however_many_read_it_in_whatever_o
     for (at, _, _) in &order {
         served.is_right(&disk, *at);
     }
-    assert_eq!((count(&counters.frames), count(&counters.bytes)), (0, 0));
+    assert_eq!((counters.frames.get(), counters.bytes.get()), (0, 0));
 }
 
 #[test]
@@ -496,7 +491,7 @@ fn a_damaged_piece_of_the_tier_is_decoded_again() {
     assert_eq!(damaged, 1, "no data file was found");
     let disk = served.open(decoded(dir.path()));
     served.is_right(&disk, at);
-    assert_eq!(count(&disk.cache().fetched().frames), 1);
+    assert_eq!(disk.cache().fetched().frames.get(), 1);
 }
 
 #[test]
@@ -509,12 +504,12 @@ fn without_a_tier_a_long_frame_is_right_in_any_order_and_decoded_once_in_its_own
     for (at, _, _) in &order {
         served.is_right(&disk, *at);
     }
-    assert_eq!(count(&counters.frames), 1, "reading on began the frame again");
+    assert_eq!(counters.frames.get(), 1, "reading on began the frame again");
     for (at, _, _) in order.iter().rev().step_by(7) {
         served.is_right(&disk, *at);
     }
-    assert!(count(&counters.frames) > 1, "a cache of a few chunks held them all");
-    assert_eq!(count(&counters.failed), 0);
+    assert!(counters.frames.get() > 1, "a cache of a few chunks held them all");
+    assert_eq!(counters.failed.get(), 0);
 }
 
 /// A tar in frames of 5 MiB with a window of so many bits.
@@ -540,7 +535,7 @@ fn several_long_frames_are_decoded_at_the_same_time_each_once() {
             scope.spawn(move || part.iter().for_each(|(at, _, _)| served.is_right(disk, *at)));
         }
     });
-    let frames = count(&disk.cache().fetched().frames);
+    let frames = disk.cache().fetched().frames.get();
     // Where the thirds meet, two readers are in one frame.
     assert!((3..=6).contains(&frames), "{frames} decodes of 3 frames");
 }
@@ -557,7 +552,7 @@ fn frames_of_the_largest_windows_wait_for_each_others_memory_and_are_all_read() 
             scope.spawn(move || part.iter().for_each(|(at, _, _)| served.is_right(disk, *at)));
         }
     });
-    assert_eq!(count(&disk.cache().fetched().failed), 0);
+    assert_eq!(disk.cache().fetched().failed.get(), 0);
 }
 
 #[test]
@@ -566,19 +561,19 @@ fn the_encoded_tier_keeps_a_long_frame_as_it_came() {
     let len = layer.len() as u64;
     let served = Served::new(OCI_ZSTD, layer);
     let dir = folder();
-    let tiers = || Tiers { encoded: Some(tier(Kind::Encoded, dir.path())), decoded: None };
+    let tiers = || Tiers { encoded: Some(tier(TierKind::Encoded, dir.path())), decoded: None };
     let disk = served.open(tiers());
     let order = chunks(&disk);
     served.is_right(&disk, order[order.len() - 1].0);
     disk.cache().tiers().encoded.as_ref().unwrap().flush();
-    let fetched = count(&disk.cache().fetched().bytes);
+    let fetched = disk.cache().fetched().bytes.get();
     assert!(fetched <= len);
     drop(disk);
     let disk = served.open(tiers());
     for (at, _, _) in order.iter().rev().step_by(9) {
         served.is_right(&disk, *at);
     }
-    let again = count(&disk.cache().fetched().bytes);
+    let again = disk.cache().fetched().bytes.get();
     assert!(again < len / 4, "{again} bytes were fetched again");
 }
 
@@ -587,12 +582,12 @@ fn the_background_fill_brings_a_long_frame_into_either_tier() {
     let layer = zstd(&tar());
     let len = layer.len() as u64;
     let served = Served::new(OCI_ZSTD, layer);
-    for kind in [Kind::Decoded, Kind::Encoded] {
+    for kind in [TierKind::Decoded, TierKind::Encoded] {
         let dir = folder();
         let mut tiers = Tiers::default();
         match kind {
-            Kind::Decoded => tiers.decoded = Some(tier(kind, dir.path())),
-            Kind::Encoded => tiers.encoded = Some(tier(kind, dir.path())),
+            TierKind::Decoded => tiers.decoded = Some(tier(kind, dir.path())),
+            TierKind::Encoded => tiers.encoded = Some(tier(kind, dir.path())),
         }
         let disk = served.open(tiers);
         let blobs = disk.blobs().into_iter().flatten().collect();
@@ -604,12 +599,12 @@ fn the_background_fill_brings_a_long_frame_into_either_tier() {
         }
         let progress = filling.progress();
         assert_eq!(progress.near, progress.chunks, "{kind:?}");
-        assert_eq!(count(&disk.cache().fetched().bytes), len, "{kind:?}");
-        assert!(count(&disk.cache().fetched().frames) <= 1);
+        assert_eq!(disk.cache().fetched().bytes.get(), len, "{kind:?}");
+        assert!(disk.cache().fetched().frames.get() <= 1);
         for (at, _, _) in chunks(&disk).iter().step_by(5) {
             served.is_right(&disk, *at);
         }
-        assert_eq!(count(&disk.cache().fetched().bytes), len, "{kind:?}: fetched again");
+        assert_eq!(disk.cache().fetched().bytes.get(), len, "{kind:?}: fetched again");
     }
 }
 
@@ -636,7 +631,7 @@ fn a_chunk_of_a_long_frame_loads_alone_by_decoding_what_is_before_it() {
         let range = span.start as usize..span.start as usize + span.len as usize;
         assert!(source.load(chunk).unwrap()[..] == tar[range], "chunk {chunk}");
     }
-    let mut decoder = source.begin_serial(0).unwrap();
+    let mut decoder = source.serial().unwrap().begin_frame(0).unwrap();
     let wrong = source::chunk::EncodedChunk::new(&source.encoded(0).unwrap(), Vec::new());
     assert!(decoder.decode_next(&wrong, &mut vec![0; source.room(0)]).is_err());
 }

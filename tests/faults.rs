@@ -13,13 +13,13 @@ use crate::image::{Images, OCI_GZIP, chunks, gzip, prose, tar_of};
 use crate::registry_double::{Double, Fault};
 use crate::serve::serve;
 use blobs::cache::Cache;
-use disk::Disk;
-use disk::explain::{Held, What};
+use disk::explain::{BytesPlace, What};
 use disk::image::{host_manifest, open_image};
 use disk::volume::{Volume as _, VolumeError};
+use disk::{Disk, DiskRange};
 use host::daemon::{DiskView, ImageView};
 use registry::store::{self, ImageStore};
-use registry::{Client, ClientOptions, RetryPolicy, Timeouts};
+use registry::{ClientOptions, RegistryClient, RetryPolicy, Timeouts};
 use source::chunk::ChunkError;
 
 const MIB: usize = 1 << 20;
@@ -51,7 +51,7 @@ impl Served {
         let timeouts =
             Timeouts { connect: pause * 20, head: Duration::from_secs(1), idle: pause * 20 };
         let options = ClientOptions { read_retry, timeouts, ..ClientOptions::default() };
-        let client = Client::new(options).unwrap();
+        let client = RegistryClient::new(options).unwrap();
         let name = format!("{host}/team/app:turbo").parse().unwrap();
         let (store, selector) = store::open(&name, &client).unwrap();
         let (_, manifest) = host_manifest(&*store, &selector).unwrap();
@@ -87,8 +87,7 @@ fn a_wrong_byte_is_fetched_again_and_counted_and_three_times_wrong_is_an_error_w
     let view = DiskView::new(disk.clone());
     let chunks = chunks(&disk);
     let counters = disk.cache().fetched().clone();
-    let count =
-        || (counters.damaged.load(Ordering::SeqCst), counters.failed.load(Ordering::SeqCst));
+    let count = || (counters.damaged.get(), counters.failed.get());
     // Far from each other, so that neither is read ahead for the other.
     let ((first, index, place), (last, broken, place_of_last)) =
         (chunks[0], chunks[chunks.len() - 1]);
@@ -212,7 +211,10 @@ fn a_registry_that_dies_and_comes_back_is_waited_for_and_meanwhile_it_is_said_wh
     let disk = served.open(&line.address.to_string(), Duration::from_secs(30));
     let view = DiskView::new(disk.clone());
     let offset = chunks(&disk)[3].0;
-    assert_eq!(disk.explain(offset..offset + 1, 9)[0].chunk.as_ref().unwrap().held, Held::Remote);
+    assert_eq!(
+        disk.explain(DiskRange::new(offset, 1), 9)[0].chunk.as_ref().unwrap().held,
+        BytesPlace::Remote
+    );
     let address = line.cut();
     let reader = std::thread::spawn({
         let disk = disk.clone();
@@ -238,7 +240,10 @@ fn a_registry_that_dies_and_comes_back_is_waited_for_and_meanwhile_it_is_said_wh
     assert!(counters.retries > 2 && counters.errors == 0 && counters.fetched > 0, "{counters:?}");
     assert!(counters.cached > 0, "{counters:?}");
     assert_eq!(view.trouble(), None);
-    assert_eq!(disk.explain(offset..offset + 1, 9)[0].chunk.as_ref().unwrap().held, Held::Memory);
+    assert_eq!(
+        disk.explain(DiskRange::new(offset, 1), 9)[0].chunk.as_ref().unwrap().held,
+        BytesPlace::Memory
+    );
 }
 
 #[test]
@@ -267,11 +272,11 @@ fn a_registry_that_stays_away_is_an_error_that_may_pass_when_the_deadline_has() 
 fn the_places_of_a_disk_are_told_without_a_gap_and_as_they_are_read() {
     let served = Served::new();
     let disk = served.open(&served.registry.host(), Duration::from_secs(20));
-    let places = disk.explain(0..disk.size(), usize::MAX);
+    let places = disk.explain(DiskRange::new(0, disk.size()), usize::MAX);
     let mut at = 0;
     for place in &places {
-        assert_eq!(place.offset, at);
-        at += place.len;
+        assert_eq!(place.range.offset, at);
+        at += place.range.len;
         assert_eq!(place.chunk.is_some(), place.what == What::Data, "{place:?}");
     }
     assert_eq!(at, disk.size());
@@ -280,8 +285,8 @@ fn the_places_of_a_disk_are_told_without_a_gap_and_as_they_are_read() {
     for place in data.step_by(3) {
         let chunk = place.chunk.as_ref().unwrap();
         assert!(chunk.blob.starts_with(&served.target), "{place:?}");
-        let read = sector(&disk, place.offset).unwrap();
-        let len = place.len.min(512) as usize;
+        let read = sector(&disk, place.range.offset).unwrap();
+        let len = place.range.len.min(512) as usize;
         assert!(read[..len] == tar[chunk.at as usize..][..len], "{place:?} is not at {}", chunk.at);
     }
     let view = DiskView::new(disk.clone());

@@ -1,5 +1,5 @@
 //! The plan of the house, kept by a scan of manifests and sources: crates depend one way, modules of a crate form no
-//! circle, `formats` is pure, `unsafe` code stays in five crates.
+//! circle, `formats` is pure, `unsafe` code stays in five crates, and a type's name is declared once.
 //!
 //! The scan reads Rust as text. Comments, strings and tests are removed first; then paths that begin with `crate`,
 //! `super` or `std` are followed. That is enough for code formatted by rustfmt, and needs no parser.
@@ -33,6 +33,12 @@ const TOOLS: [&str; 2] = ["packaging", "fuzz"];
 
 /// Crates with `unsafe` code; each says why in its documentation.
 const UNSAFE: [&str; 5] = ["frontends", "blobs", "source", "inflate", "sys"];
+
+/// Names that several types may have, with the reason.
+const SHARED_NAMES: [(&str, &str); 1] = [(
+    "Args",
+    "the arguments of one command of the command line, named by its module: `attach::Args`",
+)];
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -375,6 +381,42 @@ fn unsafe_code_stays_in_its_crates() {
     }
 }
 
+/// Names of the structs, enums, unions and traits that the code declares, each with its line.
+fn declared(code: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    for (line, text) in code.lines().enumerate() {
+        let mut words = text.split(|c| !word(c)).filter(|token| !token.is_empty());
+        let is_declaration =
+            words.find(|token| !["pub", "crate", "super", "in", "unsafe", "self"].contains(token));
+        if is_declaration.is_some_and(|token| ["struct", "enum", "union", "trait"].contains(&token))
+        {
+            found.extend(words.next().map(|name| (line + 1, name.to_owned())));
+        }
+    }
+    found
+}
+
+#[test]
+fn a_type_name_is_declared_once() {
+    let mut files = Vec::new();
+    collect(&repository().join("src"), &mut files);
+    let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for file in files {
+        let code = bare(&fs::read_to_string(&file).unwrap());
+        let file = file.strip_prefix(repository()).unwrap().display().to_string();
+        for (line, name) in declared(&code) {
+            places.entry(name).or_default().push(format!("{file}:{line}"));
+        }
+    }
+    assert!(places.contains_key("ChunkSource"));
+    for (name, reason) in SHARED_NAMES {
+        let uses = places.remove(name).unwrap_or_default();
+        assert!(uses.len() > 1, "{name} needs no exception: {reason}");
+    }
+    places.retain(|_, places| places.len() > 1);
+    assert!(places.is_empty(), "types with one name; name each after what it holds:\n{places:#?}");
+}
+
 #[test]
 fn the_scan_sees_circles_and_skips_comments_strings_and_tests() {
     let code = "use crate::{a, b::c};\n// crate::d\nlet s = \"crate::e\"; let c = '\"'; r#\"crate::f\"#;\n\
@@ -385,6 +427,9 @@ fn the_scan_sees_circles_and_skips_comments_strings_and_tests() {
     assert_eq!(names, expected);
     assert_eq!(names_after(&code, "super"), [(4, "h".to_owned())]);
     assert_eq!(tests, ["j"]);
+    let code = "pub(super) struct A;\n    enum B {\n// struct C;\nlet d = \"struct D\";\npub unsafe trait E {}\nstructure F";
+    let expected = [(1, "A"), (2, "B"), (5, "E")].map(|(line, name)| (line, name.to_owned()));
+    assert_eq!(declared(&bare(code)), expected);
 
     let graph = |edges: &[(&str, &str)]| {
         let mut graph: Graph = BTreeMap::new();

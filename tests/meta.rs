@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use crate::image::Images;
 use convert::child::Builder;
-use convert::meta::{Found, MetaError, MetaImage, MetaImages, Plain, is_plain};
+use convert::meta::{MetaError, MetaImage, MetaImages, MetaOrigin, Plain, is_plain};
 use convert::{ConvertOptions, Silent};
 use disk::image::host_manifest;
 use formats::oci::annotations::ARTIFACT_TYPE_TURBO;
 use formats::oci::manifest::media;
-use formats::oci::{Descriptor, Index, Manifest};
+use formats::oci::{Descriptor, ImageIndex, Manifest};
 use registry::store::{ImageStore, LayoutStore, Selector, StoredManifest};
 
 /// A layout, and a local store that is empty at first.
@@ -36,7 +36,7 @@ impl Host {
         (stored, manifest)
     }
 
-    fn meta(&self, publish: bool, index: Option<&Index>) -> Result<MetaImage, MetaError> {
+    fn meta(&self, publish: bool, index: Option<&ImageIndex>) -> Result<MetaImage, MetaError> {
         let (stored, manifest) = self.plain();
         let plain = Plain {
             store: &self.store(),
@@ -69,11 +69,11 @@ fn files(dir: &Path) -> Vec<String> {
 fn an_image_without_a_meta_image_gets_one_and_keeps_it() {
     let host = Host::new(Images::sample());
     let first = host.meta(false, None).unwrap();
-    assert_eq!(first.found, Found::Built);
+    assert_eq!(first.found, MetaOrigin::Built);
     assert_eq!(first.manifest.layers.len(), 2);
     assert!(!is_plain(&first.manifest));
     let again = host.meta(false, None).unwrap();
-    assert_eq!((again.found, again.stored.digest), (Found::Local, first.stored.digest));
+    assert_eq!((again.found, again.stored.digest), (MetaOrigin::Local, first.stored.digest));
     // Nothing was written beside the image, and no lock is left.
     assert!(
         LayoutStore::open(host.images.path()).unwrap().referrers(&host.plain().0.digest).is_ok()
@@ -88,7 +88,7 @@ fn what_one_host_publishes_the_next_one_finds() {
     let built = host.meta(true, None).unwrap();
     host.forget_local();
     let found = host.meta(false, None).unwrap();
-    assert_eq!((found.found, found.stored.digest), (Found::Referrer, built.stored.digest));
+    assert_eq!((found.found, found.stored.digest), (MetaOrigin::Referrer, built.stored.digest));
     // A second publication does not list it twice.
     host.meta(true, None).unwrap();
     let listed = host.store().referrers(&host.plain().0.digest).unwrap().unwrap();
@@ -112,10 +112,10 @@ fn the_tag_of_a_converted_image_is_tried_and_one_that_moved_on_is_passed_over() 
         "1",
     ]);
     let host = Host::new(images);
-    assert_eq!(host.meta(false, None).unwrap().found, Found::Tag);
+    assert_eq!(host.meta(false, None).unwrap().found, MetaOrigin::Tag);
     // The plain tag moves to another image: the converted one no longer matches.
     host.images.add("latest", &[(media::OCI_LAYER_GZIP, image::gzip(&image::upper()))]);
-    assert_eq!(host.meta(false, None).unwrap().found, Found::Built);
+    assert_eq!(host.meta(false, None).unwrap().found, MetaOrigin::Built);
 }
 
 #[test]
@@ -134,12 +134,12 @@ fn an_entry_of_the_images_own_index_is_used_if_it_fits() {
     };
     // First one that is not a meta image of this image, whatever its annotations say.
     let (plain, _) = host.plain();
-    let other = Index::of(vec![entry(&plain)]);
-    assert_eq!(host.meta(false, Some(&other)).unwrap().found, Found::Built);
+    let other = ImageIndex::of(vec![entry(&plain)]);
+    assert_eq!(host.meta(false, Some(&other)).unwrap().found, MetaOrigin::Built);
     host.forget_local();
-    let index = Index::of(vec![entry(&plain), entry(&meta.stored)]);
+    let index = ImageIndex::of(vec![entry(&plain), entry(&meta.stored)]);
     let found = host.meta(false, Some(&index)).unwrap();
-    assert_eq!((found.found, found.stored.digest), (Found::Index, meta.stored.digest));
+    assert_eq!((found.found, found.stored.digest), (MetaOrigin::Index, meta.stored.digest));
 }
 
 #[test]

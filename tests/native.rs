@@ -20,7 +20,7 @@ use crate::registry_double::Double;
 use crate::serve::serve;
 use formats::oci::{Digest, RepositoryName};
 use registry::store;
-use registry::{Client, ClientOptions};
+use registry::{ClientOptions, RegistryClient};
 use serde_json::{Value, json};
 
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
@@ -445,7 +445,7 @@ fn in_a_registry_a_second_conversion_reads_no_layer_and_another_repository_mount
 
 /// Copies the image `latest` into a repository.
 fn push(images: &Images, repository: &str) {
-    let client = Client::new(ClientOptions::default()).unwrap();
+    let client = RegistryClient::new(ClientOptions::default()).unwrap();
     let place: RepositoryName = repository.parse().unwrap();
     let into = store::create_repository(&place, &client).unwrap();
     let manifest = images.manifest("latest");

@@ -10,7 +10,6 @@ use std::io::{self, Cursor, Read, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,8 +17,8 @@ use crate::registry_double::{Access, Double, Fault};
 use bytes::Bytes;
 use formats::oci::Digest;
 use registry::{
-    Client, ClientCertificate, ClientOptions, Credential, Proxies, RegistryError, RemoteBlob,
-    Repository, RetryPolicy, Timeouts,
+    ClientCertificate, ClientOptions, Credential, Proxies, RegistryClient, RegistryError,
+    RemoteBlob, Repository, RetryPolicy, Timeouts,
 };
 use source::{ByteSource as _, SourceError};
 
@@ -48,7 +47,7 @@ fn options() -> ClientOptions {
 }
 
 fn repository_with(registry: &Double, options: ClientOptions) -> Repository {
-    Client::new(options).unwrap().repository(&registry.host(), REPOSITORY).unwrap()
+    RegistryClient::new(options).unwrap().repository(&registry.host(), REPOSITORY).unwrap()
 }
 
 fn repository(registry: &Double) -> Repository {
@@ -120,8 +119,8 @@ fn a_range_costs_one_request_and_its_own_bytes() {
     assert_reads(&blob, &bytes, 0, 1 << 20);
     assert_eq!(registry.log().len(), 4, "no probe, no HEAD");
     assert_eq!(registry.log()[1].range.as_deref(), Some("bytes=300000-799999"));
-    assert_eq!(blob.stats().bytes.load(Ordering::Relaxed), 500_011 + (1 << 20));
-    assert_eq!(blob.stats().requests.load(Ordering::Relaxed), 4);
+    assert_eq!(blob.stats().bytes.get(), 500_011 + (1 << 20));
+    assert_eq!(blob.stats().requests.get(), 4);
 }
 
 #[test]
@@ -167,7 +166,7 @@ fn short_long_and_misplaced_bodies_are_retried_and_never_served() {
         let (registry, bytes, blob) = one_blob(400_000);
         registry.fault("GET", fault.clone(), 2);
         assert_reads(&blob, &bytes, 100, 200_000);
-        assert_eq!(blob.stats().retries.load(Ordering::Relaxed), 2, "{fault:?}");
+        assert_eq!(blob.stats().retries.get(), 2, "{fault:?}");
         registry.fault("GET", fault.clone(), 100);
         if matches!(fault, Fault::DropAfter(70_000) | Fault::StallAfter(70_000)) {
             assert_reads(&blob, &bytes, 100, 200_000); // in three pieces
@@ -211,7 +210,7 @@ fn what_can_never_succeed_fails_after_one_request() {
     let error = failure(&blob, 0, 5);
     assert!(error.contains("Not found: this blob"), "{error}");
     assert_eq!(registry.log().len(), 1);
-    assert_eq!(blob.stats().failures.load(Ordering::Relaxed), 1);
+    assert_eq!(blob.stats().failures.get(), 1);
 }
 
 #[test]
@@ -267,7 +266,7 @@ fn no_server_at_all_is_said_with_its_name() {
     let gone = Double::start();
     let host = gone.host();
     drop(gone);
-    let repository = Client::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
+    let repository = RegistryClient::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
     let error = repository.manifest("latest").unwrap_err();
     assert!(matches!(error.root(), RegistryError::Unreachable { .. }), "{error}");
     let text = error.to_string();
@@ -312,7 +311,7 @@ fn an_expired_url_is_not_used_and_a_refused_one_is_replaced() {
     registry.revoke_signatures();
     assert_reads(&blob, &bytes, 20, 5);
     assert_eq!(store.log().iter().map(|seen| seen.status).collect::<Vec<_>>(), [206, 403, 206]);
-    assert_eq!(blob.stats().retries.load(Ordering::Relaxed), 0, "replaced within the same try");
+    assert_eq!(blob.stats().retries.get(), 0, "replaced within the same try");
 
     let (registry, bytes, blob) = one_blob(1000);
     let store = Double::start_storage_of(&registry);
@@ -379,7 +378,7 @@ fn a_token_that_ran_out_is_replaced_on_401_and_on_403() {
         registry.revoke_tokens();
         assert_reads(&blob, &bytes, 20, 5);
         assert_eq!(registry.count("/token"), 2);
-        assert_eq!(blob.stats().retries.load(Ordering::Relaxed), 0);
+        assert_eq!(blob.stats().retries.get(), 0);
     }
 }
 
@@ -695,7 +694,7 @@ fn a_plain_proxy_is_used_and_given_its_password() {
     proxy.add_manifest(REPOSITORY, "v1", OCI_MANIFEST, b"{}");
     let http = format!("http://me:secret@{}", proxy.host());
     let proxies = Proxies::Explicit { http, https: String::new(), no: "direct.invalid".into() };
-    let client = Client::new(ClientOptions { plain: true, proxies, ..options() }).unwrap();
+    let client = RegistryClient::new(ClientOptions { plain: true, proxies, ..options() }).unwrap();
     client.repository("registry.invalid:5000", REPOSITORY).unwrap().manifest("v1").unwrap();
     let seen = &proxy.log()[0];
     assert_eq!(seen.proxy_authorization.as_deref(), Some("Basic bWU6c2VjcmV0"));
@@ -713,7 +712,8 @@ fn an_unknown_authority_is_refused_with_the_remedy_and_accepted_when_given() {
     let front = tls_front::TlsFront::start(&authority, &registry.host(), false);
     let host = format!("https://{}", front.host());
     let blob = |options: ClientOptions| {
-        let repository = Client::new(options).unwrap().repository(&host, REPOSITORY).unwrap();
+        let repository =
+            RegistryClient::new(options).unwrap().repository(&host, REPOSITORY).unwrap();
         repository.blob(&Digest::of(&bytes), 100_000).unwrap()
     };
     let error = failure(&blob(options()), 5, 5);
@@ -725,13 +725,15 @@ fn an_unknown_authority_is_refused_with_the_remedy_and_accepted_when_given() {
     assert_reads(&blob(ClientOptions { insecure: true, ..options() }), &bytes, 5, 50_000);
 
     // With an authority given, this machine is reached by TLS without an option.
-    let repository =
-        Client::new(trusting.clone()).unwrap().repository(&front.host(), REPOSITORY).unwrap();
+    let repository = RegistryClient::new(trusting.clone())
+        .unwrap()
+        .repository(&front.host(), REPOSITORY)
+        .unwrap();
     assert!(repository.blob_exists(&Digest::of(&bytes)).unwrap());
 
     let missing =
         ClientOptions { authorities: vec![PathBuf::from("/nowhere/ca.pem")], ..options() };
-    let error = Client::new(missing).err().unwrap().to_string();
+    let error = RegistryClient::new(missing).err().unwrap().to_string();
     assert!(error.contains("/nowhere/ca.pem"), "{error}");
 }
 
@@ -748,7 +750,7 @@ fn a_client_certificate_is_shown_to_who_asks() {
     };
     let blob = |options: ClientOptions| {
         let repository =
-            Client::new(options).unwrap().repository(&front.host(), REPOSITORY).unwrap();
+            RegistryClient::new(options).unwrap().repository(&front.host(), REPOSITORY).unwrap();
         repository.blob(&Digest::of(&bytes), 1000).unwrap()
     };
     assert!(read(&blob(without), 5, 5).is_err());
@@ -823,7 +825,7 @@ fn tls_goes_through_a_proxy_in_a_tunnel() {
     let options =
         ClientOptions { proxies, authorities: vec![authority.certificate()], ..options() };
     let repository =
-        Client::new(options).unwrap().repository("registry.invalid", REPOSITORY).unwrap();
+        RegistryClient::new(options).unwrap().repository("registry.invalid", REPOSITORY).unwrap();
     assert_reads(&repository.blob(&Digest::of(&bytes), 1000).unwrap(), &bytes, 5, 5);
     let head = asked.join().unwrap();
     assert!(head.starts_with("CONNECT registry.invalid:443 HTTP/1.1\r\n"), "{head}");
@@ -852,7 +854,7 @@ fn an_early_answer_ends_an_upload_that_nobody_reads() {
             thread::spawn(move || refuse(stream.unwrap()));
         }
     });
-    let repository = Client::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
+    let repository = RegistryClient::new(options()).unwrap().repository(&host, REPOSITORY).unwrap();
     let started = Instant::now();
     let bytes = Bytes::from(vec![0; 64 << 20]);
     let error = repository.push_blob(&Digest::of(b"any"), &bytes).unwrap_err();
@@ -883,7 +885,7 @@ fn an_upload_is_sent_again_with_a_new_token() {
 fn the_reference_registry_takes_and_gives_what_the_double_does() {
     let Some(registry) = real::start() else { return };
     let repository =
-        Client::new(options()).unwrap().repository(&registry.host(), REPOSITORY).unwrap();
+        RegistryClient::new(options()).unwrap().repository(&registry.host(), REPOSITORY).unwrap();
     let bytes = noise(3_000_000);
     let digest = Digest::of(&bytes);
     assert!(repository.push_blob(&digest, &Bytes::from(bytes.clone())).unwrap());

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use formats::oci::Digest;
 use host::config::ServiceConfig;
 use host::images::registries::options_of;
 use registry::{
-    Client, ClientOptions, Credential, Network, Proxies, RemoteBlob, RetryPolicy, Timeouts,
+    ClientOptions, Credential, Network, Proxies, RegistryClient, RemoteBlob, RetryPolicy, Timeouts,
 };
 use source::{ByteSource as _, Class, OneBuffer, SourceError};
 
@@ -70,7 +70,8 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 fn blob(options: ClientOptions, registry: &str, bytes: &[u8]) -> RemoteBlob {
-    let repository = Client::new(options).unwrap().repository(registry, REPOSITORY).unwrap();
+    let repository =
+        RegistryClient::new(options).unwrap().repository(registry, REPOSITORY).unwrap();
     repository.blob(&Digest::of(bytes), bytes.len() as u64).unwrap()
 }
 
@@ -92,10 +93,6 @@ fn assert_reads(blob: &RemoteBlob, bytes: &[u8], offset: usize, length: usize) {
     assert!(got == bytes[offset..offset + length], "wrong bytes at {offset}");
 }
 
-fn get(counter: &AtomicU64) -> u64 {
-    counter.load(Ordering::Relaxed)
-}
-
 /// Registries that all have the same blob.
 fn registries<const N: usize>(bytes: &[u8]) -> [Double; N] {
     std::array::from_fn(|_| {
@@ -113,8 +110,10 @@ fn mirrors_are_asked_in_order_before_the_registry_and_told_whom_they_stand_for()
     let [registry, first, second] = registries(&bytes);
     first.add_manifest(REPOSITORY, "v1", MANIFEST, b"{}");
     let options = mirrored(&registry, &[&first, &second]);
-    let repository =
-        Client::new(options.clone()).unwrap().repository(&registry.host(), REPOSITORY).unwrap();
+    let repository = RegistryClient::new(options.clone())
+        .unwrap()
+        .repository(&registry.host(), REPOSITORY)
+        .unwrap();
     assert_eq!(repository.manifest("v1").unwrap().bytes, b"{}");
     let blob = blob(options, &registry.host(), &bytes);
     assert_reads(&blob, &bytes, 100, 50);
@@ -149,7 +148,7 @@ fn a_mirror_that_is_down_or_has_not_the_blob_costs_one_question() {
         assert_reads(&blob, &bytes, offset * 100, 50);
     }
     assert_eq!((empty.log().len(), broken.log().len(), registry.log().len()), (1, 1, 5));
-    assert_eq!(get(&blob.stats().retries), 0, "all within one try, without a pause");
+    assert_eq!(blob.stats().retries.get(), 0, "all within one try, without a pause");
     let well = network.hosts().iter().filter(|host| host.is_healthy()).count();
     assert_eq!(well, 2, "the registry and the mirror that only lacks a blob");
 }
@@ -181,7 +180,7 @@ fn a_mirror_that_lied_is_passed_over() {
     assert_eq!((mirror.log().len(), registry.log().len()), (1, 1));
     let hosts = network.hosts();
     let liar = hosts.iter().find(|host| host.name() == mirror.host()).unwrap();
-    assert_eq!(get(&liar.stats().distrusted), 1);
+    assert_eq!(liar.stats().distrusted.get(), 1);
 }
 
 #[test]
@@ -192,7 +191,7 @@ fn when_all_fail_the_registrys_reason_is_told_and_all_are_asked_again() {
     mirror.fault("GET", Fault::Status(502), 2);
     let blob = blob(mirrored(&registry, &[&mirror]), &registry.host(), &bytes);
     assert_reads(&blob, &bytes, 10, 10);
-    assert_eq!(get(&blob.stats().retries), 2);
+    assert_eq!(blob.stats().retries.get(), 2);
     mirror.fault("GET", Fault::Status(502), 100);
     let error = read(&blob, 10, 10).unwrap_err().to_string();
     assert!(error.contains(&registry.host()) && error.contains("500"), "{error}");
@@ -230,7 +229,7 @@ fn a_whole_blob_comes_from_a_mirror_too() {
     let bytes = noise(300_000);
     let [registry, mirror] = registries(&bytes);
     mirror.fault("GET", Fault::DropAfter(100_000), 1);
-    let client = Client::new(mirrored(&registry, &[&mirror])).unwrap();
+    let client = RegistryClient::new(mirrored(&registry, &[&mirror])).unwrap();
     let repository = client.repository(&registry.host(), REPOSITORY).unwrap();
     let mut all = Vec::new();
     let mut stream = repository.blob_stream(&Digest::of(&bytes), bytes.len() as u64).unwrap();
@@ -295,7 +294,7 @@ fn a_peer_that_is_gone_or_errs_is_gone_past_within_the_read() {
         assert_reads(&blob, &bytes, 100, 5000);
         assert_reads(&blob, &bytes, 200, 5000);
         assert_eq!(peer.log().len(), 2, "{fault:?}: it is passed over for a while");
-        assert_eq!(get(&blob.stats().retries), 0, "{fault:?}");
+        assert_eq!(blob.stats().retries.get(), 0, "{fault:?}");
     }
     let bytes = noise(10_000);
     let [registry] = registries(&bytes);
@@ -304,7 +303,7 @@ fn a_peer_that_is_gone_or_errs_is_gone_past_within_the_read() {
     assert_reads(&blob, &bytes, 100, 50);
     drop(peer);
     assert_reads(&blob, &bytes, 100, 5000);
-    assert_eq!(get(&blob.stats().retries), 0);
+    assert_eq!(blob.stats().retries.get(), 0);
 }
 
 #[test]
@@ -373,8 +372,8 @@ fn a_straggler_is_asked_for_twice_and_the_first_answer_wins() {
     let begun = Instant::now();
     assert_reads(&blob, &bytes, 5000, 100_000);
     assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
-    assert_eq!((get(&blob.stats().hedges), get(&blob.stats().hedges_won)), (1, 1));
-    assert_eq!(get(&blob.stats().retries), 0);
+    assert_eq!((blob.stats().hedges.get(), blob.stats().hedges_won.get()), (1, 1));
+    assert_eq!(blob.stats().retries.get(), 0);
 }
 
 #[test]
@@ -401,7 +400,7 @@ fn a_stall_in_the_middle_is_asked_around_for_the_rest_only() {
     let begun = Instant::now();
     assert_reads(&blob, &bytes, 0, 500_000);
     assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
-    assert_eq!(get(&blob.stats().hedges_won), 1);
+    assert_eq!(blob.stats().hedges_won.get(), 1);
     let second = registry.log()[1].range.clone().unwrap();
     let start: usize =
         second.trim_start_matches("bytes=").split('-').next().unwrap().parse().unwrap();
@@ -417,7 +416,7 @@ fn what_nobody_waits_for_is_asked_for_once() {
     registry.clear_log();
     registry.fault("GET", Fault::Delay(Duration::from_millis(300)), 1);
     assert!(prefetch(&blob, Class::Prefetch, 5000, 1000) == bytes[5000..6000]);
-    assert_eq!((registry.log().len(), get(&blob.stats().hedges)), (1, 0));
+    assert_eq!((registry.log().len(), blob.stats().hedges.get()), (1, 0));
 }
 
 #[test]
@@ -429,7 +428,7 @@ fn second_requests_can_be_switched_off_and_have_a_budget() {
     warm(&blob, &bytes);
     registry.fault("GET", Fault::Delay(Duration::from_millis(300)), 1);
     assert_reads(&blob, &bytes, 500, 100);
-    assert_eq!(get(&blob.stats().hedges), 0);
+    assert_eq!(blob.stats().hedges.get(), 0);
 
     // A host that is slow as a whole does not get every request twice.
     let [registry] = registries(&bytes);
@@ -439,7 +438,7 @@ fn second_requests_can_be_switched_off_and_have_a_budget() {
     for turn in 0..30 {
         assert_reads(&blob, &bytes, 500 + turn, 100);
     }
-    assert!(get(&blob.stats().hedges) <= 10, "{:?}", blob.stats());
+    assert!(blob.stats().hedges.get() <= 10, "{:?}", blob.stats());
 }
 
 // Outages and limits.

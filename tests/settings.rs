@@ -172,6 +172,7 @@ fn a_log_that_cannot_be_written_stops_the_daemon_by_its_key_and_a_full_disk_does
     assert!(fs::read(&device).is_ok());
     assert!(block::soon(|| host.metric("turbobd_audit_dropped_total") > 0), "reads had to wait");
     assert_eq!(host.metric("turbobd_audit_lines_total"), 0);
+    assert!(host.metric("turbobd_log_lost_total") > 0, "the attach is logged");
     host.done(&["detach", &device]);
     assert_eq!(daemon.stop(), "");
 }

@@ -20,8 +20,8 @@ use crate::listing::same_trees;
 use crate::machine::run;
 use crate::run_dir::RunDir;
 use disk::writable::{WritableFiles, WritableLayer};
-use formats::lsmt::layer::Record;
-use formats::lsmt::{Identity, Uuid};
+use formats::lsmt::layer::LsmtHeader;
+use formats::lsmt::{LayerIdentity, Uuid};
 use formats::units::Bytes;
 use serde_json::{Value, json};
 
@@ -72,13 +72,13 @@ impl Disks {
         let files = WritableFiles::in_dir(&self.at(name));
         match kind {
             Kind::Appended => {
-                drop(WritableLayer::create(&files, Bytes(DISK), Identity::default()).unwrap());
+                drop(WritableLayer::create(&files, Bytes(DISK), LayerIdentity::default()).unwrap());
             }
             // Created in the way of `overlaybd-create -s` (spec lsmt 7), with the size of the layer below.
             Kind::Sparse => {
                 fs::create_dir(self.at(name)).unwrap();
                 let (uuid, parent) = (Uuid([7; 16]), Uuid::NULL);
-                let header = Record {
+                let header = LsmtHeader {
                     flags: 0x13,
                     index_offset: 0,
                     index_size: 0,

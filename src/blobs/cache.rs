@@ -1,6 +1,6 @@
 //! Decoded chunks in memory: bounded, and each loaded once for any number of waiters.
 //!
-//! [`Batch::get`] never blocks. It returns the chunk at once, or adds the caller to the chunk's list of
+//! [`ChunkBatch::get`] never blocks. It returns the chunk at once, or adds the caller to the chunk's list of
 //! waiters; the first waiter starts the load ([`fetch`](crate::fetch)), and when the chunk is there, all
 //! waiters are called. A failure is delivered to all waiters and then forgotten, so that the next request
 //! tries again. Every waiter gets an answer: after an error, after a decoder's panic, and at the end of the
@@ -35,7 +35,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::fetch::{
     Blob, CONNECTIONS, Claim, Delivery, FetchCounters, FetchOptions, Fetcher, FillOptions, Filling,
-    Flow, Key, Wanted,
+    Flow, Key, WantedChunk,
 };
 use crate::tier::Tiers;
 use arena::Arena;
@@ -43,14 +43,15 @@ use backlog::Backlog;
 use heap::Heap;
 use queues::{Clock, Queues};
 pub use resident::Residents;
-use shard::{Found, Shard};
+use shard::{FoundChunk, Shard};
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
 use source::{Class, MemoryBudget};
+use threads::Counter;
 
 /// Callback of one request: called once, from any thread, with the chunk or the reason why there is none.
 pub type ChunkWaiter = Box<dyn FnOnce(Result<Arc<ChunkBytes>, Arc<ChunkError>>) + Send>;
 
-/// Answer to [`Batch::get`].
+/// Answer to [`ChunkBatch::get`].
 pub enum Lookup {
     /// The chunk.
     Hit(Arc<ChunkBytes>),
@@ -171,14 +172,14 @@ impl Cache {
 
     /// Begins a request for chunks that belong together, of no device.
     #[must_use]
-    pub fn batch(&self) -> Batch<'_> {
+    pub fn batch(&self) -> ChunkBatch<'_> {
         self.batch_for(Flow::default())
     }
 
     /// Begins a request of a device: devices take turns.
     #[must_use]
-    pub fn batch_for(&self, flow: Flow) -> Batch<'_> {
-        Batch { cache: self, wanted: Vec::new(), flow }
+    pub fn batch_for(&self, flow: Flow) -> ChunkBatch<'_> {
+        ChunkBatch { cache: self, wanted: Vec::new(), flow }
     }
 
     /// The flow of a new device.
@@ -215,30 +216,29 @@ impl Cache {
     /// Counters of the cache.
     #[must_use]
     pub fn stats(&self) -> CacheStats {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let chunks = &self.chunks;
         CacheStats {
-            hits: read(&chunks.hits),
-            misses: read(&chunks.misses),
-            loads: read(&chunks.loads),
-            errors: read(&chunks.errors),
-            bytes: read(&chunks.held),
+            hits: chunks.hits.get(),
+            misses: chunks.misses.get(),
+            loads: chunks.loads.get(),
+            errors: chunks.errors.get(),
+            bytes: chunks.held.load(Ordering::Relaxed),
             chunks: (0..SHARDS).map(|number| chunks.lock(number).len() as u64).sum(),
-            evictions: read(&chunks.evictions),
-            unkept: read(&chunks.unkept),
+            evictions: chunks.evictions.get(),
+            unkept: chunks.unkept.get(),
         }
     }
 }
 
 /// Chunks requested together, so that neighbours are fetched by one request. Missing chunks are fetched when
 /// this is dropped.
-pub struct Batch<'a> {
+pub struct ChunkBatch<'a> {
     cache: &'a Cache,
-    wanted: Vec<Wanted>,
+    wanted: Vec<WantedChunk>,
     flow: Flow,
 }
 
-impl Batch<'_> {
+impl ChunkBatch<'_> {
     /// Returns the chunk, or a promise to call a waiter. `waiter` is called to create one only if the answer
     /// is [`Lookup::Pending`]; it must not use the cache, because one of the cache's locks is held during the
     /// call.
@@ -271,22 +271,22 @@ impl Batch<'_> {
         let key = blob.key(index);
         let found = chunks.shard(key).look_up(blob, (index, self.flow), &chunks.clock, waiter);
         match found {
-            Found::Held { bytes, first } => {
+            FoundChunk::Held { bytes, first } => {
                 if first {
                     self.follow(bytes.held());
                 }
-                chunks.hits.fetch_add(1, Ordering::Relaxed);
+                chunks.hits.add(1);
                 return Lookup::Hit(bytes);
             }
-            Found::Joined { ahead: false, foreign: false } => {}
-            Found::Joined { ahead: false, foreign: true } => {
+            FoundChunk::Joined { ahead: false, foreign: false } => {}
+            FoundChunk::Joined { ahead: false, foreign: true } => {
                 self.cache.fetcher.urge(key, self.flow)
             }
-            Found::Joined { ahead: true, .. } => {
+            FoundChunk::Joined { ahead: true, .. } => {
                 self.cache.fetcher.urge(key, self.flow);
                 self.follow(blob.source().room(index) as u64);
             }
-            Found::Claimed => {
+            FoundChunk::Claimed => {
                 self.want(blob, index, Class::Demand);
                 match self.cache.backlog.taken(blob, index) {
                     Some(together) => self.prefetch(blob, together),
@@ -294,7 +294,7 @@ impl Batch<'_> {
                 }
             }
         }
-        chunks.misses.fetch_add(1, Ordering::Relaxed);
+        chunks.misses.add(1);
         Lookup::Pending
     }
 
@@ -321,12 +321,18 @@ impl Batch<'_> {
     }
 
     fn want(&mut self, blob: &Arc<Blob>, chunk: u32, class: Class) {
-        self.cache.chunks.loads.fetch_add(1, Ordering::Relaxed);
-        self.wanted.push(Wanted { blob: blob.clone(), chunk, class, tries: 0, flow: self.flow });
+        self.cache.chunks.loads.add(1);
+        self.wanted.push(WantedChunk {
+            blob: blob.clone(),
+            chunk,
+            class,
+            tries: 0,
+            flow: self.flow,
+        });
     }
 }
 
-impl Drop for Batch<'_> {
+impl Drop for ChunkBatch<'_> {
     fn drop(&mut self) {
         if !self.wanted.is_empty() {
             self.cache.fetcher.want(std::mem::take(&mut self.wanted));
@@ -387,12 +393,12 @@ struct Chunks {
     /// The order of eviction.
     queues: Mutex<Queues>,
     clock: Clock,
-    hits: AtomicU64,
-    misses: AtomicU64,
-    loads: AtomicU64,
-    errors: AtomicU64,
-    evictions: AtomicU64,
-    unkept: AtomicU64,
+    hits: Counter,
+    misses: Counter,
+    loads: Counter,
+    errors: Counter,
+    evictions: Counter,
+    unkept: Counter,
 }
 
 impl Chunks {
@@ -407,12 +413,12 @@ impl Chunks {
             held: AtomicU64::new(0),
             queues: Mutex::default(),
             clock: Clock::default(),
-            hits: AtomicU64::new(0),
-            misses: AtomicU64::new(0),
-            loads: AtomicU64::new(0),
-            errors: AtomicU64::new(0),
-            evictions: AtomicU64::new(0),
-            unkept: AtomicU64::new(0),
+            hits: Counter::default(),
+            misses: Counter::default(),
+            loads: Counter::default(),
+            errors: Counter::default(),
+            evictions: Counter::default(),
+            unkept: Counter::default(),
         }
     }
 
@@ -435,7 +441,7 @@ impl Chunks {
     fn evict_one(&self) -> Option<u64> {
         let bytes = self.queues().evict(self.budget, &mut |key, _| self.shard(key).evict(key))?;
         self.held.fetch_sub(bytes, Ordering::Relaxed);
-        self.evictions.fetch_add(1, Ordering::Relaxed);
+        self.evictions.add(1);
         Some(bytes)
     }
 }
@@ -450,7 +456,7 @@ impl Delivery for Chunks {
             let Some(more) = self.evict_one() else { break };
             given_up += more;
         }
-        self.unkept.fetch_add(1, Ordering::Relaxed);
+        self.unkept.add(1);
         Some(Box::new(self.heap.take(len, flow)?))
     }
 
@@ -477,7 +483,7 @@ impl Delivery for Chunks {
 
     fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
         if result.is_err() {
-            self.errors.fetch_add(1, Ordering::Relaxed);
+            self.errors.add(1);
         }
         let kept = result.as_ref().ok().filter(|bytes| bytes.held() > 0);
         if let Some(bytes) = kept {

@@ -52,11 +52,10 @@ mod streams;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use crate::Histogram;
-use crate::tier::Kind;
+use crate::tier::TierKind;
 use source::chunk::{ChunkBytes, ChunkError, Room};
 use source::{Class, SourceError};
 
@@ -65,13 +64,13 @@ use crew::Crew;
 pub(crate) use crew::MOST_BYTES;
 pub use fair::Flow;
 pub use fill::{FillOptions, FillProgress, Filling};
-use inflate::{Input, Job, Workers};
+use inflate::{DecodeJob, Input, Workers};
 use pace::Pace;
-pub use queue::Wanted;
-pub use recent::{Failure, Recent};
+pub use queue::WantedChunk;
+pub use recent::{Recent, RecentFailure};
 pub(crate) use serial::MOST_MEMORY as FRAMES_MEMORY;
 use serial::Serials;
-use threads::count;
+use threads::Counter;
 
 /// Receiver of decoded chunks: the cache.
 pub trait Delivery: Send + Sync {
@@ -139,76 +138,76 @@ const MOST_TRIES: u8 = 3;
 #[derive(Debug, Default)]
 pub struct FetchCounters {
     /// Range requests made for demand.
-    pub demand_requests: AtomicU64,
+    pub demand_requests: Counter,
     /// Range requests made ahead of demand.
-    pub ahead_requests: AtomicU64,
+    pub ahead_requests: Counter,
     /// Chunks that those requests fetched; more than requests when neighbours were fetched together.
-    pub chunks: AtomicU64,
+    pub chunks: Counter,
     /// Encoded bytes of those.
-    pub bytes: AtomicU64,
+    pub bytes: Counter,
     /// Chunks read from local files.
-    pub local: AtomicU64,
+    pub local: Counter,
     /// Chunks read from the disk tiers.
-    pub stored: AtomicU64,
+    pub stored: Counter,
     /// Chunks whose bytes did not match their checksum.
-    pub damaged: AtomicU64,
+    pub damaged: Counter,
     /// Chunks that could not be fetched.
-    pub failed: AtomicU64,
+    pub failed: Counter,
     /// Range requests made by the background fill.
-    pub fill_requests: AtomicU64,
+    pub fill_requests: Counter,
     /// Chunks filled in the background.
-    pub filled: AtomicU64,
+    pub filled: Counter,
     /// Encoded bytes of those.
-    pub filled_bytes: AtomicU64,
+    pub filled_bytes: Counter,
     /// Time from a request to its first byte.
     pub first_byte: Histogram,
     /// Time from a request to its last byte.
     pub whole: Histogram,
     /// Encoded bytes that were decoded.
-    pub inflate_in: AtomicU64,
+    pub inflate_in: Counter,
     /// Decoded bytes produced.
-    pub inflate_out: AtomicU64,
+    pub inflate_out: Counter,
     /// Time to verify and decode a chunk.
     pub inflate: Histogram,
     /// Passes begun through long zstd frames, possibly several through the same frame.
-    pub frames: AtomicU64,
+    pub frames: Counter,
 }
 
 impl FetchCounters {
     /// Records that a chunk was decoded.
     fn inflated(&self, encoded: usize, decoded: usize, begun: Instant) {
-        count(&self.inflate_in, encoded as u64);
-        count(&self.inflate_out, decoded as u64);
+        self.inflate_in.add(encoded as u64);
+        self.inflate_out.add(decoded as u64);
         self.inflate.add(begun.elapsed());
     }
 }
 
 /// The threads. Dropping this ends them; remaining waiters get an error.
 pub struct Fetcher {
-    shared: Arc<Shared>,
+    shared: Arc<FetchShared>,
 }
 
 /// State shared by the threads.
-struct Shared {
+struct FetchShared {
     delivery: Arc<dyn Delivery>,
     counters: Arc<FetchCounters>,
     crew: Crew,
     workers: Workers,
     serials: Serials,
-    fill: fill::Queue,
+    fill: fill::FillQueue,
     pace: Pace,
 }
 
 impl Fetcher {
     /// Starts the first threads; more start when they are needed.
     pub fn start(delivery: Arc<dyn Delivery>, options: FetchOptions) -> Self {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(FetchShared {
             delivery,
             counters: Arc::default(),
             crew: Crew::new(options.connections.max(1), options.ahead),
             workers: Workers::new(options.workers.max(1)),
             serials: Serials::default(),
-            fill: fill::Queue::default(),
+            fill: fill::FillQueue::default(),
             pace: Pace::default(),
         });
         inflate::start(&shared);
@@ -222,7 +221,7 @@ impl Fetcher {
     }
 
     /// Fetches and decodes chunks, neighbours among them together. The caller has claimed their loads.
-    pub fn want(&self, wanted: Vec<Wanted>) {
+    pub fn want(&self, wanted: Vec<WantedChunk>) {
         self.shared.want(wanted);
     }
 
@@ -261,23 +260,23 @@ impl Drop for Fetcher {
     }
 }
 
-impl Shared {
+impl FetchShared {
     /// Sends chunks that are near, or may be, to the decode threads, and the others to the fetch threads.
-    fn want(self: &Arc<Self>, wanted: Vec<Wanted>) {
+    fn want(self: &Arc<Self>, wanted: Vec<WantedChunk>) {
         if wanted.iter().any(|wanted| wanted.class == Class::Demand) {
             self.pace.demand();
         }
         // A decode thread looks for a chunk of a long frame in the tier first, and passes it on if it is not
         // there.
-        let is_near = |wanted: &Wanted| {
-            let Wanted { blob, chunk, .. } = wanted;
+        let is_near = |wanted: &WantedChunk| {
+            let WantedChunk { blob, chunk, .. } = wanted;
             blob.is_near(*chunk) || blob.source().is_serial(*chunk)
         };
         let (near, far): (Vec<_>, Vec<_>) = wanted.into_iter().partition(is_near);
         let mut refused = Vec::new();
         for wanted in near {
-            let Wanted { blob, chunk, class, tries, flow } = wanted;
-            let job = Job { blob, chunk, class, tries, flow, input: Input::Near };
+            let WantedChunk { blob, chunk, class, tries, flow } = wanted;
+            let job = DecodeJob { blob, chunk, class, tries, flow, input: Input::Near };
             refused.extend(self.workers.push(job).err().map(|job| job.wanted()));
         }
         for wanted in refused {
@@ -287,10 +286,10 @@ impl Shared {
     }
 
     /// Sends chunks to the fetch threads, or to those of long frames.
-    fn want_far(self: &Arc<Self>, wanted: Vec<Wanted>) {
+    fn want_far(self: &Arc<Self>, wanted: Vec<WantedChunk>) {
         // A chunk that the fill stores encoded need not be decoded.
-        let is_serial = |wanted: &Wanted| {
-            let encoded = matches!(wanted.blob.stored().target(), Some((Kind::Encoded, _)));
+        let is_serial = |wanted: &WantedChunk| {
+            let encoded = matches!(wanted.blob.stored().target(), Some((TierKind::Encoded, _)));
             wanted.blob.source().is_serial(wanted.chunk)
                 && !(wanted.class == Class::Fill && encoded)
         };
@@ -309,21 +308,21 @@ impl Shared {
 
     /// Ends a load without success. Most chunks that are fetched ahead have no waiter; one that has is
     /// repeated as demand.
-    fn fail(self: &Arc<Self>, wanted: &Wanted, error: Arc<ChunkError>) {
+    fn fail(self: &Arc<Self>, wanted: &WantedChunk, error: Arc<ChunkError>) {
         let key = wanted.key();
         if wanted.class > Class::Demand
             && wanted.tries < MOST_TRIES
             && self.delivery.is_awaited(key)
             && !self.crew.is_ending()
         {
-            self.want(vec![Wanted {
+            self.want(vec![WantedChunk {
                 class: Class::Demand,
                 tries: wanted.tries + 1,
                 ..wanted.clone()
             }]);
             return;
         }
-        count(&self.counters.failed, 1);
+        self.counters.failed.add(1);
         wanted.blob.failures().note(wanted.chunk, false, &*error);
         self.deliver(key, Err(error));
     }

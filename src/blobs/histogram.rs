@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use threads::Counter;
+
 /// Upper bounds of the buckets in microseconds: from the time of a local disk to the minute after which a
 /// read fails; three a decade are enough to tell a slow registry from a distant one.
 pub const BOUNDS: [u64; 18] = [
@@ -13,9 +15,9 @@ pub const BOUNDS: [u64; 18] = [
 /// Counts durations; any thread may add to it.
 #[derive(Debug, Default)]
 pub struct Histogram {
-    buckets: [AtomicU64; BOUNDS.len() + 1],
+    buckets: [Counter; BOUNDS.len() + 1],
     /// Microseconds.
-    sum: AtomicU64,
+    sum: Counter,
     /// Longest duration since the last call of `take_longest`, in microseconds.
     longest: AtomicU64,
 }
@@ -25,8 +27,8 @@ impl Histogram {
     pub fn add(&self, duration: Duration) {
         let micros = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let bucket = BOUNDS.partition_point(|&bound| bound < micros);
-        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
-        self.sum.fetch_add(micros, Ordering::Relaxed);
+        self.buckets[bucket].add(1);
+        self.sum.add(micros);
         if self.longest.load(Ordering::Relaxed) < micros {
             self.longest.fetch_max(micros, Ordering::Relaxed);
         }
@@ -37,9 +39,9 @@ impl Histogram {
     pub fn times(&self) -> Times {
         let mut buckets = [0; BOUNDS.len() + 1];
         for (copy, bucket) in buckets.iter_mut().zip(&self.buckets) {
-            *copy = bucket.load(Ordering::Relaxed);
+            *copy = bucket.get();
         }
-        Times { buckets, sum: self.sum.load(Ordering::Relaxed) }
+        Times { buckets, sum: self.sum.get() }
     }
 
     /// The longest duration in microseconds since the last call.

@@ -19,7 +19,7 @@
 //!
 //! # Waiting
 //!
-//! Readers never wait for a write: a chunk that is [offered](Stored::offer) goes into a queue of bounded
+//! Readers never wait for a write: a chunk that is [offered](TierBlob::offer) goes into a queue of bounded
 //! size, and is dropped when that is full. One thread writes batches from it: evictions, data, sync, records.
 //! It holds no lock while it waits for the disk.
 //!
@@ -58,7 +58,6 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
 
@@ -67,9 +66,10 @@ use thiserror::Error;
 
 use presence::Subject;
 use source::chunk::ChunkSource;
-use state::Shared;
-use store::{DirStore, Payload, Store};
-use writer::{Command, Offer};
+use state::TierShared;
+use store::{ChunkPayload, DirStore, Store};
+use threads::Counter;
+use writer::{Offer, WriterCommand};
 
 /// Unit of allocation in the data files: the filesystem's page.
 const PAGE: u64 = 4096;
@@ -80,14 +80,14 @@ pub const QUEUE: u64 = 32 << 20;
 
 /// Form of the chunks that a tier keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum TierKind {
     /// Encoded bytes, as they were fetched.
     Encoded,
     /// Decoded bytes, as they are read.
     Decoded,
 }
 
-impl Kind {
+impl TierKind {
     fn number(self) -> u8 {
         match self {
             Self::Encoded => 1,
@@ -170,25 +170,25 @@ pub enum TierError {
 #[derive(Debug, Default)]
 pub struct TierCounters {
     /// Chunks read and verified.
-    pub reads: AtomicU64,
+    pub reads: Counter,
     /// Bytes of those.
-    pub read_bytes: AtomicU64,
+    pub read_bytes: Counter,
     /// Chunks written.
-    pub writes: AtomicU64,
+    pub writes: Counter,
     /// Bytes of those.
-    pub written_bytes: AtomicU64,
+    pub written_bytes: Counter,
     /// Chunks not written because the queue was full.
-    pub dropped: AtomicU64,
+    pub dropped: Counter,
     /// Chunks not written for lack of space: the floor, a full disk, or a chunk longer than the capacity.
-    pub refused: AtomicU64,
+    pub refused: Counter,
     /// Chunks evicted for others or for the floor.
-    pub evicted: AtomicU64,
+    pub evicted: Counter,
     /// Chunks that failed verification, and are fetched again.
-    pub damaged: AtomicU64,
+    pub damaged: Counter,
     /// Files that were removed, truncated or of another version, and are created anew.
-    pub resets: AtomicU64,
+    pub resets: Counter,
     /// Reads, writes and syncs that the system refused.
-    pub failures: AtomicU64,
+    pub failures: Counter,
 }
 
 /// Present contents of a tier.
@@ -217,7 +217,7 @@ pub struct Verified {
 
 /// A tier. Dropping it writes the queue's chunks, and releases its directory.
 pub struct Tier {
-    shared: Arc<Shared>,
+    shared: Arc<TierShared>,
     writer: Mutex<Option<JoinHandle<()>>>,
     _lock: Option<File>,
 }
@@ -235,11 +235,11 @@ pub struct Tiers {
 #[derive(Default)]
 pub struct StoredBlob {
     /// Encoded chunks.
-    pub encoded: Option<Stored>,
+    pub encoded: Option<TierBlob>,
     /// Decoded chunks.
-    pub decoded: Option<Stored>,
+    pub decoded: Option<TierBlob>,
     /// Tier for new chunks of it: each chunk is kept once.
-    pub target: Option<Kind>,
+    pub target: Option<TierKind>,
 }
 
 impl Tiers {
@@ -255,9 +255,9 @@ impl Tiers {
         let encoded = file(&self.encoded).filter(|_| !local);
         let decoded = file(&self.decoded);
         let target = match (&encoded, &decoded) {
-            (_, Some(_)) if source.is_costly() => Some(Kind::Decoded),
-            (Some(_), _) => Some(Kind::Encoded),
-            (None, Some(_)) => Some(Kind::Decoded),
+            (_, Some(_)) if source.is_costly() => Some(TierKind::Decoded),
+            (Some(_), _) => Some(TierKind::Encoded),
+            (None, Some(_)) => Some(TierKind::Decoded),
             (None, None) => None,
         };
         StoredBlob { encoded, decoded, target }
@@ -273,10 +273,10 @@ impl StoredBlob {
 
     /// The tier for new chunks of the blob.
     #[must_use]
-    pub fn target(&self) -> Option<(Kind, &Stored)> {
+    pub fn target(&self) -> Option<(TierKind, &TierBlob)> {
         match self.target? {
-            Kind::Encoded => self.encoded.as_ref().map(|stored| (Kind::Encoded, stored)),
-            Kind::Decoded => self.decoded.as_ref().map(|stored| (Kind::Decoded, stored)),
+            TierKind::Encoded => self.encoded.as_ref().map(|stored| (TierKind::Encoded, stored)),
+            TierKind::Decoded => self.decoded.as_ref().map(|stored| (TierKind::Decoded, stored)),
         }
     }
 }
@@ -286,7 +286,7 @@ impl Tier {
     ///
     /// # Errors
     /// Returns [`TierError`]: the directory is unusable, or another process uses it.
-    pub fn open(kind: Kind, options: &TierOptions) -> Result<Self, TierError> {
+    pub fn open(kind: TierKind, options: &TierOptions) -> Result<Self, TierError> {
         let dir = &options.dir;
         let lock = opening::lock(kind, dir)?;
         opening::refuse_own_device(dir)?;
@@ -299,7 +299,7 @@ impl Tier {
     /// # Errors
     /// Returns [`TierError::Io`].
     pub fn with_store(
-        kind: Kind,
+        kind: TierKind,
         store: Arc<dyn Store>,
         options: &TierOptions,
     ) -> Result<Self, TierError> {
@@ -307,14 +307,14 @@ impl Tier {
     }
 
     fn over(
-        kind: Kind,
+        kind: TierKind,
         store: Arc<dyn Store>,
         options: &TierOptions,
         lock: Option<File>,
     ) -> Result<Self, TierError> {
         let io = |what| move |source| TierError::Io { what, dir: options.dir.clone(), source };
         let (sender, receiver) = channel();
-        let shared = Arc::new(Shared::new(kind, store, options.clone(), sender));
+        let shared = Arc::new(TierShared::new(kind, store, options.clone(), sender));
         opening::read_directory(&shared).map_err(io("read"))?;
         let own = shared.clone();
         let name = format!("tier-{}", kind.name());
@@ -326,7 +326,7 @@ impl Tier {
 
     /// Form of the chunks that it keeps.
     #[must_use]
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> TierKind {
         self.shared.kind
     }
 
@@ -362,14 +362,14 @@ impl Tier {
 
     /// The file for the chunks of `source`. `None` when they have no permanent name: only a digest is one.
     #[must_use]
-    pub fn file(&self, source: &dyn ChunkSource) -> Option<Stored> {
+    pub fn file(&self, source: &dyn ChunkSource) -> Option<TierBlob> {
         let id = source.id();
         let has_digest = id
             .split(['#', ':'])
             .any(|part| part.len() == 64 && part.bytes().all(|byte| byte.is_ascii_hexdigit()));
         let len = match self.shared.kind {
-            Kind::Encoded => source.blob().len(),
-            Kind::Decoded => source.decoded_len(),
+            TierKind::Encoded => source.blob().len(),
+            TierKind::Decoded => source.decoded_len(),
         };
         let (kind, chunks) = (self.shared.kind, source.chunk_count());
         let subject = Subject { kind, id: id.to_owned(), len, chunks };
@@ -377,13 +377,13 @@ impl Tier {
             return None;
         }
         let file = self.shared.register(&subject);
-        Some(Stored { shared: self.shared.clone(), file })
+        Some(TierBlob { shared: self.shared.clone(), file })
     }
 
     /// Waits until every chunk offered so far is written and durable.
     pub fn flush(&self) {
         let (sender, receiver) = channel();
-        if self.shared.send(Command::Flush(sender)) {
+        if self.shared.send(WriterCommand::Flush(sender)) {
             let _ = receiver.recv();
         }
     }
@@ -392,7 +392,7 @@ impl Tier {
     #[must_use]
     pub fn prune(&self, bytes: u64) -> u64 {
         let (sender, receiver) = channel();
-        if self.shared.send(Command::Prune(bytes, sender)) {
+        if self.shared.send(WriterCommand::Prune(bytes, sender)) {
             let _ = receiver.recv();
         }
         self.usage().bytes
@@ -420,7 +420,7 @@ impl Tier {
 
 impl Drop for Tier {
     fn drop(&mut self) {
-        self.shared.send(Command::End);
+        self.shared.send(WriterCommand::End);
         let writer = self.writer.lock().take();
         if let Some(writer) = writer
             && writer.thread().id() != std::thread::current().id()
@@ -431,12 +431,12 @@ impl Drop for Tier {
 }
 
 /// The chunks of a blob in a tier.
-pub struct Stored {
-    shared: Arc<Shared>,
+pub struct TierBlob {
+    shared: Arc<TierShared>,
     file: u32,
 }
 
-impl Stored {
+impl TierBlob {
     /// Length of a chunk that is there.
     #[must_use]
     pub fn len_of(&self, chunk: u32) -> Option<usize> {
@@ -470,7 +470,7 @@ impl Stored {
 
     /// Offers a verified chunk that begins at byte `start` of the blob or its decoded bytes. False when it is
     /// dropped, because the queue is full.
-    pub fn offer(&self, chunk: u32, start: u64, payload: Payload) -> bool {
+    pub fn offer(&self, chunk: u32, start: u64, payload: ChunkPayload) -> bool {
         if payload.bytes().is_empty() || self.has(chunk) {
             return true;
         }
@@ -498,7 +498,7 @@ impl Stored {
     }
 }
 
-impl Drop for Stored {
+impl Drop for TierBlob {
     fn drop(&mut self) {
         self.shared.let_go(self.file);
     }

@@ -9,12 +9,13 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use serde::Deserialize;
 
 use formats::trace::Trace;
 use source::failure::with_causes;
 
 use crate::connection::Connection;
-use crate::error::{ClientError, step};
+use crate::error::{ClientError, Fault, step};
 use crate::mounts;
 use crate::protocol::{
     DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request, VERSION,
@@ -26,18 +27,27 @@ use crate::spec::DeviceSpec;
 const ATTEMPTS: u32 = 5;
 
 /// A connection to the daemon.
-pub struct Client {
+pub struct DaemonClient {
     connection: Connection,
     path: PathBuf,
     pid: u32,
 }
 
-impl Client {
+impl DaemonClient {
     /// Connects to the daemon of `run_dir`; `None` if there is none.
     ///
     /// # Errors
     /// [`ClientError::Version`]; [`ClientError::Socket`] if there is one that cannot be reached, or can be none.
     pub fn connect(run_dir: &Path) -> Result<Option<Self>, ClientError> {
+        let Some((client, [oldest, newest])) = Self::open(run_dir)? else { return Ok(None) };
+        if newest.min(VERSION) < oldest.max(OLDEST_VERSION) {
+            return Err(ClientError::Version { oldest, newest, ours: VERSION });
+        }
+        Ok(Some(client))
+    }
+
+    /// Connects to the daemon of `run_dir`, and learns the oldest and the newest version that it speaks.
+    fn open(run_dir: &Path) -> Result<Option<(Self, [u32; 2])>, ClientError> {
         let path = socket(run_dir);
         let stream = match UnixStream::connect(&path) {
             Ok(stream) => stream,
@@ -58,11 +68,8 @@ impl Client {
         }
         match connection.receive() {
             Ok(Some(Reply::Version { protocol, oldest, pid, .. })) => {
-                let oldest = oldest.unwrap_or(protocol);
-                if protocol.min(VERSION) < oldest.max(OLDEST_VERSION) {
-                    return Err(ClientError::Version { oldest, newest: protocol, ours: VERSION });
-                }
-                Ok(Some(Self { connection, path, pid }))
+                let versions = [oldest.unwrap_or(protocol), protocol];
+                Ok(Some((Self { connection, path, pid }, versions)))
             }
             Ok(Some(other)) => Err(ClientError::Protocol {
                 path,
@@ -268,12 +275,44 @@ impl Client {
         }
     }
 
+    /// Form of [`stop`](Self::stop) for the daemon of `run_dir`, also for one whose versions have nothing in common
+    /// with this client's. Returns the devices in use; if there are any, the daemon stays. `None` if there
+    /// is no daemon.
+    ///
+    /// # Errors
+    /// Returns the connection's error.
+    pub fn stop_any_version(run_dir: &Path) -> Result<Option<Vec<PathBuf>>, ClientError> {
+        let Some((mut client, _)) = Self::open(run_dir)? else { return Ok(None) };
+        client.connection.send(&Request::Stop)?;
+        match client.connection.receive()? {
+            Some(StopReply::Stopping(left)) => {
+                Ok(Some(left.into_iter().map(|left| left.device).collect()))
+            }
+            Some(StopReply::Error(fault)) => Err(fault.into()),
+            None => Err(ClientError::NoAnswer(client.path)),
+        }
+    }
+
     fn done(&mut self, request: &Request) -> Result<(), ClientError> {
         match self.ask(request)? {
             Reply::Done => Ok(()),
             other => Err(self.unexpected(&other)),
         }
     }
+}
+
+/// The reply to [`Request::Stop`], as far as it is the same in all versions.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StopReply {
+    Stopping(Vec<DeviceInUse>),
+    Error(Fault),
+}
+
+/// A device that keeps the daemon from its end.
+#[derive(Deserialize)]
+struct DeviceInUse {
+    device: PathBuf,
 }
 
 /// Starts a daemon and returns when it accepts connections.
@@ -313,4 +352,57 @@ fn spawn(run_dir: &Path, mut command: Command) -> Result<(), ClientError> {
         log,
         tail: lines.into_iter().rev().collect::<Vec<_>>().join(" | "),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// A daemon that gives these lines as its answers, to one connection; returns the requests.
+    fn daemon(dir: &Path, answers: Vec<&'static str>) -> std::thread::JoinHandle<Vec<String>> {
+        let listener = UnixListener::bind(socket(dir)).unwrap();
+        std::thread::spawn(move || {
+            let mut reader = BufReader::new(listener.accept().unwrap().0);
+            let mut requests = Vec::new();
+            for answer in answers {
+                let mut line = String::new();
+                reader.read_line(&mut line).unwrap();
+                requests.push(line.trim_end().to_owned());
+                writeln!(reader.get_mut(), "{answer}").unwrap();
+            }
+            requests
+        })
+    }
+
+    const OLD: &str = r#"{"version":{"protocol":1,"program":"0.0.1","pid":1}}"#;
+    const NEW: &str =
+        r#"{"version":{"protocol":99,"oldest":98,"program":"9.0.0","pid":1,"more":true}}"#;
+
+    #[test]
+    fn a_daemon_of_another_version_is_refused_and_can_still_be_stopped() {
+        for version in [OLD, NEW] {
+            let dir = tempfile::tempdir().unwrap();
+            let daemon = daemon(dir.path(), vec![version]);
+            let refused = DaemonClient::connect(dir.path()).err().unwrap();
+            assert!(matches!(refused, ClientError::Version { ours: VERSION, .. }), "{refused}");
+            assert_eq!(daemon.join().unwrap(), ["\"version\""]);
+        }
+        // Its records of devices may have any other fields.
+        let left = r#"{"stopping":[{"device":"/dev/ublkb7","id":"seven","since":"monday"}]}"#;
+        for (stopping, expected) in
+            [(r#"{"stopping":[]}"#, vec![]), (left, vec![PathBuf::from("/dev/ublkb7")])]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            let daemon = daemon(dir.path(), vec![NEW, stopping]);
+            assert_eq!(DaemonClient::stop_any_version(dir.path()).unwrap(), Some(expected));
+            assert_eq!(daemon.join().unwrap(), ["\"version\"", "\"stop\""]);
+        }
+        assert_eq!(
+            DaemonClient::stop_any_version(tempfile::tempdir().unwrap().path()).unwrap(),
+            None
+        );
+    }
 }

@@ -1,7 +1,7 @@
 //! Asks a turbobd daemon for devices: the protocol of its socket, and a client that speaks it.
 //!
-//! A daemon serves the devices of a host. A program says what it wants as a [`DeviceSpec`], plain data without any
-//! type of this project's inner crates; the [`Client`] sends it over the daemon's Unix socket and returns a
+//! A daemon serves the devices of a host. A program says what it wants as a [`DeviceSpec`], plain data (its types are
+//! here and in the crate `formats`); the [`DaemonClient`] sends it over the daemon's Unix socket and returns a
 //! [`DeviceRecord`], or a [`Fault`] whose [`Code`] a program can act upon. The daemon never mounts: mounting happens
 //! in the caller's mount namespace, by [`mounts`].
 //!
@@ -13,10 +13,10 @@
 //! * `connection` lines on the socket
 //!
 //! ```
-//! use turbobd_client::Client;
+//! use turbobd_client::DaemonClient;
 //! let empty = tempfile::tempdir()?;
 //! // No daemon has its socket in this directory.
-//! assert!(Client::connect(empty.path())?.is_none());
+//! assert!(DaemonClient::connect(empty.path())?.is_none());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -28,7 +28,7 @@ pub mod protocol;
 pub mod spec;
 
 pub use connection::Connection;
-pub use daemon::Client;
+pub use daemon::DaemonClient;
 pub use error::{ClientError, Code, Fault, step};
 pub use protocol::{DeviceRecord, find};
 pub use spec::{CertificateSpec, DeviceSpec, Frontend, ImageSource, ImageSpec, RegistrySpec};

@@ -41,15 +41,15 @@ use std::fmt;
 
 use thiserror::Error;
 
-use formats::ext4::{DataRun, FILE_MAX, Kind, NodeId, Tree, TreeError};
-use formats::tar::{Content, Entry, EntryKind};
+use formats::ext4::{DataRun, FILE_MAX, NodeId, NodeKind, Tree, TreeError};
+use formats::tar::{EntryContent, EntryKind, TarEntry};
 use formats::units::{Bytes, SECTOR};
 
 use attributes::{AttributeError, apply_header};
 use path::{Path, PathError};
 pub use unaligned::UNALIGNED_LIMIT;
 use unaligned::Unaligned;
-use upper::{DirId, FileId, Slot, Upper};
+use upper::{DirId, FileId, NameMeaning, UpperTree};
 
 /// Prefix of a whiteout; the rest of the name is hidden in the lower layers.
 const WHITEOUT: &[u8] = b".wh.";
@@ -153,7 +153,7 @@ pub struct ApplyReport {
 /// One layer that is being applied to a tree.
 pub struct LayerApply<'t> {
     tree: &'t mut Tree,
-    upper: Upper,
+    upper: UpperTree,
     unaligned: Unaligned,
     report: ApplyReport,
 }
@@ -170,7 +170,7 @@ impl<'t> LayerApply<'t> {
         let root = tree.attributes(tree.root()).clone();
         Self {
             tree,
-            upper: Upper::new(root),
+            upper: UpperTree::new(root),
             unaligned: Unaligned::default(),
             report: ApplyReport::default(),
         }
@@ -181,7 +181,7 @@ impl<'t> LayerApply<'t> {
     /// # Errors
     /// [`ApplyError::Entry`]; the layer cannot be continued.
     #[allow(clippy::needless_pass_by_value)] // the entry is used up
-    pub fn entry(&mut self, entry: Entry) -> Result<(), ApplyError> {
+    pub fn entry(&mut self, entry: TarEntry) -> Result<(), ApplyError> {
         self.unaligned.start(None, entry.data_offset);
         self.apply(&entry).map_err(|reason| ApplyError::Entry {
             name: quoted(&entry.name),
@@ -206,7 +206,7 @@ impl<'t> LayerApply<'t> {
         Ok(report)
     }
 
-    fn apply(&mut self, entry: &Entry) -> Result<(), Reason> {
+    fn apply(&mut self, entry: &TarEntry) -> Result<(), Reason> {
         let Some((parents, base)) = Path::cleaned(&entry.name).split_last() else {
             self.report.root_entries += 1;
             return Ok(());
@@ -230,25 +230,25 @@ impl<'t> LayerApply<'t> {
         // The old file of this name in the layer is removed before a link looks for its target.
         self.upper.remove(dir, &base);
         let slot = match &entry.kind {
-            EntryKind::Char { major: 0, minor: 0 } => Slot::Whiteout,
+            EntryKind::Char { major: 0, minor: 0 } => NameMeaning::Whiteout,
             EntryKind::HardLink(target) => self.hard_link(target, entry)?,
-            _ => Slot::File(self.file(entry)?),
+            _ => NameMeaning::File(self.file(entry)?),
         };
         self.upper.insert(dir, base, slot);
         Ok(())
     }
 
     /// The directory at `path` of this layer; makes it and its parents if needed.
-    fn make_parents(&mut self, path: &Path, entry: &Entry) -> Result<DirId, Reason> {
+    fn make_parents(&mut self, path: &Path, entry: &TarEntry) -> Result<DirId, Reason> {
         let mut dir = self.upper.root();
         for (depth, name) in path.components().enumerate() {
             let slot = self.upper.slot(dir, name);
             dir = match slot {
-                Some(Slot::Dir(next)) => next,
-                Some(Slot::File(_)) => {
+                Some(NameMeaning::Dir(next)) => next,
+                Some(NameMeaning::File(_)) => {
                     return Err(Reason::NotDirectory(quoted(&path.prefix(depth + 1).to_bytes())));
                 }
-                Some(Slot::Whiteout) | None => {
+                Some(NameMeaning::Whiteout) | None => {
                     let parent = &self.upper.dir(dir).attributes;
                     let fresh = attributes::implicit_directory(parent, entry.mtime);
                     // A whited-out directory is gone: this one is new, and hides the lower one.
@@ -267,10 +267,10 @@ impl<'t> LayerApply<'t> {
     /// The lower directory with the attributes that containerd copies to a missing parent. The path is looked
     /// up through the links of the lower layers, even if this layer hides it.
     fn lower_directory(&self, path: &Path) -> Option<NodeId> {
-        let lower = path::Lower(self.tree);
+        let lower = path::LowerTree(self.tree);
         let resolved = path::resolve(&lower, path.clone()).ok()?;
         let node = lower.node_at(&resolved)?;
-        matches!(self.tree.kind(node), Kind::Directory).then_some(node)
+        matches!(self.tree.kind(node), NodeKind::Directory).then_some(node)
     }
 
     fn whiteout(&mut self, dir: DirId, hidden: &[u8]) -> Result<(), Reason> {
@@ -278,17 +278,17 @@ impl<'t> LayerApply<'t> {
             return Err(Reason::EmptyWhiteout);
         }
         match self.upper.slot(dir, hidden) {
-            None => self.upper.insert(dir, hidden.to_vec(), Slot::Whiteout),
+            None => self.upper.insert(dir, hidden.to_vec(), NameMeaning::Whiteout),
             // A whiteout affects only the lower layers. A file of this layer hides them already.
-            Some(Slot::Dir(own)) => self.upper.dir_mut(own).opaque = true,
-            Some(Slot::File(_) | Slot::Whiteout) => {}
+            Some(NameMeaning::Dir(own)) => self.upper.dir_mut(own).opaque = true,
+            Some(NameMeaning::File(_) | NameMeaning::Whiteout) => {}
         }
         Ok(())
     }
 
-    fn directory(&mut self, dir: DirId, name: Vec<u8>, entry: &Entry) -> Result<(), Reason> {
+    fn directory(&mut self, dir: DirId, name: Vec<u8>, entry: &TarEntry) -> Result<(), Reason> {
         let known = match self.upper.slot(dir, &name) {
-            Some(Slot::Dir(known)) => Some(known),
+            Some(NameMeaning::Dir(known)) => Some(known),
             // As in containerd, a directory *entry* behind a whiteout of its name makes a directory through
             // which the lower one is visible again.
             _ => None,
@@ -298,7 +298,7 @@ impl<'t> LayerApply<'t> {
             Some(known) => self.upper.dir(known).attributes.clone(),
             None => attributes::fresh(),
         };
-        self.report.dropped_xattrs += apply_header(&mut attributes, entry, &Kind::Directory)?;
+        self.report.dropped_xattrs += apply_header(&mut attributes, entry, &NodeKind::Directory)?;
         match known {
             Some(known) => self.upper.dir_mut(known).attributes = attributes,
             None => {
@@ -309,24 +309,24 @@ impl<'t> LayerApply<'t> {
     }
 
     /// Makes a new file, symbolic link or device.
-    fn file(&mut self, entry: &Entry) -> Result<FileId, Reason> {
+    fn file(&mut self, entry: &TarEntry) -> Result<FileId, Reason> {
         let kind = match &entry.kind {
             EntryKind::Symlink(text) if text.is_empty() || text.len() > SYMLINK_LIMIT => {
                 return Err(Reason::SymlinkLength(text.len()));
             }
-            EntryKind::Symlink(text) => Kind::Symlink(text.clone()),
+            EntryKind::Symlink(text) => NodeKind::Symlink(text.clone()),
             EntryKind::Char { major, minor } | EntryKind::Block { major, minor }
                 if *major > MAJOR_LIMIT || *minor > MINOR_LIMIT =>
             {
                 return Err(Reason::Device { major: *major, minor: *minor });
             }
-            EntryKind::Char { major, minor } => Kind::Char { major: *major, minor: *minor },
-            EntryKind::Block { major, minor } => Kind::Block { major: *major, minor: *minor },
-            EntryKind::Fifo => Kind::Fifo,
+            EntryKind::Char { major, minor } => NodeKind::Char { major: *major, minor: *minor },
+            EntryKind::Block { major, minor } => NodeKind::Block { major: *major, minor: *minor },
+            EntryKind::Fifo => NodeKind::Fifo,
             // The other two kinds were handled before.
             EntryKind::Regular | EntryKind::Directory | EntryKind::HardLink(_) => regular(entry),
         };
-        if let Kind::Regular { size, .. } = &kind
+        if let NodeKind::Regular { size, .. } = &kind
             && *size > FILE_MAX
         {
             return Err(Reason::TooLong(*size));
@@ -342,27 +342,27 @@ impl<'t> LayerApply<'t> {
     }
 
     /// The file that `target` names: one of this layer, or else a visible one of the lower layers.
-    fn hard_link(&mut self, target: &[u8], entry: &Entry) -> Result<Slot, Reason> {
+    fn hard_link(&mut self, target: &[u8], entry: &TarEntry) -> Result<NameMeaning, Reason> {
         let no_target = || Reason::NoTarget(quoted(target));
         let (parents, base) = Path::raw(target).split_last().ok_or_else(no_target)?;
         let parents = path::resolve(&self.upper.with_lower(self.tree), parents)?;
         let mut dir = Some(self.upper.root());
         for name in parents.components() {
             dir = dir.and_then(|dir| match self.upper.slot(dir, name) {
-                Some(Slot::Dir(next)) => Some(next),
+                Some(NameMeaning::Dir(next)) => Some(next),
                 _ => None,
             });
         }
         let file = match dir.and_then(|dir| self.upper.slot(dir, &base)) {
-            Some(Slot::File(file)) => file,
-            Some(Slot::Dir(_)) => return Err(Reason::DirectoryTarget(quoted(target))),
+            Some(NameMeaning::File(file)) => file,
+            Some(NameMeaning::Dir(_)) => return Err(Reason::DirectoryTarget(quoted(target))),
             // containerd treats a whiteout as a device; a hard link to it is a whiteout too.
-            Some(Slot::Whiteout) => return Ok(Slot::Whiteout),
+            Some(NameMeaning::Whiteout) => return Ok(NameMeaning::Whiteout),
             None => {
-                let lower = path::resolve(&path::Lower(self.tree), parents)?;
+                let lower = path::resolve(&path::LowerTree(self.tree), parents)?;
                 let node =
                     self.upper.visible_lower(self.tree, &lower, &base).ok_or_else(no_target)?;
-                if matches!(self.tree.kind(node), Kind::Directory) {
+                if matches!(self.tree.kind(node), NodeKind::Directory) {
                     return Err(Reason::DirectoryTarget(quoted(target)));
                 }
                 self.upper.adopt(node, self.tree.attributes(node))
@@ -372,26 +372,26 @@ impl<'t> LayerApply<'t> {
         self.report.dropped_xattrs +=
             apply_header(&mut attributes, entry, self.upper.kind(file, self.tree))?;
         self.upper.file_mut(file).attributes = attributes;
-        Ok(Slot::File(file))
+        Ok(NameMeaning::File(file))
     }
 }
 
-fn regular(entry: &Entry) -> Kind {
+fn regular(entry: &TarEntry) -> NodeKind {
     let len = entry.stored_len;
     match &entry.content {
-        Content::Plain if len.get() == 0 => Kind::Regular { size: len, runs: Vec::new() },
-        Content::Plain => {
+        EntryContent::Plain if len.get() == 0 => NodeKind::Regular { size: len, runs: Vec::new() },
+        EntryContent::Plain => {
             let file_offset = formats::units::Bytes::ZERO;
-            Kind::Regular {
+            NodeKind::Regular {
                 size: len,
                 runs: vec![DataRun::remote(file_offset, entry.data_offset, len)],
             }
         }
-        Content::Sparse { size, pieces } => {
+        EntryContent::Sparse { size, pieces } => {
             let runs = pieces.iter().flat_map(|piece| {
                 DataRun::remote(piece.file_offset, piece.tar_offset, piece.len).split(*size)
             });
-            Kind::Regular { size: *size, runs: runs.collect() }
+            NodeKind::Regular { size: *size, runs: runs.collect() }
         }
     }
 }

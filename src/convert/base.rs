@@ -21,7 +21,7 @@ use disk::volume::VolumeSource;
 use formats::ext4::{Image, ReadError, Tree};
 use formats::lsmt::Uuid;
 use formats::oci::annotations::{AnnotationError, LayerKind, split_acceleration};
-use formats::oci::{ConfigError, Descriptor, Digest, ImageConfig, Manifest};
+use formats::oci::{Descriptor, Digest, ImageConfig, ImageConfigError, Manifest};
 use registry::store::{ImageStore, StoreError};
 
 /// Annotation of a converted manifest: the number of its lowest layers that were taken from another image.
@@ -45,7 +45,7 @@ pub enum BaseError {
     Store(#[from] StoreError),
     /// Its config is invalid.
     #[error("Its config cannot be used")]
-    Config(#[source] ConfigError),
+    Config(#[source] ImageConfigError),
     /// The annotations of a layer contradict each other.
     #[error(transparent)]
     Annotation(#[from] AnnotationError),

@@ -29,7 +29,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::base::BaseImage;
 use super::layer::TargetEncoding;
-use super::{ConvertOptions, Format};
+use super::{ConvertOptions, ImageFormat};
 use formats::oci::annotations::LayerKind;
 use formats::oci::digest::DigestError;
 use formats::oci::{Descriptor, Digest, Document, ImageConfig, Manifest};
@@ -56,13 +56,13 @@ pub struct ChainId(Digest);
 impl ChainId {
     /// The chain below the lowest layer of a conversion to `format`.
     #[must_use]
-    pub fn root(format: Format, options: &ConvertOptions) -> Self {
+    pub fn root(format: ImageFormat, options: &ConvertOptions) -> Self {
         Self::over(format, options, &[])
     }
 
     /// The chain above layers that were not converted here, lowest first.
     #[must_use]
-    pub fn over(format: Format, options: &ConvertOptions, lower: &[Digest]) -> Self {
+    pub fn over(format: ImageFormat, options: &ConvertOptions, lower: &[Digest]) -> Self {
         let mut hasher = Sha256::new();
         hasher.update(recipe(format, options));
         for digest in lower {
@@ -107,10 +107,10 @@ impl FromStr for ChainId {
 }
 
 /// All inputs, besides the layers, that the bytes of a converted layer depend on.
-fn recipe(format: Format, options: &ConvertOptions) -> String {
+fn recipe(format: ImageFormat, options: &ConvertOptions) -> String {
     let disk = options.disk_size.get();
     match (format, options.native) {
-        (Format::Native, Some(zfile)) => {
+        (ImageFormat::Native, Some(zfile)) => {
             let algo = match zfile.algo {
                 Algo::Lz4 => "lz4".to_owned(),
                 Algo::Zstd => format!("zstd-{}", zfile.level),
@@ -118,8 +118,8 @@ fn recipe(format: Format, options: &ConvertOptions) -> String {
             let (block, verify) = (zfile.block_size, zfile.verify);
             format!("overlaybd layout={LAYOUT} disk={disk} {algo} block={block} verify={verify}\n")
         }
-        (Format::Native, None) => format!("overlaybd layout={LAYOUT} disk={disk}\n"),
-        (Format::Turbo, _) => {
+        (ImageFormat::Native, None) => format!("overlaybd layout={LAYOUT} disk={disk}\n"),
+        (ImageFormat::Turbo, _) => {
             format!("turboOCI layout={TURBO_LAYOUT} disk={disk} span={}\n", options.span.get())
         }
     }
@@ -274,7 +274,7 @@ fn each_manifest(
 
 /// Record of a layer in the local store.
 #[derive(Serialize, Deserialize)]
-struct Entry {
+struct LayerRecord {
     digest: String,
     size: u64,
     diff_id: String,
@@ -303,7 +303,7 @@ impl LocalLayers {
 
     /// A record that cannot be read is ignored: the layer is converted again, and the record is replaced.
     fn get(&self, chain: ChainId) -> Option<KnownLayer> {
-        let entry: Entry = serde_json::from_slice(&fs::read(self.path(chain)).ok()?).ok()?;
+        let entry: LayerRecord = serde_json::from_slice(&fs::read(self.path(chain)).ok()?).ok()?;
         let target = if entry.gzip { TargetEncoding::Gzip } else { TargetEncoding::Plain };
         Some(KnownLayer {
             digest: entry.digest.parse().ok()?,
@@ -332,7 +332,7 @@ impl LocalLayers {
         target: TargetEncoding,
     ) -> io::Result<()> {
         fs::create_dir_all(&self.chains)?;
-        let entry = Entry {
+        let entry = LayerRecord {
             digest: layer.digest.to_string(),
             size: layer.size,
             diff_id: diff_id.to_string(),
@@ -361,20 +361,20 @@ mod tests {
         let other = ConvertOptions { native: Some(blocks), ..options.clone() };
         let root = |format, options| ChainId::root(format, options);
         let all = [
-            root(Format::Turbo, &options).push(&a),
-            root(Format::Native, &options).push(&a),
-            root(Format::Native, &larger).push(&a),
-            root(Format::Native, &other).push(&a),
-            root(Format::Native, &options).push(&b),
-            root(Format::Native, &options).push(&a).push(&b),
-            root(Format::Native, &options).push(&b).push(&a),
-            ChainId::over(Format::Native, &options, &[a]).push(&b),
+            root(ImageFormat::Turbo, &options).push(&a),
+            root(ImageFormat::Native, &options).push(&a),
+            root(ImageFormat::Native, &larger).push(&a),
+            root(ImageFormat::Native, &other).push(&a),
+            root(ImageFormat::Native, &options).push(&b),
+            root(ImageFormat::Native, &options).push(&a).push(&b),
+            root(ImageFormat::Native, &options).push(&b).push(&a),
+            ChainId::over(ImageFormat::Native, &options, &[a]).push(&b),
         ];
         let distinct: std::collections::HashSet<ChainId> = all.into_iter().collect();
         assert_eq!(distinct.len(), all.len());
         // An option that affects one format leaves the other's layers usable.
-        assert_eq!(root(Format::Turbo, &other), root(Format::Turbo, &options));
-        let chains = root(Format::Native, &options).of_layers([&a, &b]);
+        assert_eq!(root(ImageFormat::Turbo, &other), root(ImageFormat::Turbo, &options));
+        let chains = root(ImageFormat::Native, &options).of_layers([&a, &b]);
         assert_eq!(chains, [all[1], all[5]]);
         assert_eq!(chains[0].to_string().parse(), Ok(chains[0]));
     }

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use super::base::{self, BASE, Base, BaseError, BaseLayer};
 use super::chain::{CHAINS, ChainId, KnownLayer, KnownLayers, LocalLayers};
-use super::layer::{LayerSizes, TargetEncoding, Wanted, convert_layer};
+use super::layer::{LayerSizes, TargetEncoding, WantedForms, convert_layer};
 use super::native::{Hashing, NativeBlob, NativeLayer, layer_uuids};
-use super::{ConvertError, ConvertOptions, Format, LayerError, Progress};
-use formats::ext4::{Geometry, Identity, Image, Tree};
+use super::{ConvertError, ConvertLayerError, ConvertOptions, ImageFormat, Progress};
+use formats::ext4::{FilesystemIdentity, Geometry, Image, Tree};
 use formats::lsmt;
 use formats::oci::manifest::media;
 use formats::oci::{Descriptor, Digest, Document, ImageConfig, Manifest, annotations};
@@ -143,7 +143,7 @@ pub struct NativeReport {
 
 /// One format of the result during the conversion of the layers.
 struct Track {
-    format: Format,
+    format: ImageFormat,
     chains: Vec<ChainId>,
     known: Vec<Option<KnownLayer>>,
     built: Vec<Option<BuiltBlob>>,
@@ -165,7 +165,7 @@ struct Done {
 impl Track {
     /// Starts a track for the source layers from `below.covered` on.
     fn new(
-        format: Format,
+        format: ImageFormat,
         options: &ConvertOptions,
         below: &Below,
         sources: &[Digest],
@@ -193,7 +193,7 @@ impl Track {
     }
 
     /// The layers, in order.
-    fn done(&mut self) -> Result<Vec<Done>, (usize, LayerError)> {
+    fn done(&mut self) -> Result<Vec<Done>, (usize, ConvertLayerError)> {
         let mut all = Vec::with_capacity(self.chains.len());
         let built = std::mem::take(&mut self.built);
         for (number, (built, known)) in built.into_iter().zip(&self.known).enumerate() {
@@ -213,7 +213,7 @@ impl Track {
                 }
                 (None, None) => {
                     let lost = std::io::Error::other("the layer was not converted");
-                    return Err((number, LayerError::Read(lost)));
+                    return Err((number, ConvertLayerError::Read(lost)));
                 }
             });
         }
@@ -264,7 +264,8 @@ pub fn convert_image(
         below = base;
         tracks = tracks_on(&below);
     }
-    let stream = Stream { store, layers: &manifest.layers, uuids: &uuids, options, progress };
+    let stream =
+        LayerSequence { store, layers: &manifest.layers, uuids: &uuids, options, progress };
     let mut report = stream.convert(&below, &mut tracks)?;
 
     let mut formats = ConvertedFormats { turbo: None, native: None, report: Vec::new() };
@@ -282,8 +283,8 @@ pub fn convert_image(
         }
         let image = assemble(source, &manifest, &config, &below, track, done, options);
         match track.format {
-            Format::Turbo => formats.turbo = Some(image),
-            Format::Native => formats.native = Some(image),
+            ImageFormat::Turbo => formats.turbo = Some(image),
+            ImageFormat::Native => formats.native = Some(image),
         }
     }
     formats.report = report;
@@ -295,7 +296,7 @@ type Below = Base;
 
 impl Below {
     /// The chain above the lowest `count` of these layers.
-    fn chain(&self, format: Format, options: &ConvertOptions, count: usize) -> ChainId {
+    fn chain(&self, format: ImageFormat, options: &ConvertOptions, count: usize) -> ChainId {
         let digests: Vec<Digest> =
             self.layers[..count].iter().map(|layer| layer.descriptor.digest).collect();
         ChainId::over(format, options, &digests)
@@ -303,7 +304,7 @@ impl Below {
 }
 
 /// The layers of one image during their conversion.
-struct Stream<'i> {
+struct LayerSequence<'i> {
     store: &'i dyn ImageStore,
     layers: &'i [Descriptor],
     uuids: &'i [lsmt::Uuid],
@@ -312,14 +313,14 @@ struct Stream<'i> {
 }
 
 /// The filesystem so far.
-struct State {
+struct BuiltFilesystem {
     tree: Tree,
     image: Image,
     /// Number of source layers in it.
     applied: usize,
 }
 
-impl Stream<'_> {
+impl LayerSequence<'_> {
     /// Streams the layers up to the last one that a format lacks.
     fn convert(
         &self,
@@ -335,7 +336,7 @@ impl Stream<'_> {
         }
         let lacking = tracks.iter().filter_map(Track::last_lacking).max();
         let Some(end) = lacking.map(|last| below.covered + last + 1) else { return Ok(report) };
-        let State { mut tree, mut image, applied } = self.begin(below, tracks)?;
+        let BuiltFilesystem { mut tree, mut image, applied } = self.begin(below, tracks)?;
         // The new layers lie on the existing disk, so its size counts.
         let options = ConvertOptions { disk_size: image.size(), ..self.options.clone() };
         for (number, layer) in self.layers.iter().enumerate().take(end).skip(applied) {
@@ -359,12 +360,12 @@ impl Stream<'_> {
             let (mut turbo, mut native) = (converted.turbo, converted.native);
             for track in &mut *tracks {
                 track.built[number - below.covered] = match track.format {
-                    Format::Turbo => turbo.take().map(|layer| BuiltBlob::Turbo {
+                    ImageFormat::Turbo => turbo.take().map(|layer| BuiltBlob::Turbo {
                         archive: layer.archive,
                         diff_id: layer.diff_id,
                         target: layer.target,
                     }),
-                    Format::Native => native.take().map(BuiltBlob::Native),
+                    ImageFormat::Native => native.take().map(BuiltBlob::Native),
                 };
             }
         }
@@ -378,25 +379,28 @@ impl Stream<'_> {
         nth: usize,
         tracks: &[Track],
         options: &ConvertOptions,
-    ) -> Wanted {
+    ) -> WantedForms {
         let lacks = |format| tracks.iter().any(|track| track.format == format && track.lacks(nth));
-        let native = options.native.filter(|_| lacks(Format::Native)).map(|zfile| NativeLayer {
-            // Given in every layer: upstream's `overlaybd-merge` reads only the topmost one.
-            virtual_size: options.disk_size,
-            identity: lsmt::Identity {
-                uuid: self.uuids[number],
-                parent: number.checked_sub(1).map_or(lsmt::Uuid::NULL, |below| self.uuids[below]),
-                user_tag: Vec::new(),
-            },
-            has_lower: number > 0,
-            zfile,
-        });
-        Wanted { turbo: lacks(Format::Turbo), native }
+        let native =
+            options.native.filter(|_| lacks(ImageFormat::Native)).map(|zfile| NativeLayer {
+                // Given in every layer: upstream's `overlaybd-merge` reads only the topmost one.
+                virtual_size: options.disk_size,
+                identity: lsmt::LayerIdentity {
+                    uuid: self.uuids[number],
+                    parent: number
+                        .checked_sub(1)
+                        .map_or(lsmt::Uuid::NULL, |below| self.uuids[below]),
+                    user_tag: Vec::new(),
+                },
+                has_lower: number > 0,
+                zfile,
+            });
+        WantedForms { turbo: lacks(ImageFormat::Turbo), native }
     }
 
     /// The filesystem below the first layer that must be read: read back from converted layers if there are
     /// any, or else an empty one.
-    fn begin(&self, below: &Below, tracks: &[Track]) -> Result<State, ConvertError> {
+    fn begin(&self, below: &Below, tracks: &[Track]) -> Result<BuiltFilesystem, ConvertError> {
         if !below.layers.is_empty() {
             let mut layers = below.layers.clone();
             let more = self.known_turbo(below.covered, tracks);
@@ -405,20 +409,23 @@ impl Stream<'_> {
             let (tree, image) = base::read_back(&layers, self.store).map_err(|error| {
                 ConvertError::Base { digest: self.layers[0].digest, source: Box::new(error) }
             })?;
-            return Ok(State { tree, image, applied });
+            return Ok(BuiltFilesystem { tree, image, applied });
         }
         let known = self.known_turbo(0, tracks);
         if !known.is_empty() {
             match base::read_back(&known, self.store) {
-                Ok((tree, image)) => return Ok(State { tree, image, applied: known.len() }),
+                Ok((tree, image)) => {
+                    return Ok(BuiltFilesystem { tree, image, applied: known.len() });
+                }
                 Err(error) => {
                     tracing::warn!(%error, "The filesystem of the converted layers cannot be read back, so all source layers are read");
                 }
             }
         }
-        let image = Image::new(Geometry { size: self.options.disk_size }, Identity::default())
-            .map_err(ConvertError::Disk)?;
-        Ok(State { tree: Tree::new(), image, applied: 0 })
+        let image =
+            Image::new(Geometry { size: self.options.disk_size }, FilesystemIdentity::default())
+                .map_err(ConvertError::Disk)?;
+        Ok(BuiltFilesystem { tree: Tree::new(), image, applied: 0 })
     }
 
     /// The lowest layers that no format lacks, as TurboOCI layers. Native layers cannot be used here: they do
@@ -426,10 +433,10 @@ impl Stream<'_> {
     /// exactly, and the same chain would not always give the same bytes.
     fn known_turbo(&self, covered: usize, tracks: &[Track]) -> Vec<BaseLayer> {
         let count = tracks.iter().map(Track::known_below).min().unwrap_or(0);
-        let Some(track) = tracks.iter().find(|track| track.format == Format::Turbo) else {
+        let Some(track) = tracks.iter().find(|track| track.format == ImageFormat::Turbo) else {
             return Vec::new();
         };
-        let types = Types::of(Format::Turbo, self.options);
+        let types = Types::of(ImageFormat::Turbo, self.options);
         let known = track.known[..count].iter().flatten();
         let layers = self.layers[covered..].iter().zip(known).map(|(source, known)| {
             let done = Done {
@@ -438,7 +445,7 @@ impl Stream<'_> {
                 blob: LayerBlob::Known(known.clone()),
             };
             BaseLayer {
-                descriptor: layer_descriptor(source, &done, Format::Turbo, types),
+                descriptor: layer_descriptor(source, &done, ImageFormat::Turbo, types),
                 diff_id: known.diff_id,
                 from: known.from.clone(),
             }
@@ -460,9 +467,9 @@ impl LayerReport {
         }
     }
 
-    fn note(&mut self, format: Format, layer: &Done) {
+    fn note(&mut self, format: ImageFormat, layer: &Done) {
         let (digest, size) = layer.blob.id();
-        if format == Format::Turbo {
+        if format == ImageFormat::Turbo {
             self.sizes.archive = size;
         } else {
             let mut report =
@@ -550,13 +557,13 @@ struct Types {
 }
 
 impl Types {
-    fn of(format: Format, options: &ConvertOptions) -> Self {
+    fn of(format: ImageFormat, options: &ConvertOptions) -> Self {
         let oci = options.oci_types || options.referrer;
         let layer = match (format, oci) {
-            (Format::Turbo, true) => media::OCI_LAYER_GZIP,
-            (Format::Turbo, false) => media::DOCKER_LAYER_GZIP,
-            (Format::Native, true) => media::OCI_LAYER,
-            (Format::Native, false) => media::DOCKER_LAYER,
+            (ImageFormat::Turbo, true) => media::OCI_LAYER_GZIP,
+            (ImageFormat::Turbo, false) => media::DOCKER_LAYER_GZIP,
+            (ImageFormat::Native, true) => media::OCI_LAYER,
+            (ImageFormat::Native, false) => media::DOCKER_LAYER,
         };
         let artifact = format.artifact_type();
         if oci {
@@ -568,12 +575,17 @@ impl Types {
 }
 
 /// The new layer's descriptor (spec turbooci 3.5 and 4).
-fn layer_descriptor(source: &Descriptor, layer: &Done, format: Format, types: Types) -> Descriptor {
+fn layer_descriptor(
+    source: &Descriptor,
+    layer: &Done,
+    format: ImageFormat,
+    types: Types,
+) -> Descriptor {
     let (digest, size) = layer.blob.id();
     let mut descriptor = Descriptor::new(types.layer, digest, size);
     let notes = match format {
-        Format::Native => annotations::native(&digest, size),
-        Format::Turbo => {
+        ImageFormat::Native => annotations::native(&digest, size),
+        ImageFormat::Turbo => {
             let is_gzip = layer.target.is_annotated_gzip();
             let target_type = match (media::is_docker(&source.media_type), is_gzip) {
                 (true, true) => media::DOCKER_LAYER_GZIP,

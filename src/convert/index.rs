@@ -13,9 +13,9 @@ use std::thread;
 use parking_lot::Mutex;
 
 use super::image::{ConvertedFormats, ConvertedImage, LayerReport, convert_image, subject};
-use super::{ConvertError, ConvertOptions, Format, KnownLayers, Progress};
+use super::{ConvertError, ConvertOptions, ImageFormat, KnownLayers, Progress};
 use formats::oci::manifest::media;
-use formats::oci::{Descriptor, Digest, Document, Index};
+use formats::oci::{Descriptor, Digest, Document, ImageIndex};
 use registry::store::{ImageStore, Selector, StoredManifest};
 
 /// Result of a conversion that was published.
@@ -49,10 +49,10 @@ pub struct Tags<'a> {
 }
 
 impl Tags<'_> {
-    fn of(&self, format: Format) -> Option<&str> {
+    fn of(&self, format: ImageFormat) -> Option<&str> {
         match format {
-            Format::Turbo => self.turbo,
-            Format::Native => self.native,
+            ImageFormat::Turbo => self.turbo,
+            ImageFormat::Native => self.native,
         }
     }
 }
@@ -83,7 +83,7 @@ pub fn convert(
     let mut digests = Vec::new();
     for format in options.formats() {
         let mut built =
-            std::mem::take(if format == Format::Turbo { &mut turbo } else { &mut native });
+            std::mem::take(if format == ImageFormat::Turbo { &mut turbo } else { &mut native });
         let target = tags.of(format).map(|_| into);
         let (media_type, bytes) = assemble(&root, &mut built, format, options, target)?;
         if let Some(tag) = tags.of(format) {
@@ -96,7 +96,7 @@ pub fn convert(
         digest: root.source().digest,
         reason: "no form of image was requested".into(),
     };
-    let native = digests.iter().find(|(format, _)| *format == Format::Native);
+    let native = digests.iter().find(|(format, _)| *format == ImageFormat::Native);
     Ok(Conversion {
         digest: digests.first().ok_or_else(nothing)?.1,
         native: native.map(|&(_, digest)| digest),
@@ -105,21 +105,21 @@ pub fn convert(
 }
 
 /// The images below a manifest or index, in order.
-enum Node {
+enum ImageNode {
     Image { source: StoredManifest, platform: String, number: usize },
-    Index { source: StoredManifest, index: Box<Index>, children: Vec<(Descriptor, Node)> },
+    Index { source: StoredManifest, index: Box<ImageIndex>, children: Vec<(Descriptor, ImageNode)> },
 }
 
-impl Node {
+impl ImageNode {
     fn source(&self) -> &StoredManifest {
         match self {
-            Node::Image { source, .. } | Node::Index { source, .. } => source,
+            ImageNode::Image { source, .. } | ImageNode::Index { source, .. } => source,
         }
     }
 }
 
 /// Reads the whole hierarchy.
-fn plan(store: &dyn ImageStore, root: StoredManifest) -> Result<Node, ConvertError> {
+fn plan(store: &dyn ImageStore, root: StoredManifest) -> Result<ImageNode, ConvertError> {
     plan_node(store, root, "-", &mut 0, 0)
 }
 
@@ -133,14 +133,18 @@ fn plan_node(
     platform: &str,
     count: &mut usize,
     depth: usize,
-) -> Result<Node, ConvertError> {
+) -> Result<ImageNode, ConvertError> {
     let broken =
         |reason: String| ConvertError::Manifest { what: "Index", digest: source.digest, reason };
     let index = match Document::parse(&source.bytes, Some(&source.media_type)) {
         Ok(Document::Index(index)) => index,
         Ok(Document::Manifest(_)) => {
             *count += 1;
-            return Ok(Node::Image { source, platform: platform.to_owned(), number: *count - 1 });
+            return Ok(ImageNode::Image {
+                source,
+                platform: platform.to_owned(),
+                number: *count - 1,
+            });
         }
         Err(error) => return Err(broken(error.to_string())),
     };
@@ -156,13 +160,13 @@ fn plan_node(
     if children.is_empty() {
         return Err(broken("it lists no image".into()));
     }
-    Ok(Node::Index { source, index: Box::new(index), children })
+    Ok(ImageNode::Index { source, index: Box::new(index), children })
 }
 
 /// Converts all images of the plan, several at a time.
 fn build(
     store: &dyn ImageStore,
-    root: &Node,
+    root: &ImageNode,
     options: &ConvertOptions,
     known: &KnownLayers,
     progress: &dyn Progress,
@@ -193,23 +197,27 @@ fn build(
     results.into_iter().flatten().collect()
 }
 
-fn collect_images<'n>(node: &'n Node, sources: &mut Vec<&'n StoredManifest>) {
+fn collect_images<'n>(node: &'n ImageNode, sources: &mut Vec<&'n StoredManifest>) {
     match node {
-        Node::Image { source, .. } => sources.push(source),
-        Node::Index { children, .. } => {
+        ImageNode::Image { source, .. } => sources.push(source),
+        ImageNode::Index { children, .. } => {
             children.iter().for_each(|(_, child)| collect_images(child, sources));
         }
     }
 }
 
 /// Reports of each image, in order.
-fn collect_reports(node: &Node, built: &[ConvertedFormats], images: &mut Vec<ConvertedPlatform>) {
+fn collect_reports(
+    node: &ImageNode,
+    built: &[ConvertedFormats],
+    images: &mut Vec<ConvertedPlatform>,
+) {
     match node {
-        Node::Image { platform, number, .. } => {
+        ImageNode::Image { platform, number, .. } => {
             let layers = built.get(*number).map_or_else(Vec::new, |built| built.report.clone());
             images.push(ConvertedPlatform { platform: platform.clone(), layers });
         }
-        Node::Index { children, .. } => {
+        ImageNode::Index { children, .. } => {
             children.iter().for_each(|(_, child)| collect_reports(child, built, images));
         }
     }
@@ -217,14 +225,14 @@ fn collect_reports(node: &Node, built: &[ConvertedFormats], images: &mut Vec<Con
 
 /// Media type and bytes of a node's converted manifest, after all nodes below it were stored in `into`.
 fn assemble(
-    node: &Node,
+    node: &ImageNode,
     built: &mut [Option<ConvertedImage>],
-    format: Format,
+    format: ImageFormat,
     options: &ConvertOptions,
     into: Option<&dyn ImageStore>,
 ) -> Result<(String, Vec<u8>), ConvertError> {
     match node {
-        Node::Image { source, number, .. } => {
+        ImageNode::Image { source, number, .. } => {
             let lost = || ConvertError::Manifest {
                 what: "Manifest",
                 digest: source.digest,
@@ -236,7 +244,7 @@ fn assemble(
             }
             Ok((image.media_type.to_owned(), image.manifest))
         }
-        Node::Index { source, index, children } => {
+        ImageNode::Index { source, index, children } => {
             let mut manifests = Vec::new();
             for (entry, child) in children {
                 let (media_type, bytes) = assemble(child, built, format, options, into)?;
@@ -246,7 +254,7 @@ fn assemble(
                 let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
                 manifests.push(Descriptor { media_type, digest, size, ..entry.clone() });
             }
-            let index = Index { manifests, ..converted_index(source, index, format, options) };
+            let index = ImageIndex { manifests, ..converted_index(source, index, format, options) };
             Ok((index.media_type().to_owned(), index.to_bytes()))
         }
     }
@@ -256,10 +264,10 @@ fn assemble(
 /// requested.
 fn converted_index(
     source: &StoredManifest,
-    index: &Index,
-    format: Format,
+    index: &ImageIndex,
+    format: ImageFormat,
     options: &ConvertOptions,
-) -> Index {
+) -> ImageIndex {
     let mut index = index.clone();
     if options.oci_types || options.referrer {
         index.media_type = Some(media::OCI_INDEX.to_owned());

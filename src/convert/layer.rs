@@ -20,16 +20,16 @@ use std::thread;
 
 use super::apply::{ApplyReport, LayerApply};
 use super::native::{Hashing, NativeBlob, NativeBuilder, NativeLayer};
-use super::{ConvertOptions, LayerError, Progress};
+use super::{ConvertLayerError, ConvertOptions, Progress};
 use bytes::{Bytes as Piece, BytesMut};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use formats::archive::{FS_META_NAME, MARKER_NAME};
-use formats::ext4::{Image, LayerBlocks, Run, Tree};
+use formats::ext4::{Image, LayerBlocks, LayerRun, Tree};
 use formats::gzip::{self, Boundary, GZIP_META_NAME, SIDECAR_NAME, Sidecar};
 use formats::lsmt::WarpWriter;
 use formats::oci::{Descriptor, Digest};
 use formats::segments::{self, FramesScanner, PlainScanner};
-use formats::tar::{self, Event};
+use formats::tar::{self, TarEvent};
 use formats::units::Bytes;
 use formats::{zfile, zstandard};
 use sha2::{Digest as _, Sha256};
@@ -61,7 +61,7 @@ impl TargetEncoding {
 
 /// Results to make of a layer.
 #[derive(Clone, Debug, Default)]
-pub struct Wanted {
+pub struct WantedForms {
     /// A `TurboOCI` layer.
     pub turbo: bool,
     /// A native layer.
@@ -110,7 +110,7 @@ pub struct LayerSizes {
 /// Result of the stream of one layer, before anything is written.
 struct Streamed {
     hasher: BlobHasher,
-    parsed: Result<Parsed, LayerError>,
+    parsed: Result<Parsed, ConvertLayerError>,
 }
 
 struct Parsed {
@@ -124,19 +124,19 @@ struct Parsed {
 /// Positions of the layer's segments, if needed.
 enum LayerIndex {
     None,
-    Gzip(gzip::Index),
-    Segments(segments::Scanned),
+    Gzip(gzip::GzipIndex),
+    Segments(segments::ScannedLayer),
 }
 
 /// Positions of the segments with the digest of each.
 enum SealedIndex {
     None,
-    Gzip(gzip::Index),
+    Gzip(gzip::GzipIndex),
     Segments(segments::SegmentIndex),
 }
 
 impl LayerIndex {
-    fn seal(self, hasher: BlobHasher) -> Result<SealedIndex, LayerError> {
+    fn seal(self, hasher: BlobHasher) -> Result<SealedIndex, ConvertLayerError> {
         Ok(match (self, hasher) {
             (Self::Gzip(mut index), BlobHasher::Gzip(hasher)) => {
                 hasher.finish(&mut index)?;
@@ -157,7 +157,7 @@ impl LayerIndex {
 /// Reads `blob`, applies it to `tree` and makes a `TurboOCI` layer of the changes.
 ///
 /// # Errors
-/// [`LayerError`]; `tree` and `image` are then partly changed and must be dropped.
+/// [`ConvertLayerError`]; `tree` and `image` are then partly changed and must be dropped.
 pub fn build_layer(
     blob: Box<dyn Read + Send>,
     descriptor: &Descriptor,
@@ -165,10 +165,10 @@ pub fn build_layer(
     image: &mut Image,
     options: &ConvertOptions,
     progress: &dyn Progress,
-) -> Result<BuiltLayer, LayerError> {
-    let wanted = Wanted { turbo: true, native: None };
+) -> Result<BuiltLayer, ConvertLayerError> {
+    let wanted = WantedForms { turbo: true, native: None };
     let converted = convert_layer(blob, descriptor, wanted, tree, image, options, progress)?;
-    let lost = || LayerError::Read(std::io::Error::other("no TurboOCI layer was made"));
+    let lost = || ConvertLayerError::Read(std::io::Error::other("no TurboOCI layer was made"));
     converted.turbo.ok_or_else(lost) // it is present unless the pass has failed
 }
 
@@ -179,11 +179,11 @@ pub fn build_layer(
 pub fn build_native_layer(
     blob: Box<dyn Read + Send>,
     descriptor: &Descriptor,
-    wanted: Wanted,
+    wanted: WantedForms,
     tree: &mut Tree,
     image: &mut Image,
     options: &ConvertOptions,
-) -> Result<(Option<BuiltLayer>, Option<NativeBlob>), LayerError> {
+) -> Result<(Option<BuiltLayer>, Option<NativeBlob>), ConvertLayerError> {
     let converted = convert_layer(blob, descriptor, wanted, tree, image, options, &super::Silent)?;
     Ok((converted.turbo, converted.native.map(Hashing::done).transpose()?))
 }
@@ -192,12 +192,12 @@ pub fn build_native_layer(
 pub(super) fn convert_layer(
     blob: Box<dyn Read + Send>,
     descriptor: &Descriptor,
-    wanted: Wanted,
+    wanted: WantedForms,
     tree: &mut Tree,
     image: &mut Image,
     options: &ConvertOptions,
     progress: &dyn Progress,
-) -> Result<Converted, LayerError> {
+) -> Result<Converted, ConvertLayerError> {
     progress.start(&descriptor.digest, descriptor.size);
     let builder = match wanted.native {
         Some(layer) => Some(NativeBuilder::begin(layer, options.work_dir.as_deref())?),
@@ -207,7 +207,7 @@ pub(super) fn convert_layer(
     let streamed = stream(blob, descriptor, parser, progress)?;
     let (got, got_size) = streamed.hasher.whole();
     if got != descriptor.digest || got_size != descriptor.size {
-        return Err(LayerError::Mismatch { got, got_size, want_size: descriptor.size });
+        return Err(ConvertLayerError::Mismatch { got, got_size, want_size: descriptor.size });
     }
     let mut parsed = streamed.parsed?;
     let index = std::mem::replace(&mut parsed.index, LayerIndex::None).seal(streamed.hasher)?;
@@ -232,7 +232,7 @@ fn stream(
     descriptor: &Descriptor,
     parser: LayerParser<'_>,
     progress: &dyn Progress,
-) -> Result<Streamed, LayerError> {
+) -> Result<Streamed, ConvertLayerError> {
     let (piece_tx, piece_rx) = bounded(PIECES_AHEAD);
     let (hash_tx, hash_rx) = bounded(PIECES_AHEAD);
     thread::scope(|scope| {
@@ -240,9 +240,10 @@ fn stream(
         let hasher = scope.spawn(move || hash_pieces(&hash_rx));
         let parsed = parse_pieces(&piece_rx, &hash_tx, descriptor, parser, progress);
         drop((piece_rx, hash_tx)); // ends the other two threads, also if parsing failed
-        let lost =
-            |_| LayerError::Read(std::io::Error::other("a thread of the conversion ended early"));
-        reader.join().map_err(lost)?.map_err(LayerError::Read)?;
+        let lost = |_| {
+            ConvertLayerError::Read(std::io::Error::other("a thread of the conversion ended early"))
+        };
+        reader.join().map_err(lost)?.map_err(ConvertLayerError::Read)?;
         let hasher = hasher.join().map_err(lost)?;
         Ok(Streamed { hasher, parsed })
     })
@@ -273,7 +274,7 @@ fn read_pieces(mut blob: Box<dyn Read + Send>, pieces: &Sender<Piece>) -> std::i
 }
 
 /// A piece that the scan has passed, and the boundaries that became final with it.
-struct Scanned {
+struct ScannedPiece {
     piece: Piece,
     cuts: Cuts,
 }
@@ -291,7 +292,7 @@ enum Cuts {
 /// The SHA-256 of a blob, and of its segments if needed. Hashing of segments keeps the pieces until the next
 /// boundary, so a blob without boundaries must not be hashed that way.
 enum BlobHasher {
-    Gzip(gzip::SegmentHasher),
+    Gzip(gzip::GzipSegmentHasher),
     Segments(segments::SegmentHasher),
     Whole(Sha256, u64),
 }
@@ -299,7 +300,7 @@ enum BlobHasher {
 impl BlobHasher {
     fn new(cuts: &Cuts) -> Self {
         match cuts {
-            Cuts::Gzip(_) => Self::Gzip(gzip::SegmentHasher::new()),
+            Cuts::Gzip(_) => Self::Gzip(gzip::GzipSegmentHasher::new()),
             Cuts::Segments(..) => Self::Segments(segments::SegmentHasher::new()),
             Cuts::None => Self::Whole(Sha256::new(), 0),
         }
@@ -314,7 +315,7 @@ impl BlobHasher {
         }
     }
 
-    fn push(&mut self, Scanned { piece, cuts }: Scanned) {
+    fn push(&mut self, ScannedPiece { piece, cuts }: ScannedPiece) {
         match self {
             Self::Gzip(hasher) => {
                 hasher.push(piece);
@@ -338,7 +339,7 @@ impl BlobHasher {
 }
 
 /// Thread 3: SHA-256 of the blob and of each segment.
-fn hash_pieces(scanned: &Receiver<Scanned>) -> BlobHasher {
+fn hash_pieces(scanned: &Receiver<ScannedPiece>) -> BlobHasher {
     let mut hasher = None;
     for scanned in scanned {
         hasher.get_or_insert_with(|| BlobHasher::new(&scanned.cuts)).push(scanned);
@@ -349,11 +350,11 @@ fn hash_pieces(scanned: &Receiver<Scanned>) -> BlobHasher {
 /// Thread 2, the caller's: scans, parses and applies a piece, then passes it on.
 fn parse_pieces(
     pieces: &Receiver<Piece>,
-    hashed: &Sender<Scanned>,
+    hashed: &Sender<ScannedPiece>,
     descriptor: &Descriptor,
     mut parser: LayerParser<'_>,
     progress: &dyn Progress,
-) -> Result<Parsed, LayerError> {
+) -> Result<Parsed, ConvertLayerError> {
     let mut failed = None;
     for piece in pieces {
         progress.advance(&descriptor.digest, piece.len() as u64);
@@ -364,7 +365,7 @@ fn parse_pieces(
                 Err(error) => failed = Some(error),
             }
         }
-        let _ = hashed.send(Scanned { piece, cuts }); // the receiver is gone only if it panicked, which join reports
+        let _ = hashed.send(ScannedPiece { piece, cuts }); // the receiver is gone only if it panicked, which join reports
     }
     if let Some(error) = failed {
         return Err(error);
@@ -393,7 +394,7 @@ enum Scan {
 
 impl Scan {
     /// Starts the scan of a layer that begins with `piece`.
-    fn begin(piece: &[u8], span: Bytes) -> Result<Self, LayerError> {
+    fn begin(piece: &[u8], span: Bytes) -> Result<Self, ConvertLayerError> {
         Ok(match detect(piece)? {
             TargetEncoding::Gzip => {
                 Self::Gzip(Box::new(gzip::Scanner::new(gzip::ScanOptions { span })))
@@ -406,8 +407,8 @@ impl Scan {
     fn feed(
         &mut self,
         piece: &[u8],
-        sink: &mut dyn FnMut(&[u8]) -> Result<(), LayerError>,
-    ) -> Result<(), LayerError> {
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), ConvertLayerError>,
+    ) -> Result<(), ConvertLayerError> {
         match self {
             Self::Gzip(scanner) => scanner.feed(piece, sink),
             Self::Zstd(scanner) => scanner.feed(piece, sink),
@@ -429,7 +430,7 @@ impl Scan {
         }
     }
 
-    fn finish(self) -> Result<(TargetEncoding, LayerIndex), LayerError> {
+    fn finish(self) -> Result<(TargetEncoding, LayerIndex), ConvertLayerError> {
         Ok(match self {
             Self::Gzip(scanner) => (TargetEncoding::Gzip, LayerIndex::Gzip(scanner.finish()?)),
             Self::Zstd(scanner) => (TargetEncoding::Zstd, LayerIndex::Segments(scanner.finish()?)),
@@ -456,17 +457,17 @@ impl<'t> LayerParser<'t> {
         }
     }
 
-    fn feed(&mut self, piece: &[u8]) -> Result<(), LayerError> {
+    fn feed(&mut self, piece: &[u8]) -> Result<(), ConvertLayerError> {
         let (tar, apply, native) = (&mut self.tar, &mut self.apply, &mut self.native);
-        let mut sink = |bytes: &[u8]| -> Result<(), LayerError> {
+        let mut sink = |bytes: &[u8]| -> Result<(), ConvertLayerError> {
             tar.feed(bytes, &mut |event| match event {
-                Event::Entry(entry) => {
+                TarEvent::Entry(entry) => {
                     if let Some(native) = native {
                         native.start(entry.data_offset)?;
                     }
-                    apply.entry(entry).map_err(LayerError::from)
+                    apply.entry(entry).map_err(ConvertLayerError::from)
                 }
-                Event::Data(bytes) => {
+                TarEvent::Data(bytes) => {
                     apply.data(bytes);
                     native.as_mut().map_or(Ok(()), |native| native.data(bytes))
                 }
@@ -484,7 +485,7 @@ impl<'t> LayerParser<'t> {
         self.scan.as_mut().filter(|_| self.turbo).map_or(Cuts::None, Scan::take_cuts)
     }
 
-    fn finish(self) -> Result<Parsed, LayerError> {
+    fn finish(self) -> Result<Parsed, ConvertLayerError> {
         let scan = self.scan.unwrap_or_else(|| Scan::Plain(PlainScanner::default()));
         let (encoding, index) = scan.finish()?;
         let index = if self.turbo { index } else { LayerIndex::None };
@@ -495,29 +496,32 @@ impl<'t> LayerParser<'t> {
 }
 
 /// The compression of a layer by its first bytes (media types can be wrong: spec turbooci 3.5).
-fn detect(piece: &[u8]) -> Result<TargetEncoding, LayerError> {
+fn detect(piece: &[u8]) -> Result<TargetEncoding, ConvertLayerError> {
     match piece {
         [0x1f, 0x8b, ..] => Ok(TargetEncoding::Gzip),
         _ if zstandard::is_zstd(piece) => Ok(TargetEncoding::Zstd),
-        [b'B', b'Z', b'h', ..] => Err(LayerError::Compression("bzip2")),
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Err(LayerError::Compression("xz")),
+        [b'B', b'Z', b'h', ..] => Err(ConvertLayerError::Compression("bzip2")),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Err(ConvertLayerError::Compression("xz")),
         _ => Ok(TargetEncoding::Plain),
     }
 }
 
 /// The changes of a layer, as a `ZFile` of a warp LSMT layer (spec turbooci 3.4).
-fn write_fs_meta(blocks: &LayerBlocks, options: &ConvertOptions) -> Result<Vec<u8>, LayerError> {
+fn write_fs_meta(
+    blocks: &LayerBlocks,
+    options: &ConvertOptions,
+) -> Result<Vec<u8>, ConvertLayerError> {
     let mut writer = WarpWriter::new(options.disk_size)?;
     for run in blocks.runs() {
         match run {
-            Run::Metadata { lba, bytes } => writer.metadata(lba, bytes)?,
-            Run::Remote { lba, count, target } => writer.remote(lba, count, target)?,
-            Run::Zeroed { lba, count } => writer.zeroed(lba, count)?,
+            LayerRun::Metadata { lba, bytes } => writer.metadata(lba, bytes)?,
+            LayerRun::Remote { lba, count, target } => writer.remote(lba, count, target)?,
+            LayerRun::Zeroed { lba, count } => writer.zeroed(lba, count)?,
         }
     }
     let mut lsmt = Vec::new();
     writer.finish(&mut lsmt)?;
-    let mut writer = zfile::Writer::new(Cursor::new(Vec::new()), FS_META_ZFILE)?;
+    let mut writer = zfile::ZFileWriter::new(Cursor::new(Vec::new()), FS_META_ZFILE)?;
     writer.write_all(&lsmt).map_err(zfile::ZFileError::from)?;
     Ok(writer.finish()?.0.into_inner())
 }
@@ -535,7 +539,7 @@ fn write_archive(
     parsed: Parsed,
     index: &SealedIndex,
     descriptor: &Descriptor,
-) -> Result<BuiltLayer, LayerError> {
+) -> Result<BuiltLayer, ConvertLayerError> {
     let (gzip_meta, sidecar) = match index {
         SealedIndex::Gzip(index) => {
             // Without a gzip.meta upstream refuses the layer when it opens it; with an incomplete one it
@@ -555,7 +559,7 @@ fn write_archive(
         members.push((SIDECAR_NAME, bytes));
     }
     let mut tar = Vec::new();
-    tar::archive::Archive::write(&mut tar, &members).map_err(LayerError::Read)?;
+    tar::archive::Archive::write(&mut tar, &members).map_err(ConvertLayerError::Read)?;
     let archive = gzip_bytes(&tar);
     let len = |bytes: &Option<Vec<u8>>| bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
     Ok(BuiltLayer {

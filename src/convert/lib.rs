@@ -6,7 +6,7 @@
 //! store ── pieces ──▶ scan (gzip, zstd) ──▶ tar ──▶ apply ──▶ tree    one thread: layer.rs
 //!                       │ boundaries
 //!                       ▼
-//!                     SHA-256 of the blob and of each segment         another
+//!                     SHA-256 of the blob and of each segment         a scoped thread
 //! ```
 //!
 //! A TurboOCI image keeps no data of the layer: only the in-memory tree of files ([`formats::ext4`]) and the
@@ -76,20 +76,20 @@ pub use zfile_parallel::ParallelWriter;
 
 /// Forms of a converted image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Format {
+pub enum ImageFormat {
     /// Metadata, and mappings into the original layers.
     Turbo,
     /// Metadata and file data.
     Native,
 }
 
-impl Format {
+impl ImageFormat {
     /// `artifactType` of a manifest or index of this form that names its original (spec turbooci 2).
     #[must_use]
     pub fn artifact_type(self) -> &'static str {
         match self {
-            Format::Turbo => formats::oci::annotations::ARTIFACT_TYPE_TURBO,
-            Format::Native => formats::oci::annotations::ARTIFACT_TYPE_NATIVE,
+            ImageFormat::Turbo => formats::oci::annotations::ARTIFACT_TYPE_TURBO,
+            ImageFormat::Native => formats::oci::annotations::ARTIFACT_TYPE_NATIVE,
         }
     }
 }
@@ -136,9 +136,9 @@ impl Default for ConvertOptions {
 
 impl ConvertOptions {
     /// The forms to build.
-    pub fn formats(&self) -> impl Iterator<Item = Format> + use<> {
-        let turbo = self.turbo.then_some(Format::Turbo);
-        let native = self.native.is_some().then_some(Format::Native);
+    pub fn formats(&self) -> impl Iterator<Item = ImageFormat> + use<> {
+        let turbo = self.turbo.then_some(ImageFormat::Turbo);
+        let native = self.native.is_some().then_some(ImageFormat::Native);
         turbo.into_iter().chain(native)
     }
 }
@@ -183,13 +183,13 @@ pub enum ConvertError {
         digest: Digest,
         /// The fault.
         #[source]
-        source: Box<LayerError>,
+        source: Box<ConvertLayerError>,
     },
 }
 
 /// Error of converting one layer.
 #[derive(Debug, Error)]
-pub enum LayerError {
+pub enum ConvertLayerError {
     /// The stream failed.
     #[error("Cannot read the blob")]
     Read(#[source] std::io::Error),

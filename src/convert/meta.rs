@@ -31,7 +31,7 @@ use crate::child::{self, Builder, Built, ChildError, meta_options};
 use crate::image::convert_image;
 use crate::{ConvertError, ConvertOptions, KnownLayers, Progress};
 use formats::oci::annotations::{ARTIFACT_TYPE_TURBO, LayerKind};
-use formats::oci::{Descriptor, Digest, Document, Index, Manifest};
+use formats::oci::{Descriptor, Digest, Document, ImageIndex, Manifest};
 use registry::store::referrers::{self, fallback_tag};
 use registry::store::{ImageStore, LayoutStore, Selector, StoreError, StoredManifest};
 
@@ -63,7 +63,7 @@ pub enum MetaError {
 
 /// Origin of a meta image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum MetaOrigin {
     /// Built on this host before.
     Local,
     /// An entry of the image's index.
@@ -85,7 +85,7 @@ pub struct MetaImage {
     /// The parsed manifest.
     pub manifest: Manifest,
     /// Its origin.
-    pub found: Found,
+    pub found: MetaOrigin,
 }
 
 /// A requested plain image.
@@ -95,7 +95,7 @@ pub struct Plain<'a> {
     /// The requested tag, if any.
     pub tag: Option<&'a str>,
     /// The index from which its manifest was chosen, if any.
-    pub index: Option<&'a Index>,
+    pub index: Option<&'a ImageIndex>,
     /// Its manifest as stored.
     pub stored: &'a StoredManifest,
     /// The parsed manifest.
@@ -131,7 +131,7 @@ impl MetaImages {
     pub fn of(&self, plain: &Plain<'_>, progress: &dyn Progress) -> Result<MetaImage, MetaError> {
         if let Some(image) = self.find(plain) {
             tracing::info!(found = ?image.found, digest = %image.stored.digest, "meta image");
-            if self.publish && image.found == Found::Local {
+            if self.publish && image.found == MetaOrigin::Local {
                 publish(plain, &image).map_err(|error| MetaError::Keep(Box::new(error)))?;
             }
             return Ok(image);
@@ -163,7 +163,7 @@ impl MetaImages {
             .ok()?;
         let store: Arc<dyn ImageStore> = Arc::new(store);
         let stored = store.manifest(&Selector::Tag(fallback_tag(&plain.stored.digest))).ok()?;
-        fitting(plain, &store, stored, Found::Local)
+        fitting(plain, &store, stored, MetaOrigin::Local)
     }
 
     fn build(
@@ -195,7 +195,7 @@ impl MetaImages {
         let tag = fallback_tag(&plain.stored.digest);
         store.put_manifest(Some(&tag), &media_type, &bytes).map_err(keep)?;
         let stored = StoredManifest { media_type, digest: Digest::of(&bytes), bytes };
-        let image = fitting(plain, store, stored, Found::Built).ok_or_else(unfit)?;
+        let image = fitting(plain, store, stored, MetaOrigin::Built).ok_or_else(unfit)?;
         if self.publish {
             publish(plain, &image).map_err(keep)?;
         }
@@ -229,7 +229,7 @@ fn fitting(
     plain: &Plain<'_>,
     store: &Arc<dyn ImageStore>,
     stored: StoredManifest,
-    found: Found,
+    found: MetaOrigin,
 ) -> Option<MetaImage> {
     let Ok(Document::Manifest(manifest)) = Document::parse(&stored.bytes, Some(&stored.media_type))
     else {
@@ -244,7 +244,7 @@ fn fitting(
 }
 
 /// Examines the entries of an index that have the artifact type of a meta image.
-fn among(plain: &Plain<'_>, entries: &[Descriptor], found: Found) -> Option<MetaImage> {
+fn among(plain: &Plain<'_>, entries: &[Descriptor], found: MetaOrigin) -> Option<MetaImage> {
     let turbo = entries.iter().filter(|entry| {
         entry.artifact_type.as_deref() == Some(ARTIFACT_TYPE_TURBO)
             && entry.digest != plain.stored.digest
@@ -255,14 +255,14 @@ fn among(plain: &Plain<'_>, entries: &[Descriptor], found: Found) -> Option<Meta
 }
 
 fn in_index(plain: &Plain<'_>) -> Option<MetaImage> {
-    among(plain, &plain.index?.manifests, Found::Index)
+    among(plain, &plain.index?.manifests, MetaOrigin::Index)
 }
 
 fn among_referrers(plain: &Plain<'_>) -> Option<MetaImage> {
     let listed = referrers::list(&**plain.store, &plain.stored.digest)
         .inspect_err(|error| tracing::debug!(%error, "The referrers cannot be listed"))
         .ok()?;
-    among(plain, &listed, Found::Referrer)
+    among(plain, &listed, MetaOrigin::Referrer)
 }
 
 fn by_tag(plain: &Plain<'_>) -> Option<MetaImage> {
@@ -276,7 +276,7 @@ fn by_tag(plain: &Plain<'_>) -> Option<MetaImage> {
                 plain.store.manifest(&Selector::Digest(host)).ok()?
             }
         };
-        fitting(plain, plain.store, stored, Found::Tag)
+        fitting(plain, plain.store, stored, MetaOrigin::Tag)
     })
 }
 

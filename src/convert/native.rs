@@ -1,7 +1,7 @@
 //! Native layers: all blocks of a layer on the disk, in one blob.
 //!
 //! ```text
-//! tar data, as it passes ──▶ Payload ──▶ LSMT stream ──▶ ZFile, all cores ──▶ work file
+//! tar data, as it passes ──▶ NativePayload ──▶ LSMT stream ──▶ ZFile, all cores ──▶ work file
 //!                              │ tar sector → payload sector                      │
 //! ext4 of this layer ──────────┴──▶ index, at the end                             ▼ SHA-256
 //! ```
@@ -34,15 +34,15 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
-use super::LayerError;
+use super::ConvertLayerError;
 use crate::ParallelWriter;
 use disk::writable::WritableLayer;
 use formats::ext4::LayerBlocks;
-use formats::lsmt::{Identity, ScatteredWriter, Uuid};
+use formats::lsmt::{LayerIdentity, ScatteredWriter, Uuid};
 use formats::oci::Digest;
 use formats::units::Bytes;
 use formats::zfile::{self, wrap};
-use payload::{Payload, Stored};
+use payload::{NativePayload, PayloadSummary};
 
 /// Bytes in front of the `ZFile` in a tar of form A.
 const HEAD: u64 = 1536;
@@ -53,7 +53,7 @@ pub struct NativeLayer {
     /// Size of the disk; 0 in a layer above the lowest, because readers take it from below (spec turbooci 4).
     pub virtual_size: Bytes,
     /// Identity of this layer and of the one below.
-    pub identity: Identity,
+    pub identity: LayerIdentity,
     /// True if there are layers below with bytes that a block of zeros must hide.
     pub has_lower: bool,
     /// Compression.
@@ -62,30 +62,30 @@ pub struct NativeLayer {
 
 /// A native layer that is written as its tar passes.
 pub(super) struct NativeBuilder {
-    payload: Payload<ParallelWriter<File>>,
+    payload: NativePayload<ParallelWriter<File>>,
     has_lower: bool,
 }
 
 impl NativeBuilder {
     /// Begins a layer in an unnamed file in `dir`.
-    pub(super) fn begin(layer: NativeLayer, dir: Option<&Path>) -> Result<Self, LayerError> {
+    pub(super) fn begin(layer: NativeLayer, dir: Option<&Path>) -> Result<Self, ConvertLayerError> {
         let zfile = begin_blob(layer.zfile, dir)?;
         let lsmt = ScatteredWriter::new(zfile, layer.virtual_size, layer.identity)?;
-        Ok(Self { payload: Payload::new(lsmt), has_lower: layer.has_lower })
+        Ok(Self { payload: NativePayload::new(lsmt), has_lower: layer.has_lower })
     }
 
     /// Starts the data of the next entry, at `offset` of the uncompressed tar.
-    pub(super) fn start(&mut self, offset: Bytes) -> Result<(), LayerError> {
+    pub(super) fn start(&mut self, offset: Bytes) -> Result<(), ConvertLayerError> {
         Ok(self.payload.start(offset)?)
     }
 
     /// Takes data of that entry, without padding.
-    pub(super) fn data(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
+    pub(super) fn data(&mut self, bytes: &[u8]) -> Result<(), ConvertLayerError> {
         Ok(self.payload.data(bytes)?)
     }
 
     /// Writes metadata and index and completes the blob.
-    pub(super) fn finish(self, blocks: &LayerBlocks) -> Result<Unhashed, LayerError> {
+    pub(super) fn finish(self, blocks: &LayerBlocks) -> Result<Unhashed, ConvertLayerError> {
         let (zfile, stored) = self.payload.finish(blocks, self.has_lower)?;
         complete_blob(zfile, stored)
     }
@@ -95,9 +95,9 @@ impl NativeBuilder {
 fn begin_blob(
     options: zfile::Options,
     dir: Option<&Path>,
-) -> Result<ParallelWriter<File>, LayerError> {
+) -> Result<ParallelWriter<File>, ConvertLayerError> {
     let dir: PathBuf = dir.map_or_else(std::env::temp_dir, Path::to_path_buf);
-    let work_file = |source| LayerError::WorkFile { dir: dir.clone(), source };
+    let work_file = |source| ConvertLayerError::WorkFile { dir: dir.clone(), source };
     let mut file = tempfile::tempfile_in(&dir).map_err(work_file)?;
     // The final head needs the length, which is known at the end.
     file.write_all(&[0; HEAD as usize]).map_err(work_file)?;
@@ -106,9 +106,12 @@ fn begin_blob(
 }
 
 /// Ends the `ZFile` and writes the tar around it.
-fn complete_blob(zfile: ParallelWriter<File>, stored: Stored) -> Result<Unhashed, LayerError> {
+fn complete_blob(
+    zfile: ParallelWriter<File>,
+    stored: PayloadSummary,
+) -> Result<Unhashed, ConvertLayerError> {
     let (mut file, summary) = zfile.finish()?;
-    let out = |error: io::Error| LayerError::ZFile(error.into());
+    let out = |error: io::Error| ConvertLayerError::ZFile(error.into());
     wrap::write_tail(summary.len, &mut file).map_err(out)?;
     let len = file.stream_position().map_err(out)?;
     file.seek(SeekFrom::Start(0)).map_err(out)?;
@@ -119,17 +122,17 @@ fn complete_blob(zfile: ParallelWriter<File>, stored: Stored) -> Result<Unhashed
 /// Makes a native layer's blob of the content of a writable layer.
 ///
 /// # Errors
-/// [`LayerError`]; the writable layer stays unchanged.
+/// [`ConvertLayerError`]; the writable layer stays unchanged.
 pub fn commit_layer(
     layer: &mut WritableLayer,
     virtual_size: Bytes,
-    identity: Identity,
+    identity: LayerIdentity,
     options: zfile::Options,
     dir: Option<&Path>,
-) -> Result<NativeBlob, LayerError> {
+) -> Result<NativeBlob, ConvertLayerError> {
     let zfile = begin_blob(options, dir)?;
     let zfile = layer.commit(zfile, virtual_size, identity).map_err(Box::new)?;
-    complete_blob(zfile, Stored::default())?.hash()?.done()
+    complete_blob(zfile, PayloadSummary::default())?.hash()?.done()
 }
 
 /// The identities of native layers over these unpacked layers: the first half of each one's OCI chain id, as

@@ -1,4 +1,4 @@
-//! A `ZFile` writer on all cores, with exactly the output of [`Writer`].
+//! A `ZFile` writer on all cores, with exactly the output of [`ZFileWriter`].
 //!
 //! Blocks are independent, so they can be compressed in any order; only their positions depend on the lengths
 //! of the blocks in front. The caller's bytes are cut into *batches* of whole blocks. Each batch goes to a
@@ -8,7 +8,7 @@
 //! ```text
 //! caller ── batch ──▶ worker ─┐
 //!    │                worker ─┤ packed blocks
-//!    └── slot, in order ──────┴──▶ output thread ──▶ Writer ──▶ file
+//!    └── slot, in order ──────┴──▶ output thread ──▶ ZFileWriter ──▶ file
 //! ```
 //!
 //! Both queues are bounded, so a slow output slows the caller, and only a few batches are in memory.
@@ -20,7 +20,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use formats::zfile::ZFileError;
 use formats::zfile::block::BlockEncoder;
-use formats::zfile::writer::{Options, PackedBlocks, Summary, Writer};
+use formats::zfile::writer::{Options, PackedBlocks, Summary, ZFileWriter};
 
 /// Plain bytes of a batch: many blocks of any size, so that the cost of passing it on is negligible.
 const BATCH: usize = 256 << 10;
@@ -29,7 +29,7 @@ const BATCH: usize = 256 << 10;
 const AHEAD: usize = 4;
 
 /// A batch, and the slot for its result.
-struct Job {
+struct CompressJob {
     plain: Vec<u8>,
     done: Sender<Result<PackedBlocks, ZFileError>>,
 }
@@ -40,12 +40,12 @@ type Slot = Receiver<Result<PackedBlocks, ZFileError>>;
 /// the output stays incomplete.
 pub struct ParallelWriter<W> {
     batch: Vec<u8>,
-    jobs: Option<Sender<Job>>,
+    jobs: Option<Sender<CompressJob>>,
     slots: Option<Sender<Slot>>,
     /// Buffers returned by the workers.
     spare: Receiver<Vec<u8>>,
     workers: Vec<JoinHandle<()>>,
-    output: Option<JoinHandle<Result<Writer<W>, ZFileError>>>,
+    output: Option<JoinHandle<Result<ZFileWriter<W>, ZFileError>>>,
     /// The first failure.
     failed: Option<ZFileError>,
 }
@@ -54,11 +54,11 @@ impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
     /// Begins a file at the present position of `out`, with this number of workers (at least one).
     ///
     /// # Errors
-    /// The errors of [`Writer::new`], and [`ZFileError::Write`] if a thread cannot be started.
+    /// The errors of [`ZFileWriter::new`], and [`ZFileError::Write`] if a thread cannot be started.
     pub fn new(out: W, options: Options, workers: usize) -> Result<Self, ZFileError> {
-        let writer = Writer::new(out, options)?;
+        let writer = ZFileWriter::new(out, options)?;
         let workers = workers.max(1);
-        let (jobs, job_queue) = bounded::<Job>(workers * AHEAD);
+        let (jobs, job_queue) = bounded::<CompressJob>(workers * AHEAD);
         let (slots, slot_queue) = bounded::<Slot>(workers * AHEAD);
         let (give_back, spare) = bounded(workers * AHEAD * 2);
         let mut threads = Vec::with_capacity(workers);
@@ -86,7 +86,7 @@ impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
         })
     }
 
-    /// Waits for all blocks and completes the file; the result is that of [`Writer::finish`].
+    /// Waits for all blocks and completes the file; the result is that of [`ZFileWriter::finish`].
     ///
     /// # Errors
     /// [`ZFileError::BlockTooLong`], [`ZFileError::Write`].
@@ -107,7 +107,7 @@ impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
         let (done, slot) = bounded(1);
         let taken = match (&self.slots, &self.jobs) {
             (Some(slots), Some(jobs)) => {
-                slots.send(slot).is_ok() && jobs.send(Job { plain, done }).is_ok()
+                slots.send(slot).is_ok() && jobs.send(CompressJob { plain, done }).is_ok()
             }
             _ => false,
         };
@@ -123,7 +123,7 @@ impl<W: Write + Seek + Send + 'static> ParallelWriter<W> {
     }
 
     /// Ends all threads and returns the writer, or the first failure.
-    fn join(&mut self) -> Result<Writer<W>, ZFileError> {
+    fn join(&mut self) -> Result<ZFileWriter<W>, ZFileError> {
         (self.jobs, self.slots) = (None, None);
         for worker in self.workers.drain(..) {
             let _ = worker.join(); // its panic leaves a slot without a result
@@ -166,10 +166,10 @@ impl<W: Write + Seek + Send + 'static> Write for ParallelWriter<W> {
 fn compress(
     mut encoder: BlockEncoder,
     block_size: usize,
-    jobs: &Receiver<Job>,
+    jobs: &Receiver<CompressJob>,
     give_back: &Sender<Vec<u8>>,
 ) {
-    for Job { mut plain, done } in jobs {
+    for CompressJob { mut plain, done } in jobs {
         let mut packed = PackedBlocks {
             bytes: Vec::with_capacity(plain.len()),
             lengths: Vec::with_capacity(plain.len() / block_size + 1),
@@ -193,9 +193,9 @@ fn compress(
 
 /// The loop of the output thread.
 fn put_in_order<W: Write>(
-    mut writer: Writer<W>,
+    mut writer: ZFileWriter<W>,
     slots: &Receiver<Slot>,
-) -> Result<Writer<W>, ZFileError> {
+) -> Result<ZFileWriter<W>, ZFileError> {
     for slot in slots {
         let lost = |_| ZFileError::from(io::Error::other("A compression thread ended early"));
         writer.put_packed(&slot.recv().map_err(lost)??)?;
@@ -223,7 +223,7 @@ mod tests {
             [(Algo::Lz4, 4096), (Algo::Lz4, 65536), (Algo::Zstd, 4096), (Algo::Zstd, 16384)]
         {
             let options = Options { algo, block_size, ..Options::default() };
-            let mut writer = Writer::new(Cursor::new(Vec::new()), options).unwrap();
+            let mut writer = ZFileWriter::new(Cursor::new(Vec::new()), options).unwrap();
             writer.write_all(&plain).unwrap();
             let (alone, summary) = writer.finish().unwrap();
             for (workers, cut) in [(1, usize::MAX), (2, 4096), (3, 77_777), (5, 300_000)] {

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use self::lowers::Place;
+use self::lowers::LowersBase;
 use super::{Disk, DiskError};
 use crate::writable::WritableFiles;
 use blobs::cache::Cache;
@@ -68,17 +68,17 @@ pub trait TargetOpener {
 
 /// A device configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Config {
+pub struct DeviceConfig {
     /// `https://host/v2/<name>/blobs`: the place of blobs without a local file.
     pub repo_blob_url: String,
     /// The layers, bottom first.
-    pub lowers: Vec<Lower>,
+    pub lowers: Vec<LowerConfig>,
     /// The writable layer.
-    pub upper: Upper,
+    pub upper: UpperConfig,
     /// File that receives `success` or `failed:<reason>` once.
     pub result_file: String,
     /// Replaces the host's settings for background download, as a whole.
-    pub download: Option<Download>,
+    pub download: Option<DeviceDownload>,
     /// The last lower is a trace to prefetch by, not a layer.
     pub acceleration_layer: bool,
     /// File of the trace.
@@ -87,7 +87,7 @@ pub struct Config {
 
 /// One layer of a configuration. An empty text means that the key is absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Lower {
+pub struct LowerConfig {
     /// Local layer file; of a TurboOCI layer, the filesystem metadata.
     pub file: String,
     /// Folder of the downloaded layer.
@@ -110,7 +110,7 @@ pub struct Lower {
 /// Settings of the background download for one device. They replace the host's as a whole: an absent one has upstream's
 /// default, and not the host's value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Download {
+pub struct DeviceDownload {
     /// True if there is a background download.
     pub enable: Option<bool>,
     /// Seconds after the start.
@@ -127,7 +127,7 @@ pub struct Download {
 
 /// The writable layer of a configuration: both files, or none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Upper {
+pub struct UpperConfig {
     /// Its index log; for a sparse layer, a file that is never read.
     pub index: String,
     /// Its data file.
@@ -158,7 +158,7 @@ pub struct OpenedConfig {
     /// File in which a trace must be recorded.
     pub record: Option<PathBuf>,
     /// Settings of the background download, in the place of the host's.
-    pub download: Option<Download>,
+    pub download: Option<DeviceDownload>,
 }
 
 /// Opens the disk of the configuration at `path`, to read it.
@@ -173,14 +173,14 @@ pub fn open(path: &Path, cache: Arc<Cache>, targets: &dyn TargetOpener) -> Resul
 ///
 /// # Errors
 /// [`DiskError::Io`], [`DiskError::Config`].
-pub fn read(path: &Path) -> Result<Config, DiskError> {
+pub fn read(path: &Path) -> Result<DeviceConfig, DiskError> {
     let file = path.display().to_string();
     let text = fs::read_to_string(path)
         .map_err(|source| DiskError::Io { name: file.clone(), source: Arc::new(source) })?;
-    Config::parse(&text, &file)
+    DeviceConfig::parse(&text, &file)
 }
 
-impl Config {
+impl DeviceConfig {
     /// The files of the writable layer in this configuration, which lies at `path`.
     ///
     /// # Errors
@@ -229,7 +229,7 @@ pub fn open_all(
         // Checked before 256 blobs are opened without need.
         return Err(invalid("lowers", "an image has at most 255 layers"));
     }
-    let place = Place {
+    let place = LowersBase {
         file: &file,
         folder,
         blobs: &config.repo_blob_url,
@@ -278,7 +278,7 @@ pub fn tell_result(path: &Path, outcome: Result<(), &str>) {
 }
 
 /// Path of a trace: in the last lower, which is then not a layer, or at a path of its own.
-fn trace_file(config: &mut Config, folder: &Path) -> Option<PathBuf> {
+fn trace_file(config: &mut DeviceConfig, folder: &Path) -> Option<PathBuf> {
     if config.acceleration_layer {
         return config.lowers.pop().map(|lower| folder.join(lower.dir).join("trace"));
     }
@@ -325,7 +325,7 @@ mod tests {
     #[test]
     fn layers_are_found_where_upstream_finds_them_and_what_is_missing_is_named() {
         use crate::volume::Volume as _;
-        use formats::lsmt::{Identity, NativeWriter, WarpWriter};
+        use formats::lsmt::{LayerIdentity, NativeWriter, WarpWriter};
         use formats::units::{Bytes, Sectors};
 
         let folder = tempfile::tempdir().unwrap();
@@ -336,7 +336,7 @@ mod tests {
         };
         let native = |byte: u8| {
             let mut writer =
-                NativeWriter::new(Vec::new(), Bytes(1 << 20), Identity::default()).unwrap();
+                NativeWriter::new(Vec::new(), Bytes(1 << 20), LayerIdentity::default()).unwrap();
             writer.data(Sectors(u64::from(byte)), &[byte; 512]).unwrap();
             writer.finish().unwrap()
         };

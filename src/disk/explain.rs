@@ -1,12 +1,9 @@
 //! Origin of a byte of a disk, for people: the look-up of a read, without reading.
 
-use std::ops::Range;
-
-use super::{Disk, Opened};
+use super::{Disk, DiskRange, OpenedLayer};
 use crate::volume::Volume as _;
 use blobs::fetch::Blob;
-use formats::lsmt::Place;
-use formats::units::{SECTOR, Sectors};
+use formats::lsmt::RunPlace;
 
 /// Kind of a part of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +20,7 @@ pub enum What {
 
 /// Present place of a chunk's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Held {
+pub enum BytesPlace {
     /// Decoded, in the memory cache.
     Memory,
     /// On this host: in a local file, or in the tier on disk.
@@ -35,10 +32,8 @@ pub enum Held {
 /// A part of a disk that lies in one place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
-    /// First byte on the disk.
-    pub offset: u64,
-    /// Number of bytes.
-    pub len: u64,
+    /// Its bytes.
+    pub range: DiskRange,
     /// Kind of the part.
     pub what: What,
     /// Number of the layer with the part, 0 lowest.
@@ -65,80 +60,80 @@ pub struct ChunkPlace {
     /// Its length decoded, in bytes.
     pub decoded: u64,
     /// Its present place.
-    pub held: Held,
+    pub held: BytesPlace,
 }
 
 impl Disk {
     /// Origin of bytes `range` of the disk, cut at layers and chunks, in at most `most` parts. Bytes past the
     /// end of the disk are left out.
     #[must_use]
-    pub fn explain(&self, range: Range<u64>, most: usize) -> Vec<Placed> {
-        let end = range.end.min(self.size());
+    pub fn explain(&self, range: DiskRange, most: usize) -> Vec<Placed> {
+        let range = DiskRange::from(range.offset..range.end().min(self.size()));
         let mut parts = Vec::new();
-        if range.start >= end {
+        if range.is_empty() {
             return parts;
         }
-        let first = range.start / SECTOR;
-        let count = Sectors(end.div_ceil(SECTOR) - first);
-        for run in self.parts.stack.look_up(Sectors(first), count) {
+        let (first, count) = range.sectors();
+        for run in self.parts.stack.look_up(first, count) {
             if parts.len() >= most {
                 break;
             }
-            let start = run.lba.bytes().0.max(range.start);
-            let skip = start - run.lba.bytes().0;
-            let len = (run.lba + run.len).bytes().0.min(end) - start;
+            let here = range.part_in(run.lba, run.len);
             let layer = usize::from(run.layer);
-            let part = |what, layer| Placed { offset: start, len, what, layer, chunk: None };
+            let part = |what, layer| Placed { range: here, what, layer, chunk: None };
             match (run.place, &self.parts.layers[layer]) {
-                (Place::Zero, _) => parts.push(part(What::Hole, None)),
-                (Place::Own(_), Opened::Turbo { .. }) => {
+                (RunPlace::Zero, _) => parts.push(part(What::Hole, None)),
+                (RunPlace::Own(_), OpenedLayer::Turbo { .. }) => {
                     parts.push(part(What::Metadata, Some(layer)));
                 }
-                (Place::Remote(sector), Opened::Turbo { target: Some(blob), .. })
-                | (Place::Own(sector) | Place::Remote(sector), Opened::Native { chunks: blob }) => {
-                    let at = sector.bytes().0 + skip;
-                    self.explain_chunks(blob, layer, start, at..at + len, most, &mut parts);
+                (RunPlace::Remote(sector), OpenedLayer::Turbo { target: Some(blob), .. })
+                | (
+                    RunPlace::Own(sector) | RunPlace::Remote(sector),
+                    OpenedLayer::Native { chunks: blob },
+                ) => {
+                    let at = sector.bytes().0 + (here.offset - run.lba.bytes().0);
+                    self.explain_chunks(blob, layer, here, at, most, &mut parts);
                 }
                 // Refused when the disk was opened.
-                (Place::Remote(_), Opened::Turbo { target: None, .. }) => {}
+                (RunPlace::Remote(_), OpenedLayer::Turbo { target: None, .. }) => {}
             }
         }
         parts
     }
 
+    /// Adds the parts of `range`, which is at byte `at` of the decoded blob.
     fn explain_chunks(
         &self,
         blob: &Blob,
         layer: usize,
-        offset: u64,
-        range: Range<u64>,
+        range: DiskRange,
+        mut at: u64,
         most: usize,
         parts: &mut Vec<Placed>,
     ) {
         let source = blob.source();
-        let mut at = range.start;
-        while at < range.end && parts.len() < most {
-            let offset = offset + (at - range.start);
+        let (mut offset, end) = (range.offset, range.end());
+        while offset < end && parts.len() < most {
             let Some(span) = source.chunk_at(at).filter(|span| super::holds(*span, at)) else {
-                let len = range.end - at;
-                let what = What::Padding;
-                parts.push(Placed { offset, len, what, layer: Some(layer), chunk: None });
+                let (range, what) = (DiskRange::from(offset..end), What::Padding);
+                parts.push(Placed { range, what, layer: Some(layer), chunk: None });
                 return;
             };
-            let len = (span.start + u64::from(span.len)).min(range.end) - at;
+            let range =
+                DiskRange::new(offset, (span.start + u64::from(span.len) - at).min(end - offset));
             let place = source.encoded(span.index).map_or(0..0, |place| place.range);
             let held = if self.cache.holds(blob, span.index) {
-                Held::Memory
+                BytesPlace::Memory
             } else if blob.is_near(span.index) {
-                Held::Disk
+                BytesPlace::Disk
             } else {
-                Held::Remote
+                BytesPlace::Remote
             };
             let chunk = ChunkPlace {
                 blob: source.id().to_owned(),
                 at,
                 index: span.index,
-                decoded_from: Some(source.serial(span.index).start)
+                decoded_from: Some(source.frame(span.index).start)
                     .filter(|&first| first != span.index),
                 start: place.start,
                 end: place.end,
@@ -146,8 +141,9 @@ impl Disk {
                 held,
             };
             let (what, layer) = (What::Data, Some(layer));
-            parts.push(Placed { offset, len, what, layer, chunk: Some(chunk) });
-            at += len;
+            parts.push(Placed { range, what, layer, chunk: Some(chunk) });
+            at += range.len;
+            offset += range.len;
         }
     }
 }

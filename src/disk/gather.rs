@@ -5,6 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::leases::{ChunkKey, Leases};
+use crate::DiskRange;
 use crate::volume::{VolumeError, Waiter};
 use blobs::cache::ChunkWaiter;
 use source::chunk::ChunkBytes;
@@ -12,12 +13,12 @@ use source::chunk::ChunkBytes;
 /// Counts the missing chunks, and calls the request's waiter once: after the last chunk, or at the first
 /// error.
 pub(super) struct Gather {
-    state: Mutex<State>,
+    state: Mutex<GatherState>,
     leases: Arc<Leases>,
-    range: (u64, usize),
+    range: DiskRange,
 }
 
-struct State {
+struct GatherState {
     /// Number of missing chunks, plus one for the request itself until it has requested all of them;
     /// otherwise the first to arrive could be taken for the last.
     missing: usize,
@@ -26,8 +27,8 @@ struct State {
 }
 
 impl Gather {
-    pub(super) fn new(waiter: Waiter, leases: Arc<Leases>, range: (u64, usize)) -> Arc<Self> {
-        let state = State { missing: 1, waiter: Some(waiter), chunks: Vec::new() };
+    pub(super) fn new(waiter: Waiter, leases: Arc<Leases>, range: DiskRange) -> Arc<Self> {
+        let state = GatherState { missing: 1, waiter: Some(waiter), chunks: Vec::new() };
         Arc::new(Self { state: Mutex::new(state), leases, range })
     }
 

@@ -18,9 +18,9 @@ use blobs::cache::Cache;
 use blobs::trace;
 use formats::archive::{self, EROFS_META_NAME, FS_META_NAME};
 use formats::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
-use formats::lsmt::{self, LayerKind};
+use formats::lsmt::{self, TagMeaning};
 use formats::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind, split_acceleration};
-use formats::oci::{Descriptor, Digest, Document, Index, Manifest, ManifestError, Platform};
+use formats::oci::{Descriptor, Digest, Document, ImageIndex, Manifest, ManifestError, Platform};
 use formats::segments::{self, Encoding, SegmentIndex, SegmentedLayer, SegmentsError};
 use formats::tar;
 use formats::trace::Trace;
@@ -64,13 +64,13 @@ pub enum ImageError {
         digest: Digest,
         /// The fault.
         #[source]
-        source: Box<LayerError>,
+        source: Box<OpenLayerError>,
     },
 }
 
 /// Error of opening a layer.
 #[derive(Debug, Error)]
-pub enum LayerError {
+pub enum OpenLayerError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -197,7 +197,7 @@ pub struct HostManifest {
     /// The parsed manifest.
     pub manifest: Manifest,
     /// The index from which it was chosen, if any.
-    pub index: Option<Index>,
+    pub index: Option<ImageIndex>,
 }
 
 /// The manifest of an image for this host, chosen from an index if needed.
@@ -316,7 +316,7 @@ fn read_trace(
     store: &dyn ImageStore,
     layer: &Descriptor,
     budget: &MemoryBudget,
-) -> Result<Vec<trace::upstream::Record>, LayerError> {
+) -> Result<Vec<trace::upstream::LayerRead>, OpenLayerError> {
     let what = "The trace of the image";
     let mut part = budget.reserve(layer.size, what)?;
     let members = Members::unpack(&store.read_blob(layer)?, &mut part, what)?;
@@ -330,13 +330,13 @@ fn open_layer(
     descriptor: &Descriptor,
     filesystem: &mut Option<&'static str>,
     memory: &mut LayerMemory<'_>,
-) -> Result<(DiskLayer, LayerInfo), LayerError> {
+) -> Result<(DiskLayer, LayerInfo), OpenLayerError> {
     match AnnotatedKind::of(descriptor)? {
         AnnotatedKind::Turbo { target, is_gzip, .. } => {
             open_turbo(store, targets, descriptor, (&target, is_gzip), filesystem, memory)
         }
         AnnotatedKind::Native => open_native(store, descriptor, &mut memory.index),
-        AnnotatedKind::Plain => Err(LayerError::NotConverted),
+        AnnotatedKind::Plain => Err(OpenLayerError::NotConverted),
     }
 }
 
@@ -344,10 +344,10 @@ fn open_native(
     store: &dyn ImageStore,
     descriptor: &Descriptor,
     part: &mut Reserved,
-) -> Result<(DiskLayer, LayerInfo), LayerError> {
+) -> Result<(DiskLayer, LayerInfo), OpenLayerError> {
     let blob = store.blob_source(&descriptor.digest, Some(descriptor.size))?;
     let payload = zfile::open_within(blob, part)?;
-    let index = lsmt::Layer::open_within(&*payload.source(), LayerKind::Plain, part)?;
+    let index = lsmt::LsmtLayer::open_within(&*payload.source(), TagMeaning::Plain, part)?;
     let chunks = payload.chunks(&descriptor.digest.to_string());
     let info = LayerInfo {
         kind: "native",
@@ -381,7 +381,7 @@ fn open_turbo(
     (target, is_gzip): (&Digest, bool),
     filesystem: &mut Option<&'static str>,
     LayerMemory { budget, index: part }: &mut LayerMemory<'_>,
-) -> Result<(DiskLayer, LayerInfo), LayerError> {
+) -> Result<(DiskLayer, LayerInfo), OpenLayerError> {
     let what = format!("The archive of layer {}", descriptor.digest);
     // Given back at the end: the archive is needed only until the layer is open.
     let mut opening = budget.reserve(descriptor.size, &what)?;
@@ -403,7 +403,7 @@ fn open_turbo(
     let fs_meta = Arc::new(MemorySource::new(name.clone(), fs_meta));
     let meta = read_within(&zfile::open_within(fs_meta, &mut opening)?, budget, &name)?;
     let source = MemorySource::shared(name, meta.clone());
-    let index = lsmt::Layer::open_within(&source, LayerKind::Warp, part)?;
+    let index = lsmt::LsmtLayer::open_within(&source, TagMeaning::Warp, part)?;
     let info = LayerInfo {
         kind: "turbo",
         digest: descriptor.digest.to_string(),
@@ -420,8 +420,8 @@ fn open_target(
     targets: &dyn ImageStore,
     target: &Digest,
     is_gzip: bool,
-) -> Result<(Arc<dyn ChunkSource>, TargetInfo), LayerError> {
-    let other = |layer| LayerError::OtherTarget { layer, target: *target };
+) -> Result<(Arc<dyn ChunkSource>, TargetInfo), OpenLayerError> {
+    let other = |layer| OpenLayerError::OtherTarget { layer, target: *target };
     let sidecar = members.get(SIDECAR_NAME);
     if let Some(file) = sidecar.filter(|file| segments::sidecar::is_version_2(file)) {
         let index = segments::sidecar::read(file)?;
@@ -432,7 +432,7 @@ fn open_target(
         // Every compressed layer is annotated as gzip, because of upstream.
         if is_gzip == (encoding == Encoding::Plain) {
             let annotated = if is_gzip { "gzip" } else { "tar" };
-            return Err(LayerError::OtherEncoding { encoding: encoding.name(), annotated });
+            return Err(OpenLayerError::OtherEncoding { encoding: encoding.name(), annotated });
         }
         let blob = targets.blob_source(target, Some(index.scanned().compressed_len.get()))?;
         let info = TargetInfo::segmented(target, &index);
@@ -483,7 +483,7 @@ impl TargetInfo {
         }
     }
 
-    fn indexed(digest: &Digest, index: &gzip::Index) -> Self {
+    fn indexed(digest: &Digest, index: &gzip::GzipIndex) -> Self {
         Self {
             size: index.compressed_len.get(),
             uncompressed: index.uncompressed_len.get(),
@@ -504,11 +504,11 @@ struct Members {
 
 impl Members {
     /// Unpacks an archive. Its bytes are added to `part` before they are taken; a member counts when its header is there.
-    fn unpack(archive: &[u8], part: &mut Reserved, what: &str) -> Result<Self, LayerError> {
+    fn unpack(archive: &[u8], part: &mut Reserved, what: &str) -> Result<Self, OpenLayerError> {
         let before = part.bytes();
-        let mut admit = |end: u64| -> Result<(), LayerError> {
+        let mut admit = |end: u64| -> Result<(), OpenLayerError> {
             if end > MAX_ARCHIVE {
-                return Err(LayerError::ArchiveTooLarge);
+                return Err(OpenLayerError::ArchiveTooLarge);
             }
             Ok(part.grow_to(before.saturating_add(end), what)?)
         };
@@ -518,14 +518,14 @@ impl Members {
             let mut members = tar::Parser::new();
             let mut piece = vec![0; UNPACKED_AT_ONCE];
             loop {
-                let len = unpacked.read(&mut piece).map_err(LayerError::Archive)?;
+                let len = unpacked.read(&mut piece).map_err(OpenLayerError::Archive)?;
                 if len == 0 {
                     break;
                 }
                 let mut end = (bytes.len() + len) as u64;
                 // What is no tar is refused below, with its reason.
                 let _ = members.feed(&piece[..len], &mut |event| -> Result<(), tar::TarError> {
-                    if let tar::Event::Entry(entry) = event {
+                    if let tar::TarEvent::Entry(entry) = event {
                         end =
                             end.max(entry.data_offset.get().saturating_add(entry.stored_len.get()));
                     }
@@ -548,10 +548,10 @@ impl Members {
     }
 
     /// The filesystem metadata: of the same filesystem as in the layers below, otherwise ext4 before erofs.
-    fn fs_meta(&self, below: &mut Option<&'static str>) -> Result<&[u8], LayerError> {
+    fn fs_meta(&self, below: &mut Option<&'static str>) -> Result<&[u8], OpenLayerError> {
         let lacks = |wanted| {
             let names: Vec<&str> = self.ranges.iter().map(|(name, _)| name.as_str()).collect();
-            LayerError::NoFsMeta { wanted, found: names.join(", ") }
+            OpenLayerError::NoFsMeta { wanted, found: names.join(", ") }
         };
         let there =
             [FS_META_NAME, EROFS_META_NAME].into_iter().find(|name| self.get(name).is_some());
@@ -573,9 +573,11 @@ impl TargetOpener for IndexedTargets {
     ) -> Result<Arc<dyn ChunkSource>, DiskError> {
         let name = digest.unwrap_or_else(|| blob.name()).to_owned();
         let target = digest.and_then(|digest| digest.parse::<Digest>().ok());
-        let open = || -> Result<Arc<dyn ChunkSource>, LayerError> {
+        let open = || -> Result<Arc<dyn ChunkSource>, OpenLayerError> {
             let check = |layer: Digest| match target {
-                Some(target) if target != layer => Err(LayerError::OtherTarget { layer, target }),
+                Some(target) if target != layer => {
+                    Err(OpenLayerError::OtherTarget { layer, target })
+                }
                 _ => Ok(()),
             };
             if let Some(file) =

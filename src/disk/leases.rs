@@ -6,13 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::DiskRange;
 use source::chunk::ChunkBytes;
 
 /// A layer and a chunk of its file.
 pub(super) type ChunkKey = (u8, u32);
-
-/// Offset and length of a request.
-type Range = (u64, usize);
 
 /// Largest number of requests with kept chunks: more than a device has tags. Above it, the oldest request
 /// loses its chunks and may have to wait once more.
@@ -23,14 +21,14 @@ const MAX_LEASES: usize = 4096;
 pub(super) struct Leases {
     /// Number of leases, so that a disk without leases does not lock.
     count: AtomicUsize,
-    table: Mutex<Table>,
+    table: Mutex<LeaseTable>,
 }
 
 #[derive(Default)]
-struct Table {
-    leases: HashMap<Range, Lease>,
+struct LeaseTable {
+    leases: HashMap<DiskRange, Lease>,
     /// Ranges in the order of their waking; some may be taken already.
-    order: VecDeque<Range>,
+    order: VecDeque<DiskRange>,
 }
 
 struct Lease {
@@ -41,7 +39,7 @@ struct Lease {
 
 impl Leases {
     /// Keeps `chunks` until the next request for `range`.
-    pub(super) fn keep(&self, range: Range, chunks: Vec<(ChunkKey, Arc<ChunkBytes>)>) {
+    pub(super) fn keep(&self, range: DiskRange, chunks: Vec<(ChunkKey, Arc<ChunkBytes>)>) {
         let mut table = self.table.lock();
         if let Some(lease) = table.leases.get_mut(&range) {
             lease.takers += 1;
@@ -57,7 +55,7 @@ impl Leases {
     }
 
     /// The chunks kept for `range`, if any.
-    pub(super) fn take(&self, range: Range) -> Vec<(ChunkKey, Arc<ChunkBytes>)> {
+    pub(super) fn take(&self, range: DiskRange) -> Vec<(ChunkKey, Arc<ChunkBytes>)> {
         if self.count.load(Ordering::Acquire) == 0 {
             return Vec::new();
         }

@@ -22,12 +22,12 @@
 //! files as a trace, `testing` doubles, by the feature of that name.
 //!
 //! ```
-//! use formats::lsmt::Identity;
+//! use formats::lsmt::LayerIdentity;
 //! use formats::units::Bytes;
 //! use turbobd_disk::writable::{WritableFiles, WritableLayer};
 //! let dir = tempfile::tempdir()?;
 //! let files = WritableFiles::in_dir(dir.path());
-//! let layer = WritableLayer::create(&files, Bytes(1 << 20), Identity::default())?;
+//! let layer = WritableLayer::create(&files, Bytes(1 << 20), LayerIdentity::default())?;
 //! assert_eq!(layer.virtual_size(), Bytes(1 << 20));
 //! drop(layer); // it is locked while it is open
 //! assert!(WritableLayer::open(&files).is_ok());
@@ -41,6 +41,7 @@ mod gather;
 pub mod image;
 mod leases;
 mod listed;
+pub mod range;
 pub mod resident;
 pub mod scan;
 #[cfg(any(test, feature = "testing"))]
@@ -53,13 +54,14 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
+pub use range::DiskRange;
 use thiserror::Error;
 
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
-use blobs::cache::{Batch, Cache, Lookup};
+use blobs::cache::{Cache, ChunkBatch, Lookup};
 use blobs::fetch::Blob;
 use blobs::trace::{self, Recorders};
-use formats::lsmt::{self, LayerKind, LsmtError, Mapping, Place, Stack, Uuid};
+use formats::lsmt::{self, LsmtError, Mapping, RunPlace, Stack, TagMeaning, Uuid};
 use formats::trace::Trace;
 use formats::units::{SECTOR, Sectors};
 use formats::zfile::ZFileError;
@@ -176,7 +178,7 @@ pub enum DiskError {
 /// A layer of an image.
 pub struct DiskLayer {
     /// Its mappings.
-    pub index: lsmt::Layer,
+    pub index: lsmt::LsmtLayer,
     /// Position of its bytes.
     pub data: LayerData,
 }
@@ -204,12 +206,12 @@ pub enum LayerData {
 const TARGET_PADDING: u64 = 4096;
 
 /// A layer's bytes, with its blob opened in the cache.
-enum Opened {
+enum OpenedLayer {
     Turbo { meta: SharedBytes, target: Option<Arc<Blob>> },
     Native { chunks: Arc<Blob> },
 }
 
-impl Opened {
+impl OpenedLayer {
     fn new(data: LayerData, cache: &Cache) -> Self {
         match data {
             LayerData::Turbo { meta, target } => {
@@ -230,7 +232,7 @@ impl Opened {
 /// The shared part of disks of the same image: the index and the metadata.
 pub struct DiskParts {
     stack: Stack,
-    layers: Vec<Opened>,
+    layers: Vec<OpenedLayer>,
     /// Memory of the indexes, in the budget of images.
     _reserved: Vec<Reserved>,
     /// The memory of long frames, if a layer has one.
@@ -270,10 +272,10 @@ impl Disk {
         check_chain(&layers)?;
         check_size(&layers)?;
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
-        let layers: Vec<Opened> =
-            layers.into_iter().map(|layer| Opened::new(layer.data, &cache)).collect();
-        let mut blobs = layers.iter().filter_map(Opened::blob);
-        let has_frames = blobs.any(|blob| blob.source().longest_serial() > 0);
+        let layers: Vec<OpenedLayer> =
+            layers.into_iter().map(|layer| OpenedLayer::new(layer.data, &cache)).collect();
+        let mut blobs = layers.iter().filter_map(OpenedLayer::blob);
+        let has_frames = blobs.any(|blob| blob.source().serial().is_some());
         let frames = if has_frames { Some(cache.residents().frames()?) } else { None };
         let parts = DiskParts { stack, layers, _reserved: reserved, _frames: frames };
         Ok(Self::of(Arc::new(parts), cache))
@@ -325,16 +327,16 @@ impl Disk {
     /// The chunk sources of the native layers only, which upstream's traces refer to.
     #[must_use]
     pub fn native_sources(&self) -> Vec<Option<Arc<dyn ChunkSource>>> {
-        let native = |layer: &Opened| match layer {
-            Opened::Native { chunks } => Some(chunks.source().clone()),
-            Opened::Turbo { .. } => None,
+        let native = |layer: &OpenedLayer| match layer {
+            OpenedLayer::Native { chunks } => Some(chunks.source().clone()),
+            OpenedLayer::Turbo { .. } => None,
         };
         self.parts.layers.iter().map(native).collect()
     }
 
     /// Upstream's trace of this disk's layers in the form of this program.
     #[must_use]
-    pub fn trace_of(&self, reads: &[trace::upstream::Record]) -> Trace {
+    pub fn trace_of(&self, reads: &[trace::upstream::LayerRead]) -> Trace {
         let native = self.native_sources();
         let layers: Vec<_> = native.iter().map(Option::as_deref).collect();
         trace::upstream::to_trace(reads, &layers)
@@ -349,7 +351,7 @@ impl Disk {
     /// True if a layer brings its filesystem's metadata with it: then reads of metadata wait for nothing.
     #[must_use]
     pub fn has_metadata(&self) -> bool {
-        self.parts.layers.iter().any(|layer| matches!(layer, Opened::Turbo { .. }))
+        self.parts.layers.iter().any(|layer| matches!(layer, OpenedLayer::Turbo { .. }))
     }
 
     /// The cache of its chunks.
@@ -362,7 +364,7 @@ impl Disk {
     /// other sectors of the disk are zero.
     pub fn mapped(&self) -> impl Iterator<Item = (Sectors, Sectors)> + '_ {
         let end = self.parts.stack.virtual_size().sector();
-        let data = self.parts.stack.extents().filter(|extent| extent.place != Place::Zero);
+        let data = self.parts.stack.extents().filter(|extent| extent.place != RunPlace::Zero);
         let mut inside = data
             .take_while(move |extent| extent.lba < end)
             .map(move |extent| (extent.lba, Sectors(extent.len.0.min(end.0 - extent.lba.0))))
@@ -380,7 +382,7 @@ impl Disk {
     /// missing chunks.
     fn locate_chunks(
         &self,
-        request: &mut Request<'_, '_>,
+        request: &mut LocateCall<'_, '_>,
         part: &ChunkPart<'_>,
     ) -> Result<(), VolumeError> {
         let source = part.blob.source();
@@ -421,7 +423,7 @@ impl Disk {
     /// A chunk from the lease or the cache. If it is missing, it is requested and `request` waits for it.
     fn chunk(
         &self,
-        request: &mut Request<'_, '_>,
+        request: &mut LocateCall<'_, '_>,
         part: &ChunkPart<'_>,
         index: u32,
         offset: u64,
@@ -443,12 +445,12 @@ impl Disk {
 
     fn cached_chunk(
         &self,
-        request: &mut Request<'_, '_>,
+        request: &mut LocateCall<'_, '_>,
         part: &ChunkPart<'_>,
         key: leases::ChunkKey,
         offset: u64,
     ) -> Option<Arc<ChunkBytes>> {
-        let Request { gather, waiter, leases, range, batch, .. } = request;
+        let LocateCall { gather, waiter, leases, range, batch, .. } = request;
         let lookup = batch.get(part.blob, key.1, &mut || {
             let gather =
                 gather.get_or_insert_with(|| Gather::new(waiter(), (*leases).clone(), *range));
@@ -463,26 +465,20 @@ impl Disk {
         }
     }
 
-    fn locate_all(
-        &self,
-        request: &mut Request<'_, '_>,
-        offset: u64,
-        end: u64,
-    ) -> Result<(), VolumeError> {
-        let first = offset / SECTOR;
-        let count = Sectors(end.div_ceil(SECTOR) - first);
-        for run in self.parts.stack.look_up(Sectors(first), count) {
+    fn locate_all(&self, request: &mut LocateCall<'_, '_>) -> Result<(), VolumeError> {
+        let (first, count) = request.range.sectors();
+        for run in self.parts.stack.look_up(first, count) {
             // A run is in whole sectors, a request in bytes.
-            let start = run.lba.bytes().0.max(offset);
+            let part = request.range.part_in(run.lba, run.len);
+            let (start, len) = (part.offset, part.buffer_len());
             let skip = start - run.lba.bytes().0;
-            let len = ((run.lba + run.len).bytes().0.min(end) - start) as usize;
             let layer = usize::from(run.layer);
             let (blob, sector) = match (run.place, &self.parts.layers[layer]) {
-                (Place::Zero, _) => {
+                (RunPlace::Zero, _) => {
                     push_zero(&mut request.pieces, len);
                     continue;
                 }
-                (Place::Own(sector), Opened::Turbo { meta, .. }) => {
+                (RunPlace::Own(sector), OpenedLayer::Turbo { meta, .. }) => {
                     // In bounds: `check_layer`.
                     let from = (sector.bytes().0 + skip) as usize;
                     request
@@ -490,13 +486,14 @@ impl Disk {
                         .push(Piece::Memory { guard: meta.clone(), range: from..from + len });
                     continue;
                 }
-                (Place::Remote(sector), Opened::Turbo { target: Some(target), .. }) => {
+                (RunPlace::Remote(sector), OpenedLayer::Turbo { target: Some(target), .. }) => {
                     (target, sector)
                 }
-                (Place::Own(sector) | Place::Remote(sector), Opened::Native { chunks }) => {
-                    (chunks, sector)
-                }
-                (Place::Remote(_), Opened::Turbo { target: None, .. }) => {
+                (
+                    RunPlace::Own(sector) | RunPlace::Remote(sector),
+                    OpenedLayer::Native { chunks },
+                ) => (chunks, sector),
+                (RunPlace::Remote(_), OpenedLayer::Turbo { target: None, .. }) => {
                     // Refused by `check_layer`; must never become zeros.
                     let reason = Arc::new(io::Error::other("The layer has no target"));
                     let name = format!("layer {layer}");
@@ -519,8 +516,8 @@ impl Disk {
 }
 
 /// State of one call of [`Volume::locate`].
-struct Request<'a, 'w> {
-    range: (u64, usize),
+struct LocateCall<'a, 'w> {
+    range: DiskRange,
     pieces: Vec<Piece>,
     /// Chunks that were kept for this request when it was woken.
     leased: Vec<(leases::ChunkKey, Arc<ChunkBytes>)>,
@@ -530,7 +527,7 @@ struct Request<'a, 'w> {
     last: Option<(leases::ChunkKey, Option<Arc<ChunkBytes>>)>,
     gather: Option<Arc<Gather>>,
     /// The missing chunks, fetched together.
-    batch: Batch<'a>,
+    batch: ChunkBatch<'a>,
     waiter: &'a mut (dyn FnMut() -> Waiter + 'w),
     leases: &'a Arc<Leases>,
 }
@@ -577,20 +574,15 @@ impl Volume for Disk {
 
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let end = offset.saturating_add(len as u64);
-        if end > self.size() {
-            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
-        }
-        if len == 0 {
+        range.check(self.size())?;
+        if range.is_empty() {
             return Ok(Located::Ready(Vec::new()));
         }
-        let range = (offset, len);
         let leased = self.leases.take(range);
-        let mut request = Request {
+        let mut request = LocateCall {
             range,
             pieces: Vec::new(),
             leased,
@@ -601,7 +593,7 @@ impl Volume for Disk {
             waiter,
             leases: &self.leases,
         };
-        let result = self.locate_all(&mut request, offset, end);
+        let result = self.locate_all(&mut request);
         drop(request.batch);
         match (request.gather, result) {
             (None, Ok(())) => Ok(Located::Ready(request.pieces)),
@@ -621,11 +613,11 @@ impl Volume for Disk {
 /// has this check but does not run it when it opens an image: a missing layer then appears as damaged files.
 fn check_chain(layers: &[DiskLayer]) -> Result<(), DiskError> {
     let identity = |layer: &DiskLayer| match layer.index.kind() {
-        LayerKind::Plain => {
+        TagMeaning::Plain => {
             let trailer = layer.index.trailer();
             (trailer.uuid, trailer.parent)
         }
-        LayerKind::Warp => (Uuid::NULL, Uuid::NULL),
+        TagMeaning::Warp => (Uuid::NULL, Uuid::NULL),
     };
     let mut seen: HashMap<Uuid, usize> = HashMap::new();
     let mut below = None;
@@ -683,10 +675,10 @@ fn check_layer(number: usize, layer: &DiskLayer) -> Result<(), DiskError> {
     let incomplete =
         |rule: &str| DiskError::Layer { layer: number, name: name(), rule: rule.to_owned() };
     let (own_end, target) = match (&layer.data, layer.index.kind()) {
-        (LayerData::Turbo { meta, target }, LayerKind::Warp) => {
+        (LayerData::Turbo { meta, target }, TagMeaning::Warp) => {
             (meta.bytes().len() as u64, target.as_ref())
         }
-        (LayerData::Native { chunks }, LayerKind::Plain) => (chunks.decoded_len(), None),
+        (LayerData::Native { chunks }, TagMeaning::Plain) => (chunks.decoded_len(), None),
         _ => return Err(incomplete("its index and its data are of different kinds")),
     };
     for mapping in layer.index.mappings().iter().filter(|mapping| !mapping.zeroed) {

@@ -6,11 +6,11 @@
 //!
 //! A list is advice, like any trace: a line without a matching file is counted and skipped.
 
-use super::Disk;
 use super::explain::What;
 use super::volume::VolumeSource;
+use super::{Disk, DiskRange};
 use blobs::trace;
-use formats::ext4::{self, Image, Kind, NodeId, ReadError, Tree};
+use formats::ext4::{self, Image, NodeId, NodeKind, ReadError, Tree};
 use formats::trace::{Touch, Trace, TraceError};
 
 /// Longest list, equal to upstream's limit: 64 KiB.
@@ -89,7 +89,7 @@ impl Files<'_> {
                 name => self.tree.lookup(node, name.as_bytes())?,
             };
             node = match self.tree.kind(found) {
-                Kind::Symlink(target) => {
+                NodeKind::Symlink(target) => {
                     *links = links.checked_sub(1)?;
                     self.find(node, std::str::from_utf8(target).ok()?, links)?
                 }
@@ -102,14 +102,14 @@ impl Files<'_> {
     /// Adds the blocks of a file, or of the files below a directory down to `depth`.
     fn touch(&self, disk: &Disk, node: NodeId, depth: u32, trace: &mut Trace) {
         match self.tree.kind(node) {
-            Kind::Directory if depth > 0 => {
+            NodeKind::Directory if depth > 0 => {
                 for (_, child) in self.tree.children(node) {
                     self.touch(disk, child, depth - 1, trace);
                 }
             }
-            Kind::Regular { .. } => {
+            NodeKind::Regular { .. } => {
                 for range in self.image.blocks_of(node) {
-                    add(disk, range, trace);
+                    add(disk, range.into(), trace);
                 }
             }
             _ => {}
@@ -117,12 +117,12 @@ impl Files<'_> {
     }
 }
 
-/// Adds bytes `range` of the disk.
-fn add(disk: &Disk, range: std::ops::Range<u64>, trace: &mut Trace) {
+/// Adds a range of the disk.
+fn add(disk: &Disk, range: DiskRange, trace: &mut Trace) {
     for part in disk.explain(range, MAX_PIECES) {
         let (What::Data, Some(chunk)) = (part.what, part.chunk) else { continue };
         let Some(blob) = trace.blob(trace::digest_of(&chunk.blob)) else { continue };
-        trace.touches.push(Touch { blob, start: chunk.at, len: part.len, at: 0, weight: 1 });
+        trace.touches.push(Touch { blob, start: chunk.at, len: part.range.len, at: 0, weight: 1 });
     }
 }
 

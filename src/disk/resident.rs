@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 
 use formats::zfile::reader::ZFile;
-use formats::zfile::{Payload, ZFileError};
+use formats::zfile::{LayerPayload, ZFileError};
 use memmap2::{MmapMut, MmapOptions};
 use source::{Accounted, ByteSource as _, MemoryBudget, SharedBytes};
 
@@ -20,14 +20,14 @@ const SHARE: u64 = 2 << 20;
 ///
 /// # Errors
 /// [`ZFileError`] when a block is damaged or there is no room for the bytes.
-pub fn read_resident(payload: &Payload) -> Result<MmapMut, ZFileError> {
+pub fn read_resident(payload: &LayerPayload) -> Result<MmapMut, ZFileError> {
     let len = len_of(payload);
     // No mapping is empty, and an LSMT stream is never empty either.
     let len = usize::try_from(len).unwrap_or(usize::MAX).max(1);
     let mut plain = MmapOptions::new().len(len).populate().map_anon()?;
     match payload {
-        Payload::ZFile(file) => decode_on_all_cores(file, &mut plain)?,
-        Payload::Plain(source) => source.read_exact_at(&mut plain, 0)?,
+        LayerPayload::ZFile(file) => decode_on_all_cores(file, &mut plain)?,
+        LayerPayload::Plain(source) => source.read_exact_at(&mut plain, 0)?,
     }
     // Swap would bring the page faults back. An unprivileged process may lock little, so a refusal is ignored.
     let _ = plain.lock();
@@ -39,7 +39,7 @@ pub fn read_resident(payload: &Payload) -> Result<MmapMut, ZFileError> {
 /// # Errors
 /// As [`read_resident`], and [`ZFileError::Budget`] before any memory is taken.
 pub fn read_within(
-    payload: &Payload,
+    payload: &LayerPayload,
     budget: &MemoryBudget,
     what: &str,
 ) -> Result<SharedBytes, ZFileError> {
@@ -47,10 +47,10 @@ pub fn read_within(
     Ok(Arc::new(Accounted::new(read_resident(payload)?, part)))
 }
 
-fn len_of(payload: &Payload) -> u64 {
+fn len_of(payload: &LayerPayload) -> u64 {
     match payload {
-        Payload::ZFile(file) => file.len(),
-        Payload::Plain(source) => source.len(),
+        LayerPayload::ZFile(file) => file.len(),
+        LayerPayload::Plain(source) => source.len(),
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use crate::DiskRange;
 use crate::volume::{Located, Piece, Volume, VolumeError};
 use formats::units::Sectors;
 
@@ -29,11 +30,8 @@ pub const MEMORY: u64 = AHEAD as u64 * STEP;
 /// demand, and with less there are twice as many requests.
 pub const MEMORY_FAR: u64 = 96 << 20;
 
-/// Offset and length in bytes.
-pub type Step = (u64, u64);
-
 /// The runs, extended to whole blocks, joined, and cut into steps that begin at multiples of their size.
-pub fn steps(mapped: impl Iterator<Item = (Sectors, Sectors)>, size: u64) -> Vec<Step> {
+pub fn steps(mapped: impl Iterator<Item = (Sectors, Sectors)>, size: u64) -> Vec<DiskRange> {
     let mut runs: Vec<(u64, u64)> = Vec::new();
     for (lba, len) in mapped {
         let start = lba.bytes().0 / BLOCK * BLOCK;
@@ -44,7 +42,7 @@ pub fn steps(mapped: impl Iterator<Item = (Sectors, Sectors)>, size: u64) -> Vec
         }
     }
     let cut = |(start, end): (u64, u64)| {
-        (start..end).step_by(STEP as usize).map(move |at| (at, (end - at).min(STEP)))
+        (start..end).step_by(STEP as usize).map(move |at| DiskRange::new(at, (end - at).min(STEP)))
     };
     runs.into_iter().flat_map(cut).collect()
 }
@@ -55,19 +53,18 @@ pub fn steps(mapped: impl Iterator<Item = (Sectors, Sectors)>, size: u64) -> Vec
 /// The errors of the volume for the first step that cannot be read; the errors of `consume`.
 pub fn scan<E: From<VolumeError>>(
     volume: &dyn Volume,
-    steps: &[Step],
+    steps: &[DiskRange],
     mut consume: impl FnMut(u64, &[Piece]) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut asked = 0;
     let mut window: std::collections::VecDeque<Asked> = std::collections::VecDeque::new();
-    for &(offset, len) in steps {
+    for &step in steps {
         while window.len() < AHEAD && asked < steps.len() {
-            let (offset, len) = steps[asked];
-            window.push_back(Asked::new(volume, offset, len));
+            window.push_back(Asked::new(volume, steps[asked]));
             asked += 1;
         }
-        let Some(step) = window.pop_front() else { break };
-        consume(offset, &step.pieces(volume, offset, len)?)?;
+        let Some(read) = window.pop_front() else { break };
+        consume(step.offset, &read.pieces(volume, step)?)?;
     }
     Ok(())
 }
@@ -80,13 +77,13 @@ enum Asked {
 }
 
 impl Asked {
-    fn new(volume: &dyn Volume, offset: u64, len: u64) -> Self {
+    fn new(volume: &dyn Volume, step: DiskRange) -> Self {
         let (tell, told) = channel();
         let mut waiter = || -> crate::volume::Waiter {
             let tell: Sender<_> = tell.clone();
             Box::new(move |result| drop(tell.send(result)))
         };
-        match volume.locate(offset, len as usize, &mut waiter) {
+        match volume.locate(step, &mut waiter) {
             Ok(Located::Ready(pieces)) => Self::Ready(pieces),
             Ok(Located::Pending) => Self::Pending(told),
             Err(error) => Self::Failed(error),
@@ -94,20 +91,15 @@ impl Asked {
     }
 
     /// Waits for the bytes.
-    fn pieces(
-        mut self,
-        volume: &dyn Volume,
-        offset: u64,
-        len: u64,
-    ) -> Result<Vec<Piece>, VolumeError> {
+    fn pieces(mut self, volume: &dyn Volume, step: DiskRange) -> Result<Vec<Piece>, VolumeError> {
         loop {
             match self {
                 Self::Ready(pieces) => return Ok(pieces),
                 Self::Failed(error) => return Err(error),
                 Self::Pending(told) => {
                     // If the waiter is dropped without a call, the volume is closing.
-                    told.recv().unwrap_or(Err(VolumeError::Closed { offset }))?;
-                    self = Self::new(volume, offset, len);
+                    told.recv().unwrap_or(Err(VolumeError::Closed { offset: step.offset }))?;
+                    self = Self::new(volume, step);
                 }
             }
         }

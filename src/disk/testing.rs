@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::DiskRange;
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter};
 
 /// A volume in memory.
@@ -28,16 +29,15 @@ impl Volume for MemoryVolume {
 
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         _: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let end = offset.saturating_add(len as u64);
-        if end > self.size() {
-            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
-        }
+        range.check(self.size())?;
         let guard = self.bytes.clone();
-        Ok(Located::Ready(vec![Piece::Memory { guard, range: offset as usize..end as usize }]))
+        Ok(Located::Ready(vec![Piece::Memory {
+            guard,
+            range: range.offset as usize..range.end() as usize,
+        }]))
     }
 }
 
@@ -64,12 +64,11 @@ impl<V: Volume> Volume for FaultyVolume<V> {
 
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let fails = self.fail_at.filter(|at| (offset..offset + len as u64).contains(at));
-        let first = self.asked.lock().insert(offset);
+        let fails = self.fail_at.filter(|&at| range.contains(at));
+        let first = self.asked.lock().insert(range.offset);
         if first || fails.is_some() {
             let (waiter, delay) = (waiter(), self.delay);
             std::thread::spawn(move || {
@@ -81,6 +80,6 @@ impl<V: Volume> Volume for FaultyVolume<V> {
             });
             return Ok(Located::Pending);
         }
-        self.inner.locate(offset, len, waiter)
+        self.inner.locate(range, waiter)
     }
 }

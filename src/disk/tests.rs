@@ -7,10 +7,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use formats::lsmt::{Identity, Layer, NativeWriter, WarpWriter};
+use formats::lsmt::{LayerIdentity, LsmtLayer, NativeWriter, WarpWriter};
 use formats::units::Bytes;
 use source::chunk::PlainChunks;
-use source::testing::{Fault, FaultySource};
+use source::testing::{FaultySource, ReadFault};
 use source::{ByteSource, MemorySource};
 
 const DISK: u64 = 4096;
@@ -29,17 +29,19 @@ fn turbo(target: Option<Arc<dyn ChunkSource>>, fill: impl FnOnce(&mut WarpWriter
     fill(&mut writer);
     let mut bytes = Vec::new();
     writer.finish(&mut bytes).unwrap();
-    let index = Layer::open(&MemorySource::new("meta", bytes.clone()), LayerKind::Warp).unwrap();
+    let index =
+        LsmtLayer::open(&MemorySource::new("meta", bytes.clone()), TagMeaning::Warp).unwrap();
     DiskLayer { index, data: LayerData::Turbo { meta: Arc::new(bytes), target } }
 }
 
 fn native(id: &str, runs: &[(u64, Vec<u8>)]) -> DiskLayer {
-    let mut writer = NativeWriter::new(Vec::new(), Bytes(DISK * 512), Identity::default()).unwrap();
+    let mut writer =
+        NativeWriter::new(Vec::new(), Bytes(DISK * 512), LayerIdentity::default()).unwrap();
     for (lba, bytes) in runs {
         writer.data(Sectors(*lba), bytes).unwrap();
     }
     let bytes = writer.finish().unwrap();
-    let index = Layer::open(&MemorySource::new(id, bytes.clone()), LayerKind::Plain).unwrap();
+    let index = LsmtLayer::open(&MemorySource::new(id, bytes.clone()), TagMeaning::Plain).unwrap();
     DiskLayer { index, data: LayerData::Native { chunks: plain_chunks(id, bytes) } }
 }
 
@@ -64,7 +66,9 @@ fn a_request_over_metadata_data_zeros_and_holes_is_cut_into_pieces_of_each() {
     let mut few = [0; 700];
     disk.read_at(&mut few, 900).unwrap();
     assert_eq!(few[..], bytes[900..1600]);
-    let Located::Ready(pieces) = disk.locate(0, 12 * 512, &mut || unreachable!()).unwrap() else {
+    let Located::Ready(pieces) =
+        disk.locate(DiskRange::new(0, 12 * 512), &mut || unreachable!()).unwrap()
+    else {
         panic!()
     };
     let kinds: Vec<_> =
@@ -74,7 +78,7 @@ fn a_request_over_metadata_data_zeros_and_holes_is_cut_into_pieces_of_each() {
         disk.mapped().collect::<Vec<_>>(),
         [(Sectors(0), Sectors(5)), (Sectors(9), Sectors(1))]
     );
-    assert!(disk.locate(DISK * 512, 1, &mut || unreachable!()).is_err());
+    assert!(disk.locate(DiskRange::new(DISK * 512, 1), &mut || unreachable!()).is_err());
 }
 
 #[test]
@@ -169,20 +173,20 @@ fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_o
         let called = called.clone();
         Box::new(move |result| called.send(result).unwrap())
     };
-    let len = 4 * 262_144;
-    assert!(matches!(disk.locate(8 * 512, len, &mut waiter).unwrap(), Located::Pending));
+    let range = DiskRange::new(8 * 512, 4 * 262_144);
+    assert!(matches!(disk.locate(range, &mut waiter).unwrap(), Located::Pending));
     calls.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
     // They are neighbours: one request, and no other at the same time.
-    assert_eq!(disk.cache.fetched().demand_requests.load(Ordering::Relaxed), 1);
+    assert_eq!(disk.cache.fetched().demand_requests.get(), 1);
     assert_eq!(slow.most.load(Ordering::SeqCst), 1);
-    let Located::Ready(pieces) = disk.locate(8 * 512, len, &mut waiter).unwrap() else {
+    let Located::Ready(pieces) = disk.locate(range, &mut waiter).unwrap() else {
         panic!("pending again")
     };
     let read: Vec<u8> = pieces.iter().flat_map(|piece| piece.bytes().unwrap().to_vec()).collect();
     assert!(read == bytes);
     drop(pieces);
     // The lease is used up.
-    assert!(matches!(disk.locate(8 * 512, len, &mut waiter).unwrap(), Located::Pending));
+    assert!(matches!(disk.locate(range, &mut waiter).unwrap(), Located::Pending));
     calls.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
     assert!(calls.try_recv().is_err());
 }
@@ -190,7 +194,7 @@ fn all_missing_chunks_of_a_request_are_loaded_at_once_and_the_waiter_is_called_o
 #[test]
 fn an_error_comes_once_and_names_the_layer_and_the_place() {
     let source: Arc<dyn ByteSource> = Arc::new(MemorySource::new("t", tar(600_000)));
-    let faulty = Arc::new(FaultySource::new(source, vec![Fault::FailAt(300_000)]));
+    let faulty = Arc::new(FaultySource::new(source, vec![ReadFault::FailAt(300_000)]));
     let layer = turbo(Some(Arc::new(PlainChunks::new("t", faulty))), |writer| {
         writer.metadata(Sectors(0), &[7; 512]).unwrap();
         writer.remote(Sectors(8), Sectors(1100), Sectors(0)).unwrap();

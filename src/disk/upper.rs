@@ -20,8 +20,9 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use self::cold::{ColdReads, Part};
+use self::cold::{ColdReads, DataPart};
 use self::layer::UpperLayer;
+use crate::DiskRange;
 use crate::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 use crate::writable::{SparseLayer, WritableError, WritableFiles};
 use crate::writable::{WrittenPlace, WrittenRun};
@@ -91,15 +92,15 @@ impl UpperVolume {
     /// Position of bytes of the disk below, which may be shorter.
     fn locate_below(
         &self,
-        range: &std::ops::Range<u64>,
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let there = range.end.min(self.lower.size()).saturating_sub(range.start);
+        let there = range.end().min(self.lower.size()).saturating_sub(range.offset);
         let mut located = match there {
             0 => Located::Ready(Vec::new()),
-            there => self.lower.locate(range.start, there as usize, waiter)?,
+            there => self.lower.locate(DiskRange::new(range.offset, there), waiter)?,
         };
-        let behind = (range.end - range.start - there) as usize;
+        let behind = (range.len - there) as usize;
         if let Located::Ready(pieces) = &mut located
             && behind > 0
         {
@@ -151,48 +152,39 @@ impl Volume for UpperVolume {
 
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let end = offset.saturating_add(len as u64);
-        if end > self.size() {
-            return Err(VolumeError::PastEnd { offset, end, size: self.size() });
-        }
-        let first = offset / SECTOR;
-        let count = end.div_ceil(SECTOR) - first;
-        let runs = self.layer.look_up(Sectors(first), Sectors(count));
-        // The request may begin and end inside a sector.
-        let bytes = |run: &WrittenRun| {
-            let start = (run.lba.0 * SECTOR).max(offset);
-            start..((run.lba.0 + run.len.0) * SECTOR).min(end)
-        };
+        range.check(self.size())?;
+        let (first, count) = range.sectors();
+        let runs = self.layer.look_up(first, count);
+        let bytes = |run: &WrittenRun| range.part_in(run.lba, run.len);
         // The parts below come first: the request may have to wait for them, and is then repeated as a whole.
         let mut below = Vec::new();
         let mut parts = Vec::new();
         for run in &runs {
             match run.place {
                 WrittenPlace::Zero => {}
-                WrittenPlace::Data(at) => parts.push(Part { at, len: run.len }),
-                WrittenPlace::Below => match self.locate_below(&bytes(run), waiter)? {
+                WrittenPlace::Data(at) => parts.push(DataPart { at, len: run.len }),
+                WrittenPlace::Below => match self.locate_below(bytes(run), waiter)? {
                     Located::Ready(pieces) => below.push(pieces),
                     Located::Pending => return Ok(Located::Pending),
                 },
             }
         }
-        let Some(read) = self.cold.read(&parts, offset, waiter) else {
+        let Some(read) = self.cold.read(&parts, range.offset, waiter) else {
             return Ok(Located::Pending);
         };
         let (mut below, mut read) = (below.into_iter(), read.into_iter());
         let mut pieces = Vec::new();
         for run in &runs {
-            let range = bytes(run);
-            let len = (range.end - range.start) as usize;
+            let part = bytes(run);
+            let len = part.buffer_len();
             match run.place {
                 WrittenPlace::Zero => pieces.push(Piece::Zero(len)),
                 WrittenPlace::Below => pieces.extend(below.next().into_iter().flatten()),
                 WrittenPlace::Data(_) => {
-                    let from = (range.start - run.lba.0 * SECTOR) as usize;
+                    let from = (part.offset - run.lba.bytes().0) as usize;
                     let sectors = read.next();
                     pieces.extend(
                         sectors.map(|guard| Piece::Memory { guard, range: from..from + len }),
@@ -220,10 +212,10 @@ impl WritableVolume for UpperVolume {
         matches!(*self.layer, UpperLayer::Appended(_))
     }
 
-    fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+    fn discard(&self, range: DiskRange) -> Result<(), VolumeError> {
         match &*self.layer {
-            UpperLayer::Appended(layer) => layer.discard(offset, len).map_err(failed(offset)),
-            UpperLayer::Sparse(_) => Err(VolumeError::NoDiscards { offset }),
+            UpperLayer::Appended(layer) => layer.discard(range).map_err(failed(range.offset)),
+            UpperLayer::Sparse(_) => Err(VolumeError::NoDiscards { offset: range.offset }),
         }
     }
 
@@ -267,7 +259,7 @@ mod tests {
         let mut expected = below();
         let volume = UpperVolume::open(dir.path(), slow()).unwrap();
         volume.write_at(&[0xee; 1024], 4096).unwrap();
-        volume.discard(8192, 512).unwrap();
+        volume.discard(DiskRange::new(8192, 512)).unwrap();
         volume.write_at(&[0xdd; 512], 4608).unwrap();
         expected[4096..5120].fill(0xee);
         expected[8192..8704].fill(0);
@@ -315,7 +307,10 @@ mod tests {
             volume.write_at(&vec![0xee; len], at as u64).unwrap();
             expected[at..at + len].fill(0xee);
         }
-        assert!(matches!(volume.discard(0, 512), Err(VolumeError::NoDiscards { .. })));
+        assert!(matches!(
+            volume.discard(DiskRange::new(0, 512)),
+            Err(VolumeError::NoDiscards { .. })
+        ));
         let check = |volume: &UpperVolume| {
             let mut found = vec![0x55; expected.len()];
             volume.read_at(&mut found, 0).unwrap();

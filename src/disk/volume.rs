@@ -16,6 +16,7 @@ use std::sync::{Arc, mpsc};
 
 use thiserror::Error;
 
+use crate::range::DiskRange;
 use source::chunk::{ChunkBytes, ChunkError};
 use source::{ByteSource, SharedBytes, SourceError};
 
@@ -23,12 +24,10 @@ use source::{ByteSource, SharedBytes, SourceError};
 #[derive(Clone, Debug, Error)]
 pub enum VolumeError {
     /// The request leaves the volume.
-    #[error("Bytes {offset}..{end} do not exist: the disk has {size} bytes")]
+    #[error("Bytes {range} do not exist: the disk has {size} bytes")]
     PastEnd {
-        /// First requested byte.
-        offset: u64,
-        /// One past the last requested byte.
-        end: u64,
+        /// The requested bytes.
+        range: DiskRange,
         /// Size of the volume in bytes.
         size: u64,
     },
@@ -194,7 +193,7 @@ pub trait WritableVolume: Volume {
     ///
     /// # Errors
     /// [`VolumeError`].
-    fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError>;
+    fn discard(&self, range: DiskRange) -> Result<(), VolumeError>;
 
     /// Makes all writes durable that completed before the call.
     ///
@@ -208,15 +207,14 @@ pub trait Volume: Send + Sync {
     /// Size in bytes, a multiple of 512.
     fn size(&self) -> u64;
 
-    /// Position of bytes `offset..offset + len`. `waiter` is made and kept only for the answer
+    /// Position of the bytes of `range`. `waiter` is made and kept only for the answer
     /// [`Located::Pending`], and then called exactly once.
     ///
     /// # Errors
     /// [`VolumeError`] if the range leaves the volume.
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError>;
 
@@ -230,9 +228,10 @@ pub trait Volume: Send + Sync {
     /// # Errors
     /// [`VolumeError`]; `buf` is then unspecified.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), VolumeError> {
+        let range = DiskRange::new(offset, buf.len() as u64);
         loop {
             let (wake, woken) = mpsc::sync_channel(1);
-            let located = self.locate(offset, buf.len(), &mut || {
+            let located = self.locate(range, &mut || {
                 let wake = wake.clone();
                 Box::new(move |result| {
                     let _ = wake.send(result);

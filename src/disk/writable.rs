@@ -60,14 +60,15 @@ pub use shared::SharedLayer;
 pub use sparse::SparseLayer;
 pub use view::view;
 
-use self::batch::{Batch, Failure};
-use self::extents::{Content, Extents};
+use self::batch::{BatchFailure, MappingBatch};
+use self::extents::{Extents, RunContent};
 use self::log::Log;
-use self::place::Place;
-use self::room::Room;
-use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, Record, Uuid};
+use self::place::RunWrite;
+use self::room::IndexRoom;
+use crate::DiskRange;
+use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, LsmtHeader, Uuid};
 use formats::lsmt::mapping::{ENTRY, LBA_LIMIT, MAX_LEN, MOFFSET_LIMIT, Mapping};
-use formats::lsmt::writer::{Identity, NativeWriter};
+use formats::lsmt::writer::{LayerIdentity, NativeWriter};
 use formats::lsmt::{LsmtError, RECORD};
 use formats::units::{Bytes, SECTOR, Sectors};
 
@@ -228,18 +229,18 @@ impl Named {
         read == Ok(len)
     }
 
-    fn header(&self) -> Result<Record, WritableError> {
+    fn header(&self) -> Result<LsmtHeader, WritableError> {
         let mut bytes = [0; RECORD as usize];
         self.file.read_exact_at(&mut bytes, 0).map_err(|source| match source.kind() {
             io::ErrorKind::UnexpectedEof => self.invalid("it is shorter than its header"),
             _ => self.error("read")(source),
         })?;
-        Record::parse(&bytes).map_err(|rule| self.invalid(rule))
+        LsmtHeader::parse(&bytes).map_err(|rule| self.invalid(rule))
     }
 }
 
 /// Refuses a data file that does not belong to an append-only layer, or no longer does.
-fn check_appended(data: &Named, header: &Record) -> Result<(), WritableError> {
+fn check_appended(data: &Named, header: &LsmtHeader) -> Result<(), WritableError> {
     if header.flags != FLAG_HEADER | FLAG_DATA {
         return Err(data.invalid(
             "its header is not that of an append-only layer; a sparse one becomes a layer when it is sealed",
@@ -248,9 +249,10 @@ fn check_appended(data: &Named, header: &Record) -> Result<(), WritableError> {
     seal::check_unsealed(data)
 }
 
-/// First sector and number of sectors of a byte range. The disk has `size` bytes; 0 accepts any range.
-fn whole_sectors(size: u64, offset: u64, len: u64) -> Result<(Sectors, u64), WritableError> {
-    let end = offset.saturating_add(len);
+/// First sector and number of sectors of a range. The disk has `size` bytes; 0 accepts any range.
+fn whole_sectors(size: u64, range: DiskRange) -> Result<(Sectors, u64), WritableError> {
+    let DiskRange { offset, len } = range;
+    let end = range.end();
     let limit = match size {
         0 => LBA_LIMIT.saturating_mul(SECTOR),
         size => size,
@@ -291,8 +293,8 @@ pub enum WrittenPlace {
 pub struct WritableLayer {
     data: Arc<Named>,
     index: Arc<Named>,
-    room: Arc<Room>,
-    header: Record,
+    room: Arc<IndexRoom>,
+    header: LsmtHeader,
     extents: Extents,
     /// Sector of the data file for the next payload.
     position: u64,
@@ -319,7 +321,7 @@ impl WritableLayer {
     pub fn create(
         files: &WritableFiles,
         virtual_size: Bytes,
-        identity: Identity,
+        identity: LayerIdentity,
     ) -> Result<Self, WritableError> {
         let WritableFiles { data: data_path, index: index_path } = files;
         let dir = data_path.parent().unwrap_or(Path::new("."));
@@ -328,7 +330,7 @@ impl WritableLayer {
             move |source| WritableError::Io { what, path, source }
         };
         fs::create_dir_all(dir).map_err(io("make the folder", dir))?;
-        let header = Record {
+        let header = LsmtHeader {
             flags: FLAG_HEADER | FLAG_DATA,
             index_offset: 0,
             index_size: 0,
@@ -338,7 +340,8 @@ impl WritableLayer {
             user_tag: identity.user_tag,
         };
         // The index is made first: a layer exists once its data file exists, and is then complete.
-        let index_header = Record { flags: FLAG_HEADER, index_offset: RECORD, ..header.clone() };
+        let index_header =
+            LsmtHeader { flags: FLAG_HEADER, index_offset: RECORD, ..header.clone() };
         for (path, record) in [(index_path, &index_header), (data_path, &header)] {
             if path == index_path && data_path.exists() {
                 let source = io::Error::from(io::ErrorKind::AlreadyExists);
@@ -365,7 +368,7 @@ impl WritableLayer {
         let log = Log::read(&index, &data)?;
         let (data, index) = (Arc::new(data), Arc::new(index));
         let layer = Self {
-            room: Arc::new(Room::new(index.clone())),
+            room: Arc::new(IndexRoom::new(index.clone())),
             data,
             index,
             header,
@@ -420,7 +423,7 @@ impl WritableLayer {
     /// # Errors
     /// [`WritableError`]; then the layer is unchanged.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
-        let place = self.take_place(offset, bytes.len() as u64)?;
+        let place = self.take_place(DiskRange::new(offset, bytes.len() as u64))?;
         let written = place.write(bytes);
         self.settle(&place, written)
     }
@@ -429,15 +432,15 @@ impl WritableLayer {
     ///
     /// # Errors
     /// [`WritableError`].
-    pub fn discard(&mut self, offset: u64, len: u64) -> Result<(), WritableError> {
-        let place = self.take_zeros(offset, len)?;
+    pub fn discard(&mut self, range: DiskRange) -> Result<(), WritableError> {
+        let place = self.take_zeros(range)?;
         let made = place.make_room();
         self.settle(&place, made)
     }
 
     fn settle(
         &mut self,
-        place: &Place,
+        place: &RunWrite,
         written: Result<(), WritableError>,
     ) -> Result<(), WritableError> {
         if let Err(error) = written {
@@ -447,24 +450,29 @@ impl WritableLayer {
         if self.note_place(place) { self.flush() } else { Ok(()) }
     }
 
-    /// Takes the next place in the data file for `len` bytes of the disk from byte `offset` on.
-    fn take_place(&mut self, offset: u64, len: u64) -> Result<Place, WritableError> {
-        let (lba, count) = whole_sectors(self.header.virtual_size, offset, len)?;
+    /// Takes the next place in the data file for a range of the disk.
+    fn take_place(&mut self, range: DiskRange) -> Result<RunWrite, WritableError> {
+        let (lba, count) = whole_sectors(self.header.virtual_size, range)?;
         if self.position + count > MOFFSET_LIMIT {
             return Err(WritableError::Full);
         }
-        let place = self.promise(lba.0, count, Content::At(self.position))?;
+        let place = self.promise(lba.0, count, RunContent::At(self.position))?;
         self.position += count;
         Ok(place)
     }
 
     /// Takes a place for zeros, which need only a record.
-    fn take_zeros(&mut self, offset: u64, len: u64) -> Result<Place, WritableError> {
-        let (lba, count) = whole_sectors(self.header.virtual_size, offset, len)?;
-        self.promise(lba.0, count, Content::Zero)
+    fn take_zeros(&mut self, range: DiskRange) -> Result<RunWrite, WritableError> {
+        let (lba, count) = whole_sectors(self.header.virtual_size, range)?;
+        self.promise(lba.0, count, RunContent::Zero)
     }
 
-    fn promise(&mut self, lba: u64, count: u64, content: Content) -> Result<Place, WritableError> {
+    fn promise(
+        &mut self,
+        lba: u64,
+        count: u64,
+        content: RunContent,
+    ) -> Result<RunWrite, WritableError> {
         if self.broken {
             return Err(self.is_broken());
         }
@@ -476,13 +484,13 @@ impl WritableLayer {
         self.promised += needs;
         let (data, room) = (self.data.clone(), self.room.clone());
         let index_end = RECORD + all * ENTRY;
-        Ok(Place { data, room, index_end, lba, count, needs, content })
+        Ok(RunWrite { data, room, index_end, lba, count, needs, content })
     }
 
     /// Undoes a change that failed. If another place was taken since, this place stays unused.
-    fn give_back(&mut self, place: &Place) {
+    fn give_back(&mut self, place: &RunWrite) {
         self.promised -= place.needs;
-        if let Content::At(at) = place.content
+        if let RunContent::At(at) = place.content
             && at + place.count == self.position
         {
             self.position = at;
@@ -491,7 +499,7 @@ impl WritableLayer {
 
     /// Notes a change whose bytes are in their place. Returns `true` if a flush is due, because many records
     /// are held back.
-    fn note_place(&mut self, place: &Place) -> bool {
+    fn note_place(&mut self, place: &RunWrite) -> bool {
         self.promised -= place.needs;
         self.extents.insert(place.lba, place.count, place.content);
         self.pending.extend(place.records(self.position));
@@ -516,7 +524,7 @@ impl WritableLayer {
     }
 
     /// Takes the records that are held back; `None` if there are none. Only one batch exists at a time.
-    fn take_batch(&mut self) -> Result<Option<Batch>, WritableError> {
+    fn take_batch(&mut self) -> Result<Option<MappingBatch>, WritableError> {
         if self.broken {
             return Err(self.is_broken());
         }
@@ -526,14 +534,14 @@ impl WritableLayer {
         let records = std::mem::take(&mut self.pending);
         self.leaving = records.len() as u64;
         let (data, index) = (self.data.clone(), self.index.clone());
-        Ok(Some(Batch { data, index, first: self.records, records }))
+        Ok(Some(MappingBatch { data, index, first: self.records, records }))
     }
 
     /// Notes the result of a batch.
     fn end_batch(
         &mut self,
-        mut batch: Batch,
-        written: Result<(), Failure>,
+        mut batch: MappingBatch,
+        written: Result<(), BatchFailure>,
     ) -> Result<(), WritableError> {
         self.leaving = 0;
         match written {
@@ -575,18 +583,18 @@ impl WritableLayer {
         &mut self,
         out: W,
         virtual_size: Bytes,
-        identity: Identity,
+        identity: LayerIdentity,
     ) -> Result<W, WritableError> {
         self.flush()?;
         let mut writer = NativeWriter::new(out, virtual_size, identity)?;
         let mut buf = vec![0; COPY];
         for (start, len, content) in self.extents.iter() {
             let at = match content {
-                Content::Zero => {
+                RunContent::Zero => {
                     writer.zeroed(Sectors(start), Sectors(len))?;
                     continue;
                 }
-                Content::At(at) => at,
+                RunContent::At(at) => at,
             };
             let mut done = 0;
             while done < len {
@@ -615,8 +623,8 @@ fn runs(extents: &Extents, lba: Sectors, count: Sectors) -> Vec<WrittenRun> {
     for (start, len, content) in extents.within(lba.0, end) {
         add(at, start, WrittenPlace::Below);
         let place = match content {
-            Content::Zero => WrittenPlace::Zero,
-            Content::At(place) => WrittenPlace::Data(Sectors(place)),
+            RunContent::Zero => WrittenPlace::Zero,
+            RunContent::At(place) => WrittenPlace::Data(Sectors(place)),
         };
         add(start, start + len, place);
         at = start + len;

@@ -10,7 +10,7 @@
 //!
 //! The kernel sees an ext4 that is only ever read: no journal, 4 KiB blocks, 256-byte inodes, extents,
 //! indexed directories, nanosecond times from 1901 to 2446. It is clean under `e2fsck -fn` after every layer.
-//! All of it depends only on the tree's history, the disk's size and the [`Identity`]: equal layers give
+//! All of it depends only on the tree's history, the disk's size and the [`FilesystemIdentity`]: equal layers give
 //! equal bytes.
 //!
 //! * **The fixed parts come first** (flex_bg): superblock, descriptors, bitmaps, inode tables. A region for
@@ -72,13 +72,13 @@ mod xattr;
 mod tests;
 
 pub use data::{DataError, FILE_MAX};
-pub use file::{Attributes, DataRun, Kind, Timestamp};
+pub use file::{Attributes, DataRun, NodeKind, Timestamp};
 pub use geometry::Geometry;
 pub use image::Image;
-pub use layer::{LayerBlocks, Run};
+pub use layer::{LayerBlocks, LayerRun};
 pub use mountable::{MountableError, check_mountable};
 pub use read::{ReadError, read};
-pub use superblock::Identity;
+pub use superblock::FilesystemIdentity;
 pub use tree::{LINKS_MAX, NAME_MAX, NodeId, SYMLINK_MAX, Tree, TreeError};
 pub use xattr::XattrError;
 

@@ -5,7 +5,7 @@
 //! A deflate stream is a chain of blocks. Decoding can begin at any block, given its bit position and the 32
 //! KiB of output before it, the *window*. A [`Scanner`] reads the layer during its download, passes its
 //! output on, and chooses such *checkpoints* about every mebibyte of output. A *segment* is the piece between
-//! two checkpoints. The [`Index`] holds the checkpoints. An [`IndexedLayer`] then decodes any segment from a
+//! two checkpoints. The [`GzipIndex`] holds the checkpoints. An [`IndexedLayer`] then decodes any segment from a
 //! range of the unmodified layer.
 //!
 //! # Reasons for the design
@@ -45,8 +45,8 @@ mod tests;
 
 pub use ddgzidx::{GZIP_META_NAME, NoGzipMeta};
 pub use error::GzipError;
-pub use hasher::SegmentHasher;
-pub use index::{BlockHeader, Boundary, Checkpoint, CheckpointKind, Index};
+pub use hasher::GzipSegmentHasher;
+pub use index::{BlockHeader, Boundary, Checkpoint, CheckpointKind, GzipIndex};
 pub use layer::IndexedLayer;
 pub use scan::{DEFAULT_SPAN, MAX_SPAN, MIN_SPAN, ScanOptions, Scanner};
 pub use sidecar::{SIDECAR_NAME, Sidecar, merge};

@@ -9,7 +9,7 @@
 //! * [`tar`]       a strict header iterator with exact data offsets; an archive writer
 //! * [`gzip`]      scans a layer once; later decodes any segment of it alone
 //! * [`zstandard`] the same work for zstd layers, of many frames or of one
-//! * [`segments`]  places and checksums of the segments of a zstd or uncompressed layer
+//! * [`segments`]  places and checksums of the segments of a gzip, zstd or uncompressed layer
 //! * [`zfile`]     overlaybd's seekable compressed container
 //! * [`lsmt`]      overlaybd's layer format: it maps disk sectors to bytes
 //! * [`ext4`]      an in-memory tree of files, and the ext4 blocks that describe it

@@ -26,10 +26,10 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-pub use layer::{Layer, LayerKind, Uuid};
+pub use layer::{LsmtLayer, TagMeaning, Uuid};
 pub use mapping::Mapping;
-pub use stack::{Extent, Place, Run, Stack};
-pub use writer::{Identity, NativeWriter, ScatteredWriter, WarpWriter};
+pub use stack::{Extent, RunPlace, Stack, StackRun};
+pub use writer::{LayerIdentity, NativeWriter, ScatteredWriter, WarpWriter};
 
 use crate::units::{Bytes, Sectors};
 use source::{OverBudget, SourceError};

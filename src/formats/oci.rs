@@ -18,7 +18,7 @@ pub mod digest;
 pub mod manifest;
 pub mod reference;
 
-pub use config::{ConfigError, ImageConfig};
+pub use config::{ImageConfig, ImageConfigError};
 pub use digest::{Digest, DigestError};
-pub use manifest::{Descriptor, Document, Index, Manifest, ManifestError, Platform};
+pub use manifest::{Descriptor, Document, ImageIndex, Manifest, ManifestError, Platform};
 pub use reference::{ImageName, LayoutName, ReferenceError, RegistryName, RepositoryName};

@@ -12,7 +12,7 @@
 //! came later, as *extra entries in front of* the one they describe: pax records (typeflag `x`, and `g` for
 //! all entries that follow; [`pax`]) and GNU's long names (`L`, `K`). Sparse files have a map ([`sparse`]) in
 //! the header, in the pax records, or in the first blocks of the data. The parser collects all of it and
-//! returns one [`Entry`].
+//! returns one [`TarEntry`].
 //!
 //! # Differences between readers
 //!
@@ -32,8 +32,8 @@ mod parser;
 mod pax;
 mod sparse;
 
-pub use entry::{Content, Entry, EntryKind, SparsePiece, Timestamp};
-pub use parser::{Event, METADATA_LIMIT, Parser};
+pub use entry::{EntryContent, EntryKind, SparsePiece, TarEntry, Timestamp};
+pub use parser::{METADATA_LIMIT, Parser, TarEvent};
 
 use thiserror::Error;
 

@@ -27,10 +27,10 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-pub use header::{Algo, Record};
+pub use header::{Algo, ZFileHeader};
 pub use reader::{ZFile, ZFileChunks};
 pub use wrap::{Wrapping, unwrap};
-pub use writer::{Options, Summary, Writer};
+pub use writer::{Options, Summary, ZFileWriter};
 
 use source::chunk::{ChunkSource, PlainChunks};
 use source::{ByteSource, OverBudget, Reserved, SourceError};
@@ -109,7 +109,7 @@ impl From<io::Error> for ZFileError {
 
 /// The plain bytes of a layer file, without its wrapping.
 #[derive(Clone)]
-pub enum Payload {
+pub enum LayerPayload {
     /// Compressed in blocks.
     ZFile(Arc<ZFile>),
     /// Not compressed.
@@ -122,7 +122,7 @@ pub enum Payload {
 /// # Errors
 /// [`ZFileError`] if the source cannot be read, or looks like a tar archive or a `ZFile` but is an invalid
 /// one.
-pub fn open(source: Arc<dyn ByteSource>) -> Result<Payload, ZFileError> {
+pub fn open(source: Arc<dyn ByteSource>) -> Result<LayerPayload, ZFileError> {
     open_within(source, &mut Reserved::unbounded())
 }
 
@@ -133,21 +133,21 @@ pub fn open(source: Arc<dyn ByteSource>) -> Result<Payload, ZFileError> {
 pub fn open_within(
     source: Arc<dyn ByteSource>,
     part: &mut Reserved,
-) -> Result<Payload, ZFileError> {
+) -> Result<LayerPayload, ZFileError> {
     let (source, _) = unwrap(source)?;
     if header::is_zfile(&*source)? {
-        return Ok(Payload::ZFile(Arc::new(ZFile::open_within(source, part)?)));
+        return Ok(LayerPayload::ZFile(Arc::new(ZFile::open_within(source, part)?)));
     }
-    Ok(Payload::Plain(source))
+    Ok(LayerPayload::Plain(source))
 }
 
-impl Payload {
+impl LayerPayload {
     /// The plain bytes with random access.
     #[must_use]
     pub fn source(&self) -> Arc<dyn ByteSource> {
         match self {
-            Payload::ZFile(file) => file.clone(),
-            Payload::Plain(source) => source.clone(),
+            LayerPayload::ZFile(file) => file.clone(),
+            LayerPayload::Plain(source) => source.clone(),
         }
     }
 
@@ -155,8 +155,10 @@ impl Payload {
     #[must_use]
     pub fn chunks(&self, id: &str) -> Arc<dyn ChunkSource> {
         match self {
-            Payload::ZFile(file) => Arc::new(ZFileChunks::new(format!("zfile:{id}"), file.clone())),
-            Payload::Plain(source) => {
+            LayerPayload::ZFile(file) => {
+                Arc::new(ZFileChunks::new(format!("zfile:{id}"), file.clone()))
+            }
+            LayerPayload::Plain(source) => {
                 Arc::new(PlainChunks::new(format!("plain:{id}"), source.clone()))
             }
         }
@@ -168,8 +170,8 @@ impl Payload {
     /// [`ZFileError`] if a block is damaged or there is no memory for the bytes.
     pub fn read_all(&self) -> Result<Vec<u8>, ZFileError> {
         match self {
-            Payload::ZFile(file) => file.read_all(),
-            Payload::Plain(source) => {
+            LayerPayload::ZFile(file) => file.read_all(),
+            LayerPayload::Plain(source) => {
                 let mut bytes = reader::room(source.name(), source.len())?;
                 bytes.resize(source.len() as usize, 0);
                 source.read_exact_at(&mut bytes, 0)?;

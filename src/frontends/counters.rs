@@ -1,27 +1,27 @@
 //! Counters of a device's requests, the same for each front end.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use threads::Counter;
 
 /// Counters of one device with the fields of [`FrontTotals`], written by the threads that serve it without ordering among each other. A front end
 /// leaves those at 0 that it does not have.
 #[derive(Debug, Default)]
 pub(crate) struct FrontCounters {
-    pub reads: AtomicU64,
-    pub bytes: AtomicU64,
-    pub direct: AtomicU64,
-    pub zero: AtomicU64,
-    pub gathered: AtomicU64,
-    pub pending: AtomicU64,
-    pub writes: AtomicU64,
-    pub written: AtomicU64,
-    pub zeroed: AtomicU64,
-    pub flushes: AtomicU64,
-    pub errors: AtomicU64,
-    pub refused: AtomicU64,
-    pub wakes: AtomicU64,
-    pub submissions: AtomicU64,
-    pub completions: AtomicU64,
-    pub lost_queues: AtomicU64,
+    pub reads: Counter,
+    pub bytes: Counter,
+    pub direct: Counter,
+    pub zero: Counter,
+    pub gathered: Counter,
+    pub pending: Counter,
+    pub writes: Counter,
+    pub written: Counter,
+    pub zeroed: Counter,
+    pub flushes: Counter,
+    pub errors: Counter,
+    pub refused: Counter,
+    pub wakes: Counter,
+    pub submissions: Counter,
+    pub completions: Counter,
+    pub lost_queues: Counter,
 }
 
 /// The counters of a device at one moment.
@@ -65,7 +65,7 @@ impl FrontCounters {
     /// The counters now.
     #[must_use]
     pub fn totals(&self) -> FrontTotals {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let get = Counter::get;
         FrontTotals {
             reads: get(&self.reads),
             bytes: get(&self.bytes),

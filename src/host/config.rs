@@ -49,7 +49,7 @@ pub const DEFAULT_FILES: [&str; 3] =
 
 /// Reasons why a configuration is unusable.
 #[derive(Clone, Debug, Error)]
-pub enum ConfigError {
+pub enum ServiceConfigError {
     /// The file cannot be read.
     #[error("Cannot read the service configuration {}", .file.display())]
     Unreadable {
@@ -138,8 +138,8 @@ impl ServiceConfig {
     /// exists, or no file at all. Unknown keys are logged as warnings.
     ///
     /// # Errors
-    /// Returns [`ConfigError`]; a named file must exist.
-    pub fn load(named: Option<&Path>) -> Result<Self, ConfigError> {
+    /// Returns [`ServiceConfigError`]; a named file must exist.
+    pub fn load(named: Option<&Path>) -> Result<Self, ServiceConfigError> {
         let (config, warnings) = Self::read(named)?;
         for warning in warnings {
             tracing::warn!("{warning}");
@@ -151,15 +151,14 @@ impl ServiceConfig {
     ///
     /// # Errors
     /// As [`load`](Self::load).
-    pub fn read(named: Option<&Path>) -> Result<(Self, Vec<String>), ConfigError> {
+    pub fn read(named: Option<&Path>) -> Result<(Self, Vec<String>), ServiceConfigError> {
         let variable = std::env::var_os(VARIABLE).filter(|value| !value.is_empty());
         let named = named.map(Path::to_owned).or_else(|| variable.map(PathBuf::from));
         let found =
             named.or_else(|| DEFAULT_FILES.iter().map(PathBuf::from).find(|path| path.exists()));
         let Some(file) = found else { return Ok((Self::default(), Vec::new())) };
-        let text = std::fs::read_to_string(&file).map_err(|source| ConfigError::Unreadable {
-            file: file.clone(),
-            source: Arc::new(source),
+        let text = std::fs::read_to_string(&file).map_err(|source| {
+            ServiceConfigError::Unreadable { file: file.clone(), source: Arc::new(source) }
         })?;
         let (mut config, warnings) = Self::parse(&text, &file.display().to_string())?;
         config.file = Some(file);
@@ -169,9 +168,9 @@ impl ServiceConfig {
     /// Opens the file for lines that `key` names, as large as `logConfig` says.
     ///
     /// # Errors
-    /// [`ConfigError::NotWritable`].
-    pub fn open_log(&self, key: &'static str, path: &Path) -> Result<LogFile, ConfigError> {
-        LogFile::open(path, self.log.rotation).map_err(|source| ConfigError::NotWritable {
+    /// [`ServiceConfigError::NotWritable`].
+    pub fn open_log(&self, key: &'static str, path: &Path) -> Result<LogFile, ServiceConfigError> {
+        LogFile::open(path, self.log.rotation).map_err(|source| ServiceConfigError::NotWritable {
             file: self
                 .file
                 .as_ref()
@@ -185,14 +184,14 @@ impl ServiceConfig {
     /// Parses a configuration; `file` is its name for messages. Returns the warnings too.
     ///
     /// # Errors
-    /// Returns [`ConfigError::NotJson`] and [`ConfigError::Key`].
-    pub fn parse(text: &str, file: &str) -> Result<(Self, Vec<String>), ConfigError> {
+    /// Returns [`ServiceConfigError::NotJson`] and [`ServiceConfigError::Key`].
+    pub fn parse(text: &str, file: &str) -> Result<(Self, Vec<String>), ServiceConfigError> {
         let notes = Notes::default();
         let config = Self::take(Object::parse(text, file, &notes)?)?;
         Ok((config, notes.into_warnings()))
     }
 
-    fn take(mut root: Object<'_>) -> Result<Self, ConfigError> {
+    fn take(mut root: Object<'_>) -> Result<Self, ServiceConfigError> {
         let config = Self {
             file: None,
             log: LogConfig::take(&mut root)?,

@@ -5,7 +5,7 @@
 //! anything. A server in the same namespace as the users of its devices cannot end cleanly, because the
 //! unmount at its end needs reads that the ended server can no longer answer.
 //!
-//! A daemon that a client started ([`Client::connect_or_spawn`](client::Client::connect_or_spawn)) ends [`IDLE`] after its last device and
+//! A daemon that a client started ([`DaemonClient::connect_or_spawn`](client::DaemonClient::connect_or_spawn)) ends [`IDLE`] after its last device and
 //! connection are gone; one that was started by hand or by an init system stays. SIGTERM, SIGINT and `turbobd
 //! daemon --stop` end it too, but never while a device is mounted or otherwise in use: then it reports these
 //! devices and continues to serve.
@@ -46,12 +46,12 @@ use blobs::trace::Recorders;
 use disk::volume::Volume;
 pub use error::HostError;
 pub use server::{DaemonOptions, run};
-pub use table::Table;
+pub use table::DeviceTable;
 pub use view::{DiskView, ImageView};
 pub use waits::ReadPolicy;
 
 /// An image that can be served.
-pub struct Opened {
+pub struct ServableImage {
     /// The disk.
     pub volume: Arc<dyn Volume>,
     /// Name of the image in lists.
@@ -95,7 +95,7 @@ pub trait ImageOpener: Send + Sync {
     ///
     /// # Errors
     /// The failure for the client.
-    fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure>;
+    fn open(&self, spec: &DeviceSpec) -> Result<ServableImage, OpenFailure>;
 
     /// The audit log, if there is one; requested after the first image was opened.
     fn audit(&self) -> Option<Arc<Audit>> {
@@ -120,9 +120,9 @@ pub trait ImageOpener: Send + Sync {
 
 impl<F> ImageOpener for F
 where
-    F: Fn(&DeviceSpec) -> Result<Opened, OpenFailure> + Send + Sync,
+    F: Fn(&DeviceSpec) -> Result<ServableImage, OpenFailure> + Send + Sync,
 {
-    fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure> {
+    fn open(&self, spec: &DeviceSpec) -> Result<ServableImage, OpenFailure> {
         self(spec)
     }
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 /// State of a fact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum State {
+pub enum FactState {
     /// Good.
     Ok,
     /// Works, with a loss.
@@ -30,7 +30,7 @@ pub struct Row {
     /// The fact.
     pub what: &'static str,
     /// Its state.
-    pub state: State,
+    pub state: FactState,
     /// The finding.
     pub detail: String,
     /// The remedy; empty if none is needed.
@@ -40,11 +40,11 @@ pub struct Row {
 impl Row {
     fn new(
         what: &'static str,
-        state: State,
+        state: FactState,
         detail: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Self {
-        let remedy = if state == State::Ok { String::new() } else { remedy.into() };
+        let remedy = if state == FactState::Ok { String::new() } else { remedy.into() };
         Self { what, state, detail: detail.into(), remedy }
     }
 }
@@ -74,9 +74,9 @@ impl fmt::Display for Report {
         let width = self.rows.iter().map(|row| row.what.len()).max().unwrap_or(0);
         for row in &self.rows {
             let state = match row.state {
-                State::Ok => "ok  ",
-                State::Warn => "warn",
-                State::Fail => "FAIL",
+                FactState::Ok => "ok  ",
+                FactState::Warn => "warn",
+                FactState::Fail => "FAIL",
             };
             writeln!(f, "{state}  {:width$}  {}", row.what, row.detail)?;
             if !row.remedy.is_empty() {

@@ -27,17 +27,17 @@ const CONNECTIONS: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A request. Its body is not read.
-pub type Asked = Request<Incoming>;
+pub type PageRequest = Request<Incoming>;
 
 /// An answer.
-pub type Reply = Response<Full<Bytes>>;
+pub type PageReply = Response<Full<Bytes>>;
 
 /// Answers a request. The endpoint's only thread calls it: while it works, other clients wait.
-pub type Answer = Arc<dyn Fn(&Asked) -> Reply + Send + Sync>;
+pub type PageHandler = Arc<dyn Fn(&PageRequest) -> PageReply + Send + Sync>;
 
 /// A text of the type `kind`.
 #[must_use]
-pub fn reply(status: StatusCode, text: String, kind: &'static str) -> Reply {
+pub fn reply(status: StatusCode, text: String, kind: &'static str) -> PageReply {
     let mut response = Response::new(Full::new(Bytes::from(text)));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
@@ -56,7 +56,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// Returns an error when the address is in use, or no thread can be started.
-    pub fn start(name: &'static str, address: SocketAddr, answer: Answer) -> io::Result<Self> {
+    pub fn start(name: &'static str, address: SocketAddr, answer: PageHandler) -> io::Result<Self> {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
@@ -91,7 +91,7 @@ impl Drop for Endpoint {
     }
 }
 
-async fn accept(name: &'static str, listener: TcpListener, answer: Answer) {
+async fn accept(name: &'static str, listener: TcpListener, answer: PageHandler) {
     let listener = match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => {

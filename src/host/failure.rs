@@ -11,7 +11,7 @@ use client::error::code_of_io;
 use convert::child::ChildError;
 use convert::{BaseError, ConvertError};
 use disk::DiskError;
-use disk::image::{ImageError, LayerError};
+use disk::image::{ImageError, OpenLayerError};
 use disk::writable::WritableError;
 use formats::ext4::{Ext4Error, MountableError};
 use formats::gzip::GzipError;
@@ -56,13 +56,13 @@ fn own_code(error: &(dyn Error + 'static)) -> Option<Code> {
             ImageError::Layer { .. } => None,
         };
     }
-    if let Some(error) = error.downcast_ref::<LayerError>() {
+    if let Some(error) = error.downcast_ref::<OpenLayerError>() {
         return match error {
-            LayerError::Store(error) => of_store(error),
-            LayerError::NotConverted => Some(Code::Unsupported),
-            LayerError::Budget(_)
-            | LayerError::ZFile(ZFileError::Budget(_))
-            | LayerError::Lsmt(LsmtError::Budget(_)) => Some(Code::Exhausted),
+            OpenLayerError::Store(error) => of_store(error),
+            OpenLayerError::NotConverted => Some(Code::Unsupported),
+            OpenLayerError::Budget(_)
+            | OpenLayerError::ZFile(ZFileError::Budget(_))
+            | OpenLayerError::Lsmt(LsmtError::Budget(_)) => Some(Code::Exhausted),
             _ => Some(Code::Damaged),
         };
     }

@@ -15,8 +15,6 @@ mod live;
 pub mod open;
 pub mod registries;
 pub mod tiers;
-
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use blobs::cache::Cache;
@@ -37,8 +35,10 @@ pub use open::{OpenError, OpenImage};
 pub use registries::Registries;
 
 use crate::config::log_file::LogFile;
-use crate::config::{ConfigError, DownloadConfig, ServiceConfig, TracesConfig};
-use crate::daemon::{Audit, DiskView, ImageOpener, OpenFailure, Opened, ReadPolicy, Snapshots};
+use crate::config::{DownloadConfig, ServiceConfig, ServiceConfigError, TracesConfig};
+use crate::daemon::{
+    Audit, DiskView, ImageOpener, OpenFailure, ReadPolicy, ServableImage, Snapshots,
+};
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
@@ -63,6 +63,8 @@ pub struct HostImages {
     budget: MemoryBudget,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
+    /// The daemon's log, if it is a file.
+    log: Option<LogFile>,
     /// File of the audit log, if the configuration wants one.
     audit_file: Option<LogFile>,
     /// Made with the cache, because it is a thread.
@@ -84,6 +86,7 @@ impl HostImages {
             budget,
             config,
             traces,
+            log: None,
             audit_file: None,
             audit: OnceLock::new(),
         }
@@ -92,14 +95,20 @@ impl HostImages {
     /// The same images with the audit log, if the configuration wants one.
     ///
     /// # Errors
-    /// [`ConfigError::NotWritable`] when its file cannot be opened.
-    pub fn audited(self) -> Result<Self, ConfigError> {
+    /// [`ServiceConfigError::NotWritable`] when its file cannot be opened.
+    pub fn audited(self) -> Result<Self, ServiceConfigError> {
         let audit = &self.config.audit;
         if !audit.enable {
             return Ok(self);
         }
         let file = self.config.open_log("auditPath", &audit.path)?;
         Ok(Self { audit_file: Some(file), ..self })
+    }
+
+    /// The same images; `log` is the file to which this process logs, if it does.
+    #[must_use]
+    pub fn logged(self, log: Option<LogFile>) -> Self {
+        Self { log, ..self }
     }
 
     /// Begins the audit log, with the first image.
@@ -142,14 +151,14 @@ impl HostImages {
 }
 
 /// A disk to be served, and who makes snapshots of it.
-type Served = (Arc<dyn Volume>, Option<Arc<dyn Snapshots>>);
+type ServedVolume = (Arc<dyn Volume>, Option<Arc<dyn Snapshots>>);
 
 /// The disk with its writable layer: that of `--upper`, or the one that the device config names.
 fn writable(
     spec: &DeviceSpec,
     disk: &Arc<Disk>,
     upper: Option<WritableFiles>,
-) -> Result<Served, OpenError> {
+) -> Result<ServedVolume, OpenError> {
     Ok(match (&spec.upper, upper, &spec.image.source) {
         (Some(_), Some(_), _) => return Err(OpenError::TwoUppers),
         (Some(dir), None, _) => (Arc::new(UpperVolume::open(dir, disk.clone())?), None),
@@ -173,7 +182,7 @@ fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
 }
 
 impl ImageOpener for HostImages {
-    fn open(&self, spec: &DeviceSpec) -> Result<Opened, OpenFailure> {
+    fn open(&self, spec: &DeviceSpec) -> Result<ServableImage, OpenFailure> {
         self.audit.get_or_init(|| self.begin_audit());
         let cache = self.cache.get_or_init(|| new_cache(&self.config, self.budget.clone())).clone();
         let image = spec.image.name();
@@ -209,7 +218,7 @@ impl ImageOpener for HostImages {
             self.registries.network().limits().allow_fill(download.max_bytes_per_second);
         }
         let filling = fill_options(&download).map(|options| cache.fill(blobs, options));
-        Ok(Opened {
+        Ok(ServableImage {
             volume,
             name: image,
             view: Arc::new(DiskView::new(disk).filled(filling)),
@@ -224,6 +233,9 @@ impl ImageOpener for HostImages {
 
     /// Each part with the table of its names: see [`names`].
     fn observe(&self, page: &mut Page) {
+        if let Some(log) = &self.log {
+            page.put(names::LOG, log, &[]);
+        }
         if let Some(audit) = self.audit.get().and_then(Option::as_ref) {
             page.put(names::AUDIT, audit.counters(), &[]);
         }
@@ -243,10 +255,9 @@ impl ImageOpener for HostImages {
     fn downloaded(&self) -> Totals {
         self.cache.get().map_or_else(Totals::default, |cache| {
             let fetched = cache.fetched();
-            let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
             Totals {
-                reads: get(&fetched.demand_requests) + get(&fetched.ahead_requests),
-                bytes: get(&fetched.bytes),
+                reads: fetched.demand_requests.get() + fetched.ahead_requests.get(),
+                bytes: fetched.bytes.get(),
             }
         })
     }

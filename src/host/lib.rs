@@ -20,7 +20,7 @@
 //! let (config, warnings) = ServiceConfig::parse(text, "an example")?;
 //! assert_eq!(config.turbobd.memory_cache, 64 << 20);
 //! assert!(warnings.is_empty());
-//! # Ok::<(), turbobd_host::config::ConfigError>(())
+//! # Ok::<(), turbobd_host::config::ServiceConfigError>(())
 //! ```
 
 pub mod config;

@@ -1,6 +1,6 @@
 //! Metrics of the daemon: counters, and their export.
 //!
-//! Each part counts its work in a struct of relaxed atomics of its own ([`FetchCounters`], [`FrontTotals`],
+//! Each part counts its work in a struct of [`Counter`]s of its own ([`FetchCounters`], [`FrontTotals`],
 //! …): that costs a few nanoseconds and needs no knowledge of metrics. The exported names of these numbers
 //! are in one place, [`names`]: for each such struct a table, and in it one line for each metric with its
 //! name, its kind, its meaning and the function that reads it. So a new counter is a field and a line. No
@@ -28,10 +28,11 @@ pub mod upstream;
 pub use blobs::histogram::{BOUNDS, Histogram, Times};
 pub use page::{Label, Page};
 pub use process::Process;
+use threads::Counter;
 
 /// Behaviour of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum MetricKind {
     /// Only grows, while the daemon runs or the device exists.
     Counter,
     /// Goes up and down.
@@ -40,7 +41,7 @@ pub enum Kind {
     Histogram,
 }
 
-impl Kind {
+impl MetricKind {
     /// Name of the kind in Prometheus.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -71,9 +72,9 @@ impl From<u64> for Reading {
     }
 }
 
-impl From<&std::sync::atomic::AtomicU64> for Reading {
-    fn from(value: &std::sync::atomic::AtomicU64) -> Self {
-        Self::Whole(value.load(std::sync::atomic::Ordering::Relaxed))
+impl From<&Counter> for Reading {
+    fn from(value: &Counter) -> Self {
+        Self::Whole(value.get())
     }
 }
 
@@ -94,7 +95,7 @@ pub struct Metric<T: ?Sized> {
     /// Its name, with its unit at the end.
     pub name: &'static str,
     /// Its kind.
-    pub kind: Kind,
+    pub kind: MetricKind,
     /// Labels that tell it from others of the same name.
     pub labels: &'static [Label<'static>],
     /// Its meaning, as one sentence without a full stop.

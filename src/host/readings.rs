@@ -1,11 +1,11 @@
 //! Figures of a device, of its image and of the audit log: plain data, counted by [`daemon`](crate::daemon), named by
 //! [`metrics`](crate::metrics).
 
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use blobs::histogram::Times;
 use frontends::FrontTotals;
+use threads::Counter;
 
 /// Counters of a device at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +54,7 @@ pub struct IoCounters {
 #[derive(Debug, Default)]
 pub struct AuditCounters {
     /// Lines written.
-    pub lines: AtomicU64,
+    pub lines: Counter,
     /// Lines dropped: the queue was full, or the file could not be written.
-    pub dropped: AtomicU64,
+    pub dropped: Counter,
 }

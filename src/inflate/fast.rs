@@ -34,7 +34,7 @@ pub enum Left {
 }
 
 /// Positions at which the loop reads and writes.
-pub struct Run<'a> {
+pub struct LoopPositions<'a> {
     /// Codes of the block.
     pub tables: &'a Tables,
     /// Bytes of the stream at hand.
@@ -121,7 +121,7 @@ fn low(bits: u64, count: u32) -> u64 {
     bits & ((1 << (count & 63)) - 1)
 }
 
-impl Run<'_> {
+impl LoopPositions<'_> {
     /// Decodes until there is no room for another round or the block ends. With `LOG`, matches are added to
     /// `log`. `base` holds the low 32 bits of the output position of `out[0]`.
     pub fn go<const LOG: bool>(&mut self, log: &mut MatchLog, base: u32) -> Left {

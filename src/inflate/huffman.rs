@@ -122,13 +122,13 @@ impl Tables {
             return Err("a block has no code for its end");
         }
         build(&mut self.litlen[..], LITLEN_BITS, litlen, &LITLEN).map_err(|fault| match fault {
-            Fault::Oversubscribed => "the literal and length code is over-subscribed",
-            Fault::Incomplete => "the literal and length code is incomplete",
+            CodeFault::Oversubscribed => "the literal and length code is over-subscribed",
+            CodeFault::Incomplete => "the literal and length code is incomplete",
         })?;
         build(&mut self.distance[..], DISTANCE_BITS, distance, &DISTANCE).map_err(|fault| {
             match fault {
-                Fault::Oversubscribed => "the distance code is over-subscribed",
-                Fault::Incomplete => "the distance code is incomplete",
+                CodeFault::Oversubscribed => "the distance code is over-subscribed",
+                CodeFault::Incomplete => "the distance code is incomplete",
             }
         })
     }
@@ -164,14 +164,14 @@ pub fn end_of_block(lens: &[u8]) -> Option<(u32, u32)> {
 }
 
 /// Reasons why code lengths form no code.
-enum Fault {
+enum CodeFault {
     Oversubscribed,
     Incomplete,
 }
 
 /// Fills `table` from code lengths. The accepted codes are those of zlib: a complete code, no code, or a
 /// single code of one bit. The unused code words of the last two decode to an exception.
-fn build(table: &mut [u32], bits: u32, lens: &[u8], meaning: &[u32]) -> Result<(), Fault> {
+fn build(table: &mut [u32], bits: u32, lens: &[u8], meaning: &[u32]) -> Result<(), CodeFault> {
     let mut count = [0u16; MAX_LEN + 1];
     for &len in lens {
         count[usize::from(len) & MAX_LEN] += 1;
@@ -181,14 +181,14 @@ fn build(table: &mut [u32], bits: u32, lens: &[u8], meaning: &[u32]) -> Result<(
     for &number in &count[1..] {
         left = 2 * left - i32::from(number);
         if left < 0 {
-            return Err(Fault::Oversubscribed);
+            return Err(CodeFault::Oversubscribed);
         }
     }
     if left > 0 {
         table.fill(EXCEPTION);
         let Some(longest) = count.iter().rposition(|&number| number > 0) else { return Ok(()) };
         if longest != 1 {
-            return Err(Fault::Incomplete);
+            return Err(CodeFault::Incomplete);
         }
         let symbol = lens.iter().position(|&len| len == 1).unwrap_or(0);
         for word in table[..1 << bits].iter_mut().step_by(2) {

@@ -137,11 +137,11 @@ pub(super) struct Scope {
 /// Tokens by [`Scope`].
 #[derive(Default)]
 pub(super) struct TokenCache {
-    slots: Mutex<HashMap<Scope, Arc<Mutex<Slot>>>>,
+    slots: Mutex<HashMap<Scope, Arc<Mutex<TokenSlot>>>>,
 }
 
 #[derive(Default)]
-struct Slot {
+struct TokenSlot {
     header: Option<HeaderValue>,
     replace_at: Option<Instant>,
     /// The last challenge, for a refresh ahead of time and after a 403 without a challenge.
@@ -149,7 +149,7 @@ struct Slot {
 }
 
 impl TokenCache {
-    fn slot(&self, scope: &Scope) -> Arc<Mutex<Slot>> {
+    fn slot(&self, scope: &Scope) -> Arc<Mutex<TokenSlot>> {
         self.slots.lock().entry(scope.clone()).or_default().clone()
     }
 
@@ -206,7 +206,7 @@ fn answer(
     scope: &Scope,
     challenges: &[Challenge],
     deadline: Instant,
-    slot: &mut Slot,
+    slot: &mut TokenSlot,
 ) -> Result<HeaderValue, RegistryError> {
     let (credential, problem) = match services.credentials.find(scope) {
         Ok(credential) => (credential, None),
@@ -228,7 +228,7 @@ fn answer(
             );
         }
     };
-    *slot = Slot {
+    *slot = TokenSlot {
         header: Some(header.clone()),
         replace_at: life
             .map(|life| Instant::now() + life - (life / 4).min(Duration::from_secs(30))),

@@ -12,37 +12,37 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::client::Place;
+use super::client::RepositoryPlace;
 use super::downloads::Download;
 use super::error::RegistryError;
-use super::race::Reading;
+use super::race::RacedRead;
 use super::retry::Budget;
 use super::way::BlobAddress;
 use formats::oci::Digest;
 use source::{ByteSource, Class, OneBuffer, Retries, Run, SourceError, Traffic};
+use threads::Counter;
 
 /// Counters of one blob's fetches.
 #[derive(Debug, Default)]
 pub struct RemoteStats {
     /// Range requests made; a request with all its redirects counts as one.
-    pub requests: AtomicU64,
+    pub requests: Counter,
     /// Bytes of bodies that arrived.
-    pub bytes: AtomicU64,
+    pub bytes: Counter,
     /// Reads that failed at every source and were tried again.
-    pub retries: AtomicU64,
+    pub retries: Counter,
     /// Reads that failed for good.
-    pub failures: AtomicU64,
+    pub failures: Counter,
     /// Reads that have failed and wait for their next try.
     pub trying_again: Retries,
     /// Second requests, for reads that took unusually long.
-    pub hedges: AtomicU64,
+    pub hedges: Counter,
     /// Second requests that finished first.
-    pub hedges_won: AtomicU64,
+    pub hedges_won: Counter,
 }
 
 /// Number of deliveries remembered: more than are between the network and the checksums at any
@@ -51,9 +51,9 @@ const REMEMBERED: usize = 256;
 
 /// Recent byte ranges with their source.
 #[derive(Default)]
-pub(super) struct Deliveries(Mutex<VecDeque<Delivery>>);
+pub(super) struct Deliveries(Mutex<VecDeque<RangeDelivery>>);
 
-struct Delivery {
+struct RangeDelivery {
     range: Range<u64>,
     way: usize,
     by_peer: bool,
@@ -64,7 +64,7 @@ impl Deliveries {
     /// extends that delivery.
     pub(super) fn add(&self, range: Range<u64>, way: usize, by_peer: bool) {
         let mut all = self.0.lock();
-        let same = |last: &&mut Delivery| {
+        let same = |last: &&mut RangeDelivery| {
             last.range.end == range.start && (last.way, last.by_peer) == (way, by_peer)
         };
         if let Some(last) = all.iter_mut().rev().take(32).find(same) {
@@ -74,7 +74,7 @@ impl Deliveries {
         if all.len() == REMEMBERED {
             all.pop_front();
         }
-        all.push_back(Delivery { range, way, by_peer });
+        all.push_back(RangeDelivery { range, way, by_peer });
     }
 
     /// Name of the source of the last bytes; before any arrived, of the source that is asked first.
@@ -125,8 +125,8 @@ pub struct RemoteBlob {
 
 impl RemoteBlob {
     pub(super) fn new(
-        place: &Arc<Place>,
-        mirrors: &[Arc<Place>],
+        place: &Arc<RepositoryPlace>,
+        mirrors: &[Arc<RepositoryPlace>],
         digest: &Digest,
         size: u64,
     ) -> Result<Self, RegistryError> {
@@ -180,7 +180,7 @@ impl RemoteBlob {
         services.network.limits().pace(class, range.end - range.start);
         let mut budget = Budget::new(services.read_retry, self.blob.registry());
         let mut attempts = self.stats.trying_again.read(range.clone());
-        let mut reading = Reading {
+        let mut reading = RacedRead {
             blob: &self.blob,
             network: &services.network,
             stats: &self.stats,
@@ -194,10 +194,10 @@ impl RemoteBlob {
             let Err(error) = reading.once(budget.deadline()) else { return Ok(()) };
             let told = budget.pause_telling(error, |error, wait| attempts.failed(error, wait));
             if let Err(error) = told {
-                self.stats.failures.fetch_add(1, Ordering::Relaxed);
+                self.stats.failures.add(1);
                 return Err(error);
             }
-            self.stats.retries.fetch_add(1, Ordering::Relaxed);
+            self.stats.retries.add(1);
         }
     }
 }
@@ -238,7 +238,7 @@ impl ByteSource for RemoteBlob {
     }
 
     fn traffic(&self) -> Traffic {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let get = Counter::get;
         Traffic {
             bytes: get(&self.stats.bytes),
             requests: get(&self.stats.requests),

@@ -24,7 +24,7 @@ use super::redirect::{MAX_HOPS, resolve, same_origin};
 use super::repository::Repository;
 use super::retry::{RetryPolicy, parse_retry_after};
 use super::tls::{self, ClientCertificate};
-use super::transport::{Body, Reply, Timeouts, Transport, TransportError};
+use super::transport::{HttpReply, ReplyBody, Timeouts, Transport, TransportError};
 use super::wait::block_on;
 
 /// Options of a client. The default is docker's behaviour on this machine.
@@ -92,7 +92,7 @@ impl Default for ClientOptions {
 
 /// A pool of connections and tokens. Clones share both.
 #[derive(Clone)]
-pub struct Client {
+pub struct RegistryClient {
     options: Arc<ClientOptions>,
     services: Arc<OnceLock<Arc<Services>>>,
 }
@@ -119,7 +119,7 @@ pub(super) struct P2p {
     pub(super) host: Arc<Host>,
 }
 
-impl Client {
+impl RegistryClient {
     /// Creates a client with these options.
     ///
     /// # Errors
@@ -159,7 +159,7 @@ impl Client {
     /// [`RegistryError::Setup`].
     pub fn repository(&self, host: &str, name: &str) -> Result<Repository, RegistryError> {
         let services = self.services()?;
-        let place = Arc::new(Place::new(services.clone(), host, name)?);
+        let place = Arc::new(RepositoryPlace::new(services.clone(), host, name)?);
         let urls = services.mirrors.get(&place.host).or_else(|| services.mirrors.get("*"));
         let mirrors = urls.into_iter().flatten().map(|url| place.mirror(url).map(Arc::new));
         Ok(Repository::new(place.clone(), mirrors.collect::<Result<_, _>>()?))
@@ -229,7 +229,7 @@ impl Services {
 }
 
 /// One repository of one registry.
-pub(super) struct Place {
+pub(super) struct RepositoryPlace {
     pub(super) services: Arc<Services>,
     /// The registry as the user names it, with its port.
     pub(super) host: String,
@@ -246,7 +246,7 @@ pub(super) struct Place {
     pub(super) state: Arc<Host>,
 }
 
-impl Place {
+impl RepositoryPlace {
     fn new(services: Arc<Services>, host: &str, name: &str) -> Result<Self, RegistryError> {
         let bad_host = || RegistryError::BadName {
             text: host.to_owned(),
@@ -430,7 +430,7 @@ impl Place {
         &self,
         call: &Call,
         url: &Uri,
-        reply: &Reply,
+        reply: &HttpReply,
         hops: u32,
     ) -> Result<Uri, RegistryError> {
         let protocol = |rule: String| RegistryError::Protocol {
@@ -491,7 +491,7 @@ impl Call {
 
 /// An answer, and its origin after redirects.
 pub(super) struct Landed {
-    pub(super) reply: Reply,
+    pub(super) reply: HttpReply,
     pub(super) url: Uri,
     /// True if a redirect left the registry.
     pub(super) away: bool,
@@ -507,12 +507,12 @@ pub(super) fn authority(url: &Uri) -> &str {
     url.authority().map_or("", |authority| authority.as_str())
 }
 
-fn is_redirect(reply: &Reply) -> bool {
+fn is_redirect(reply: &HttpReply) -> bool {
     matches!(reply.status.as_u16(), 301 | 302 | 303 | 307 | 308)
 }
 
 /// The error for an answer that is no success. `host` answered; `registry` is the one to log in to.
-pub(super) fn refusal(what: &str, host: &str, registry: &str, reply: Reply) -> RegistryError {
+pub(super) fn refusal(what: &str, host: &str, registry: &str, reply: HttpReply) -> RegistryError {
     let status = reply.status.as_u16();
     let now = unix_now();
     let retry_after = reply
@@ -553,7 +553,7 @@ struct Complaint {
 
 /// The text of an error answer: its first `errors` entry (distribution specification, error codes),
 /// or else the start of its body. At most one line.
-pub(super) fn read_complaint(body: Body) -> String {
+pub(super) fn read_complaint(body: ReplyBody) -> String {
     let Ok(bytes) = body.collect(16 << 10) else { return String::new() };
     let text = match serde_json::from_slice::<Complaints>(&bytes) {
         Ok(Complaints { errors }) => errors.first().map_or_else(String::new, |first| {
@@ -592,7 +592,7 @@ mod tests {
         host: &str,
         name: &str,
     ) -> Result<(String, String), RegistryError> {
-        let repository = Client::new(options)?.repository(host, name)?;
+        let repository = RegistryClient::new(options)?.repository(host, name)?;
         let place = repository.place();
         Ok((place.url("x")?.to_string(), place.host.clone()))
     }

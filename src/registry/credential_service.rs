@@ -56,7 +56,7 @@ pub enum CredentialPlace {
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct CredentialAnswer {
     #[serde(default)]
     success: bool,
     #[serde(default)]
@@ -106,7 +106,7 @@ impl CredentialService {
             return Err(self.failed(format!("it answered {status}")));
         }
         // serde's text may quote a secret.
-        let answer: Answer = serde_json::from_slice(&body)
+        let answer: CredentialAnswer = serde_json::from_slice(&body)
             .map_err(|_| self.failed("its answer is not valid JSON of credentials"))?;
         if !answer.success {
             return Err(self.failed("its answer says that it failed"));

@@ -13,7 +13,7 @@
 //!   dead registry together make a few requests a second, not a few each.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 
 use super::downloads::DownloadLog;
 use super::rate::{RateLimits, Tokens};
+use threads::Counter;
 
 /// Time that a host is asked last after one failure; doubled for each further one in a row.
 const FIRST_BREAK: Duration = Duration::from_secs(1);
@@ -182,21 +183,21 @@ impl Network {
 #[derive(Debug, Default)]
 pub struct HostStats {
     /// Requests for bytes of blobs.
-    pub requests: AtomicU64,
+    pub requests: Counter,
     /// Bytes of blobs that arrived.
-    pub bytes: AtomicU64,
+    pub bytes: Counter,
     /// Requests that failed: no answer, a broken or wrong one, an error of the server.
-    pub failures: AtomicU64,
+    pub failures: Counter,
     /// Answers that ask for fewer requests (429, or 503 with `Retry-After`).
-    pub limited: AtomicU64,
+    pub limited: Counter,
     /// Requests repeated after all sources of a blob had failed.
-    pub retries: AtomicU64,
+    pub retries: Counter,
     /// Second requests made because this host took long.
-    pub hedges: AtomicU64,
+    pub hedges: Counter,
     /// Second requests that finished first.
-    pub hedges_won: AtomicU64,
+    pub hedges_won: Counter,
     /// Deliveries whose bytes did not match their checksum.
-    pub distrusted: AtomicU64,
+    pub distrusted: Counter,
 }
 
 /// One host.
@@ -204,12 +205,12 @@ pub struct HostStats {
 pub struct Host {
     name: String,
     stats: HostStats,
-    state: Mutex<State>,
+    state: Mutex<HostState>,
     retries: Mutex<Tokens>,
 }
 
 #[derive(Debug)]
-struct State {
+struct HostState {
     failures_in_a_row: u32,
     passed_over_until: Option<Instant>,
     waits: Vec<Duration>,
@@ -225,7 +226,7 @@ impl Host {
         Self {
             name: name.to_owned(),
             stats: HostStats::default(),
-            state: Mutex::new(State {
+            state: Mutex::new(HostState {
                 failures_in_a_row: 0,
                 passed_over_until: None,
                 waits: Vec::new(),
@@ -270,7 +271,7 @@ impl Host {
 
     /// Records a failure, or a request for a pause of `wait`.
     pub(super) fn failed(&self, wait: Option<Duration>) {
-        self.stats.failures.fetch_add(1, Ordering::Relaxed);
+        self.stats.failures.add(1);
         let mut state = self.state.lock();
         let doubled = FIRST_BREAK.saturating_mul(1 << state.failures_in_a_row.min(10));
         state.failures_in_a_row = state.failures_in_a_row.saturating_add(1);
@@ -280,7 +281,7 @@ impl Host {
 
     /// Records bytes that did not match their checksum.
     pub(super) fn lied(&self) {
-        self.stats.distrusted.fetch_add(1, Ordering::Relaxed);
+        self.stats.distrusted.add(1);
         let mut state = self.state.lock();
         let until = Instant::now() + BREAK_OF_LIARS;
         state.passed_over_until = state.passed_over_until.max(Some(until));
@@ -332,7 +333,7 @@ impl Host {
 
     /// Time that a retry waits for its turn.
     pub(super) fn retry_after(&self) -> Duration {
-        self.stats.retries.fetch_add(1, Ordering::Relaxed);
+        self.stats.retries.add(1);
         self.retries.lock().take(1.0, LONGEST_TURN)
     }
 }

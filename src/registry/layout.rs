@@ -25,7 +25,7 @@ use thiserror::Error;
 use formats::oci::annotations::{CONTAINERD_IMAGE_NAME, REF_NAME};
 use formats::oci::digest::Digest;
 use formats::oci::manifest::{
-    DOCUMENT_LIMIT, Descriptor, Document, Index, ManifestError, Platform, media,
+    DOCUMENT_LIMIT, Descriptor, Document, ImageIndex, ManifestError, Platform, media,
 };
 
 /// The only version of the layout that exists.
@@ -115,11 +115,11 @@ pub enum LayoutError {
 
 /// An image layout directory.
 #[derive(Clone, Debug)]
-pub struct Layout {
+pub struct LayoutDirectory {
     dir: PathBuf,
 }
 
-impl Layout {
+impl LayoutDirectory {
     /// Opens an existing layout.
     ///
     /// # Errors
@@ -301,7 +301,7 @@ impl Layout {
             .collect())
     }
 
-    fn index(&self) -> Result<Index, LayoutError> {
+    fn index(&self) -> Result<ImageIndex, LayoutError> {
         let path = self.dir.join("index.json");
         let document = |source| LayoutError::Document { path: path.clone(), source };
         match Document::parse(&read_small(&path)?, Some(media::OCI_INDEX)).map_err(document)? {
@@ -538,20 +538,20 @@ fn write_atomically(place: &Path, bytes: &[u8]) -> Result<(), LayoutError> {
 mod tests {
     use super::*;
 
-    fn layout() -> (tempfile::TempDir, Layout) {
+    fn layout() -> (tempfile::TempDir, LayoutDirectory) {
         let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::open_or_create(&dir.path().join("new/layout")).unwrap();
+        let layout = LayoutDirectory::open_or_create(&dir.path().join("new/layout")).unwrap();
         (dir, layout)
     }
 
-    fn image(layout: &Layout, name: &str) -> Descriptor {
+    fn image(layout: &LayoutDirectory, name: &str) -> Descriptor {
         let config = layout.write_blob(media::OCI_CONFIG, name.as_bytes()).unwrap();
         let config = serde_json::to_string(&config).unwrap();
         let manifest = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[]}}"#);
         layout.write_blob(media::OCI_MANIFEST, manifest.as_bytes()).unwrap()
     }
 
-    fn files(layout: &Layout) -> usize {
+    fn files(layout: &LayoutDirectory) -> usize {
         fs::read_dir(layout.blobs()).unwrap().count()
     }
 
@@ -562,7 +562,7 @@ mod tests {
         layout.put("1", &a).unwrap();
         assert_eq!(layout.resolve(None).unwrap().digest, a.digest);
         layout.put("docker.io/library/x:2", &b).unwrap();
-        let again = Layout::open(layout.dir()).unwrap();
+        let again = LayoutDirectory::open(layout.dir()).unwrap();
         assert_eq!(again.resolve(Some("1")).unwrap().digest, a.digest);
         assert_eq!(again.resolve(Some("docker.io/library/x:2")).unwrap().digest, b.digest);
         assert!(matches!(again.document(&a).unwrap(), Document::Manifest(_)));
@@ -649,15 +649,18 @@ mod tests {
     fn a_directory_of_other_things_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("precious"), "x").unwrap();
-        assert!(matches!(Layout::open_or_create(dir.path()), Err(LayoutError::NotLayout { .. })));
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(matches!(Layout::open(dir.path()), Err(LayoutError::NotLayout { .. })));
         assert!(matches!(
-            Layout::open(Path::new("/nonexistent")),
+            LayoutDirectory::open_or_create(dir.path()),
+            Err(LayoutError::NotLayout { .. })
+        ));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert!(matches!(LayoutDirectory::open(dir.path()), Err(LayoutError::NotLayout { .. })));
+        assert!(matches!(
+            LayoutDirectory::open(Path::new("/nonexistent")),
             Err(LayoutError::NotLayout { .. })
         ));
         fs::write(dir.path().join("oci-layout"), r#"{"imageLayoutVersion":"9"}"#).unwrap();
-        assert!(matches!(Layout::open(dir.path()), Err(LayoutError::NotLayout { .. })));
+        assert!(matches!(LayoutDirectory::open(dir.path()), Err(LayoutError::NotLayout { .. })));
     }
 
     #[test]

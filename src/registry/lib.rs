@@ -25,7 +25,7 @@
 //!
 //! # Threads
 //!
-//! The callers are plain threads that want bytes: queue threads, decode threads, a converter. The
+//! The callers are plain threads that want bytes: fetch threads, frame threads, a converter, a connection of the daemon. The
 //! sockets belong to one or two I/O threads of this process, and [`transport`] is their synchronous
 //! interface: a request goes over, a head comes back, and the body follows through a bounded
 //! channel. So a layer of 10 GB is streamed in a few hundred KiB of memory, and a slow reader slows
@@ -34,7 +34,7 @@
 //! # Contents
 //!
 //! * [`store`]       one trait for the places where images are; [`layout`] the image layout directory
-//! * [`client`]      [`Client`] and its options; one authorised exchange with retries
+//! * [`client`]      [`RegistryClient`] and its options; one authorised exchange with retries
 //! * [`repository`]  [`Repository`]: manifests and uploads
 //! * [`blob`]        [`RemoteBlob`]: range reads of one blob, a [`ByteSource`](source::ByteSource)
 //! * `way`           one source of a blob: the registry, a mirror, a peer; `race` one read of it
@@ -48,9 +48,9 @@
 //! * [`error`]       [`RegistryError`]
 //!
 //! ```
-//! use turbobd_registry::Layout;
+//! use turbobd_registry::LayoutDirectory;
 //! let dir = tempfile::tempdir()?;
-//! let layout = Layout::open_or_create(dir.path())?;
+//! let layout = LayoutDirectory::open_or_create(dir.path())?;
 //! let blob = layout.write_blob("text/plain", b"bytes")?;
 //! assert_eq!(layout.read_blob(&blob)?, b"bytes");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -82,15 +82,15 @@ mod wait;
 mod way;
 
 pub use blob::{RemoteBlob, RemoteStats};
-pub use client::{Client, ClientOptions};
+pub use client::{ClientOptions, RegistryClient};
 pub use credential_service::{CredentialPlace, CredentialService};
 pub use credentials::{Credential, CredentialStore};
 pub use downloads::{Download, DownloadLog};
 pub use error::RegistryError;
 pub use host::{Hedging, Host, HostStats, Network, NetworkOptions};
-pub use layout::{Layout, LayoutError};
+pub use layout::{LayoutDirectory, LayoutError};
 pub use proxy::Proxies;
-pub use repository::{Manifest, Repository};
+pub use repository::{FetchedManifest, Repository};
 pub use retry::RetryPolicy;
 pub use stream::BlobReader;
 pub use tls::ClientCertificate;

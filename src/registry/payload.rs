@@ -4,17 +4,18 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use threads::Counter;
 use tokio::sync::mpsc;
 
 /// Progress of an upload, as seen from the I/O thread.
 #[derive(Debug, Default)]
 pub(super) struct Gauge {
-    pub(super) sent: AtomicU64,
+    pub(super) sent: Counter,
     /// The reader has not produced the next piece yet, so the delay is not the server's fault.
     pub(super) starved: AtomicBool,
     pub(super) done: AtomicBool,
@@ -22,12 +23,12 @@ pub(super) struct Gauge {
 
 /// The body of a request.
 #[derive(Debug)]
-pub(super) enum Payload {
+pub(super) enum RequestBody {
     Memory(Bytes),
     Stream { pieces: mpsc::Receiver<io::Result<Bytes>>, left: u64, gauge: Arc<Gauge> },
 }
 
-impl HttpBody for Payload {
+impl HttpBody for RequestBody {
     type Data = Bytes;
     type Error = io::Error;
 
@@ -44,7 +45,7 @@ impl HttpBody for Payload {
                 let Poll::Ready(piece) = next else { return Poll::Pending };
                 let Some(piece) = piece.transpose()? else { return Poll::Ready(None) };
                 *left -= (piece.len() as u64).min(*left);
-                gauge.sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
+                gauge.sent.add(piece.len() as u64);
                 gauge.done.store(*left == 0, Ordering::Relaxed);
                 Poll::Ready(Some(Ok(Frame::data(piece))))
             }

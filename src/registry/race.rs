@@ -28,10 +28,9 @@ use super::host::Network;
 use super::wait::{block_on, block_until};
 use super::way::{BlobAddress, RangeBody, Way, tell};
 use source::{Class, Run};
-use threads::count;
 
 /// A read in progress, over all its tries.
-pub(super) struct Reading<'a> {
+pub(super) struct RacedRead<'a> {
     pub(super) blob: &'a BlobAddress,
     pub(super) network: &'a Network,
     pub(super) stats: &'a RemoteStats,
@@ -65,7 +64,7 @@ enum Stage<'a> {
     Flowing(RangeBody),
 }
 
-enum Event {
+enum RaceEvent {
     Head,
     /// Bytes that can be taken.
     Bytes(Bytes),
@@ -74,16 +73,16 @@ enum Event {
 }
 
 impl Lane<'_> {
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Event> {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<RaceEvent> {
         loop {
             match &mut self.stage {
                 Stage::Opening(opening) => {
                     let opened = ready!(opening.as_mut().poll(context));
                     return Poll::Ready(match opened {
-                        Err(error) => Event::Broken(error),
+                        Err(error) => RaceEvent::Broken(error),
                         Ok(body) => {
                             self.stage = Stage::Flowing(body);
-                            Event::Head
+                            RaceEvent::Head
                         }
                     });
                 }
@@ -91,11 +90,11 @@ impl Lane<'_> {
                     Ok(Some(frame)) => {
                         self.heard = Some(Instant::now());
                         if let Some(bytes) = self.held.replace(frame) {
-                            return Poll::Ready(Event::Bytes(bytes));
+                            return Poll::Ready(RaceEvent::Bytes(bytes));
                         }
                     }
-                    Ok(None) => return Poll::Ready(Event::End),
-                    Err(error) => return Poll::Ready(Event::Broken(error)),
+                    Ok(None) => return Poll::Ready(RaceEvent::End),
+                    Err(error) => return Poll::Ready(RaceEvent::Broken(error)),
                 },
             }
         }
@@ -116,7 +115,7 @@ impl Lane<'_> {
     }
 }
 
-impl<'a> Reading<'a> {
+impl<'a> RacedRead<'a> {
     /// Reads on from `at`, asking each source once; afterwards `at` is the position reached.
     pub(super) fn once(&mut self, deadline: Instant) -> Result<(), RegistryError> {
         let order = self.blob.order();
@@ -150,9 +149,9 @@ impl<'a> Reading<'a> {
                         lanes.push(second);
                     }
                 }
-                Some((number, Event::Head)) => self.head(&mut lanes[number]),
-                Some((number, Event::Bytes(bytes))) => self.take(&mut lanes[number], bytes),
-                Some((number, Event::End)) => {
+                Some((number, RaceEvent::Head)) => self.head(&mut lanes[number]),
+                Some((number, RaceEvent::Bytes(bytes))) => self.take(&mut lanes[number], bytes),
+                Some((number, RaceEvent::End)) => {
                     let mut lane = lanes.swap_remove(number);
                     if let Some(bytes) = lane.held.take() {
                         self.take(&mut lane, bytes);
@@ -160,7 +159,7 @@ impl<'a> Reading<'a> {
                     self.whole(&lane);
                     return Ok(());
                 }
-                Some((number, Event::Broken(error))) => {
+                Some((number, RaceEvent::Broken(error))) => {
                     let mut lane = lanes.swap_remove(number);
                     let by_peer = self.broken(&mut lane, &error);
                     tell(&mut told, error, lane.way);
@@ -182,8 +181,8 @@ impl<'a> Reading<'a> {
 
     fn lane(&self, number: usize, deadline: Instant, by_peer: bool) -> Lane<'a> {
         let way = &self.blob.ways[number];
-        count(&self.stats.requests, 1);
-        count(&way.place.state.stats().requests, 1);
+        self.stats.requests.add(1);
+        way.place.state.stats().requests.add(1);
         let opening = way.open(self.at..self.end, Some(deadline), by_peer);
         Lane {
             number,
@@ -202,8 +201,8 @@ impl<'a> Reading<'a> {
     /// Starts the second request for a read that `first` is late with. A peer is not asked again.
     fn second(&self, first: &Lane<'_>, next: Option<usize>, deadline: Instant) -> Lane<'a> {
         tracing::debug!(host = %first.way.place.host, at = self.at, "registry: asking a second time");
-        count(&self.stats.hedges, 1);
-        count(&first.way.place.state.stats().hedges, 1);
+        self.stats.hedges.add(1);
+        first.way.place.state.stats().hedges.add(1);
         Lane { is_second: true, ..self.lane(next.unwrap_or(first.number), deadline, false) }
     }
 
@@ -218,12 +217,12 @@ impl<'a> Reading<'a> {
     /// Takes the bytes that no other request has brought yet.
     fn take(&mut self, lane: &mut Lane<'_>, mut bytes: Bytes) {
         let arrived = bytes.len() as u64;
-        count(&self.stats.bytes, arrived);
+        self.stats.bytes.add(arrived);
         let known = (self.at - lane.at).min(arrived);
         bytes.advance(usize::try_from(known).unwrap_or(bytes.len()));
         lane.at += arrived;
         if let Stage::Flowing(body) = &lane.stage {
-            count(&body.source.stats().bytes, arrived);
+            body.source.stats().bytes.add(arrived);
         }
         if !bytes.is_empty() {
             let range = self.at..lane.at;
@@ -238,8 +237,8 @@ impl<'a> Reading<'a> {
             body.source.succeeded();
         }
         if lane.is_second {
-            count(&self.stats.hedges_won, 1);
-            count(&lane.way.place.state.stats().hedges_won, 1);
+            self.stats.hedges_won.add(1);
+            lane.way.place.state.stats().hedges_won.add(1);
         } else if let Some(head) = lane.head
             && !lane.is_by_peer()
         {

@@ -12,12 +12,12 @@ use hyper::{Method, Uri};
 
 use super::auth::parse_challenges;
 use super::blob::RemoteBlob;
-use super::client::{Call, Landed, Place, authority, refusal};
+use super::client::{Call, Landed, RepositoryPlace, authority, refusal};
 use super::error::RegistryError;
 use super::redirect::{resolve, same_origin};
 use super::retry::{Budget, RetryPolicy};
 use super::stream::BlobReader;
-use super::transport::Reply;
+use super::transport::HttpReply;
 use formats::oci::Digest;
 
 /// Limit on a manifest in bytes. Registries must accept manifests of 4 MiB and need not accept
@@ -41,7 +41,7 @@ const UPLOAD_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// A manifest as the registry stores it.
 #[derive(Clone, Debug)]
-pub struct Manifest {
+pub struct FetchedManifest {
     /// `Content-Type`, without parameters.
     pub media_type: String,
     /// The bytes that `digest` names.
@@ -53,18 +53,18 @@ pub struct Manifest {
 /// One repository of one registry. Clones are cheap.
 #[derive(Clone)]
 pub struct Repository {
-    place: Arc<Place>,
+    place: Arc<RepositoryPlace>,
     /// The mirrors, which are asked first.
-    mirrors: Arc<[Arc<Place>]>,
+    mirrors: Arc<[Arc<RepositoryPlace>]>,
 }
 
 impl Repository {
-    pub(super) fn new(place: Arc<Place>, mirrors: Vec<Arc<Place>>) -> Self {
+    pub(super) fn new(place: Arc<RepositoryPlace>, mirrors: Vec<Arc<RepositoryPlace>>) -> Self {
         Self { place, mirrors: mirrors.into() }
     }
 
     #[cfg(test)]
-    pub(super) fn place(&self) -> &Place {
+    pub(super) fn place(&self) -> &RepositoryPlace {
         &self.place
     }
 
@@ -90,7 +90,7 @@ impl Repository {
     /// Asks the healthy mirrors, each once, and then the registry until its budget is used up.
     fn read<T>(
         &self,
-        attempt: impl Fn(&Place, Instant) -> Result<T, RegistryError>,
+        attempt: impl Fn(&RepositoryPlace, Instant) -> Result<T, RegistryError>,
     ) -> Result<T, RegistryError> {
         for mirror in self.mirrors.iter().filter(|mirror| mirror.state.is_healthy()) {
             match attempt(mirror, Instant::now() + MIRROR_DEADLINE) {
@@ -140,7 +140,7 @@ impl Repository {
     /// # Errors
     /// Returns [`RegistryError::TooLarge`] past 4 MiB, [`RegistryError::DigestMismatch`], and all
     /// others.
-    pub fn manifest(&self, reference: &str) -> Result<Manifest, RegistryError> {
+    pub fn manifest(&self, reference: &str) -> Result<FetchedManifest, RegistryError> {
         let expected = check_reference(reference)?;
         let what = self.place.describe(&format!("manifest {reference}"));
         self.read(|place, deadline| {
@@ -159,7 +159,7 @@ impl Repository {
         call: &Call,
         landed: Landed,
         expected: Option<Digest>,
-    ) -> Result<Manifest, RegistryError> {
+    ) -> Result<FetchedManifest, RegistryError> {
         let host = landed.host().to_owned();
         let headers = &landed.reply.headers;
         let content_type =
@@ -178,7 +178,7 @@ impl Repository {
                 });
             }
         }
-        Ok(Manifest { media_type, bytes, digest })
+        Ok(FetchedManifest { media_type, bytes, digest })
     }
 
     /// Stores a manifest under a tag or its digest; returns its digest.
@@ -233,7 +233,7 @@ impl Repository {
     ///
     /// # Errors
     /// See [`RegistryError`].
-    pub fn referrers(&self, digest: &Digest) -> Result<Option<Manifest>, RegistryError> {
+    pub fn referrers(&self, digest: &Digest) -> Result<Option<FetchedManifest>, RegistryError> {
         let what = self.place.describe(&format!("referrers of {digest}"));
         let found = self.read(|place, deadline| {
             let url = place.url(&format!("referrers/{digest}"))?;
@@ -374,8 +374,8 @@ impl Repository {
         Budget::new(policy, &self.place).run(|_| {
             if in_one {
                 match upload.whole(open)? {
-                    Stored::Yes => return Ok(()),
-                    Stored::NotThisWay => in_one = false,
+                    UploadAnswer::Yes => return Ok(()),
+                    UploadAnswer::NotThisWay => in_one = false,
                 }
             }
             upload.in_pieces(open)
@@ -384,7 +384,7 @@ impl Repository {
     }
 }
 
-enum Stored {
+enum UploadAnswer {
     Yes,
     /// The registry accepts no body with the closing `PUT`.
     NotThisWay,
@@ -403,15 +403,15 @@ impl Upload<'_> {
     fn whole(
         &self,
         open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>,
-    ) -> Result<Stored, RegistryError> {
+    ) -> Result<UploadAnswer, RegistryError> {
         let url = self.closing_url(&self.session()?)?;
         let call = self.call(Method::PUT, url);
         let landed = self.send(&call, open)?;
         if matches!(landed.reply.status.as_u16(), 404 | 405 | 411 | 415 | 416 | 501) {
-            return Ok(Stored::NotThisWay);
+            return Ok(UploadAnswer::NotThisWay);
         }
         self.finish(&call, landed)?;
-        Ok(Stored::Yes)
+        Ok(UploadAnswer::Yes)
     }
 
     /// `POST`, `PATCH` with the bytes, `PUT` without any.
@@ -503,7 +503,7 @@ impl Upload<'_> {
         call: &Call,
         open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>,
         authorization: Option<&HeaderValue>,
-    ) -> Result<Reply, RegistryError> {
+    ) -> Result<HttpReply, RegistryError> {
         let place = &self.repository.place;
         let mut request = place.request(call, &call.url, authorization)?.map(|_| ());
         request.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(self.length));

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::client::Place;
+use super::client::RepositoryPlace;
 use super::error::RegistryError;
 use super::host::{Host, Network};
 
@@ -64,7 +64,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    pub(super) fn new(policy: RetryPolicy, place: &Place) -> Self {
+    pub(super) fn new(policy: RetryPolicy, place: &RepositoryPlace) -> Self {
         Self::of(policy, place.state.clone(), place.services.network.clone())
     }
 

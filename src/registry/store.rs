@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::{Client, RegistryError};
+use crate::{RegistryClient, RegistryError};
 use formats::oci::{Descriptor, Digest, ImageName, ManifestError, RepositoryName};
 use source::{ByteSource, SourceError};
 
@@ -241,7 +241,7 @@ pub trait ImageStore: Send + Sync {
 /// Returns [`StoreError`] when the directory is not a layout directory; a registry is not contacted yet.
 pub fn open(
     image: &ImageName,
-    client: &Client,
+    client: &RegistryClient,
 ) -> Result<(Arc<dyn ImageStore>, Selector), StoreError> {
     let selector = match image {
         ImageName::Layout(name) => name.tag.clone().map_or(Selector::Default, Selector::Tag),
@@ -260,7 +260,7 @@ pub fn open(
 /// Returns [`StoreError`] when the directory is not a layout directory; a registry is not contacted yet.
 pub fn open_repository(
     place: &RepositoryName,
-    client: &Client,
+    client: &RegistryClient,
 ) -> Result<Arc<dyn ImageStore>, StoreError> {
     Ok(match place {
         RepositoryName::Layout(dir) => Arc::new(LayoutStore::open(dir)?),
@@ -276,7 +276,7 @@ pub fn open_repository(
 /// Returns [`StoreError`] when a directory holds something else.
 pub fn create_repository(
     place: &RepositoryName,
-    client: &Client,
+    client: &RegistryClient,
 ) -> Result<Arc<dyn ImageStore>, StoreError> {
     match place {
         RepositoryName::Layout(dir) => Ok(Arc::new(LayoutStore::open_or_create(dir)?)),

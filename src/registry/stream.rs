@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use bytes::{Buf as _, Bytes};
 
-use super::client::Place;
+use super::client::RepositoryPlace;
 use super::downloads::Download;
 use super::error::RegistryError;
 use super::retry::Budget;
@@ -43,8 +43,8 @@ pub struct BlobReader {
 
 impl BlobReader {
     pub(super) fn new(
-        place: &Arc<Place>,
-        mirrors: &[Arc<Place>],
+        place: &Arc<RepositoryPlace>,
+        mirrors: &[Arc<RepositoryPlace>],
         digest: &Digest,
         size: u64,
     ) -> Result<Self, RegistryError> {

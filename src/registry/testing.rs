@@ -9,7 +9,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::store::{ImageStore, Selector, StoreError, StoredManifest, referrers};
 use formats::oci::{Descriptor, Digest};
-use source::testing::{Fault, FaultySource};
+use source::testing::{FaultySource, ReadFault};
 use source::{ByteSource, MemorySource};
 
 /// Images in memory.
@@ -136,7 +136,7 @@ pub struct FaultyStore<S> {
     inner: S,
     calls: AtomicUsize,
     fails_at: Option<usize>,
-    faults: Vec<Fault>,
+    faults: Vec<ReadFault>,
 }
 
 impl<S: ImageStore> FaultyStore<S> {
@@ -146,7 +146,7 @@ impl<S: ImageStore> FaultyStore<S> {
     }
 
     /// `inner`, with these faults in the [source](ImageStore::blob_source) of each blob.
-    pub fn with_faults(inner: S, faults: Vec<Fault>) -> Self {
+    pub fn with_faults(inner: S, faults: Vec<ReadFault>) -> Self {
         Self { inner, calls: AtomicUsize::new(0), fails_at: None, faults }
     }
 

@@ -10,7 +10,7 @@
 //! clock of its own: the I/O thread always sends an end or an error.
 //!
 //! HTTP/1.1 only, with as many connections as there are parallel requests: HTTP/2 was measured and
-//! gains nothing (`perf/http2.rs`).
+//! gains nothing (`perf/http2`).
 
 use std::error::Error as StdError;
 use std::io::{self, Read};
@@ -35,7 +35,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::mpsc;
 use tokio::time::{Instant as IoInstant, sleep_until, timeout, timeout_at};
 
-use super::payload::{Gauge, Payload};
+use super::payload::{Gauge, RequestBody};
 use super::proxy::{Proxies, Route};
 use super::wait::block_on;
 
@@ -124,9 +124,10 @@ fn io_threads() -> Result<&'static IoThreads, TransportError> {
 fn start_io_thread(number: usize) -> io::Result<Handle> {
     let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
     let handle = runtime.handle().clone();
-    thread::Builder::new()
-        .name(format!("registry-io-{number}"))
-        .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+    thread::Builder::new().name(format!("registry-io-{number}")).spawn(move || {
+        threads::mark_io_thread();
+        runtime.block_on(std::future::pending::<()>());
+    })?;
     Ok(handle)
 }
 
@@ -153,35 +154,35 @@ type Connector = HttpsConnector<Route>;
 /// A pool of connections with one setting of trust, proxies and timeouts.
 #[derive(Clone)]
 pub struct Transport {
-    pool: Client<Connector, Payload>,
+    pool: Client<Connector, RequestBody>,
     route: Route,
     timeouts: Timeouts,
 }
 
 /// The head of an answer, with the body to come.
 #[derive(Debug)]
-pub struct Reply {
+pub struct HttpReply {
     /// HTTP status.
     pub status: StatusCode,
     /// Header fields.
     pub headers: HeaderMap,
     /// Body of the answer.
-    pub body: Body,
+    pub body: ReplyBody,
 }
 
 /// A body in transfer. Dropping it closes the connection unless all of it was read.
 #[derive(Debug)]
-pub struct Body {
+pub struct ReplyBody {
     frames: mpsc::Receiver<Result<Bytes, TransportError>>,
 }
 
-impl Body {
+impl ReplyBody {
     /// The next bytes, or `None` at the end of the body. Blocks; not for asynchronous code.
     pub fn next_frame(&mut self) -> Option<Result<Bytes, TransportError>> {
         self.frames.blocking_recv()
     }
 
-    /// Form of [`Body::next_frame`] that does not block.
+    /// Form of [`ReplyBody::next_frame`] that does not block.
     pub fn poll_frame(
         &mut self,
         context: &mut Context<'_>,
@@ -210,7 +211,7 @@ impl Body {
         block_on(self.discard_async());
     }
 
-    /// Form of [`Body::discard`] that does not block.
+    /// Form of [`ReplyBody::discard`] that does not block.
     pub async fn discard_async(mut self) {
         let mut left = 64 << 10;
         while let Some(Ok(frame)) = self.frames.recv().await {
@@ -250,7 +251,7 @@ impl Transport {
         &self,
         request: Request<Bytes>,
         deadline: Option<Instant>,
-    ) -> Result<Reply, TransportError> {
+    ) -> Result<HttpReply, TransportError> {
         block_on(self.send_async(request, deadline))
     }
 
@@ -262,8 +263,8 @@ impl Transport {
         &self,
         request: Request<Bytes>,
         deadline: Option<Instant>,
-    ) -> Result<Reply, TransportError> {
-        let mut answer = self.start(request.map(Payload::Memory), None, deadline)?;
+    ) -> Result<HttpReply, TransportError> {
+        let mut answer = self.start(request.map(RequestBody::Memory), None, deadline)?;
         answer.0.recv().await.unwrap_or_else(|| Err(gave_up()))
     }
 
@@ -277,10 +278,10 @@ impl Transport {
         request: Request<()>,
         reader: &mut dyn Read,
         length: u64,
-    ) -> Result<Reply, TransportError> {
+    ) -> Result<HttpReply, TransportError> {
         let (pieces, receiver) = mpsc::channel(2);
         let gauge = Arc::new(Gauge::default());
-        let stream = Payload::Stream { pieces: receiver, left: length, gauge: gauge.clone() };
+        let stream = RequestBody::Stream { pieces: receiver, left: length, gauge: gauge.clone() };
         let mut answer = self.start(request.map(|()| stream), Some(gauge), None)?;
         let handle = io_threads()?.pick();
         let mut left = length;
@@ -311,10 +312,10 @@ impl Transport {
 
     fn start(
         &self,
-        mut request: Request<Payload>,
+        mut request: Request<RequestBody>,
         gauge: Option<Arc<Gauge>>,
         deadline: Option<Instant>,
-    ) -> Result<Answer, TransportError> {
+    ) -> Result<PendingReply, TransportError> {
         if let Some(value) = self.route.proxy_authorization(request.uri()) {
             request.headers_mut().insert(PROXY_AUTHORIZATION, value);
         }
@@ -325,7 +326,7 @@ impl Transport {
             deadline: deadline.map(IoInstant::from_std),
         };
         io_threads()?.pick().spawn(exchange.run(request, gauge, head_sender));
-        Ok(Answer(head))
+        Ok(PendingReply(head))
     }
 }
 
@@ -335,17 +336,17 @@ fn gave_up() -> TransportError {
 }
 
 /// The answer to come.
-struct Answer(mpsc::Receiver<Result<Reply, TransportError>>);
+struct PendingReply(mpsc::Receiver<Result<HttpReply, TransportError>>);
 
-impl Answer {
-    fn wait(&mut self) -> Result<Reply, TransportError> {
+impl PendingReply {
+    fn wait(&mut self) -> Result<HttpReply, TransportError> {
         self.0.blocking_recv().unwrap_or_else(|| Err(gave_up()))
     }
 }
 
 /// One request, on an I/O thread.
 struct Exchange {
-    pool: Client<Connector, Payload>,
+    pool: Client<Connector, RequestBody>,
     timeouts: Timeouts,
     deadline: Option<IoInstant>,
 }
@@ -353,9 +354,9 @@ struct Exchange {
 impl Exchange {
     async fn run(
         self,
-        request: Request<Payload>,
+        request: Request<RequestBody>,
         gauge: Option<Arc<Gauge>>,
-        head: mpsc::Sender<Result<Reply, TransportError>>,
+        head: mpsc::Sender<Result<HttpReply, TransportError>>,
     ) {
         let answer = async {
             match gauge {
@@ -375,8 +376,11 @@ impl Exchange {
             }
             Ok(response) => {
                 let (parts, incoming) = response.into_parts();
-                let reply =
-                    Reply { status: parts.status, headers: parts.headers, body: Body { frames } };
+                let reply = HttpReply {
+                    status: parts.status,
+                    headers: parts.headers,
+                    body: ReplyBody { frames },
+                };
                 if head.send(Ok(reply)).await.is_ok() {
                     self.pump(incoming, &sender).await;
                 }
@@ -392,7 +396,7 @@ impl Exchange {
 
     async fn answer(
         &self,
-        request: Request<Payload>,
+        request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, TransportError> {
         let started = IoInstant::now();
         let limit = self.until(self.timeouts.connect + self.timeouts.head);
@@ -407,12 +411,12 @@ impl Exchange {
     /// Form of `answer` whose clock runs only while the server causes the wait.
     async fn answer_upload(
         &self,
-        request: Request<Payload>,
+        request: Request<RequestBody>,
         gauge: &Gauge,
     ) -> Result<Response<Incoming>, TransportError> {
         let mut answer = std::pin::pin!(self.pool.request(request));
         loop {
-            let before = gauge.sent.load(Ordering::Relaxed);
+            let before = gauge.sent.get();
             let limit = if gauge.done.load(Ordering::Relaxed) {
                 // A registry hashes a whole layer before it answers the last byte.
                 self.timeouts.head + Duration::from_millis(before >> 17)
@@ -421,9 +425,7 @@ impl Exchange {
             };
             match timeout(limit, answer.as_mut()).await {
                 Ok(answer) => return answer.map_err(|error| explain(&error)),
-                Err(_)
-                    if gauge.sent.load(Ordering::Relaxed) != before
-                        || gauge.starved.load(Ordering::Relaxed) => {}
+                Err(_) if gauge.sent.get() != before || gauge.starved.load(Ordering::Relaxed) => {}
                 Err(_) => {
                     return Err(TransportError::Silent {
                         waiting_for: "the upload to continue",

@@ -25,11 +25,11 @@ use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderValue
 use hyper::{HeaderMap, Method, Uri};
 use parking_lot::Mutex;
 
-use super::client::{Call, Landed, P2p, Place, refusal, unix_now};
+use super::client::{Call, Landed, P2p, RepositoryPlace, refusal, unix_now};
 use super::error::RegistryError;
 use super::host::Host;
 use super::redirect::{self, same_origin};
-use super::transport::{Body, TransportError};
+use super::transport::{ReplyBody, TransportError};
 use super::wait::block_on;
 use formats::oci::Digest;
 
@@ -49,13 +49,13 @@ pub(super) struct BlobAddress {
 impl BlobAddress {
     /// Creates the address. `place` is the registry; `what` names the blob in messages.
     pub(super) fn new(
-        place: &Arc<Place>,
-        mirrors: &[Arc<Place>],
+        place: &Arc<RepositoryPlace>,
+        mirrors: &[Arc<RepositoryPlace>],
         digest: &Digest,
         size: u64,
         what: &str,
     ) -> Result<Self, RegistryError> {
-        let way = |place: &Arc<Place>| {
+        let way = |place: &Arc<RepositoryPlace>| {
             Ok(Way {
                 url: place.url(&format!("blobs/{digest}"))?,
                 place: place.clone(),
@@ -72,7 +72,7 @@ impl BlobAddress {
     }
 
     /// The registry itself.
-    pub(super) fn registry(&self) -> &Arc<Place> {
+    pub(super) fn registry(&self) -> &Arc<RepositoryPlace> {
         &self.ways[self.ways.len() - 1].place
     }
 
@@ -115,7 +115,7 @@ pub(super) fn tell(told: &mut Option<RegistryError>, error: RegistryError, way: 
 
 /// One source of a blob.
 pub(super) struct Way {
-    pub(super) place: Arc<Place>,
+    pub(super) place: Arc<RepositoryPlace>,
     url: Uri,
     size: u64,
     what: String,
@@ -154,7 +154,7 @@ impl Way {
             | RegistryError::RangeIgnored { .. }
             | RegistryError::SizeMismatch { .. } => self.put_last(MISSING),
             RegistryError::RateLimited { retry_after, .. } => {
-                state.stats().limited.fetch_add(1, Ordering::Relaxed);
+                state.stats().limited.add(1);
                 state.failed(*retry_after);
             }
             _ => state.failed(None),
@@ -269,7 +269,7 @@ impl Way {
         } else {
             None
         };
-        peer.host.stats().requests.fetch_add(1, Ordering::Relaxed);
+        peer.host.stats().requests.add(1);
         let wrapped = peer.wrap(url)?;
         let request = self.place.request(&call, &wrapped, header.as_ref())?;
         let sent = services.transport.send_async(request, deadline).await;
@@ -389,8 +389,8 @@ pub(super) struct RangeBody {
     left: u64,
     what: String,
     pub(super) host: String,
-    place: Arc<Place>,
-    body: Body,
+    place: Arc<RepositoryPlace>,
+    body: ReplyBody,
     /// The host that sends these bytes.
     pub(super) source: Arc<Host>,
     /// True if they come through the peer.

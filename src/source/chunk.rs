@@ -6,7 +6,8 @@
 //! decoded, and the fetcher which chunks are fetched together.
 //!
 //! Each chunk decodes alone. The exception is a long zstd frame: its chunks decode one after the other, from
-//! the beginning of the frame (see [`ChunkSource::serial`]).
+//! the beginning of the frame; a source with such frames is [`SerialChunks`] as well, and returns itself as one
+//! ([`ChunkSource::serial`]).
 //!
 //! Implementations: `gzip::IndexedLayer`, `segments::SegmentedLayer`, the
 //! `ZFile` reader and [`PlainChunks`]. For tests in memory or with faults, put [`PlainChunks`] over a
@@ -107,7 +108,7 @@ impl fmt::Debug for ChunkBytes {
 
 /// Position of a chunk in its blob, and the room that its decoder needs around it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Encoded {
+pub struct EncodedRange {
     /// The chunk's byte range in the blob. Neighbours may share a byte.
     pub range: Range<u64>,
     /// Bytes of room that the decoder needs in front of them.
@@ -116,7 +117,7 @@ pub struct Encoded {
     pub tail: usize,
 }
 
-impl Encoded {
+impl EncodedRange {
     /// Number of bytes of the blob.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -140,7 +141,7 @@ pub struct EncodedChunk {
 impl EncodedChunk {
     /// Makes room for the bytes of `place`, in a buffer that may have been used before.
     #[must_use]
-    pub fn new(place: &Encoded, mut buffer: Vec<u8>) -> Self {
+    pub fn new(place: &EncodedRange, mut buffer: Vec<u8>) -> Self {
         let data = place.head..place.head + place.len();
         let len = data.end + place.tail;
         buffer.truncate(len);
@@ -223,7 +224,7 @@ pub trait ChunkSource: Send + Sync {
     ///
     /// # Errors
     /// [`ChunkError`] if there is no such chunk.
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError>;
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError>;
 
     /// Bytes of room that chunk `index` is decoded into: its own length plus the room that its decoder needs.
     fn room(&self, index: u32) -> usize;
@@ -240,38 +241,22 @@ pub trait ChunkSource: Send + Sync {
         room: &mut [u8],
     ) -> Result<Range<usize>, ChunkError>;
 
-    /// The chunks that must be decoded one after the other to get chunk `index`. In most blobs the range
-    /// holds only `index`, and [`decode`](Self::decode) decodes it alone. If the range holds more chunks,
-    /// `decode` refuses; [`begin_serial`](Self::begin_serial) decodes them from the first on.
-    fn serial(&self, index: u32) -> Range<u32> {
-        index..index.saturating_add(1)
+    /// The long frames of this blob, if it has any.
+    fn serial(&self) -> Option<&dyn SerialChunks> {
+        None
+    }
+
+    /// The chunks that must be decoded one after the other to get chunk `index`. The range holds only `index`
+    /// if [`decode`](Self::decode) decodes it alone. Otherwise `decode` refuses it, and
+    /// [`SerialChunks::begin_frame`] decodes the range from its first chunk on.
+    fn frame(&self, index: u32) -> Range<u32> {
+        self.serial()
+            .map_or_else(|| index..index.saturating_add(1), |serial| serial.long_frame(index))
     }
 
     /// True if chunk `index` is one of several that are decoded one after the other.
     fn is_serial(&self, index: u32) -> bool {
-        self.serial(index).len() > 1
-    }
-
-    /// Decoded length in bytes of the longest frame whose chunks are decoded one after the other; 0 if there
-    /// is no such frame.
-    fn longest_serial(&self) -> u64 {
-        0
-    }
-
-    /// Bytes of memory needed to decode a frame that begins with these encoded bytes: its window.
-    fn serial_memory(&self, first: &[u8]) -> u64 {
-        let _ = first;
-        0
-    }
-
-    /// Begins to decode the chunks of a frame; `first` is the first of them.
-    ///
-    /// # Errors
-    /// [`ChunkError`] if `first` is not the first chunk of a frame, or there is no memory for a decoder.
-    fn begin_serial(&self, first: u32) -> Result<Box<dyn SerialDecoder>, ChunkError> {
-        let blob = self.blob().name().to_owned();
-        let reason = "it is not the first of a frame".to_owned();
-        Err(ChunkError::Damaged { blob, chunk: first, start: 0, end: 0, reason })
+        self.frame(index).len() > 1
     }
 
     /// Position of chunk `index` in the decoded bytes; `None` if it cannot be computed from the number.
@@ -303,10 +288,10 @@ pub trait ChunkSource: Send + Sync {
     /// # Errors
     /// [`ChunkError`]; unverified bytes are never returned.
     fn load(&self, index: u32) -> Result<ChunkBytes, ChunkError> {
-        let serial = self.serial(index);
-        if serial.len() > 1 {
+        let frame = self.frame(index);
+        if let Some(serial) = self.serial().filter(|_| frame.len() > 1) {
             let mut wanted = Vec::new();
-            self.load_serial(serial.start..index.saturating_add(1), &mut |bytes| {
+            serial.load_frame(frame.start..index.saturating_add(1), &mut |bytes| {
                 wanted.clear();
                 wanted.extend_from_slice(bytes);
             })?;
@@ -330,18 +315,37 @@ pub trait ChunkSource: Send + Sync {
         };
         Ok(ChunkBytes::new(Box::new(room), data))
     }
+}
 
-    /// Loads the chunks of one long frame from its first on, in the way of [`load`](Self::load), and gives
+/// The long frames of a blob: what [`ChunkSource`] has for them alone. A long frame is one of several chunks,
+/// which are fetched and verified alone, but decoded one after the other, from the first.
+pub trait SerialChunks: ChunkSource {
+    /// The chunks of the frame with chunk `index`; only `index` if it decodes alone.
+    fn long_frame(&self, index: u32) -> Range<u32>;
+
+    /// Decoded length in bytes of the longest of these frames.
+    fn longest_frame(&self) -> u64;
+
+    /// Bytes of memory needed to decode a frame that begins with these encoded bytes: its window.
+    fn window(&self, first: &[u8]) -> u64;
+
+    /// Begins to decode the chunks of a frame; `first` is the first of them.
+    ///
+    /// # Errors
+    /// [`ChunkError`] if `first` is not the first chunk of a frame, or there is no memory for a decoder.
+    fn begin_frame(&self, first: u32) -> Result<Box<dyn SerialDecoder>, ChunkError>;
+
+    /// Loads the chunks of one long frame from its first on, in the way of [`ChunkSource::load`], and gives
     /// each to `each`.
     ///
     /// # Errors
     /// [`ChunkError`].
-    fn load_serial(
+    fn load_frame(
         &self,
         chunks: Range<u32>,
         each: &mut dyn FnMut(&[u8]),
     ) -> Result<(), ChunkError> {
-        let mut decoder = self.begin_serial(chunks.start)?;
+        let mut decoder = self.begin_frame(chunks.start)?;
         let (mut buffer, mut room) = (Vec::new(), Vec::new());
         for index in chunks {
             let place = self.encoded(index)?;
@@ -409,14 +413,14 @@ impl ChunkSource for PlainChunks {
         &self.source
     }
 
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
         let start = u64::from(index) * Self::CHUNK;
         let size = self.source.len();
         if start >= size {
             let name = self.source.name().to_owned();
             return Err(SourceError::PastEnd { name, offset: start, end: start + 1, size }.into());
         }
-        Ok(Encoded { range: start..size.min(start + Self::CHUNK), head: 0, tail: 0 })
+        Ok(EncodedRange { range: start..size.min(start + Self::CHUNK), head: 0, tail: 0 })
     }
 
     fn room(&self, index: u32) -> usize {

@@ -1,8 +1,8 @@
-//! The two seams under the formats: bytes at any position, and chunks that decode alone.
+//! The two seams under the formats: bytes at any position, and chunks that are fetched and verified alone.
 //!
 //! A format parses from a [`ByteSource`] and does not care whether it is memory, a file or a range of a blob in a
 //! registry. A layer is read through a [`ChunkSource`](chunk::ChunkSource): a blob that is cut into pieces, each
-//! fetched, verified and decoded alone. The crate `formats` implements chunks, the crate `registry` implements bytes,
+//! fetched, verified and, but for pieces of a long zstd frame, decoded alone. The crate `formats` implements chunks, the crate `registry` remote bytes,
 //! and the crate `blobs` joins both without a name of either.
 //!
 //! * [`budget`] a bound on memory, and what is taken of it

@@ -8,12 +8,12 @@ use crate::{ByteSource, SourceError};
 /// A source with deliberate faults, for tests of all code above it.
 pub struct FaultySource {
     inner: Arc<dyn ByteSource>,
-    faults: Vec<Fault>,
+    faults: Vec<ReadFault>,
 }
 
 /// Fault of a [`FaultySource`] in a read that touches a byte.
 #[derive(Clone, Copy, Debug)]
-pub enum Fault {
+pub enum ReadFault {
     /// Reads that touch this byte fail.
     FailAt(u64),
     /// The byte at this offset arrives with these bits flipped.
@@ -22,7 +22,7 @@ pub enum Fault {
 
 impl FaultySource {
     /// `inner`, with `faults`.
-    pub fn new(inner: Arc<dyn ByteSource>, faults: Vec<Fault>) -> Self {
+    pub fn new(inner: Arc<dyn ByteSource>, faults: Vec<ReadFault>) -> Self {
         Self { inner, faults }
     }
 }
@@ -37,7 +37,7 @@ impl ByteSource for FaultySource {
         let range = offset..offset + buf.len() as u64;
         for fault in &self.faults {
             match *fault {
-                Fault::FailAt(at) if range.contains(&at) => {
+                ReadFault::FailAt(at) if range.contains(&at) => {
                     return Err(SourceError::Io {
                         name: self.name().to_owned(),
                         offset,
@@ -45,7 +45,7 @@ impl ByteSource for FaultySource {
                         source: Arc::new(io::Error::from_raw_os_error(libc::EIO)),
                     });
                 }
-                Fault::FlipAt(at, bits) if range.contains(&at) => {
+                ReadFault::FlipAt(at, bits) if range.contains(&at) => {
                     buf[(at - offset) as usize] ^= bits;
                 }
                 _ => {}

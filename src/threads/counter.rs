@@ -2,7 +2,20 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Adds `n` to a counter. Counters have no order among each other: a reader may see one before another.
-pub fn count(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Ordering::Relaxed);
+/// A number that only grows, for people and metrics. Counters have no order among each other: a reader may see
+/// one before another, and no thread may conclude from one that something else has happened.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The number now.
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }

@@ -19,6 +19,6 @@ pub mod counter;
 pub mod io;
 pub mod pool;
 
-pub use counter::count;
+pub use counter::Counter;
 pub use io::{mark_io_thread, yield_to_short_work};
 pub use pool::Pool;

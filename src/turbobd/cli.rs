@@ -34,6 +34,7 @@ use thiserror::Error;
 
 use ::convert::child as convert_child;
 use host::config::ServiceConfig;
+use host::config::log_file::LogFile;
 use host::images::OpenError;
 use source::failure::with_causes;
 
@@ -69,14 +70,14 @@ impl Service {
     }
 
     /// Loads the configuration of a daemon and begins its log, which the configuration describes.
-    fn load_with_log(&self, verbose: u8) -> Result<Arc<ServiceConfig>, Failure> {
+    fn load_with_log(&self, verbose: u8) -> Result<(Arc<ServiceConfig>, Option<LogFile>), Failure> {
         let (config, warnings) =
             ServiceConfig::read(self.file.as_deref()).map_err(Failure::because)?;
-        log::begin_for_daemon(verbose, &config)?;
+        let log = log::begin_for_daemon(verbose, &config)?;
         for warning in warnings {
             tracing::warn!("{warning}");
         }
-        Ok(Arc::new(config))
+        Ok((Arc::new(config), log))
     }
 }
 

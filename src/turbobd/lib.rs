@@ -1,13 +1,13 @@
 //! Start containers from **unmodified OCI images before they are downloaded**: the command line.
 //!
-//! A *meta image* (Overlaybd-TurboOCIv1: the ext4 metadata of the image and an index into its gzip layers) is built
+//! A *meta image* (Overlaybd-TurboOCIv1: the ext4 metadata of the image and an index into its layers) is built
 //! once. A host attaches it as a block device: metadata comes from memory, file data from ranges of the *original* layer
 //! blobs, fetched, verified and decoded when they are first read.
 //!
-//! This crate turns arguments into specs, asks a daemon or opens an image itself, and prints. The work is done by the
-//! crates below, from the lowest to the highest; each imports only crates that stand above it in this list.
+//! This crate turns arguments into specs, asks a daemon or opens an image itself, and prints. The work is done by these
+//! crates, from the lowest to the highest; each imports only crates that are named before it.
 //!
-//! * `sys`, `inflate` system calls and the inner decoding loop: the leaf crates with `unsafe` code
+//! * `sys`, `threads`, `inflate` system calls, threads that are joined, the inner decoding loop: leaf crates
 //! * `source`    the two seams: bytes at any position, chunks that decode alone
 //! * `formats`   OCI documents, tar, gzip, zstd, ZFile, LSMT, ext4: pure code
 //! * `registry`  the distribution client, and the stores of images

@@ -18,6 +18,7 @@ use crate::block::{
     MIB, Random, alone, content, loop_here, mounts, open, random_reads, read, soon, sys_block,
     threads, ublk_here,
 };
+use disk::DiskRange;
 use disk::testing::{FaultyVolume, MemoryVolume};
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
 use turbobd_frontends::looped::LoopedDevice;
@@ -38,11 +39,10 @@ impl Volume for Scattered {
 
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         _: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let (mut at, end) = (offset as usize, offset as usize + len);
+        let (mut at, end) = (range.offset as usize, range.end() as usize);
         let mut pieces = Vec::new();
         while at < end {
             let in_hole = self.hole.contains(&at);

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::block::{MIB, Random, alone, content, open, read, soon, sys_block, threads, ublk_here};
+use disk::DiskRange;
 use disk::testing::{FaultyVolume, MemoryVolume};
 use disk::upper::UpperVolume;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
@@ -98,12 +99,13 @@ impl Volume for Noted {
 
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         _: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let guard = Arc::new(self.bytes.lock().unwrap()[offset as usize..][..len].to_vec());
-        Ok(Located::Ready(vec![Piece::Memory { guard, range: 0..len }]))
+        let guard = Arc::new(
+            self.bytes.lock().unwrap()[range.offset as usize..][..range.buffer_len()].to_vec(),
+        );
+        Ok(Located::Ready(vec![Piece::Memory { guard, range: 0..range.buffer_len() }]))
     }
 
     fn writable(&self) -> Option<&dyn WritableVolume> {
@@ -118,7 +120,8 @@ impl WritableVolume for Noted {
         Ok(())
     }
 
-    fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+    fn discard(&self, range: DiskRange) -> Result<(), VolumeError> {
+        let DiskRange { offset, len } = range;
         self.change(offset, len, format!("zero {offset} {len}"))?;
         self.bytes.lock().unwrap()[offset as usize..][..len as usize].fill(0);
         Ok(())

@@ -5,9 +5,9 @@
 mod checksums;
 
 use convert::apply::{ApplyError, LayerApply};
-use formats::ext4::{Geometry, Identity, Image, Run, Tree};
-use formats::lsmt::{Layer, LayerKind, WarpWriter};
-use formats::tar::{Event, Parser, TarError};
+use formats::ext4::{FilesystemIdentity, Geometry, Image, LayerRun, Tree};
+use formats::lsmt::{LsmtLayer, TagMeaning, WarpWriter};
+use formats::tar::{Parser, TarError, TarEvent};
 use libfuzzer_sys::fuzz_target;
 use source::MemorySource;
 
@@ -32,8 +32,8 @@ fn apply(tree: &mut Tree, tar: &[u8]) -> Result<(), Refused> {
     let mut parser = Parser::with_data();
     for piece in tar.chunks(1000) {
         parser.feed(piece, &mut |event| match event {
-            Event::Entry(entry) => layer.entry(entry).map_err(Refused::Apply),
-            Event::Data(bytes) => {
+            TarEvent::Entry(entry) => layer.entry(entry).map_err(Refused::Apply),
+            TarEvent::Data(bytes) => {
                 layer.data(bytes);
                 Ok(())
             }
@@ -51,7 +51,7 @@ fuzz_target!(|data: &[u8]| {
     checksums::tar(&mut tars);
     let (lower, upper) = tars.split_at((usize::from(split) * 512).min(tars.len()));
     let mut tree = Tree::new();
-    let mut image = Image::new(DISK, Identity::default()).unwrap();
+    let mut image = Image::new(DISK, FilesystemIdentity::default()).unwrap();
     for tar in [lower, upper] {
         if apply(&mut tree, tar).is_err() {
             return;
@@ -60,13 +60,15 @@ fuzz_target!(|data: &[u8]| {
         let mut writer = WarpWriter::new(DISK.size).unwrap();
         for run in blocks.runs() {
             match run {
-                Run::Metadata { lba, bytes } => writer.metadata(lba, bytes).unwrap(),
-                Run::Remote { lba, count, target } => writer.remote(lba, count, target).unwrap(),
-                Run::Zeroed { lba, count } => writer.zeroed(lba, count).unwrap(),
+                LayerRun::Metadata { lba, bytes } => writer.metadata(lba, bytes).unwrap(),
+                LayerRun::Remote { lba, count, target } => {
+                    writer.remote(lba, count, target).unwrap()
+                }
+                LayerRun::Zeroed { lba, count } => writer.zeroed(lba, count).unwrap(),
             }
         }
         let mut lsmt = Vec::new();
         writer.finish(&mut lsmt).unwrap();
-        Layer::open(&MemorySource::new("fuzz", lsmt), LayerKind::Warp).unwrap();
+        LsmtLayer::open(&MemorySource::new("fuzz", lsmt), TagMeaning::Warp).unwrap();
     }
 });

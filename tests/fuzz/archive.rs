@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
 use formats::gzip::{GZIP_META_NAME, SIDECAR_NAME, merge};
-use formats::lsmt::{Layer, LayerKind};
+use formats::lsmt::{LsmtLayer, TagMeaning};
 use formats::zfile;
 use source::MemorySource;
 
@@ -30,6 +30,6 @@ fuzz_target!(|data: &[u8]| {
     if payload.source().len() < 1 << 20
         && let Ok(plain) = payload.read_all()
     {
-        let _ = Layer::open(&MemorySource::new("fuzz", plain), LayerKind::Warp);
+        let _ = LsmtLayer::open(&MemorySource::new("fuzz", plain), TagMeaning::Warp);
     }
 });

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use formats::ext4::{Attributes, Kind, LayerBlocks, NodeId, Run, Tree, read};
+use formats::ext4::{Attributes, LayerBlocks, LayerRun, NodeId, NodeKind, Tree, read};
 use formats::units::{Bytes, Sectors};
 use libfuzzer_sys::fuzz_target;
 use source::{ByteSource, SourceError};
@@ -38,9 +38,9 @@ impl Disk {
     fn put(&mut self, layer: &LayerBlocks) {
         for run in layer.runs() {
             let bytes = match run {
-                Run::Metadata { bytes, .. } => bytes.to_vec(),
-                Run::Zeroed { count, .. } => vec![0; count.bytes().0 as usize],
-                Run::Remote { count, .. } => vec![1; count.bytes().0 as usize],
+                LayerRun::Metadata { bytes, .. } => bytes.to_vec(),
+                LayerRun::Zeroed { count, .. } => vec![0; count.bytes().0 as usize],
+                LayerRun::Remote { count, .. } => vec![1; count.bytes().0 as usize],
             };
             for (lba, sector) in (run.lba().0..).zip(bytes.chunks(512)) {
                 let block = self.0.entry(lba / 8).or_insert_with(|| vec![0; BLOCK]);
@@ -81,12 +81,12 @@ fn listing(tree: &Tree) -> BTreeMap<Vec<u8>, String> {
         for (name, child) in tree.children(dir) {
             let path = [&path[..], b"/", name].concat();
             let kind = match tree.kind(child) {
-                Kind::Regular { size, .. } => format!("file of {size}"),
+                NodeKind::Regular { size, .. } => format!("file of {size}"),
                 other => format!("{other:?}"),
             };
             let line = format!("{kind} {:?} {}", tree.attributes(child), tree.links(child));
             found.insert(path.clone(), line);
-            if *tree.kind(child) == Kind::Directory {
+            if *tree.kind(child) == NodeKind::Directory {
                 open.push((path, child));
             }
         }
@@ -100,8 +100,9 @@ fn change(tree: &mut Tree) -> Option<()> {
     let names: Vec<(Vec<u8>, NodeId)> =
         tree.children(root).map(|(name, node)| (name.to_vec(), node)).collect();
     let attributes = Attributes { mode: 0o755, ..Attributes::default() };
-    let dir = tree.create(root, b"added by the layer", Kind::Directory, attributes.clone()).ok()?;
-    let file = Kind::Regular { size: Bytes(0), runs: Vec::new() };
+    let dir =
+        tree.create(root, b"added by the layer", NodeKind::Directory, attributes.clone()).ok()?;
+    let file = NodeKind::Regular { size: Bytes(0), runs: Vec::new() };
     for number in 0..60 {
         let name = format!("a name that takes some of its block {number:060}");
         tree.create(dir, name.as_bytes(), file.clone(), attributes.clone()).ok()?;

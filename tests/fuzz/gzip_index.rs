@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
 use flate2::Crc;
-use formats::gzip::{Index, IndexedLayer, merge};
+use formats::gzip::{GzipIndex, IndexedLayer, merge};
 use formats::segments::{SegmentIndex, SegmentedLayer, sidecar};
 use source::MemorySource;
 use source::chunk::ChunkSource as _;
@@ -44,14 +44,14 @@ fn decode_segments(index: SegmentIndex, filling: &[u8]) {
     let blob = Arc::new(MemorySource::new("fuzz", blob));
     let Ok(layer) = SegmentedLayer::new("fuzz", index, blob) else { return };
     for segment in 0..layer.chunk_count().min(8) {
-        let serial = layer.serial(segment);
+        let serial = layer.frame(segment);
         assert!(serial.contains(&segment) && serial.end <= layer.chunk_count());
         let _ = layer.load(segment);
     }
 }
 
 /// Decodes a blob of the right length by `index`.
-fn decode(index: Index, filling: &[u8]) {
+fn decode(index: GzipIndex, filling: &[u8]) {
     let len = index.compressed_len.get();
     if len > 1 << 20 {
         return;

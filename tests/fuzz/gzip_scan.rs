@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 
 use flate2::{Crc, Decompress, FlushDecompress, Status};
-use formats::gzip::{GzipError, Index, IndexedLayer, ScanOptions, Scanner};
+use formats::gzip::{GzipError, GzipIndex, IndexedLayer, ScanOptions, Scanner};
 use formats::units::Bytes;
 use source::MemorySource;
 use source::chunk::ChunkSource as _;
@@ -62,7 +62,7 @@ fn inflate(data: &[u8]) -> Option<(usize, Vec<u8>)> {
     }
 }
 
-fn scan(blob: &[u8], piece: usize) -> Result<(Index, Vec<u8>), GzipError> {
+fn scan(blob: &[u8], piece: usize) -> Result<(GzipIndex, Vec<u8>), GzipError> {
     let mut scanner = Scanner::new(ScanOptions { span: Bytes(64 << 10) });
     let mut output = Vec::new();
     for piece in blob.chunks(piece) {
@@ -88,7 +88,7 @@ fn check(blob: &[u8], piece: usize, mode: u8) {
         assert_eq!(len.ok(), Some(output.len()));
         assert!(theirs == output);
     }
-    let open = |blob: Vec<u8>, index: &Index| {
+    let open = |blob: Vec<u8>, index: &GzipIndex| {
         IndexedLayer::new("fuzz", index.clone(), Arc::new(MemorySource::new("fuzz", blob))).unwrap()
     };
     let layer = open(blob.to_vec(), &index);
@@ -99,7 +99,7 @@ fn check(blob: &[u8], piece: usize, mode: u8) {
     assert!(again == output);
 
     // Without the checksums of the index, any damage reaches the decoder.
-    let index = Index { crc32: None, sha256: None, ..index };
+    let index = GzipIndex { crc32: None, sha256: None, ..index };
     let mut damaged = blob.to_vec();
     for at in (usize::from(mode) * 7..damaged.len()).step_by(97) {
         damaged[at] ^= 1 << (mode >> 2 & 7);

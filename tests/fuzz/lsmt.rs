@@ -2,9 +2,9 @@
 //! agree with a walk from the top.
 #![no_main]
 
-use formats::lsmt::layer::Record;
+use formats::lsmt::layer::LsmtHeader;
 use formats::lsmt::mapping::ENTRY;
-use formats::lsmt::{Layer, LayerKind, Place, Stack, Uuid};
+use formats::lsmt::{LsmtLayer, RunPlace, Stack, TagMeaning, Uuid};
 use formats::units::{Bytes, Sectors};
 use libfuzzer_sys::fuzz_target;
 use source::MemorySource;
@@ -15,7 +15,7 @@ const RECORD: u64 = 4096;
 
 fuzz_target!(|data: &[u8]| {
     let [mode, split, data @ ..] = data else { return };
-    let kind = if mode & 2 == 0 { LayerKind::Plain } else { LayerKind::Warp };
+    let kind = if mode & 2 == 0 { TagMeaning::Plain } else { TagMeaning::Warp };
     if mode & 1 == 0 {
         if let Ok(layer) = open(data, kind) {
             let _ = Stack::merge(&[&layer]);
@@ -33,28 +33,28 @@ fuzz_target!(|data: &[u8]| {
         assert!(run.lba.0 == at && run.len.0 > 0);
         for i in 0..run.len.0 {
             let place = match run.place {
-                Place::Zero => Place::Zero,
-                Place::Own(from) => Place::Own(Sectors(from.0 + i)),
-                Place::Remote(from) => Place::Remote(Sectors(from.0 + i)),
+                RunPlace::Zero => RunPlace::Zero,
+                RunPlace::Own(from) => RunPlace::Own(Sectors(from.0 + i)),
+                RunPlace::Remote(from) => RunPlace::Remote(Sectors(from.0 + i)),
             };
             let (layer, expected) = walk(&layers, at + i);
             assert_eq!((place, at + i), (expected, at + i));
-            assert!(place == Place::Zero || run.layer == layer);
+            assert!(place == RunPlace::Zero || run.layer == layer);
         }
         at += run.len.0;
     }
     assert_eq!(at, SECTORS);
 });
 
-fn open(bytes: &[u8], kind: LayerKind) -> Result<Layer, formats::lsmt::LsmtError> {
-    Layer::open(&MemorySource::new("fuzz", bytes), kind)
+fn open(bytes: &[u8], kind: TagMeaning) -> Result<LsmtLayer, formats::lsmt::LsmtError> {
+    LsmtLayer::open(&MemorySource::new("fuzz", bytes), kind)
 }
 
 /// A layer with `entries` for an index and room to point to.
 fn stream(entries: &[u8]) -> Vec<u8> {
     let entries = &entries[..entries.len() / ENTRY as usize * ENTRY as usize];
     let payload = 64 * 512;
-    let record = |flags| Record {
+    let record = |flags| LsmtHeader {
         flags,
         index_offset: RECORD + payload,
         index_size: entries.len() as u64 / ENTRY,
@@ -71,19 +71,19 @@ fn stream(entries: &[u8]) -> Vec<u8> {
 }
 
 /// The entry for `sector` in the topmost layer that has one.
-fn walk(layers: &[Layer], sector: u64) -> (u8, Place) {
+fn walk(layers: &[LsmtLayer], sector: u64) -> (u8, RunPlace) {
     for (number, layer) in layers.iter().enumerate().rev() {
         for mapping in layer.mappings() {
             if (mapping.lba.0..mapping.end().0).contains(&sector) {
                 let at = Sectors(mapping.moffset.0 + (sector - mapping.lba.0));
                 let place = match mapping.tag {
-                    _ if mapping.zeroed => Place::Zero,
-                    0 => Place::Own(at),
-                    _ => Place::Remote(at),
+                    _ if mapping.zeroed => RunPlace::Zero,
+                    0 => RunPlace::Own(at),
+                    _ => RunPlace::Remote(at),
                 };
                 return (number as u8, place);
             }
         }
     }
-    (0, Place::Zero)
+    (0, RunPlace::Zero)
 }

@@ -4,7 +4,7 @@
 #[path = "checksums.rs"]
 mod checksums;
 
-use formats::tar::{Event, Parser, TarError};
+use formats::tar::{Parser, TarError, TarEvent};
 use libfuzzer_sys::fuzz_target;
 
 /// The parser's entries, each with its data, and its result.
@@ -16,8 +16,8 @@ fn entries(data: &[u8], piece: usize) -> Seen {
     for piece in data.chunks(piece) {
         let fed = parser.feed(piece, &mut |event| {
             match event {
-                Event::Entry(entry) => found.push((format!("{entry:?}"), Vec::new())),
-                Event::Data(bytes) => found.last_mut().unwrap().1.extend_from_slice(bytes),
+                TarEvent::Entry(entry) => found.push((format!("{entry:?}"), Vec::new())),
+                TarEvent::Data(bytes) => found.last_mut().unwrap().1.extend_from_slice(bytes),
             }
             Ok(())
         });

@@ -9,7 +9,7 @@ use formats::segments::{FramesScanner, SegmentHasher, SegmentIndex, SegmentedLay
 use formats::units::Bytes;
 use formats::zstandard::ZstdError;
 use source::MemorySource;
-use source::chunk::ChunkSource as _;
+use source::chunk::{ChunkSource as _, SerialChunks as _};
 
 /// Limit on the output: a few bytes may decode to many.
 const MOST: usize = 16 << 20;
@@ -29,10 +29,10 @@ fuzz_target!(|data: &[u8]| {
     let mut again = Vec::new();
     let mut at = 0;
     while at < layer.chunk_count() {
-        let serial = layer.serial(at);
+        let serial = layer.frame(at);
         at = serial.end;
         if serial.len() > 1 {
-            layer.load_serial(serial, &mut |bytes| again.extend_from_slice(bytes)).unwrap();
+            layer.load_frame(serial, &mut |bytes| again.extend_from_slice(bytes)).unwrap();
         } else {
             again.extend_from_slice(&layer.load(serial.start).unwrap());
         }

@@ -369,11 +369,11 @@ pub fn chunks(disk: &Disk) -> Vec<(u64, u32, u64)> {
     let mut found: Vec<(u64, u32, u64)> = Vec::new();
     for (lba, len) in disk.mapped() {
         let (start, end) = (lba.bytes().0, (lba + len).bytes().0);
-        for Placed { offset, what, chunk, .. } in disk.explain(start..end, usize::MAX) {
+        for Placed { range, what, chunk, .. } in disk.explain((start..end).into(), usize::MAX) {
             if let (What::Data, Some(chunk)) = (what, chunk)
                 && found.iter().all(|(_, index, _)| *index != chunk.index)
             {
-                found.push((offset, chunk.index, chunk.start));
+                found.push((range.offset, chunk.index, chunk.start));
             }
         }
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use blobs::cache::{Cache, CacheOptions, Lookup};
 use blobs::fetch::{Blob, FetchOptions, Flow};
-use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
+use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange};
 use source::{ByteSource, MemorySource, SourceError};
 
 const LEN: usize = 4096;
@@ -70,9 +70,9 @@ impl ChunkSource for SlowChunks {
     fn blob(&self) -> &Arc<dyn ByteSource> {
         &self.blob
     }
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
         let start = u64::from(index) * LEN as u64;
-        Ok(Encoded { range: start..start + LEN as u64, head: 0, tail: 0 })
+        Ok(EncodedRange { range: start..start + LEN as u64, head: 0, tail: 0 })
     }
     fn room(&self, _: u32) -> usize {
         LEN

@@ -9,7 +9,7 @@
 //! of pages are taken best fit first, and joined with their neighbours when they are returned. Pages that
 //! were never needed are never touched, and cost nothing.
 //!
-//! `unsafe` is needed to hand out parts of one mapping as slices. A [`Run`] is the only owner of its pages
+//! `unsafe` is needed to hand out parts of one mapping as slices. A [`PageRun`] is the only owner of its pages
 //! from the moment they are taken until it is dropped, so its slices overlap no other's.
 #![allow(unsafe_code)]
 
@@ -39,7 +39,7 @@ pub(super) struct Arena {
 }
 
 // SAFETY: `base` points into `map`, which is owned here and is not moved or unmapped before the end. Access
-// to the bytes goes through `Run`s, which do not overlap.
+// to the bytes goes through `PageRun`s, which do not overlap.
 unsafe impl Send for Arena {}
 // SAFETY: see `Send`; all shared state is behind the mutex.
 unsafe impl Sync for Arena {}
@@ -96,23 +96,23 @@ impl Arena {
     }
 
     /// Takes `len` bytes, if there is a run of pages for them.
-    pub(super) fn take(self: &Arc<Self>, len: usize) -> Option<Run> {
+    pub(super) fn take(self: &Arc<Self>, len: usize) -> Option<PageRun> {
         let pages = u32::try_from(len.div_ceil(PAGE)).ok().filter(|pages| *pages > 0)?;
         let first = self.free().take(pages)?;
         self.populate(first, pages);
-        Some(Run { arena: self.clone(), first, pages, len })
+        Some(PageRun { arena: self.clone(), first, pages, len })
     }
 }
 
 /// A run of pages of an arena.
-pub(super) struct Run {
+pub(super) struct PageRun {
     arena: Arc<Arena>,
     first: u32,
     pages: u32,
     len: usize,
 }
 
-impl Run {
+impl PageRun {
     fn address(&self) -> NonNull<u8> {
         // SAFETY: `FreeRuns` gives out pages of the mapping only.
         unsafe { self.arena.base.add(self.first as usize * PAGE) }
@@ -120,7 +120,7 @@ impl Run {
 }
 
 // SAFETY: a run keeps its arena, whose mapping stays until its drop; the pages belong to this run alone.
-unsafe impl StableBytes for Run {
+unsafe impl StableBytes for PageRun {
     fn bytes(&self) -> &[u8] {
         // SAFETY: the pages are in the mapping, zeroed by the kernel or written before, and belong to this
         // run alone; they are written only through `bytes_mut`, which borrows the run exclusively.
@@ -128,7 +128,7 @@ unsafe impl StableBytes for Run {
     }
 }
 
-impl Room for Run {
+impl Room for PageRun {
     fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: see `bytes`; `&mut self` guarantees that no other slice of this run exists.
         unsafe { std::slice::from_raw_parts_mut(self.address().as_ptr(), self.len) }
@@ -139,7 +139,7 @@ impl Room for Run {
     }
 }
 
-impl Drop for Run {
+impl Drop for PageRun {
     fn drop(&mut self) {
         self.arena.free().give_back(self.first, self.pages);
     }
@@ -228,7 +228,7 @@ mod tests {
         #[test]
         fn runs_never_overlap(steps in proptest::collection::vec((any::<bool>(), 1_usize..30_000), 1..200)) {
             let arena = Arena::new(64 * PAGE as u64);
-            let mut runs: Vec<(u8, Run)> = Vec::new();
+            let mut runs: Vec<(u8, PageRun)> = Vec::new();
             for (number, (take, len)) in steps.into_iter().enumerate() {
                 if take {
                     if let Some(mut run) = arena.take(len) {

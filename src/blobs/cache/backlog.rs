@@ -22,11 +22,11 @@ const STEP: u64 = 32 << 20;
 pub(super) struct Backlog {
     /// True if the backlog is not empty: tested at every first read of a chunk that was loaded ahead.
     waiting: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<BacklogQueue>,
 }
 
 #[derive(Default)]
-struct State {
+struct BacklogQueue {
     waiting: VecDeque<Together>,
     /// Bytes read since the last step.
     read: u64,
@@ -86,7 +86,7 @@ impl Backlog {
         Some(together.chunks)
     }
 
-    fn settle(&self, state: &mut State) {
+    fn settle(&self, state: &mut BacklogQueue) {
         if state.waiting.is_empty() {
             state.read = 0;
             self.waiting.store(false, Ordering::Relaxed);

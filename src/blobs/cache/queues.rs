@@ -51,7 +51,7 @@ impl Clock {
 
 /// Result of a test of the chunk at a queue's head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum EvictionTry {
     /// It was evicted.
     Evicted,
     /// It was used; one use is subtracted.
@@ -123,7 +123,7 @@ impl Queues {
     pub(super) fn evict(
         &mut self,
         budget: u64,
-        look: &mut dyn FnMut(Key, bool) -> Verdict,
+        look: &mut dyn FnMut(Key, bool) -> EvictionTry,
     ) -> Option<u64> {
         // After so many rounds every use is subtracted, and the remaining chunks have readers.
         let most = (self.small_len + self.main.len()) * (usize::from(MOST_USES) + 2);
@@ -135,14 +135,14 @@ impl Queues {
                 self.pop_small()?
             };
             match look(key, from_main) {
-                Verdict::Evicted => {
+                EvictionTry::Evicted => {
                     if !from_main {
                         self.remember(key);
                     }
                     return Some(bytes);
                 }
-                Verdict::InUse if !from_main => self.push_small(key, flow, bytes),
-                Verdict::Used | Verdict::InUse => self.main.push_back((key, bytes)),
+                EvictionTry::InUse if !from_main => self.push_small(key, flow, bytes),
+                EvictionTry::Used | EvictionTry::InUse => self.main.push_back((key, bytes)),
             }
         }
         None
@@ -197,11 +197,11 @@ mod tests {
                     let (uses, _, main) = held.get_mut(&key.chunk).unwrap();
                     if *uses == 0 {
                         held.remove(&key.chunk);
-                        return Verdict::Evicted;
+                        return EvictionTry::Evicted;
                     }
                     *uses = if *main { *uses - 1 } else { 0 };
                     *main = true;
-                    Verdict::Used
+                    EvictionTry::Used
                 });
                 assert_eq!(evicted, Some(1));
             }
@@ -255,8 +255,8 @@ mod tests {
         for chunk in 0..10 {
             queues.insert(Key { blob: 0, chunk }, Flow::default(), 1, &clock);
         }
-        assert_eq!(queues.evict(10, &mut |_, _| Verdict::InUse), None);
-        assert_eq!(queues.evict(10, &mut |_, _| Verdict::Evicted), Some(1));
-        assert_eq!(Queues::default().evict(10, &mut |_, _| Verdict::Evicted), None);
+        assert_eq!(queues.evict(10, &mut |_, _| EvictionTry::InUse), None);
+        assert_eq!(queues.evict(10, &mut |_, _| EvictionTry::Evicted), Some(1));
+        assert_eq!(Queues::default().evict(10, &mut |_, _| EvictionTry::Evicted), None);
     }
 }

@@ -5,19 +5,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ChunkWaiter;
-use super::queues::{Clock, MOST_USES, Verdict};
+use super::queues::{Clock, EvictionTry, MOST_USES};
 use crate::fetch::{Blob, Flow, Key};
 use source::chunk::ChunkBytes;
 
 /// A chunk that is in memory, or loading.
-struct Slot {
+struct ChunkSlot {
     /// Bytes that the chunks of the blob take together.
     blob_held: Arc<AtomicU64>,
-    state: State,
+    state: LoadState,
 }
 
-enum State {
-    Held(Held),
+enum LoadState {
+    Held(HeldChunk),
     /// `flow` is the device that waited first.
     Loading {
         waiters: Vec<ChunkWaiter>,
@@ -27,7 +27,7 @@ enum State {
 }
 
 /// A chunk in memory.
-struct Held {
+struct HeldChunk {
     bytes: Arc<ChunkBytes>,
     /// Time of its arrival.
     came: u64,
@@ -39,7 +39,7 @@ struct Held {
     ahead: bool,
 }
 
-impl Held {
+impl HeldChunk {
     fn touched(&mut self, clock: &Clock) {
         // A chunk that was loaded ahead belongs to the burst that begins now.
         if std::mem::take(&mut self.ahead) {
@@ -51,7 +51,7 @@ impl Held {
 }
 
 /// Answer to [`Shard::look_up`].
-pub(super) enum Found {
+pub(super) enum FoundChunk {
     /// The chunk is in memory.
     Held {
         /// The chunk.
@@ -73,7 +73,7 @@ pub(super) enum Found {
 /// One part of a cache's chunks.
 #[derive(Default)]
 pub(super) struct Shard {
-    slots: HashMap<Key, Slot>,
+    slots: HashMap<Key, ChunkSlot>,
     held: usize,
 }
 
@@ -90,20 +90,20 @@ impl Shard {
         (index, flow): (u32, Flow),
         clock: &Clock,
         waiter: &mut dyn FnMut() -> ChunkWaiter,
-    ) -> Found {
+    ) -> FoundChunk {
         match self.slots.get_mut(&blob.key(index)).map(|slot| &mut slot.state) {
-            Some(State::Held(held)) => {
+            Some(LoadState::Held(held)) => {
                 let first = held.ahead;
                 held.touched(clock);
-                Found::Held { bytes: held.bytes.clone(), first }
+                FoundChunk::Held { bytes: held.bytes.clone(), first }
             }
-            Some(State::Loading { waiters, ahead, flow: first }) => {
+            Some(LoadState::Loading { waiters, ahead, flow: first }) => {
                 waiters.push(waiter());
-                Found::Joined { ahead: std::mem::take(ahead), foreign: *first != flow }
+                FoundChunk::Joined { ahead: std::mem::take(ahead), foreign: *first != flow }
             }
             None => {
                 self.load(blob, (index, flow), vec![waiter()], false);
-                Found::Claimed
+                FoundChunk::Claimed
             }
         }
     }
@@ -125,19 +125,20 @@ impl Shard {
         waiters: Vec<ChunkWaiter>,
         ahead: bool,
     ) {
-        let state = State::Loading { waiters, ahead, flow };
-        self.slots.insert(blob.key(index), Slot { blob_held: blob.held_counter().clone(), state });
+        let state = LoadState::Loading { waiters, ahead, flow };
+        self.slots
+            .insert(blob.key(index), ChunkSlot { blob_held: blob.held_counter().clone(), state });
     }
 
     /// True if a chunk is in memory.
     pub(super) fn holds(&self, key: Key) -> bool {
-        self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Held(_)))
+        self.slots.get(&key).is_some_and(|slot| matches!(slot.state, LoadState::Held(_)))
     }
 
     /// A chunk in memory, without counting a use.
     pub(super) fn peek(&self, key: Key) -> Option<Arc<ChunkBytes>> {
         match self.slots.get(&key).map(|slot| &slot.state) {
-            Some(State::Held(held)) => Some(held.bytes.clone()),
+            Some(LoadState::Held(held)) => Some(held.bytes.clone()),
             _ => None,
         }
     }
@@ -147,7 +148,8 @@ impl Shard {
         if self.is_awaited(key) {
             return false;
         }
-        if self.slots.get(&key).is_some_and(|slot| matches!(slot.state, State::Loading { .. })) {
+        if self.slots.get(&key).is_some_and(|slot| matches!(slot.state, LoadState::Loading { .. }))
+        {
             self.slots.remove(&key);
         }
         true
@@ -156,7 +158,7 @@ impl Shard {
     /// The device that loads a chunk.
     pub(super) fn flow(&self, key: Key) -> Flow {
         match self.slots.get(&key).map(|slot| &slot.state) {
-            Some(State::Loading { flow, .. }) => *flow,
+            Some(LoadState::Loading { flow, .. }) => *flow,
             _ => Flow::default(),
         }
     }
@@ -164,7 +166,7 @@ impl Shard {
     /// True if a chunk has waiters.
     pub(super) fn is_awaited(&self, key: Key) -> bool {
         self.slots.get(&key).is_some_and(
-            |slot| matches!(&slot.state, State::Loading { waiters, .. } if !waiters.is_empty()),
+            |slot| matches!(&slot.state, LoadState::Loading { waiters, .. } if !waiters.is_empty()),
         )
     }
 
@@ -178,42 +180,43 @@ impl Shard {
         main: bool,
     ) -> Vec<ChunkWaiter> {
         let Some(slot) = self.slots.get_mut(&key) else { return Vec::new() };
-        let ahead = !matches!(&slot.state, State::Loading { waiters, .. } if !waiters.is_empty());
+        let ahead =
+            !matches!(&slot.state, LoadState::Loading { waiters, .. } if !waiters.is_empty());
         let before = match bytes {
             Some(bytes) => {
                 self.held += 1;
                 slot.blob_held.fetch_add(bytes.held(), Ordering::Relaxed);
-                let held = Held { bytes, came, uses: 0, main, ahead };
-                Some(std::mem::replace(&mut slot.state, State::Held(held)))
+                let held = HeldChunk { bytes, came, uses: 0, main, ahead };
+                Some(std::mem::replace(&mut slot.state, LoadState::Held(held)))
             }
             None => self.slots.remove(&key).map(|slot| slot.state),
         };
         match before {
-            Some(State::Loading { waiters, .. }) => waiters,
+            Some(LoadState::Loading { waiters, .. }) => waiters,
             // Only the loader that claimed the key ends the load.
-            Some(State::Held(_)) | None => Vec::new(),
+            Some(LoadState::Held(_)) | None => Vec::new(),
         }
     }
 
     /// Evicts a chunk, unless it was used or has a reader.
-    pub(super) fn evict(&mut self, key: Key) -> Verdict {
+    pub(super) fn evict(&mut self, key: Key) -> EvictionTry {
         let (held, blob_held) = match self.slots.get_mut(&key) {
-            Some(Slot { state: State::Held(held), blob_held }) => (held, blob_held),
+            Some(ChunkSlot { state: LoadState::Held(held), blob_held }) => (held, blob_held),
             // A chunk is in the queues a moment before it is here.
-            Some(_) => return Verdict::InUse,
-            None => return Verdict::Evicted,
+            Some(_) => return EvictionTry::InUse,
+            None => return EvictionTry::Evicted,
         };
         if Arc::strong_count(&held.bytes) > 1 {
-            return Verdict::InUse;
+            return EvictionTry::InUse;
         }
         if held.uses > 0 || std::mem::take(&mut held.ahead) {
             held.uses = if held.main { held.uses.saturating_sub(1) } else { 0 };
             held.main = true;
-            return Verdict::Used;
+            return EvictionTry::Used;
         }
         blob_held.fetch_sub(held.bytes.held(), Ordering::Relaxed);
         self.held -= 1;
         self.slots.remove(&key);
-        Verdict::Evicted
+        EvictionTry::Evicted
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::*;
-use source::chunk::{ChunkSpan, Encoded, EncodedChunk};
+use source::chunk::{ChunkSpan, EncodedChunk, EncodedRange};
 use source::{ByteSource, Run, SourceError};
 
 /// A blob whose chunks are `LEN` bytes of their number; its reads can be held up and can fail.
@@ -131,9 +131,9 @@ impl ChunkSource for Numbers {
     fn blob(&self) -> &Arc<dyn ByteSource> {
         &self.blob
     }
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
         let start = u64::from(index) * LEN as u64;
-        Ok(Encoded { range: start..start + LEN as u64, head: 3, tail: 5 })
+        Ok(EncodedRange { range: start..start + LEN as u64, head: 3, tail: 5 })
     }
     fn room(&self, _: u32) -> usize {
         LEN
@@ -154,9 +154,9 @@ impl ChunkSource for Numbers {
     }
 }
 
-type Answer = Result<Arc<ChunkBytes>, Arc<ChunkError>>;
+type Loaded = Result<Arc<ChunkBytes>, Arc<ChunkError>>;
 
-fn ask(cache: &Cache, source: &Arc<Blob>, index: u32, answers: &Sender<Answer>) -> bool {
+fn ask(cache: &Cache, source: &Arc<Blob>, index: u32, answers: &Sender<Loaded>) -> bool {
     let lookup = cache.batch().get(source, index, &mut || {
         let answers = answers.clone();
         Box::new(move |answer| answers.send(answer).unwrap())
@@ -170,7 +170,7 @@ fn ask(cache: &Cache, source: &Arc<Blob>, index: u32, answers: &Sender<Answer>) 
     }
 }
 
-fn next(answers: &Receiver<Answer>) -> Answer {
+fn next(answers: &Receiver<Loaded>) -> Loaded {
     answers.recv_timeout(Duration::from_secs(20)).expect("an answer")
 }
 
@@ -298,12 +298,12 @@ fn the_end_of_the_cache_answers_everyone() {
     });
     drop(cache);
     opener.join().unwrap();
-    let answers: Vec<Answer> = (0..100).map(|_| next(&take)).collect();
+    let answers: Vec<Loaded> = (0..100).map(|_| next(&take)).collect();
     assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 2);
     assert_eq!(numbers_left(&take), 0);
 }
 
-fn numbers_left(take: &Receiver<Answer>) -> usize {
+fn numbers_left(take: &Receiver<Loaded>) -> usize {
     take.try_iter().count()
 }
 
@@ -372,8 +372,8 @@ fn neighbours_that_are_wanted_together_come_by_one_request() {
         next(&take).unwrap();
     }
     let fetched = cache.fetched();
-    assert_eq!(fetched.demand_requests.load(Ordering::Relaxed), 3);
-    assert_eq!(fetched.chunks.load(Ordering::Relaxed), 12);
+    assert_eq!(fetched.demand_requests.get(), 3);
+    assert_eq!(fetched.chunks.get(), 12);
 }
 
 fn one_connection(budget: u64) -> CacheOptions {
@@ -400,7 +400,7 @@ fn demand_overtakes_what_was_asked_for_ahead_of_time() {
     assert_eq!(next(&take).unwrap()[0], 90);
     assert_eq!(next(&take).unwrap()[0], 30);
     let fetched = cache.fetched();
-    assert_eq!(fetched.demand_requests.load(Ordering::Relaxed), 2);
+    assert_eq!(fetched.demand_requests.get(), 2);
 }
 
 #[test]
@@ -434,7 +434,7 @@ fn damage_is_fetched_again_and_only_lasting_damage_is_an_error() {
         assert!(matches!(*next(&take).unwrap_err(), ChunkError::Damaged { chunk: 8, .. }));
         ask(&cache, &source, 8, &give);
         assert_eq!(next(&take).unwrap()[0], 8, "a failure is forgotten");
-        assert_eq!(cache.fetched().damaged.load(Ordering::Relaxed), 5);
+        assert_eq!(cache.fetched().damaged.get(), 5);
     }
 }
 

@@ -41,7 +41,7 @@ const UNUSED: u64 = 10;
 
 /// State of a chunk that is no longer in its initial state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum GuessState {
     /// Fetched ahead, and not touched so far.
     Guessed,
     Touched,
@@ -49,7 +49,7 @@ enum State {
 
 /// A touch of a chunk that differs from the last one touched.
 #[derive(Clone, Copy, Debug)]
-pub struct Touch {
+pub struct ChunkTouch {
     /// The chunk.
     pub chunk: u32,
     /// True if it has to be fetched for this touch.
@@ -66,7 +66,7 @@ pub struct Touch {
 #[derive(Debug, Default)]
 pub struct Ahead {
     streams: Streams,
-    chunks: HashMap<u32, State>,
+    chunks: HashMap<u32, GuessState>,
     /// Number of touches near earlier ones.
     near: u64,
     /// Chunks that are guessed and not touched so far.
@@ -76,14 +76,14 @@ pub struct Ahead {
 impl Ahead {
     /// Returns the chunks to fetch besides the touched one, which may be among them; none for most touches.
     /// Never past the blob's end.
-    pub fn touched(&mut self, touch: Touch) -> Range<u32> {
-        let Touch { chunk, missed, most, worth, count } = touch;
+    pub fn touched(&mut self, touch: ChunkTouch) -> Range<u32> {
+        let ChunkTouch { chunk, missed, most, worth, count } = touch;
         if chunk >= count {
             return 0..0;
         }
-        let before = self.chunks.insert(chunk, State::Touched);
-        self.unused -= u64::from(before == Some(State::Guessed));
-        self.near += u64::from(before != Some(State::Touched) && self.is_near(chunk));
+        let before = self.chunks.insert(chunk, GuessState::Touched);
+        self.unused -= u64::from(before == Some(GuessState::Guessed));
+        self.near += u64::from(before != Some(GuessState::Touched) && self.is_near(chunk));
         let stream = self.streams.touched(chunk, most, count);
         let guess = if !stream.is_empty() {
             let most = u32::try_from(self.credit(worth) / NEXT).unwrap_or(u32::MAX);
@@ -96,7 +96,7 @@ impl Ahead {
         };
         for chunk in guess.clone() {
             if let Entry::Vacant(entry) = self.chunks.entry(chunk) {
-                entry.insert(State::Guessed);
+                entry.insert(GuessState::Guessed);
                 self.unused += 1;
             }
         }
@@ -106,7 +106,7 @@ impl Ahead {
     fn is_near(&self, chunk: u32) -> bool {
         let (first, last) = (chunk.saturating_sub(NEAR), chunk.saturating_add(NEAR));
         let touched =
-            |other: u32| other != chunk && self.chunks.get(&other) == Some(&State::Touched);
+            |other: u32| other != chunk && self.chunks.get(&other) == Some(&GuessState::Touched);
         (first..=last).any(touched)
     }
 
@@ -150,7 +150,7 @@ mod tests {
         let (mut ahead, mut here, mut requests) = (Ahead::default(), BTreeSet::new(), 0);
         for &chunk in touches {
             let missed = here.insert(chunk);
-            let more = ahead.touched(Touch { chunk, missed, most: 16, worth, count: COUNT });
+            let more = ahead.touched(ChunkTouch { chunk, missed, most: 16, worth, count: COUNT });
             let apart = !more.is_empty() && more.start > chunk + 1;
             requests += usize::from(missed) + usize::from(apart || !missed && !more.is_empty());
             here.extend(more);
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn what_was_given_up_comes_back_alone() {
         let mut ahead = Ahead::default();
-        let touch = |chunk| Touch { chunk, missed: true, most: 0, worth: 4, count: COUNT };
+        let touch = |chunk| ChunkTouch { chunk, missed: true, most: 0, worth: 4, count: COUNT };
         for step in 0..60 {
             ahead.touched(touch(100 + step * 37 % 60));
         }
@@ -208,7 +208,7 @@ mod tests {
                 let close = |other: &u32| *other != chunk && other.abs_diff(chunk) <= NEAR;
                 near += usize::from(!touched.contains(&chunk) && touched.iter().any(close));
                 touched.insert(chunk);
-                let more = ahead.touched(Touch { chunk, missed, most, worth: 4, count: 100 });
+                let more = ahead.touched(ChunkTouch { chunk, missed, most, worth: 4, count: 100 });
                 prop_assert!(more.end <= 100);
                 guessed.extend(more);
                 let vain = guessed.difference(&touched).count();

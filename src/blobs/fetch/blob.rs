@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::ahead::{Ahead, Touch};
+use super::ahead::{Ahead, ChunkTouch};
 use super::depth::Depth;
 use super::recent::Recent;
 use crate::tier::StoredBlob;
@@ -142,7 +142,7 @@ impl Blob {
         };
         let fit = |chunks: u64| u32::try_from(chunks.min(room / decoded)).unwrap_or(u32::MAX);
         let count = self.source.chunk_count();
-        let touch = Touch { chunk, missed, most: fit(most), worth: fit(worth), count };
+        let touch = ChunkTouch { chunk, missed, most: fit(most), worth: fit(worth), count };
         self.ahead.lock().touched(touch)
     }
 

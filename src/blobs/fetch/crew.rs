@@ -7,6 +7,10 @@
 //!
 //! The background fill gets the remaining capacity, limited by [`Pace`](super::pace): large requests, and as
 //! many as fill the line, while there is no demand; else small ones and few.
+//!
+//! The threads of long frames ([`serial`](super::serial)) make requests of their own, and hold a [`Permit`] of the crew
+//! for each: one limit is for all requests in flight, and one for those ahead of demand. A request of theirs that
+//! has a reader is admitted before the crew's next one.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,12 +19,12 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::fair::{Bounds, Flow, Shares};
 use super::pace::Pace;
-use super::queue::{Limit, Queue, Taken, Wanted};
+use super::queue::{FetchQueue, Limit, Taken, WantedChunk};
 use super::run::ChunkRun;
-use super::{Key, Shared};
-use source::chunk::{ChunkError, Encoded};
+use super::{FetchShared, Key};
+use source::chunk::{ChunkError, EncodedRange};
 use source::{Class, Run as _};
-use threads::{Pool, count};
+use threads::Pool;
 
 /// Limit on the encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
 /// continent, so larger requests save nothing, while a broken connection loses no more than this.
@@ -39,16 +43,18 @@ const HELD_BACK: Duration = Duration::from_millis(50);
 
 /// The threads and their work.
 pub(super) struct Crew {
-    state: Mutex<State>,
+    state: Mutex<CrewState>,
     wake: Condvar,
+    /// Wakes threads that wait for a permit.
+    admits: Condvar,
     most: usize,
     /// Requests of [`Class::Prefetch`] under way at most.
     prefetches: usize,
 }
 
 #[derive(Default)]
-struct State {
-    queue: Queue,
+struct CrewState {
+    queue: FetchQueue,
     /// Number of threads that wait for work.
     idle: usize,
     /// Requests in flight without a waiter, those of the fill included.
@@ -57,24 +63,61 @@ struct State {
     fill: usize,
     /// Requests of each device in flight, those of the fill excluded.
     shares: Shares,
+    /// Requests of the crew in flight.
+    own: usize,
+    /// Permits of each [`Class`].
+    permits: [usize; 3],
+    /// Threads that wait for a permit for demand.
+    awaited: usize,
     threads: Pool,
     ending: bool,
 }
 
-impl State {
+impl CrewState {
     /// Requests in flight for demand or ahead of it.
     fn threads_at_work(&self) -> usize {
         (self.threads.len() - self.idle.min(self.threads.len())).saturating_sub(self.fill + 1)
+    }
+
+    /// Requests in flight.
+    fn in_flight(&self) -> usize {
+        self.own + self.permits.iter().sum::<usize>()
+    }
+
+    /// Requests of [`Class::Prefetch`] in flight.
+    fn prefetches(&self) -> usize {
+        self.ahead - self.fill.min(self.ahead) + self.permits[Class::Prefetch as usize]
+    }
+
+    /// Requests in flight without a waiter.
+    fn all_ahead(&self) -> usize {
+        let [_, prefetches, fills] = self.permits;
+        self.ahead + prefetches + fills
+    }
+}
+
+/// A request that a thread outside the crew may make, until it is dropped.
+pub(super) struct Permit<'a> {
+    crew: &'a Crew,
+    class: Class,
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        let mut state = self.crew.lock();
+        state.permits[self.class as usize] -= 1;
+        self.crew.freed(&state);
     }
 }
 
 impl Crew {
     pub(super) fn new(most: usize, prefetches: Option<usize>) -> Self {
         let prefetches = prefetches.unwrap_or(usize::MAX).max(1);
-        Self { state: Mutex::default(), wake: Condvar::new(), most, prefetches }
+        let (state, wake, admits) = (Mutex::default(), Condvar::new(), Condvar::new());
+        Self { state, wake, admits, most, prefetches }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, CrewState> {
         self.state.lock()
     }
 
@@ -87,10 +130,11 @@ impl Crew {
     }
 
     /// Accepts no more work; returns the work that was not begun.
-    pub(super) fn end(&self) -> Vec<Wanted> {
+    pub(super) fn end(&self) -> Vec<WantedChunk> {
         let mut state = self.lock();
         state.ending = true;
         self.wake.notify_all();
+        self.admits.notify_all();
         state.queue.drain()
     }
 
@@ -113,18 +157,19 @@ impl Crew {
             if state.ending {
                 return None;
             }
-            let prefetches = state.ahead - state.fill.min(state.ahead);
-            let demand_only = state.ahead >= self.most_ahead() || prefetches >= self.prefetches;
-            let free = state.idle + 1 + self.most.saturating_sub(state.threads.len());
+            let free = self.most.saturating_sub(state.in_flight() + state.awaited);
+            let demand_only = !self.admits_ahead(&state, Class::Prefetch);
             let fill = pace.fill(state.threads_at_work(), state.fill);
             let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };
-            let State { queue, shares, .. } = &mut *state;
+            let CrewState { queue, shares, .. } = &mut *state;
             let (active, bounds) = (shares.active(), self.bounds());
             let may = |flow, bytes| shares.may_begin(flow, bytes, active, bounds);
-            if let Some(taken) = queue.take(limit, &may) {
+            let taken = if free > 0 { queue.take(limit, &may) } else { None };
+            if let Some(taken) = taken {
                 if taken.class < Class::Fill {
                     state.shares.begin(taken.flow, taken.bytes);
                 }
+                state.own += 1;
                 state.ahead += usize::from(taken.class > Class::Demand);
                 state.fill += usize::from(taken.class == Class::Fill);
                 return Some(taken);
@@ -138,6 +183,50 @@ impl Crew {
                 self.wake.wait(&mut state);
             }
             state.idle -= 1;
+        }
+    }
+
+    /// True if another request of this class, which is not demand, fits beside those ahead of demand.
+    fn admits_ahead(&self, state: &CrewState, class: Class) -> bool {
+        state.all_ahead() < self.most_ahead()
+            && (class != Class::Prefetch || state.prefetches() < self.prefetches)
+    }
+
+    /// Waits until a thread outside the crew may make a request of this class; `is_urgent` tells whether it has
+    /// become demand meanwhile. `None` at the end.
+    pub(super) fn admit(
+        &self,
+        mut class: Class,
+        is_urgent: &dyn Fn() -> bool,
+    ) -> Option<Permit<'_>> {
+        loop {
+            // Without the lock: it takes another.
+            if class > Class::Demand && is_urgent() {
+                class = Class::Demand;
+            }
+            let mut state = self.lock();
+            if state.ending {
+                return None;
+            }
+            let fits = state.in_flight() < self.most
+                && (class == Class::Demand || self.admits_ahead(&state, class));
+            if fits {
+                state.permits[class as usize] += 1;
+                return Some(Permit { crew: self, class });
+            }
+            let awaited = usize::from(class == Class::Demand);
+            state.awaited += awaited;
+            self.admits.wait_for(&mut state, HELD_BACK);
+            state.awaited -= awaited;
+        }
+    }
+
+    /// A request has ended: another may begin.
+    fn freed(&self, state: &CrewState) {
+        self.admits.notify_all();
+        // Work that this request held back may start now, on another thread if this one takes demand.
+        if !state.queue.is_empty() {
+            self.wake.notify_one();
         }
     }
 
@@ -160,17 +249,18 @@ impl Crew {
         if class < Class::Fill {
             state.shares.end(taken.flow, taken.bytes);
         }
+        state.own -= 1;
         state.ahead -= usize::from(class > Class::Demand);
         state.fill -= usize::from(class == Class::Fill);
-        // Work that this request held back may start now, on another thread if this one takes demand.
-        if !state.queue.is_empty() {
-            self.wake.notify_one();
-        }
+        self.freed(&state);
     }
 }
 
 /// Adds wanted chunks, all at once; returns them at the end or when there is no thread.
-pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<Wanted>> {
+pub(super) fn want(
+    shared: &Arc<FetchShared>,
+    wanted: Vec<WantedChunk>,
+) -> Result<(), Vec<WantedChunk>> {
     let crew = &shared.crew;
     let mut state = crew.lock();
     if state.ending || (state.threads.is_empty() && !add_thread(shared, &mut state)) {
@@ -186,20 +276,20 @@ pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<
 
 /// Starts a thread if none is idle: this thread may wait for its server for long, and chunks wanted meanwhile
 /// need another thread.
-fn grow(shared: &Arc<Shared>) {
+fn grow(shared: &Arc<FetchShared>) {
     let mut state = shared.crew.lock();
     if state.idle == 0 && state.threads.len() < shared.crew.most && !state.ending {
         add_thread(shared, &mut state);
     }
 }
 
-fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
+fn add_thread(shared: &Arc<FetchShared>, state: &mut CrewState) -> bool {
     let own = shared.clone();
     state.threads.spawn_or_log("fetch", move || run(&own))
 }
 
 /// Body of a fetch thread.
-fn run(shared: &Arc<Shared>) {
+fn run(shared: &Arc<FetchShared>) {
     threads::mark_io_thread();
     while let Some(taken) = shared.crew.next(&shared.pace) {
         grow(shared);
@@ -213,16 +303,16 @@ fn run(shared: &Arc<Shared>) {
 }
 
 /// Runs one request.
-fn fetch(shared: &Arc<Shared>, taken: &Taken) {
+fn fetch(shared: &Arc<FetchShared>, taken: &Taken) {
     let source = taken.blob.source();
-    let places: Result<Vec<Encoded>, ChunkError> =
+    let places: Result<Vec<EncodedRange>, ChunkError> =
         taken.chunks.clone().map(|chunk| source.encoded(chunk)).collect();
     let places = match places {
         Ok(places) => places,
         Err(error) => {
             let error = Arc::new(error);
             for (chunk, (class, tries)) in taken.chunks.clone().zip(&taken.wanted) {
-                let wanted = Wanted {
+                let wanted = WantedChunk {
                     blob: taken.blob.clone(),
                     chunk,
                     class: *class,
@@ -240,7 +330,7 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
         Class::Prefetch => &counters.ahead_requests,
         Class::Fill => &counters.fill_requests,
     };
-    count(requests, 1);
+    requests.add(1);
     let (Some(first), Some(last)) = (places.first(), places.last()) else { return };
     let range = first.range.start..last.range.end;
     let bytes = range.end - range.start;
@@ -260,7 +350,7 @@ fn fetch(shared: &Arc<Shared>, taken: &Taken) {
         }
         Err(error) => {
             let error = Arc::new(ChunkError::from(error));
-            let rest: Vec<Wanted> = run.rest().collect();
+            let rest: Vec<WantedChunk> = run.rest().collect();
             for wanted in rest {
                 shared.fail(&wanted, error.clone());
             }

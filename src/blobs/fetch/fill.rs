@@ -23,14 +23,13 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::blob::{Blob, Key};
 use super::fair::Flow;
-use super::inflate::{Input, Job};
-use super::queue::Wanted;
-use super::{Claim, Shared};
-use crate::tier::store::Payload;
-use crate::tier::{Kind, QUEUE, Stored};
+use super::inflate::{DecodeJob, Input};
+use super::queue::WantedChunk;
+use super::{Claim, FetchShared};
+use crate::tier::store::ChunkPayload;
+use crate::tier::{QUEUE, TierBlob, TierKind};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room};
-use threads::count;
 
 /// Limit on the bytes in flight or waiting for the disk: the rest of the tier's queue is for chunks that are
 /// read meanwhile.
@@ -84,7 +83,7 @@ pub struct FillProgress {
 /// A fill in progress. Dropping it ends it.
 pub struct Filling {
     task: Arc<Task>,
-    shared: Weak<Shared>,
+    shared: Weak<FetchShared>,
 }
 
 impl Filling {
@@ -128,15 +127,15 @@ struct Turn {
 
 /// The thread and its work.
 #[derive(Default)]
-pub(super) struct Queue {
-    state: Mutex<State>,
+pub(super) struct FillQueue {
+    state: Mutex<FillState>,
     wake: Condvar,
     /// Number of chunks in flight: readable without the lock.
     under_way: AtomicU64,
 }
 
 #[derive(Default)]
-struct State {
+struct FillState {
     turns: VecDeque<Turn>,
     /// Bytes that each chunk in flight will take in the tier's queue.
     chunks: HashMap<Key, u64>,
@@ -146,12 +145,16 @@ struct State {
     ending: bool,
 }
 
-impl Queue {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl FillQueue {
+    fn lock(&self) -> MutexGuard<'_, FillState> {
         self.state.lock()
     }
 
-    fn wait<'a>(&self, mut state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
+    fn wait<'a>(
+        &self,
+        mut state: MutexGuard<'a, FillState>,
+        most: Duration,
+    ) -> MutexGuard<'a, FillState> {
         self.wake.wait_for(&mut state, most);
         state
     }
@@ -187,7 +190,11 @@ impl Queue {
 }
 
 /// Adds a task, and starts the thread if there is none.
-pub(super) fn begin(shared: &Arc<Shared>, blobs: Vec<Arc<Blob>>, options: FillOptions) -> Filling {
+pub(super) fn begin(
+    shared: &Arc<FetchShared>,
+    blobs: Vec<Arc<Blob>>,
+    options: FillOptions,
+) -> Filling {
     let blobs = blobs.into_iter().filter(|blob| !blob.source().blob().is_local()).collect();
     let task = Arc::new(Task {
         blobs,
@@ -218,7 +225,7 @@ pub(super) fn begin(shared: &Arc<Shared>, blobs: Vec<Arc<Blob>>, options: FillOp
 }
 
 /// Body of the thread.
-fn run(shared: &Arc<Shared>) {
+fn run(shared: &Arc<FetchShared>) {
     threads::mark_io_thread();
     while let Some(mut turn) = next(&shared.fill) {
         let task = turn.task.clone();
@@ -238,7 +245,7 @@ fn run(shared: &Arc<Shared>) {
 }
 
 /// The first task that is due; `None` at the end.
-fn next(queue: &Queue) -> Option<Turn> {
+fn next(queue: &FillQueue) -> Option<Turn> {
     let mut state = queue.lock();
     loop {
         if state.ending {
@@ -256,7 +263,7 @@ fn next(queue: &Queue) -> Option<Turn> {
 }
 
 /// Reasons to end a round.
-enum Stop {
+enum RoundEnd {
     /// The task or everything ends, or there is no place for more chunks.
     Now,
     /// This blob cannot be read now.
@@ -264,10 +271,11 @@ enum Stop {
 }
 
 /// Runs one round over all blobs. True when no chunk is left to fetch.
-fn fill(shared: &Arc<Shared>, task: &Task) -> bool {
+fn fill(shared: &Arc<FetchShared>, task: &Task) -> bool {
     let mut round = Round { shared, task, batch: Vec::new(), bytes: 0, due: Instant::now() };
     let mut whole = true;
-    let mut capacity = HashMap::from([(Kind::Encoded, u64::MAX), (Kind::Decoded, u64::MAX)]);
+    let mut capacity =
+        HashMap::from([(TierKind::Encoded, u64::MAX), (TierKind::Decoded, u64::MAX)]);
     for blob in &task.blobs {
         shared.fill.lock().failures = 0;
         for chunk in 0..blob.source().chunk_count() {
@@ -286,8 +294,8 @@ fn fill(shared: &Arc<Shared>, task: &Task) -> bool {
             }
             match round.chunk(blob, chunk) {
                 Ok(()) => {}
-                Err(Stop::Blob) => break,
-                Err(Stop::Now) => {
+                Err(RoundEnd::Blob) => break,
+                Err(RoundEnd::Now) => {
                     round.send();
                     return true;
                 }
@@ -307,31 +315,31 @@ fn fill(shared: &Arc<Shared>, task: &Task) -> bool {
 }
 
 /// Bytes that a chunk takes in the tier.
-fn size(blob: &Blob, chunk: u32, kind: Kind) -> u64 {
+fn size(blob: &Blob, chunk: u32, kind: TierKind) -> u64 {
     match kind {
-        Kind::Encoded => blob.source().encoded(chunk).map_or(0, |place| place.len() as u64),
-        Kind::Decoded => blob.source().span(chunk).map_or(0, |span| u64::from(span.len)),
+        TierKind::Encoded => blob.source().encoded(chunk).map_or(0, |place| place.len() as u64),
+        TierKind::Decoded => blob.source().span(chunk).map_or(0, |span| u64::from(span.len)),
     }
 }
 
 struct Round<'a> {
-    shared: &'a Arc<Shared>,
+    shared: &'a Arc<FetchShared>,
     task: &'a Task,
     /// Claimed chunks, to be requested together.
-    batch: Vec<Wanted>,
+    batch: Vec<WantedChunk>,
     bytes: u64,
     /// Time of the next byte, if the rate is limited.
     due: Instant,
 }
 
 impl Round<'_> {
-    fn is_over(&self, state: &State) -> bool {
+    fn is_over(&self, state: &FillState) -> bool {
         state.ending || self.task.stopped.load(Ordering::Acquire)
     }
 
     /// Fetches a chunk that is not near.
-    fn chunk(&mut self, blob: &Arc<Blob>, chunk: u32) -> Result<(), Stop> {
-        let encoded = blob.source().encoded(chunk).map_err(|_| Stop::Blob)?.len() as u64;
+    fn chunk(&mut self, blob: &Arc<Blob>, chunk: u32) -> Result<(), RoundEnd> {
+        let encoded = blob.source().encoded(chunk).map_err(|_| RoundEnd::Blob)?.len() as u64;
         let target = blob.stored().target();
         let takes = match target {
             Some((kind, _)) => size(blob, chunk, kind),
@@ -353,7 +361,7 @@ impl Round<'_> {
             state.bytes += takes;
             self.shared.fill.under_way.fetch_add(1, Ordering::Release);
         }
-        self.batch.push(Wanted {
+        self.batch.push(WantedChunk {
             blob: blob.clone(),
             chunk,
             class: Class::Fill,
@@ -368,26 +376,26 @@ impl Round<'_> {
     }
 
     /// Waits until the disk can take more.
-    fn wait_for_room(&mut self, blob: &Blob, takes: u64) -> Result<(), Stop> {
+    fn wait_for_room(&mut self, blob: &Blob, takes: u64) -> Result<(), RoundEnd> {
         let target = blob.stored().target().map(|(_, stored)| stored);
         loop {
             let queue = &self.shared.fill;
             let state = queue.lock();
             if self.is_over(&state) {
-                return Err(Stop::Now);
+                return Err(RoundEnd::Now);
             }
             if state.failures >= MOST_FAILURES {
-                return Err(Stop::Blob);
+                return Err(RoundEnd::Blob);
             }
             let spare = match target {
                 Some(_) => u64::MAX,
                 None => self.shared.delivery.spare().saturating_sub(state.bytes),
             };
             if spare < takes && state.bytes == 0 {
-                return Err(Stop::Now);
+                return Err(RoundEnd::Now);
             }
-            let full = target.is_some_and(Stored::is_full);
-            let waiting = target.map_or(0, Stored::waiting);
+            let full = target.is_some_and(TierBlob::is_full);
+            let waiting = target.map_or(0, TierBlob::waiting);
             let under_way = state.bytes + waiting;
             if !full && spare >= takes && (under_way == 0 || under_way + takes <= MOST_UNDER_WAY) {
                 return Ok(());
@@ -403,7 +411,7 @@ impl Round<'_> {
     }
 
     /// Waits until the rate limit allows `bytes` more.
-    fn keep_to_rate(&mut self, bytes: u64) -> Result<(), Stop> {
+    fn keep_to_rate(&mut self, bytes: u64) -> Result<(), RoundEnd> {
         let Some(rate) = self.task.options.rate.filter(|rate| *rate > 0) else { return Ok(()) };
         self.due =
             self.due.max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
@@ -415,7 +423,7 @@ impl Round<'_> {
         loop {
             let state = self.shared.fill.lock();
             if self.is_over(&state) {
-                return Err(Stop::Now);
+                return Err(RoundEnd::Now);
             }
             let wait = self.due.saturating_duration_since(Instant::now());
             if wait.is_zero() {
@@ -431,12 +439,12 @@ impl Round<'_> {
     }
 
     /// Waits for everything in flight and for the disk.
-    fn settle(&mut self) -> Result<(), Stop> {
+    fn settle(&mut self) -> Result<(), RoundEnd> {
         self.send();
         loop {
             let state = self.shared.fill.lock();
             if self.is_over(&state) {
-                return Err(Stop::Now);
+                return Err(RoundEnd::Now);
             }
             let targets = self.task.blobs.iter().filter_map(|blob| blob.stored().target());
             let waiting: u64 = targets.map(|(_, stored)| stored.waiting()).sum();
@@ -451,9 +459,9 @@ impl Round<'_> {
     fn store_held(&self, blob: &Blob, chunk: u32, bytes: Arc<ChunkBytes>) {
         let source = blob.source();
         let Some((kind, stored)) = blob.stored().target() else { return };
-        if kind == Kind::Decoded {
+        if kind == TierKind::Decoded {
             if let Some(span) = source.span(chunk) {
-                stored.offer(chunk, span.start, Payload::Shared(bytes));
+                stored.offer(chunk, span.start, ChunkPayload::Shared(bytes));
             }
             return;
         }
@@ -469,16 +477,16 @@ impl Round<'_> {
         });
         if good {
             let (buffer, data) = encoded.into_parts();
-            stored.offer(chunk, place.range.start, Payload::Owned(buffer, data));
+            stored.offer(chunk, place.range.start, ChunkPayload::Owned(buffer, data));
             self.shared.filled(place.len());
         }
     }
 }
 
-impl Shared {
+impl FetchShared {
     pub(super) fn filled(&self, bytes: usize) {
-        count(&self.counters.filled, 1);
-        count(&self.counters.filled_bytes, bytes as u64);
+        self.counters.filled.add(1);
+        self.counters.filled_bytes.add(bytes as u64);
     }
 
     /// Ends the load of a chunk that was filled; false when it has a waiter by now.
@@ -492,7 +500,10 @@ impl Shared {
 }
 
 /// Verifies and stores a chunk without a waiter. False when it has one: then it is decoded and delivered.
-pub(super) fn store(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkError>> {
+pub(super) fn store(
+    shared: &Arc<FetchShared>,
+    job: &mut DecodeJob,
+) -> Result<bool, Arc<ChunkError>> {
     let key = job.blob.key(job.chunk);
     let Input::Fetched(encoded) = &mut job.input else { return Ok(false) };
     if shared.delivery.is_awaited(key) {
@@ -502,7 +513,7 @@ pub(super) fn store(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<Chu
     let source = blob.source();
     let place = source.encoded(chunk).map_err(Arc::new)?;
     match blob.stored().target() {
-        Some((Kind::Encoded, stored)) => {
+        Some((TierKind::Encoded, stored)) => {
             // A chunk that cannot be verified in its encoded form must decode.
             if source.verify(chunk, encoded.bytes()) != Some(true) {
                 let mut room = vec![0; source.room(chunk)];
@@ -512,13 +523,13 @@ pub(super) fn store(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<Chu
                 return Ok(false);
             }
             let (buffer, data) = std::mem::take(encoded).into_parts();
-            stored.offer(chunk, place.range.start, Payload::Owned(buffer, data));
+            stored.offer(chunk, place.range.start, ChunkPayload::Owned(buffer, data));
         }
-        Some((Kind::Decoded, stored)) => {
+        Some((TierKind::Decoded, stored)) => {
             let room: Box<dyn Room> = Box::new(vec![0; source.room(chunk)]);
             let bytes = decoded(shared, job, room)?;
             if let Some(span) = source.span(chunk) {
-                stored.offer(chunk, span.start, Payload::Shared(bytes.clone()));
+                stored.offer(chunk, span.start, ChunkPayload::Shared(bytes.clone()));
             }
             if !shared.abandon(key) {
                 shared.deliver(key, Ok(bytes));
@@ -537,8 +548,8 @@ pub(super) fn store(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<Chu
 }
 
 fn decoded(
-    shared: &Arc<Shared>,
-    job: &mut Job,
+    shared: &Arc<FetchShared>,
+    job: &mut DecodeJob,
     mut room: Box<dyn Room>,
 ) -> Result<Arc<ChunkBytes>, Arc<ChunkError>> {
     let Input::Fetched(encoded) = &mut job.input else {
@@ -585,7 +596,7 @@ mod tests {
         for tries in [1, 2] {
             let dir = tempfile::tempdir().unwrap();
             let options = TierOptions { dir: dir.path().to_owned(), capacity: 1 << 30, floor: 0 };
-            let tier = Arc::new(Tier::open(Kind::Encoded, &options).unwrap());
+            let tier = Arc::new(Tier::open(TierKind::Encoded, &options).unwrap());
             let tiers = Tiers { encoded: Some(tier), decoded: None };
             let fetch = FetchOptions { workers: 1, connections: 4, ahead: None };
             let cache = Cache::over(CacheOptions { budget: 1 << 20, fetch }, tiers);

@@ -15,13 +15,13 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::blob::{Blob, Key};
 use super::fair::{Bounds, Flow, Lines, Shares};
 use super::pace::Pace;
-use super::queue::Wanted;
-use super::{MOST_TRIES, Shared, failure, fill};
-use crate::tier::Kind;
-use crate::tier::store::Payload;
+use super::queue::WantedChunk;
+use super::{FetchShared, MOST_TRIES, failure, fill};
+use crate::tier::TierKind;
+use crate::tier::store::ChunkPayload;
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk};
-use threads::{Pool, count};
+use threads::Pool;
 
 /// Limit on buffers for encoded chunks that are kept for reuse: as many as are usually in flight.
 const SPARE_BUFFERS: usize = 32;
@@ -40,7 +40,7 @@ const MOST_WAITING: u64 = 64 << 20;
 const MOST_WAITING_OF_ONE: u64 = 16 << 20;
 
 /// A chunk to decode.
-pub(super) struct Job {
+pub(super) struct DecodeJob {
     pub(super) blob: Arc<Blob>,
     pub(super) chunk: u32,
     pub(super) class: Class,
@@ -61,10 +61,10 @@ pub(super) enum Input {
     Stored(EncodedChunk),
 }
 
-impl Job {
-    pub(super) fn wanted(&self) -> Wanted {
+impl DecodeJob {
+    pub(super) fn wanted(&self) -> WantedChunk {
         let Self { chunk, class, tries, flow, .. } = *self;
-        Wanted { blob: self.blob.clone(), chunk, class, tries, flow }
+        WantedChunk { blob: self.blob.clone(), chunk, class, tries, flow }
     }
 
     /// Encoded bytes that it holds while it waits.
@@ -87,7 +87,7 @@ impl Job {
 
 /// The threads and their work.
 pub(super) struct Workers {
-    state: Mutex<State>,
+    state: Mutex<DecodeQueue>,
     wake: Condvar,
     /// Signalled when fewer bytes wait.
     room: Condvar,
@@ -96,10 +96,10 @@ pub(super) struct Workers {
 }
 
 #[derive(Default)]
-struct State {
-    demand: Lines<Job>,
-    ahead: Lines<Job>,
-    fill: VecDeque<Job>,
+struct DecodeQueue {
+    demand: Lines<DecodeJob>,
+    ahead: Lines<DecodeJob>,
+    fill: VecDeque<DecodeJob>,
     /// Threads that each device has, those of the fill excluded.
     shares: Shares,
     /// Encoded bytes of each device that wait, those of the fill included.
@@ -136,12 +136,12 @@ impl Workers {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, DecodeQueue> {
         self.state.lock()
     }
 
     /// Adds a job; returns it at the end or when there is no thread.
-    pub(super) fn push(&self, job: Job) -> Result<(), Job> {
+    pub(super) fn push(&self, job: DecodeJob) -> Result<(), DecodeJob> {
         let mut state = self.lock();
         if state.ending || state.threads.is_empty() {
             return Err(job);
@@ -161,8 +161,8 @@ impl Workers {
 
     pub(super) fn urge(&self, key: Key, flow: Flow) {
         let mut state = self.lock();
-        let State { demand, ahead, fill, .. } = &mut *state;
-        let is = |job: &Job| job.key() == key;
+        let DecodeQueue { demand, ahead, fill, .. } = &mut *state;
+        let is = |job: &DecodeJob| job.key() == key;
         demand.hasten(flow, &is);
         let filled = fill.iter().position(is).and_then(|at| fill.remove(at));
         for mut job in ahead.remove(&is).into_iter().chain(filled) {
@@ -184,12 +184,12 @@ impl Workers {
     }
 
     /// Accepts no more jobs; returns those that were not begun.
-    pub(super) fn end(&self) -> Vec<Job> {
+    pub(super) fn end(&self) -> Vec<DecodeJob> {
         let mut state = self.lock();
         state.ending = true;
         self.wake.notify_all();
         self.room.notify_all();
-        let mut left: Vec<Job> = state.demand.drain();
+        let mut left: Vec<DecodeJob> = state.demand.drain();
         left.extend(state.ahead.drain());
         left.extend(state.fill.drain(..));
         left
@@ -203,7 +203,7 @@ impl Workers {
     }
 
     /// The next job. `done`: the job before, if it was for a device, or for the fill.
-    fn next(&self, pace: &Pace, done: Option<JobDone>) -> Option<Job> {
+    fn next(&self, pace: &Pace, done: Option<JobDone>) -> Option<DecodeJob> {
         let mut state = self.lock();
         match done {
             Some(JobDone::Fill) => state.filling -= 1,
@@ -235,8 +235,8 @@ impl Workers {
 
 impl Workers {
     /// The next job of a device whose turn it is.
-    fn next_of_devices(&self, state: &mut State) -> Option<Job> {
-        let State { demand, ahead, shares, waiting, .. } = state;
+    fn next_of_devices(&self, state: &mut DecodeQueue) -> Option<DecodeJob> {
+        let DecodeQueue { demand, ahead, shares, waiting, .. } = state;
         let (active, bounds) = (shares.active(), self.bounds());
         for lines in [demand, ahead] {
             let found = lines.pop(&mut |flow, _| shares.may_begin(flow, 0, active, bounds));
@@ -252,7 +252,7 @@ impl Workers {
     }
 
     /// Notes that the bytes of a job wait no longer.
-    fn taken(&self, waiting: &mut HashMap<Flow, u64>, job: &Job) {
+    fn taken(&self, waiting: &mut HashMap<Flow, u64>, job: &DecodeJob) {
         if job.held() > 0
             && let Some(bytes) = waiting.get_mut(&job.flow)
         {
@@ -273,12 +273,12 @@ enum JobDone {
 }
 
 /// Starts the first thread. The others are started by decode threads; see [`Crew`](super::crew).
-pub(super) fn start(shared: &Arc<Shared>) {
+pub(super) fn start(shared: &Arc<FetchShared>) {
     add_thread(shared, &mut shared.workers.lock());
 }
 
 /// Starts a thread if there is work that no idle one will take.
-fn grow(shared: &Arc<Shared>) {
+fn grow(shared: &Arc<FetchShared>) {
     let workers = &shared.workers;
     let mut state = workers.lock();
     let waiting = state.demand.len() + state.ahead.len() + state.fill.len();
@@ -288,7 +288,7 @@ fn grow(shared: &Arc<Shared>) {
     }
 }
 
-fn add_thread(shared: &Arc<Shared>, state: &mut State) {
+fn add_thread(shared: &Arc<FetchShared>, state: &mut DecodeQueue) {
     let own = shared.clone();
     state.threads.spawn_or_log("inflate", move || {
         threads::mark_io_thread();
@@ -313,7 +313,7 @@ enum Made {
 }
 
 /// Processes one chunk, from its encoded bytes to its waiters.
-fn work(shared: &Arc<Shared>, mut job: Job) {
+fn work(shared: &Arc<FetchShared>, mut job: DecodeJob) {
     // A panic is a bug of the decoder; the reader gets an error and the thread continues.
     let result = catch_unwind(AssertUnwindSafe(|| make(shared, &mut job)));
     let result = result.unwrap_or_else(|_| {
@@ -336,7 +336,7 @@ fn work(shared: &Arc<Shared>, mut job: Job) {
     };
     let damaged = matches!(*error, ChunkError::Damaged { .. });
     if damaged {
-        count(&shared.counters.damaged, 1);
+        shared.counters.damaged.add(1);
         if job.tries + 1 < MOST_TRIES && !shared.crew.is_ending() {
             tracing::warn!(%error, "A chunk is fetched again");
             job.blob.failures().note(job.chunk, true, &*error);
@@ -344,29 +344,29 @@ fn work(shared: &Arc<Shared>, mut job: Job) {
                 job.blob.source().blob().distrust(place.range);
             }
             let wanted = job.wanted();
-            shared.want(vec![Wanted { tries: wanted.tries + 1, ..wanted }]);
+            shared.want(vec![WantedChunk { tries: wanted.tries + 1, ..wanted }]);
             return;
         }
     }
-    let wanted = Wanted { tries: MOST_TRIES, ..job.wanted() };
+    let wanted = WantedChunk { tries: MOST_TRIES, ..job.wanted() };
     shared.fail(&wanted, error);
 }
 
 /// Offers a fetched chunk to the tier that keeps it.
-fn keep(shared: &Arc<Shared>, job: Job, bytes: Arc<ChunkBytes>) {
+fn keep(shared: &Arc<FetchShared>, job: DecodeJob, bytes: Arc<ChunkBytes>) {
     let (Input::Fetched(encoded) | Input::Stored(encoded)) = job.input else { return };
     let blob = job.blob;
     match blob.stored().target() {
-        Some((Kind::Encoded, stored)) if !stored.has(job.chunk) => {
+        Some((TierKind::Encoded, stored)) if !stored.has(job.chunk) => {
             if let Ok(place) = blob.source().encoded(job.chunk) {
                 let (buffer, data) = encoded.into_parts();
-                stored.offer(job.chunk, place.range.start, Payload::Owned(buffer, data));
+                stored.offer(job.chunk, place.range.start, ChunkPayload::Owned(buffer, data));
             }
             return;
         }
-        Some((Kind::Decoded, stored)) => {
+        Some((TierKind::Decoded, stored)) => {
             if let Some(span) = blob.source().span(job.chunk) {
-                stored.offer(job.chunk, span.start, Payload::Shared(bytes));
+                stored.offer(job.chunk, span.start, ChunkPayload::Shared(bytes));
             }
         }
         _ => {}
@@ -375,7 +375,7 @@ fn keep(shared: &Arc<Shared>, job: Job, bytes: Arc<ChunkBytes>) {
 }
 
 /// Reads a near chunk, verifies and decodes it; or verifies and stores it, when it has no waiter.
-fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
+fn make(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<Made, Arc<ChunkError>> {
     let is_serial = job.blob.source().is_serial(job.chunk);
     if let Input::Near = job.input {
         if let Some(bytes) = read_decoded(shared, job) {
@@ -405,7 +405,7 @@ fn make(shared: &Arc<Shared>, job: &mut Job) -> Result<Made, Arc<ChunkError>> {
 }
 
 /// Reads a chunk from the decoded tier, directly into the cache's memory.
-fn read_decoded(shared: &Arc<Shared>, job: &Job) -> Option<ChunkBytes> {
+fn read_decoded(shared: &Arc<FetchShared>, job: &DecodeJob) -> Option<ChunkBytes> {
     let stored = job.blob.stored().decoded.as_ref()?;
     let len = stored.len_of(job.chunk)?;
     let source = job.blob.source();
@@ -416,20 +416,20 @@ fn read_decoded(shared: &Arc<Shared>, job: &Job) -> Option<ChunkBytes> {
     let mut room = shared.delivery.room(len, job.flow)?;
     let verify = |bytes: &[u8]| source.verify_decoded(job.chunk, bytes);
     stored.read(job.chunk, room.bytes_mut(), &verify).then(|| {
-        count(&shared.counters.stored, 1);
+        shared.counters.stored.add(1);
         ChunkBytes::new(room, 0..len)
     })
 }
 
 /// Reads the encoded bytes from the tier or the local file; false when they are not there.
-fn read_encoded(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkError>> {
+fn read_encoded(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<bool, Arc<ChunkError>> {
     let source = job.blob.source();
     let place = source.encoded(job.chunk).map_err(Arc::new)?;
     if source.blob().is_local() {
         let mut encoded = EncodedChunk::new(&place, shared.workers.buffer());
         let read = source.blob().read_exact_at(encoded.bytes_mut(), place.range.start);
         read.map_err(|error| Arc::new(ChunkError::from(error)))?;
-        count(&shared.counters.local, 1);
+        shared.counters.local.add(1);
         job.input = Input::Fetched(encoded);
         return Ok(true);
     }
@@ -442,13 +442,13 @@ fn read_encoded(shared: &Arc<Shared>, job: &mut Job) -> Result<bool, Arc<ChunkEr
     if !stored.read(job.chunk, encoded.bytes_mut(), &|_| None) {
         return Ok(false);
     }
-    count(&shared.counters.stored, 1);
+    shared.counters.stored.add(1);
     job.input = Input::Stored(encoded);
     Ok(true)
 }
 
 /// Verifies and decodes the encoded bytes.
-fn decode(shared: &Arc<Shared>, job: &mut Job) -> Result<ChunkBytes, Arc<ChunkError>> {
+fn decode(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<ChunkBytes, Arc<ChunkError>> {
     let source = job.blob.source();
     let (Input::Fetched(encoded) | Input::Stored(encoded)) = &mut job.input else {
         return Err(failure(&job.blob, "The chunk has no bytes"));

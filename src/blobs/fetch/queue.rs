@@ -18,7 +18,7 @@ use source::Class;
 
 /// A wanted chunk.
 #[derive(Clone)]
-pub struct Wanted {
+pub struct WantedChunk {
     /// Its blob.
     pub blob: Arc<Blob>,
     /// Its number.
@@ -31,7 +31,7 @@ pub struct Wanted {
     pub flow: Flow,
 }
 
-impl Wanted {
+impl WantedChunk {
     /// Its key.
     #[must_use]
     pub fn key(&self) -> Key {
@@ -76,16 +76,16 @@ const REQUEST_COST: u64 = 256 << 10;
 
 /// The chunks that are wanted and not in flight.
 #[derive(Default)]
-pub struct Queue {
+pub struct FetchQueue {
     demand: Lines<Key>,
     ahead: Lines<Key>,
     fill: VecDeque<Key>,
-    wanted: HashMap<Key, Wanted>,
+    wanted: HashMap<Key, WantedChunk>,
 }
 
-impl Queue {
+impl FetchQueue {
     /// Adds a chunk that is not in the queue yet.
-    pub fn push(&mut self, wanted: Wanted) {
+    pub fn push(&mut self, wanted: WantedChunk) {
         match wanted.class {
             Class::Demand => self.demand.push(wanted.flow, wanted.key()),
             Class::Prefetch => self.ahead.push(wanted.flow, wanted.key()),
@@ -133,7 +133,7 @@ impl Queue {
     /// Takes the next request; of a device only if it `may` have one more, of so many bytes at least.
     pub fn take(&mut self, limit: Limit, may: &dyn Fn(Flow, u64) -> bool) -> Option<Taken> {
         let (flow, first) = self.next(limit, may)?;
-        let Wanted { blob, chunk, class, tries, .. } = self.wanted.remove(&first)?;
+        let WantedChunk { blob, chunk, class, tries, .. } = self.wanted.remove(&first)?;
         let size =
             |chunk| blob.source().encoded(chunk).map_or(u64::MAX, |place| place.len() as u64);
         let is_wanted = |chunk: u32, most: Class| {
@@ -205,7 +205,7 @@ impl Queue {
         // A key that is not waiting in this order any more may always be taken, to be skipped.
         let may_take = |class: Class, flow, key: &Key| {
             let waiting = wanted.get(key).filter(|wanted| wanted.class == class);
-            waiting.is_none_or(|Wanted { blob, chunk, .. }| {
+            waiting.is_none_or(|WantedChunk { blob, chunk, .. }| {
                 may(flow, blob.source().encoded(*chunk).map_or(0, |place| place.len() as u64))
             })
         };
@@ -234,7 +234,7 @@ impl Queue {
     }
 
     /// Takes all chunks that are left.
-    pub fn drain(&mut self) -> Vec<Wanted> {
+    pub fn drain(&mut self) -> Vec<WantedChunk> {
         self.demand.drain();
         self.ahead.drain();
         self.fill.clear();
@@ -252,9 +252,9 @@ mod tests {
     use source::{ByteSource, SourceError};
 
     /// A source that has a length and is never read.
-    struct Length(u64);
+    struct UnreadSource(u64);
 
-    impl ByteSource for Length {
+    impl ByteSource for UnreadSource {
         fn name(&self) -> &'static str {
             "length"
         }
@@ -268,27 +268,27 @@ mod tests {
 
     /// A blob of chunks of 256 KiB.
     fn blob(number: u32, chunks: u64) -> Arc<Blob> {
-        let source = Arc::new(Length(chunks * PlainChunks::CHUNK));
+        let source = Arc::new(UnreadSource(chunks * PlainChunks::CHUNK));
         let source: Arc<dyn ChunkSource> = Arc::new(PlainChunks::new("b", source));
         Arc::new(Blob::new(number, source, StoredBlob::default(), Arc::default()))
     }
 
-    fn wanted(blob: &Arc<Blob>, chunk: u32, class: Class) -> Wanted {
-        Wanted { blob: blob.clone(), chunk, class, tries: 0, flow: Flow::default() }
+    fn wanted(blob: &Arc<Blob>, chunk: u32, class: Class) -> WantedChunk {
+        WantedChunk { blob: blob.clone(), chunk, class, tries: 0, flow: Flow::default() }
     }
 
     const MIB: u64 = 1 << 20;
     const ALONE: Limit =
         Limit { most: 4 * MIB, least: MIB, free: 1, demand_only: false, fill: 4 * MIB };
 
-    fn take(queue: &mut Queue, limit: Limit) -> Option<Range<u32>> {
+    fn take(queue: &mut FetchQueue, limit: Limit) -> Option<Range<u32>> {
         queue.take(limit, &|_, _| true).map(|taken| taken.chunks)
     }
 
     #[test]
     fn a_request_grows_forwards_into_what_is_ahead_and_backwards_only_into_demand_and_near() {
         let blob = blob(0, 64);
-        let mut queue = Queue::default();
+        let mut queue = FetchQueue::default();
         for chunk in [10, 11, 12, 13, 14, 15, 17, 18, 19] {
             queue.push(wanted(&blob, chunk, Class::Prefetch));
         }
@@ -306,7 +306,7 @@ mod tests {
     fn a_long_stretch_is_divided_between_the_connections_that_are_free() {
         let blob = blob(0, 64);
         for (free, first, requests) in [(1, 16, 2), (3, 10, 4), (100, 9, 4)] {
-            let mut queue = Queue::default();
+            let mut queue = FetchQueue::default();
             (0..32).for_each(|chunk| queue.push(wanted(&blob, chunk, Class::Demand)));
             let limit = Limit { free, ..ALONE };
             let taken: Vec<_> = std::iter::from_fn(|| take(&mut queue, limit)).collect();
@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn what_becomes_urgent_is_taken_as_demand_and_once() {
         let blob = blob(0, 64);
-        let mut queue = Queue::default();
+        let mut queue = FetchQueue::default();
         for chunk in [1, 20, 40] {
             queue.push(wanted(&blob, chunk, Class::Prefetch));
         }
@@ -346,7 +346,7 @@ mod tests {
             let mut asked: Vec<_> = asked.into_iter().collect();
             let shift = order as usize % asked.len();
             asked.rotate_left(shift);
-            let mut queue = Queue::default();
+            let mut queue = FetchQueue::default();
             for ((number, chunk), class) in &asked {
                 let class = [Class::Demand, Class::Prefetch, Class::Fill][usize::from(*class)];
                 queue.push(wanted(&blobs[*number as usize], *chunk, class));

@@ -14,7 +14,7 @@ const LONGEST: usize = 512;
 
 /// One failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
+pub struct RecentFailure {
     /// Its time.
     pub at: SystemTime,
     /// The chunk of the blob.
@@ -28,11 +28,11 @@ pub struct Failure {
 /// The last failures, the oldest first.
 #[derive(Debug, Default)]
 pub struct Recent {
-    failures: Mutex<VecDeque<Failure>>,
+    failures: Mutex<VecDeque<RecentFailure>>,
 }
 
 impl Recent {
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Failure>> {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<RecentFailure>> {
         self.failures.lock()
     }
 
@@ -53,12 +53,12 @@ impl Recent {
         if failures.len() == KEPT {
             failures.pop_front();
         }
-        failures.push_back(Failure { at: SystemTime::now(), chunk, again, reason });
+        failures.push_back(RecentFailure { at: SystemTime::now(), chunk, again, reason });
     }
 
     /// The failures now, the oldest first.
     #[must_use]
-    pub fn now(&self) -> Vec<Failure> {
+    pub fn now(&self) -> Vec<RecentFailure> {
         self.lock().iter().cloned().collect()
     }
 }

@@ -3,18 +3,17 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::Shared;
-use super::inflate::{Input, Job};
-use super::queue::{Taken, Wanted};
-use source::chunk::{Encoded, EncodedChunk};
+use super::FetchShared;
+use super::inflate::{DecodeJob, Input};
+use super::queue::{Taken, WantedChunk};
+use source::chunk::{EncodedChunk, EncodedRange};
 use source::{Class, Run};
-use threads::count;
 
 /// The chunks of a request in flight. Complete ones go to the decode threads while the rest arrives.
 pub(super) struct ChunkRun<'a> {
-    shared: &'a Arc<Shared>,
+    shared: &'a Arc<FetchShared>,
     taken: &'a Taken,
-    places: &'a [Encoded],
+    places: &'a [EncodedRange],
     /// The chunk that is being filled, and its number of bytes so far.
     current: Option<(EncodedChunk, usize)>,
     /// Number of chunks that were handed on.
@@ -27,7 +26,11 @@ pub(super) struct ChunkRun<'a> {
 
 impl<'a> ChunkRun<'a> {
     /// Creates the buffers. `places` are those of the chunks of `taken`.
-    pub(super) fn new(shared: &'a Arc<Shared>, taken: &'a Taken, places: &'a [Encoded]) -> Self {
+    pub(super) fn new(
+        shared: &'a Arc<FetchShared>,
+        taken: &'a Taken,
+        places: &'a [EncodedRange],
+    ) -> Self {
         Self { shared, taken, places, current: None, done: 0, seam: None, first: None }
     }
 
@@ -37,14 +40,14 @@ impl<'a> ChunkRun<'a> {
     }
 
     /// The chunks that were not handed on.
-    pub(super) fn rest(&self) -> impl Iterator<Item = Wanted> + '_ {
+    pub(super) fn rest(&self) -> impl Iterator<Item = WantedChunk> + '_ {
         (self.done..self.places.len()).map(|number| self.wanted(number))
     }
 
-    fn wanted(&self, number: usize) -> Wanted {
+    fn wanted(&self, number: usize) -> WantedChunk {
         let (class, tries) = self.taken.wanted[number];
         let chunk = self.taken.chunks.start + number as u32;
-        Wanted { blob: self.taken.blob.clone(), chunk, class, tries, flow: self.taken.flow }
+        WantedChunk { blob: self.taken.blob.clone(), chunk, class, tries, flow: self.taken.flow }
     }
 
     /// A buffer for chunk `number`, with the byte that it shares with the one before.
@@ -64,14 +67,14 @@ impl<'a> ChunkRun<'a> {
     fn hand_on(&mut self, encoded: EncodedChunk) {
         self.seam = encoded.bytes().last().copied();
         let counters = &self.shared.counters;
-        count(&counters.chunks, 1);
-        count(&counters.bytes, encoded.bytes().len() as u64);
-        let Wanted { blob, chunk, mut class, tries, flow } = self.wanted(self.done);
+        counters.chunks.add(1);
+        counters.bytes.add(encoded.bytes().len() as u64);
+        let WantedChunk { blob, chunk, mut class, tries, flow } = self.wanted(self.done);
         self.done += 1;
         if class > Class::Demand && self.shared.delivery.is_awaited(blob.key(chunk)) {
             class = Class::Demand;
         }
-        let job = Job { blob, chunk, class, tries, flow, input: Input::Fetched(encoded) };
+        let job = DecodeJob { blob, chunk, class, tries, flow, input: Input::Fetched(encoded) };
         if let Err(job) = self.shared.workers.push(job) {
             let wanted = job.wanted();
             self.shared.fail(&wanted, super::ended(&wanted.blob));

@@ -1,7 +1,7 @@
 //! Long zstd frames: decoded from their beginning, once for all waiters.
 //!
 //! A chunk of such a frame decodes only after all chunks before it
-//! ([`ChunkSource::serial`](source::chunk::ChunkSource::serial)). So any decode thread cannot take it: each
+//! ([`SerialChunks`](source::chunk::SerialChunks)). So any decode thread cannot take it: each
 //! frame with a wanted chunk has *one* thread at a time, and two readers of a frame never decode it twice at
 //! once. A request for a chunk adds it to the frame's list; the thread decodes the frame from its beginning,
 //! and passes each chunk to its waiters, and to the tier that keeps it:
@@ -34,10 +34,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::Shared;
+use super::FetchShared;
 use super::blob::{Blob, Key};
 use super::fair::Flow;
-use super::queue::Wanted;
+use super::queue::WantedChunk;
 use source::Class;
 use threads::Pool;
 
@@ -65,14 +65,14 @@ const PARKED: Duration = Duration::from_secs(20);
 /// The threads and their work.
 #[derive(Default)]
 pub(super) struct Serials {
-    state: Mutex<State>,
+    state: Mutex<FrameQueue>,
     wake: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct FrameQueue {
     /// Frames by their first chunk.
-    frames: HashMap<Key, Frame>,
+    frames: HashMap<Key, WantedFrame>,
     threads: Pool,
     /// Number of threads without a frame.
     idle: usize,
@@ -84,10 +84,10 @@ struct State {
 }
 
 /// A frame with wanted chunks, or that had some a moment ago.
-struct Frame {
+struct WantedFrame {
     blob: Arc<Blob>,
     chunks: Range<u32>,
-    wanted: BTreeMap<u32, Wanted>,
+    wanted: BTreeMap<u32, WantedChunk>,
     /// The device that wanted it first.
     flow: Flow,
     /// True if a thread has it.
@@ -97,7 +97,7 @@ struct Frame {
 /// Work of a frame's thread at one position.
 struct Orders {
     /// Chunks that are wanted, but passed.
-    behind: Vec<Wanted>,
+    behind: Vec<WantedChunk>,
     /// The last chunk that is wanted ahead.
     last: Option<u32>,
     /// The highest urgency among those ahead.
@@ -107,11 +107,11 @@ struct Orders {
     ending: bool,
 }
 
-impl State {
+impl FrameQueue {
     /// True if a frame with a waiter gets no thread or no memory.
     fn is_contested(&self) -> bool {
         let full = self.idle == 0 && self.threads.len() >= MOST_THREADS;
-        let waits = |frame: &Frame| {
+        let waits = |frame: &WantedFrame| {
             let has_thread = !full && self.taken_by(frame.flow) < MOST_OF_ONE;
             !frame.taken && !frame.wanted.is_empty() && !has_thread
         };
@@ -125,11 +125,15 @@ impl State {
 }
 
 impl Serials {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, FrameQueue> {
         self.state.lock()
     }
 
-    fn wait<'a>(&self, mut state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
+    fn wait<'a>(
+        &self,
+        mut state: MutexGuard<'a, FrameQueue>,
+        most: Duration,
+    ) -> MutexGuard<'a, FrameQueue> {
         self.wake.wait_for(&mut state, most);
         state
     }
@@ -147,7 +151,7 @@ impl Serials {
     }
 
     /// Accepts no more work; returns the chunks that were not delivered.
-    pub(super) fn end(&self) -> Vec<Wanted> {
+    pub(super) fn end(&self) -> Vec<WantedChunk> {
         let mut state = self.lock();
         state.ending = true;
         self.wake.notify_all();
@@ -170,7 +174,7 @@ impl Serials {
                 return None;
             }
             // Devices with few threads first, and within a device the most urgent frame.
-            let rank = |(&key, frame): (&Key, &Frame)| {
+            let rank = |(&key, frame): (&Key, &WantedFrame)| {
                 let taken = state.taken_by(frame.flow);
                 let urgency = frame.wanted.values().map(|one| one.class).min()?;
                 (!frame.taken && taken < MOST_OF_ONE).then_some((taken, urgency, key))
@@ -203,12 +207,12 @@ impl Serials {
     }
 
     /// Takes a chunk off the list of frame `first`.
-    fn remove(&self, first: Key, chunk: u32) -> Option<Wanted> {
+    fn remove(&self, first: Key, chunk: u32) -> Option<WantedChunk> {
         self.lock().frames.get_mut(&first)?.wanted.remove(&chunk)
     }
 
     /// Puts a chunk on the list of frame `first` again; returns it at the end.
-    fn put_back(&self, first: Key, wanted: Wanted) -> Option<Wanted> {
+    fn put_back(&self, first: Key, wanted: WantedChunk) -> Option<WantedChunk> {
         let mut state = self.lock();
         if state.ending {
             return Some(wanted);
@@ -225,7 +229,8 @@ impl Serials {
     /// True if frame `first` has a waiter, or everything ends.
     fn is_urgent(&self, first: Key) -> bool {
         let state = self.lock();
-        let demands = |frame: &Frame| frame.wanted.values().any(|one| one.class == Class::Demand);
+        let demands =
+            |frame: &WantedFrame| frame.wanted.values().any(|one| one.class == Class::Demand);
         state.ending || state.frames.get(&first).is_some_and(demands)
     }
 
@@ -272,7 +277,7 @@ impl Serials {
     }
 
     /// Gives up a frame, and returns its list.
-    fn give_up(&self, first: Key) -> Vec<Wanted> {
+    fn give_up(&self, first: Key) -> Vec<WantedChunk> {
         let frame = self.lock().frames.remove(&first);
         frame.map_or_else(Vec::new, |frame| frame.wanted.into_values().collect())
     }
@@ -299,16 +304,19 @@ impl Serials {
 }
 
 /// Adds wanted chunks, all at once; returns them at the end or when there is no thread.
-pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<Wanted>> {
+pub(super) fn want(
+    shared: &Arc<FetchShared>,
+    wanted: Vec<WantedChunk>,
+) -> Result<(), Vec<WantedChunk>> {
     let serials = &shared.serials;
     let mut state = serials.lock();
     if state.ending || (state.threads.is_empty() && !add_thread(shared, &mut state)) {
         return Err(wanted);
     }
     for wanted in wanted {
-        let chunks = wanted.blob.source().serial(wanted.chunk);
+        let chunks = wanted.blob.source().frame(wanted.chunk);
         let first = wanted.blob.key(chunks.start);
-        let frame = state.frames.entry(first).or_insert_with(|| Frame {
+        let frame = state.frames.entry(first).or_insert_with(|| WantedFrame {
             blob: wanted.blob.clone(),
             chunks,
             wanted: BTreeMap::new(),
@@ -326,7 +334,7 @@ pub(super) fn want(shared: &Arc<Shared>, wanted: Vec<Wanted>) -> Result<(), Vec<
     Ok(())
 }
 
-fn add_thread(shared: &Arc<Shared>, state: &mut State) -> bool {
+fn add_thread(shared: &Arc<FetchShared>, state: &mut FrameQueue) -> bool {
     let own = shared.clone();
     state.threads.spawn_or_log("frame", move || {
         threads::mark_io_thread();

@@ -17,7 +17,7 @@ const BELIEVED: u32 = 4;
 
 /// A run of chunks that is being read.
 #[derive(Clone, Copy, Debug)]
-struct Stream {
+struct ReadStream {
     /// The last touched chunk.
     at: u32,
     /// Number of chunks touched so far.
@@ -29,7 +29,7 @@ struct Stream {
 /// The streams of a blob, the last touched one at the end.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
-    streams: Vec<Stream>,
+    streams: Vec<ReadStream>,
 }
 
 impl Streams {
@@ -37,7 +37,7 @@ impl Streams {
     /// ahead, none for most touches. Never more than `most`, and none past `count`, the blob's number of
     /// chunks.
     pub(super) fn touched(&mut self, chunk: u32, most: u32, count: u32) -> Range<u32> {
-        let near = |stream: &Stream| {
+        let near = |stream: &ReadStream| {
             chunk >= stream.at && chunk - stream.at <= 1
                 // A chunk that was fetched ahead may be reached by a longer step.
                 || (stream.at..stream.asked).contains(&chunk)
@@ -46,7 +46,7 @@ impl Streams {
             if self.streams.len() == STREAMS {
                 self.streams.remove(0);
             }
-            self.streams.push(Stream { at: chunk, touched: 1, asked: chunk + 1 });
+            self.streams.push(ReadStream { at: chunk, touched: 1, asked: chunk + 1 });
             return 0..0;
         };
         let mut stream = self.streams.remove(place);

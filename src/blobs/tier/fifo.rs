@@ -10,7 +10,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 /// A file and a chunk of it.
-pub(super) type Key = (u32, u32);
+pub(super) type FifoKey = (u32, u32);
 
 /// Divisor of the capacity for the small queue.
 const SMALL: u64 = 10;
@@ -20,7 +20,7 @@ const MOST_USED: u8 = 3;
 const MOST_GHOSTS: usize = 1 << 16;
 
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct QueuedChunk {
     bytes: u64,
     used: u8,
     main: bool,
@@ -31,12 +31,12 @@ struct Entry {
 /// The queues.
 #[derive(Debug, Default)]
 pub(super) struct Fifo {
-    entries: HashMap<Key, Entry>,
-    small: VecDeque<(Key, u64)>,
-    main: VecDeque<(Key, u64)>,
+    entries: HashMap<FifoKey, QueuedChunk>,
+    small: VecDeque<(FifoKey, u64)>,
+    main: VecDeque<(FifoKey, u64)>,
     small_bytes: u64,
-    ghosts: HashSet<Key>,
-    ghost_order: VecDeque<Key>,
+    ghosts: HashSet<FifoKey>,
+    ghost_order: VecDeque<FifoKey>,
     turn: u64,
 }
 
@@ -46,21 +46,21 @@ impl Fifo {
     }
 
     /// Adds a new chunk.
-    pub(super) fn insert(&mut self, key: Key, bytes: u64) {
+    pub(super) fn insert(&mut self, key: FifoKey, bytes: u64) {
         let main = self.ghosts.remove(&key);
         self.put(key, bytes, main);
     }
 
     /// Adds a chunk found when the tier was opened, whose past is unknown.
-    pub(super) fn insert_old(&mut self, key: Key, bytes: u64) {
+    pub(super) fn insert_old(&mut self, key: FifoKey, bytes: u64) {
         self.put(key, bytes, true);
     }
 
-    fn put(&mut self, key: Key, bytes: u64, main: bool) {
+    fn put(&mut self, key: FifoKey, bytes: u64, main: bool) {
         self.remove(key);
         self.turn += 1;
         let turn = self.turn;
-        self.entries.insert(key, Entry { bytes, used: 0, main, turn });
+        self.entries.insert(key, QueuedChunk { bytes, used: 0, main, turn });
         if main {
             self.main.push_back((key, turn));
         } else {
@@ -70,14 +70,14 @@ impl Fifo {
     }
 
     /// Counts a read of a chunk.
-    pub(super) fn touch(&mut self, key: Key) {
+    pub(super) fn touch(&mut self, key: FifoKey) {
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.used = (entry.used + 1).min(MOST_USED);
         }
     }
 
     /// Removes a chunk. Its place in a queue is skipped when it is reached.
-    pub(super) fn remove(&mut self, key: Key) {
+    pub(super) fn remove(&mut self, key: FifoKey) {
         if let Some(entry) = self.entries.remove(&key)
             && !entry.main
         {
@@ -86,7 +86,7 @@ impl Fifo {
     }
 
     /// Takes out the chunk that is least worth keeping in `capacity` bytes.
-    pub(super) fn pop(&mut self, capacity: u64) -> Option<Key> {
+    pub(super) fn pop(&mut self, capacity: u64) -> Option<FifoKey> {
         loop {
             let from_small = self.small_bytes > capacity / SMALL || self.main.is_empty();
             let queue = if from_small { &mut self.small } else { &mut self.main };
@@ -116,7 +116,7 @@ impl Fifo {
         }
     }
 
-    fn remember(&mut self, key: Key) {
+    fn remember(&mut self, key: FifoKey) {
         if self.ghosts.insert(key) {
             self.ghost_order.push_back(key);
         }

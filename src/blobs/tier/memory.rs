@@ -7,51 +7,51 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::store::{Local, Payload, Store, StoredFile};
+use super::store::{ChunkPayload, Local, Store, StoredFile};
 
 const PAGE: u64 = 4096;
 /// Unit that a disk writes whole or not at all.
 const SECTOR: usize = 512;
 
 /// A directory in memory. Data that was written but not synced may be lost, whole or in sectors, when its
-/// power fails ([`MemoryStore::crash`]); changes of names are durable at once.
+/// power fails ([`MemoryTierStore::crash`]); changes of names are durable at once.
 #[derive(Clone)]
-pub struct MemoryStore {
-    disk: Arc<Disk>,
+pub struct MemoryTierStore {
+    disk: Arc<MemoryDisk>,
 }
 
-struct Disk {
+struct MemoryDisk {
     size: AtomicU64,
     files: Mutex<HashMap<String, Arc<MemoryFile>>>,
 }
 
 /// The bytes of a file: its allocated pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Content {
+struct FilePages {
     pages: BTreeMap<u64, Vec<u8>>,
     len: u64,
 }
 
 /// A change that is not synced yet.
-enum Change {
+enum UnsyncedChange {
     Write(u64, Vec<u8>),
     Punch(u64, u64),
 }
 
 #[derive(Default)]
-struct State {
-    now: Content,
-    durable: Content,
-    changes: Vec<Change>,
+struct FileVersions {
+    now: FilePages,
+    durable: FilePages,
+    changes: Vec<UnsyncedChange>,
 }
 
 struct MemoryFile {
-    disk: std::sync::Weak<Disk>,
-    state: Mutex<State>,
+    disk: std::sync::Weak<MemoryDisk>,
+    state: Mutex<FileVersions>,
     linked: AtomicBool,
 }
 
-impl Content {
+impl FilePages {
     fn write(&mut self, at: u64, bytes: &[u8]) {
         for (offset, byte) in (at..).zip(bytes) {
             let page = self.pages.entry(offset / PAGE).or_insert_with(|| vec![0; PAGE as usize]);
@@ -75,17 +75,17 @@ impl Content {
     }
 }
 
-impl Disk {
+impl MemoryDisk {
     fn allocated(&self) -> u64 {
         self.files.lock().values().map(|file| file.state.lock().now.allocated()).sum()
     }
 }
 
-impl MemoryStore {
+impl MemoryTierStore {
     /// Creates an empty directory on a disk of `size` bytes.
     #[must_use]
     pub fn new(size: u64) -> Self {
-        Self { disk: Arc::new(Disk { size: AtomicU64::new(size), files: Mutex::default() }) }
+        Self { disk: Arc::new(MemoryDisk { size: AtomicU64::new(size), files: Mutex::default() }) }
     }
 
     /// Simulates other users of the disk: it has `size` bytes for these files now.
@@ -112,18 +112,19 @@ impl MemoryStore {
             let mut content = state.durable.clone();
             for change in &state.changes {
                 match change {
-                    Change::Write(at, bytes) => {
+                    UnsyncedChange::Write(at, bytes) => {
                         for (number, sector) in bytes.chunks(SECTOR).enumerate() {
                             if keep() {
                                 content.write(at + (number * SECTOR) as u64, sector);
                             }
                         }
                     }
-                    Change::Punch(at, len) if keep() => content.punch(*at, *len),
-                    Change::Punch(..) => {}
+                    UnsyncedChange::Punch(at, len) if keep() => content.punch(*at, *len),
+                    UnsyncedChange::Punch(..) => {}
                 }
             }
-            let state = State { now: content.clone(), durable: content, changes: Vec::new() };
+            let state =
+                FileVersions { now: content.clone(), durable: content, changes: Vec::new() };
             let file = MemoryFile {
                 disk: Arc::downgrade(&after.disk),
                 state: Mutex::new(state),
@@ -136,7 +137,7 @@ impl MemoryStore {
     }
 }
 
-impl Store for MemoryStore {
+impl Store for MemoryTierStore {
     fn open(&self, name: &str) -> io::Result<Arc<dyn StoredFile>> {
         let mut files = self.disk.files.lock();
         let file = files.entry(name.to_owned()).or_insert_with(|| {
@@ -191,7 +192,7 @@ impl StoredFile for MemoryFile {
         Ok(())
     }
 
-    fn write(&self, bytes: Arc<Payload>, at: u64) -> Local<'_, io::Result<()>> {
+    fn write(&self, bytes: Arc<ChunkPayload>, at: u64) -> Local<'_, io::Result<()>> {
         Box::pin(async move {
             let bytes = bytes.bytes();
             let disk = self.disk.upgrade().ok_or(io::ErrorKind::NotFound)?;
@@ -205,7 +206,7 @@ impl StoredFile for MemoryFile {
             }
             let mut state = self.state.lock();
             state.now.write(at, bytes);
-            state.changes.push(Change::Write(at, bytes.to_vec()));
+            state.changes.push(UnsyncedChange::Write(at, bytes.to_vec()));
             Ok(())
         })
     }
@@ -222,7 +223,7 @@ impl StoredFile for MemoryFile {
     fn punch(&self, at: u64, len: u64) -> io::Result<()> {
         let mut state = self.state.lock();
         state.now.punch(at, len);
-        state.changes.push(Change::Punch(at, len));
+        state.changes.push(UnsyncedChange::Punch(at, len));
         Ok(())
     }
 
@@ -243,9 +244,9 @@ impl StoredFile for MemoryFile {
     }
 }
 
-/// Effect of [`FaultyStore`] on one step.
+/// Effect of [`FaultyTierStore`] on one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum StoreFault {
     /// The disk is full.
     NoSpace,
     /// The disk fails.
@@ -256,7 +257,7 @@ pub enum Fault {
     Torn,
 }
 
-impl Fault {
+impl StoreFault {
     fn error(self) -> io::Error {
         match self {
             Self::NoSpace => io::Error::from_raw_os_error(libc::ENOSPC),
@@ -266,7 +267,7 @@ impl Fault {
 }
 
 /// A store that fails at chosen steps: every write, sync, punch, change of length or name is one.
-pub struct FaultyStore {
+pub struct FaultyTierStore {
     inner: Arc<dyn Store>,
     plan: Arc<Plan>,
 }
@@ -275,7 +276,7 @@ pub struct FaultyStore {
 #[derive(Default)]
 pub struct Plan {
     step: AtomicU64,
-    faults: Mutex<BTreeMap<u64, Fault>>,
+    faults: Mutex<BTreeMap<u64, StoreFault>>,
     /// Step from which on everything fails.
     end: AtomicU64,
     /// Reads fail.
@@ -298,7 +299,7 @@ impl Plan {
     }
 
     /// Makes this step fail.
-    pub fn at(&self, step: u64, fault: Fault) {
+    pub fn at(&self, step: u64, fault: StoreFault) {
         self.faults.lock().insert(step, fault);
     }
 
@@ -307,10 +308,10 @@ impl Plan {
         self.end.store(step, Ordering::SeqCst);
     }
 
-    fn next(&self) -> Option<Fault> {
+    fn next(&self) -> Option<StoreFault> {
         let step = self.step.fetch_add(1, Ordering::SeqCst);
         if step >= self.end.load(Ordering::SeqCst) {
-            return Some(Fault::Io);
+            return Some(StoreFault::Io);
         }
         self.faults.lock().remove(&step)
     }
@@ -320,7 +321,7 @@ impl Plan {
     }
 }
 
-impl FaultyStore {
+impl FaultyTierStore {
     /// Wraps `inner` with the faults of `plan`.
     #[must_use]
     pub fn new(inner: Arc<dyn Store>, plan: Arc<Plan>) -> Self {
@@ -328,7 +329,7 @@ impl FaultyStore {
     }
 }
 
-impl Store for FaultyStore {
+impl Store for FaultyTierStore {
     fn open(&self, name: &str) -> io::Result<Arc<dyn StoredFile>> {
         let inner = self.inner.open(name)?;
         Ok(Arc::new(FaultyFile { inner, plan: self.plan.clone() }))
@@ -365,21 +366,21 @@ impl StoredFile for FaultyFile {
 
     fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
         if self.plan.deaf.load(Ordering::SeqCst) {
-            return Err(Fault::Io.error());
+            return Err(StoreFault::Io.error());
         }
         self.inner.read_exact_at(buf, at)
     }
 
-    fn write(&self, bytes: Arc<Payload>, at: u64) -> Local<'_, io::Result<()>> {
+    fn write(&self, bytes: Arc<ChunkPayload>, at: u64) -> Local<'_, io::Result<()>> {
         Box::pin(async move {
             let fault = self.plan.next();
-            if let Some(Fault::Short | Fault::Torn) = fault {
+            if let Some(StoreFault::Short | StoreFault::Torn) = fault {
                 let half = bytes.bytes()[..bytes.bytes().len() / 2].to_vec();
                 self.inner.write(Arc::new(half.into()), at).await?;
             }
             match fault {
                 None => self.inner.write(bytes, at).await,
-                Some(Fault::Torn) => Ok(()),
+                Some(StoreFault::Torn) => Ok(()),
                 Some(fault) => Err(fault.error()),
             }
         })

@@ -8,16 +8,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::presence::Map;
-use super::state::{FileState, Shared, file_name, map_bytes};
+use super::state::{FileState, TierShared, file_name, map_bytes};
 use super::store::{DirStore, Store as _, StoredFile};
-use super::{Kind, TierError, in_pages};
-use threads::count;
+use super::{TierError, TierKind, in_pages};
 
 /// Longest map that is read, 1 GiB: 32 million records.
 const MOST_MAP: u64 = 1 << 30;
 
 /// Creates the directory and takes its lock, which holds until the file is closed.
-pub(super) fn lock(kind: Kind, dir: &Path) -> Result<File, TierError> {
+pub(super) fn lock(kind: TierKind, dir: &Path) -> Result<File, TierError> {
     let io = |what| move |source| TierError::Io { what, dir: dir.to_owned(), source };
     std::fs::create_dir_all(dir).map_err(io("make"))?;
     let path = dir.join(format!("turbobd.{}.lock", kind.name()));
@@ -69,7 +68,7 @@ fn on_our_fuse(path: &Path) -> bool {
 }
 
 /// Tests that the filesystem can free a part of a file.
-pub(super) fn probe_holes(kind: Kind, dir: &Path) -> Result<(), TierError> {
+pub(super) fn probe_holes(kind: TierKind, dir: &Path) -> Result<(), TierError> {
     let store = DirStore::new(dir);
     let name = format!("turbobd.{}.probe", kind.name());
     let io = |source| TierError::Io { what: "write to", dir: dir.to_owned(), source };
@@ -82,7 +81,7 @@ pub(super) fn probe_holes(kind: Kind, dir: &Path) -> Result<(), TierError> {
 
 /// Finds the present files and their contents. An incomplete pair of files is removed; a file of another
 /// program is left alone.
-pub(super) fn read_directory(shared: &Arc<Shared>) -> io::Result<()> {
+pub(super) fn read_directory(shared: &Arc<TierShared>) -> io::Result<()> {
     let names: BTreeSet<String> = shared.store.names()?.into_iter().collect();
     let ending = |what: &str| format!(".{}.{what}", shared.kind.name());
     let (map, data, new) = (ending("map"), ending("data"), ending("map.new"));
@@ -91,7 +90,7 @@ pub(super) fn read_directory(shared: &Arc<Shared>) -> io::Result<()> {
             let stem = format!("{stem}.{}", shared.kind.name());
             let whole = names.contains(&format!("{stem}.data")) && read_file(shared, &stem)?;
             if !whole {
-                count(&shared.counters.resets, 1);
+                shared.counters.resets.add(1);
                 tracing::warn!("The cache file {stem} is unusable and removed");
                 shared.store.remove(name)?;
                 shared.store.remove(&format!("{stem}.data"))?;
@@ -106,7 +105,7 @@ pub(super) fn read_directory(shared: &Arc<Shared>) -> io::Result<()> {
 }
 
 /// Reads one pair of files; false when it is unusable.
-fn read_file(shared: &Arc<Shared>, stem: &str) -> io::Result<bool> {
+fn read_file(shared: &Arc<TierShared>, stem: &str) -> io::Result<bool> {
     let file = shared.store.open(&format!("{stem}.map"))?;
     let len = file.len()?;
     if len > MOST_MAP {
@@ -151,7 +150,7 @@ pub(super) fn extra(file: &dyn StoredFile, bytes: u64) -> io::Result<u64> {
 fn free_gaps(
     data: &dyn StoredFile,
     end: u64,
-    present: &std::collections::HashMap<u32, super::presence::Extent>,
+    present: &std::collections::HashMap<u32, super::presence::ChunkExtent>,
 ) -> io::Result<()> {
     let mut extents: Vec<_> =
         present.values().map(|e| (e.at, e.at + in_pages(e.len.into()))).collect();

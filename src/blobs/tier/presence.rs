@@ -27,7 +27,7 @@
 
 use std::collections::HashMap;
 
-use super::Kind;
+use super::TierKind;
 
 /// Length of the header in bytes.
 pub(super) const HEADER: usize = 256;
@@ -41,7 +41,7 @@ const IDENTITY: usize = 216;
 /// Subject of a map: a blob, in one division into chunks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Subject {
-    pub(super) kind: Kind,
+    pub(super) kind: TierKind,
     /// Identity of the blob and of its division into chunks.
     pub(super) id: String,
     /// Length in bytes of the blob or its decoded bytes.
@@ -52,7 +52,7 @@ pub(super) struct Subject {
 
 /// Position and checksum of a chunk in a data file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Extent {
+pub(super) struct ChunkExtent {
     /// Position of its first byte.
     pub(super) at: u64,
     /// Number of bytes.
@@ -63,8 +63,8 @@ pub(super) struct Extent {
 
 /// One record of the map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Record {
-    Present(u32, Extent),
+pub(super) enum PresenceRecord {
+    Present(u32, ChunkExtent),
     Forgotten(u32),
 }
 
@@ -108,7 +108,7 @@ impl Subject {
         let len = usize::from(u16::from_le_bytes([header[12], header[13]]));
         let id = header.get(32..32 + len).filter(|_| len <= IDENTITY)?;
         let subject = Self {
-            kind: Kind::of(header[10])?,
+            kind: TierKind::of(header[10])?,
             id: std::str::from_utf8(id).ok()?.to_owned(),
             len: u64_at(header, 16)?,
             chunks: u32_at(header, 24)?,
@@ -117,13 +117,13 @@ impl Subject {
     }
 }
 
-impl Record {
+impl PresenceRecord {
     /// Encodes the record, for a map with this seed.
     pub(super) fn bytes(self, seed: u32) -> [u8; RECORD] {
         let mut bytes = [0; RECORD];
         let (kind, chunk, extent) = match self {
             Self::Present(chunk, extent) => (1, chunk, extent),
-            Self::Forgotten(chunk) => (2, chunk, Extent { at: 0, len: 0, crc: 0 }),
+            Self::Forgotten(chunk) => (2, chunk, ChunkExtent { at: 0, len: 0, crc: 0 }),
         };
         bytes[0] = kind;
         bytes[4..8].copy_from_slice(&chunk.to_le_bytes());
@@ -143,7 +143,7 @@ impl Record {
         match bytes.first()? {
             1 => {
                 let (at, len, crc) = (u64_at(bytes, 8)?, u32_at(bytes, 16)?, u32_at(bytes, 20)?);
-                Some(Self::Present(chunk, Extent { at, len, crc }))
+                Some(Self::Present(chunk, ChunkExtent { at, len, crc }))
             }
             2 => Some(Self::Forgotten(chunk)),
             _ => None,
@@ -157,7 +157,7 @@ pub(super) struct Map {
     pub(super) subject: Subject,
     pub(super) seed: u32,
     /// The chunks that are present.
-    pub(super) present: HashMap<u32, Extent>,
+    pub(super) present: HashMap<u32, ChunkExtent>,
     /// Number of record places in the file: the next record goes after them.
     pub(super) records: u64,
 }
@@ -169,13 +169,15 @@ impl Map {
         let mut present = HashMap::new();
         let records = bytes[HEADER..].chunks_exact(RECORD);
         let count = records.len() as u64;
-        for record in records.filter_map(|record| Record::parse(record, seed)) {
+        for record in records.filter_map(|record| PresenceRecord::parse(record, seed)) {
             match record {
-                Record::Present(chunk, extent) if chunk < subject.chunks && extent.len > 0 => {
+                PresenceRecord::Present(chunk, extent)
+                    if chunk < subject.chunks && extent.len > 0 =>
+                {
                     present.insert(chunk, extent);
                 }
-                Record::Forgotten(chunk) => _ = present.remove(&chunk),
-                Record::Present(..) => {}
+                PresenceRecord::Forgotten(chunk) => _ = present.remove(&chunk),
+                PresenceRecord::Present(..) => {}
             }
         }
         Some(Self { subject, seed, present, records: count })
@@ -190,11 +192,11 @@ mod tests {
 
     fn subject() -> Subject {
         let id = "sha256:abc#gzip-1".to_owned();
-        Subject { kind: Kind::Decoded, id, len: 1 << 30, chunks: 64 }
+        Subject { kind: TierKind::Decoded, id, len: 1 << 30, chunks: 64 }
     }
 
-    fn extent(number: u32) -> Extent {
-        Extent { at: u64::from(number) * 4096, len: number + 1, crc: !number }
+    fn extent(number: u32) -> ChunkExtent {
+        ChunkExtent { at: u64::from(number) * 4096, len: number + 1, crc: !number }
     }
 
     proptest! {
@@ -210,7 +212,7 @@ mod tests {
             let mut file = subject().header(77);
             let mut expected = HashMap::new();
             for (number, &(present, chunk)) in steps.iter().enumerate() {
-                let record = if present { Record::Present(chunk, extent(chunk)) } else { Record::Forgotten(chunk) };
+                let record = if present { PresenceRecord::Present(chunk, extent(chunk)) } else { PresenceRecord::Forgotten(chunk) };
                 let mut bytes = record.bytes(77);
                 if number == torn {
                     bytes.iter_mut().zip(&damage).skip(cut).for_each(|(byte, other)| *byte = *other);
@@ -259,7 +261,7 @@ mod tests {
     #[test]
     fn records_of_another_map_do_not_count() {
         let mut file = subject().header(5);
-        file.extend(Record::Present(3, extent(3)).bytes(6));
+        file.extend(PresenceRecord::Present(3, extent(3)).bytes(6));
         assert!(Map::parse(&file).unwrap().present.is_empty());
     }
 }

@@ -9,27 +9,26 @@ use std::sync::mpsc::Sender;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::fifo::Fifo;
-use super::presence::{Extent, HEADER, RECORD, Subject};
+use super::presence::{ChunkExtent, HEADER, RECORD, Subject};
 use super::store::{Store, StoredFile};
-use super::writer::{Command, Gone, Offer};
-use super::{Kind, QUEUE, Stored, TierCounters, TierOptions, Usage, in_pages};
-use threads::count;
+use super::writer::{Gone, Offer, WriterCommand};
+use super::{QUEUE, TierBlob, TierCounters, TierKind, TierOptions, Usage, in_pages};
 
 /// State shared by readers and the writer.
-pub(super) struct Shared {
-    pub(super) kind: Kind,
+pub(super) struct TierShared {
+    pub(super) kind: TierKind,
     pub(super) store: Arc<dyn Store>,
     pub(super) options: TierOptions,
     pub(super) counters: Arc<TierCounters>,
-    state: Mutex<State>,
-    commands: Mutex<Sender<Command>>,
+    state: Mutex<TierState>,
+    commands: Mutex<Sender<WriterCommand>>,
     queued: AtomicU64,
     full: AtomicBool,
 }
 
 /// All files.
 #[derive(Default)]
-pub(super) struct State {
+pub(super) struct TierState {
     pub(super) files: HashMap<u32, FileState>,
     names: HashMap<String, u32>,
     pub(super) fifo: Fifo,
@@ -41,8 +40,8 @@ pub(super) struct State {
 
 /// A chunk that is present.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Slot {
-    pub(super) extent: Extent,
+pub(super) struct PresentChunk {
+    pub(super) extent: ChunkExtent,
     /// Number that tells it from a later chunk at the same place.
     turn: u64,
 }
@@ -53,7 +52,7 @@ pub(super) struct FileState {
     pub(super) name: String,
     pub(super) subject: Subject,
     pub(super) seed: u32,
-    pub(super) slots: HashMap<u32, Slot>,
+    pub(super) slots: HashMap<u32, PresentChunk>,
     /// Records in the map; `None` before the files are created.
     pub(super) records: Option<u64>,
     /// Bytes that the data file takes beyond its chunks: the filesystem's own metadata.
@@ -117,7 +116,7 @@ pub(super) fn file_name(subject: &Subject) -> String {
     format!("{id}.{}", subject.kind.name())
 }
 
-impl State {
+impl TierState {
     /// Adds a file.
     pub(super) fn add(&mut self, file: FileState) -> u32 {
         let number = self.next;
@@ -129,9 +128,9 @@ impl State {
     }
 
     /// Makes a chunk present. The caller counts its pages.
-    pub(super) fn publish(&mut self, number: u32, chunk: u32, extent: Extent, old: bool) {
+    pub(super) fn publish(&mut self, number: u32, chunk: u32, extent: ChunkExtent, old: bool) {
         self.turn += 1;
-        let slot = Slot { extent, turn: self.turn };
+        let slot = PresentChunk { extent, turn: self.turn };
         let Some(file) = self.files.get_mut(&number) else { return };
         file.slots.insert(chunk, slot);
         file.end = file.end.max(extent.at + u64::from(extent.len));
@@ -185,12 +184,12 @@ impl State {
     }
 }
 
-impl Shared {
+impl TierShared {
     pub(super) fn new(
-        kind: Kind,
+        kind: TierKind,
         store: Arc<dyn Store>,
         options: TierOptions,
-        commands: Sender<Command>,
+        commands: Sender<WriterCommand>,
     ) -> Self {
         Self {
             kind,
@@ -205,11 +204,11 @@ impl Shared {
     }
 
     /// No code panics or waits while it holds this.
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, TierState> {
         self.state.lock()
     }
 
-    pub(super) fn send(&self, command: Command) -> bool {
+    pub(super) fn send(&self, command: WriterCommand) -> bool {
         self.commands.lock().send(command).is_ok()
     }
 
@@ -258,7 +257,7 @@ impl Shared {
         if let Some(number) = known
             && state.files.get(&number).is_some_and(|file| file.subject != *subject)
         {
-            count(&self.counters.resets, 1);
+            self.counters.resets.add(1);
             tracing::warn!("The cache file {name} belongs to another blob and is created anew");
             state.reset(number);
             if let Some(file) = state.files.get_mut(&number) {
@@ -274,14 +273,14 @@ impl Shared {
         number
     }
 
-    fn begin_use(&self, state: &mut State, number: u32) {
+    fn begin_use(&self, state: &mut TierState, number: u32) {
         let Some(file) = state.files.get_mut(&number) else { return };
         file.users += 1;
         if file.data.is_none() && file.records.is_some() {
             match self.store.open(&file.data_name()) {
                 Ok(data) => file.data = Some(data),
                 Err(error) => {
-                    count(&self.counters.failures, 1);
+                    self.counters.failures.add(1);
                     tracing::warn!(%error, "Cannot open the cache file {}", file.data_name());
                 }
             }
@@ -289,11 +288,11 @@ impl Shared {
     }
 
     /// Returns a handle to a known file.
-    pub(super) fn hold(self: &Arc<Self>, number: u32) -> Option<Stored> {
+    pub(super) fn hold(self: &Arc<Self>, number: u32) -> Option<TierBlob> {
         let mut state = self.lock();
         state.files.get(&number)?;
         self.begin_use(&mut state, number);
-        Some(Stored { shared: self.clone(), file: number })
+        Some(TierBlob { shared: self.clone(), file: number })
     }
 
     pub(super) fn let_go(&self, number: u32) {
@@ -321,7 +320,7 @@ impl Shared {
         all
     }
 
-    pub(super) fn extent(&self, number: u32, chunk: u32) -> Option<Extent> {
+    pub(super) fn extent(&self, number: u32, chunk: u32) -> Option<ChunkExtent> {
         Some(self.lock().files.get(&number)?.slots.get(&chunk)?.extent)
     }
 
@@ -333,9 +332,9 @@ impl Shared {
         let len = offer.payload.bytes().len() as u64;
         // A chunk that is longer than the queue is accepted when no other one waits.
         let before = self.queued.fetch_add(len, Ordering::Relaxed);
-        if (before > 0 && before + len > QUEUE) || !self.send(Command::Offer(offer)) {
+        if (before > 0 && before + len > QUEUE) || !self.send(WriterCommand::Offer(offer)) {
             self.unqueue(len);
-            count(&self.counters.dropped, 1);
+            self.counters.dropped.add(1);
             return false;
         }
         true
@@ -358,19 +357,19 @@ impl Shared {
             state.fifo.touch((number, chunk));
             found
         };
-        let Slot { extent, turn } = slot;
+        let PresentChunk { extent, turn } = slot;
         let wrong = if extent.len as usize != buf.len() {
             Some("its length is different".to_owned())
         } else if let Err(error) = data.read_exact_at(buf, extent.at) {
-            count(&self.counters.failures, 1);
+            self.counters.failures.add(1);
             Some(error.to_string())
         } else {
             let good = verify(buf).unwrap_or_else(|| crc32c::crc32c(buf) == extent.crc);
             (!good).then(|| "its checksum differs".to_owned())
         };
         let Some(wrong) = wrong else {
-            count(&self.counters.reads, 1);
-            count(&self.counters.read_bytes, buf.len() as u64);
+            self.counters.reads.add(1);
+            self.counters.read_bytes.add(buf.len() as u64);
             return true;
         };
         // It may have been evicted, and its place used again, during the read: no damage then.
@@ -390,8 +389,8 @@ impl Shared {
         let Some(gone) = state.take_out(number, chunk) else { return };
         let name = state.files.get(&number).map(FileState::data_name).unwrap_or_default();
         drop(state);
-        count(&self.counters.damaged, 1);
+        self.counters.damaged.add(1);
         tracing::warn!("Chunk {chunk} in the cache file {name} is forgotten: {why}");
-        self.send(Command::Forget(gone));
+        self.send(WriterCommand::Forget(gone));
     }
 }

@@ -4,7 +4,7 @@
 //! in progress at once; so they are futures, driven by the store's own means ([`Store::drive`]): `io_uring`
 //! where there is one, else the calling thread, one after the other.
 //!
-//! Real: [`DirStore`]. For tests: `memory::MemoryStore`, whose power can fail, and `memory::FaultyStore`.
+//! Real: [`DirStore`]. For tests: `memory::MemoryTierStore`, whose power can fail, and `memory::FaultyTierStore`.
 
 use std::fs::{File, OpenOptions};
 use std::future::Future;
@@ -23,14 +23,14 @@ use source::chunk::ChunkBytes;
 pub type Local<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// Bytes to be written, shared with their readers during the write.
-pub enum Payload {
+pub enum ChunkPayload {
     /// A chunk that the memory cache has too.
     Shared(Arc<ChunkBytes>),
     /// A buffer of its own: the bytes of it in this range.
     Owned(Vec<u8>, std::ops::Range<usize>),
 }
 
-impl Payload {
+impl ChunkPayload {
     /// The bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
@@ -41,7 +41,7 @@ impl Payload {
     }
 }
 
-impl From<Vec<u8>> for Payload {
+impl From<Vec<u8>> for ChunkPayload {
     fn from(bytes: Vec<u8>) -> Self {
         let range = 0..bytes.len();
         Self::Owned(bytes, range)
@@ -109,7 +109,7 @@ pub trait StoredFile: Send + Sync {
     fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()>;
 
     /// Writes all of `bytes` at byte `at`. Only [`sync`](Self::sync) makes it durable.
-    fn write(&self, bytes: Arc<Payload>, at: u64) -> Local<'_, io::Result<()>>;
+    fn write(&self, bytes: Arc<ChunkPayload>, at: u64) -> Local<'_, io::Result<()>>;
 
     /// Makes all written data durable.
     fn sync(&self) -> Local<'_, io::Result<()>>;
@@ -206,7 +206,7 @@ impl StoredFile for DirFile {
         self.file.read_exact_at(buf, at)
     }
 
-    fn write(&self, bytes: Arc<Payload>, at: u64) -> Local<'_, io::Result<()>> {
+    fn write(&self, bytes: Arc<ChunkPayload>, at: u64) -> Local<'_, io::Result<()>> {
         Box::pin(async move {
             match uring::file(&self.file) {
                 Some(file) => uring::write(&file?, bytes, at).await,

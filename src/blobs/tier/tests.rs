@@ -2,20 +2,20 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt as _;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 
-use super::memory::{Fault, FaultyStore, MemoryStore, Plan};
+use super::memory::{FaultyTierStore, MemoryTierStore, Plan, StoreFault};
 use super::store::Store;
 use super::*;
 use source::chunk::PlainChunks;
 use source::{ByteSource, SourceError};
 
 /// A blob with a length and no bytes.
-struct Length(u64);
+struct LengthOnly(u64);
 
-impl ByteSource for Length {
+impl ByteSource for LengthOnly {
     fn name(&self) -> &'static str {
         "length"
     }
@@ -30,7 +30,7 @@ impl ByteSource for Length {
 /// A blob of `chunks` chunks of 256 KiB, which are filled to a small part only.
 fn blob(number: u32, chunks: u64) -> PlainChunks {
     let id = format!("plain:sha256:{number:064x}");
-    PlainChunks::new(id, Arc::new(Length(chunks * PlainChunks::CHUNK)))
+    PlainChunks::new(id, Arc::new(LengthOnly(chunks * PlainChunks::CHUNK)))
 }
 
 fn options(capacity: u64, floor: u64) -> TierOptions {
@@ -38,7 +38,7 @@ fn options(capacity: u64, floor: u64) -> TierOptions {
 }
 
 fn tier(store: Arc<dyn Store>, capacity: u64, floor: u64) -> Tier {
-    Tier::with_store(Kind::Encoded, store, &options(capacity, floor)).unwrap()
+    Tier::with_store(TierKind::Encoded, store, &options(capacity, floor)).unwrap()
 }
 
 /// Contents of chunk `chunk` of blob `number`; some KiB, and no whole pages.
@@ -47,13 +47,13 @@ fn bytes(number: u32, chunk: u32) -> Vec<u8> {
     (0..len).map(|i| (i * 31 + chunk * 17 + number * 101) as u8 | 1).collect()
 }
 
-fn offer(file: &Stored, number: u32, chunk: u32) -> bool {
+fn offer(file: &TierBlob, number: u32, chunk: u32) -> bool {
     let start = u64::from(chunk) * PlainChunks::CHUNK;
     file.offer(chunk, start, bytes(number, chunk).into())
 }
 
 /// True if the chunk is present; then it must be right.
-fn reads(file: &Stored, number: u32, chunk: u32) -> bool {
+fn reads(file: &TierBlob, number: u32, chunk: u32) -> bool {
     let mut buf = bytes(number, chunk);
     buf.fill(0);
     let good = file.len_of(chunk) == Some(buf.len()) && file.read(chunk, &mut buf, &|_| None);
@@ -61,13 +61,9 @@ fn reads(file: &Stored, number: u32, chunk: u32) -> bool {
     good
 }
 
-fn get(counter: &AtomicU64) -> u64 {
-    counter.load(Ordering::SeqCst)
-}
-
 #[test]
 fn what_was_offered_is_there_after_a_restart_and_is_shared_by_identity() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let first = tier(Arc::new(store.clone()), 1 << 30, 0);
     let (one, same, other) =
         (first.file(&blob(1, 64)), first.file(&blob(1, 64)), first.file(&blob(2, 64)));
@@ -90,14 +86,14 @@ fn what_was_offered_is_there_after_a_restart_and_is_shared_by_identity() {
 
 #[test]
 fn a_blob_without_a_digest_has_no_file() {
-    let tier = tier(Arc::new(MemoryStore::new(1 << 20)), 1 << 20, 0);
-    let source = PlainChunks::new("plain:/some/path", Arc::new(Length(100)));
+    let tier = tier(Arc::new(MemoryTierStore::new(1 << 20)), 1 << 20, 0);
+    let source = PlainChunks::new("plain:/some/path", Arc::new(LengthOnly(100)));
     assert!(tier.file(&source).is_none());
 }
 
 #[test]
 fn another_length_or_version_begins_the_file_anew() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let first = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = first.file(&blob(1, 64)).unwrap();
     assert!(offer(&file, 1, 3));
@@ -106,7 +102,7 @@ fn another_length_or_version_begins_the_file_anew() {
     let second = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = second.file(&blob(1, 65)).unwrap();
     assert!(!file.has(3));
-    assert_eq!(get(&second.counters().resets), 1);
+    assert_eq!(second.counters().resets.get(), 1);
     assert!(offer(&file, 1, 3));
     second.flush();
     assert!(reads(&file, 1, 3));
@@ -117,14 +113,14 @@ fn another_length_or_version_begins_the_file_anew() {
     let map = store.open(&map).unwrap();
     uring::block_on(map.write(Arc::new(vec![9].into()), 8)).unwrap();
     let third = tier(Arc::new(store.clone()), 1 << 30, 0);
-    assert_eq!((get(&third.counters().resets), third.usage().chunks), (1, 0));
+    assert_eq!((third.counters().resets.get(), third.usage().chunks), (1, 0));
     assert_eq!(store.allocated(), 0);
 }
 
 #[test]
 fn the_capacity_is_never_exceeded_and_is_used() {
     const CAPACITY: u64 = 200 << 10;
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let tier = tier(Arc::new(store.clone()), CAPACITY, 0);
     let files: Vec<_> = (0..3).map(|number| tier.file(&blob(number, 512)).unwrap()).collect();
     for chunk in 0..400 {
@@ -141,19 +137,19 @@ fn the_capacity_is_never_exceeded_and_is_used() {
     }
     tier.flush();
     assert!(tier.usage().bytes > CAPACITY * 8 / 10, "{:?}", tier.usage());
-    assert!(get(&tier.counters().evicted) > 1000);
+    assert!(tier.counters().evicted.get() > 1000);
     let there: usize = files
         .iter()
         .zip(0..)
         .map(|(file, number)| (0..400).filter(|chunk| reads(file, number, *chunk)).count())
         .sum();
     assert_eq!(there, tier.usage().chunks);
-    assert_eq!(get(&tier.counters().damaged), 0);
+    assert_eq!(tier.counters().damaged.get(), 0);
 }
 
 #[test]
 fn a_smaller_capacity_is_kept_after_a_restart_and_prune_goes_to_any_size() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let first = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = first.file(&blob(1, 512)).unwrap();
     (0..200).for_each(|chunk| assert!(offer(&file, 1, chunk)));
@@ -172,7 +168,7 @@ fn a_smaller_capacity_is_kept_after_a_restart_and_prune_goes_to_any_size() {
 
 #[test]
 fn below_the_floor_the_tier_shrinks_and_takes_no_more_until_there_is_space_again() {
-    let store = MemoryStore::new(10 << 20);
+    let store = MemoryTierStore::new(10 << 20);
     let tier = tier(Arc::new(store.clone()), 8 << 20, 2 << 20);
     let file = tier.file(&blob(1, 512)).unwrap();
     (0..100).for_each(|chunk| assert!(offer(&file, 1, chunk)));
@@ -195,7 +191,7 @@ fn below_the_floor_the_tier_shrinks_and_takes_no_more_until_there_is_space_again
 
 #[test]
 fn a_full_disk_is_no_error_and_no_wrong_data() {
-    let store = MemoryStore::new(256 << 10);
+    let store = MemoryTierStore::new(256 << 10);
     let tier = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = tier.file(&blob(1, 512)).unwrap();
     for chunk in 0..200 {
@@ -205,7 +201,7 @@ fn a_full_disk_is_no_error_and_no_wrong_data() {
         }
     }
     tier.flush();
-    assert!(get(&tier.counters().refused) > 100 && tier.is_full());
+    assert!(tier.counters().refused.get() > 100 && tier.is_full());
     let there = (0..200).filter(|chunk| reads(&file, 1, *chunk)).count();
     assert!(there > 10);
     assert_eq!(tier.usage().bytes, store.allocated());
@@ -213,9 +209,10 @@ fn a_full_disk_is_no_error_and_no_wrong_data() {
 
 #[test]
 fn a_wrong_byte_a_short_file_and_a_dying_disk_are_forgotten_and_not_served() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let plan = Plan::new();
-    let tier = tier(Arc::new(FaultyStore::new(Arc::new(store.clone()), plan.clone())), 1 << 30, 0);
+    let tier =
+        tier(Arc::new(FaultyTierStore::new(Arc::new(store.clone()), plan.clone())), 1 << 30, 0);
     let file = tier.file(&blob(1, 512)).unwrap();
     (0..50).for_each(|chunk| assert!(offer(&file, 1, chunk)));
     tier.flush();
@@ -226,11 +223,11 @@ fn a_wrong_byte_a_short_file_and_a_dying_disk_are_forgotten_and_not_served() {
     assert!(!reads(&file, 1, 7) && !file.has(7) && reads(&file, 1, 8));
     data.set_len(place(40 * PlainChunks::CHUNK, 40)).unwrap();
     assert!(!reads(&file, 1, 45) && reads(&file, 1, 39));
-    assert_eq!(get(&tier.counters().damaged), 2);
+    assert_eq!(tier.counters().damaged.get(), 2);
     // The next write notices it, and creates the files anew.
     assert!(offer(&file, 1, 7));
     tier.flush();
-    assert_eq!(get(&tier.counters().resets), 1);
+    assert_eq!(tier.counters().resets.get(), 1);
     assert!(reads(&file, 1, 7) && !file.has(39));
     assert_eq!(tier.usage().bytes, store.allocated());
     plan.deaf.store(true, Ordering::SeqCst);
@@ -239,7 +236,7 @@ fn a_wrong_byte_a_short_file_and_a_dying_disk_are_forgotten_and_not_served() {
 
 #[test]
 fn verify_forgets_what_is_damaged_and_nothing_else() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let tier = tier(Arc::new(store.clone()), 1 << 30, 0);
     let file = tier.file(&blob(1, 512)).unwrap();
     (0..50).for_each(|chunk| assert!(offer(&file, 1, chunk)));
@@ -287,14 +284,14 @@ proptest! {
         const CAPACITY: u64 = 96 << 10;
         let count = {
             let plan = Plan::new();
-            let store = FaultyStore::new(Arc::new(MemoryStore::new(1 << 30)), plan.clone());
+            let store = FaultyTierStore::new(Arc::new(MemoryTierStore::new(1 << 30)), plan.clone());
             work(&tier(Arc::new(store), CAPACITY, 0), &steps);
             plan.steps()
         };
         let plan = Plan::new();
         plan.end_at(end.index(count as usize + 1) as u64);
-        let disk = MemoryStore::new(1 << 30);
-        work(&tier(Arc::new(FaultyStore::new(Arc::new(disk.clone()), plan)), CAPACITY, 0), &steps);
+        let disk = MemoryTierStore::new(1 << 30);
+        work(&tier(Arc::new(FaultyTierStore::new(Arc::new(disk.clone()), plan)), CAPACITY, 0), &steps);
         let mut state = seed | 1;
         let disk = disk.crash(|| {
             state ^= state << 13;
@@ -309,7 +306,7 @@ proptest! {
                 prop_assert_eq!(file.has(chunk), reads(&file, number, chunk));
             }
         }
-        prop_assert_eq!(get(&after.counters().damaged), 0);
+        prop_assert_eq!(after.counters().damaged.get(), 0);
         after.flush();
         prop_assert!(disk.allocated() <= CAPACITY);
         prop_assert_eq!(after.usage().bytes, disk.allocated());
@@ -326,10 +323,10 @@ proptest! {
     ) {
         let plan = Plan::new();
         for (step, kind) in faults {
-            plan.at(step, [Fault::NoSpace, Fault::Io, Fault::Short, Fault::Torn][kind]);
+            plan.at(step, [StoreFault::NoSpace, StoreFault::Io, StoreFault::Short, StoreFault::Torn][kind]);
         }
-        let disk = MemoryStore::new(1 << 30);
-        let tier = tier(Arc::new(FaultyStore::new(Arc::new(disk.clone()), plan)), 96 << 10, 0);
+        let disk = MemoryTierStore::new(1 << 30);
+        let tier = tier(Arc::new(FaultyTierStore::new(Arc::new(disk.clone()), plan)), 96 << 10, 0);
         work(&tier, &steps);
         work(&tier, &steps);
         prop_assert!(tier.usage().bytes <= 96 << 10);
@@ -338,7 +335,7 @@ proptest! {
 
 #[test]
 fn readers_beside_a_tier_that_gives_up_and_writes_anew_never_see_anything_wrong() {
-    let store = MemoryStore::new(1 << 30);
+    let store = MemoryTierStore::new(1 << 30);
     let tier = tier(Arc::new(store), 150 << 10, 0);
     let hits = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -360,8 +357,8 @@ fn readers_beside_a_tier_that_gives_up_and_writes_anew_never_see_anything_wrong(
             });
         }
     });
-    assert!(get(&hits) > 100);
-    assert_eq!(get(&tier.counters().damaged), 0, "what is given up is not damage");
+    assert!(hits.load(Ordering::SeqCst) > 100);
+    assert_eq!(tier.counters().damaged.get(), 0, "what is given up is not damage");
 }
 
 /// Directories to try: one on this machine's disk, one in memory.
@@ -372,7 +369,7 @@ fn directories() -> Vec<tempfile::TempDir> {
 }
 
 fn on_disk(dir: &Path, capacity: u64) -> Result<Tier, TierError> {
-    Tier::open(Kind::Encoded, &TierOptions { dir: dir.to_owned(), capacity, floor: 0 })
+    Tier::open(TierKind::Encoded, &TierOptions { dir: dir.to_owned(), capacity, floor: 0 })
 }
 
 fn allocated(dir: &Path) -> u64 {
@@ -398,7 +395,7 @@ fn in_a_real_directory_the_capacity_holds_and_a_second_process_goes_without() {
         tier.flush();
         assert_eq!(tier.usage().bytes, allocated(dir.path()), "{}", dir.path().display());
         let there: Vec<u32> = (0..300).filter(|chunk| reads(&file, 1, *chunk)).collect();
-        assert!(there.len() > 30 && get(&tier.counters().damaged) == 0);
+        assert!(there.len() > 30 && tier.counters().damaged.get() == 0);
         drop((file, tier));
         let tier = on_disk(dir.path(), CAPACITY).unwrap();
         let file = tier.file(&blob(1, 512)).unwrap();
@@ -442,7 +439,7 @@ fn a_file_that_is_removed_or_cut_off_under_load_costs_only_a_fetch() {
     }
     assert_eq!((missed[&0], missed[&41]), (40, 1));
     assert!((50..60).all(|round| !missed.contains_key(&round)), "{missed:?}");
-    assert_eq!(get(&tier.counters().resets), 3);
+    assert_eq!(tier.counters().resets.get(), 3);
     drop((file, tier));
     let tier = on_disk(dir.path(), 64 << 20).unwrap();
     let file = tier.file(&blob(1, 512)).unwrap();

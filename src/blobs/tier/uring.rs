@@ -5,7 +5,7 @@
 //! `pread` is the fastest call for one. Containers often refuse `io_uring` (seccomp, `io_uring_disabled`);
 //! the same writer then runs on plain `pwrite` and `fdatasync`.
 //!
-//! `unsafe` is needed to give the ring a buffer that other threads may read during the write ([`Payload`]):
+//! `unsafe` is needed to give the ring a buffer that other threads may read during the write ([`ChunkPayload`]):
 //! the write holds an `Arc`, so that the bytes stay at their address until the kernel has written them.
 #![allow(unsafe_code)]
 
@@ -19,7 +19,7 @@ use std::task::{Context, Poll, Waker};
 
 use tokio_uring::buf::IoBuf;
 
-use super::store::{Local, Payload};
+use super::store::{ChunkPayload, Local};
 use source::StableBytes;
 
 thread_local! {
@@ -78,11 +78,11 @@ pub(super) fn file(file: &File) -> Option<io::Result<tokio_uring::fs::File>> {
 }
 
 /// A payload in the form that the ring needs.
-struct Whole(Arc<Payload>);
+struct Whole(Arc<ChunkPayload>);
 
 // SAFETY: a chunk and a vector are stable, the range in the vector never changes, and neither can be borrowed
 // exclusively behind the `Arc`s that hold them.
-unsafe impl StableBytes for Payload {
+unsafe impl StableBytes for ChunkPayload {
     fn bytes(&self) -> &[u8] {
         self.bytes()
     }
@@ -107,7 +107,7 @@ unsafe impl IoBuf for Whole {
 /// Writes all of a payload.
 pub(super) async fn write(
     file: &tokio_uring::fs::File,
-    bytes: Arc<Payload>,
+    bytes: Arc<ChunkPayload>,
     at: u64,
 ) -> io::Result<()> {
     file.write_all_at(Whole(bytes), at).await.0

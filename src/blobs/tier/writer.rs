@@ -11,12 +11,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use super::presence::{Extent, HEADER, RECORD, Record};
-use super::state::{FileState, Shared, map_bytes};
-use super::store::{Payload, StoredFile};
+use super::presence::{ChunkExtent, HEADER, PresenceRecord, RECORD};
+use super::state::{FileState, TierShared, map_bytes};
+use super::store::{ChunkPayload, StoredFile};
 use super::uring::join;
 use super::{PAGE, in_pages};
-use threads::count;
 
 /// Limit on the bytes in a batch, 8 MiB: two syncs for it are then a small part of its time.
 const BATCH: u64 = 8 << 20;
@@ -34,7 +33,7 @@ const RESERVE: u64 = 32;
 const SETTLING: usize = 4;
 
 /// Commands to the thread.
-pub(super) enum Command {
+pub(super) enum WriterCommand {
     /// Writes this chunk.
     Offer(Offer),
     /// Frees the place of this chunk, which is taken out already.
@@ -52,7 +51,7 @@ pub(super) struct Offer {
     pub(super) file: u32,
     pub(super) chunk: u32,
     pub(super) at: u64,
-    pub(super) payload: Arc<Payload>,
+    pub(super) payload: Arc<ChunkPayload>,
 }
 
 impl Offer {
@@ -66,7 +65,7 @@ impl Offer {
 pub(super) struct Gone {
     pub(super) file: u32,
     pub(super) chunk: u32,
-    pub(super) extent: Extent,
+    pub(super) extent: ChunkExtent,
 }
 
 fn in_whole_pages(bytes: u64) -> u64 {
@@ -74,22 +73,22 @@ fn in_whole_pages(bytes: u64) -> u64 {
 }
 
 /// Body of the thread.
-pub(super) fn run(shared: Arc<Shared>, commands: Receiver<Command>) {
+pub(super) fn run(shared: Arc<TierShared>, commands: Receiver<WriterCommand>) {
     threads::mark_io_thread();
     let store = shared.store.clone();
-    let writer = Writer { shared, dirty: BTreeSet::new() };
+    let writer = TierWriter { shared, dirty: BTreeSet::new() };
     store.drive(Box::pin(writer.run(commands)));
 }
 
-struct Writer {
-    shared: Arc<Shared>,
+struct TierWriter {
+    shared: Arc<TierShared>,
     /// Files whose maps have records that are not durable yet.
     dirty: BTreeSet<u32>,
 }
 
 /// Work of one round of the thread.
 #[derive(Default)]
-struct Batch {
+struct WriterRound {
     offers: Vec<Offer>,
     gone: Vec<Gone>,
     bytes: u64,
@@ -99,27 +98,27 @@ struct Batch {
     end: bool,
 }
 
-impl Batch {
+impl WriterRound {
     /// Adds a command; returns true if more may be added.
-    fn add(&mut self, command: Command) -> bool {
+    fn add(&mut self, command: WriterCommand) -> bool {
         match command {
-            Command::Offer(offer) => {
+            WriterCommand::Offer(offer) => {
                 self.bytes += offer.len();
                 self.offers.push(offer);
             }
-            Command::Forget(gone) => self.gone.push(gone),
-            Command::Flush(sender) => self.flushes.push(sender),
-            Command::Prune(to, sender) => self.prune = Some((to, sender)),
-            Command::End => self.end = true,
+            WriterCommand::Forget(gone) => self.gone.push(gone),
+            WriterCommand::Flush(sender) => self.flushes.push(sender),
+            WriterCommand::Prune(to, sender) => self.prune = Some((to, sender)),
+            WriterCommand::End => self.end = true,
         }
         self.bytes < BATCH && self.flushes.is_empty() && self.prune.is_none() && !self.end
     }
 }
 
-impl Writer {
-    async fn run(mut self, commands: Receiver<Command>) {
+impl TierWriter {
+    async fn run(mut self, commands: Receiver<WriterCommand>) {
         loop {
-            let mut batch = Batch::default();
+            let mut batch = WriterRound::default();
             match commands.recv_timeout(IDLE) {
                 Ok(command) => {
                     let until = Instant::now() + LINGER;
@@ -155,7 +154,7 @@ impl Writer {
     }
 
     /// Processes one batch. `to`: shrink to so many bytes.
-    async fn process(&mut self, batch: Batch, to: Option<u64>) {
+    async fn process(&mut self, batch: WriterRound, to: Option<u64>) {
         let bytes: u64 = batch.offers.iter().map(Offer::len).sum();
         let mut gone = batch.gone;
         let offers = self.plan(batch.offers, &mut gone, to);
@@ -208,7 +207,7 @@ impl Writer {
         let mut refused = false;
         if low {
             refused |= !offers.is_empty();
-            count(&shared.counters.refused, offers.len() as u64);
+            shared.counters.refused.add(offers.len() as u64);
             offers.clear();
         } else {
             offers.retain(|offer| {
@@ -218,7 +217,7 @@ impl Writer {
                     spare -= pages;
                 } else {
                     refused |= pages <= capacity;
-                    count(&shared.counters.refused, 1);
+                    shared.counters.refused.add(1);
                 }
                 fits
             });
@@ -246,7 +245,7 @@ impl Writer {
             while left > 0
                 && let Some(victim) = state.evict(capacity)
             {
-                count(&shared.counters.evicted, 1);
+                shared.counters.evicted.add(1);
                 let pages = in_pages(victim.extent.len.into());
                 left = left.saturating_sub(pages);
                 missing = missing.saturating_sub(pages);
@@ -258,7 +257,7 @@ impl Writer {
                 if over > 0 && offers.pop().is_none() {
                     break;
                 }
-                count(&shared.counters.refused, u64::from(over > 0));
+                shared.counters.refused.add(u64::from(over > 0));
             }
         }
         state.used += offers.iter().map(|offer| in_pages(offer.len())).sum::<u64>();
@@ -266,7 +265,7 @@ impl Writer {
     }
 
     fn failed(&self, what: &str, name: &str, error: &io::Error) {
-        count(&self.shared.counters.failures, 1);
+        self.shared.counters.failures.add(1);
         tracing::warn!(%error, "Cannot {what} the cache file {name}");
         if error.kind() == io::ErrorKind::StorageFull {
             self.shared.set_full(true);
@@ -278,8 +277,8 @@ impl Writer {
         let mut by_file = BTreeMap::<u32, Vec<Gone>>::new();
         gone.iter().for_each(|gone| by_file.entry(gone.file).or_default().push(*gone));
         for (number, gone) in by_file {
-            let records: Vec<Record> =
-                gone.iter().map(|gone| Record::Forgotten(gone.chunk)).collect();
+            let records: Vec<PresenceRecord> =
+                gone.iter().map(|gone| PresenceRecord::Forgotten(gone.chunk)).collect();
             // A map that cannot be written is no reason to keep the pages: every read is verified.
             if self.append(number, &records).await {
                 self.sync_map(number).await;
@@ -330,7 +329,7 @@ impl Writer {
     }
 
     /// Appends records to an existing map.
-    async fn append(&mut self, number: u32, records: &[Record]) -> bool {
+    async fn append(&mut self, number: u32, records: &[PresenceRecord]) -> bool {
         let known = self.with_file(number, |file| (file.map_name(), file.seed, file.records));
         let Some((name, seed, Some(before))) = known else { return false };
         let bytes: Vec<u8> = records.iter().flat_map(|record| record.bytes(seed)).collect();
@@ -384,7 +383,7 @@ impl Writer {
             match self.usable(number, data, &name, records, end) {
                 Ok(Some(data)) => return Some(data),
                 Ok(None) => {
-                    count(&self.shared.counters.resets, 1);
+                    self.shared.counters.resets.add(1);
                     tracing::warn!(
                         "The cache file {name} was removed or truncated, and is created anew"
                     );
@@ -490,16 +489,18 @@ impl Writer {
     }
 
     async fn publish(&mut self, number: u32, data: &dyn StoredFile, offers: Vec<Offer>) {
-        let extents: Vec<(u32, Extent)> = offers
+        let extents: Vec<(u32, ChunkExtent)> = offers
             .iter()
             .map(|offer| {
                 let bytes = offer.payload.bytes();
                 let crc = crc32c::crc32c(bytes);
-                (offer.chunk, Extent { at: offer.at, len: bytes.len() as u32, crc })
+                (offer.chunk, ChunkExtent { at: offer.at, len: bytes.len() as u32, crc })
             })
             .collect();
-        let records: Vec<Record> =
-            extents.iter().map(|(chunk, extent)| Record::Present(*chunk, *extent)).collect();
+        let records: Vec<PresenceRecord> = extents
+            .iter()
+            .map(|(chunk, extent)| PresenceRecord::Present(*chunk, *extent))
+            .collect();
         if offers.is_empty() || !self.append(number, &records).await {
             self.undo(data, &offers);
             return;
@@ -508,8 +509,8 @@ impl Writer {
             data.let_go(offer.at, in_pages(offer.len()));
         }
         let counters = &self.shared.counters;
-        count(&counters.writes, offers.len() as u64);
-        count(&counters.written_bytes, offers.iter().map(Offer::len).sum());
+        counters.writes.add(offers.len() as u64);
+        counters.written_bytes.add(offers.iter().map(Offer::len).sum());
         let mut state = self.shared.lock();
         for (chunk, extent) in extents {
             state.publish(number, chunk, extent, false);
@@ -525,7 +526,7 @@ impl Writer {
     }
 
     fn uncount(&self, offers: &[Offer]) {
-        count(&self.shared.counters.refused, offers.len() as u64);
+        self.shared.counters.refused.add(offers.len() as u64);
         let pages = offers.iter().map(|offer| in_pages(offer.len())).sum::<u64>();
         self.shared.lock().used -= pages;
     }
@@ -536,7 +537,7 @@ impl Writer {
             let present: Vec<_> = file
                 .slots
                 .iter()
-                .map(|(chunk, slot)| Record::Present(*chunk, slot.extent))
+                .map(|(chunk, slot)| PresenceRecord::Present(*chunk, slot.extent))
                 .collect();
             let header = file.subject.header(file.seed);
             (file.map_name(), header, file.seed, present, file.records.unwrap_or(0))

@@ -148,9 +148,9 @@ mod tests {
     const COUNT: u32 = 400;
 
     /// A remote blob that is never read.
-    struct Far(&'static str);
+    struct UnreadBlob(&'static str);
 
-    impl ByteSource for Far {
+    impl ByteSource for UnreadBlob {
         fn name(&self) -> &str {
             self.0
         }
@@ -166,7 +166,7 @@ mod tests {
     }
 
     fn blob(cache: &Arc<Cache>, name: &'static str) -> Arc<Blob> {
-        cache.open(Arc::new(PlainChunks::new(name, Arc::new(Far(name)))))
+        cache.open(Arc::new(PlainChunks::new(name, Arc::new(UnreadBlob(name)))))
     }
 
     fn of(blob: &Arc<Blob>, chunks: &[u32]) -> Vec<(Range<u32>, u32)> {

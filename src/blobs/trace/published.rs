@@ -156,7 +156,7 @@ fn layer_of(store: &dyn ImageStore, entry: &Descriptor) -> Result<Descriptor, Un
 #[cfg(test)]
 mod tests {
     use super::*;
-    use formats::oci::Index;
+    use formats::oci::ImageIndex;
     use formats::trace::Touch;
     use registry::testing::{FaultyStore, MemoryStore};
 
@@ -228,7 +228,7 @@ mod tests {
         };
         let list = |entries: &[Descriptor]| {
             let tag = referrers::fallback_tag(&image.digest);
-            let index = Index::of(entries.to_vec()).to_bytes();
+            let index = ImageIndex::of(entries.to_vec()).to_bytes();
             store.put_manifest(Some(&tag), media::OCI_INDEX, &index).unwrap();
         };
         store.put_blob(b"no trace").unwrap();
@@ -272,7 +272,7 @@ mod tests {
         let mut second = listed(&store, &image);
         second[0].annotations.clear();
         first.append(&mut second);
-        let index = Index::of(first).to_bytes();
+        let index = ImageIndex::of(first).to_bytes();
         let tag = referrers::fallback_tag(&image.digest);
         store.put_manifest(Some(&tag), media::OCI_INDEX, &index).unwrap();
         assert_eq!(find(&store, &image.digest).unwrap(), Some(trace(0)));

@@ -22,17 +22,17 @@ type OnEnd = Box<dyn FnOnce(Trace) + Send>;
 
 /// The touches of one disk.
 pub struct Recorder {
-    layers: Vec<Option<Layer>>,
-    state: Mutex<State>,
+    layers: Vec<Option<RecordedLayer>>,
+    state: Mutex<RecordedTouches>,
 }
 
-struct Layer {
+struct RecordedLayer {
     source: Arc<dyn ChunkSource>,
     /// One bit a chunk.
     touched: Vec<AtomicU64>,
 }
 
-struct State {
+struct RecordedTouches {
     /// Layer, chunk and time of each first touch.
     firsts: Vec<(u8, u32, Duration)>,
     /// Time of the first of them.
@@ -49,10 +49,10 @@ impl Recorder {
         let watch = |blob: &Arc<Blob>| {
             let source = blob.source().clone();
             let words = source.chunk_count().min(MAX_CHUNKS).div_ceil(64);
-            Layer { source, touched: (0..words).map(|_| AtomicU64::new(0)).collect() }
+            RecordedLayer { source, touched: (0..words).map(|_| AtomicU64::new(0)).collect() }
         };
         let layers = layers.iter().map(|blob| blob.as_ref().map(watch)).collect();
-        let state = State {
+        let state = RecordedTouches {
             firsts: Vec::new(),
             begun: None,
             last: Instant::now(),
@@ -64,7 +64,9 @@ impl Recorder {
     /// Records a look-up of a chunk of a layer.
     #[inline]
     pub fn touched(&self, layer: u8, chunk: u32) {
-        let Some(Some(Layer { touched, .. })) = self.layers.get(usize::from(layer)) else { return };
+        let Some(Some(RecordedLayer { touched, .. })) = self.layers.get(usize::from(layer)) else {
+            return;
+        };
         let Some(word) = touched.get((chunk / 64) as usize) else { return };
         let bit = 1 << (chunk % 64);
         if word.load(Ordering::Relaxed) & bit == 0
@@ -86,7 +88,7 @@ impl Recorder {
         state.firsts.push((layer, chunk, now.saturating_duration_since(begun)));
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, RecordedTouches> {
         self.state.lock()
     }
 
@@ -117,7 +119,8 @@ impl Recorder {
         let firsts = self.lock().firsts.clone();
         let mut trace = Trace { starts: 1, ..Trace::default() };
         for (layer, chunk, at) in firsts {
-            let Some(Some(Layer { source, .. })) = self.layers.get(usize::from(layer)) else {
+            let Some(Some(RecordedLayer { source, .. })) = self.layers.get(usize::from(layer))
+            else {
                 continue;
             };
             let Some(blob) = trace.blob(super::blob_name(&**source)) else { continue };

@@ -92,19 +92,25 @@ pub(super) fn replay_for(
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use parking_lot::Mutex;
 
     use super::*;
     use crate::cache::{CacheOptions, Lookup};
     use crate::fetch::FetchOptions;
     use formats::trace::Touch;
-    use source::chunk::PlainChunks;
+    use source::chunk::{
+        ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange, PlainChunks, SerialChunks,
+        SerialDecoder,
+    };
     use source::{ByteSource, SourceError};
 
     /// Zeros behind a network.
-    struct Far(u64);
+    struct FarZeros(u64);
 
-    impl ByteSource for Far {
+    impl ByteSource for FarZeros {
         fn name(&self) -> &'static str {
             "far"
         }
@@ -125,7 +131,7 @@ mod tests {
     fn cache_and_blob(name: &str) -> (Arc<Cache>, Arc<Blob>) {
         let fetch = FetchOptions { workers: 2, connections: 1, ahead: None };
         let cache = Cache::with(CacheOptions { budget: 64 * CHUNK, fetch });
-        let blob = cache.open(Arc::new(PlainChunks::new(name, Arc::new(Far(100 * CHUNK)))));
+        let blob = cache.open(Arc::new(PlainChunks::new(name, Arc::new(FarZeros(100 * CHUNK)))));
         (cache, blob)
     }
 
@@ -159,9 +165,9 @@ mod tests {
         assert_eq!((done.chunks, done.foreign, done.later), (6, 0, 0));
         wait(&cache, &blob, &[0, 1, 20, 21, 22, 23]);
         let fetched = cache.fetched();
-        assert_eq!(fetched.chunks.load(Ordering::Relaxed), 6);
-        assert_eq!(fetched.ahead_requests.load(Ordering::Relaxed), 2);
-        assert_eq!(fetched.demand_requests.load(Ordering::Relaxed), 0);
+        assert_eq!(fetched.chunks.get(), 6);
+        assert_eq!(fetched.ahead_requests.get(), 2);
+        assert_eq!(fetched.demand_requests.get(), 0);
     }
 
     #[test]
@@ -191,8 +197,7 @@ mod tests {
         assert!(!cache.holds(&blob, 60));
         // All of them by one request more than the first chunk took; demand goes ahead of it.
         let fetched = cache.fetched();
-        let requests = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        assert!(requests(&fetched.demand_requests) == 1 && requests(&fetched.ahead_requests) <= 2);
+        assert!(fetched.demand_requests.get() == 1 && fetched.ahead_requests.get() <= 2);
     }
 
     /// A far source that counts how many reads it has at once.
@@ -200,6 +205,8 @@ mod tests {
     struct Counted {
         now: AtomicUsize,
         most: AtomicUsize,
+        /// Held up by a test: the read of the first chunk.
+        first: Mutex<()>,
     }
 
     impl ByteSource for Counted {
@@ -212,23 +219,130 @@ mod tests {
         fn is_local(&self) -> bool {
             false
         }
-        fn read_exact_at(&self, buf: &mut [u8], _: u64) -> Result<(), SourceError> {
+        fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
             let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
             self.most.fetch_max(now, Ordering::SeqCst);
             std::thread::sleep(std::time::Duration::from_millis(20));
+            drop((offset == 0).then(|| self.first.lock()));
             buf.fill(0);
             self.now.fetch_sub(1, Ordering::SeqCst);
             Ok(())
         }
     }
 
+    /// Chunks in frames of [`FRAME`] chunks, each decoded only after those before it.
+    struct Framed(PlainChunks);
+
+    const FRAME: u32 = 4;
+
+    impl ChunkSource for Framed {
+        fn id(&self) -> &str {
+            self.0.id()
+        }
+        fn decoded_len(&self) -> u64 {
+            self.0.decoded_len()
+        }
+        fn chunk_count(&self) -> u32 {
+            self.0.chunk_count()
+        }
+        fn chunk_at(&self, offset: u64) -> Option<ChunkSpan> {
+            self.0.chunk_at(offset)
+        }
+        fn span(&self, index: u32) -> Option<ChunkSpan> {
+            self.0.span(index)
+        }
+        fn blob(&self) -> &Arc<dyn ByteSource> {
+            self.0.blob()
+        }
+        fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
+            self.0.encoded(index)
+        }
+        fn room(&self, index: u32) -> usize {
+            self.0.room(index)
+        }
+        fn decode(
+            &self,
+            _: u32,
+            _: &mut EncodedChunk,
+            _: &mut [u8],
+        ) -> Result<Range<usize>, ChunkError> {
+            unreachable!("no chunk decodes alone")
+        }
+        fn serial(&self) -> Option<&dyn SerialChunks> {
+            Some(self)
+        }
+    }
+
+    impl SerialChunks for Framed {
+        fn long_frame(&self, index: u32) -> Range<u32> {
+            let first = index / FRAME * FRAME;
+            first..first + FRAME
+        }
+        fn longest_frame(&self) -> u64 {
+            u64::from(FRAME) * CHUNK
+        }
+        fn window(&self, _: &[u8]) -> u64 {
+            1
+        }
+        fn begin_frame(&self, _: u32) -> Result<Box<dyn SerialDecoder>, ChunkError> {
+            Ok(Box::new(Copied))
+        }
+    }
+
+    struct Copied;
+
+    impl SerialDecoder for Copied {
+        fn decode_next(
+            &mut self,
+            encoded: &EncodedChunk,
+            room: &mut [u8],
+        ) -> Result<(), ChunkError> {
+            room.copy_from_slice(encoded.bytes());
+            Ok(())
+        }
+    }
+
     #[test]
     fn no_more_requests_are_under_way_ahead_than_may_be() {
+        most_ahead(|chunks| Arc::new(chunks));
+    }
+
+    #[test]
+    fn requests_for_long_frames_are_bounded_as_all_others_are() {
+        most_ahead(|chunks| Arc::new(Framed(chunks)));
+    }
+
+    #[test]
+    fn a_reader_of_a_long_frame_does_not_wait_for_what_is_fetched_ahead() {
+        let fetch = FetchOptions { workers: 2, connections: 8, ahead: Some(1) };
+        let cache = Cache::with(CacheOptions { budget: 64 * CHUNK, fetch });
+        let source = Arc::new(Counted::default());
+        let held = source.first.lock();
+        let blob = cache.open(Arc::new(Framed(PlainChunks::new("counted", source.clone()))));
+        let ahead = |chunk: u64| {
+            replay(&trace(&blob, &[(chunk * CHUNK, 1)]), &cache, &[Some(blob.clone())], CHUNK)
+        };
+        ahead(0);
+        while source.now.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        // It is next ahead of demand, until it is read.
+        ahead(56);
+        let asked = cache.batch().get(&blob, 56, &mut || Box::new(|_| ()));
+        assert!(matches!(asked, Lookup::Pending));
+        wait(&cache, &blob, &[56]);
+        assert!(!cache.holds(&blob, 0));
+        drop(held);
+        wait(&cache, &blob, &[0]);
+    }
+
+    /// Bounds of the requests under way for chunks of `chunked`.
+    fn most_ahead(chunked: impl Fn(PlainChunks) -> Arc<dyn ChunkSource>) {
         let most = |ahead| {
             let fetch = FetchOptions { workers: 2, connections: 8, ahead };
             let cache = Cache::with(CacheOptions { budget: 64 * CHUNK, fetch });
             let source = Arc::new(Counted::default());
-            let blob = cache.open(Arc::new(PlainChunks::new("counted", source.clone())));
+            let blob = cache.open(chunked(PlainChunks::new("counted", source.clone())));
             // Too far from each other to come together.
             let chunks: Vec<u32> = (0..96).step_by(8).collect();
             let touches: Vec<_> =

@@ -21,7 +21,7 @@ const MAX_FILE: usize = 384 << 20;
 
 /// One read of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Record {
+pub struct LayerRead {
     /// The layer, 0 lowest.
     pub layer: u32,
     /// First byte in its decoded stream.
@@ -45,7 +45,7 @@ pub fn is_trace(bytes: &[u8]) -> bool {
 ///
 /// # Errors
 /// Returns [`TraceError::Upstream`] naming the rule that the file breaks.
-pub fn parse(bytes: &[u8]) -> Result<Vec<Record>, TraceError> {
+pub fn parse(bytes: &[u8]) -> Result<Vec<LayerRead>, TraceError> {
     let refuse = |rule: String| Err(TraceError::Upstream(rule));
     if !is_trace(bytes) {
         return refuse("it begins with another magic number".to_owned());
@@ -85,14 +85,14 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Record>, TraceError> {
         {
             return refuse(format!("record {number} reads {count} bytes at {}", offset as i64));
         }
-        reads.push(Record { layer: layer as u32, offset, count });
+        reads.push(LayerRead { layer: layer as u32, offset, count });
     }
     Ok(reads)
 }
 
 /// The file of these reads, with padding of zeros.
 #[must_use]
-pub fn to_bytes(reads: &[Record]) -> Vec<u8> {
+pub fn to_bytes(reads: &[LayerRead]) -> Vec<u8> {
     let mut records = Vec::with_capacity(reads.len() * RECORD);
     for read in reads {
         records.extend_from_slice(&[b'R', 0, 0, 0]);
@@ -112,7 +112,7 @@ pub fn to_bytes(reads: &[Record]) -> Vec<u8> {
 /// source of the decoded stream of each native layer. Reads of other layers, and of bytes that they do not
 /// have, are left out.
 #[must_use]
-pub fn to_trace(reads: &[Record], layers: &[Option<&dyn ChunkSource>]) -> Trace {
+pub fn to_trace(reads: &[LayerRead], layers: &[Option<&dyn ChunkSource>]) -> Trace {
     let mut trace = Trace { starts: 1, ..Trace::default() };
     for read in reads {
         let Some(Some(source)) = layers.get(read.layer as usize) else { continue };
@@ -130,7 +130,7 @@ pub fn to_trace(reads: &[Record], layers: &[Option<&dyn ChunkSource>]) -> Trace 
 /// Converts the touches of native layers to upstream's records: reads of at most 1 MiB, for which its replay
 /// has room.
 #[must_use]
-pub fn of_trace(trace: &Trace, layers: &[Option<&dyn ChunkSource>]) -> Vec<Record> {
+pub fn of_trace(trace: &Trace, layers: &[Option<&dyn ChunkSource>]) -> Vec<LayerRead> {
     const MOST: u64 = 1 << 20;
     let names: Vec<_> = layers.iter().map(|layer| layer.map(super::blob_name)).collect();
     let mut reads = Vec::new();
@@ -143,7 +143,7 @@ pub fn of_trace(trace: &Trace, layers: &[Option<&dyn ChunkSource>]) -> Vec<Recor
         let mut offset = touch.start;
         while offset < touch.end().min(size) {
             let count = (touch.end().min(size) - offset).min(MOST);
-            reads.push(Record { layer: layer as u32, offset, count });
+            reads.push(LayerRead { layer: layer as u32, offset, count });
             offset += count;
         }
     }
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn the_file_is_laid_out_as_upstream_lays_it_out_and_padding_counts() {
-        let reads = [Record { layer: 3, offset: 0x1000, count: 0x200 }];
+        let reads = [LayerRead { layer: 3, offset: 0x1000, count: 0x200 }];
         let mut bytes = to_bytes(&reads);
         assert_eq!(bytes.len(), 48);
         assert_eq!(bytes[..16], [0x20, 0x18, 0xef, 0xc2, 0, 0, 0, 0, 24, 0, 0, 0, 0, 0, 0, 0]);
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn what_breaks_a_rule_is_refused_with_the_rule() {
-        let good = to_bytes(&[Record { layer: 0, offset: 0, count: 1 }; 2]);
+        let good = to_bytes(&[LayerRead { layer: 0, offset: 0, count: 1 }; 2]);
         let refused = |bytes: &[u8]| parse(bytes).unwrap_err().to_string();
         assert!(refused(b"/usr/bin/python3\n").contains("magic"));
         assert!(refused(&good[..20]).contains("the file 20"));
@@ -206,7 +206,7 @@ mod tests {
         };
         let (low, high) = (native("low"), native("high"));
         let layers: [Option<&dyn ChunkSource>; 3] = [Some(&low), None, Some(&high)];
-        let read = |layer, offset, count| Record { layer, offset, count };
+        let read = |layer, offset, count| LayerRead { layer, offset, count };
         let reads = [
             read(2, 4096, 8192),
             read(1, 0, 512),
@@ -233,7 +233,7 @@ mod tests {
             at in any::<prop::sample::Index>(), byte in any::<u8>(),
         ) {
             let reads: Vec<_> = reads.into_iter()
-                .map(|(layer, offset, count)| Record { layer, offset, count }).collect();
+                .map(|(layer, offset, count)| LayerRead { layer, offset, count }).collect();
             let mut bytes = to_bytes(&reads);
             prop_assert_eq!(parse(&bytes).unwrap(), reads);
             let at = at.index(bytes.len());

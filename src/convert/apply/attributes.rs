@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use formats::ext4::{Attributes, Kind};
-use formats::tar::{Entry, Timestamp};
+use formats::ext4::{Attributes, NodeKind};
+use formats::tar::{TarEntry, Timestamp};
 
 /// Largest number of bytes in the name of an extended attribute (Linux: `XATTR_NAME_MAX`).
 const XATTR_NAME_LIMIT: usize = 255;
@@ -68,12 +68,12 @@ pub(super) fn copied_up(lower: &Attributes) -> Attributes {
 /// Applies a header to an inode of this kind; returns the number of extended attributes that it cannot have.
 pub(super) fn apply_header(
     attributes: &mut Attributes,
-    entry: &Entry,
-    kind: &Kind,
+    entry: &TarEntry,
+    kind: &NodeKind,
 ) -> Result<u64, AttributeError> {
     attributes.uid = id("owner", entry.uid, attributes.uid)?;
     attributes.gid = id("group", entry.gid, attributes.gid)?;
-    if !matches!(kind, Kind::Directory) {
+    if !matches!(kind, NodeKind::Directory) {
         // Linux removes the capabilities of a file at every chown, even to the same owner. So a hard link
         // with a header that lacks the attribute leaves the file without it.
         attributes.xattrs.remove(CAPABILITY);
@@ -95,8 +95,11 @@ pub(super) fn apply_header(
             dropped += 1;
         }
     }
-    attributes.mode =
-        if matches!(kind, Kind::Symlink(_)) { SYMLINK_MODE } else { (entry.mode & 0o7777) as u16 };
+    attributes.mode = if matches!(kind, NodeKind::Symlink(_)) {
+        SYMLINK_MODE
+    } else {
+        (entry.mode & 0o7777) as u16
+    };
     attributes.mtime = bounded(entry.mtime);
     Ok(dropped)
 }
@@ -116,11 +119,13 @@ fn bounded(time: Timestamp) -> Timestamp {
 }
 
 /// True if Linux stores this attribute on such an inode, and containerd sets it.
-fn is_kept(name: &[u8], kind: &Kind) -> bool {
+fn is_kept(name: &[u8], kind: &NodeKind) -> bool {
     match name {
-        b"system.posix_acl_access" => !matches!(kind, Kind::Symlink(_)),
-        b"system.posix_acl_default" => matches!(kind, Kind::Directory),
-        _ if name.starts_with(b"user.") => matches!(kind, Kind::Regular { .. } | Kind::Directory),
+        b"system.posix_acl_access" => !matches!(kind, NodeKind::Symlink(_)),
+        b"system.posix_acl_default" => matches!(kind, NodeKind::Directory),
+        _ if name.starts_with(b"user.") => {
+            matches!(kind, NodeKind::Regular { .. } | NodeKind::Directory)
+        }
         _ => name.starts_with(b"security."),
     }
 }

@@ -17,7 +17,7 @@ use rustix::fs::{
     lsetxattr, makedev, mknodat, utimensat,
 };
 
-use super::path::{Names, Step};
+use super::path::{Names, PathStep};
 use super::tests::{apply_lines, entry};
 use super::*;
 
@@ -31,14 +31,14 @@ impl Names for Folder<'_> {
         leak(self.0.to_owned())
     }
 
-    fn step(&self, dir: Self::Dir, name: &[u8]) -> Step<'_, Self::Dir> {
+    fn step(&self, dir: Self::Dir, name: &[u8]) -> PathStep<'_, Self::Dir> {
         let path = dir.join(OsStr::from_bytes(name));
         match fs::symlink_metadata(&path) {
-            Ok(file) if file.is_dir() => Step::Dir(leak(path)),
-            Ok(file) if file.is_symlink() => Step::Link(Box::leak(
+            Ok(file) if file.is_dir() => PathStep::Dir(leak(path)),
+            Ok(file) if file.is_symlink() => PathStep::Link(Box::leak(
                 fs::read_link(&path).unwrap().as_os_str().as_bytes().to_vec().into_boxed_slice(),
             )),
-            _ => Step::Leaf,
+            _ => PathStep::Leaf,
         }
     }
 }
@@ -245,7 +245,7 @@ fn list_tree(tree: &Tree) -> Listing {
         for (name, node) in tree.children(dir) {
             let name = String::from_utf8(name.to_vec()).unwrap();
             let path = if path.is_empty() { name } else { format!("{path}/{name}") };
-            if matches!(tree.kind(node), Kind::Directory) {
+            if matches!(tree.kind(node), NodeKind::Directory) {
                 todo.push((path.clone(), node));
             }
             all.push((path, node));
@@ -256,13 +256,13 @@ fn list_tree(tree: &Tree) -> Listing {
     let mut listing = Listing::new();
     for (path, node) in all {
         let kind = match tree.kind(node) {
-            Kind::Directory => "dir".to_owned(),
-            Kind::Symlink(text) => format!("link {}", std::str::from_utf8(text).unwrap()),
-            Kind::Char { major, minor } => format!("char {:?}", (major, minor)),
-            Kind::Block { major, minor } => format!("block {:?}", (major, minor)),
-            Kind::Fifo => "fifo".to_owned(),
-            Kind::Socket => "socket".to_owned(),
-            Kind::Regular { size, .. } => format!("file {}", size.get()),
+            NodeKind::Directory => "dir".to_owned(),
+            NodeKind::Symlink(text) => format!("link {}", std::str::from_utf8(text).unwrap()),
+            NodeKind::Char { major, minor } => format!("char {:?}", (major, minor)),
+            NodeKind::Block { major, minor } => format!("block {:?}", (major, minor)),
+            NodeKind::Fifo => "fifo".to_owned(),
+            NodeKind::Socket => "socket".to_owned(),
+            NodeKind::Regular { size, .. } => format!("file {}", size.get()),
         };
         let attributes = tree.attributes(node).clone();
         let same_as = first.entry(node).or_insert_with(|| path.clone()).clone();
@@ -283,9 +283,9 @@ fn list_tree(tree: &Tree) -> Listing {
 }
 
 /// A mount that is removed with its guard.
-struct Mount(PathBuf);
+struct MountGuard(PathBuf);
 
-impl Mount {
+impl MountGuard {
     fn overlay(lower: &[PathBuf], at: &FilePath) -> Option<Self> {
         let lower: Vec<_> = lower.iter().map(|dir| dir.to_str().unwrap()).collect();
         let options = format!("ro,lowerdir={}", lower.join(":"));
@@ -298,7 +298,7 @@ impl Mount {
     }
 }
 
-impl Drop for Mount {
+impl Drop for MountGuard {
     fn drop(&mut self) {
         // Lazily, because another process may be using the mount.
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
@@ -321,7 +321,7 @@ fn compare(layers: &[Vec<String>]) -> Option<(Listing, Listing)> {
         fs::create_dir(dir.path().join(spare)).unwrap();
     }
     folders.push(dir.path().join("empty"));
-    let mount = Mount::overlay(&folders, &dir.path().join("merged"))?;
+    let mount = MountGuard::overlay(&folders, &dir.path().join("merged"))?;
     let mut theirs = list_folder(&mount.0);
     drop(mount);
 

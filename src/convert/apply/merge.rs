@@ -1,12 +1,12 @@
 //! Merges the upper into the tree, with the result that overlayfs shows.
 
-use crate::apply::upper::{FileId, FileSource, Slot, Upper, UpperDir, UpperFile};
+use crate::apply::upper::{FileId, NameMeaning, UpperDir, UpperFile, UpperSource, UpperTree};
 use crate::apply::{ApplyError, quoted};
-use formats::ext4::{Kind, NodeId, Tree, TreeError};
+use formats::ext4::{NodeId, NodeKind, Tree, TreeError};
 
 /// A name that waits for its file. Files are made in the order of the tar, so that neighbours in the layer
 /// can be neighbours on the disk.
-struct Place {
+struct PendingName {
     order: u64,
     dir: NodeId,
     name: Vec<u8>,
@@ -14,7 +14,7 @@ struct Place {
 }
 
 /// Merges `upper` into `tree`; returns the new nodes that are not directories, in the order of the tar.
-pub(super) fn merge(upper: Upper, tree: &mut Tree) -> Result<Vec<NodeId>, ApplyError> {
+pub(super) fn merge(upper: UpperTree, tree: &mut Tree) -> Result<Vec<NodeId>, ApplyError> {
     let (dirs, files) = upper.into_parts();
     let pins = Pins::new(&files, tree)?;
     let mut places = merge_directories(dirs, tree, &pins)?;
@@ -29,7 +29,7 @@ fn merge_directories(
     mut dirs: Vec<UpperDir>,
     tree: &mut Tree,
     pins: &Pins,
-) -> Result<Vec<Place>, ApplyError> {
+) -> Result<Vec<PendingName>, ApplyError> {
     let mut places = Vec::new();
     let root = tree.root();
     let mut todo = vec![(0, root)];
@@ -43,16 +43,19 @@ fn merge_directories(
         }
         for (name, (order, slot)) in children {
             let lower = tree.lookup(node, &name);
-            let is_merged =
-                |lower: NodeId| matches!((slot, tree.kind(lower)), (Slot::Dir(_), Kind::Directory));
+            let is_merged = |lower: NodeId| {
+                matches!((slot, tree.kind(lower)), (NameMeaning::Dir(_), NodeKind::Directory))
+            };
             let kept = lower.filter(|&lower| is_merged(lower));
             if lower.is_some() && kept.is_none() {
                 remove(tree, node, &name)?;
             }
             match slot {
-                Slot::Whiteout => {}
-                Slot::File(file) => places.push(Place { order, dir: node, name, file }),
-                Slot::Dir(dir) => todo
+                NameMeaning::Whiteout => {}
+                NameMeaning::File(file) => {
+                    places.push(PendingName { order, dir: node, name, file })
+                }
+                NameMeaning::Dir(dir) => todo
                     .push((dir.index(), directory(tree, node, &name, kept, &dirs[dir.index()])?)),
             }
         }
@@ -75,13 +78,13 @@ fn directory(
             Ok(node)
         }
         None => tree
-            .create(parent, name, Kind::Directory, upper.attributes.clone())
+            .create(parent, name, NodeKind::Directory, upper.attributes.clone())
             .map_err(error(name)),
     }
 }
 
 fn place_files(
-    places: Vec<Place>,
+    places: Vec<PendingName>,
     files: Vec<UpperFile>,
     tree: &mut Tree,
 ) -> Result<Vec<NodeId>, ApplyError> {
@@ -89,18 +92,18 @@ fn place_files(
     // The node of each file in the tree, or the file that must still be made.
     let mut files: Vec<Result<NodeId, Option<UpperFile>>> =
         files.into_iter().map(|file| Err(Some(file))).collect();
-    for Place { dir, name, file, .. } in places {
+    for PendingName { dir, name, file, .. } in places {
         let state = &mut files[file.index()];
         let node = match state {
             Ok(node) => Some(*node),
             Err(file) => match file.take() {
-                Some(UpperFile { source: FileSource::New(kind), attributes }) => {
+                Some(UpperFile { source: UpperSource::New(kind), attributes }) => {
                     let node = tree.create(dir, &name, kind, attributes).map_err(error(&name))?;
                     created.push(node);
                     *state = Ok(node);
                     None
                 }
-                Some(UpperFile { source: FileSource::Lower(node), attributes }) => {
+                Some(UpperFile { source: UpperSource::Lower(node), attributes }) => {
                     tree.set_attributes(node, attributes);
                     *state = Ok(node);
                     Some(node)
@@ -124,7 +127,7 @@ impl Pins {
         let mut pins = Vec::new();
         let root = tree.root();
         for file in files {
-            let FileSource::Lower(node) = file.source else { continue };
+            let UpperSource::Lower(node) = file.source else { continue };
             // A layer cannot contain a name with the prefix of a whiteout; a disk from another program might.
             let free = (pins.len()..).map(|number| format!(".wh..wh.pin{number}").into_bytes());
             let Some(name) = free.into_iter().find(|name| tree.lookup(root, name).is_none()) else {

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::apply::quoted;
-use formats::ext4::{Kind, NodeId, Tree};
+use formats::ext4::{NodeId, NodeKind, Tree};
 
 /// Largest number of bytes in one name, on every Linux filesystem.
 const NAME_LIMIT: usize = 255;
@@ -94,10 +94,10 @@ pub(super) fn check_length(parents: &Path, base: &[u8]) -> Result<(), PathError>
 pub(super) trait Names {
     type Dir: Copy;
     fn root(&self) -> Self::Dir;
-    fn step(&self, dir: Self::Dir, name: &[u8]) -> Step<'_, Self::Dir>;
+    fn step(&self, dir: Self::Dir, name: &[u8]) -> PathStep<'_, Self::Dir>;
 }
 
-pub(super) enum Step<'a, D> {
+pub(super) enum PathStep<'a, D> {
     Dir(D),
     Link(&'a [u8]),
     /// Missing, or a file; in both cases no name is below.
@@ -121,9 +121,9 @@ pub(super) fn resolve<N: Names>(names: &N, path: Path) -> Result<Path, PathError
         }
         let dir = done.last().map_or_else(|| Some(names.root()), |(_, dir)| *dir);
         match dir.map(|dir| names.step(dir, &name)) {
-            Some(Step::Dir(dir)) => done.push((name, Some(dir))),
-            Some(Step::Leaf) | None => done.push((name, None)),
-            Some(Step::Link(text)) => {
+            Some(PathStep::Dir(dir)) => done.push((name, Some(dir))),
+            Some(PathStep::Leaf) | None => done.push((name, None)),
+            Some(PathStep::Link(text)) => {
                 links += 1;
                 if links > LINK_LIMIT {
                     return Err(PathError::TooManyLinks);
@@ -139,31 +139,31 @@ pub(super) fn resolve<N: Names>(names: &N, path: Path) -> Result<Path, PathError
 }
 
 /// The lower layers: the tree before this layer.
-pub(super) struct Lower<'a>(pub(super) &'a Tree);
+pub(super) struct LowerTree<'a>(pub(super) &'a Tree);
 
-impl Lower<'_> {
+impl LowerTree<'_> {
     /// The node at a path without links.
     pub(super) fn node_at(&self, path: &Path) -> Option<NodeId> {
         path.components().try_fold(self.0.root(), |dir, name| match self.0.kind(dir) {
-            Kind::Directory => self.0.lookup(dir, name),
+            NodeKind::Directory => self.0.lookup(dir, name),
             _ => None,
         })
     }
 }
 
-impl Names for Lower<'_> {
+impl Names for LowerTree<'_> {
     type Dir = NodeId;
 
     fn root(&self) -> NodeId {
         self.0.root()
     }
 
-    fn step(&self, dir: NodeId, name: &[u8]) -> Step<'_, NodeId> {
-        let Some(node) = self.0.lookup(dir, name) else { return Step::Leaf };
+    fn step(&self, dir: NodeId, name: &[u8]) -> PathStep<'_, NodeId> {
+        let Some(node) = self.0.lookup(dir, name) else { return PathStep::Leaf };
         match self.0.kind(node) {
-            Kind::Directory => Step::Dir(node),
-            Kind::Symlink(text) => Step::Link(text),
-            _ => Step::Leaf,
+            NodeKind::Directory => PathStep::Dir(node),
+            NodeKind::Symlink(text) => PathStep::Link(text),
+            _ => PathStep::Leaf,
         }
     }
 }

@@ -5,10 +5,10 @@ use formats::tar::{SparsePiece, Timestamp};
 use formats::units::Bytes;
 
 /// One entry from a line: `KIND PATH [-> TARGET] [key=value…]`, kinds as in `ls -l`, `h` for a hard link.
-pub(super) fn entry(line: &str, number: u64) -> Entry {
+pub(super) fn entry(line: &str, number: u64) -> TarEntry {
     let mut words = line.split(' ');
     let kind = words.next().unwrap();
-    let mut entry = Entry {
+    let mut entry = TarEntry {
         header_offset: Bytes(number * 512),
         name: words.next().unwrap().as_bytes().to_vec(),
         kind: EntryKind::Regular,
@@ -19,7 +19,7 @@ pub(super) fn entry(line: &str, number: u64) -> Entry {
         xattrs: vec![],
         data_offset: Bytes(number * 512 + 512),
         stored_len: Bytes::ZERO,
-        content: Content::Plain,
+        content: EntryContent::Plain,
     };
     let (mut target, mut device) = (Vec::new(), (1, 3));
     for word in words {
@@ -77,7 +77,7 @@ fn list(tree: &Tree, show: impl Fn(NodeId) -> String) -> Vec<String> {
         if !path.is_empty() {
             lines.push(format!("{path}{}", show(node)));
         }
-        if matches!(tree.kind(node), Kind::Directory) {
+        if matches!(tree.kind(node), NodeKind::Directory) {
             todo.extend(
                 tree.children(node).map(|(name, child)| {
                     (format!("{path}/{}", String::from_utf8_lossy(name)), child)
@@ -92,13 +92,15 @@ fn list(tree: &Tree, show: impl Fn(NodeId) -> String) -> Vec<String> {
 fn paths(layers: &[&[&str]]) -> String {
     let tree = stack(layers);
     let slash = |node| {
-        if matches!(tree.kind(node), Kind::Directory) { "/".to_owned() } else { String::new() }
+        if matches!(tree.kind(node), NodeKind::Directory) { "/".to_owned() } else { String::new() }
     };
     list(&tree, slash).join(" ")
 }
 
 fn at(tree: &Tree, path: &str) -> NodeId {
-    path::Lower(tree).node_at(&Path::raw(path.as_bytes())).unwrap_or_else(|| panic!("no {path}"))
+    path::LowerTree(tree)
+        .node_at(&Path::raw(path.as_bytes()))
+        .unwrap_or_else(|| panic!("no {path}"))
 }
 
 fn error(layers: &[&[&str]], last: &[&str]) -> String {
@@ -278,7 +280,7 @@ fn a_hard_link_shares_the_inode_and_its_header_counts() {
 fn the_latter_of_two_entries_wins_and_older_links_keep_the_older_file() {
     let tree = stack(&[&["f a len=1", "h b -> a", "f a len=2"]]);
     let size = |path: &str| match tree.kind(at(&tree, path)) {
-        Kind::Regular { size, .. } => size.get(),
+        NodeKind::Regular { size, .. } => size.get(),
         _ => panic!(),
     };
     assert_eq!((size("a"), size("b")), (2, 1));
@@ -289,8 +291,8 @@ fn data_and_times_arrive_as_the_header_says() {
     let mut tree = Tree::new();
     let mut layer = LayerApply::new(&mut tree);
     let piece = SparsePiece { file_offset: Bytes(4096), tar_offset: Bytes(1024), len: Bytes(7) };
-    let content = Content::Sparse { size: Bytes(9000), pieces: vec![piece] };
-    layer.entry(Entry { content, stored_len: Bytes(7), ..entry("f sparse", 1) }).unwrap();
+    let content = EntryContent::Sparse { size: Bytes(9000), pieces: vec![piece] };
+    layer.entry(TarEntry { content, stored_len: Bytes(7), ..entry("f sparse", 1) }).unwrap();
     layer.entry(entry("f plain len=9", 7)).unwrap();
     layer.entry(entry("f old time=-5", 8)).unwrap();
     layer.entry(entry("f late time=9223372037", 9)).unwrap();
@@ -301,10 +303,13 @@ fn data_and_times_arrive_as_the_header_says() {
     let run = DataRun::remote(Bytes(4096), Bytes(1024), Bytes(7));
     assert_eq!(
         *tree.kind(at(&tree, "sparse")),
-        Kind::Regular { size: Bytes(9000), runs: vec![run] }
+        NodeKind::Regular { size: Bytes(9000), runs: vec![run] }
     );
     let run = DataRun::remote(Bytes(0), Bytes(4096), Bytes(9));
-    assert_eq!(*tree.kind(at(&tree, "plain")), Kind::Regular { size: Bytes(9), runs: vec![run] });
+    assert_eq!(
+        *tree.kind(at(&tree, "plain")),
+        NodeKind::Regular { size: Bytes(9), runs: vec![run] }
+    );
     assert_eq!(tree.attributes(at(&tree, "old")).mtime, Timestamp::default());
     assert_eq!(tree.attributes(at(&tree, "late")).mtime, Timestamp::default());
     assert_eq!(tree.attributes(tree.root()).mode, 0o755);
@@ -368,15 +373,15 @@ fn the_interop_layers_make_the_tree_that_their_script_describes() {
                 Self::Tar(error)
             }
         }
-        let mut on = |event: formats::tar::Event<'_>| match event {
-            formats::tar::Event::Entry(entry) => apply.entry(entry).map_err(Error::Apply),
-            formats::tar::Event::Data(_) => Ok(()),
+        let mut on = |event: formats::tar::TarEvent<'_>| match event {
+            formats::tar::TarEvent::Entry(entry) => apply.entry(entry).map_err(Error::Apply),
+            formats::tar::TarEvent::Data(_) => Ok(()),
         };
         tar.chunks(1000).try_for_each(|piece| parser.feed::<Error>(piece, &mut on)).unwrap();
         parser.finish().unwrap();
         apply.finish().unwrap();
     }
-    let exists = |path: &str| path::Lower(&tree).node_at(&Path::raw(path.as_bytes())).is_some();
+    let exists = |path: &str| path::LowerTree(&tree).node_at(&Path::raw(path.as_bytes())).is_some();
     for gone in [
         "wh/gone",
         "wh/sub",
@@ -409,8 +414,8 @@ fn the_interop_layers_make_the_tree_that_their_script_describes() {
         (attributes("etc"), attributes("wh/keep"), attributes("bin/suid")),
         ((0o750, 0, 7), (0o700, 5, 0), (0o4755, 0, 0))
     );
-    assert_eq!(*tree.kind(at(&tree, "dev/big")), Kind::Char { major: 300, minor: 70000 });
-    assert_eq!(*tree.kind(at(&tree, "swap/file2sym")), Kind::Symlink(b"sym2file".to_vec()));
+    assert_eq!(*tree.kind(at(&tree, "dev/big")), NodeKind::Char { major: 300, minor: 70000 });
+    assert_eq!(*tree.kind(at(&tree, "swap/file2sym")), NodeKind::Symlink(b"sym2file".to_vec()));
     assert_eq!(
         tree.attributes(at(&tree, "etc/pax-mtime")).mtime,
         Timestamp { secs: 1_700_000_000, nanos: 250_000_000 }

@@ -5,8 +5,8 @@
 //! parts outside whole sectors are copied into the metadata. GNU tar makes only pieces of whole blocks, so
 //! such parts are rare.
 
-use crate::apply::upper::{FileId, Upper};
-use formats::ext4::{DataRun, Kind};
+use crate::apply::upper::{FileId, UpperTree};
+use formats::ext4::{DataRun, NodeKind};
 use formats::units::Bytes;
 
 /// Most bytes of one layer outside whole sectors: 64 MiB. They are kept in memory until the image is built,
@@ -19,11 +19,11 @@ pub(super) struct Unaligned {
     /// Number of bytes promised so far.
     kept: u64,
     /// The file with the data that passes, if bytes of it are needed.
-    wanted: Option<Wanted>,
+    wanted: Option<WantedRun>,
 }
 
 /// Position in the file with the data that passes.
-struct Wanted {
+struct WantedRun {
     file: FileId,
     /// The run that is being filled, or the next one that may need bytes.
     run: usize,
@@ -36,8 +36,8 @@ struct Wanted {
 impl Unaligned {
     /// Number of bytes of `kind` that must be kept, or `Err` with the total of the layer if that exceeds the
     /// limit.
-    pub(super) fn admit(&mut self, kind: &Kind) -> Result<u64, u64> {
-        let Kind::Regular { size, runs } = kind else { return Ok(0) };
+    pub(super) fn admit(&mut self, kind: &NodeKind) -> Result<u64, u64> {
+        let NodeKind::Regular { size, runs } = kind else { return Ok(0) };
         let needy = runs.iter().filter(|run| run.needs_bytes(*size));
         let len = needy.fold(0u64, |len, run| len.saturating_add(run.len.get()));
         let kept = self.kept.saturating_add(len);
@@ -50,20 +50,22 @@ impl Unaligned {
 
     /// Starts the data of the next entry at `at` in the tar; its bytes are needed only if a file is given.
     pub(super) fn start(&mut self, file: Option<FileId>, at: Bytes) {
-        self.wanted = file.map(|file| Wanted { file, run: 0, at: at.get(), filled: Vec::new() });
+        self.wanted = file.map(|file| WantedRun { file, run: 0, at: at.get(), filled: Vec::new() });
     }
 
     /// Takes data as stored in the tar.
-    pub(super) fn data(&mut self, bytes: &[u8], upper: &mut Upper) {
+    pub(super) fn data(&mut self, bytes: &[u8], upper: &mut UpperTree) {
         let Some(wanted) = &mut self.wanted else { return };
-        let Some(Kind::Regular { size, runs }) = upper.new_kind_mut(wanted.file) else { return };
+        let Some(NodeKind::Regular { size, runs }) = upper.new_kind_mut(wanted.file) else {
+            return;
+        };
         if !wanted.take(bytes, *size, runs) {
             self.wanted = None;
         }
     }
 }
 
-impl Wanted {
+impl WantedRun {
     /// Copies from `bytes`, which follow the bytes seen before; returns true if more are needed.
     fn take(&mut self, bytes: &[u8], size: Bytes, runs: &mut [DataRun]) -> bool {
         let end = self.at + bytes.len() as u64;
@@ -95,11 +97,11 @@ mod tests {
     use crate::apply::tests::entry;
     use crate::apply::{ApplyError, LayerApply, Reason};
     use formats::ext4::Tree;
-    use formats::tar::{Content, Entry, SparsePiece};
+    use formats::tar::{EntryContent, SparsePiece, TarEntry};
 
     /// A sparse file of `size` with pieces (offset, length) that follow each other in the tar from byte 1024
     /// on.
-    fn sparse(name: &str, size: u64, pieces: &[(u64, u64)]) -> Entry {
+    fn sparse(name: &str, size: u64, pieces: &[(u64, u64)]) -> TarEntry {
         let mut tar_offset = 1024;
         let pieces = pieces.iter().map(|&(offset, len)| {
             let (file_offset, len) = (Bytes(offset), Bytes(len));
@@ -108,7 +110,7 @@ mod tests {
         });
         let pieces = pieces.collect();
         let mut entry = entry(&format!("f {name}"), 1);
-        entry.content = Content::Sparse { size: Bytes(size), pieces };
+        entry.content = EntryContent::Sparse { size: Bytes(size), pieces };
         (entry.data_offset, entry.stored_len) = (Bytes(1024), Bytes(tar_offset - 1024));
         entry
     }
@@ -136,7 +138,7 @@ mod tests {
                 layer.finish().unwrap();
 
                 let node = tree.lookup(tree.root(), b"a").unwrap();
-                let Kind::Regular { runs, .. } = tree.kind(node) else { panic!("not a file") };
+                let NodeKind::Regular { runs, .. } = tree.kind(node) else { panic!("not a file") };
                 let mut found = vec![0; size as usize];
                 for run in runs {
                     assert_eq!(run.bytes.is_some(), run.needs_bytes(Bytes(size)), "{run:?}");

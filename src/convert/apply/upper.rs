@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::apply::path::{Names, Path, Step};
-use formats::ext4::{Attributes, Kind, NodeId, Tree};
+use crate::apply::path::{Names, Path, PathStep};
+use formats::ext4::{Attributes, NodeId, NodeKind, Tree};
 
 /// A directory of this layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub(super) struct FileId(usize);
 
 /// Meaning of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Slot {
+pub(super) enum NameMeaning {
     Dir(DirId),
     File(FileId),
     /// The name is removed, whatever the lower layers contain.
@@ -27,21 +27,21 @@ pub(super) struct UpperDir {
     /// True if the content of the lower layers is hidden in this directory.
     pub(super) opaque: bool,
     /// Meaning of each name, and its time stamp in the order of the tar.
-    pub(super) children: BTreeMap<Vec<u8>, (u64, Slot)>,
+    pub(super) children: BTreeMap<Vec<u8>, (u64, NameMeaning)>,
 }
 
 pub(super) struct UpperFile {
-    pub(super) source: FileSource,
+    pub(super) source: UpperSource,
     pub(super) attributes: Attributes,
 }
 
-pub(super) enum FileSource {
-    New(Kind),
+pub(super) enum UpperSource {
+    New(NodeKind),
     /// An inode of a lower layer that a hard link of this layer shares.
     Lower(NodeId),
 }
 
-pub(super) struct Upper {
+pub(super) struct UpperTree {
     dirs: Vec<UpperDir>,
     files: Vec<UpperFile>,
     adopted: HashMap<NodeId, FileId>,
@@ -49,7 +49,7 @@ pub(super) struct Upper {
     clock: u64,
 }
 
-impl Upper {
+impl UpperTree {
     pub(super) fn new(root: Attributes) -> Self {
         let root = UpperDir { attributes: root, opaque: false, children: BTreeMap::new() };
         Self { dirs: vec![root], files: Vec::new(), adopted: HashMap::new(), clock: 0 }
@@ -75,26 +75,26 @@ impl Upper {
         &mut self.files[file.0]
     }
 
-    pub(super) fn kind<'a>(&'a self, file: FileId, lower: &'a Tree) -> &'a Kind {
+    pub(super) fn kind<'a>(&'a self, file: FileId, lower: &'a Tree) -> &'a NodeKind {
         match &self.file(file).source {
-            FileSource::New(kind) => kind,
-            FileSource::Lower(node) => lower.kind(*node),
+            UpperSource::New(kind) => kind,
+            UpperSource::Lower(node) => lower.kind(*node),
         }
     }
 
     /// Kind of a new file of this layer, to be changed.
-    pub(super) fn new_kind_mut(&mut self, file: FileId) -> Option<&mut Kind> {
+    pub(super) fn new_kind_mut(&mut self, file: FileId) -> Option<&mut NodeKind> {
         match &mut self.file_mut(file).source {
-            FileSource::New(kind) => Some(kind),
-            FileSource::Lower(_) => None,
+            UpperSource::New(kind) => Some(kind),
+            UpperSource::Lower(_) => None,
         }
     }
 
-    pub(super) fn slot(&self, dir: DirId, name: &[u8]) -> Option<Slot> {
+    pub(super) fn slot(&self, dir: DirId, name: &[u8]) -> Option<NameMeaning> {
         self.dir(dir).children.get(name).map(|(_, slot)| *slot)
     }
 
-    pub(super) fn insert(&mut self, dir: DirId, name: Vec<u8>, slot: Slot) {
+    pub(super) fn insert(&mut self, dir: DirId, name: Vec<u8>, slot: NameMeaning) {
         self.clock += 1;
         let clock = self.clock;
         self.dir_mut(dir).children.insert(name, (clock, slot));
@@ -114,12 +114,12 @@ impl Upper {
     ) -> DirId {
         let new = DirId(self.dirs.len());
         self.dirs.push(UpperDir { attributes, opaque, children: BTreeMap::new() });
-        self.insert(dir, name, Slot::Dir(new));
+        self.insert(dir, name, NameMeaning::Dir(new));
         new
     }
 
-    pub(super) fn create_file(&mut self, kind: Kind, attributes: Attributes) -> FileId {
-        self.files.push(UpperFile { source: FileSource::New(kind), attributes });
+    pub(super) fn create_file(&mut self, kind: NodeKind, attributes: Attributes) -> FileId {
+        self.files.push(UpperFile { source: UpperSource::New(kind), attributes });
         FileId(self.files.len() - 1)
     }
 
@@ -128,7 +128,7 @@ impl Upper {
         let files = &mut self.files;
         *self.adopted.entry(node).or_insert_with(|| {
             files.push(UpperFile {
-                source: FileSource::Lower(node),
+                source: UpperSource::Lower(node),
                 attributes: attributes.clone(),
             });
             FileId(files.len() - 1)
@@ -145,13 +145,13 @@ impl Upper {
         let (mut upper, mut lower) = (Some(self.root()), tree.root());
         for name in parents.components().chain([base]) {
             if upper.is_some_and(|dir| self.dir(dir).opaque)
-                || !matches!(tree.kind(lower), Kind::Directory)
+                || !matches!(tree.kind(lower), NodeKind::Directory)
             {
                 return None;
             }
             upper = match upper.and_then(|dir| self.slot(dir, name)) {
-                Some(Slot::Dir(dir)) => Some(dir),
-                Some(Slot::File(_) | Slot::Whiteout) => return None,
+                Some(NameMeaning::Dir(dir)) => Some(dir),
+                Some(NameMeaning::File(_) | NameMeaning::Whiteout) => return None,
                 None => None,
             };
             lower = tree.lookup(lower, name)?;
@@ -178,7 +178,7 @@ impl FileId {
 }
 
 pub(super) struct UpperNames<'a> {
-    upper: &'a Upper,
+    upper: &'a UpperTree,
     tree: &'a Tree,
 }
 
@@ -189,14 +189,14 @@ impl Names for UpperNames<'_> {
         self.upper.root()
     }
 
-    fn step(&self, dir: DirId, name: &[u8]) -> Step<'_, DirId> {
+    fn step(&self, dir: DirId, name: &[u8]) -> PathStep<'_, DirId> {
         match self.upper.slot(dir, name) {
-            Some(Slot::Dir(dir)) => Step::Dir(dir),
-            Some(Slot::File(file)) => match self.upper.kind(file, self.tree) {
-                Kind::Symlink(text) => Step::Link(text),
-                _ => Step::Leaf,
+            Some(NameMeaning::Dir(dir)) => PathStep::Dir(dir),
+            Some(NameMeaning::File(file)) => match self.upper.kind(file, self.tree) {
+                NodeKind::Symlink(text) => PathStep::Link(text),
+                _ => PathStep::Leaf,
             },
-            Some(Slot::Whiteout) | None => Step::Leaf,
+            Some(NameMeaning::Whiteout) | None => PathStep::Leaf,
         }
     }
 }

@@ -7,8 +7,8 @@ use std::thread::{self, JoinHandle};
 
 use sha2::{Digest as _, Sha256};
 
-use super::payload::Stored;
-use crate::LayerError;
+use super::payload::PayloadSummary;
+use crate::ConvertLayerError;
 use formats::oci::Digest;
 
 /// Bytes hashed at a time.
@@ -19,7 +19,7 @@ pub(crate) struct Unhashed {
     pub(super) file: File,
     pub(super) len: u64,
     pub(super) plain: u64,
-    pub(super) stored: Stored,
+    pub(super) stored: PayloadSummary,
 }
 
 /// A blob that another thread is hashing.
@@ -27,7 +27,7 @@ pub(crate) struct Hashing(JoinHandle<io::Result<NativeBlob>>);
 
 impl Unhashed {
     /// Computes the digest on another thread.
-    pub(crate) fn hash(self) -> Result<Hashing, LayerError> {
+    pub(crate) fn hash(self) -> Result<Hashing, ConvertLayerError> {
         let thread = thread::Builder::new().name("native-digest".into()).spawn(move || {
             let mut hasher = Sha256::new();
             let mut reader = FileReader { file: self.file.try_clone()?, at: 0 };
@@ -40,18 +40,19 @@ impl Unhashed {
             }
             let digest = Digest::from_hasher(hasher);
             let Self { file, len, plain, stored } = self;
-            let Stored { zeros, metadata } = stored;
+            let PayloadSummary { zeros, metadata } = stored;
             Ok(NativeBlob { file, digest, len, plain, zeros, metadata })
         });
-        thread.map(Hashing).map_err(LayerError::Read)
+        thread.map(Hashing).map_err(ConvertLayerError::Read)
     }
 }
 
 impl Hashing {
     /// Waits for the digest.
-    pub(crate) fn done(self) -> Result<NativeBlob, LayerError> {
-        let lost = |_| LayerError::Read(io::Error::other("a thread of the conversion ended early"));
-        self.0.join().map_err(lost)?.map_err(LayerError::Read)
+    pub(crate) fn done(self) -> Result<NativeBlob, ConvertLayerError> {
+        let lost =
+            |_| ConvertLayerError::Read(io::Error::other("a thread of the conversion ended early"));
+        self.0.join().map_err(lost)?.map_err(ConvertLayerError::Read)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use formats::ext4::{LayerBlocks, Run};
+use formats::ext4::{LayerBlocks, LayerRun};
 use formats::lsmt::{LsmtError, ScatteredWriter};
 use formats::units::{Bytes, SECTOR, Sectors};
 
@@ -16,7 +16,7 @@ const MAX_GAPS: usize = 250_000;
 
 /// Position of a contiguous part of the tar.
 #[derive(Clone, Copy, Debug)]
-struct Segment {
+struct TarSegment {
     /// First sector in the tar.
     tar: u64,
     /// Number of sectors of the tar; the last one may be partial.
@@ -26,7 +26,7 @@ struct Segment {
     stored: Option<u64>,
 }
 
-impl Segment {
+impl TarSegment {
     fn end(&self) -> u64 {
         self.tar + self.count
     }
@@ -34,7 +34,7 @@ impl Segment {
 
 /// Summary of the payload.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Stored {
+pub(crate) struct PayloadSummary {
     /// Bytes of file data that were all zero and left out.
     pub(crate) zeros: u64,
     /// Bytes of metadata.
@@ -42,18 +42,18 @@ pub(crate) struct Stored {
 }
 
 /// The payload of one layer.
-pub(super) struct Payload<W> {
+pub(super) struct NativePayload<W> {
     out: ScatteredWriter<W>,
-    segments: Vec<Segment>,
+    segments: Vec<TarSegment>,
     gaps: usize,
     /// The block that is being collected: less than a whole one.
     partial: Vec<u8>,
     /// Tar sector of the start of the next block.
     tar: u64,
-    stored: Stored,
+    stored: PayloadSummary,
 }
 
-impl<W: Write> Payload<W> {
+impl<W: Write> NativePayload<W> {
     pub(super) fn new(out: ScatteredWriter<W>) -> Self {
         Self {
             out,
@@ -61,7 +61,7 @@ impl<W: Write> Payload<W> {
             gaps: 0,
             partial: Vec::with_capacity(BLOCK),
             tar: 0,
-            stored: Stored::default(),
+            stored: PayloadSummary::default(),
         }
     }
 
@@ -122,7 +122,7 @@ impl<W: Write> Payload<W> {
         if leave_out {
             self.stored.zeros += blocks.len() as u64;
         }
-        let next = Segment { tar: self.tar, count, stored };
+        let next = TarSegment { tar: self.tar, count, stored };
         self.tar += count;
         if let Some(last) = self.segments.last_mut()
             && last.end() == next.tar
@@ -145,19 +145,19 @@ impl<W: Write> Payload<W> {
         mut self,
         blocks: &LayerBlocks,
         has_lower: bool,
-    ) -> Result<(W, Stored), LsmtError> {
+    ) -> Result<(W, PayloadSummary), LsmtError> {
         self.fill_up()?;
         let mut runs = blocks.runs().peekable();
         while let Some(run) = runs.next() {
             let next = runs.peek().map_or(u64::MAX, |next| next.lba().0);
             match run {
-                Run::Metadata { lba, bytes } => {
+                LayerRun::Metadata { lba, bytes } => {
                     let at = self.out.append(bytes)?;
                     self.out.map(lba, Sectors(bytes.len() as u64 / SECTOR), at)?;
                     self.stored.metadata += bytes.len() as u64;
                 }
-                Run::Zeroed { lba, count } => self.out.zeroed(lba, count)?,
-                Run::Remote { lba, count, target } => {
+                LayerRun::Zeroed { lba, count } => self.out.zeroed(lba, count)?,
+                LayerRun::Remote { lba, count, target } => {
                     self.map(lba.0, count.0, target.0, next, has_lower)?;
                 }
             }

@@ -6,12 +6,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Lower, TargetOpener};
+use super::{LowerConfig, TargetOpener};
 use crate::resident::read_within;
 use crate::{DiskError, DiskLayer, LayerData};
 use blobs::cache::Cache;
 use formats::gzip::SIDECAR_NAME;
-use formats::lsmt::{Layer, LayerKind};
+use formats::lsmt::{LsmtLayer, TagMeaning};
 use formats::oci::Digest;
 use formats::{archive, zfile, zstandard};
 use source::chunk::{ChunkSource, PlainChunks};
@@ -22,7 +22,7 @@ use source::{ByteSource, FileSource, MemorySource, Reserved};
 const MAX_INDEX: u64 = 8 << 30;
 
 /// The first existing file of the places where upstream looks for a layer; otherwise all those places.
-fn local_file(lower: &Lower, folder: &Path) -> Result<PathBuf, Vec<PathBuf>> {
+fn local_file(lower: &LowerConfig, folder: &Path) -> Result<PathBuf, Vec<PathBuf>> {
     let mut candidates = Vec::new();
     if !lower.file.is_empty() {
         candidates.push(folder.join(&lower.file));
@@ -58,7 +58,7 @@ fn read_file(path: &Path, part: &mut Reserved) -> Result<Vec<u8>, DiskError> {
 }
 
 /// Base of the files and blobs of a configuration.
-pub(super) struct Place<'a> {
+pub(super) struct LowersBase<'a> {
     pub(super) file: &'a str,
     pub(super) folder: &'a Path,
     pub(super) blobs: &'a str,
@@ -69,10 +69,14 @@ pub(super) struct Place<'a> {
 }
 
 /// A file or a blob, and its name in the cache.
-type Named = (Arc<dyn ByteSource>, String);
+type NamedBytes = (Arc<dyn ByteSource>, String);
 
-impl Place<'_> {
-    pub(super) fn open_lower(&self, number: usize, lower: &Lower) -> Result<DiskLayer, DiskError> {
+impl LowersBase<'_> {
+    pub(super) fn open_lower(
+        &self,
+        number: usize,
+        lower: &LowerConfig,
+    ) -> Result<DiskLayer, DiskError> {
         let (source, id) = match local_file(lower, self.folder) {
             Ok(path) => {
                 (Arc::new(FileSource::open(&path)?) as Arc<dyn ByteSource>, identity(&path)?)
@@ -84,7 +88,7 @@ impl Place<'_> {
         let mut part = budget.part();
         let payload = zfile::open_within(source, &mut part)?;
         if lower.target_file.is_empty() && lower.target_digest.is_empty() {
-            let index = Layer::open_within(&*payload.source(), LayerKind::Plain, &mut part)?;
+            let index = LsmtLayer::open_within(&*payload.source(), TagMeaning::Plain, &mut part)?;
             self.reserved.borrow_mut().push(part);
             return Ok(DiskLayer {
                 index,
@@ -95,7 +99,7 @@ impl Place<'_> {
         let meta = read_within(&payload, budget, &name)?;
         let meta = self.cache.residents().share(&id, meta);
         let source = MemorySource::shared(name, meta.clone());
-        let index = Layer::open_within(&source, LayerKind::Warp, &mut part)?;
+        let index = LsmtLayer::open_within(&source, TagMeaning::Warp, &mut part)?;
         let target = self.open_target(number, lower, &mut part)?;
         self.reserved.borrow_mut().push(part);
         Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })
@@ -105,9 +109,9 @@ impl Place<'_> {
     fn remote_layer(
         &self,
         number: usize,
-        lower: &Lower,
+        lower: &LowerConfig,
         tried: &[PathBuf],
-    ) -> Result<Named, DiskError> {
+    ) -> Result<NamedBytes, DiskError> {
         let tried: Vec<_> = tried.iter().map(|path| path.display().to_string()).collect();
         if lower.digest.is_empty() {
             let rule = if tried.is_empty() {
@@ -127,7 +131,7 @@ impl Place<'_> {
         key: &str,
         digest: &str,
         size: Option<u64>,
-    ) -> Result<Named, DiskError> {
+    ) -> Result<NamedBytes, DiskError> {
         let invalid =
             |key: String, rule: String| DiskError::Config { file: self.file.to_owned(), key, rule };
         let parsed: Digest = digest
@@ -143,7 +147,7 @@ impl Place<'_> {
     fn open_target(
         &self,
         number: usize,
-        lower: &Lower,
+        lower: &LowerConfig,
         part: &mut Reserved,
     ) -> Result<Arc<dyn ChunkSource>, DiskError> {
         let (blob, id) = if lower.target_file.is_empty() {
@@ -183,7 +187,7 @@ impl Place<'_> {
     fn check_plain(
         &self,
         number: usize,
-        lower: &Lower,
+        lower: &LowerConfig,
         blob: &dyn ByteSource,
     ) -> Result<(), DiskError> {
         if !blob.is_local() || blob.len() < 4 {

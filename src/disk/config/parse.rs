@@ -2,7 +2,7 @@
 
 use formats::json::{JsonError, Notes};
 
-use super::{Config, Download, Lower, Upper};
+use super::{DeviceConfig, DeviceDownload, LowerConfig, UpperConfig};
 use crate::DiskError;
 
 type Object<'a> = formats::json::Object<'a, DiskError>;
@@ -19,7 +19,7 @@ impl From<JsonError> for DiskError {
     }
 }
 
-impl Config {
+impl DeviceConfig {
     /// Reads a configuration; `file` is its name for messages. Warnings are logged.
     ///
     /// # Errors
@@ -40,11 +40,11 @@ impl Config {
             lowers: object
                 .sections("lowers")?
                 .into_iter()
-                .map(Lower::take)
+                .map(LowerConfig::take)
                 .collect::<Result<_, _>>()?,
-            upper: Upper::take(object.section("upper")?)?,
+            upper: UpperConfig::take(object.section("upper")?)?,
             result_file: string(&mut object, "resultFile")?,
-            download: Download::take(object.section("download")?)?,
+            download: DeviceDownload::take(object.section("download")?)?,
             acceleration_layer: object.bool("accelerationLayer")?.unwrap_or_default(),
             record_trace_path: string(&mut object, "recordTracePath")?,
         };
@@ -58,7 +58,7 @@ fn string(object: &mut Object<'_>, key: &str) -> Result<String, DiskError> {
     Ok(object.text(key)?.unwrap_or_default())
 }
 
-impl Lower {
+impl LowerConfig {
     fn take(mut object: Object<'_>) -> Result<Self, DiskError> {
         let lower = Self {
             file: string(&mut object, "file")?,
@@ -79,7 +79,7 @@ impl Lower {
 const LONGEST_WAIT: u64 = 365 * 86_400;
 const MOST_MBPS: u64 = u64::MAX >> 20;
 
-impl Download {
+impl DeviceDownload {
     fn take(mut object: Object<'_>) -> Result<Option<Self>, DiskError> {
         let download = Self {
             enable: object.bool("enable")?,
@@ -95,7 +95,7 @@ impl Download {
     }
 }
 
-impl Upper {
+impl UpperConfig {
     fn take(mut object: Object<'_>) -> Result<Self, DiskError> {
         // The snapshotter writes a size; upstream does not read it either. The layer says how large it is.
         object.without_effect("vsize");
@@ -164,7 +164,7 @@ mod tests {
         let page = page();
         let keys: Vec<&str> = page.iter().map(|(key, _)| key.as_str()).collect();
         let notes = Notes::default();
-        Config::take(&with(&keys), "c.json", &notes).unwrap();
+        DeviceConfig::take(&with(&keys), "c.json", &notes).unwrap();
         let (known, warnings) = notes.into_parts();
         let mut known: Vec<String> =
             known.into_iter().map(|key| key.replace("[0]", "[]")).collect();
@@ -181,14 +181,14 @@ mod tests {
     fn each_key_changes_the_configuration_or_is_said_to_have_no_effect() {
         for (key, meaning) in page().iter().filter(|(key, _)| key != "lowers[]") {
             let notes = Notes::default();
-            let config = Config::take(&with(&[key]), "c.json", &notes).unwrap();
+            let config = DeviceConfig::take(&with(&[key]), "c.json", &notes).unwrap();
             // What an empty section is, with no key in it.
             let empty = with(&[key]).split_once(": ").map(|(section, _)| match section {
                 "{\"lowers\"" => r#"{"lowers": [{}]}"#,
                 "{\"download\"" => r#"{"download": {}}"#,
                 _ => "{}",
             });
-            let empty = Config::take(empty.unwrap(), "c.json", &Notes::default()).unwrap();
+            let empty = DeviceConfig::take(empty.unwrap(), "c.json", &Notes::default()).unwrap();
             let path = key.replace("[]", "[0]");
             let warning = format!("Key {path} of c.json is accepted, without effect here");
             let expected = meaning.starts_with("accepted, without effect here");
@@ -199,23 +199,26 @@ mod tests {
 
     #[test]
     fn a_wait_that_cannot_be_meant_is_an_error_that_names_the_key() {
-        let error = Config::parse(r#"{"download": {"delay": 18446744073709551615}}"#, "c.json");
+        let error =
+            DeviceConfig::parse(r#"{"download": {"delay": 18446744073709551615}}"#, "c.json");
         assert_eq!(
             error.unwrap_err().to_string(),
             "Key download.delay of c.json is invalid: it is at most 31536000, not 18446744073709551615"
         );
-        assert!(Config::parse(r#"{"download": {"maxMBps": 17592186044416}}"#, "c.json").is_err());
+        assert!(
+            DeviceConfig::parse(r#"{"download": {"maxMBps": 17592186044416}}"#, "c.json").is_err()
+        );
     }
 
     #[test]
     fn a_wrong_type_is_an_error_that_names_the_key_and_an_unknown_key_is_none() {
-        let parse = |text| Config::parse(text, "c.json");
+        let parse = |text| DeviceConfig::parse(text, "c.json");
         let config = parse(
             r#"{"lowers": [{"file": "a", "size": 5, "new": 1}], "upper": {"vsize": 64}, "x": []}"#,
         );
         assert_eq!(
             config.unwrap().lowers,
-            [Lower { file: "a".into(), size: 5, ..Lower::default() }]
+            [LowerConfig { file: "a".into(), size: 5, ..LowerConfig::default() }]
         );
         let cases = [
             (

@@ -7,11 +7,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::lowers::identity;
-use super::{Upper, WritableFiles};
+use super::{UpperConfig, WritableFiles};
 use crate::writable::WritableError;
 use crate::writable::view;
 use crate::{DiskError, DiskLayer, LayerData};
-use formats::lsmt::Layer;
+use formats::lsmt::LsmtLayer;
 use source::chunk::PlainChunks;
 use source::{FileSource, MemorySource};
 
@@ -20,7 +20,10 @@ use source::{FileSource, MemorySource};
 ///
 /// # Errors
 /// The broken rule.
-pub(super) fn files(upper: &Upper, folder: &Path) -> Result<Option<WritableFiles>, &'static str> {
+pub(super) fn files(
+    upper: &UpperConfig,
+    folder: &Path,
+) -> Result<Option<WritableFiles>, &'static str> {
     if !upper.target.is_empty() {
         return Err("a TurboOCI layer under construction is not a disk: commit it first");
     }
@@ -38,7 +41,7 @@ pub(super) fn files(upper: &Upper, folder: &Path) -> Result<Option<WritableFiles
     }
 }
 
-fn opened(files: &WritableFiles) -> Result<Layer, DiskError> {
+fn opened(files: &WritableFiles) -> Result<LsmtLayer, DiskError> {
     view(files).map_err(|source: WritableError| DiskError::Upper(Arc::new(source)))
 }
 

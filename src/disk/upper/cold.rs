@@ -41,27 +41,27 @@ const OLD: Duration = Duration::from_secs(10);
 
 /// A part of the data file.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct DataPart {
     pub(super) at: Sectors,
     pub(super) len: Sectors,
 }
 
-impl Part {
+impl DataPart {
     fn buffer(self) -> Vec<u8> {
         vec![0; (self.len.0 * SECTOR) as usize]
     }
 }
 
 /// A waiting request with its parts.
-struct Job {
-    parts: Vec<Part>,
+struct ColdRead {
+    parts: Vec<DataPart>,
     /// Byte of the disk, for messages.
     offset: u64,
     waiter: Waiter,
 }
 
 struct KeptPart {
-    part: Part,
+    part: DataPart,
     bytes: Arc<Vec<u8>>,
     since: Instant,
 }
@@ -72,11 +72,11 @@ struct Kept {
     parts: VecDeque<KeptPart>,
     bytes: usize,
     /// Parts being read; true if the part was overwritten since its reading began.
-    reading: Vec<(Part, bool)>,
+    reading: Vec<(DataPart, bool)>,
 }
 
 impl Kept {
-    fn put(&mut self, part: Part, bytes: Vec<u8>, now: Instant) {
+    fn put(&mut self, part: DataPart, bytes: Vec<u8>, now: Instant) {
         while self.bytes > KEPT
             && let Some(oldest) = self.parts.front()
             && now.saturating_duration_since(oldest.since) > OLD
@@ -88,28 +88,29 @@ impl Kept {
         self.parts.push_back(KeptPart { part, bytes: Arc::new(bytes), since: now });
     }
 
-    fn get(&self, part: Part) -> Option<Arc<Vec<u8>>> {
+    fn get(&self, part: DataPart) -> Option<Arc<Vec<u8>>> {
         self.parts.iter().find(|kept| kept.part == part).map(|kept| kept.bytes.clone())
     }
 
-    fn begin(&mut self, part: Part) {
+    fn begin(&mut self, part: DataPart) {
         self.reading.push((part, false));
     }
 
     /// Ends a reading. Returns `false` if the part was overwritten in the meantime.
-    fn end(&mut self, part: Part) -> bool {
+    fn end(&mut self, part: DataPart) -> bool {
         let at = self.reading.iter().position(|(reading, _)| *reading == part);
         at.is_none_or(|at| !self.reading.swap_remove(at).1)
     }
 
     fn overwritten(&mut self, place: &Range<u64>) {
-        let touches = |part: &Part| part.at.0 < place.end && place.start < part.at.0 + part.len.0;
+        let touches =
+            |part: &DataPart| part.at.0 < place.end && place.start < part.at.0 + part.len.0;
         self.parts.retain(|kept| !touches(&kept.part));
         self.bytes = self.parts.iter().map(|kept| kept.bytes.len()).sum();
         self.reading.iter_mut().filter(|(part, _)| touches(part)).for_each(|(_, was)| *was = true);
     }
 
-    fn forget(&mut self, parts: &[Part]) {
+    fn forget(&mut self, parts: &[DataPart]) {
         self.parts.retain(|kept| !parts.contains(&kept.part));
         self.bytes = self.parts.iter().map(|kept| kept.bytes.len()).sum();
     }
@@ -119,7 +120,7 @@ impl Kept {
 pub(super) struct ColdReads {
     layer: Arc<UpperLayer>,
     kept: Arc<Mutex<Kept>>,
-    jobs: Option<Sender<Job>>,
+    jobs: Option<Sender<ColdRead>>,
     threads: Pool,
 }
 
@@ -141,7 +142,7 @@ impl ColdReads {
     /// waiter is then taken.
     pub(super) fn read(
         &self,
-        parts: &[Part],
+        parts: &[DataPart],
         offset: u64,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Option<Vec<Arc<Vec<u8>>>> {
@@ -162,7 +163,7 @@ impl ColdReads {
             }
         }
         if !missing.is_empty() {
-            self.fetch(Job { parts: missing, offset, waiter: waiter() });
+            self.fetch(ColdRead { parts: missing, offset, waiter: waiter() });
             return None;
         }
         if was_kept {
@@ -181,12 +182,12 @@ impl ColdReads {
         self.kept.lock()
     }
 
-    fn cached(&self, part: Part) -> Option<Arc<Vec<u8>>> {
+    fn cached(&self, part: DataPart) -> Option<Arc<Vec<u8>>> {
         let mut sectors = part.buffer();
         self.layer.read_cached(part.at, &mut sectors).then(|| Arc::new(sectors))
     }
 
-    fn fetch(&self, job: Job) {
+    fn fetch(&self, job: ColdRead) {
         if let Some(jobs) = &self.jobs {
             // A sender exists until the drop, and so do threads that receive; otherwise the waiter is dropped
             // with the job.
@@ -204,9 +205,9 @@ impl Drop for ColdReads {
 }
 
 /// Loop of a thread.
-fn serve(layer: &UpperLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
+fn serve(layer: &UpperLayer, kept: &Mutex<Kept>, queue: &Receiver<ColdRead>) {
     threads::mark_io_thread();
-    while let Ok(Job { parts, offset, waiter }) = queue.recv() {
+    while let Ok(ColdRead { parts, offset, waiter }) = queue.recv() {
         let result: Result<(), WritableError> =
             parts.iter().try_for_each(|part| read(layer, kept, *part));
         waiter(result.map_err(|source| VolumeError::Upper { offset, source: Arc::new(source) }));
@@ -214,7 +215,7 @@ fn serve(layer: &UpperLayer, kept: &Mutex<Kept>, queue: &Receiver<Job>) {
 }
 
 /// Reads a part until it is not overwritten during the read, and keeps it.
-fn read(layer: &UpperLayer, kept: &Mutex<Kept>, part: Part) -> Result<(), WritableError> {
+fn read(layer: &UpperLayer, kept: &Mutex<Kept>, part: DataPart) -> Result<(), WritableError> {
     let lock = || kept.lock();
     let mut sectors = part.buffer();
     loop {
@@ -238,8 +239,8 @@ mod tests {
     use crate::writable::WritableFiles;
     use formats::units::Bytes;
 
-    fn part(at: u64, len: u64) -> Part {
-        Part { at: Sectors(at), len: Sectors(len) }
+    fn part(at: u64, len: u64) -> DataPart {
+        DataPart { at: Sectors(at), len: Sectors(len) }
     }
 
     #[test]
@@ -251,10 +252,10 @@ mod tests {
         let UpperLayer::Appended(appended) = &layer else { panic!("it is append-only") };
         appended.write(0, &bytes).unwrap();
         let cold = ColdReads::start(&Arc::new(layer)).unwrap();
-        let fetch = |parts: &[Part]| {
+        let fetch = |parts: &[DataPart]| {
             let (sender, receiver) = channel();
             let waiter: Waiter = Box::new(move |result| sender.send(result).unwrap());
-            cold.fetch(Job { parts: parts.to_vec(), offset: 512, waiter });
+            cold.fetch(ColdRead { parts: parts.to_vec(), offset: 512, waiter });
             receiver.recv().unwrap()
         };
         let (one, two, past) = (part(8 + 2, 3), part(8 + 6, 1), part(1 << 30, 1));

@@ -3,7 +3,7 @@
 use crate::writable::{SharedLayer, SparseLayer, WritableError, WritableFiles, WritableLayer};
 use crate::writable::{WrittenRun, sparse};
 use formats::lsmt::Uuid;
-use formats::lsmt::writer::Identity;
+use formats::lsmt::writer::LayerIdentity;
 use formats::units::{Bytes, Sectors};
 
 /// A writable layer of either kind; see the module.
@@ -25,7 +25,7 @@ impl UpperLayer {
 
     /// Makes a new layer of the append-only kind.
     pub(super) fn create(files: &WritableFiles, size: Bytes) -> Result<Self, WritableError> {
-        let identity = Identity { uuid: random_uuid(), ..Identity::default() };
+        let identity = LayerIdentity { uuid: random_uuid(), ..LayerIdentity::default() };
         Self::appended(WritableLayer::create(files, size, identity)?, files)
     }
 

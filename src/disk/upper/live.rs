@@ -15,6 +15,7 @@ use parking_lot::RwLock;
 use thiserror::Error;
 
 use super::UpperVolume;
+use crate::DiskRange;
 use crate::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
 use crate::writable::{WritableError, WritableFiles};
 
@@ -111,11 +112,10 @@ impl Volume for LiveVolume {
 
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        self.current().locate(offset, len, waiter)
+        self.current().locate(range, waiter)
     }
 
     fn writable(&self) -> Option<&dyn WritableVolume> {
@@ -133,8 +133,8 @@ impl WritableVolume for LiveVolume {
         self.current().discards()
     }
 
-    fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
-        self.change(|upper| upper.discard(offset, len))
+    fn discard(&self, range: DiskRange) -> Result<(), VolumeError> {
+        self.change(|upper| upper.discard(range))
     }
 
     fn flush(&self) -> Result<(), VolumeError> {

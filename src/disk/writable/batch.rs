@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{ENTRY, Mapping, Named, RECORD, WritableError};
 
 /// Records in the order in which they were noted.
-pub(super) struct Batch {
+pub(super) struct MappingBatch {
     pub(super) data: Arc<Named>,
     pub(super) index: Arc<Named>,
     /// Number of the first record in the index file.
@@ -15,7 +15,7 @@ pub(super) struct Batch {
 }
 
 /// Error of writing a batch.
-pub(super) enum Failure {
+pub(super) enum BatchFailure {
     /// The batch can be written again, to the same position.
     Passing(WritableError),
     /// The kernel could not make bytes durable. It reports this once, and does not know later which bytes
@@ -23,31 +23,31 @@ pub(super) enum Failure {
     Lasting(WritableError),
 }
 
-impl Failure {
+impl BatchFailure {
     pub(super) fn is_lasting(&self) -> bool {
         matches!(self, Self::Lasting(_))
     }
 }
 
-impl From<Failure> for WritableError {
-    fn from(failure: Failure) -> Self {
-        let (Failure::Passing(error) | Failure::Lasting(error)) = failure;
+impl From<BatchFailure> for WritableError {
+    fn from(failure: BatchFailure) -> Self {
+        let (BatchFailure::Passing(error) | BatchFailure::Lasting(error)) = failure;
         error
     }
 }
 
-impl Batch {
+impl MappingBatch {
     /// Makes the data durable, then the records, so that a record on disk never points at bytes that are not
     /// there.
-    pub(super) fn write(&self) -> Result<(), Failure> {
+    pub(super) fn write(&self) -> Result<(), BatchFailure> {
         let durable = |named: &Named| {
-            named.file.sync_data().map_err(named.error("flush")).map_err(Failure::Lasting)
+            named.file.sync_data().map_err(named.error("flush")).map_err(BatchFailure::Lasting)
         };
         durable(&self.data)?;
         let bytes: Vec<u8> = self.records.iter().flat_map(Mapping::encode).collect();
         let at = RECORD + self.first * ENTRY;
         let written = self.index.file.write_all_at(&bytes, at);
-        written.map_err(self.index.error("write")).map_err(Failure::Passing)?;
+        written.map_err(self.index.error("write")).map_err(BatchFailure::Passing)?;
         durable(&self.index)
     }
 }

@@ -5,18 +5,18 @@ use std::collections::BTreeMap;
 
 /// Content of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Content {
+pub(super) enum RunContent {
     /// Zeros.
     Zero,
     /// Data from this sector of the data file on.
     At(u64),
 }
 
-impl Content {
+impl RunContent {
     fn advance(self, by: u64) -> Self {
         match self {
-            Content::Zero => Content::Zero,
-            Content::At(at) => Content::At(at + by),
+            RunContent::Zero => RunContent::Zero,
+            RunContent::At(at) => RunContent::At(at + by),
         }
     }
 }
@@ -24,7 +24,7 @@ impl Content {
 /// The runs: first sector → length and content.
 #[derive(Debug, Default)]
 pub(super) struct Extents {
-    runs: BTreeMap<u64, (u64, Content)>,
+    runs: BTreeMap<u64, (u64, RunContent)>,
 }
 
 impl Extents {
@@ -33,12 +33,12 @@ impl Extents {
     }
 
     /// All runs, ascending: first sector, length, content.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, u64, Content)> + '_ {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, u64, RunContent)> + '_ {
         self.runs.iter().map(|(&start, &(len, content))| (start, len, content))
     }
 
     /// Adds a run and replaces the runs that it covers.
-    pub(super) fn insert(&mut self, lba: u64, len: u64, content: Content) {
+    pub(super) fn insert(&mut self, lba: u64, len: u64, content: RunContent) {
         if len == 0 {
             return;
         }
@@ -75,7 +75,7 @@ impl Extents {
         &self,
         from: u64,
         to: u64,
-    ) -> impl Iterator<Item = (u64, u64, Content)> + '_ {
+    ) -> impl Iterator<Item = (u64, u64, RunContent)> + '_ {
         let first = self
             .runs
             .range(..from)
@@ -104,17 +104,17 @@ mod tests {
             len in 0_u64..100,
         ) {
             let mut extents = Extents::default();
-            let mut model: Vec<Option<Content>> = vec![None; 400];
+            let mut model: Vec<Option<RunContent>> = vec![None; 400];
             let mut at = 8;
             for (lba, len, zero) in runs {
-                let content = if zero { Content::Zero } else { Content::At(at) };
+                let content = if zero { RunContent::Zero } else { RunContent::At(at) };
                 extents.insert(lba, len, content);
                 for sector in 0..len {
                     model[(lba + sector) as usize] = Some(content.advance(sector));
                 }
                 at += len;
             }
-            let mut found: Vec<Option<Content>> = vec![None; 400];
+            let mut found: Vec<Option<RunContent>> = vec![None; 400];
             let mut free = 0;
             for (start, len, content) in extents.iter() {
                 prop_assert!(start >= free && len > 0);
@@ -124,7 +124,7 @@ mod tests {
                 }
             }
             prop_assert_eq!(&found, &model);
-            let mut part: Vec<Option<Content>> = vec![None; 400];
+            let mut part: Vec<Option<RunContent>> = vec![None; 400];
             for (start, len, content) in extents.within(from, from + len) {
                 for sector in 0..len {
                     part[(start + sector) as usize] = Some(content.advance(sector));

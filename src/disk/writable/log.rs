@@ -3,7 +3,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use super::{COPY, Content, Extents, MAX_RECORDS, Named, WritableError};
+use super::{COPY, Extents, MAX_RECORDS, Named, RunContent, WritableError};
 use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER};
 use formats::lsmt::mapping::{ENTRY, Mapping};
 use formats::lsmt::{FIRST_SECTOR, RECORD};
@@ -69,9 +69,9 @@ impl Log {
     fn note(&mut self, mapping: &Mapping) {
         let (lba, len) = (mapping.lba.0, u64::from(mapping.len));
         if mapping.zeroed {
-            self.extents.insert(lba, len, Content::Zero);
+            self.extents.insert(lba, len, RunContent::Zero);
         } else {
-            self.extents.insert(lba, len, Content::At(mapping.moffset.0));
+            self.extents.insert(lba, len, RunContent::At(mapping.moffset.0));
             self.position = self.position.max(mapping.moffset_end().0);
         }
     }

@@ -3,14 +3,14 @@
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::room::Room;
-use super::{Content, MAX_LEN, Mapping, Named, WritableError};
+use super::room::IndexRoom;
+use super::{MAX_LEN, Mapping, Named, RunContent, WritableError};
 use formats::units::{SECTOR, Sectors};
 
 /// A run of disk sectors and its new content.
-pub(super) struct Place {
+pub(super) struct RunWrite {
     pub(super) data: Arc<Named>,
-    pub(super) room: Arc<Room>,
+    pub(super) room: Arc<IndexRoom>,
     /// Byte of the index file up to which room is needed.
     pub(super) index_end: u64,
     /// First disk sector.
@@ -19,14 +19,14 @@ pub(super) struct Place {
     pub(super) count: u64,
     /// Number of records for the run.
     pub(super) needs: u64,
-    pub(super) content: Content,
+    pub(super) content: RunContent,
 }
 
-impl Place {
+impl RunWrite {
     /// Writes the bytes to their place, and makes room for the records. No read uses that place before the
     /// change is noted.
     pub(super) fn write(&self, bytes: &[u8]) -> Result<(), WritableError> {
-        if let Content::At(at) = self.content {
+        if let RunContent::At(at) = self.content {
             self.data.file.write_all_at(bytes, at * SECTOR).map_err(self.data.error("write"))?;
         }
         self.make_room()
@@ -48,13 +48,13 @@ impl Place {
 pub(super) fn records(
     lba: u64,
     count: u64,
-    content: Content,
+    content: RunContent,
     position: u64,
 ) -> impl Iterator<Item = Mapping> {
     (0..count).step_by(MAX_LEN as usize).map(move |done| {
         let (zeroed, moffset) = match content {
-            Content::Zero => (true, position),
-            Content::At(at) => (false, at + done),
+            RunContent::Zero => (true, position),
+            RunContent::At(at) => (false, at + done),
         };
         let len = (count - done).min(MAX_LEN) as u16;
         Mapping { lba: Sectors(lba + done), len, zeroed, tag: 0, moffset: Sectors(moffset) }

@@ -18,14 +18,14 @@ use super::{ENTRY, Named, RECORD, WritableError};
 const STEP: u64 = 4096 * ENTRY;
 
 /// Room in the index file.
-pub(super) struct Room {
+pub(super) struct IndexRoom {
     index: Arc<Named>,
     /// Byte of the file up to which space is allocated.
     until: AtomicU64,
     growing: Mutex<()>,
 }
 
-impl Room {
+impl IndexRoom {
     /// Starts without allocated space.
     pub(super) fn new(index: Arc<Named>) -> Self {
         Self { index, until: AtomicU64::new(RECORD), growing: Mutex::default() }

@@ -8,7 +8,7 @@
 use std::os::unix::fs::FileExt;
 
 use super::{Named, WritableError};
-use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, FLAG_SEALED, Record};
+use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, FLAG_SEALED, LsmtHeader};
 use formats::lsmt::mapping::{ENTRY, Mapping, PADDING};
 use formats::lsmt::{LsmtError, MAX_ENTRIES, RECORD};
 
@@ -19,7 +19,7 @@ use formats::lsmt::{LsmtError, MAX_ENTRIES, RECORD};
 /// [`WritableError`]; the file is then unchanged.
 pub(super) fn seal(
     data: &Named,
-    header: &Record,
+    header: &LsmtHeader,
     end: u64,
     mappings: &[Mapping],
 ) -> Result<(), WritableError> {
@@ -31,7 +31,7 @@ pub(super) fn seal(
     while !(bytes.len() as u64).is_multiple_of(RECORD) {
         bytes.extend(PADDING);
     }
-    let trailer = Record {
+    let trailer = LsmtHeader {
         flags: header.flags & !FLAG_HEADER | FLAG_DATA | FLAG_SEALED,
         index_offset: end,
         index_size: count,
@@ -64,7 +64,7 @@ pub(super) fn check_unsealed(data: &Named) -> Result<(), WritableError> {
     let Some(at) = len.checked_sub(RECORD).filter(|at| *at >= RECORD) else { return Ok(()) };
     let mut bytes = [0; RECORD as usize];
     data.file.read_exact_at(&mut bytes, at).map_err(data.error("read"))?;
-    let Ok(trailer) = Record::parse(&bytes) else { return Ok(()) };
+    let Ok(trailer) = LsmtHeader::parse(&bytes) else { return Ok(()) };
     let complete = FLAG_HEADER | FLAG_DATA | FLAG_SEALED;
     let index_end = trailer.index_offset.saturating_add(trailer.index_size.saturating_mul(ENTRY));
     // Upstream pads the index to a sector, this program to a page.

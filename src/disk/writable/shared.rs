@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::place::Place;
+use super::place::RunWrite;
 use super::{Named, WritableError, WritableLayer, WrittenRun, seal, view};
+use crate::DiskRange;
 use formats::units::{Bytes, SECTOR, Sectors};
 
 /// A writable layer for many threads; see the module.
@@ -40,7 +41,7 @@ impl SharedLayer {
     /// # Errors
     /// [`WritableError`].
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
-        let place = self.change().take_place(offset, bytes.len() as u64)?;
+        let place = self.change().take_place(DiskRange::new(offset, bytes.len() as u64))?;
         let written = place.write(bytes);
         self.settle(&place, written)
     }
@@ -49,15 +50,15 @@ impl SharedLayer {
     ///
     /// # Errors
     /// [`WritableError`].
-    pub fn discard(&self, offset: u64, len: u64) -> Result<(), WritableError> {
-        let place = self.change().take_zeros(offset, len)?;
+    pub fn discard(&self, range: DiskRange) -> Result<(), WritableError> {
+        let place = self.change().take_zeros(range)?;
         let made = place.make_room();
         self.settle(&place, made)
     }
 
     fn settle(
         &self,
-        place: &Place,
+        place: &RunWrite,
         written: Result<(), WritableError>,
     ) -> Result<(), WritableError> {
         if let Err(error) = written {

@@ -22,8 +22,11 @@ use parking_lot::RwLock;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::{Content, Extents, Named, WritableError, WrittenRun, runs, seal, view, whole_sectors};
-use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, Record};
+use super::{
+    Extents, Named, RunContent, WritableError, WrittenRun, runs, seal, view, whole_sectors,
+};
+use crate::DiskRange;
+use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER, LsmtHeader};
 use formats::lsmt::{FIRST_SECTOR, RECORD};
 use formats::units::{Bytes, SECTOR, Sectors};
 
@@ -34,7 +37,7 @@ const FLAG_SPARSE: u32 = 1 << 4;
 const MAX_BLOCK: u64 = 1 << 20;
 
 /// True if a data file with this header is that of a writable sparse layer.
-pub(super) fn is_sparse(header: &Record) -> bool {
+pub(super) fn is_sparse(header: &LsmtHeader) -> bool {
     header.flags == FLAG_HEADER | FLAG_DATA | FLAG_SPARSE
 }
 
@@ -50,7 +53,7 @@ pub fn is_sparse_file(path: &Path) -> Result<bool, WritableError> {
 #[cfg(test)]
 pub(crate) fn empty_file(virtual_size: Bytes) -> Vec<u8> {
     use formats::lsmt::Uuid;
-    let record = Record {
+    let record = LsmtHeader {
         flags: 0x13, // the spec's literal value, not this program's constants
         index_offset: 0,
         index_size: 0,
@@ -73,7 +76,7 @@ pub(super) fn written(data: &Named, end: u64) -> Result<Extents, WritableError> 
         if first >= last {
             break;
         }
-        extents.insert(first - FIRST_SECTOR.0, last - first, Content::At(first));
+        extents.insert(first - FIRST_SECTOR.0, last - first, RunContent::At(first));
         at = to;
     }
     Ok(extents)
@@ -91,7 +94,7 @@ fn next(file: &File, from: SeekFrom) -> io::Result<Option<u64>> {
 /// A sparse layer for many threads.
 pub struct SparseLayer {
     data: Named,
-    header: Record,
+    header: LsmtHeader,
     block: u64,
     written: RwLock<Extents>,
 }
@@ -149,9 +152,10 @@ impl SparseLayer {
     /// # Errors
     /// [`WritableError`]; the content of the range is then unspecified.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), WritableError> {
-        let (lba, count) = whole_sectors(self.header.virtual_size, offset, bytes.len() as u64)?;
+        let (lba, count) =
+            whole_sectors(self.header.virtual_size, DiskRange::new(offset, bytes.len() as u64))?;
         self.data.file.write_all_at(bytes, RECORD + offset).map_err(self.data.error("write"))?;
-        let place = Content::At(FIRST_SECTOR.0 + lba.0);
+        let place = RunContent::At(FIRST_SECTOR.0 + lba.0);
         let mut written = self.written.write();
         written.insert(lba.0, count, place);
         Ok(())

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use formats::lsmt::{Layer, LayerKind, Place, Stack};
+use formats::lsmt::{LsmtLayer, RunPlace, Stack, TagMeaning};
 use source::{ByteSource as _, MemorySource};
 
 const SIZE: u64 = 1 << 20;
@@ -15,7 +15,7 @@ fn files(dir: &Path) -> WritableFiles {
 }
 
 fn layer(dir: &Path) -> WritableLayer {
-    WritableLayer::create(&files(dir), Bytes(SIZE), Identity::default()).unwrap()
+    WritableLayer::create(&files(dir), Bytes(SIZE), LayerIdentity::default()).unwrap()
 }
 
 /// Reads the whole disk, with no layer below.
@@ -33,19 +33,19 @@ fn read_all(layer: &WritableLayer) -> Vec<u8> {
 }
 
 fn committed(layer: &mut WritableLayer) -> Vec<u8> {
-    layer.commit(Vec::new(), Bytes(SIZE), Identity::default()).unwrap()
+    layer.commit(Vec::new(), Bytes(SIZE), LayerIdentity::default()).unwrap()
 }
 
 /// Reads the whole disk of a committed layer through the reading half of this module.
 fn read_committed(bytes: &[u8]) -> Vec<u8> {
     let source = Arc::new(MemorySource::new("committed", bytes.to_vec()));
-    let layer = Layer::open(&*source, LayerKind::Plain).unwrap();
+    let layer = LsmtLayer::open(&*source, TagMeaning::Plain).unwrap();
     let stack = Stack::merge(&[&layer]).unwrap();
     let mut disk = vec![0; SIZE as usize];
     for run in stack.look_up(Sectors(0), Sectors(SIZE / SECTOR)) {
         let at = (run.lba.0 * SECTOR) as usize;
         let part = &mut disk[at..at + (run.len.0 * SECTOR) as usize];
-        if let Place::Own(at) = run.place {
+        if let RunPlace::Own(at) = run.place {
             source.read_exact_at(part, at.0 * SECTOR).unwrap();
         }
     }
@@ -73,20 +73,20 @@ fn sparse_layer(dir: &Path, size: u64) -> SparseLayer {
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+enum WriteStep {
     Write(u64, u64, u8),
     Discard(u64, u64),
     Flush,
     Reopen,
 }
 
-fn steps() -> impl Strategy<Value = Vec<Step>> {
+fn steps() -> impl Strategy<Value = Vec<WriteStep>> {
     let range = (0_u64..2000, 1_u64..48);
     let step = prop_oneof![
-        6 => (range.clone(), any::<u8>()).prop_map(|((at, len), fill)| Step::Write(at, len, fill)),
-        2 => range.prop_map(|(at, len)| Step::Discard(at, len)),
-        1 => Just(Step::Flush),
-        1 => Just(Step::Reopen),
+        6 => (range.clone(), any::<u8>()).prop_map(|((at, len), fill)| WriteStep::Write(at, len, fill)),
+        2 => range.prop_map(|(at, len)| WriteStep::Discard(at, len)),
+        1 => Just(WriteStep::Flush),
+        1 => Just(WriteStep::Reopen),
     ];
     prop::collection::vec(step, 1..60)
 }
@@ -101,17 +101,17 @@ proptest! {
         let mut model = vec![0_u8; SIZE as usize];
         for step in steps {
             match step {
-                Step::Write(at, len, fill) => {
+                WriteStep::Write(at, len, fill) => {
                     let bytes = vec![fill; (len * SECTOR) as usize];
                     layer.write(at * SECTOR, &bytes).unwrap();
                     model[(at * SECTOR) as usize..][..bytes.len()].copy_from_slice(&bytes);
                 }
-                Step::Discard(at, len) => {
-                    layer.discard(at * SECTOR, len * SECTOR).unwrap();
+                WriteStep::Discard(at, len) => {
+                    layer.discard(DiskRange::new(at * SECTOR, len * SECTOR)).unwrap();
                     model[(at * SECTOR) as usize..][..(len * SECTOR) as usize].fill(0);
                 }
-                Step::Flush => layer.flush().unwrap(),
-                Step::Reopen => {
+                WriteStep::Flush => layer.flush().unwrap(),
+                WriteStep::Reopen => {
                     layer.flush().unwrap();
                     drop(layer);
                     layer = WritableLayer::open(&files(dir.path())).unwrap();
@@ -212,7 +212,7 @@ fn what_was_flushed_survives_any_cut_of_what_came_after() {
     let (data, index) = (dir.path().join(DATA_NAME), dir.path().join(INDEX_NAME));
     let kept = [fs::metadata(&data).unwrap().len(), fs::metadata(&index).unwrap().len()];
     first.write(0, &[3; 4096]).unwrap();
-    first.discard(4096, 512).unwrap();
+    first.discard(DiskRange::new(4096, 512)).unwrap();
     first.write(1 << 19, &[4; 20 * 512]).unwrap();
     first.flush().unwrap();
     let after = read_all(&first);
@@ -285,7 +285,7 @@ fn a_layer_is_one_process_s_at_a_time_and_is_made_once() {
     assert!(matches!(WritableLayer::open(&files(dir.path())), Err(WritableError::Busy { .. })));
     drop(first);
     WritableLayer::open(&files(dir.path())).unwrap();
-    let again = WritableLayer::create(&files(dir.path()), Bytes(SIZE), Identity::default());
+    let again = WritableLayer::create(&files(dir.path()), Bytes(SIZE), LayerIdentity::default());
     assert!(again.is_err_and(|error| error.to_string().contains(DATA_NAME)));
 }
 
@@ -298,7 +298,10 @@ fn ranges_off_the_sectors_or_off_the_disk_are_refused() {
     {
         let bytes = vec![0; len as usize];
         assert!(matches!(layer.write(offset, &bytes), Err(WritableError::Range { .. })));
-        assert!(matches!(layer.discard(offset, len), Err(WritableError::Range { .. })));
+        assert!(matches!(
+            layer.discard(DiskRange::new(offset, len)),
+            Err(WritableError::Range { .. })
+        ));
     }
     assert!(layer.is_empty());
 }
@@ -340,7 +343,7 @@ fn a_commit_holds_no_garbage_and_its_entries_are_cut_as_upstreams_are() {
     let bytes = committed(&mut layer);
     assert_eq!(bytes.len() as u64, 4096 + 80 * 4096 + 4096 + 4096);
     let source = MemorySource::new("committed", bytes);
-    let read = Layer::open(&source, LayerKind::Plain).unwrap();
+    let read = LsmtLayer::open(&source, TagMeaning::Plain).unwrap();
     let shape: Vec<(u64, u16, bool)> =
         read.mappings().iter().map(|entry| (entry.lba.0, entry.len, entry.zeroed)).collect();
     assert_eq!(shape, [(0, 320, false), (320, 160, true), (480, 320, false)]);
@@ -361,7 +364,7 @@ fn threads_that_write_and_flush_at_once_lose_nothing() {
                     let at = thread * PART + round % 7 * 4096;
                     shared.write(at, &[fill; 8192]).unwrap();
                     if round % 5 == 0 {
-                        shared.discard(thread * PART + 65_536, 4096).unwrap();
+                        shared.discard(DiskRange::new(thread * PART + 65_536, 4096)).unwrap();
                         shared.flush().unwrap();
                     }
                     // A read returns acknowledged writes.
@@ -405,7 +408,7 @@ fn a_flush_that_found_no_space_can_be_repeated_and_keeps_the_order() {
     let batch = first.take_batch().unwrap().unwrap();
     first.write(0, &[2; 512]).unwrap();
     let full = io::Error::from_raw_os_error(libc::ENOSPC);
-    let failure = Failure::Passing(first.index.error("write")(full));
+    let failure = BatchFailure::Passing(first.index.error("write")(full));
     let error = first.end_batch(batch, Err(failure)).unwrap_err();
     assert!(error.is_full(), "{error}");
     first.flush().unwrap();
@@ -416,7 +419,7 @@ fn a_flush_that_found_no_space_can_be_repeated_and_keeps_the_order() {
     again.write(0, &[3; 512]).unwrap();
     let batch = again.take_batch().unwrap().unwrap();
     let lost = io::Error::from_raw_os_error(libc::EIO);
-    let failure = Failure::Lasting(again.data.error("flush")(lost));
+    let failure = BatchFailure::Lasting(again.data.error("flush")(lost));
     assert!(again.end_batch(batch, Err(failure)).is_err());
     assert!(matches!(again.flush(), Err(WritableError::Broken { .. })));
     assert!(matches!(again.write(0, &[4; 512]), Err(WritableError::Broken { .. })));
@@ -426,11 +429,11 @@ fn a_flush_that_found_no_space_can_be_repeated_and_keeps_the_order() {
 fn a_write_that_fails_leaves_its_place_to_the_next() {
     let dir = tempfile::tempdir().unwrap();
     let mut first = layer(dir.path());
-    let failed = first.take_place(0, 1024).unwrap();
-    let other = first.take_place(4096, 512).unwrap();
+    let failed = first.take_place(DiskRange::new(0, 1024)).unwrap();
+    let other = first.take_place(DiskRange::new(4096, 512)).unwrap();
     first.give_back(&failed);
     first.give_back(&other);
-    let next = first.take_place(8192, 512).unwrap();
+    let next = first.take_place(DiskRange::new(8192, 512)).unwrap();
     assert_eq!(next.content, other.content, "the last place is free again");
     assert_eq!((next.index_end, first.promised), (RECORD + ENTRY, 1));
 }

@@ -7,8 +7,8 @@ use super::log::Log;
 use super::place::records;
 use super::sparse::{self, is_sparse};
 use super::{Extents, Named, WritableError, WritableFiles};
-use formats::lsmt::Layer;
-use formats::lsmt::layer::{FLAG_DATA, FLAG_SEALED, Record, Uuid};
+use formats::lsmt::LsmtLayer;
+use formats::lsmt::layer::{FLAG_DATA, FLAG_SEALED, LsmtHeader, Uuid};
 use formats::lsmt::mapping::Mapping;
 use formats::units::SECTOR;
 
@@ -18,7 +18,7 @@ use formats::units::SECTOR;
 ///
 /// # Errors
 /// [`WritableError`].
-pub fn view(files: &WritableFiles) -> Result<Layer, WritableError> {
+pub fn view(files: &WritableFiles) -> Result<LsmtLayer, WritableError> {
     let data = Named::open_to_read(&files.data)?;
     let header = data.header()?;
     let end = data.len()? / SECTOR;
@@ -31,7 +31,7 @@ pub fn view(files: &WritableFiles) -> Result<Layer, WritableError> {
         (log.extents, log.position)
     };
     let mappings = mappings(&extents, end);
-    let trailer = Record {
+    let trailer = LsmtHeader {
         flags: FLAG_DATA | FLAG_SEALED,
         index_offset: end * SECTOR,
         index_size: mappings.len() as u64,
@@ -39,7 +39,7 @@ pub fn view(files: &WritableFiles) -> Result<Layer, WritableError> {
         ..header
     };
     let name = files.data.display().to_string();
-    Layer::of_mappings(name, trailer, mappings).map_err(WritableError::Commit)
+    LsmtLayer::of_mappings(name, trailer, mappings).map_err(WritableError::Commit)
 }
 
 /// The runs as entries of an index, in the order of the disk; `end` is the end of the payload.

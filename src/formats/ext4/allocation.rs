@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::Ext4Error;
-use super::geometry::{BLOCK, Layout};
+use super::geometry::{BLOCK, FilesystemLayout};
 use crate::units::Bytes;
 
 /// Bits of a bitmap block.
@@ -266,7 +266,7 @@ pub(super) struct Blocks {
 }
 
 impl Blocks {
-    pub(super) fn new(layout: &Layout) -> Blocks {
+    pub(super) fn new(layout: &FilesystemLayout) -> Blocks {
         let groups = layout.group_count();
         let mut bitmaps = Bitmaps::new(layout.group_blocks, layout.blocks, groups);
         bitmaps.mark(0, layout.metadata, true);
@@ -280,7 +280,7 @@ impl Blocks {
 
     /// The blocks of a disk with the free runs `free`; those from block `data` on are for file data.
     pub(super) fn continued(
-        layout: &Layout,
+        layout: &FilesystemLayout,
         bitmaps: Bitmaps,
         free: &[BlockRun],
         data: u64,
@@ -358,7 +358,7 @@ pub(super) struct InodeAccount {
 
 impl Inodes {
     /// All numbers below `first` are in use; `first` itself is only given out by [`Inodes::claim`].
-    pub(super) fn new(layout: &Layout, first: u32) -> Inodes {
+    pub(super) fn new(layout: &FilesystemLayout, first: u32) -> Inodes {
         let last = layout.inodes();
         let per_group = layout.group_inodes;
         let mut bitmaps = Bitmaps::new(per_group, u64::from(last), layout.group_count());
@@ -373,7 +373,7 @@ impl Inodes {
 
     /// The inodes of a disk with the free runs of numbers `free`, less one.
     pub(super) fn continued(
-        layout: &Layout,
+        layout: &FilesystemLayout,
         bitmaps: Bitmaps,
         accounts: Vec<InodeAccount>,
         free: impl IntoIterator<Item = BlockRun>,

@@ -2,7 +2,7 @@
 
 use super::Ext4Error;
 use super::allocation::{BlockRun, Blocks};
-use super::extent::{Extent, append};
+use super::extent::{InodeExtent, append};
 use super::file::DataRun;
 use super::geometry::BLOCK;
 use super::layer::LayerBlocks;
@@ -37,7 +37,7 @@ pub enum DataError {
 }
 
 /// A contiguous part of a file on a contiguous part of the disk.
-struct Segment {
+struct FileSegment {
     logical: u64,
     run: BlockRun,
 }
@@ -67,7 +67,7 @@ pub(super) fn place(
     runs: &[DataRun],
     blocks: &mut Blocks,
     layer: &mut LayerBlocks,
-) -> Result<Vec<Extent>, Ext4Error> {
+) -> Result<Vec<InodeExtent>, Ext4Error> {
     let ranges = covered(runs);
     blocks.require(ranges.iter().map(|&(first, end)| end - first).sum())?;
     let mut segments = Vec::with_capacity(ranges.len());
@@ -78,7 +78,7 @@ pub(super) fn place(
             let run = blocks.take(end - logical, true)?;
             // Below 2^32, because a file is not longer than FILE_MAX.
             append(&mut extents, logical as u32, run);
-            segments.push(Segment { logical, run });
+            segments.push(FileSegment { logical, run });
             logical += run.count;
         }
     }
@@ -101,7 +101,7 @@ fn covered(runs: &[DataRun]) -> Vec<(u64, u64)> {
 }
 
 /// Maps the sectors of each run.
-fn map(runs: &[DataRun], segments: &[Segment], layer: &mut LayerBlocks) {
+fn map(runs: &[DataRun], segments: &[FileSegment], layer: &mut LayerBlocks) {
     let mut stored = StoredSectors { layer, open: None };
     let mut segments = segments.iter().peekable();
     for run in runs {

@@ -20,7 +20,7 @@ const DOTS: usize = 24;
 
 /// A name in a directory.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Entry<'a> {
+pub(super) struct DirectoryEntry<'a> {
     pub(super) name: &'a [u8],
     pub(super) inode: u32,
     /// One of [`file_type`]'s constants.
@@ -74,12 +74,12 @@ impl Style {
 pub(super) fn encode(
     own: u32,
     parent: u32,
-    entries: &[Entry],
+    entries: &[DirectoryEntry],
     style: Style,
 ) -> Result<Directory, TooManyEntries> {
     let dots = [
-        Entry { name: b".", inode: own, file_type: file_type::DIRECTORY },
-        Entry { name: b"..", inode: parent, file_type: file_type::DIRECTORY },
+        DirectoryEntry { name: b".", inode: own, file_type: file_type::DIRECTORY },
+        DirectoryEntry { name: b"..", inode: parent, file_type: file_type::DIRECTORY },
     ];
     let room = style.leaf_room();
     if DOTS + entries.iter().map(|entry| length(entry.name)).sum::<usize>() <= room {
@@ -88,7 +88,7 @@ pub(super) fn encode(
         style.checksum.seal_leaf(&mut bytes);
         return Ok(Directory { bytes, indexed: false });
     }
-    let mut sorted: Vec<(NameHash, &Entry)> =
+    let mut sorted: Vec<(NameHash, &DirectoryEntry)> =
         entries.iter().map(|entry| (hash(entry.name, style.hash), entry)).collect();
     sorted.sort_unstable_by_key(|&(hash, entry)| (hash, entry.name));
     let leaves = cut(&sorted, room);
@@ -113,12 +113,12 @@ pub(super) fn encode(
 /// The entries of a leaf block, and the hash that leads to it.
 struct Leaf<'a> {
     first: u32,
-    entries: &'a [(NameHash, &'a Entry<'a>)],
+    entries: &'a [(NameHash, &'a DirectoryEntry<'a>)],
 }
 
 /// Cuts the sorted entries into full leaf blocks. If a cut separates names with the same hash, the lowest bit
 /// of the second leaf's hash tells a reader at the end of the first to continue there.
-fn cut<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)], room: usize) -> Vec<Leaf<'a>> {
+fn cut<'a>(sorted: &'a [(NameHash, &'a DirectoryEntry<'a>)], room: usize) -> Vec<Leaf<'a>> {
     let mut leaves = Vec::new();
     let mut start = 0;
     let mut size = 0;
@@ -134,7 +134,11 @@ fn cut<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)], room: usize) -> Vec<Leaf<'a>
     leaves
 }
 
-fn leaf<'a>(sorted: &'a [(NameHash, &'a Entry<'a>)], start: usize, end: usize) -> Leaf<'a> {
+fn leaf<'a>(
+    sorted: &'a [(NameHash, &'a DirectoryEntry<'a>)],
+    start: usize,
+    end: usize,
+) -> Leaf<'a> {
     let first = sorted[start].0.major;
     let continued = start > 0 && sorted[start - 1].0.major == first;
     Leaf { first: first | u32::from(continued), entries: &sorted[start..end] }
@@ -180,7 +184,7 @@ fn length(name: &[u8]) -> usize {
 }
 
 /// Writes entries one behind the other; the last one extends to the end of the block.
-fn chain<'a>(block: &mut [u8], entries: impl Iterator<Item = &'a Entry<'a>>) {
+fn chain<'a>(block: &mut [u8], entries: impl Iterator<Item = &'a DirectoryEntry<'a>>) {
     let mut at = 0;
     let mut last = 0;
     for entry in entries {

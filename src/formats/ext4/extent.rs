@@ -18,14 +18,14 @@ const ENTRY: usize = 12;
 
 /// An extent: the `count` blocks of a file from `logical` on lie at `physical`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Extent {
+pub(super) struct InodeExtent {
     pub(super) logical: u32,
     pub(super) physical: u64,
     pub(super) count: u32,
 }
 
 /// Appends a run of blocks, joined to the last extent if it continues that one in the file and on the disk.
-pub(super) fn append(extents: &mut Vec<Extent>, logical: u32, run: BlockRun) {
+pub(super) fn append(extents: &mut Vec<InodeExtent>, logical: u32, run: BlockRun) {
     let BlockRun { mut start, mut count } = run;
     let mut logical = logical;
     if let Some(last) = extents.last_mut()
@@ -40,7 +40,7 @@ pub(super) fn append(extents: &mut Vec<Extent>, logical: u32, run: BlockRun) {
     }
     while count > 0 {
         let part = count.min(u64::from(LONGEST)) as u32;
-        extents.push(Extent { logical, physical: start, count: part });
+        extents.push(InodeExtent { logical, physical: start, count: part });
         // The last block of the largest file is 2^32 - 2, so this can overflow only at the end.
         logical = logical.saturating_add(part);
         start += u64::from(part);
@@ -60,14 +60,14 @@ pub(super) fn tree_blocks(extents: usize) -> usize {
 }
 
 /// The blocks of all extents, in the order of the file.
-pub(super) fn places(extents: &[Extent]) -> impl Iterator<Item = u64> {
+pub(super) fn places(extents: &[InodeExtent]) -> impl Iterator<Item = u64> {
     extents.iter().flat_map(|extent| extent.physical..extent.physical + u64::from(extent.count))
 }
 
 /// Encodes the tree: returns the bytes for the inode, and passes each block outside it to `write`. `blocks`
 /// are the positions of those, [`tree_blocks`] many.
 pub(super) fn encode(
-    extents: &[Extent],
+    extents: &[InodeExtent],
     blocks: &[u64],
     mut write: impl FnMut(u64, &mut [u8; BLOCK]),
 ) -> [u8; 60] {
@@ -101,7 +101,7 @@ fn fill(node: &mut [u8], entries: &[(u32, [u8; ENTRY])], most: usize, depth: u16
     }
 }
 
-fn leaf_entry(extent: &Extent) -> (u32, [u8; ENTRY]) {
+fn leaf_entry(extent: &InodeExtent) -> (u32, [u8; ENTRY]) {
     let mut entry = [0; ENTRY];
     put32(&mut entry, 0, extent.logical);
     put16(&mut entry, 4, extent.count as u16);

@@ -84,7 +84,7 @@ impl DataRun {
 
 /// Kind of a node, with its content.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Kind {
+pub enum NodeKind {
     /// A directory; [`Tree::children`](super::Tree::children) returns its entries.
     Directory,
     /// A regular file.

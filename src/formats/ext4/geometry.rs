@@ -78,7 +78,7 @@ pub(super) struct GroupPlaces {
 
 /// Sizes and positions of the fixed parts: as drawn above for a new disk, as found for a continued one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Layout {
+pub(super) struct FilesystemLayout {
     /// Blocks of the disk.
     pub(super) blocks: u64,
     /// Blocks of a group; the last group may be short.
@@ -98,8 +98,8 @@ pub(super) struct Layout {
     pub(super) data: u64,
 }
 
-impl Layout {
-    pub(super) fn new(geometry: Geometry) -> Result<Layout, Ext4Error> {
+impl FilesystemLayout {
+    pub(super) fn new(geometry: Geometry) -> Result<FilesystemLayout, Ext4Error> {
         let size = geometry.size;
         if size < Geometry::MIN || size > Geometry::MAX || !size.0.is_multiple_of(BLOCK as u64) {
             return Err(Ext4Error::BadSize { size });
@@ -119,7 +119,7 @@ impl Layout {
             inode_bitmap: inode_bitmaps + (groups - 1 - group),
             inode_table: inode_tables + group * TABLE_BLOCKS,
         };
-        Ok(Layout {
+        Ok(FilesystemLayout {
             blocks,
             group_blocks: GROUP_BLOCKS as u32,
             group_inodes: GROUP_INODES,
@@ -153,7 +153,7 @@ impl Layout {
         (u64::from(self.group_inodes) * self.inode_size as u64).div_ceil(BLOCK as u64)
     }
 
-    /// The block with an inode in it, and its first byte there. `inode` is from 1 to [`Layout::inodes`].
+    /// The block with an inode in it, and its first byte there. `inode` is from 1 to [`FilesystemLayout::inodes`].
     pub(super) fn inode_place(&self, inode: u32) -> (u64, usize) {
         let (group, nth) = ((inode - 1) / self.group_inodes, (inode - 1) % self.group_inodes);
         let at = nth as usize * self.inode_size;

@@ -3,7 +3,7 @@
 
 use super::checksum::Checksums;
 use super::field::{get16, high16, high32, low16, low32, put16, put32};
-use super::geometry::{DESCRIPTOR, GroupPlaces, Layout};
+use super::geometry::{DESCRIPTOR, FilesystemLayout, GroupPlaces};
 
 /// The inode bitmap was never written: no inode of the group is in use.
 pub(super) const INODE_UNINIT: u16 = 1;
@@ -29,7 +29,7 @@ pub(super) struct Counts {
 }
 
 /// The descriptors of an empty new disk, in whole blocks, without their counts.
-pub(super) fn fresh(layout: &Layout) -> Vec<u8> {
+pub(super) fn fresh(layout: &FilesystemLayout) -> Vec<u8> {
     let mut bytes = vec![0; layout.descriptors.len() * super::geometry::BLOCK];
     for (record, places) in bytes.chunks_exact_mut(DESCRIPTOR).zip(&layout.groups) {
         let GroupPlaces { block_bitmap, inode_bitmap, inode_table } = *places;
@@ -46,7 +46,7 @@ pub(super) fn fresh(layout: &Layout) -> Vec<u8> {
 pub(super) fn update(
     record: &mut [u8],
     counts: Counts,
-    layout: &Layout,
+    layout: &FilesystemLayout,
     sums: Checksums,
     blocks: bool,
 ) {

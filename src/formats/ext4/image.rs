@@ -10,15 +10,15 @@ use std::ops::Range;
 
 use super::allocation::{BlockRun, Blocks, Inodes};
 use super::checksum::{Checksums, InodeChecksum};
-use super::directory::{self, Entry, Style, file_type};
-use super::extent::{self, Extent};
-use super::file::{Attributes, Kind};
-use super::geometry::{BLOCK, Geometry, Layout};
+use super::directory::{self, DirectoryEntry, Style, file_type};
+use super::extent::{self, InodeExtent};
+use super::file::{Attributes, NodeKind};
+use super::geometry::{BLOCK, FilesystemLayout, Geometry};
 use super::group::{self, Counts};
 use super::hash::HashRule;
-use super::inode::{self, Content, Fields, INLINE_SYMLINK, Xattrs};
+use super::inode::{self, Fields, INLINE_SYMLINK, InodeContent, Xattrs};
 use super::layer::{Emitted, LayerBlocks};
-use super::superblock::{self, EXTRA_ISIZE, FIRST_INODE, Identity};
+use super::superblock::{self, EXTRA_ISIZE, FIRST_INODE, FilesystemIdentity};
 use super::table::InodeTable;
 use super::tree::{NodeId, Tree};
 use super::xattr::SharedBlocks;
@@ -31,11 +31,11 @@ pub(super) const LOST_AND_FOUND_NAME: &[u8] = b"lost+found";
 
 /// Inode and blocks of a file on the disk.
 #[derive(Debug, Default)]
-pub(super) struct Record {
+pub(super) struct FileRecord {
     pub(super) inode: u32,
     pub(super) directory: bool,
     /// Extents of its content.
-    pub(super) extents: Vec<Extent>,
+    pub(super) extents: Vec<InodeExtent>,
     /// Blocks of its extent tree, or of indirect pointers in an older file.
     pub(super) tree: Vec<u64>,
     pub(super) xattr_block: Option<u64>,
@@ -46,7 +46,7 @@ pub(super) struct Record {
     pub(super) kept_xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
 }
 
-impl Record {
+impl FileRecord {
     /// Number of blocks of every kind.
     fn blocks(&self) -> u64 {
         let content: u64 = self.extents.iter().map(|extent| u64::from(extent.count)).sum();
@@ -70,13 +70,13 @@ pub(super) struct Rules {
 /// An ext4 filesystem that is built layer by layer.
 #[derive(Debug)]
 pub struct Image {
-    pub(super) layout: Layout,
+    pub(super) layout: FilesystemLayout,
     pub(super) rules: Rules,
     pub(super) blocks: Blocks,
     pub(super) inodes: Inodes,
     pub(super) emitted: Emitted,
     /// Records by node number.
-    pub(super) records: Vec<Option<Record>>,
+    pub(super) records: Vec<Option<FileRecord>>,
     pub(super) table: InodeTable,
     /// All group descriptors, in whole blocks.
     pub(super) descriptors: Vec<u8>,
@@ -85,7 +85,7 @@ pub struct Image {
     /// Block 0, without the counts.
     pub(super) superblock: Box<[u8; BLOCK]>,
     /// The filesystem's own `lost+found`, which is not in the tree.
-    pub(super) lost_and_found: Option<Record>,
+    pub(super) lost_and_found: Option<FileRecord>,
     /// Attribute blocks that several files share.
     pub(super) shared_xattrs: SharedBlocks,
     /// The tree's change counter at the last commit.
@@ -97,8 +97,8 @@ impl Image {
     ///
     /// # Errors
     /// [`Ext4Error`] if the size is out of bounds.
-    pub fn new(geometry: Geometry, identity: Identity) -> Result<Image, Ext4Error> {
-        let layout = Layout::new(geometry)?;
+    pub fn new(geometry: Geometry, identity: FilesystemIdentity) -> Result<Image, Ext4Error> {
+        let layout = FilesystemLayout::new(geometry)?;
         let seed = superblock::seed_words(&identity.hash_seed);
         let rules = Rules {
             checksums: Checksums::Descriptors { uuid: identity.uuid },
@@ -181,7 +181,7 @@ impl Image {
     }
 
     /// Frees an inode and all its blocks.
-    fn release_record(&mut self, mut record: Record) {
+    fn release_record(&mut self, mut record: FileRecord) {
         for extent in &record.extents {
             release(
                 &mut self.blocks,
@@ -200,7 +200,7 @@ impl Image {
     }
 
     /// Releases a file's attribute block.
-    fn release_xattrs(&mut self, record: &mut Record) {
+    fn release_xattrs(&mut self, record: &mut FileRecord) {
         if let Some(block) = record.xattr_block.take()
             && self.shared_xattrs.release(block)
         {
@@ -217,14 +217,14 @@ impl Image {
             }
             let slot = &mut self.records[node.index()];
             if slot.is_none() {
-                let directory = *tree.kind(node) == Kind::Directory;
+                let directory = *tree.kind(node) == NodeKind::Directory;
                 let inode = if node == tree.root() {
                     self.inodes.count_directory(ROOT_INODE);
                     ROOT_INODE
                 } else {
                     self.inodes.take(directory)?
                 };
-                *slot = Some(Record { inode, directory, ..Record::default() });
+                *slot = Some(FileRecord { inode, directory, ..FileRecord::default() });
                 new.push(node);
             }
         }
@@ -240,7 +240,7 @@ impl Image {
     ) -> Result<(), Ext4Error> {
         let mut files = Vec::new();
         for &node in new {
-            if let Kind::Regular { size, ref runs } = *tree.kind(node) {
+            if let NodeKind::Regular { size, ref runs } = *tree.kind(node) {
                 data::check(size, runs)
                     .map_err(|source| Ext4Error::Data { path: tree.path(node), source })?;
                 if let Some(first) = runs.iter().map(|run| run.tar_offset).min() {
@@ -263,15 +263,15 @@ impl Image {
         &mut self,
         tree: &Tree,
         node: NodeId,
-        record: &mut Record,
+        record: &mut FileRecord,
         layer: &mut LayerBlocks,
     ) -> Result<(), Ext4Error> {
         let kind = tree.kind(node);
         let own = self.inode_record(record);
         let sums = self.rules.checksums.of_inode(record.inode, inode::generation(&own));
         let xattrs = self.write_xattrs(tree, node, record, inode::xattr_room(&own), layer)?;
-        let content = if record.kept && *kind != Kind::Directory {
-            Content::Kept
+        let content = if record.kept && *kind != NodeKind::Directory {
+            InodeContent::Kept
         } else {
             self.write_kind(tree, node, record, sums, layer)?
         };
@@ -287,21 +287,21 @@ impl Image {
         &mut self,
         tree: &Tree,
         node: NodeId,
-        record: &mut Record,
+        record: &mut FileRecord,
         sums: InodeChecksum,
         layer: &mut LayerBlocks,
-    ) -> Result<Content, Ext4Error> {
+    ) -> Result<InodeContent, Ext4Error> {
         let kind = tree.kind(node);
         let mut indexed = false;
         let size = match kind {
-            Kind::Directory => {
+            NodeKind::Directory => {
                 let content = self.directory(tree, node, record.inode, sums)?;
                 self.write_content(record, &content.bytes, layer)?;
                 indexed = content.indexed;
                 content.bytes.len() as u64
             }
-            Kind::Regular { size, .. } => size.0,
-            Kind::Symlink(target) => {
+            NodeKind::Regular { size, .. } => size.0,
+            NodeKind::Symlink(target) => {
                 if target.len() > INLINE_SYMLINK {
                     let mut block = [0; BLOCK];
                     block[..target.len()].copy_from_slice(target);
@@ -309,19 +309,19 @@ impl Image {
                 }
                 target.len() as u64
             }
-            Kind::Char { .. } | Kind::Block { .. } | Kind::Fifo | Kind::Socket => 0,
+            NodeKind::Char { .. } | NodeKind::Block { .. } | NodeKind::Fifo | NodeKind::Socket => 0,
         };
         let has_extents = match kind {
-            Kind::Directory | Kind::Regular { .. } => true,
+            NodeKind::Directory | NodeKind::Regular { .. } => true,
             _ => !record.extents.is_empty(),
         };
         let extents =
             if has_extents { Some(self.write_extents(record, sums, layer)?) } else { None };
-        Ok(Content::New { size, extents, indexed })
+        Ok(InodeContent::New { size, extents, indexed })
     }
 
     /// The present inode of a file: the one of the lower layers, or a blank one.
-    fn inode_record(&self, record: &Record) -> Vec<u8> {
+    fn inode_record(&self, record: &FileRecord) -> Vec<u8> {
         let present = record.kept.then(|| self.table.get(&self.layout, record.inode)).flatten();
         present.map_or_else(
             || inode::blank(self.layout.inode_size, self.rules.extra_isize),
@@ -331,7 +331,7 @@ impl Image {
 
     fn write_inode(
         &mut self,
-        record: &Record,
+        record: &FileRecord,
         mut own: Vec<u8>,
         fields: &Fields,
         attributes: &Attributes,
@@ -351,14 +351,14 @@ impl Image {
         let is_root = node == tree.root();
         let mut entries = Vec::new();
         for (name, child) in tree.children(node) {
-            entries.push(Entry {
+            entries.push(DirectoryEntry {
                 name,
                 inode: self.inode(child),
                 file_type: entry_type(tree.kind(child)),
             });
         }
         if is_root && let Some(own) = &self.lost_and_found {
-            let entry = Entry {
+            let entry = DirectoryEntry {
                 name: LOST_AND_FOUND_NAME,
                 inode: own.inode,
                 file_type: file_type::DIRECTORY,
@@ -384,7 +384,7 @@ impl Image {
     /// Writes whole blocks into the file's blocks, after adding or freeing blocks at its end.
     fn write_content(
         &mut self,
-        record: &mut Record,
+        record: &mut FileRecord,
         bytes: &[u8],
         layer: &mut LayerBlocks,
     ) -> Result<(), Ext4Error> {
@@ -420,7 +420,7 @@ impl Image {
 
     fn write_extents(
         &mut self,
-        record: &mut Record,
+        record: &mut FileRecord,
         sums: InodeChecksum,
         layer: &mut LayerBlocks,
     ) -> Result<[u8; 60], Ext4Error> {
@@ -444,7 +444,7 @@ impl Image {
         &mut self,
         tree: &Tree,
         node: NodeId,
-        record: &mut Record,
+        record: &mut FileRecord,
         room: usize,
         layer: &mut LayerBlocks,
     ) -> Result<Xattrs, Ext4Error> {
@@ -484,8 +484,8 @@ impl Image {
             (false, true) => {
                 let block = self.blocks.metadata_block()?;
                 let inode = self.inodes.claim(self.rules.first_inode)?;
-                let extents = vec![Extent { logical: 0, physical: block, count: 1 }];
-                let own = Record { inode, directory: true, extents, ..Record::default() };
+                let extents = vec![InodeExtent { logical: 0, physical: block, count: 1 }];
+                let own = FileRecord { inode, directory: true, extents, ..FileRecord::default() };
                 self.write_own_directory(&own, layer)?;
                 self.lost_and_found = Some(own);
             }
@@ -501,7 +501,7 @@ impl Image {
 
     fn write_own_directory(
         &mut self,
-        own: &Record,
+        own: &FileRecord,
         layer: &mut LayerBlocks,
     ) -> Result<(), Ext4Error> {
         let style =
@@ -513,10 +513,10 @@ impl Image {
         }
         let record = self.inode_record(own);
         let fields = Fields {
-            kind: &Kind::Directory,
+            kind: &NodeKind::Directory,
             links: 2,
             blocks: own.blocks(),
-            content: Content::New {
+            content: InodeContent::New {
                 size: BLOCK as u64,
                 extents: Some(extent::encode(&own.extents, &[], |_, _| {})),
                 indexed: false,
@@ -589,14 +589,14 @@ fn release(blocks: &mut Blocks, emitted: &mut Emitted, start: u64, count: u64, m
     }
 }
 
-fn entry_type(kind: &Kind) -> u8 {
+fn entry_type(kind: &NodeKind) -> u8 {
     match kind {
-        Kind::Directory => file_type::DIRECTORY,
-        Kind::Regular { .. } => file_type::REGULAR,
-        Kind::Symlink(_) => file_type::SYMLINK,
-        Kind::Char { .. } => file_type::CHAR,
-        Kind::Block { .. } => file_type::BLOCK,
-        Kind::Fifo => file_type::FIFO,
-        Kind::Socket => file_type::SOCKET,
+        NodeKind::Directory => file_type::DIRECTORY,
+        NodeKind::Regular { .. } => file_type::REGULAR,
+        NodeKind::Symlink(_) => file_type::SYMLINK,
+        NodeKind::Char { .. } => file_type::CHAR,
+        NodeKind::Block { .. } => file_type::BLOCK,
+        NodeKind::Fifo => file_type::FIFO,
+        NodeKind::Socket => file_type::SOCKET,
     }
 }

@@ -2,7 +2,7 @@
 //! disks.
 
 use super::field::{get16, get32, high16, high32, low16, low32, put16, put32};
-use super::file::{Attributes, Kind, Timestamp};
+use super::file::{Attributes, NodeKind, Timestamp};
 
 /// The file's blocks are found through extents.
 pub(super) const EXTENTS_FLAG: u32 = 0x8_0000;
@@ -22,7 +22,7 @@ pub(super) const LINKS_KNOWN: u32 = 65_000;
 
 /// Position of a file's content.
 #[derive(Debug)]
-pub(super) enum Content {
+pub(super) enum InodeContent {
     /// Unchanged: size and pointers stay.
     Kept,
     /// Newly written.
@@ -54,11 +54,11 @@ pub(super) enum Xattrs {
 /// Fields of an inode besides attributes.
 #[derive(Debug)]
 pub(super) struct Fields<'a> {
-    pub(super) kind: &'a Kind,
+    pub(super) kind: &'a NodeKind,
     pub(super) links: u32,
     /// Number of blocks of every kind that belong to it.
     pub(super) blocks: u64,
-    pub(super) content: Content,
+    pub(super) content: InodeContent,
     pub(super) xattrs: Xattrs,
 }
 
@@ -103,7 +103,7 @@ pub(super) fn encode(record: &mut [u8], fields: &Fields, attributes: &Attributes
     put16(record, 120, high16(attributes.uid));
     put16(record, 122, high16(attributes.gid));
     put16(record, 26, if fields.links > LINKS_KNOWN { 1 } else { low16(fields.links) });
-    if let Content::New { size, extents, indexed } = &fields.content {
+    if let InodeContent::New { size, extents, indexed } = &fields.content {
         put32(record, 4, low32(*size));
         put32(record, 108, high32(*size));
         let kept = get32(record, 32) & !(EXTENTS_FLAG | INDEX_FLAG | HUGE_FLAG);
@@ -127,13 +127,13 @@ pub(super) fn encode(record: &mut [u8], fields: &Fields, attributes: &Attributes
 }
 
 /// The 60 bytes with the pointers to the content, or with the content itself.
-fn pointers(kind: &Kind, extents: Option<[u8; 60]>) -> [u8; 60] {
+fn pointers(kind: &NodeKind, extents: Option<[u8; 60]>) -> [u8; 60] {
     let mut bytes = extents.unwrap_or([0; 60]);
     match *kind {
-        Kind::Symlink(ref target) if extents.is_none() => {
+        NodeKind::Symlink(ref target) if extents.is_none() => {
             bytes[..target.len()].copy_from_slice(target);
         }
-        Kind::Char { major, minor } | Kind::Block { major, minor } => {
+        NodeKind::Char { major, minor } | NodeKind::Block { major, minor } => {
             if major < 256 && minor < 256 {
                 put32(&mut bytes, 0, major << 8 | minor);
             } else {
@@ -146,15 +146,15 @@ fn pointers(kind: &Kind, extents: Option<[u8; 60]>) -> [u8; 60] {
 }
 
 /// The type bits of a mode.
-fn format(kind: &Kind) -> u16 {
+fn format(kind: &NodeKind) -> u16 {
     match kind {
-        Kind::Directory => 0o040_000,
-        Kind::Regular { .. } => 0o100_000,
-        Kind::Symlink(_) => 0o120_000,
-        Kind::Char { .. } => 0o020_000,
-        Kind::Block { .. } => 0o060_000,
-        Kind::Fifo => 0o010_000,
-        Kind::Socket => 0o140_000,
+        NodeKind::Directory => 0o040_000,
+        NodeKind::Regular { .. } => 0o100_000,
+        NodeKind::Symlink(_) => 0o120_000,
+        NodeKind::Char { .. } => 0o020_000,
+        NodeKind::Block { .. } => 0o060_000,
+        NodeKind::Fifo => 0o010_000,
+        NodeKind::Socket => 0o140_000,
     }
 }
 

@@ -8,7 +8,7 @@ use crate::units::{SECTOR, Sectors};
 
 /// A range of the disk in this layer, with its content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Run<'a> {
+pub enum LayerRun<'a> {
     /// These bytes, a multiple of 512.
     Metadata {
         /// First sector on the disk.
@@ -34,11 +34,13 @@ pub enum Run<'a> {
     },
 }
 
-impl Run<'_> {
+impl LayerRun<'_> {
     /// First sector on the disk.
     #[must_use]
     pub fn lba(&self) -> Sectors {
-        let (Run::Metadata { lba, .. } | Run::Remote { lba, .. } | Run::Zeroed { lba, .. }) = *self;
+        let (LayerRun::Metadata { lba, .. }
+        | LayerRun::Remote { lba, .. }
+        | LayerRun::Zeroed { lba, .. }) = *self;
         lba
     }
 
@@ -46,21 +48,21 @@ impl Run<'_> {
     #[must_use]
     pub fn count(&self) -> Sectors {
         match *self {
-            Run::Metadata { bytes, .. } => Sectors(bytes.len() as u64 / SECTOR),
-            Run::Remote { count, .. } | Run::Zeroed { count, .. } => count,
+            LayerRun::Metadata { bytes, .. } => Sectors(bytes.len() as u64 / SECTOR),
+            LayerRun::Remote { count, .. } | LayerRun::Zeroed { count, .. } => count,
         }
     }
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Piece {
+struct LayerPiece {
     lba: u64,
     count: u64,
-    content: Content,
+    content: PieceContent,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Content {
+enum PieceContent {
     /// Bytes from this index of [`LayerBlocks::bytes`] on.
     Bytes(usize),
     /// Sectors of the tar from this one on.
@@ -72,22 +74,24 @@ enum Content {
 /// zero.
 #[derive(Debug, Default)]
 pub struct LayerBlocks {
-    pieces: Vec<Piece>,
+    pieces: Vec<LayerPiece>,
     bytes: Vec<u8>,
 }
 
 impl LayerBlocks {
     /// The runs, ascending by disk position and without overlap.
-    pub fn runs(&self) -> impl ExactSizeIterator<Item = Run<'_>> {
+    pub fn runs(&self) -> impl ExactSizeIterator<Item = LayerRun<'_>> {
         self.pieces.iter().map(|piece| {
             let (lba, count) = (Sectors(piece.lba), Sectors(piece.count));
             match piece.content {
-                Content::Bytes(at) => Run::Metadata {
+                PieceContent::Bytes(at) => LayerRun::Metadata {
                     lba,
                     bytes: &self.bytes[at..at + (piece.count * SECTOR) as usize],
                 },
-                Content::Tar(target) => Run::Remote { lba, count, target: Sectors(target) },
-                Content::Zeros => Run::Zeroed { lba, count },
+                PieceContent::Tar(target) => {
+                    LayerRun::Remote { lba, count, target: Sectors(target) }
+                }
+                PieceContent::Zeros => LayerRun::Zeroed { lba, count },
             }
         })
     }
@@ -102,30 +106,32 @@ impl LayerBlocks {
     pub(super) fn metadata(&mut self, lba: Sectors, bytes: &[u8]) {
         let at = self.bytes.len();
         self.bytes.extend_from_slice(bytes);
-        self.push(lba, bytes.len() as u64 / SECTOR, Content::Bytes(at));
+        self.push(lba, bytes.len() as u64 / SECTOR, PieceContent::Bytes(at));
     }
 
     /// Adds a mapping into the tar.
     pub(super) fn remote(&mut self, lba: Sectors, count: Sectors, target: Sectors) {
-        self.push(lba, count.0, Content::Tar(target.0));
+        self.push(lba, count.0, PieceContent::Tar(target.0));
     }
 
-    fn push(&mut self, lba: Sectors, count: u64, content: Content) {
+    fn push(&mut self, lba: Sectors, count: u64, content: PieceContent) {
         if let Some(last) = self.pieces.last_mut()
             && last.lba + last.count == lba.0
             && match (last.content, content) {
-                (Content::Bytes(before), Content::Bytes(at)) => {
+                (PieceContent::Bytes(before), PieceContent::Bytes(at)) => {
                     before + (last.count * SECTOR) as usize == at
                 }
-                (Content::Tar(before), Content::Tar(target)) => before + last.count == target,
-                (Content::Zeros, Content::Zeros) => true,
+                (PieceContent::Tar(before), PieceContent::Tar(target)) => {
+                    before + last.count == target
+                }
+                (PieceContent::Zeros, PieceContent::Zeros) => true,
                 _ => false,
             }
         {
             last.count += count;
             return;
         }
-        self.pieces.push(Piece { lba: lba.0, count, content });
+        self.pieces.push(LayerPiece { lba: lba.0, count, content });
     }
 
     /// Sorts by disk position.
@@ -149,7 +155,7 @@ impl Emitted {
         if bytes.iter().all(|&byte| byte == 0) {
             // A block that was never written reads as zeros.
             if self.hashes.remove(&block).is_some() {
-                layer.push(sector_of(block), BLOCK_SECTORS, Content::Zeros);
+                layer.push(sector_of(block), BLOCK_SECTORS, PieceContent::Zeros);
             }
             return;
         }

@@ -357,19 +357,19 @@ fn check_root(
 mod tests {
     use super::*;
     use crate::ext4::field::{put16, put32};
-    use crate::ext4::{Geometry, Identity, Image, Run, Tree};
+    use crate::ext4::{FilesystemIdentity, Geometry, Image, LayerRun, Tree};
     use crate::units::{Bytes, SECTOR};
     use source::MemorySource;
 
     /// The metadata of an empty image.
     fn sample() -> Vec<u8> {
         let size = Bytes(64 << 20);
-        let mut image = Image::new(Geometry { size }, Identity::default()).unwrap();
+        let mut image = Image::new(Geometry { size }, FilesystemIdentity::default()).unwrap();
         let mut tree = Tree::new();
         let blocks = image.commit_layer(&mut tree).unwrap();
         let mut disk = vec![0; size.0 as usize];
         for run in blocks.runs() {
-            if let Run::Metadata { lba, bytes } = run {
+            if let LayerRun::Metadata { lba, bytes } = run {
                 let at = (lba.0 * SECTOR) as usize;
                 disk[at..at + bytes.len()].copy_from_slice(bytes);
             }

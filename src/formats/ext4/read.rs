@@ -35,7 +35,7 @@ mod walk;
 mod xattr;
 
 use super::allocation::{BlockRun, Blocks, Inodes, subtract};
-use super::geometry::{BLOCK, BLOCK_SECTORS, Geometry, Layout};
+use super::geometry::{BLOCK, BLOCK_SECTORS, FilesystemLayout, Geometry};
 use super::image::Image;
 use super::tree::Tree;
 use crate::units::{Bytes, Sectors};
@@ -123,10 +123,10 @@ pub fn read(
 }
 
 /// The layout, if it is one of this program: its two regions are then known.
-fn own_layout(layout: &Layout) -> Option<Layout> {
+fn own_layout(layout: &FilesystemLayout) -> Option<FilesystemLayout> {
     let size = Bytes(layout.blocks * BLOCK as u64);
-    let own = Layout::new(Geometry { size }).ok()?;
-    let same = Layout { metadata: own.metadata, data: own.data, ..layout.clone() } == own;
+    let own = FilesystemLayout::new(Geometry { size }).ok()?;
+    let same = FilesystemLayout { metadata: own.metadata, data: own.data, ..layout.clone() } == own;
     same.then_some(own)
 }
 
@@ -161,7 +161,7 @@ fn metadata_end(free: &[BlockRun]) -> u64 {
 /// The free inode numbers, less one. On a disk of this program, numbers only go up, so that a layer is the
 /// same if the lower layers were made by this process or read back; freed numbers come last.
 fn free_inodes(
-    layout: &Layout,
+    layout: &FilesystemLayout,
     inodes: &super::allocation::Bitmaps,
     accounts: &[super::allocation::InodeAccount],
     first: u32,

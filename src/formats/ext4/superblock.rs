@@ -2,7 +2,7 @@
 
 use super::checksum::Checksums;
 use super::field::{high32, low32, put16, put32};
-use super::geometry::{BLOCK, DESCRIPTOR, Layout};
+use super::geometry::{BLOCK, DESCRIPTOR, FilesystemLayout};
 use super::hash::HALF_MD4;
 
 /// Offset of the superblock in block 0: the first KiB belongs to a boot loader.
@@ -24,7 +24,7 @@ pub(super) const EXTRA_ISIZE: u16 = 32;
 
 /// Properties that distinguish one filesystem from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Identity {
+pub struct FilesystemIdentity {
     /// UUID. It also seeds the checksum of group descriptors.
     pub uuid: [u8; 16],
     /// Volume name, padded with NUL.
@@ -33,7 +33,7 @@ pub struct Identity {
     pub hash_seed: [u8; 16],
 }
 
-impl Default for Identity {
+impl Default for FilesystemIdentity {
     /// Fixed, so that equal layers give equal bytes and layers deduplicate between images. ext4 mounts any
     /// number of filesystems with one UUID.
     fn default() -> Self {
@@ -41,11 +41,11 @@ impl Default for Identity {
             0x74, 0x75, 0x72, 0x62, 0x6f, 0x62, 0x44, 0x00, 0x80, 0x00, 0x65, 0x78, 0x74, 0x34,
             0x00, 0x01,
         ];
-        Identity { uuid: UUID, label: *b"turbobd\0\0\0\0\0\0\0\0\0", hash_seed: UUID }
+        FilesystemIdentity { uuid: UUID, label: *b"turbobd\0\0\0\0\0\0\0\0\0", hash_seed: UUID }
     }
 }
 
-impl Identity {}
+impl FilesystemIdentity {}
 
 /// The seed of hashes as their four start words.
 pub(super) fn seed_words(seed: &[u8]) -> [u32; 4] {
@@ -75,7 +75,7 @@ pub(super) fn update(
 
 /// Block 0 of a new disk, without the free counts. All times are zero: the bytes must not depend on the time
 /// of creation.
-pub(super) fn fresh(layout: &Layout, identity: &Identity) -> [u8; BLOCK] {
+pub(super) fn fresh(layout: &FilesystemLayout, identity: &FilesystemIdentity) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     let record = &mut block[OFFSET..2 * OFFSET];
     put32(record, 0, layout.inodes());

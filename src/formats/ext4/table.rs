@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::geometry::{BLOCK, Layout};
+use super::geometry::{BLOCK, FilesystemLayout};
 use super::layer::{Emitted, LayerBlocks};
 
 /// Blocks of inodes, with marks on those that this layer changed.
@@ -19,13 +19,13 @@ impl InodeTable {
     }
 
     /// An inode, if its block was ever written.
-    pub(super) fn get(&self, layout: &Layout, inode: u32) -> Option<&[u8]> {
+    pub(super) fn get(&self, layout: &FilesystemLayout, inode: u32) -> Option<&[u8]> {
         let (block, at) = layout.inode_place(inode);
         self.pages.get(&block).map(|page| &page[at..at + layout.inode_size])
     }
 
     /// Writes an inode to its position.
-    pub(super) fn put(&mut self, layout: &Layout, inode: u32, record: &[u8]) {
+    pub(super) fn put(&mut self, layout: &FilesystemLayout, inode: u32, record: &[u8]) {
         let (block, at) = layout.inode_place(inode);
         let page = self.pages.entry(block).or_insert_with(|| Box::new([0; BLOCK]));
         let slot = &mut page[at..at + record.len()];
@@ -36,7 +36,7 @@ impl InodeTable {
     }
 
     /// Sets an inode to zeros.
-    pub(super) fn clear(&mut self, layout: &Layout, inode: u32) {
+    pub(super) fn clear(&mut self, layout: &FilesystemLayout, inode: u32) {
         self.put(layout, inode, &vec![0; layout.inode_size]);
     }
 

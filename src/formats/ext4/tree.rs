@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 
-use super::file::{Attributes, Kind};
+use super::file::{Attributes, NodeKind};
 
 /// Longest name of a directory entry in bytes (its field has one byte).
 pub const NAME_MAX: usize = 255;
@@ -108,8 +108,8 @@ fn printable(name: &[u8]) -> String {
 
 /// One file. A removed one stays as an empty slot with no links.
 #[derive(Debug)]
-struct Node {
-    kind: Kind,
+struct TreeNode {
+    kind: NodeKind,
     attributes: Attributes,
     /// Children of a directory.
     children: BTreeMap<Box<[u8]>, NodeId>,
@@ -126,7 +126,7 @@ struct Node {
 /// A tree of files. Node numbers of another tree must not be passed in: they panic or name another file.
 #[derive(Debug)]
 pub struct Tree {
-    nodes: Vec<Node>,
+    nodes: Vec<TreeNode>,
     clock: u64,
 }
 
@@ -143,8 +143,8 @@ impl Tree {
     #[must_use]
     pub fn new() -> Tree {
         let attributes = Attributes { mode: 0o755, ..Attributes::default() };
-        let root = Node {
-            kind: Kind::Directory,
+        let root = TreeNode {
+            kind: NodeKind::Directory,
             attributes,
             children: BTreeMap::new(),
             parent: ROOT,
@@ -188,7 +188,7 @@ impl Tree {
         &mut self,
         dir: NodeId,
         name: &[u8],
-        kind: Kind,
+        kind: NodeKind,
         attributes: Attributes,
     ) -> Result<NodeId, TreeError> {
         self.check_free(dir, name)?;
@@ -196,9 +196,9 @@ impl Tree {
         let number = u32::try_from(self.nodes.len())
             .map_err(|_| TreeError::Full { name: printable(name) })?;
         let node = NodeId(number);
-        let is_directory = kind == Kind::Directory;
+        let is_directory = kind == NodeKind::Directory;
         let children = BTreeMap::new();
-        self.nodes.push(Node {
+        self.nodes.push(TreeNode {
             kind,
             attributes,
             children,
@@ -223,7 +223,7 @@ impl Tree {
     pub fn link(&mut self, dir: NodeId, name: &[u8], target: NodeId) -> Result<(), TreeError> {
         self.check_free(dir, name)?;
         let file = self.node_mut(target);
-        if file.kind == Kind::Directory || file.names == 0 {
+        if file.kind == NodeKind::Directory || file.names == 0 {
             return Err(TreeError::BadLinkTarget { name: printable(name) });
         }
         if file.names >= LINKS_MAX {
@@ -244,7 +244,7 @@ impl Tree {
             return Err(TreeError::NotFound { name: printable(name) });
         };
         self.touch(dir);
-        if self.node(target).kind == Kind::Directory {
+        if self.node(target).kind == NodeKind::Directory {
             self.node_mut(dir).subdirectories -= 1;
         }
         let mut doomed = vec![target];
@@ -253,7 +253,7 @@ impl Tree {
             file.names = file.names.saturating_sub(1);
             if file.names == 0 {
                 doomed.extend(std::mem::take(&mut file.children).into_values());
-                file.kind = Kind::Fifo;
+                file.kind = NodeKind::Fifo;
                 file.attributes = Attributes::default();
                 file.subdirectories = 0;
             }
@@ -263,12 +263,12 @@ impl Tree {
     }
 
     /// Adds a file of a lower layer, at first without a name. `None` if all numbers are used.
-    pub(super) fn restore(&mut self, kind: Kind, attributes: Attributes) -> Option<NodeId> {
+    pub(super) fn restore(&mut self, kind: NodeKind, attributes: Attributes) -> Option<NodeId> {
         let node = NodeId(u32::try_from(self.nodes.len()).ok()?);
         // A directory has its single name from the beginning, as in `create`.
-        let names = u32::from(kind == Kind::Directory);
+        let names = u32::from(kind == NodeKind::Directory);
         let (children, parent) = (BTreeMap::new(), ROOT);
-        self.nodes.push(Node {
+        self.nodes.push(TreeNode {
             kind,
             attributes,
             children,
@@ -290,7 +290,7 @@ impl Tree {
         self.check_free(dir, &name)?;
         let file = self.node_mut(node);
         file.parent = dir;
-        if file.kind == Kind::Directory {
+        if file.kind == NodeKind::Directory {
             self.node_mut(dir).subdirectories += 1;
         } else {
             file.names = file.names.saturating_add(1);
@@ -301,7 +301,7 @@ impl Tree {
 
     /// Kind of a node.
     #[must_use]
-    pub fn kind(&self, node: NodeId) -> &Kind {
+    pub fn kind(&self, node: NodeId) -> &NodeKind {
         &self.node(node).kind
     }
 
@@ -324,7 +324,7 @@ impl Tree {
     pub fn links(&self, node: NodeId) -> u32 {
         let node = self.node(node);
         match node.kind {
-            Kind::Directory => node.subdirectories.saturating_add(2),
+            NodeKind::Directory => node.subdirectories.saturating_add(2),
             _ => node.names,
         }
     }
@@ -333,7 +333,7 @@ impl Tree {
     #[must_use]
     pub fn path(&self, node: NodeId) -> String {
         let mut upwards = vec![node];
-        if self.node(node).kind != Kind::Directory {
+        if self.node(node).kind != NodeKind::Directory {
             let parent = self.any_parent(node);
             upwards.push(parent);
         }
@@ -385,7 +385,7 @@ impl Tree {
             return Err(TreeError::BadName { name: printable(name) });
         }
         let parent = self.node(dir);
-        if parent.kind != Kind::Directory || parent.names == 0 {
+        if parent.kind != NodeKind::Directory || parent.names == 0 {
             return Err(TreeError::NotADirectory { name: printable(name) });
         }
         if parent.children.contains_key(name) {
@@ -405,23 +405,23 @@ impl Tree {
     }
 
     /// Node numbers come only from this tree, so the index is in range.
-    fn node(&self, node: NodeId) -> &Node {
+    fn node(&self, node: NodeId) -> &TreeNode {
         &self.nodes[node.index()]
     }
 
-    fn node_mut(&mut self, node: NodeId) -> &mut Node {
+    fn node_mut(&mut self, node: NodeId) -> &mut TreeNode {
         &mut self.nodes[node.index()]
     }
 }
 
-fn check_kind(name: &[u8], kind: &Kind) -> Result<(), TreeError> {
+fn check_kind(name: &[u8], kind: &NodeKind) -> Result<(), TreeError> {
     match *kind {
-        Kind::Symlink(ref target)
+        NodeKind::Symlink(ref target)
             if !(1..=SYMLINK_MAX).contains(&target.len()) || target.contains(&0) =>
         {
             Err(TreeError::BadSymlink { name: printable(name), len: target.len() })
         }
-        Kind::Char { major, minor } | Kind::Block { major, minor }
+        NodeKind::Char { major, minor } | NodeKind::Block { major, minor }
             if major >= 1 << 12 || minor >= 1 << 20 =>
         {
             Err(TreeError::BadDevice { name: printable(name), major, minor })

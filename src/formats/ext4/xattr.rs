@@ -62,12 +62,12 @@ pub enum XattrError {
 /// never writes a shared one.
 #[derive(Debug, Default)]
 pub(super) struct SharedBlocks {
-    blocks: BTreeMap<u64, Shared>,
+    blocks: BTreeMap<u64, SharedXattrBlock>,
     dirty: BTreeSet<u64>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct SharedXattrBlock {
     bytes: Box<[u8; BLOCK]>,
     references: u32,
 }
@@ -75,7 +75,7 @@ struct Shared {
 impl SharedBlocks {
     /// Adds a block and the number of references that it claims, at least 2.
     pub(super) fn insert(&mut self, block: u64, bytes: Box<[u8; BLOCK]>, references: u32) {
-        self.blocks.insert(block, Shared { bytes, references });
+        self.blocks.insert(block, SharedXattrBlock { bytes, references });
     }
 
     /// True if another file may need the block.
@@ -115,7 +115,7 @@ impl SharedBlocks {
 
 /// Attributes in their form on the disk.
 #[derive(Debug)]
-pub(super) struct Encoded {
+pub(super) struct EncodedXattrs {
     /// As many bytes as fit into the inode.
     pub(super) in_inode: Vec<u8>,
     pub(super) block: Option<Box<[u8; BLOCK]>>,
@@ -140,7 +140,7 @@ impl Attribute<'_> {
 pub(super) fn encode<'a>(
     xattrs: impl Iterator<Item = (&'a [u8], &'a [u8])>,
     room: usize,
-) -> Result<Encoded, XattrError> {
+) -> Result<EncodedXattrs, XattrError> {
     let mut attributes = Vec::new();
     for (name, value) in xattrs {
         attributes.push(attribute(name, value)?);
@@ -156,7 +156,7 @@ pub(super) fn encode<'a>(
             });
         }
     }
-    let mut encoded = Encoded { in_inode: vec![0; room], block: None };
+    let mut encoded = EncodedXattrs { in_inode: vec![0; room], block: None };
     if !inode.is_empty() {
         put32(&mut inode.bytes, 0, MAGIC);
         encoded.in_inode = inode.bytes;

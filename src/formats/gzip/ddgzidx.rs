@@ -9,7 +9,7 @@ use libdeflater::Decompressor;
 use thiserror::Error;
 
 use super::GzipError;
-use super::index::{Checkpoint, CheckpointKind, Index};
+use super::index::{Checkpoint, CheckpointKind, GzipIndex};
 use super::window::{LEVEL, SparseWindow, WindowPacker};
 use crate::units::{Bits, Bytes};
 use inflate::marks::WINDOW;
@@ -48,7 +48,7 @@ fn raw_crc32c(bytes: &[u8]) -> u32 {
 ///
 /// # Errors
 /// [`NoGzipMeta`] if the format cannot describe the layer.
-pub fn write(index: &Index) -> Result<Vec<u8>, NoGzipMeta> {
+pub fn write(index: &GzipIndex) -> Result<Vec<u8>, NoGzipMeta> {
     if index.members != 1 {
         return Err(NoGzipMeta::ManyMembers { members: index.members });
     }
@@ -107,7 +107,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 ///
 /// # Errors
 /// [`GzipError::Meta`] with the first broken rule.
-pub fn read(file: &[u8]) -> Result<Index, GzipError> {
+pub fn read(file: &[u8]) -> Result<GzipIndex, GzipError> {
     let broken = |offset: usize, rule| GzipError::Meta { offset: offset as u64, rule };
     if file.len() < HEADER {
         return Err(broken(file.len(), "the file ends inside the header of 333 bytes"));
@@ -223,7 +223,7 @@ pub fn read(file: &[u8]) -> Result<Index, GzipError> {
         let kind = if out == 0 { CheckpointKind::MemberStart } else { CheckpointKind::Block };
         checkpoints.push(Checkpoint { bit: Bits(bit), out: Bytes(out), kind, window });
     }
-    Ok(Index {
+    Ok(GzipIndex {
         layer: None,
         span: Bytes(u64::from(span)),
         compressed_len: Bytes(compressed_len),

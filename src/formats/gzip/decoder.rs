@@ -7,7 +7,7 @@
 
 use super::index::BlockHeader;
 use super::{GzipError, member};
-use inflate::fast::{Left, OUTPUT_ROOM, Run};
+use inflate::fast::{Left, LoopPositions, OUTPUT_ROOM};
 use inflate::huffman::{
     self, DISTANCE_BITS, DISTANCE_SIZE, END_OF_BLOCK, EXCEPTION, LITERAL, LITLEN_BITS, LITLEN_SIZE,
 };
@@ -28,7 +28,7 @@ const PIECE: usize = 128 << 10;
 
 /// Reasons for the return of [`Inflater::run`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stop {
+pub(super) enum InflateStop {
     /// More input is needed.
     Input,
     /// The output has reached the limit, at a symbol boundary inside a block.
@@ -219,14 +219,14 @@ impl Inflater {
 
     /// Decodes until there is an event to report, or until output position `limit` is reached or passed by
     /// less than a match. `limit` must not be greater than [`buffer_end`](Self::buffer_end).
-    pub(super) fn run(&mut self, limit: u64) -> Result<Stop, GzipError> {
+    pub(super) fn run(&mut self, limit: u64) -> Result<InflateStop, GzipError> {
         let limit = limit.saturating_sub(self.out_at).min((HISTORY + FRESH) as u64) as usize;
         loop {
             match self.next {
                 Next::Member => return self.member(),
                 Next::Block => {
                     if !self.block_header()? {
-                        return Ok(Stop::Input);
+                        return Ok(InflateStop::Input);
                     }
                 }
                 Next::Stored { left } => {
@@ -242,7 +242,7 @@ impl Inflater {
                             return Ok(stop);
                         }
                     } else {
-                        return Ok(if n == room { Stop::Limit } else { Stop::Input });
+                        return Ok(if n == room { InflateStop::Limit } else { InflateStop::Input });
                     }
                 }
                 Next::Symbol => {
@@ -257,7 +257,7 @@ impl Inflater {
                         return Err(self.garbage(from + at));
                     }
                     self.bit = self.input.len() * 8;
-                    return Ok(Stop::Input);
+                    return Ok(InflateStop::Input);
                 }
             }
         }
@@ -271,12 +271,12 @@ impl Inflater {
         GzipError::damaged(self.bit() / 8, reason)
     }
 
-    fn member(&mut self) -> Result<Stop, GzipError> {
+    fn member(&mut self) -> Result<InflateStop, GzipError> {
         let from = self.bit / 8;
         let bytes = &self.input[from.min(self.input.len())..];
         if self.members > 0 {
             match bytes {
-                [] | [0x1f] => return Ok(Stop::Input),
+                [] | [0x1f] => return Ok(InflateStop::Input),
                 [0, ..] => {
                     self.next = Next::Padding;
                     return self.run(0);
@@ -286,34 +286,34 @@ impl Inflater {
             }
         }
         let Some(len) = member::header_len(bytes, self.input_at + from as u64)? else {
-            return Ok(Stop::Input);
+            return Ok(InflateStop::Input);
         };
         self.bit += len * 8;
         self.members += 1;
         self.member_at = self.out();
         self.next = Next::Block;
-        Ok(Stop::MemberStart)
+        Ok(InflateStop::MemberStart)
     }
 
-    fn trailer(&mut self) -> Stop {
+    fn trailer(&mut self) -> InflateStop {
         let from = self.bit / 8;
         let Some(bytes) = self.input.get(from..).and_then(<[u8]>::first_chunk::<8>) else {
-            return Stop::Input;
+            return InflateStop::Input;
         };
         let word = u64::from_le_bytes(*bytes);
         self.bit += 64;
         self.next = Next::Member;
-        Stop::MemberEnd { crc32: word as u32, len: (word >> 32) as u32 }
+        InflateStop::MemberEnd { crc32: word as u32, len: (word >> 32) as u32 }
     }
 
-    fn end_of_block(&mut self) -> Option<Stop> {
+    fn end_of_block(&mut self) -> Option<InflateStop> {
         if self.last_block {
             self.bit = self.bit.next_multiple_of(8);
             self.next = Next::Trailer;
             None
         } else {
             self.next = Next::Block;
-            Some(Stop::Block)
+            Some(InflateStop::Block)
         }
     }
 
@@ -383,14 +383,14 @@ impl Inflater {
         read_lengths(|at| self.peek(at), at, end).map_err(|reason| self.fault(reason))
     }
 
-    fn symbols(&mut self, limit: usize) -> Result<Option<Stop>, GzipError> {
+    fn symbols(&mut self, limit: usize) -> Result<Option<InflateStop>, GzipError> {
         if self.pos >= limit {
-            return Ok(Some(Stop::Limit));
+            return Ok(Some(InflateStop::Limit));
         }
         loop {
             if self.pos + CAREFUL < limit {
                 let floor = self.member_at.saturating_sub(self.out_at) as usize;
-                let mut run = Run {
+                let mut run = LoopPositions {
                     tables: &self.tables,
                     input: &self.input,
                     bit: self.bit,
@@ -414,9 +414,9 @@ impl Inflater {
             }
             loop {
                 match self.symbol()? {
-                    Symbol::Starved => return Ok(Some(Stop::Input)),
+                    Symbol::Starved => return Ok(Some(InflateStop::Input)),
                     Symbol::EndOfBlock => return Ok(self.end_of_block()),
-                    Symbol::Written if self.pos >= limit => return Ok(Some(Stop::Limit)),
+                    Symbol::Written if self.pos >= limit => return Ok(Some(InflateStop::Limit)),
                     Symbol::Written => {}
                 }
                 if self.pos + CAREFUL < limit && self.bit / 8 + 64 < self.input.len() {

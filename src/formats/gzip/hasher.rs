@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 
 use super::GzipError;
-use super::index::{Boundary, Index};
+use super::index::{Boundary, GzipIndex};
 use crate::oci::Digest;
 use crate::segments;
 
@@ -18,7 +18,7 @@ use crate::segments;
 /// The bytes of a segment are all bytes that it touches: neighbours share a byte if their boundary lies
 /// inside one.
 #[derive(Default)]
-pub struct SegmentHasher {
+pub struct GzipSegmentHasher {
     segments: segments::SegmentHasher,
     /// Bit positions of boundaries that are not reached yet.
     boundaries: VecDeque<u64>,
@@ -28,7 +28,7 @@ pub struct SegmentHasher {
     open: Option<u64>,
 }
 
-impl SegmentHasher {
+impl GzipSegmentHasher {
     /// A hasher at the first byte of a layer.
     #[must_use]
     pub fn new() -> Self {
@@ -59,7 +59,7 @@ impl SegmentHasher {
     ///
     /// # Errors
     /// [`GzipError::OtherLayer`] if the boundaries or the length differ from those of `index`.
-    pub fn finish(mut self, index: &mut Index) -> Result<Digest, GzipError> {
+    pub fn finish(mut self, index: &mut GzipIndex) -> Result<Digest, GzipError> {
         for checkpoint in index.checkpoints.iter().skip(self.given) {
             self.boundary(Boundary { bit: checkpoint.bit, out: checkpoint.out });
         }

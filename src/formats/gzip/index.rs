@@ -116,7 +116,7 @@ impl std::fmt::Debug for BlockHeader {
 /// Checkpoints are in order: the first has output position 0, and positions strictly increase. Segment `i`
 /// reaches from checkpoint `i` to the next one, or to the end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Index {
+pub struct GzipIndex {
     /// The layer's digest, if the index has it (a `gzip.meta` has none).
     pub layer: Option<Digest>,
     /// Span: the target distance between checkpoints in the output.
@@ -135,7 +135,7 @@ pub struct Index {
     pub sha256: Option<Vec<[u8; 32]>>,
 }
 
-impl Index {
+impl GzipIndex {
     /// Number of segments: equal to that of the checkpoints.
     #[must_use]
     pub fn segments(&self) -> usize {

@@ -7,12 +7,12 @@ use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
 use super::GzipError;
-use super::index::Index;
+use super::index::GzipIndex;
 use super::segment::{HEADROOM, SegmentDecoder, TAILROOM};
 use crate::segments::MAX_SEGMENT;
 use crate::units::Bytes;
 use source::ByteSource;
-use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
+use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange};
 
 /// A gzip layer and its index.
 ///
@@ -20,7 +20,7 @@ use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
 /// 40 MB.
 pub struct IndexedLayer {
     id: String,
-    index: Index,
+    index: GzipIndex,
     blob: Arc<dyn ByteSource>,
     /// Decoders that no thread uses at present.
     idle: Mutex<Vec<SegmentDecoder>>,
@@ -34,7 +34,7 @@ impl IndexedLayer {
     /// [`GzipError::OtherLayer`] if the blob's length is not that of the index, [`GzipError::Damaged`] if a
     /// segment is too short for its output, [`GzipError::LongSegment`] if a segment is longer than
     /// [`MAX_SEGMENT`], [`GzipError::TooLarge`] for 2³² segments.
-    pub fn new(id: &str, index: Index, blob: Arc<dyn ByteSource>) -> Result<Self, GzipError> {
+    pub fn new(id: &str, index: GzipIndex, blob: Arc<dyn ByteSource>) -> Result<Self, GzipError> {
         if blob.len() != index.compressed_len.0 {
             return Err(GzipError::OtherLayer {
                 what: "the compressed length",
@@ -73,7 +73,7 @@ impl IndexedLayer {
 
     /// The index.
     #[must_use]
-    pub fn index(&self) -> &Index {
+    pub fn index(&self) -> &GzipIndex {
         &self.index
     }
 
@@ -131,7 +131,7 @@ impl ChunkSource for IndexedLayer {
         &self.blob
     }
 
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
         if index as usize >= self.index.segments() {
             return Err(self.damaged(index, 0..0, "there is no such segment".to_owned()));
         }
@@ -139,7 +139,7 @@ impl ChunkSource for IndexedLayer {
         if range.start >= range.end {
             return Err(self.damaged(index, range, "it has no compressed bytes".to_owned()));
         }
-        Ok(Encoded { range, head: HEADROOM, tail: TAILROOM })
+        Ok(EncodedRange { range, head: HEADROOM, tail: TAILROOM })
     }
 
     fn room(&self, index: u32) -> usize {

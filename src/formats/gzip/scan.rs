@@ -12,8 +12,8 @@
 use std::collections::VecDeque;
 
 use super::GzipError;
-use super::decoder::{Inflater, Stop};
-use super::index::{Boundary, Checkpoint, CheckpointKind, Index};
+use super::decoder::{InflateStop, Inflater};
+use super::index::{Boundary, Checkpoint, CheckpointKind, GzipIndex};
 use super::window::{SparseWindow, WindowPacker};
 use crate::segments::MAX_SEGMENT;
 use crate::units::{Bits, Bytes};
@@ -123,7 +123,7 @@ impl Scanner {
             rest = self.inflater.take_input(rest);
             loop {
                 match self.step() {
-                    Ok(Stop::Input) => break,
+                    Ok(InflateStop::Input) => break,
                     Ok(_) => {}
                     Err(error) => {
                         self.failed = Some(error.clone());
@@ -163,11 +163,11 @@ impl Scanner {
 
     /// The index, once the whole layer has been fed. It can hold boundaries that
     /// [`take_boundaries`](Self::take_boundaries) never returned;
-    /// [`SegmentHasher::finish`](super::SegmentHasher::finish) takes them from it.
+    /// [`GzipSegmentHasher::finish`](super::GzipSegmentHasher::finish) takes them from it.
     ///
     /// # Errors
     /// [`GzipError`] if the stream is damaged or incomplete.
-    pub fn finish(mut self) -> Result<Index, GzipError> {
+    pub fn finish(mut self) -> Result<GzipIndex, GzipError> {
         if let Some(error) = self.failed {
             return Err(error);
         }
@@ -192,7 +192,7 @@ impl Scanner {
             };
             crc32.push(crc_between(self.crc_before[i], after, next - checkpoint.out.0));
         }
-        Ok(Index {
+        Ok(GzipIndex {
             layer: None,
             span: Bytes(self.span),
             compressed_len: Bytes(self.inflater.input_end()),
@@ -237,19 +237,19 @@ impl Scanner {
     }
 
     /// Decodes up to the next event and handles it.
-    fn step(&mut self) -> Result<Stop, GzipError> {
+    fn step(&mut self) -> Result<InflateStop, GzipError> {
         let limit = self.limit();
         let stop = self.inflater.run(limit)?;
         self.check_input()?;
         match stop {
-            Stop::Input => return Ok(stop),
-            Stop::MemberEnd { crc32, len } => self.check_trailer(crc32, len)?,
-            Stop::Limit | Stop::MemberStart | Stop::Block => {}
+            InflateStop::Input => return Ok(stop),
+            InflateStop::MemberEnd { crc32, len } => self.check_trailer(crc32, len)?,
+            InflateStop::Limit | InflateStop::MemberStart | InflateStop::Block => {}
         }
         self.settle();
         match stop {
-            Stop::MemberStart => self.boundary(true),
-            Stop::Block => self.boundary(false),
+            InflateStop::MemberStart => self.boundary(true),
+            InflateStop::Block => self.boundary(false),
             _ => {}
         }
         self.inflater.logging = self.unmarked

@@ -22,8 +22,8 @@ use libdeflater::Decompressor;
 use sha2::{Digest as _, Sha256};
 
 use super::GzipError;
-use super::decoder::{Inflater, Stop};
-use super::index::{Checkpoint, CheckpointKind, Index};
+use super::decoder::{InflateStop, Inflater};
+use super::index::{Checkpoint, CheckpointKind, GzipIndex};
 use inflate::marks::WINDOW;
 
 /// Room in front of a segment's compressed bytes: a stored block with the window (5 + 32768 bytes),
@@ -99,11 +99,11 @@ impl SegmentDecoder {
     /// Checks and decodes segment `i` of `index` into `room`, and returns the range of the output in it. The
     /// segment must exist; `room` must be as long as its window and its output.
     ///
-    /// `buffer` holds the segment's compressed bytes ([`Index::input`]) between [`HEADROOM`] and [`TAILROOM`]
+    /// `buffer` holds the segment's compressed bytes ([`GzipIndex::input`]) between [`HEADROOM`] and [`TAILROOM`]
     /// bytes of any content; on return all bytes are unchanged.
     pub(super) fn decode(
         &mut self,
-        index: &Index,
+        index: &GzipIndex,
         i: usize,
         buffer: &mut [u8],
         room: &mut [u8],
@@ -130,7 +130,7 @@ impl SegmentDecoder {
     /// Decodes with libdeflate. Returns `false` if the deflate stream ends before the segment does.
     fn stitched(
         &mut self,
-        index: &Index,
+        index: &GzipIndex,
         i: usize,
         buffer: &mut [u8],
         room: &mut [u8],
@@ -197,7 +197,7 @@ impl SegmentDecoder {
     /// Decodes with the decoder of the scan, which continues behind the end of a member.
     fn with_own_decoder(
         &mut self,
-        index: &Index,
+        index: &GzipIndex,
         i: usize,
         input: &[u8],
         room: &mut [u8],
@@ -226,7 +226,7 @@ impl SegmentDecoder {
                 .ok_or("it inflates to more than its length")?
                 .copy_from_slice(more);
             filled += more.len();
-            if stop == Stop::Input {
+            if stop == InflateStop::Input {
                 if rest.is_empty() {
                     return Err("it does not inflate to its length".to_owned());
                 }

@@ -26,7 +26,7 @@
 //!
 //! A varint is LEB128: seven bits a byte, low ones first, high bit set on all but the last.
 
-use super::index::{BlockHeader, Checkpoint, CheckpointKind, Index, MAX_HEADER_BITS};
+use super::index::{BlockHeader, Checkpoint, CheckpointKind, GzipIndex, MAX_HEADER_BITS};
 use super::window::{SparseWindow, WindowPacker};
 use super::{GzipError, ddgzidx};
 use crate::oci::Digest;
@@ -48,7 +48,7 @@ const HAS_CRC32: u16 = 4;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sidecar {
     /// The index; windows of block checkpoints are absent if they lie in `gzip.meta`.
-    index: Index,
+    index: GzipIndex,
     needs_meta: bool,
 }
 
@@ -72,7 +72,7 @@ impl Sidecar {
     /// # Errors
     /// [`GzipError::TooLarge`] for more than 2³² checkpoints.
     pub fn write(
-        index: &Index,
+        index: &GzipIndex,
         layer: Digest,
         beside_gzip_meta: bool,
     ) -> Result<Vec<u8>, GzipError> {
@@ -219,7 +219,7 @@ impl Sidecar {
         if !cursor.is_at_end() {
             return Err(cursor.broken("bytes follow the last window").into());
         }
-        let index = Index {
+        let index = GzipIndex {
             layer: Some(layer),
             span: Bytes(span),
             compressed_len: Bytes(compressed_len),
@@ -277,7 +277,7 @@ fn read_header(cursor: &mut Cursor<'_>) -> Result<BlockHeader, GzipError> {
 /// # Errors
 /// [`GzipError::OtherLayer`] if the two describe different layers, [`GzipError::NoIndex`] if a needed file is
 /// missing, or the error of reading one of them.
-pub fn merge(gzip_meta: Option<&[u8]>, sidecar: Option<&[u8]>) -> Result<Index, GzipError> {
+pub fn merge(gzip_meta: Option<&[u8]>, sidecar: Option<&[u8]>) -> Result<GzipIndex, GzipError> {
     let missing = |name| GzipError::NoIndex { missing: name };
     let meta = gzip_meta.map(ddgzidx::read).transpose()?;
     let Some(sidecar) = sidecar else { return meta.ok_or(missing(ddgzidx::GZIP_META_NAME)) };

@@ -135,9 +135,9 @@ fn scan_in(
     gzip: &[u8],
     span: u64,
     pieces: &mut dyn FnMut() -> usize,
-) -> Result<(Index, Vec<u8>), GzipError> {
+) -> Result<(GzipIndex, Vec<u8>), GzipError> {
     let mut scanner = Scanner::new(ScanOptions { span: Bytes(span) });
-    let mut hasher = SegmentHasher::new();
+    let mut hasher = GzipSegmentHasher::new();
     let mut out = Vec::new();
     let mut rest = gzip;
     while !rest.is_empty() {
@@ -158,16 +158,16 @@ fn scan_in(
     Ok((index, out))
 }
 
-fn scan(gzip: &[u8], span: u64) -> Result<(Index, Vec<u8>), GzipError> {
+fn scan(gzip: &[u8], span: u64) -> Result<(GzipIndex, Vec<u8>), GzipError> {
     scan_in(gzip, span, &mut || usize::MAX)
 }
 
-fn layer(gzip: &[u8], index: Index) -> IndexedLayer {
+fn layer(gzip: &[u8], index: GzipIndex) -> IndexedLayer {
     IndexedLayer::new("blob", index, Arc::new(MemorySource::new("blob", gzip))).unwrap()
 }
 
 /// Checks that every segment, decoded alone, equals its part of `data`.
-fn assert_segments(gzip: &[u8], index: Index, data: &[u8]) {
+fn assert_segments(gzip: &[u8], index: GzipIndex, data: &[u8]) {
     let layer = layer(gzip, index);
     let mut at = 0;
     for i in 0..layer.chunk_count() {
@@ -182,7 +182,7 @@ fn assert_segments(gzip: &[u8], index: Index, data: &[u8]) {
 }
 
 /// Checks every property that holds for any valid stream.
-fn assert_layer(name: &str, gzip: &[u8], data: &[u8]) -> Index {
+fn assert_layer(name: &str, gzip: &[u8], data: &[u8]) -> GzipIndex {
     let mut last = None;
     for span in [64 << 10, 256 << 10, 1 << 20] {
         let (index, out) = scan(gzip, span).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -321,14 +321,14 @@ fn the_hashes_do_not_depend_on_when_a_boundary_is_told() {
     let gzip = flate2_gzip(&sample(900_000, 12), 6);
     let (index, _) = scan(&gzip, 64 << 10).unwrap();
     for early in [0, 1, index.segments()] {
-        let mut hasher = SegmentHasher::new();
+        let mut hasher = GzipSegmentHasher::new();
         for checkpoint in &index.checkpoints[..early] {
             hasher.boundary(Boundary { bit: checkpoint.bit, out: checkpoint.out });
         }
         for piece in gzip.chunks(1000) {
             hasher.push(bytes::Bytes::copy_from_slice(piece));
         }
-        let mut again = Index { sha256: None, layer: None, ..index.clone() };
+        let mut again = GzipIndex { sha256: None, layer: None, ..index.clone() };
         hasher.finish(&mut again).unwrap();
         assert!(again == index, "{early}");
     }
@@ -444,7 +444,7 @@ fn a_damaged_index_is_an_error_and_never_a_panic() {
 }
 
 /// Loads every segment that a damaged index still describes; only panics matter.
-fn load_all(gzip: &[u8], index: Index) {
+fn load_all(gzip: &[u8], index: GzipIndex) {
     if let Ok(layer) = IndexedLayer::new("blob", index, Arc::new(MemorySource::new("blob", gzip))) {
         for i in 0..layer.chunk_count().min(4) {
             let _ = layer.load(i);
@@ -486,7 +486,7 @@ proptest! {
 #[test]
 fn a_segment_longer_than_the_bound_is_refused_with_its_length() {
     let most = crate::segments::MAX_SEGMENT.0;
-    let index = |compressed: u64, out: u64| Index {
+    let index = |compressed: u64, out: u64| GzipIndex {
         layer: None,
         span: DEFAULT_SPAN,
         compressed_len: Bytes(compressed),

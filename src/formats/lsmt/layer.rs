@@ -83,7 +83,7 @@ const ENTRY_MEMORY: u64 = size_of::<Mapping>() as u64 + 2 * 24;
 
 /// Meaning of a layer's tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LayerKind {
+pub enum TagMeaning {
     /// All data is in the layer; tags have no meaning (`overlaybd-merge` leaves some).
     Plain,
     /// TurboOCI: tag 0 is the layer's own metadata, 1 the original layer's uncompressed tar.
@@ -92,7 +92,7 @@ pub enum LayerKind {
 
 /// A header or trailer, decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct LsmtHeader {
     /// The flag bits.
     pub flags: u32,
     /// First byte of the index; has a meaning only in a trailer.
@@ -115,7 +115,7 @@ fn le64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-impl Record {
+impl LsmtHeader {
     /// Reads a header or trailer.
     ///
     /// # Errors
@@ -167,19 +167,19 @@ impl Record {
 
 /// An opened layer without its payload.
 #[derive(Clone, Debug)]
-pub struct Layer {
+pub struct LsmtLayer {
     name: String,
-    kind: LayerKind,
-    trailer: Record,
+    kind: TagMeaning,
+    trailer: LsmtHeader,
     mappings: Vec<Mapping>,
 }
 
-impl Layer {
+impl LsmtLayer {
     /// Reads and checks the header, trailer and index of an LSMT stream, whose length must be exact.
     ///
     /// # Errors
     /// [`LsmtError`] with the record or the index entry and the broken rule.
-    pub fn open(source: &dyn ByteSource, kind: LayerKind) -> Result<Self, LsmtError> {
+    pub fn open(source: &dyn ByteSource, kind: TagMeaning) -> Result<Self, LsmtError> {
         Self::open_within(source, kind, &mut Reserved::unbounded())
     }
 
@@ -190,7 +190,7 @@ impl Layer {
     /// As [`open`](Self::open), and [`LsmtError::Budget`].
     pub fn open_within(
         source: &dyn ByteSource,
-        kind: LayerKind,
+        kind: TagMeaning,
         part: &mut Reserved,
     ) -> Result<Self, LsmtError> {
         let trailer = read_trailer(source)?;
@@ -208,10 +208,10 @@ impl Layer {
     /// [`LsmtError::Entry`].
     pub fn of_mappings(
         name: String,
-        trailer: Record,
+        trailer: LsmtHeader,
         mappings: Vec<Mapping>,
     ) -> Result<Self, LsmtError> {
-        let layer = Self { name, kind: LayerKind::Plain, trailer, mappings };
+        let layer = Self { name, kind: TagMeaning::Plain, trailer, mappings };
         layer.check_mappings()?;
         Ok(layer)
     }
@@ -230,13 +230,13 @@ impl Layer {
 
     /// Meaning of its tags.
     #[must_use]
-    pub fn kind(&self) -> LayerKind {
+    pub fn kind(&self) -> TagMeaning {
         self.kind
     }
 
     /// The trailer: identity and positions.
     #[must_use]
-    pub fn trailer(&self) -> &Record {
+    pub fn trailer(&self) -> &LsmtHeader {
         &self.trailer
     }
 
@@ -266,8 +266,8 @@ impl Layer {
             // Upstream never checks the position of a zeroed run of a warp layer, nor remote runs. The end of
             // a remote run is known only together with its target, so the disk checks it.
             let bounded = match self.kind {
-                LayerKind::Plain => true,
-                LayerKind::Warp => mapping.tag == 0 && !mapping.zeroed,
+                TagMeaning::Plain => true,
+                TagMeaning::Warp => mapping.tag == 0 && !mapping.zeroed,
             };
             let rule = if mapping.len == 0 {
                 "it has no sectors"
@@ -293,7 +293,7 @@ impl Layer {
 }
 
 /// Reads header and trailer; only the trailer is used (spec lsmt 2).
-fn read_trailer(source: &dyn ByteSource) -> Result<Record, LsmtError> {
+fn read_trailer(source: &dyn ByteSource) -> Result<LsmtHeader, LsmtError> {
     let name = source.name();
     let record = |part, offset, rule: &str| LsmtError::Record {
         name: name.to_owned(),
@@ -307,13 +307,13 @@ fn read_trailer(source: &dyn ByteSource) -> Result<Record, LsmtError> {
     }
     let mut bytes = [0; RECORD as usize];
     source.read_exact_at(&mut bytes, 0)?;
-    let header = Record::parse(&bytes).map_err(|rule| record("Header", 0, rule))?;
+    let header = LsmtHeader::parse(&bytes).map_err(|rule| record("Header", 0, rule))?;
     if header.flags & (FLAG_HEADER | FLAG_DATA) != FLAG_HEADER | FLAG_DATA {
         return Err(record("Header", 0, "its flags are not those of a data file's header"));
     }
     let at = len - RECORD;
     source.read_exact_at(&mut bytes, at)?;
-    let trailer = Record::parse(&bytes).map_err(|rule| record("Trailer", at, rule))?;
+    let trailer = LsmtHeader::parse(&bytes).map_err(|rule| record("Trailer", at, rule))?;
     if trailer.flags & (FLAG_HEADER | FLAG_DATA | FLAG_SEALED) != FLAG_DATA | FLAG_SEALED {
         return Err(record(
             "Trailer",
@@ -343,8 +343,8 @@ fn read_trailer(source: &dyn ByteSource) -> Result<Record, LsmtError> {
 /// Reads the index without padding. Its size was checked against the file.
 fn read_index(
     source: &dyn ByteSource,
-    kind: LayerKind,
-    trailer: &Record,
+    kind: TagMeaning,
+    trailer: &LsmtHeader,
 ) -> Result<Vec<Mapping>, LsmtError> {
     let mut left = trailer.index_size * ENTRY;
     let mut at = trailer.index_offset;
@@ -367,8 +367,8 @@ fn read_index(
     let lowest = mappings.iter().map(|mapping| mapping.tag).min().unwrap_or(0);
     for mapping in &mut mappings {
         mapping.tag = match kind {
-            LayerKind::Plain => 0,
-            LayerKind::Warp => mapping.tag - lowest,
+            TagMeaning::Plain => 0,
+            TagMeaning::Warp => mapping.tag - lowest,
         };
     }
     Ok(mappings)

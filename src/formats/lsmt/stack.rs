@@ -7,8 +7,8 @@
 //! A look-up is a binary search over the first sectors only (eight bytes each, so the upper levels of the
 //! search stay in the cache), then a walk.
 
-use super::layer::LayerKind;
-use super::{Layer, LsmtError, MAX_LAYERS};
+use super::layer::TagMeaning;
+use super::{LsmtError, LsmtLayer, MAX_LAYERS};
 use crate::units::{Bytes, SECTOR, Sectors};
 
 /// Most entries of all layers together (upstream's limit for its merged index), so that a hostile image
@@ -17,7 +17,7 @@ const MAX_ENTRIES: usize = 128_000_000;
 
 /// Position of a run of disk sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum RunPlace {
     /// No layer maps the run, or the topmost mapping of it is zeroed.
     Zero,
     /// At this sector of the layer's own LSMT stream.
@@ -26,13 +26,13 @@ pub enum Place {
     Remote(Sectors),
 }
 
-impl Place {
+impl RunPlace {
     /// The place that is `by` sectors further.
     fn advance(self, by: u64) -> Self {
         match self {
-            Place::Zero => Place::Zero,
-            Place::Own(at) => Place::Own(Sectors(at.0 + by)),
-            Place::Remote(at) => Place::Remote(Sectors(at.0 + by)),
+            RunPlace::Zero => RunPlace::Zero,
+            RunPlace::Own(at) => RunPlace::Own(Sectors(at.0 + by)),
+            RunPlace::Remote(at) => RunPlace::Remote(Sectors(at.0 + by)),
         }
     }
 }
@@ -47,7 +47,7 @@ pub struct Extent {
     /// The layer, 0 lowest.
     pub layer: u8,
     /// Position of the run.
-    pub place: Place,
+    pub place: RunPlace,
 }
 
 impl Extent {
@@ -72,7 +72,7 @@ impl Extent {
 
 /// Part of a looked-up range. Unlike an [`Extent`], it can be a hole that no layer maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
+pub struct StackRun {
     /// First disk sector.
     pub lba: Sectors,
     /// Number of sectors, never 0.
@@ -80,12 +80,12 @@ pub struct Run {
     /// The layer that it comes from, 0 lowest; 0 for a hole.
     pub layer: u8,
     /// Position of the run.
-    pub place: Place,
+    pub place: RunPlace,
 }
 
 /// An extent without its first sector.
 #[derive(Clone, Copy)]
-struct Body {
+struct ExtentBody {
     at: u64,
     len: u32,
     layer: u8,
@@ -99,7 +99,7 @@ const REMOTE: u8 = 2;
 /// The merged index of all layers.
 pub struct Stack {
     starts: Vec<u64>,
-    bodies: Vec<Body>,
+    bodies: Vec<ExtentBody>,
     virtual_size: Bytes,
 }
 
@@ -111,7 +111,7 @@ impl Stack {
     ///
     /// # Errors
     /// [`LsmtError::Stack`] for no layer, for more than 255, or if no layer has a size.
-    pub fn merge(layers: &[&Layer]) -> Result<Self, LsmtError> {
+    pub fn merge(layers: &[&LsmtLayer]) -> Result<Self, LsmtError> {
         let refuse = |rule| Err(LsmtError::Stack { layers: layers.len(), rule });
         if layers.is_empty() {
             return refuse("an image has at least one layer");
@@ -182,9 +182,9 @@ impl Stack {
             len: Sectors(u64::from(body.len)),
             layer: body.layer,
             place: match body.file {
-                ZERO => Place::Zero,
-                OWN => Place::Own(at),
-                _ => Place::Remote(at),
+                ZERO => RunPlace::Zero,
+                OWN => RunPlace::Own(at),
+                _ => RunPlace::Remote(at),
             },
         }
     }
@@ -192,9 +192,9 @@ impl Stack {
     /// Appends an extent, or lengthens the last one if this one continues it.
     fn push(&mut self, extent: Extent) {
         let (file, at) = match extent.place {
-            Place::Zero => (ZERO, 0),
-            Place::Own(at) => (OWN, at.0),
-            Place::Remote(at) => (REMOTE, at.0),
+            RunPlace::Zero => (ZERO, 0),
+            RunPlace::Own(at) => (OWN, at.0),
+            RunPlace::Remote(at) => (REMOTE, at.0),
         };
         if let (Some(&start), Some(last)) = (self.starts.last(), self.bodies.last_mut()) {
             let len = u64::from(last.len);
@@ -209,13 +209,13 @@ impl Stack {
         }
         self.starts.push(extent.lba.0);
         // A single extent comes from one index entry: at most 16383 sectors.
-        self.bodies.push(Body { at, len: extent.len.0 as u32, layer: extent.layer, file });
+        self.bodies.push(ExtentBody { at, len: extent.len.0 as u32, layer: extent.layer, file });
     }
 }
 
 /// The merged extents of `layers`; the lowest layer has number `first`. Merges by halves, so that each
 /// mapping is copied log(layers) times.
-fn merge_from(layers: &[&Layer], first: u8) -> Vec<Extent> {
+fn merge_from(layers: &[&LsmtLayer], first: u8) -> Vec<Extent> {
     match layers {
         [] => Vec::new(),
         [layer] => extents_of(layer, first).collect(),
@@ -228,15 +228,15 @@ fn merge_from(layers: &[&Layer], first: u8) -> Vec<Extent> {
     }
 }
 
-fn extents_of<'a>(layer: &'a Layer, number: u8) -> impl Iterator<Item = Extent> + 'a {
+fn extents_of<'a>(layer: &'a LsmtLayer, number: u8) -> impl Iterator<Item = Extent> + 'a {
     layer.mappings().iter().map(move |mapping| Extent {
         lba: mapping.lba,
         len: Sectors(u64::from(mapping.len)),
         layer: number,
         place: match (mapping.zeroed, layer.kind(), mapping.tag) {
-            (true, ..) => Place::Zero,
-            (_, LayerKind::Warp, 1) => Place::Remote(mapping.moffset),
-            _ => Place::Own(mapping.moffset),
+            (true, ..) => RunPlace::Zero,
+            (_, TagMeaning::Warp, 1) => RunPlace::Remote(mapping.moffset),
+            _ => RunPlace::Own(mapping.moffset),
         },
     })
 }
@@ -286,9 +286,9 @@ pub struct LookUp<'a> {
 }
 
 impl Iterator for LookUp<'_> {
-    type Item = Run;
+    type Item = StackRun;
 
-    fn next(&mut self) -> Option<Run> {
+    fn next(&mut self) -> Option<StackRun> {
         if self.at >= self.end {
             return None;
         }
@@ -302,7 +302,7 @@ impl Iterator for LookUp<'_> {
             if start <= from {
                 let part = self.stack.extent(self.next).clip(from, self.end);
                 self.at = part.end().0;
-                return Some(Run {
+                return Some(StackRun {
                     lba: part.lba,
                     len: part.len,
                     layer: part.layer,
@@ -313,6 +313,11 @@ impl Iterator for LookUp<'_> {
         } else {
             self.at = self.end;
         }
-        Some(Run { lba: Sectors(from), len: Sectors(self.at - from), layer: 0, place: Place::Zero })
+        Some(StackRun {
+            lba: Sectors(from),
+            len: Sectors(self.at - from),
+            layer: 0,
+            place: RunPlace::Zero,
+        })
     }
 }

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::layer::Record;
+use super::layer::LsmtHeader;
 use super::*;
 use crate::zfile;
-use source::testing::{Fault, FaultySource};
+use source::testing::{FaultySource, ReadFault};
 use source::{ByteSource, FileSource, MemorySource};
 
 fn upstream(name: &str) -> Vec<u8> {
@@ -46,12 +46,12 @@ fn upstreams_native_layers_are_read_and_written_again_byte_for_byte() {
     for name in ["native-2-L0-overlaybd.commit", "native-2-L1-overlaybd.commit"] {
         let bytes = upstream(name);
         let source = memory(bytes.clone());
-        let layer = Layer::open(&source, LayerKind::Plain).unwrap();
-        let Record { uuid, parent, user_tag, virtual_size, index_size, .. } =
+        let layer = LsmtLayer::open(&source, TagMeaning::Plain).unwrap();
+        let LsmtHeader { uuid, parent, user_tag, virtual_size, index_size, .. } =
             layer.trailer().clone();
         assert_eq!(virtual_size, if name.contains("L0") { 64 << 30 } else { virtual_size });
         assert!(index_size.is_multiple_of(256) && !layer.mappings().is_empty());
-        let identity = Identity { uuid, parent, user_tag };
+        let identity = LayerIdentity { uuid, parent, user_tag };
         let mut writer = NativeWriter::new(Vec::new(), Bytes(virtual_size), identity).unwrap();
         for (run, len) in joined(layer.mappings()) {
             if run.zeroed {
@@ -77,7 +77,7 @@ fn upstreams_turbo_layers_are_read_and_written_again_byte_for_byte() {
         "mix-native-first-L1-ext4.fs.meta",
     ] {
         let bytes = upstream(name);
-        let layer = Layer::open(&memory(bytes.clone()), LayerKind::Warp).unwrap();
+        let layer = LsmtLayer::open(&memory(bytes.clone()), TagMeaning::Warp).unwrap();
         assert_eq!(layer.virtual_size(), Bytes(64 << 30));
         assert_eq!(layer.trailer().uuid, Uuid::NULL);
         let mut writer = WarpWriter::new(layer.virtual_size()).unwrap();
@@ -142,7 +142,8 @@ fn one_entry_too_many_is_refused_while_writing() {
     assert!(fill(MAX_ENTRIES).is_ok());
     assert!(matches!(fill(MAX_ENTRIES + 1), Err(LsmtError::TooManyMappings { .. })));
     // A native index is padded to a page of 256 entries, and 1,000,000 is not a multiple of it.
-    let mut writer = NativeWriter::new(Vec::new(), Bytes(1 << 40), Identity::default()).unwrap();
+    let mut writer =
+        NativeWriter::new(Vec::new(), Bytes(1 << 40), LayerIdentity::default()).unwrap();
     for number in 0..MAX_ENTRIES {
         writer.zeroed(Sectors(number * 2), Sectors(1)).unwrap();
     }
@@ -165,16 +166,18 @@ fn small() -> Vec<u8> {
 fn every_cut_and_every_flipped_bit_is_an_error_or_a_valid_layer() {
     let whole = small();
     for len in (0..whole.len()).step_by(16) {
-        for kind in [LayerKind::Plain, LayerKind::Warp] {
-            assert!(Layer::open(&memory(whole[..len].to_vec()), kind).is_err(), "cut at {len}");
+        for kind in [TagMeaning::Plain, TagMeaning::Warp] {
+            assert!(LsmtLayer::open(&memory(whole[..len].to_vec()), kind).is_err(), "cut at {len}");
         }
     }
     let source: Arc<dyn ByteSource> = Arc::new(memory(whole.clone()));
     for bit in 0..whole.len() * 8 {
-        let flipped =
-            FaultySource::new(source.clone(), vec![Fault::FlipAt(bit as u64 / 8, 1 << (bit % 8))]);
-        for kind in [LayerKind::Plain, LayerKind::Warp] {
-            let Ok(layer) = Layer::open(&flipped, kind) else { continue };
+        let flipped = FaultySource::new(
+            source.clone(),
+            vec![ReadFault::FlipAt(bit as u64 / 8, 1 << (bit % 8))],
+        );
+        for kind in [TagMeaning::Plain, TagMeaning::Warp] {
+            let Ok(layer) = LsmtLayer::open(&flipped, kind) else { continue };
             let ordered = layer.mappings().windows(2).all(|pair| pair[0].end() <= pair[1].lba);
             assert!(ordered && layer.mappings().iter().all(|mapping| mapping.len > 0), "bit {bit}");
             if let Ok(stack) = Stack::merge(&[&layer]) {
@@ -196,27 +199,28 @@ fn a_layer_sealed_in_place_opens_and_so_do_the_tags_of_other_writers() {
         }
         memory(bytes)
     };
-    let expected = Layer::open(&memory(small()), LayerKind::Warp).unwrap();
+    let expected = LsmtLayer::open(&memory(small()), TagMeaning::Warp).unwrap();
     let tags: Vec<_> =
         expected.mappings().iter().map(|mapping| (mapping.tag, mapping.zeroed)).collect();
     assert_eq!(tags, [(0, false), (1, false), (0, true), (0, false)]);
     for (header, trailer) in [(3, 6), (0x13, 0x16), (7, 6)] {
-        let layer = Layer::open(&sealed(header, trailer, [4, 5]), LayerKind::Warp).unwrap();
+        let layer = LsmtLayer::open(&sealed(header, trailer, [4, 5]), TagMeaning::Warp).unwrap();
         assert_eq!(layer.mappings(), expected.mappings());
     }
     for (header, trailer) in [(6, 6), (5, 6), (7, 7), (7, 2), (7, 4)] {
         assert!(
-            Layer::open(&sealed(header, trailer, [0, 1]), LayerKind::Warp).is_err(),
+            LsmtLayer::open(&sealed(header, trailer, [0, 1]), TagMeaning::Warp).is_err(),
             "{header} {trailer}"
         );
     }
-    assert!(Layer::open(&sealed(7, 6, [0, 2]), LayerKind::Warp).is_err());
+    assert!(LsmtLayer::open(&sealed(7, 6, [0, 2]), TagMeaning::Warp).is_err());
     // A plain layer has leftover tags from a merge.
-    let mut writer = NativeWriter::new(Vec::new(), Bytes(1 << 20), Identity::default()).unwrap();
+    let mut writer =
+        NativeWriter::new(Vec::new(), Bytes(1 << 20), LayerIdentity::default()).unwrap();
     writer.data(Sectors(1), &[1; 512]).unwrap();
     let mut bytes = writer.finish().unwrap();
     bytes[4096 + 512 + 15] = 9;
-    assert_eq!(Layer::open(&memory(bytes), LayerKind::Plain).unwrap().mappings()[0].tag, 0);
+    assert_eq!(LsmtLayer::open(&memory(bytes), TagMeaning::Plain).unwrap().mappings()[0].tag, 0);
 }
 
 #[test]
@@ -226,7 +230,7 @@ fn hostile_index_places_and_sizes_are_refused() {
     let refused = |at: usize, value: u64| {
         let mut bytes = whole.clone();
         bytes[trailer + at..trailer + at + 8].copy_from_slice(&value.to_le_bytes());
-        Layer::open(&memory(bytes), LayerKind::Warp).unwrap_err().to_string()
+        LsmtLayer::open(&memory(bytes), TagMeaning::Warp).unwrap_err().to_string()
     };
     for offset in [0, 4095, whole.len() as u64, u64::MAX, u64::MAX - 63, trailer as u64] {
         assert!(refused(32, offset).contains("does not lie between"), "{offset}");
@@ -239,11 +243,11 @@ fn hostile_index_places_and_sizes_are_refused() {
 #[test]
 fn a_stack_is_as_large_as_its_topmost_layer_that_has_a_size() {
     let layer = |size: u64| {
-        let bytes = NativeWriter::new(Vec::new(), Bytes(size), Identity::default())
+        let bytes = NativeWriter::new(Vec::new(), Bytes(size), LayerIdentity::default())
             .unwrap()
             .finish()
             .unwrap();
-        Layer::open(&memory(bytes), LayerKind::Plain).unwrap()
+        LsmtLayer::open(&memory(bytes), TagMeaning::Plain).unwrap()
     };
     let (none, small, large) = (layer(0), layer(512), layer(1024));
     assert_eq!(Stack::merge(&[&small, &large, &none]).unwrap().virtual_size(), Bytes(1024));
@@ -260,22 +264,22 @@ type Call = (u64, u64, u8, u64);
 const DISK: u64 = 60_000;
 
 /// The content of every sector, by the calls.
-type Model = BTreeMap<u64, (u8, Place)>;
+type Model = BTreeMap<u64, (u8, RunPlace)>;
 
 /// Writes a layer, reads it, and applies its sectors to `model`.
-fn write(calls: &[Call], number: u8, model: &mut Model, payloads: &mut Vec<Vec<u8>>) -> Layer {
+fn write(calls: &[Call], number: u8, model: &mut Model, payloads: &mut Vec<Vec<u8>>) -> LsmtLayer {
     let mut writer = WarpWriter::new(Bytes(DISK * 512)).unwrap();
     writer.metadata(Sectors(0), &[0xee; 512]).unwrap();
-    model.insert(0, (number, Place::Own(FIRST_SECTOR)));
+    model.insert(0, (number, RunPlace::Own(FIRST_SECTOR)));
     let (mut lba, mut own) = (1, FIRST_SECTOR.0 + 1);
     for &(gap, len, kind, target) in calls {
         lba += gap;
         let len = len.min(DISK.saturating_sub(lba));
         for sector in 0..len {
             let place = match kind {
-                0 => Place::Own(Sectors(own + sector)),
-                1 => Place::Remote(Sectors(target + sector)),
-                _ => Place::Zero,
+                0 => RunPlace::Own(Sectors(own + sector)),
+                1 => RunPlace::Remote(Sectors(target + sector)),
+                _ => RunPlace::Zero,
             };
             model.insert(lba + sector, (number, place));
         }
@@ -296,7 +300,7 @@ fn write(calls: &[Call], number: u8, model: &mut Model, payloads: &mut Vec<Vec<u
     }
     let mut bytes = Vec::new();
     writer.finish(&mut bytes).unwrap();
-    let layer = Layer::open(&memory(bytes.clone()), LayerKind::Warp).unwrap();
+    let layer = LsmtLayer::open(&memory(bytes.clone()), TagMeaning::Warp).unwrap();
     payloads.push(bytes);
     layer
 }
@@ -328,12 +332,12 @@ proptest! {
                 for sector in 0..run.len.0 {
                     let expected = model.get(&(at + sector)).copied();
                     let place = match run.place {
-                        Place::Zero => Place::Zero,
-                        Place::Own(from) => Place::Own(from + Sectors(sector)),
-                        Place::Remote(from) => Place::Remote(from + Sectors(sector)),
+                        RunPlace::Zero => RunPlace::Zero,
+                        RunPlace::Own(from) => RunPlace::Own(from + Sectors(sector)),
+                        RunPlace::Remote(from) => RunPlace::Remote(from + Sectors(sector)),
                     };
-                    prop_assert_eq!(place, expected.map_or(Place::Zero, |(_, place)| place));
-                    if let (Place::Own(from), Some((layer, _))) = (place, expected) {
+                    prop_assert_eq!(place, expected.map_or(RunPlace::Zero, |(_, place)| place));
+                    if let (RunPlace::Own(from), Some((layer, _))) = (place, expected) {
                         prop_assert_eq!(run.layer, layer);
                         let byte = payloads[usize::from(layer)][from.bytes().0 as usize];
                         prop_assert!(at + sector == 0 || byte == (at + sector) as u8 ^ layer);

@@ -6,7 +6,7 @@
 
 use std::io::Write;
 
-use super::layer::{FLAG_DATA, FLAG_HEADER, FLAG_SEALED, Record, Uuid};
+use super::layer::{FLAG_DATA, FLAG_HEADER, FLAG_SEALED, LsmtHeader, Uuid};
 use super::mapping::{ENTRY, LBA_LIMIT, MAX_LEN, MOFFSET_LIMIT, Mapping, PADDING};
 use super::{FIRST_SECTOR, LsmtError, MAX_ENTRIES, RECORD};
 use crate::units::{Bytes, SECTOR, Sectors};
@@ -19,7 +19,7 @@ const PAGE_ENTRIES: u64 = RECORD / ENTRY;
 
 /// A layer's identity.
 #[derive(Clone, Debug, Default)]
-pub struct Identity {
+pub struct LayerIdentity {
     /// Identity of this layer.
     pub uuid: Uuid,
     /// Identity of the layer below.
@@ -36,7 +36,7 @@ impl<W: Write> NativeWriter<W> {
     ///
     /// # Errors
     /// [`LsmtError::Size`], [`LsmtError::Write`].
-    pub fn new(out: W, virtual_size: Bytes, identity: Identity) -> Result<Self, LsmtError> {
+    pub fn new(out: W, virtual_size: Bytes, identity: LayerIdentity) -> Result<Self, LsmtError> {
         LayerWriter::new(out, virtual_size, identity).map(Self)
     }
 
@@ -76,7 +76,7 @@ impl<W: Write> ScatteredWriter<W> {
     ///
     /// # Errors
     /// [`LsmtError::Size`], [`LsmtError::Write`].
-    pub fn new(out: W, virtual_size: Bytes, identity: Identity) -> Result<Self, LsmtError> {
+    pub fn new(out: W, virtual_size: Bytes, identity: LayerIdentity) -> Result<Self, LsmtError> {
         LayerWriter::new(out, virtual_size, identity).map(Self)
     }
 
@@ -153,14 +153,14 @@ impl WarpWriter {
     /// # Errors
     /// [`LsmtError::Size`].
     pub fn new(virtual_size: Bytes) -> Result<Self, LsmtError> {
-        Self::with_identity(virtual_size, Identity::default())
+        Self::with_identity(virtual_size, LayerIdentity::default())
     }
 
     /// Begins a layer with an identity; upstream's conversion writes none.
     ///
     /// # Errors
     /// [`LsmtError::Size`].
-    pub fn with_identity(virtual_size: Bytes, identity: Identity) -> Result<Self, LsmtError> {
+    pub fn with_identity(virtual_size: Bytes, identity: LayerIdentity) -> Result<Self, LsmtError> {
         LayerWriter::new(Vec::new(), virtual_size, identity).map(Self)
     }
 
@@ -240,7 +240,7 @@ fn run_error(lba: Sectors, end: u64, rule: &'static str) -> LsmtError {
 /// The shared part of the writers.
 struct LayerWriter<W> {
     out: W,
-    record: Record,
+    record: LsmtHeader,
     /// One past the last sector of the disk.
     limit: u64,
     index: Vec<Mapping>,
@@ -251,7 +251,7 @@ struct LayerWriter<W> {
 }
 
 impl<W: Write> LayerWriter<W> {
-    fn new(mut out: W, virtual_size: Bytes, identity: Identity) -> Result<Self, LsmtError> {
+    fn new(mut out: W, virtual_size: Bytes, identity: LayerIdentity) -> Result<Self, LsmtError> {
         let size_error = |rule| Err(LsmtError::Size { size: virtual_size, rule });
         if !virtual_size.0.is_multiple_of(SECTOR) {
             return size_error("it must be a multiple of 512");
@@ -259,7 +259,7 @@ impl<W: Write> LayerWriter<W> {
         if virtual_size.sector().0 > LBA_LIMIT {
             return size_error("its sectors must have 50-bit numbers");
         }
-        let record = Record {
+        let record = LsmtHeader {
             flags: FLAG_HEADER | FLAG_DATA | FLAG_SEALED,
             index_offset: 0,
             index_size: 0,

@@ -15,7 +15,7 @@ use crate::oci::manifest::{DOCUMENT_LIMIT, Platform};
 
 /// Reasons to refuse a config.
 #[derive(Debug, Error)]
-pub enum ConfigError {
+pub enum ImageConfigError {
     /// Larger than [`DOCUMENT_LIMIT`].
     #[error("The image config has {0} bytes; at most {DOCUMENT_LIMIT} are read")]
     Large(usize),
@@ -49,13 +49,13 @@ impl ImageConfig {
     /// Reads a config.
     ///
     /// # Errors
-    /// [`ConfigError`], also if `rootfs.diff_ids` occurs twice: readers would disagree on which one counts.
-    pub fn parse(bytes: &[u8]) -> Result<Self, ConfigError> {
+    /// [`ImageConfigError`], also if `rootfs.diff_ids` occurs twice: readers would disagree on which one counts.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ImageConfigError> {
         if bytes.len() as u64 > DOCUMENT_LIMIT {
-            return Err(ConfigError::Large(bytes.len()));
+            return Err(ImageConfigError::Large(bytes.len()));
         }
-        let value: Value = serde_json::from_slice(bytes).map_err(ConfigError::Json)?;
-        let field = |reason| ConfigError::Field { field: "rootfs.diff_ids", reason };
+        let value: Value = serde_json::from_slice(bytes).map_err(ImageConfigError::Json)?;
+        let field = |reason| ImageConfigError::Field { field: "rootfs.diff_ids", reason };
         let text = String::from_utf8(bytes.to_vec()).map_err(|_| field("the text is not UTF-8"))?;
         let whole = 0..text.len();
         let rootfs = member(&text, whole, "rootfs").map_err(field)?;
@@ -67,7 +67,7 @@ impl ImageConfig {
         let mut diff_ids = Vec::with_capacity(listed.len());
         for id in listed {
             let id = id.as_str().ok_or(field("an entry is not text"))?;
-            diff_ids.push(id.parse().map_err(ConfigError::DiffId)?);
+            diff_ids.push(id.parse().map_err(ImageConfigError::DiffId)?);
         }
         Ok(Self { text, value, diff_ids, place })
     }
@@ -130,7 +130,7 @@ impl ImageConfig {
 
 /// Range of the value of `key` in the JSON object that spans `object`, in text already known to be JSON.
 fn member(text: &str, object: Range<usize>, key: &str) -> Result<Range<usize>, &'static str> {
-    let mut scanner = Scanner { text: text.as_bytes(), at: object.start };
+    let mut scanner = JsonScanner { text: text.as_bytes(), at: object.start };
     if scanner.peek() != Some(b'{') {
         return Err("it is not within an object");
     }
@@ -158,12 +158,12 @@ fn member(text: &str, object: Range<usize>, key: &str) -> Result<Range<usize>, &
 
 /// Finds the ends of values in JSON that has been checked before. On other text its answers are wrong, but it
 /// always moves on and never leaves the text.
-struct Scanner<'a> {
+struct JsonScanner<'a> {
     text: &'a [u8],
     at: usize,
 }
 
-impl Scanner<'_> {
+impl JsonScanner<'_> {
     /// The next byte that is not blank.
     fn peek(&mut self) -> Option<u8> {
         while matches!(self.text.get(self.at), Some(b' ' | b'\t' | b'\n' | b'\r')) {

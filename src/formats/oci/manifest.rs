@@ -183,7 +183,7 @@ pub struct Manifest {
 /// Several images under one name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Index {
+pub struct ImageIndex {
     /// Always 2.
     pub schema_version: u32,
     /// Media type, if present.
@@ -216,7 +216,7 @@ pub enum Document {
     /// One image.
     Manifest(Manifest),
     /// Several images.
-    Index(Index),
+    Index(ImageIndex),
 }
 
 impl Document {
@@ -259,7 +259,7 @@ impl Document {
         }
         let json = |what| move |source| ManifestError::Json { what, source };
         let (document, version) = if is_index {
-            let index: Index = serde_json::from_value(value).map_err(json("index"))?;
+            let index: ImageIndex = serde_json::from_value(value).map_err(json("index"))?;
             let version = index.schema_version;
             (Self::Index(index), version)
         } else {
@@ -300,7 +300,7 @@ impl Manifest {
     }
 }
 
-impl Index {
+impl ImageIndex {
     /// An OCI index of these manifests.
     #[must_use]
     pub fn of(manifests: Vec<Descriptor>) -> Self {
@@ -478,7 +478,7 @@ mod tests {
         )
     }
 
-    fn index(platforms: &[&str]) -> Index {
+    fn index(platforms: &[&str]) -> ImageIndex {
         let entry = |platform: &&str| match *platform {
             "" => descriptor(media::OCI_MANIFEST, ""),
             "attestation" => descriptor(

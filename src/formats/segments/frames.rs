@@ -8,9 +8,9 @@ use std::ops::Range;
 
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 
-use super::{Encoding, Entry, Scanned, Segment};
+use super::{Encoding, ScannedLayer, Segment, SegmentEntry};
 use crate::units::Bytes;
-use crate::zstandard::walk::{Edge, Part, Walker};
+use crate::zstandard::walk::{Edge, PieceKind, Walker};
 use crate::zstandard::{MOST_INPUT, ZstdError};
 
 /// Length of a frame's output above which it is cut inside: 4 MiB, or the span if that is longer. Decoding 4
@@ -32,12 +32,12 @@ const STEP: usize = 256 << 10;
 struct Stretch {
     input: Range<u64>,
     output: Range<u64>,
-    entry: Entry,
+    entry: SegmentEntry,
     crc: crc32fast::Hasher,
 }
 
 impl Stretch {
-    fn begin(input: u64, output: u64, entry: Entry) -> Self {
+    fn begin(input: u64, output: u64, entry: SegmentEntry) -> Self {
         Self { input: input..input, output: output..output, entry, crc: crc32fast::Hasher::new() }
     }
 
@@ -54,7 +54,7 @@ impl Stretch {
 }
 
 /// The frame that is being scanned.
-struct Frame {
+struct ScannedFrame {
     /// Stretches between the positions where the frame can be cut; the last is still being decoded.
     stretches: Vec<Stretch>,
     start: u64,
@@ -72,7 +72,7 @@ pub struct FramesScanner {
     out: u64,
     /// Whole frames that are not part of a segment yet.
     open: Option<Stretch>,
-    frame: Option<Frame>,
+    frame: Option<ScannedFrame>,
     segments: Vec<Segment>,
     /// Number of segments that were returned.
     taken: usize,
@@ -112,9 +112,9 @@ impl FramesScanner {
             let (now, later) = input.split_at(piece.taken);
             input = later;
             match piece.part {
-                Part::Skipped => self.close_before_gap(),
-                Part::Header => self.begin_frame(sink)?,
-                Part::Body => self.decode(now, sink)?,
+                PieceKind::Skipped => self.close_before_gap(),
+                PieceKind::Header => self.begin_frame(sink)?,
+                PieceKind::Body => self.decode(now, sink)?,
             }
             match piece.edge {
                 Edge::None => {}
@@ -133,8 +133,8 @@ impl FramesScanner {
         sink: &mut dyn FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let start = self.walker.frame();
-        let stretches = vec![Stretch::begin(start, self.out, Entry::Start)];
-        self.frame = Some(Frame { stretches, start: self.out, is_long: false });
+        let stretches = vec![Stretch::begin(start, self.out, SegmentEntry::Start)];
+        self.frame = Some(ScannedFrame { stretches, start: self.out, is_long: false });
         self.decoder.reinit().map_err(ZstdError::Decoder)?;
         let header = self.walker.header().to_vec();
         self.decode(&header, sink)
@@ -187,7 +187,7 @@ impl FramesScanner {
         let Some(last) = frame.stretches.last_mut() else { return };
         last.input.end = at;
         if last.out_len() >= self.span {
-            frame.stretches.push(Stretch::begin(at, out, Entry::Inside));
+            frame.stretches.push(Stretch::begin(at, out, SegmentEntry::Inside));
         }
         if !frame.is_long && out - frame.start > self.long {
             frame.is_long = true;
@@ -272,13 +272,13 @@ impl FramesScanner {
     ///
     /// # Errors
     /// [`ZstdError::Truncated`] inside a frame.
-    pub fn finish(mut self) -> Result<Scanned, ZstdError> {
+    pub fn finish(mut self) -> Result<ScannedLayer, ZstdError> {
         let at = self.walker.at();
         if self.walker.is_inside() {
             return Err(ZstdError::Truncated { at });
         }
         self.close_open();
-        Ok(Scanned {
+        Ok(ScannedLayer {
             encoding: Encoding::Zstd,
             span: Bytes(self.span),
             compressed_len: Bytes(at),

@@ -35,7 +35,7 @@ impl Encoding {
 
 /// Position where the decoding of a segment begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
+pub enum SegmentEntry {
     /// At a frame, or in a bare tar: the segment decodes alone.
     Start,
     /// At a block inside a frame: decoding continues from the previous segment.
@@ -54,7 +54,7 @@ pub struct Segment {
     /// Its length in the output, never 0.
     pub out_len: u32,
     /// Position where decoding begins.
-    pub entry: Entry,
+    pub entry: SegmentEntry,
     /// CRC-32 of its output.
     pub crc32: u32,
 }
@@ -75,7 +75,7 @@ impl Segment {
 
 /// Result of a scan of a layer; the digests come from the [`SegmentHasher`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Scanned {
+pub struct ScannedLayer {
     /// Encoding of the layer.
     pub encoding: Encoding,
     /// Target length of a segment's output.
@@ -88,7 +88,7 @@ pub struct Scanned {
     pub segments: Vec<Segment>,
 }
 
-impl Scanned {
+impl ScannedLayer {
     /// The index, with the digests that `hasher` computed of the same bytes. Segments that became final only
     /// at the end are hashed here.
     ///
@@ -119,7 +119,7 @@ impl Scanned {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentIndex {
     layer: Digest,
-    scanned: Scanned,
+    scanned: ScannedLayer,
     sha256: Vec<[u8; 32]>,
     /// The stretches of more than one segment that decode only from their first segment on, in order.
     serial: Vec<Range<u32>>,
@@ -127,10 +127,10 @@ pub struct SegmentIndex {
 
 impl SegmentIndex {
     /// `sha256` has one digest for each segment; there are fewer than 2³².
-    pub(super) fn new(layer: Digest, scanned: Scanned, sha256: Vec<[u8; 32]>) -> Self {
+    pub(super) fn new(layer: Digest, scanned: ScannedLayer, sha256: Vec<[u8; 32]>) -> Self {
         let mut serial: Vec<Range<u32>> = Vec::new();
         for (number, segment) in (0u32..).zip(&scanned.segments) {
-            if segment.entry == Entry::Inside {
+            if segment.entry == SegmentEntry::Inside {
                 match serial.last_mut().filter(|last| last.end == number) {
                     Some(last) => last.end = number + 1,
                     None => serial.push(number.saturating_sub(1)..number + 1),
@@ -148,7 +148,7 @@ impl SegmentIndex {
 
     /// The result of the scan.
     #[must_use]
-    pub fn scanned(&self) -> &Scanned {
+    pub fn scanned(&self) -> &ScannedLayer {
         &self.scanned
     }
 

@@ -7,10 +7,12 @@ use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
 use super::SegmentsError;
-use super::index::{Encoding, Entry, Segment, SegmentIndex};
+use super::index::{Encoding, Segment, SegmentEntry, SegmentIndex};
 use crate::zstandard::{self, FrameDecoder, FramesDecoder};
 use source::ByteSource;
-use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk, SerialDecoder};
+use source::chunk::{
+    ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange, SerialChunks, SerialDecoder,
+};
 
 /// A layer that is not gzip, with its index.
 pub struct SegmentedLayer {
@@ -127,16 +129,12 @@ impl ChunkSource for SegmentedLayer {
         self.index.longest_serial().0 > 0
     }
 
-    fn longest_serial(&self) -> u64 {
-        self.index.longest_serial().0
-    }
-
     fn blob(&self) -> &Arc<dyn ByteSource> {
         &self.blob
     }
 
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
-        Ok(Encoded { range: self.segment(index)?.input(), head: 0, tail: 0 })
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
+        Ok(EncodedRange { range: self.segment(index)?.input(), head: 0, tail: 0 })
     }
 
     fn room(&self, index: u32) -> usize {
@@ -162,23 +160,8 @@ impl ChunkSource for SegmentedLayer {
         Ok(0..room.len())
     }
 
-    fn serial(&self, index: u32) -> Range<u32> {
-        self.index.serial(index)
-    }
-
-    fn serial_memory(&self, first: &[u8]) -> u64 {
-        zstandard::window(first).unwrap_or(0)
-    }
-
-    fn begin_serial(&self, first: u32) -> Result<Box<dyn SerialDecoder>, ChunkError> {
-        let segment = self.segment(first)?;
-        let refused = |reason: String| damaged(&*self.blob, first, segment.input(), reason);
-        if segment.entry == Entry::Inside {
-            return Err(refused("it is not the first of a frame".to_owned()));
-        }
-        let (index, blob) = (self.index.clone(), self.blob.clone());
-        let decoder = FrameDecoder::new().map_err(refused)?;
-        Ok(Box::new(LongFrame { index, blob, decoder, next: first }))
+    fn serial(&self) -> Option<&dyn SerialChunks> {
+        (self.index.longest_serial().0 > 0).then_some(self)
     }
 
     fn verify(&self, index: u32, encoded: &[u8]) -> Option<bool> {
@@ -188,6 +171,31 @@ impl ChunkSource for SegmentedLayer {
     fn verify_decoded(&self, index: u32, decoded: &[u8]) -> Option<bool> {
         let segment = self.index.segments().get(index as usize)?;
         Some(check_decoded(segment, decoded).is_ok())
+    }
+}
+
+impl SerialChunks for SegmentedLayer {
+    fn long_frame(&self, index: u32) -> Range<u32> {
+        self.index.serial(index)
+    }
+
+    fn longest_frame(&self) -> u64 {
+        self.index.longest_serial().0
+    }
+
+    fn window(&self, first: &[u8]) -> u64 {
+        zstandard::window(first).unwrap_or(0)
+    }
+
+    fn begin_frame(&self, first: u32) -> Result<Box<dyn SerialDecoder>, ChunkError> {
+        let segment = self.segment(first)?;
+        let refused = |reason: String| damaged(&*self.blob, first, segment.input(), reason);
+        if segment.entry == SegmentEntry::Inside {
+            return Err(refused("it is not the first of a frame".to_owned()));
+        }
+        let (index, blob) = (self.index.clone(), self.blob.clone());
+        let decoder = FrameDecoder::new().map_err(refused)?;
+        Ok(Box::new(LongFrame { index, blob, decoder, next: first }))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::index::{Encoding, Entry, Scanned, Segment};
+use super::index::{Encoding, ScannedLayer, Segment, SegmentEntry};
 use crate::units::Bytes;
 use source::chunk::PlainChunks;
 
@@ -41,7 +41,7 @@ impl PlainScanner {
         let start = self.at - self.open;
         let len = std::mem::take(&mut self.open) as u32; // PLAIN_SPAN at most
         let crc32 = std::mem::take(&mut self.crc).finalize();
-        let (entry, out) = (Entry::Start, start);
+        let (entry, out) = (SegmentEntry::Start, start);
         self.segments.push(Segment { start, len, out, out_len: len, entry, crc32 });
     }
 
@@ -54,12 +54,12 @@ impl PlainScanner {
 
     /// Ends the layer.
     #[must_use]
-    pub fn finish(mut self) -> Scanned {
+    pub fn finish(mut self) -> ScannedLayer {
         if self.open > 0 {
             self.close();
         }
         let len = Bytes(self.at);
-        Scanned {
+        ScannedLayer {
             encoding: Encoding::Plain,
             span: PLAIN_SPAN,
             compressed_len: len,

@@ -27,7 +27,7 @@
 
 use super::SegmentsError;
 use super::columns::{Broken, Cursor, put_varint};
-use super::index::{Encoding, Entry, MAX_SEGMENT, Scanned, Segment, SegmentIndex};
+use super::index::{Encoding, MAX_SEGMENT, ScannedLayer, Segment, SegmentEntry, SegmentIndex};
 use crate::oci::Digest;
 use crate::units::Bytes;
 
@@ -78,7 +78,9 @@ pub fn write(index: &SegmentIndex) -> Vec<u8> {
     for segment in index.segments() {
         put_varint(&mut file, segment.out_len.into());
     }
-    file.extend(index.segments().iter().map(|segment| u8::from(segment.entry == Entry::Inside)));
+    file.extend(
+        index.segments().iter().map(|segment| u8::from(segment.entry == SegmentEntry::Inside)),
+    );
     file.extend(index.sha256().as_flattened());
     for segment in index.segments() {
         file.extend(segment.crc32.to_le_bytes());
@@ -126,12 +128,12 @@ pub fn read(file: &[u8]) -> Result<SegmentIndex, SegmentsError> {
     let mut segments = read_places(&mut cursor, count, encoding, lens)?;
     for (segment, entry) in segments.iter_mut().zip(cursor.take(count)?) {
         segment.entry = match (entry, encoding) {
-            (0, _) => Entry::Start,
-            (1, Encoding::Zstd) => Entry::Inside,
+            (0, _) => SegmentEntry::Start,
+            (1, Encoding::Zstd) => SegmentEntry::Inside,
             _ => return Err(cursor.broken("a segment is of an unknown kind").into()),
         };
     }
-    if segments.first().is_some_and(|first| first.entry == Entry::Inside) {
+    if segments.first().is_some_and(|first| first.entry == SegmentEntry::Inside) {
         return Err(cursor.broken("the first segment continues a segment before it").into());
     }
     let sha256 = cursor.take(32 * count)?.as_chunks().0.to_vec();
@@ -142,7 +144,7 @@ pub fn read(file: &[u8]) -> Result<SegmentIndex, SegmentsError> {
     if !cursor.is_at_end() {
         return Err(cursor.broken("bytes follow the last checksum").into());
     }
-    let scanned = Scanned {
+    let scanned = ScannedLayer {
         encoding,
         span: Bytes(span),
         compressed_len: Bytes(compressed_len),
@@ -185,7 +187,7 @@ fn read_places(
         if !possible {
             return Err(cursor.broken("the lengths of a segment contradict its encoding"));
         }
-        segments.push(Segment { start, len, out, out_len, entry: Entry::Start, crc32: 0 });
+        segments.push(Segment { start, len, out, out_len, entry: SegmentEntry::Start, crc32: 0 });
         out = out.saturating_add(out_len.into());
     }
     if out != uncompressed_len {
@@ -211,7 +213,7 @@ mod tests {
         let (mut end, mut out) = (0, 0);
         let segments = places.iter().map(|&(gap, len, out_len, inside)| {
             let start = end + gap;
-            let entry = if inside && out > 0 { Entry::Inside } else { Entry::Start };
+            let entry = if inside && out > 0 { SegmentEntry::Inside } else { SegmentEntry::Start };
             let segment = Segment { start, len, out, out_len, entry, crc32: len ^ out_len };
             (end, out) = (start + u64::from(len), out + u64::from(out_len));
             segment
@@ -220,7 +222,7 @@ mod tests {
         let sha256 = segments.iter().map(|segment| [segment.len as u8; 32]).collect();
         let (compressed_len, uncompressed_len) = (Bytes(end + 9), Bytes(out));
         let span = Bytes(1 << 20);
-        let scanned = Scanned { encoding, span, compressed_len, uncompressed_len, segments };
+        let scanned = ScannedLayer { encoding, span, compressed_len, uncompressed_len, segments };
         SegmentIndex::new(Digest::of(b"layer"), scanned, sha256)
     }
 

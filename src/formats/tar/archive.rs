@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use thiserror::Error;
 
-use crate::tar::entry::{Content, EntryKind};
-use crate::tar::{BLOCK, Event, Parser, TarError, shown};
+use crate::tar::entry::{EntryContent, EntryKind};
+use crate::tar::{BLOCK, Parser, TarError, TarEvent, shown};
 use crate::units::Bytes;
 
 /// Permission bits of a member: a file made under the usual umask 022.
@@ -117,13 +117,13 @@ pub fn read_members(archive: &[u8]) -> Result<Vec<(String, Range<usize>)>, Archi
     let mut members: Vec<(String, Range<usize>)> = Vec::new();
     let mut parser = Parser::new();
     parser.feed(archive, &mut |event| {
-        let Event::Entry(entry) = event else { return Ok(()) };
+        let TarEvent::Entry(entry) = event else { return Ok(()) };
         let bad = |reason| ArchiveError::Member {
             name: shown(&entry.name),
             offset: entry.header_offset.get(),
             reason,
         };
-        if entry.kind != EntryKind::Regular || entry.content != Content::Plain {
+        if entry.kind != EntryKind::Regular || entry.content != EntryContent::Plain {
             return Err(bad("is not a regular file"));
         }
         let name =

@@ -13,7 +13,7 @@ pub struct Timestamp {
 
 /// One file, directory, link or device of a tar.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct TarEntry {
     /// Offset of the entry's first block, which can be that of its pax records or long name.
     pub header_offset: Bytes,
     /// The path as written: not normalised, possibly with leading or trailing slashes. No NUL.
@@ -35,7 +35,7 @@ pub struct Entry {
     /// Bytes of data in the tar, without padding.
     pub stored_len: Bytes,
     /// Relation between the stored bytes and the file.
-    pub content: Content,
+    pub content: EntryContent,
 }
 
 /// The kind of an entry.
@@ -69,7 +69,7 @@ pub enum EntryKind {
 
 /// Relation between the stored bytes and the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Content {
+pub enum EntryContent {
     /// The stored bytes are the file.
     Plain,
     /// The stored bytes are the pieces of a file that has holes.

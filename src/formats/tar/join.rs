@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::tar::entry::{Content, Entry, EntryKind, Timestamp};
+use crate::tar::entry::{EntryContent, EntryKind, TarEntry, Timestamp};
 use crate::tar::header::{Header, NumberError};
 use crate::tar::pax::{PaxError, Records};
 use crate::tar::sparse::SparseKind;
@@ -22,7 +22,7 @@ pub(super) struct Pending {
 
 /// A sparse entry whose map is not complete.
 pub(super) struct Draft {
-    pub(super) entry: Entry,
+    pub(super) entry: TarEntry,
     /// Length of the file.
     pub(super) size: u64,
     /// Bytes in the tar, including a map in the data.
@@ -125,7 +125,7 @@ impl Current {
             Some(size) => Some(size),
             None => records.number("GNU.sparse.size").map_err(pax)?,
         };
-        let entry = Entry {
+        let entry = TarEntry {
             header_offset: Bytes(self.offset),
             name: self.name.clone(),
             kind: self.kind(header, link)?,
@@ -136,7 +136,7 @@ impl Current {
             xattrs: records.xattrs().map_err(pax)?,
             data_offset: Bytes(position),
             stored_len: Bytes(stored),
-            content: Content::Plain,
+            content: EntryContent::Plain,
         };
         Ok(Draft { entry, size: real_size.unwrap_or(stored), stored })
     }

@@ -1,6 +1,6 @@
-//! The push parser: a state machine ([`State`]).
+//! The push parser: a state machine ([`ParserState`]).
 
-use crate::tar::entry::{Entry, EntryKind};
+use crate::tar::entry::{EntryKind, TarEntry};
 use crate::tar::header::{Header, number, until_nul};
 use crate::tar::join::{Current, Draft, Pending};
 use crate::tar::pax::Records;
@@ -15,9 +15,9 @@ pub const METADATA_LIMIT: u64 = 1 << 20;
 
 /// An event that the parser reports.
 #[derive(Debug)]
-pub enum Event<'a> {
+pub enum TarEvent<'a> {
     /// An entry; its data, if any, follows.
-    Entry(Entry),
+    Entry(TarEntry),
     /// A piece of the last entry's stored data: not empty, no padding. Reported only by a parser made with
     /// [`with_data`](Parser::with_data).
     Data(&'a [u8]),
@@ -30,7 +30,7 @@ pub struct Parser {
     with_data: bool,
     /// Bytes fed so far.
     position: u64,
-    state: State,
+    state: ParserState,
     /// The block that is being collected, and the number of its bytes that are present.
     block: Box<[u8; BLOCK]>,
     filled: usize,
@@ -42,7 +42,7 @@ pub struct Parser {
 }
 
 /// Position of the parser in the tar's structure. The first group collects whole blocks.
-enum State {
+enum ParserState {
     /// Before an entry or the end.
     Header,
     /// Behind one zero block.
@@ -92,7 +92,7 @@ impl Extra {
     }
 }
 
-type Callback<'c, E> = &'c mut dyn FnMut(Event<'_>) -> Result<(), E>;
+type Callback<'c, E> = &'c mut dyn FnMut(TarEvent<'_>) -> Result<(), E>;
 
 impl Default for Parser {
     fn default() -> Self {
@@ -107,7 +107,7 @@ impl Parser {
         Self {
             with_data: false,
             position: 0,
-            state: State::Header,
+            state: ParserState::Header,
             block: Box::new([0; BLOCK]),
             filled: 0,
             global: Records::default(),
@@ -139,27 +139,28 @@ impl Parser {
     ) -> Result<(), E> {
         while !bytes.is_empty() {
             let taken = match &mut self.state {
-                State::Data(left) | State::Padding(left) => {
+                ParserState::Data(left) | ParserState::Padding(left) => {
                     let taken = bytes.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
                     *left -= taken as u64;
                     let done = *left == 0;
-                    let is_data = matches!(self.state, State::Data(_));
+                    let is_data = matches!(self.state, ParserState::Data(_));
                     if is_data && self.with_data {
-                        on(Event::Data(&bytes[..taken]))?;
+                        on(TarEvent::Data(&bytes[..taken]))?;
                     }
                     self.position += taken as u64;
                     if done {
-                        self.state = if is_data { padding(self.position) } else { State::Header };
+                        self.state =
+                            if is_data { padding(self.position) } else { ParserState::Header };
                     }
                     bytes = &bytes[taken..];
                     continue;
                 }
-                State::Payload(_, len, payload) => {
+                ParserState::Payload(_, len, payload) => {
                     let taken = bytes.len().min(*len - payload.len());
                     payload.extend_from_slice(&bytes[..taken]);
                     taken
                 }
-                State::End => match bytes.iter().position(|&byte| byte != 0) {
+                ParserState::End => match bytes.iter().position(|&byte| byte != 0) {
                     Some(at) => {
                         return Err(TarError::Trailing { offset: self.position + at as u64 }.into());
                     }
@@ -177,7 +178,7 @@ impl Parser {
             if self.filled == BLOCK {
                 self.filled = 0;
                 self.take_block(on)?;
-            } else if matches!(&self.state, State::Payload(_, len, payload) if payload.len() == *len)
+            } else if matches!(&self.state, ParserState::Payload(_, len, payload) if payload.len() == *len)
             {
                 self.take_payload()?;
             }
@@ -195,15 +196,18 @@ impl Parser {
     /// [`TarError::Truncated`] or [`TarError::Dangling`].
     pub fn finish(self) -> Result<Bytes, TarError> {
         let what = match self.state {
-            State::Header if self.filled > 0 => Some("a header"),
-            State::SecondZeroBlock | State::LinkData(_) if self.filled > 0 => {
+            ParserState::Header if self.filled > 0 => Some("a header"),
+            ParserState::SecondZeroBlock | ParserState::LinkData(_) if self.filled > 0 => {
                 Some("the block behind")
             }
-            State::Header | State::SecondZeroBlock | State::LinkData(_) | State::End => None,
-            State::OldSparse(..) | State::LineMap(..) => Some("the sparse map"),
-            State::Payload(extra, ..) => Some(extra.what()),
-            State::Data(_) => Some("the data"),
-            State::Padding(_) => Some("the padding"),
+            ParserState::Header
+            | ParserState::SecondZeroBlock
+            | ParserState::LinkData(_)
+            | ParserState::End => None,
+            ParserState::OldSparse(..) | ParserState::LineMap(..) => Some("the sparse map"),
+            ParserState::Payload(extra, ..) => Some(extra.what()),
+            ParserState::Data(_) => Some("the data"),
+            ParserState::Padding(_) => Some("the padding"),
         };
         if let Some(what) = what {
             let Current { offset, name } = self.current;
@@ -225,21 +229,26 @@ impl Parser {
         let block = *self.block;
         let start = self.position - BLOCK as u64;
         let is_zero = block == [0; BLOCK];
-        match std::mem::replace(&mut self.state, State::Header) {
-            State::SecondZeroBlock if is_zero => self.state = State::End,
-            State::SecondZeroBlock => {
+        match std::mem::replace(&mut self.state, ParserState::Header) {
+            ParserState::SecondZeroBlock if is_zero => self.state = ParserState::End,
+            ParserState::SecondZeroBlock => {
                 return Err(TarError::LoneZeroBlock { offset: start - BLOCK as u64 }.into());
             }
-            State::LinkData(len) if !is_zero && Header::new(&block).is_none() => {
+            ParserState::LinkData(len) if !is_zero && Header::new(&block).is_none() => {
                 let rest =
                     len.div_ceil(BLOCK as u64).saturating_sub(1).saturating_mul(BLOCK as u64);
-                self.state = if rest > 0 { State::Padding(rest) } else { State::Header };
+                self.state =
+                    if rest > 0 { ParserState::Padding(rest) } else { ParserState::Header };
             }
-            State::OldSparse(draft, pairs) => self.old_sparse_block(&block, draft, pairs, on)?,
-            State::LineMap(draft, map, len) => self.line_map_block(&block, draft, map, len, on)?,
+            ParserState::OldSparse(draft, pairs) => {
+                self.old_sparse_block(&block, draft, pairs, on)?
+            }
+            ParserState::LineMap(draft, map, len) => {
+                self.line_map_block(&block, draft, map, len, on)?
+            }
             _ if is_zero => match self.pending.offset {
                 Some(offset) => return Err(TarError::Dangling { offset }.into()),
-                None => self.state = State::SecondZeroBlock,
+                None => self.state = ParserState::SecondZeroBlock,
             },
             _ => {
                 let header = Header::new(&block).ok_or(TarError::Checksum { offset: start })?;
@@ -266,9 +275,9 @@ impl Parser {
             self.pending = Pending::default();
             let len = self.current.unsigned("size", header.size(), i64::MAX as u64)?;
             self.state = if len > 0 {
-                State::Padding(len.next_multiple_of(BLOCK as u64))
+                ParserState::Padding(len.next_multiple_of(BLOCK as u64))
             } else {
-                State::Header
+                ParserState::Header
             };
             return Ok(());
         }
@@ -289,13 +298,13 @@ impl Parser {
             self.pending.offset.get_or_insert(start);
         }
         let len = len as usize;
-        self.state = State::Payload(extra, len, Vec::with_capacity(len));
+        self.state = ParserState::Payload(extra, len, Vec::with_capacity(len));
         if len == 0 { self.take_payload() } else { Ok(()) }
     }
 
     fn take_payload(&mut self) -> Result<(), TarError> {
         let state = std::mem::replace(&mut self.state, padding(self.position));
-        let State::Payload(extra, _, payload) = state else { return Ok(()) };
+        let ParserState::Payload(extra, _, payload) = state else { return Ok(()) };
         let long_name = |payload: &[u8]| {
             let name = until_nul(payload);
             match payload[name.len()..].iter().all(|&byte| byte == 0) {
@@ -327,7 +336,7 @@ impl Parser {
             SparseKind::Old => self.start_old_sparse(header, draft, on),
             SparseKind::Pairs(pairs) => self.emit_sparse(draft, &pairs, on),
             SparseKind::Lines => {
-                self.state = State::LineMap(Box::new(draft), sparse::LineMap::default(), 0);
+                self.state = ParserState::LineMap(Box::new(draft), sparse::LineMap::default(), 0);
                 Ok(())
             }
         }
@@ -336,7 +345,7 @@ impl Parser {
     /// Reports an entry and moves on to its data: `stored` bytes if the header is correct.
     fn emit<E: From<TarError>>(
         &mut self,
-        mut entry: Entry,
+        mut entry: TarEntry,
         stored: u64,
         on: Callback<'_, E>,
     ) -> Result<(), E> {
@@ -347,12 +356,12 @@ impl Parser {
         let is_dump = entry.kind == EntryKind::Directory && self.block[156] == b'D';
         self.state = match &entry.kind {
             EntryKind::Regular => data(self.position, stored),
-            EntryKind::HardLink(_) if stored > 0 => State::LinkData(stored),
+            EntryKind::HardLink(_) if stored > 0 => ParserState::LinkData(stored),
             _ if is_dump && stored > 0 => match stored.checked_next_multiple_of(BLOCK as u64) {
-                Some(len) => State::Padding(len),
+                Some(len) => ParserState::Padding(len),
                 None => return Err(self.current.field("size", "it exceeds 64 bits").into()),
             },
-            _ => State::Header,
+            _ => ParserState::Header,
         };
         if entry.kind != EntryKind::Regular {
             entry.stored_len = Bytes::ZERO;
@@ -360,7 +369,7 @@ impl Parser {
         if self.position.checked_add(stored).is_none_or(|end| end > i64::MAX as u64) {
             return Err(self.current.field("size", "the data would end past 63 bits").into());
         }
-        on(Event::Entry(entry))
+        on(TarEvent::Entry(entry))
     }
 
     fn start_old_sparse<E: From<TarError>>(
@@ -376,7 +385,7 @@ impl Parser {
         sparse::old_pairs(field, &mut pairs)
             .map_err(|reason| self.current.field("sparse map", reason))?;
         if is_extended {
-            self.state = State::OldSparse(Box::new(draft), pairs);
+            self.state = ParserState::OldSparse(Box::new(draft), pairs);
             return Ok(());
         }
         self.emit_sparse(draft, &pairs, on)
@@ -398,7 +407,7 @@ impl Parser {
             return Err(self.current.too_long("a sparse map", len).into());
         }
         if block[FLAG] != 0 {
-            self.state = State::OldSparse(draft, pairs);
+            self.state = ParserState::OldSparse(draft, pairs);
             return Ok(());
         }
         self.emit_sparse(*draft, &pairs, on)
@@ -418,7 +427,7 @@ impl Parser {
         }
         let pairs = map.block(block).map_err(|reason| self.current.field("sparse map", reason))?;
         let Some(pairs) = pairs else {
-            self.state = State::LineMap(draft, map, len);
+            self.state = ParserState::LineMap(draft, map, len);
             return Ok(());
         };
         let too_short = || {
@@ -446,14 +455,14 @@ impl Parser {
 }
 
 /// The state for `len` bytes of data that start at `position`, a multiple of the block size.
-fn data(position: u64, len: u64) -> State {
-    if len > 0 { State::Data(len) } else { padding(position) }
+fn data(position: u64, len: u64) -> ParserState {
+    if len > 0 { ParserState::Data(len) } else { padding(position) }
 }
 
 /// The state for the padding that fills the block with `position` in it.
-fn padding(position: u64) -> State {
+fn padding(position: u64) -> ParserState {
     match position % BLOCK as u64 {
-        0 => State::Header,
-        past => State::Padding(BLOCK as u64 - past),
+        0 => ParserState::Header,
+        past => ParserState::Padding(BLOCK as u64 - past),
     }
 }

@@ -71,7 +71,7 @@ impl Records {
         is_wanted: impl Fn(&[u8]) -> bool,
     ) -> Result<(), PaxError> {
         while !payload.is_empty() {
-            let Record { key, value, rest } = Record::split(payload)?;
+            let PaxRecord { key, value, rest } = PaxRecord::split(payload)?;
             if is_wanted(key) {
                 self.insert(key, value)?;
             }
@@ -165,13 +165,13 @@ impl Records {
 }
 
 /// A record, and the bytes behind it.
-struct Record<'a> {
+struct PaxRecord<'a> {
     key: &'a [u8],
     value: &'a [u8],
     rest: &'a [u8],
 }
 
-impl<'a> Record<'a> {
+impl<'a> PaxRecord<'a> {
     fn split(payload: &'a [u8]) -> Result<Self, PaxError> {
         let bad = |reason: &str| PaxError::new(b"", reason);
         let blank = payload.iter().take(20).position(|&byte| byte == b' ');

@@ -10,7 +10,7 @@
 //! All four become the same list, which is checked here once: ascending, within the file, and as long in sum
 //! as the stored data.
 
-use crate::tar::entry::{Content, SparsePiece};
+use crate::tar::entry::{EntryContent, SparsePiece};
 use crate::tar::header::{Header, number};
 use crate::tar::pax::{PaxError, Records};
 use crate::units::Bytes;
@@ -102,7 +102,7 @@ pub(super) fn content(
     size: u64,
     data_offset: u64,
     stored: u64,
-) -> Result<Content, &'static str> {
+) -> Result<EntryContent, &'static str> {
     if !pairs.len().is_multiple_of(2) {
         return Err("the sparse map ends between an offset and its length");
     }
@@ -131,7 +131,7 @@ pub(super) fn content(
     if used != stored {
         return Err("the sparse pieces do not add up to the stored data");
     }
-    Ok(Content::Sparse { size: Bytes(size), pieces })
+    Ok(EntryContent::Sparse { size: Bytes(size), pieces })
 }
 
 /// Storage formats of an entry's sparse map.

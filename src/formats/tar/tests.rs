@@ -10,14 +10,14 @@ use serde_json::Value;
 use super::*;
 use crate::units::Bytes;
 
-fn parse_in(pieces: &[&[u8]]) -> Result<(Vec<Entry>, Vec<u8>), TarError> {
+fn parse_in(pieces: &[&[u8]]) -> Result<(Vec<TarEntry>, Vec<u8>), TarError> {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     let mut parser = Parser::with_data();
     for piece in pieces {
         parser.feed::<TarError>(piece, &mut |event| {
             match event {
-                Event::Entry(entry) => entries.push(entry),
-                Event::Data(bytes) => data.extend_from_slice(bytes),
+                TarEvent::Entry(entry) => entries.push(entry),
+                TarEvent::Data(bytes) => data.extend_from_slice(bytes),
             }
             Ok(())
         })?;
@@ -26,7 +26,7 @@ fn parse_in(pieces: &[&[u8]]) -> Result<(Vec<Entry>, Vec<u8>), TarError> {
     Ok((entries, data))
 }
 
-fn parse(tar: &[u8]) -> Result<Vec<Entry>, TarError> {
+fn parse(tar: &[u8]) -> Result<Vec<TarEntry>, TarError> {
     parse_in(&[tar]).map(|(entries, _)| entries)
 }
 
@@ -85,7 +85,7 @@ fn time_text(time: Timestamp) -> f64 {
 }
 
 /// Compares every field with Python's reading of the same file.
-fn agrees_with_python(path: &Path) -> Vec<Entry> {
+fn agrees_with_python(path: &Path) -> Vec<TarEntry> {
     let tar = fs::read(path).unwrap();
     let entries = parse(&tar).unwrap();
     let theirs = python(path);
@@ -108,8 +108,8 @@ fn agrees_with_python(path: &Path) -> Vec<Entry> {
                 assert!(their["isfile"].as_bool().unwrap(), "{name}");
                 assert_eq!(entry.data_offset.get(), number("data"), "{name}");
                 let size = match &entry.content {
-                    Content::Plain => entry.stored_len.get(),
-                    Content::Sparse { size, pieces } => {
+                    EntryContent::Plain => entry.stored_len.get(),
+                    EntryContent::Sparse { size, pieces } => {
                         let ours: Vec<_> =
                             pieces.iter().map(|p| (p.file_offset.get(), p.len.get())).collect();
                         let pairs: Vec<(u64, u64)> =
@@ -213,7 +213,7 @@ fn sparse_files_of_every_version_give_the_same_pieces() {
         let entries = agrees_with_python(&dir.path().join("s.tar"));
         let mut all = Vec::new();
         for entry in &entries {
-            let Content::Sparse { size, pieces } = &entry.content else {
+            let EntryContent::Sparse { size, pieces } = &entry.content else {
                 panic!("{options}: not sparse")
             };
             // The pieces over zeros give the file.
@@ -237,7 +237,7 @@ fn sparse_files_of_every_version_give_the_same_pieces() {
 }
 
 /// Runs a Python script that writes a tar through `t`, an open `tarfile`, and reads the result here.
-fn python_tar(format: &str, script: &str) -> (tempfile::TempDir, Vec<Entry>) {
+fn python_tar(format: &str, script: &str) -> (tempfile::TempDir, Vec<TarEntry>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("p.tar");
     let script = format!(

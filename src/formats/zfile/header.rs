@@ -46,7 +46,7 @@ pub enum Algo {
 
 /// A header or a trailer, without its magic.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct ZFileHeader {
     /// The flag bits; unknown ones can have any value.
     pub flags: u64,
     /// First byte of the jump table.
@@ -96,7 +96,7 @@ fn digest(bytes: &[u8; SPACE]) -> u32 {
     raw_crc32c(0, &blank)
 }
 
-impl Record {
+impl ZFileHeader {
     /// True if all bits of `flag` are set.
     #[must_use]
     pub const fn has(&self, flag: u64) -> bool {
@@ -189,7 +189,7 @@ impl Record {
 }
 
 /// True if a source begins with the magic of a `ZFile`. A wrong digest does not make it plain;
-/// [`Record::parse`] then refuses it.
+/// [`ZFileHeader::parse`] then refuses it.
 ///
 /// # Errors
 /// [`ZFileError::Source`] if the first bytes cannot be read.

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use super::ZFileError;
 use super::header::{
     BLOCK_SEED, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED, MAX_BLOCKS,
-    Record, SPACE, raw_crc32c,
+    SPACE, ZFileHeader, raw_crc32c,
 };
 use crate::zfile::Algo;
-use source::chunk::{ChunkError, ChunkSource, ChunkSpan, Encoded, EncodedChunk};
+use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange};
 use source::{ByteSource, Reserved, SourceError};
 
 /// Plain bytes in a chunk, and the grain of the jump table: 32 blocks of 4 KiB. Large enough that a range
@@ -29,7 +29,7 @@ const INDEX_STEP: u64 = 1 << 20;
 /// An open `ZFile`, with its record and its jump table.
 pub struct ZFile {
     source: Arc<dyn ByteSource>,
-    record: Record,
+    record: ZFileHeader,
     /// Stored length of each block, checksum included.
     lengths: Vec<u32>,
     /// First byte of every block whose number is a multiple of `grain`.
@@ -109,7 +109,7 @@ impl ZFile {
 
     /// The record that describes the file: the header if it was overwritten, else the trailer.
     #[must_use]
-    pub fn record(&self) -> &Record {
+    pub fn record(&self) -> &ZFileHeader {
         &self.record
     }
 
@@ -246,7 +246,7 @@ impl ZFile {
 }
 
 /// The valid record, and the byte before which the jump table ends.
-fn read_record(source: &dyn ByteSource) -> Result<(Record, u64), ZFileError> {
+fn read_record(source: &dyn ByteSource) -> Result<(ZFileHeader, u64), ZFileError> {
     let name = source.name();
     let len = source.len();
     if len < SPACE as u64 {
@@ -254,7 +254,7 @@ fn read_record(source: &dyn ByteSource) -> Result<(Record, u64), ZFileError> {
     }
     let mut bytes = [0; SPACE];
     source.read_exact_at(&mut bytes, 0)?;
-    let header = Record::parse(&bytes, name, 0)?;
+    let header = ZFileHeader::parse(&bytes, name, 0)?;
     if !header.has(FLAG_HEADER) {
         return Err(ZFileError::NotZFile { name: name.to_owned() });
     }
@@ -264,7 +264,7 @@ fn read_record(source: &dyn ByteSource) -> Result<(Record, u64), ZFileError> {
         return Ok((header, at));
     }
     source.read_exact_at(&mut bytes, at)?;
-    let trailer = Record::parse(&bytes, name, at)?;
+    let trailer = ZFileHeader::parse(&bytes, name, at)?;
     if trailer.has(FLAG_HEADER) || !trailer.has(FLAG_DATA | FLAG_SEALED) {
         let rule = "its flags are not those of a sealed trailer".to_owned();
         return Err(ZFileError::Invalid {
@@ -281,7 +281,7 @@ fn read_record(source: &dyn ByteSource) -> Result<(Record, u64), ZFileError> {
 /// file.
 fn read_index(
     source: &dyn ByteSource,
-    record: &Record,
+    record: &ZFileHeader,
     end: u64,
 ) -> Result<(Vec<u32>, u32), ZFileError> {
     let invalid = |rule: String| ZFileError::Invalid {
@@ -452,7 +452,7 @@ impl ChunkSource for ZFileChunks {
         &self.file.source
     }
 
-    fn encoded(&self, index: u32) -> Result<Encoded, ChunkError> {
+    fn encoded(&self, index: u32) -> Result<EncodedRange, ChunkError> {
         if index >= self.chunk_count() {
             let offset = u64::from(index) * u64::from(CHUNK);
             let (name, size) = (self.file.name().to_owned(), self.file.len());
@@ -460,7 +460,7 @@ impl ChunkSource for ZFileChunks {
         }
         let (first, last) = self.blocks(index);
         let range = self.file.start_of(first)..self.file.start_of(last);
-        Ok(Encoded { range, head: 0, tail: 0 })
+        Ok(EncodedRange { range, head: 0, tail: 0 })
     }
 
     fn room(&self, index: u32) -> usize {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use source::testing::{Fault, FaultySource};
+use source::testing::{ReadFault, FaultySource};
 use source::{FileSource, MemorySource};
 
 fn memory(bytes: Vec<u8>) -> Arc<dyn ByteSource> {
@@ -15,7 +15,7 @@ fn memory(bytes: Vec<u8>) -> Arc<dyn ByteSource> {
 }
 
 fn pack(plain: &[u8], options: Options) -> Vec<u8> {
-    let mut writer = Writer::new(Cursor::new(Vec::new()), options).unwrap();
+    let mut writer = ZFileWriter::new(Cursor::new(Vec::new()), options).unwrap();
     writer.write_all(plain).unwrap();
     let (out, summary) = writer.finish().unwrap();
     assert_eq!(summary.len, out.get_ref().len() as u64);
@@ -50,8 +50,8 @@ fn upstreams_layer_is_wrapped_in_form_a_and_carries_valid_digests() {
     );
     let mut trailer = [0; 512];
     inner.read_exact_at(&mut trailer, inner.len() - 512).unwrap();
-    let trailer = Record::parse(&trailer, "trailer", inner.len() - 512).unwrap();
-    assert_eq!(trailer, Record { flags: 0x16, ..file.record().clone() });
+    let trailer = ZFileHeader::parse(&trailer, "trailer", inner.len() - 512).unwrap();
+    assert_eq!(trailer, ZFileHeader { flags: 0x16, ..file.record().clone() });
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn our_records_and_our_tar_are_upstreams_bytes() {
 #[test]
 fn a_streamed_file_is_read_by_its_trailer_and_both_give_the_same_blocks() {
     let plain = text(100_000);
-    let mut writer = Writer::new(Vec::new(), Options::default()).unwrap();
+    let mut writer = ZFileWriter::new(Vec::new(), Options::default()).unwrap();
     writer.write_all(&plain).unwrap();
     let (streamed, summary) = writer.finish_streaming().unwrap();
     let sought = pack(&plain, Options::default());
@@ -90,7 +90,7 @@ fn a_streamed_file_is_read_by_its_trailer_and_both_give_the_same_blocks() {
 fn a_file_written_behind_other_bytes_gets_its_header_in_the_right_place() {
     let mut out = Cursor::new(Vec::new());
     out.write_all(&[7; 1536]).unwrap();
-    let mut writer = Writer::new(out, Options::default()).unwrap();
+    let mut writer = ZFileWriter::new(out, Options::default()).unwrap();
     writer.write_all(&text(5000)).unwrap();
     let (out, _) = writer.finish().unwrap();
     assert_eq!(out.position(), out.get_ref().len() as u64);
@@ -113,7 +113,7 @@ fn an_incompressible_block_of_64_kib_is_refused_because_upstream_cannot_read_it(
     };
     for algo in [Algo::Lz4, Algo::Zstd] {
         let options = |block_size| Options { algo, block_size, ..Options::default() };
-        let mut writer = Writer::new(Vec::new(), options(65536)).unwrap();
+        let mut writer = ZFileWriter::new(Vec::new(), options(65536)).unwrap();
         assert!(writer.write_all(&noise).is_err());
         // The failure stays: later blocks would not form a valid file.
         assert!(matches!(
@@ -155,7 +155,7 @@ fn every_cut_and_every_flipped_bit_is_an_error_or_harmless() {
         }
         for bit in 0..whole.len() * 8 {
             let source = memory(whole.clone());
-            let faults = vec![Fault::FlipAt(bit as u64 / 8, 1 << (bit % 8))];
+            let faults = vec![ReadFault::FlipAt(bit as u64 / 8, 1 << (bit % 8))];
             let flipped = Arc::new(FaultySource::new(source, faults));
             let result = ZFile::open(flipped).and_then(|file| file.read_all());
             if verify {
@@ -168,8 +168,8 @@ fn every_cut_and_every_flipped_bit_is_an_error_or_harmless() {
 #[test]
 fn hostile_numbers_are_refused_before_anything_is_allocated() {
     let whole = pack(&text(20_000), Options::default());
-    let header = Record::parse(whole.first_chunk().unwrap(), "test", 0).unwrap();
-    let refused = |change: &dyn Fn(&mut Record)| {
+    let header = ZFileHeader::parse(whole.first_chunk().unwrap(), "test", 0).unwrap();
+    let refused = |change: &dyn Fn(&mut ZFileHeader)| {
         let mut record = header.clone();
         change(&mut record);
         let mut bytes = whole.clone();
@@ -220,12 +220,12 @@ fn no_flipped_bit_of_a_tar_header_makes_a_reader_panic() {
     for bit in 0..1536 * 8 {
         let flipped = Arc::new(FaultySource::new(
             source.clone(),
-            vec![Fault::FlipAt(bit / 8, 1 << (bit % 8))],
+            vec![ReadFault::FlipAt(bit / 8, 1 << (bit % 8))],
         ));
         // With a broken archive the source is returned unchanged, and that is not a `ZFile`.
         match open(flipped) {
-            Ok(Payload::ZFile(file)) => assert_eq!(file.read_all().unwrap(), text(3000)),
-            Ok(Payload::Plain(_)) | Err(_) => {}
+            Ok(LayerPayload::ZFile(file)) => assert_eq!(file.read_all().unwrap(), text(3000)),
+            Ok(LayerPayload::Plain(_)) | Err(_) => {}
         }
     }
 }
@@ -236,7 +236,7 @@ fn a_damaged_block_is_named_by_its_chunk() {
     let source = memory(whole);
     let middle = source.len() / 2;
     let file =
-        ZFile::open(Arc::new(FaultySource::new(source, vec![Fault::FlipAt(middle, 4)]))).unwrap();
+        ZFile::open(Arc::new(FaultySource::new(source, vec![ReadFault::FlipAt(middle, 4)]))).unwrap();
     let chunks = ZFileChunks::new("id", Arc::new(file));
     assert_eq!(chunks.chunk_count(), 3);
     assert!(chunks.load(0).is_ok() && chunks.load(2).is_ok());

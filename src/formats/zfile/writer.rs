@@ -9,7 +9,7 @@ use super::ZFileError;
 use super::block::BlockEncoder;
 use super::header::{
     Algo, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED, MAX_BLOCK,
-    MAX_BLOCKS, MIN_BLOCK, Record, SPACE, raw_crc32c,
+    MAX_BLOCKS, MIN_BLOCK, SPACE, ZFileHeader, raw_crc32c,
 };
 
 /// Most stored bytes of a block, checksum included: the size of the buffer in upstream
@@ -53,7 +53,7 @@ pub struct Summary {
 
 /// Compresses its input. Close it with [`finish`](Self::finish), or with
 /// [`finish_streaming`](Self::finish_streaming) if the output cannot seek.
-pub struct Writer<W> {
+pub struct ZFileWriter<W> {
     out: W,
     options: Options,
     encoder: BlockEncoder,
@@ -80,7 +80,7 @@ pub struct PackedBlocks {
     pub plain_len: u64,
 }
 
-impl<W: Write> Writer<W> {
+impl<W: Write> ZFileWriter<W> {
     /// Begins a file at the present position of `out`.
     ///
     /// # Errors
@@ -118,7 +118,7 @@ impl<W: Write> Writer<W> {
     }
 
     /// Compresses the remaining bytes, writes the jump table and the trailer, and returns the trailer.
-    fn close(&mut self) -> Result<(Record, Summary), ZFileError> {
+    fn close(&mut self) -> Result<(ZFileHeader, Summary), ZFileError> {
         if !self.plain.is_empty() {
             let plain = std::mem::take(&mut self.plain);
             self.put_block(&plain)?;
@@ -208,7 +208,7 @@ impl<W: Write> Writer<W> {
     }
 }
 
-impl<W: Write + Seek> Writer<W> {
+impl<W: Write + Seek> ZFileWriter<W> {
     /// Writes the jump table and the trailer, and also the final values into the header, so that a reader
     /// needs one request less (like `overlaybd-commit -z`). Leaves `out` at the end.
     ///
@@ -231,7 +231,7 @@ impl<W: Write + Seek> Writer<W> {
     }
 }
 
-impl<W: Write> Write for Writer<W> {
+impl<W: Write> Write for ZFileWriter<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let size = self.options.block_size as usize;
         let mut rest = bytes;
@@ -262,8 +262,8 @@ impl<W: Write> Write for Writer<W> {
 }
 
 /// A record with all fields but those of the index.
-fn record(options: &Options, flags: u64) -> Record {
-    Record {
+fn record(options: &Options, flags: u64) -> ZFileHeader {
+    ZFileHeader {
         flags,
         index_offset: 0,
         index_size: 0,

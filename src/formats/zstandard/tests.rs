@@ -9,12 +9,13 @@ use sha2::{Digest as _, Sha256};
 use super::*;
 use crate::oci::Digest;
 use crate::segments::{
-    Entry, FramesScanner, LONG, Scanned, SegmentHasher, SegmentIndex, SegmentedLayer, sidecar,
+    FramesScanner, LONG, ScannedLayer, SegmentEntry, SegmentHasher, SegmentIndex, SegmentedLayer,
+    sidecar,
 };
 use crate::units::Bytes;
 use source::MemorySource;
-use source::chunk::{ChunkSource, EncodedChunk};
-use source::testing::{Fault, FaultySource};
+use source::chunk::{ChunkSource, EncodedChunk, SerialChunks};
+use source::testing::{FaultySource, ReadFault};
 
 const SPAN: Bytes = Bytes(64 << 10);
 
@@ -73,7 +74,7 @@ fn layer_of(blob: &[u8], index: SegmentIndex) -> SegmentedLayer {
 
 /// Checks the properties of any index: each segment has its digest, and decodes to its part of the output.
 fn check(blob: &[u8], index: &SegmentIndex, out: &[u8]) {
-    let Scanned { compressed_len, uncompressed_len, .. } = index.scanned();
+    let ScannedLayer { compressed_len, uncompressed_len, .. } = index.scanned();
     assert_eq!((compressed_len.0, uncompressed_len.0), (blob.len() as u64, out.len() as u64));
     assert_eq!(index.layer(), Digest::of(blob));
     let layer = layer_of(blob, index.clone());
@@ -82,7 +83,7 @@ fn check(blob: &[u8], index: &SegmentIndex, out: &[u8]) {
         let bytes = &blob[input.start as usize..input.end as usize];
         assert_eq!(index.sha256()[number as usize], Sha256::digest(bytes)[..]);
         if !layer.is_serial(number) {
-            assert_eq!(segment.entry, Entry::Start);
+            assert_eq!(segment.entry, SegmentEntry::Start);
             let output = segment.output();
             let expected = &out[output.start as usize..output.end as usize];
             assert!(layer.load(number).unwrap()[..] == *expected, "segment {number}");
@@ -90,11 +91,11 @@ fn check(blob: &[u8], index: &SegmentIndex, out: &[u8]) {
     }
     let mut number = 0;
     while number < layer.chunk_count() {
-        let serial = layer.serial(number);
+        let serial = layer.frame(number);
         if serial.len() > 1 {
             let mut at = index.segments()[number as usize].out as usize;
             layer
-                .load_serial(serial.clone(), &mut |bytes| {
+                .load_frame(serial.clone(), &mut |bytes| {
                     assert!(bytes == &out[at..at + bytes.len()], "at {at}");
                     at += bytes.len();
                 })
@@ -147,14 +148,14 @@ fn a_long_frame_is_cut_between_its_blocks_and_decodes_from_its_beginning() {
     }
     // A frame just below the limit of a long one is one segment.
     let exact = &index.segments()[serial.end as usize + 1];
-    assert_eq!((exact.out_len as usize, exact.entry), (just.len(), Entry::Start));
+    assert_eq!((exact.out_len as usize, exact.entry), (just.len(), SegmentEntry::Start));
     // A chunk of it is not decoded alone, whatever the result would be.
     let layer = layer_of(&layer, index);
     let mut encoded = EncodedChunk::new(&layer.encoded(2).unwrap(), Vec::new());
     let mut room = vec![0; layer.room(2)];
     let refused = layer.decode(2, &mut encoded, &mut room).unwrap_err().to_string();
     assert!(refused.contains("only after the earlier segments"), "{refused}");
-    assert!(layer.begin_serial(2).is_err());
+    assert!(layer.begin_frame(2).is_err());
     assert!(layer.load(5).unwrap()[..] == whole[index_of(&layer, 5)]);
 }
 
@@ -237,7 +238,7 @@ fn a_wrong_byte_never_comes_out() {
     let (index, _) = scan(&layer, 4096).unwrap();
     for at in (0..layer.len()).step_by(layer.len() / 37) {
         let blob = Arc::new(MemorySource::new("layer", layer.clone()));
-        let faulty = FaultySource::new(blob, vec![Fault::FlipAt(at as u64, 0x10)]);
+        let faulty = FaultySource::new(blob, vec![ReadFault::FlipAt(at as u64, 0x10)]);
         let damaged = SegmentedLayer::new("layer", index.clone(), Arc::new(faulty)).unwrap();
         let number = index.segments().iter().position(|one| one.input().contains(&(at as u64)));
         let number = number.unwrap() as u32;

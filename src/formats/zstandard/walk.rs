@@ -30,7 +30,7 @@ pub fn is_zstd(bytes: &[u8]) -> bool {
 
 /// Kind of a piece of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum PieceKind {
     /// The last part of a frame's header, which is then complete: see [`Walker::header`].
     Header,
     /// Bytes of a frame behind its header.
@@ -52,9 +52,9 @@ pub enum Edge {
 
 /// A piece of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct StreamPiece {
     /// Kind of the piece.
-    pub part: Part,
+    pub part: PieceKind,
     /// Bytes of the input in the piece; can be 0.
     pub taken: usize,
     /// Edge behind the piece.
@@ -63,7 +63,7 @@ pub struct Piece {
 
 /// Position of the walk in the grammar, with the bytes left in that part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum WalkState {
     /// In the header of either kind of frame; between frames if no byte is held.
     FrameHeader,
     BlockHeader,
@@ -79,9 +79,9 @@ enum State {
     },
 }
 
-/// Cuts a stream into [`Piece`]s.
+/// Cuts a stream into [`StreamPiece`]s.
 pub struct Walker {
-    state: State,
+    state: WalkState,
     /// A header that is incomplete, or that was returned last.
     held: Vec<u8>,
     /// Blob offset behind the last byte that was walked over.
@@ -94,7 +94,7 @@ pub struct Walker {
 impl Default for Walker {
     fn default() -> Self {
         let held = Vec::with_capacity(LONGEST_HEADER);
-        Self { state: State::FrameHeader, held, at: 0, frame: 0, has_checksum: false }
+        Self { state: WalkState::FrameHeader, held, at: 0, frame: 0, has_checksum: false }
     }
 }
 
@@ -114,10 +114,10 @@ impl Walker {
     /// Offset of the current frame; for a skippable frame, the present offset.
     #[must_use]
     pub fn keep_from(&self) -> u64 {
-        if matches!(self.state, State::Skipped { .. }) { self.at } else { self.frame }
+        if matches!(self.state, WalkState::Skipped { .. }) { self.at } else { self.frame }
     }
 
-    /// The header of the frame, after the return of [`Part::Header`].
+    /// The header of the frame, after the return of [`PieceKind::Header`].
     #[must_use]
     pub fn header(&self) -> &[u8] {
         &self.held
@@ -126,7 +126,7 @@ impl Walker {
     /// True inside a frame of either kind: begun and not at its end.
     #[must_use]
     pub fn is_inside(&self) -> bool {
-        self.state != State::FrameHeader || self.at > self.frame
+        self.state != WalkState::FrameHeader || self.at > self.frame
     }
 
     fn damaged(&self, rule: &'static str) -> ZstdError {
@@ -137,32 +137,32 @@ impl Walker {
     ///
     /// # Errors
     /// [`ZstdError`] if a header breaks a rule.
-    pub fn next(&mut self, input: &[u8]) -> Result<Option<Piece>, ZstdError> {
-        let body = |taken, edge| Some(Piece { part: Part::Body, taken, edge });
+    pub fn next(&mut self, input: &[u8]) -> Result<Option<StreamPiece>, ZstdError> {
+        let body = |taken, edge| Some(StreamPiece { part: PieceKind::Body, taken, edge });
         match self.state {
-            State::FrameHeader => self.frame_header(input),
-            State::BlockHeader => self.block_header(input),
-            State::Content { left, last } => {
+            WalkState::FrameHeader => self.frame_header(input),
+            WalkState::BlockHeader => self.block_header(input),
+            WalkState::Content { left, last } => {
                 let (taken, left) = self.advance(left, input);
                 if left > 0 {
-                    self.state = State::Content { left, last };
+                    self.state = WalkState::Content { left, last };
                     return Ok(body(taken, Edge::None).filter(|_| taken > 0));
                 }
                 Ok(body(taken, self.end_block(last)))
             }
-            State::Checksum { left } => {
+            WalkState::Checksum { left } => {
                 let (taken, left) = self.advance(left, input);
                 if left > 0 {
-                    self.state = State::Checksum { left };
+                    self.state = WalkState::Checksum { left };
                     return Ok(body(taken, Edge::None).filter(|_| taken > 0));
                 }
                 Ok(body(taken, self.end_frame()))
             }
-            State::Skipped { left } => {
+            WalkState::Skipped { left } => {
                 let (taken, left) = self.advance(left, input);
-                let piece = Piece { part: Part::Skipped, taken, edge: Edge::None };
+                let piece = StreamPiece { part: PieceKind::Skipped, taken, edge: Edge::None };
                 if left > 0 {
-                    self.state = State::Skipped { left };
+                    self.state = WalkState::Skipped { left };
                     return Ok(Some(piece).filter(|_| taken > 0));
                 }
                 self.end_frame();
@@ -182,11 +182,11 @@ impl Walker {
         self.held.clear();
         match (last, self.has_checksum) {
             (false, _) => {
-                self.state = State::BlockHeader;
+                self.state = WalkState::BlockHeader;
                 Edge::Block
             }
             (true, true) => {
-                self.state = State::Checksum { left: 4 };
+                self.state = WalkState::Checksum { left: 4 };
                 Edge::None
             }
             (true, false) => self.end_frame(),
@@ -194,7 +194,7 @@ impl Walker {
     }
 
     fn end_frame(&mut self) -> Edge {
-        self.state = State::FrameHeader;
+        self.state = WalkState::FrameHeader;
         self.held.clear();
         self.frame = self.at;
         Edge::Frame
@@ -209,7 +209,7 @@ impl Walker {
         (taken, self.held.len() >= len)
     }
 
-    fn frame_header(&mut self, input: &[u8]) -> Result<Option<Piece>, ZstdError> {
+    fn frame_header(&mut self, input: &[u8]) -> Result<Option<StreamPiece>, ZstdError> {
         let (mut taken, whole) = self.hold(5, input);
         if !whole {
             return Ok(None);
@@ -227,15 +227,15 @@ impl Walker {
             return Ok(None);
         }
         let part = if to_skip {
-            self.state = State::Skipped { left: number(&self.held[4..]) };
-            Part::Skipped
+            self.state = WalkState::Skipped { left: number(&self.held[4..]) };
+            PieceKind::Skipped
         } else {
             self.check_header(descriptor)?;
             self.has_checksum = descriptor & 4 != 0;
-            self.state = State::BlockHeader;
-            Part::Header
+            self.state = WalkState::BlockHeader;
+            PieceKind::Header
         };
-        Ok(Some(Piece { part, taken, edge: Edge::None }))
+        Ok(Some(StreamPiece { part, taken, edge: Edge::None }))
     }
 
     /// Refuses a frame that does not decode in bounded memory, or not at all.
@@ -266,7 +266,7 @@ impl Walker {
         base + base / 8 * mantissa
     }
 
-    fn block_header(&mut self, input: &[u8]) -> Result<Option<Piece>, ZstdError> {
+    fn block_header(&mut self, input: &[u8]) -> Result<Option<StreamPiece>, ZstdError> {
         if self.held.len() >= 3 {
             self.held.clear(); // the frame's header, which was returned
         }
@@ -281,9 +281,9 @@ impl Walker {
                 3 => return Err(self.damaged("a block is of the reserved kind")),
                 _ => size,
             };
-            self.state = State::Content { left, last };
+            self.state = WalkState::Content { left, last };
         }
-        let piece = Piece { part: Part::Body, taken, edge: Edge::None };
+        let piece = StreamPiece { part: PieceKind::Body, taken, edge: Edge::None };
         Ok(Some(piece).filter(|_| taken > 0))
     }
 }
@@ -302,7 +302,7 @@ fn dictionary_len(descriptor: u8) -> usize {
 pub fn window(frame: &[u8]) -> Option<u64> {
     let mut walker = Walker::default();
     let piece = walker.next(frame).ok()??;
-    (piece.part == Part::Header).then(|| walker.window(walker.held[4]))
+    (piece.part == PieceKind::Header).then(|| walker.window(walker.held[4]))
 }
 
 /// Length in bytes of the header of a frame with this descriptor.

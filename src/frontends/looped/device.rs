@@ -44,7 +44,7 @@ struct Info {
 
 /// `struct loop_config` of `linux/loop.h`.
 #[repr(C)]
-struct Config {
+struct LoopConfig {
     fd: u32,
     block_size: u32,
     info: Info,
@@ -67,16 +67,16 @@ pub(super) struct LoopDevice {
 /// The argument of a loop `ioctl`.
 enum Argument<'a> {
     None,
-    Config(&'a Config),
+    Config(&'a LoopConfig),
 }
 
 fn control(file: &File, request: u64, argument: &Argument<'_>) -> io::Result<u32> {
     let pointer = match argument {
         Argument::None => std::ptr::null(),
-        Argument::Config(config) => std::ptr::from_ref::<Config>(config),
+        Argument::Config(config) => std::ptr::from_ref::<LoopConfig>(config),
     };
     // SAFETY: LOOP_CTL_GET_FREE and LOOP_CLR_FD take no argument. LOOP_CONFIGURE reads a `struct
-    // loop_config`, whose layout `Config` has (asserted in a test), from a reference that lives until the
+    // loop_config`, whose layout `LoopConfig` has (asserted in a test), from a reference that lives until the
     // call returns. None of them writes through the pointer.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request as _, pointer) };
     u32::try_from(result).map_err(|_| io::Error::last_os_error())
@@ -178,13 +178,13 @@ fn open_node(path: &Path, writable: bool) -> io::Result<File> {
     }
 }
 
-fn config(backing: &File, name: &Path, writable: bool) -> Config {
+fn config(backing: &File, name: &Path, writable: bool) -> LoopConfig {
     let read_only = if writable { 0 } else { LO_FLAGS_READ_ONLY };
     let mut file_name = [0; 64];
     let bytes = name.as_os_str().as_encoded_bytes();
     let shown = bytes.len().min(63);
     file_name[..shown].copy_from_slice(&bytes[..shown]);
-    Config {
+    LoopConfig {
         fd: backing.as_raw_fd() as u32,
         block_size: 512,
         info: Info {
@@ -213,8 +213,8 @@ mod tests {
     #[test]
     fn the_structures_have_the_kernels_layout() {
         assert_eq!(size_of::<Info>(), 232);
-        assert_eq!(size_of::<Config>(), 304);
+        assert_eq!(size_of::<LoopConfig>(), 304);
         assert_eq!(std::mem::offset_of!(Info, flags), 52);
-        assert_eq!(std::mem::offset_of!(Config, info), 8);
+        assert_eq!(std::mem::offset_of!(LoopConfig, info), 8);
     }
 }

@@ -6,7 +6,6 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
@@ -20,9 +19,10 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::{LoopedError, step};
 use crate::counters::{FrontCounters, FrontTotals};
+use disk::DiskRange;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter, WritableVolume};
 use formats::units::SECTOR;
-use threads::count;
+use threads::{Counter, mark_io_thread};
 
 /// Name of the file.
 pub(super) const NAME: &str = "disk";
@@ -43,36 +43,37 @@ const RELEASE: Duration = Duration::from_secs(5);
 
 /// A read that waits for its bytes.
 struct Read {
-    offset: u64,
-    len: usize,
+    range: DiskRange,
     reply: ReplyData,
 }
 
 /// A read with the result of its wait.
-struct Answer {
+struct WaitedRead {
     read: Read,
     result: Result<(), Option<VolumeError>>,
 }
 
 /// State shared by session and answer threads.
-struct Shared {
+struct SessionShared {
     volume: Arc<dyn Volume>,
     counters: FrontCounters,
     zeros: Vec<u8>,
 }
 
-impl Shared {
+impl SessionShared {
     /// Answers now, or leaves the read with the volume.
-    fn read(&self, read: Read, answers: &Sender<Option<Answer>>) {
-        let (offset, len) = (read.offset, read.len);
+    fn read(&self, read: Read, answers: &Sender<Option<WaitedRead>>) {
+        let range = read.range;
         // The volume may create and call the waiter before `locate` returns, so the read goes with the
         // waiter; if it was not needed, the slot returns it.
-        let slot =
-            Arc::new(Slot { read: parking_lot::Mutex::new(Some(read)), answers: answers.clone() });
-        let located = self.volume.locate(offset, len, &mut || slot.waiter());
+        let slot = Arc::new(ReadSlot {
+            read: parking_lot::Mutex::new(Some(read)),
+            answers: answers.clone(),
+        });
+        let located = self.volume.locate(range, &mut || slot.waiter());
         match located {
             Ok(Located::Pending) => {
-                count(&self.counters.pending, 1);
+                self.counters.pending.add(1);
             }
             Ok(Located::Ready(pieces)) => {
                 if let Some(read) = slot.take() {
@@ -88,27 +89,27 @@ impl Shared {
     }
 
     fn reply(&self, read: Read, pieces: &[Piece]) {
-        let counters = &self.counters;
-        if pieces.iter().map(Piece::len).sum::<usize>() != read.len {
-            tracing::error!(read.offset, read.len, "The volume answered with a wrong length");
+        let (counters, len) = (&self.counters, read.range.buffer_len());
+        if pieces.iter().map(Piece::len).sum::<usize>() != len {
+            tracing::error!(read.range.offset, len, "The volume answered with a wrong length");
             return self.fail(read, None);
         }
-        count(&counters.reads, 1);
-        count(&counters.bytes, read.len as u64);
+        counters.reads.add(1);
+        counters.bytes.add(read.range.len);
         if let [piece] = pieces
             && let Some(bytes) = piece.bytes()
         {
-            count(&counters.direct, 1);
+            counters.direct.add(1);
             return read.reply.data(bytes);
         }
         if pieces.iter().all(|piece| piece.bytes().is_none())
-            && let Some(zeros) = self.zeros.get(..read.len)
+            && let Some(zeros) = self.zeros.get(..len)
         {
-            count(&counters.direct, 1);
+            counters.direct.add(1);
             return read.reply.data(zeros);
         }
-        count(&counters.gathered, 1);
-        let mut gathered = vec![0; read.len];
+        counters.gathered.add(1);
+        let mut gathered = vec![0; len];
         let mut rest = gathered.as_mut_slice();
         for piece in pieces {
             let (part, tail) = rest.split_at_mut(piece.len());
@@ -119,7 +120,7 @@ impl Shared {
     }
 
     fn fail(&self, read: Read, error: Option<&VolumeError>) {
-        let (offset, bytes) = (read.offset, read.len);
+        let (offset, bytes) = (read.range.offset, read.range.len);
         match error {
             Some(error) => tracing::error!(
                 offset,
@@ -133,75 +134,79 @@ impl Shared {
                 "A read of the disk failed: the volume gave no bytes and no reason"
             ),
         }
-        count(&self.counters.errors, 1);
+        self.counters.errors.add(1);
         read.reply.error(Errno::EIO);
     }
 }
 
-impl Shared {
+impl SessionShared {
     /// Changes the disk; a failure is reported to the log and to the kernel.
     fn change(
         &self,
         offset: u64,
-        counter: &AtomicU64,
+        counter: &Counter,
         what: impl FnOnce(&dyn WritableVolume) -> Result<(), VolumeError>,
     ) -> Result<(), Errno> {
         let Some(volume) = self.volume.writable() else { return Err(Errno::EROFS) };
-        count(counter, 1);
+        counter.add(1);
         what(volume).map_err(|error| {
             tracing::error!(
                 offset,
                 error = &error as &dyn std::error::Error,
                 "A write of the disk failed"
             );
-            count(&self.counters.errors, 1);
+            self.counters.errors.add(1);
             Errno::from_i32(error.errno())
         })
     }
 }
 
 /// Holds a read until it is answered.
-struct Slot {
+struct ReadSlot {
     read: parking_lot::Mutex<Option<Read>>,
-    answers: Sender<Option<Answer>>,
+    answers: Sender<Option<WaitedRead>>,
 }
 
-impl Slot {
+impl ReadSlot {
     fn take(&self) -> Option<Read> {
         self.read.lock().take()
     }
 
     fn waiter(self: &Arc<Self>) -> Waiter {
-        let mut promise = Promise { slot: Some(self.clone()) };
+        let mut promise = ReadPromise { slot: Some(self.clone()) };
         Box::new(move |result| promise.keep(result.map_err(Some)))
     }
 }
 
 /// The one answer of a waiter; if it is dropped uncalled, the answer is an error.
-struct Promise {
-    slot: Option<Arc<Slot>>,
+struct ReadPromise {
+    slot: Option<Arc<ReadSlot>>,
 }
 
-impl Promise {
+impl ReadPromise {
     fn keep(&mut self, result: Result<(), Option<VolumeError>>) {
         if let Some(slot) = self.slot.take()
             && let Some(read) = slot.take()
         {
             // Fails only when the session has ended; the dropped reply then answers EIO.
-            let _ = slot.answers.send(Some(Answer { read, result }));
+            let _ = slot.answers.send(Some(WaitedRead { read, result }));
         }
     }
 }
 
-impl Drop for Promise {
+impl Drop for ReadPromise {
     fn drop(&mut self) {
         self.keep(Err(None));
     }
 }
 
 /// Body of an answer thread; `None` in the queue ends one thread.
-fn answer(shared: &Shared, queue: &Receiver<Option<Answer>>, answers: &Sender<Option<Answer>>) {
-    while let Ok(Some(Answer { read, result })) = queue.recv() {
+fn answer(
+    shared: &SessionShared,
+    queue: &Receiver<Option<WaitedRead>>,
+    answers: &Sender<Option<WaitedRead>>,
+) {
+    while let Ok(Some(WaitedRead { read, result })) = queue.recv() {
         match result {
             Ok(()) => shared.read(read, answers),
             Err(error) => shared.fail(read, error.as_ref()),
@@ -210,8 +215,8 @@ fn answer(shared: &Shared, queue: &Receiver<Option<Answer>>, answers: &Sender<Op
 }
 
 struct DiskFile {
-    shared: Arc<Shared>,
-    answers: Sender<Option<Answer>>,
+    shared: Arc<SessionShared>,
+    answers: Sender<Option<WaitedRead>>,
 }
 
 impl DiskFile {
@@ -292,11 +297,11 @@ impl Filesystem for DiskFile {
     ) {
         // The page cache asks for whole pages, past the end too.
         let rest = self.shared.volume.size().saturating_sub(offset);
-        let len = u64::from(size).min(rest) as usize;
+        let len = u64::from(size).min(rest);
         if len == 0 {
             return reply.data(&[]);
         }
-        self.shared.read(Read { offset, len, reply }, &self.answers);
+        self.shared.read(Read { range: DiskRange::new(offset, len), reply }, &self.answers);
     }
 
     fn write(
@@ -346,7 +351,10 @@ impl Filesystem for DiskFile {
             return reply.error(Errno::EOPNOTSUPP);
         }
         let writes = &self.shared.counters.writes;
-        match self.shared.change(offset, writes, |volume| volume.discard(offset, length)) {
+        match self
+            .shared
+            .change(offset, writes, |volume| volume.discard(DiskRange::new(offset, length)))
+        {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(error),
         }
@@ -378,8 +386,8 @@ impl Filesystem for DiskFile {
 pub(super) struct FuseSession {
     dir: PathBuf,
     session: Option<JoinHandle<io::Result<()>>>,
-    shared: Arc<Shared>,
-    answers: Sender<Option<Answer>>,
+    shared: Arc<SessionShared>,
+    answers: Sender<Option<WaitedRead>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -401,7 +409,7 @@ impl FuseSession {
     fn serve(volume: Arc<dyn Volume>, dir: &Path) -> Result<(Self, File), LoopedError> {
         let writable = volume.writable().is_some();
         let (answers, queue) = unbounded();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SessionShared {
             volume,
             counters: FrontCounters::default(),
             zeros: vec![0; MAX_READ as usize],
@@ -417,7 +425,10 @@ impl FuseSession {
             let (shared, queue, answers) = (shared.clone(), queue.clone(), answers.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("disk-answer-{number}"))
-                .spawn(move || answer(&shared, &queue, &answers))
+                .spawn(move || {
+                    mark_io_thread();
+                    answer(&shared, &queue, &answers);
+                })
                 .map_err(step("start a thread for", dir))?;
             this.threads.push(thread);
         }
@@ -428,10 +439,15 @@ impl FuseSession {
         // Only the thread is kept: the rest of the handle has a descriptor of the connection. The session
         // threads must have the only ones: if they end at their start, for lack of descriptors, the kernel
         // ends the connection, and the open below fails instead of waiting without end.
-        let session =
+        let start = || {
+            mark_io_thread();
             Session::from_fd(DiskFile { shared, answers }, device, SessionACL::All, config)
                 .and_then(Session::spawn)
-                .map(|session| session.guard);
+                .map(|session| session.guard)
+        };
+        // The session threads inherit the mark from a thread of this moment: the caller must not keep it.
+        let session = std::thread::scope(|scope| scope.spawn(start).join())
+            .unwrap_or_else(|_| Err(io::Error::other("the start of a session panicked")));
         this.session = Some(session.map_err(step("serve the file system at", dir))?);
         let file = dir.join(NAME);
         let opened = OpenOptions::new().read(true).write(writable).open(&file);

@@ -4,11 +4,11 @@
 //! while it *issues* the commit; so it is kept here until the queue driver reports that its submission queue
 //! was empty after an enter.
 
-use super::mailbox::Outcome;
-use super::request::{Op, Request};
+use super::mailbox::WaitOutcome;
+use super::request::{BlockRequest, Op};
 use crate::counters::FrontCounters;
+use disk::DiskRange;
 use disk::volume::{Located, Piece, Volume, VolumeError, Waiter};
-use threads::count;
 
 /// Limit on scratch buffers kept for reuse: one stays warm, and without a limit all those of a burst would
 /// stay.
@@ -29,7 +29,7 @@ pub(super) enum Verdict {
 }
 
 /// Memory that a submitted commit points to.
-enum Held {
+enum CommitMemory {
     /// The volume's guards.
     Pieces(#[allow(dead_code, reason = "kept alive, not read")] Vec<Piece>),
     /// A gathered request; its buffer returns to the pool.
@@ -39,7 +39,7 @@ enum Held {
 /// Memory that commits point to.
 #[derive(Default)]
 pub(super) struct Answers {
-    held: Vec<Held>,
+    held: Vec<CommitMemory>,
     /// Scratch buffers not lent to a commit.
     pool: Vec<Vec<u8>>,
     /// Destination of the data of a refused write; never read.
@@ -59,21 +59,21 @@ impl Answers {
         }
     }
 
-    /// Answers a read of `len` bytes at byte `offset`.
+    /// Answers a read.
     pub(super) fn read(
         &mut self,
         volume: &dyn Volume,
         counters: &FrontCounters,
-        (offset, len): (u64, usize),
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Verdict {
-        match volume.locate(offset, len, waiter) {
-            Ok(Located::Ready(pieces)) => self.pieces(counters, offset, len, pieces),
+        match volume.locate(range, waiter) {
+            Ok(Located::Ready(pieces)) => self.pieces(counters, range, pieces),
             Ok(Located::Pending) => {
-                count(&counters.pending, 1);
+                counters.pending.add(1);
                 Verdict::Wait
             }
-            Err(error) => self.failed(counters, (offset, len), Some(&error)),
+            Err(error) => self.failed(counters, range, Some(&error)),
         }
     }
 
@@ -81,9 +81,10 @@ impl Answers {
     pub(super) fn failed(
         &self,
         counters: &FrontCounters,
-        (offset, bytes): (u64, usize),
+        range: DiskRange,
         error: Option<&VolumeError>,
     ) -> Verdict {
+        let (offset, bytes) = (range.offset, range.len);
         match error {
             Some(error) => {
                 let error = error as &dyn std::error::Error;
@@ -95,20 +96,20 @@ impl Answers {
                 "A read of the disk failed: the volume dropped its waiter"
             ),
         }
-        count(&counters.errors, 1);
+        counters.errors.add(1);
         self.error(libc::EIO)
     }
 
     /// Refuses a request that is not a read, on a disk that cannot be written, and a request that no disk
     /// supports.
-    pub(super) fn refused(&self, counters: &FrontCounters, request: &Request) -> Verdict {
+    pub(super) fn refused(&self, counters: &FrontCounters, request: &BlockRequest) -> Verdict {
         let errno = match request.op {
             // No data are ever dirty.
             Op::Flush => return self.done(0),
             Op::Write { .. } => libc::EROFS,
             _ => libc::EOPNOTSUPP,
         };
-        count(&counters.refused, 1);
+        counters.refused.add(1);
         self.error(errno)
     }
 
@@ -116,19 +117,19 @@ impl Answers {
     pub(super) fn changed(
         &self,
         counters: &FrontCounters,
-        request: &Request,
-        outcome: &Outcome,
+        request: &BlockRequest,
+        outcome: &WaitOutcome,
     ) -> Verdict {
-        let (offset, bytes) = (request.offset, request.len);
+        let (offset, bytes) = (request.range.offset, request.range.len);
         let errno = match outcome {
-            Outcome::Ready => return self.stored(counters, request),
-            Outcome::Failed(error) => {
+            WaitOutcome::Ready => return self.stored(counters, request),
+            WaitOutcome::Failed(error) => {
                 let errno = error.errno();
                 let error = error as &dyn std::error::Error;
                 tracing::error!(offset, bytes, error, "A change of the disk failed");
                 errno
             }
-            Outcome::Forgotten => {
+            WaitOutcome::Forgotten => {
                 tracing::error!(
                     offset,
                     bytes,
@@ -137,25 +138,25 @@ impl Answers {
                 libc::EIO
             }
         };
-        count(&counters.errors, 1);
+        counters.errors.add(1);
         self.error(errno)
     }
 
-    fn stored(&self, counters: &FrontCounters, request: &Request) -> Verdict {
+    fn stored(&self, counters: &FrontCounters, request: &BlockRequest) -> Verdict {
         match request.op {
             Op::Write { durable } => {
-                count(&counters.writes, 1);
-                count(&counters.written, request.len);
-                count(&counters.flushes, durable.into());
-                i32::try_from(request.len)
+                counters.writes.add(1);
+                counters.written.add(request.range.len);
+                counters.flushes.add(durable.into());
+                i32::try_from(request.range.len)
                     .map_or_else(|_| self.error(libc::EIO), |len| self.done(len))
             }
             Op::Zero => {
-                count(&counters.zeroed, 1);
+                counters.zeroed.add(1);
                 self.done(0)
             }
             _ => {
-                count(&counters.flushes, 1);
+                counters.flushes.add(1);
                 self.done(0)
             }
         }
@@ -177,7 +178,7 @@ impl Answers {
     /// Records that every commit so far has been issued.
     pub(super) fn issued(&mut self) {
         for held in self.held.drain(..) {
-            if let Held::Scratch(buffer) = held {
+            if let CommitMemory::Scratch(buffer) = held {
                 self.pool.push(buffer);
             }
         }
@@ -189,28 +190,28 @@ impl Answers {
     fn pieces(
         &mut self,
         counters: &FrontCounters,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         pieces: Vec<Piece>,
     ) -> Verdict {
-        let Ok(result) = i32::try_from(len) else { return self.error(libc::EIO) };
+        let Ok(result) = i32::try_from(range.len) else { return self.error(libc::EIO) };
+        let len = range.buffer_len();
         if pieces.iter().map(Piece::len).sum::<usize>() != len {
-            tracing::error!(offset, len, "The volume answered with a wrong length");
-            count(&counters.errors, 1);
+            tracing::error!(range.offset, len, "The volume answered with a wrong length");
+            counters.errors.add(1);
             return self.error(libc::EIO);
         }
-        count(&counters.reads, 1);
-        count(&counters.bytes, len as u64);
+        counters.reads.add(1);
+        counters.bytes.add(range.len);
         if pieces.iter().all(|piece| piece.bytes().is_none()) && len <= self.zeros.len() {
-            count(&counters.zero, 1);
+            counters.zero.add(1);
             return Verdict::Commit { address: self.zero_address(), result };
         }
         if let Some(address) = one_run(&pieces) {
-            count(&counters.direct, 1);
-            self.held.push(Held::Pieces(pieces));
+            counters.direct.add(1);
+            self.held.push(CommitMemory::Pieces(pieces));
             return Verdict::Commit { address, result };
         }
-        count(&counters.gathered, 1);
+        counters.gathered.add(1);
         let mut scratch = self.pool.pop().unwrap_or_default();
         scratch.resize(scratch.len().max(len), 0);
         let mut rest = scratch.as_mut_slice();
@@ -220,7 +221,7 @@ impl Answers {
             rest = tail;
         }
         let address = scratch.as_ptr() as u64;
-        self.held.push(Held::Scratch(scratch));
+        self.held.push(CommitMemory::Scratch(scratch));
         Verdict::Commit { address, result }
     }
 

@@ -34,7 +34,7 @@ impl Descriptors {
     /// The request of a tag that the driver has given to this process and that was not committed yet.
     ///
     /// # Panics
-    /// If the queue has no such tag: the caller tests it with `Queue::has`.
+    /// If the queue has no such tag: the caller tests it with `ServedQueue::has`.
     pub(super) fn get(&self, tag: u16) -> sys::ublksrv_io_desc {
         assert!(tag < self.depth);
         let all = self.mapped.as_ptr().cast::<sys::ublksrv_io_desc>();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use libublk::sys;
 
 use super::running::RunningDevice;
-use super::writer::{Writer, WriterThreads};
+use super::writer::{DeviceWriter, WriterThreads};
 use super::{UblkError, probe};
 use crate::counters::{FrontCounters, FrontTotals};
 use disk::volume::{Volume, WritableVolume};
@@ -71,7 +71,7 @@ pub(super) struct Backing {
     /// The disk.
     pub(super) volume: Arc<dyn Volume>,
     /// Threads that change it, if it can be changed.
-    pub(super) writer: Option<Writer>,
+    pub(super) writer: Option<DeviceWriter>,
     /// The options.
     pub(super) options: UblkOptions,
     /// The queues' counters.
@@ -254,7 +254,7 @@ mod tests {
 
     #[test]
     fn a_host_without_ublk_is_told_so_before_anything_is_made() {
-        if probe::examine().driver == probe::Driver::Present {
+        if probe::examine().driver == probe::DriverPresence::Present {
             return; // the tests of front ends cover that case
         }
         let volume = Arc::new(MemoryVolume::new(vec![0; 4096]));

@@ -10,11 +10,10 @@ use io_uring::cqueue;
 use libublk::sys;
 
 use super::answer::Verdict;
-use super::mailbox::{Letter, Mailbox, Outcome};
-use super::queue::{NewQueue, Queue};
+use super::mailbox::{Letter, Mailbox, WaitOutcome};
+use super::queue::{NewQueue, ServedQueue};
 use super::request::Op;
 use super::ring::{MAILBOX, Ring, target};
-use threads::count;
 
 /// A message to a queue thread.
 pub(super) enum Post {
@@ -33,17 +32,17 @@ impl From<Letter> for Post {
 }
 
 /// State of a queue thread.
-pub(super) struct Driver {
+pub(super) struct QueueDriver {
     ring: Ring,
     mailbox: Arc<Mailbox<Post>>,
-    queues: Vec<Option<Queue>>,
+    queues: Vec<Option<ServedQueue>>,
     /// Number of the last wait.
     ticket: u32,
     pinned: bool,
     ending: bool,
 }
 
-impl Driver {
+impl QueueDriver {
     /// Creates the state of this thread, and polls its mailbox.
     ///
     /// # Errors
@@ -62,7 +61,7 @@ impl Driver {
     pub(super) fn run(&mut self) {
         if let Err(error) = self.serve() {
             for queue in self.queues.iter().flatten() {
-                count(&queue.counters.lost_queues, 1);
+                queue.counters.lost_queues.add(1);
             }
             tracing::error!(%error, "A ublk queue thread has ended: requests of its devices will fail");
         }
@@ -106,7 +105,7 @@ impl Driver {
 
     fn arm(&mut self, new: NewQueue) -> io::Result<()> {
         let (depth, longest) = (new.depth, new.longest);
-        let mut queue = Queue::new(new)?;
+        let mut queue = ServedQueue::new(new)?;
         self.ring.answers.prepare(longest);
         let free = self.queues.iter().position(Option::is_none);
         let slot = free.unwrap_or(self.queues.len());
@@ -133,7 +132,7 @@ impl Driver {
         if !queue.has(tag) {
             return Ok(());
         }
-        count(&queue.counters.completions, 1);
+        queue.counters.completions.add(1);
         match u32::try_from(result) {
             Ok(sys::UBLK_IO_RES_OK) => self.request(slot, tag),
             Ok(sys::UBLK_IO_RES_NEED_GET_DATA) => {
@@ -187,7 +186,7 @@ impl Driver {
 
     fn read(&mut self, slot: usize, tag: u16) -> io::Result<()> {
         let Some(queue) = self.queues[slot].as_mut() else { return Ok(()) };
-        let range = queue.request(tag).range();
+        let range = queue.request(tag).range;
         self.ticket = self.ticket.wrapping_add(1);
         let (mailbox, ticket) = (&self.mailbox, self.ticket);
         let counters = &queue.counters;
@@ -214,11 +213,11 @@ impl Driver {
             outcome if request.op != Op::Read => {
                 self.ring.answers.changed(counters, &request, outcome)
             }
-            Outcome::Ready => return self.read(slot, tag),
-            Outcome::Failed(error) => {
-                self.ring.answers.failed(counters, request.range(), Some(error))
+            WaitOutcome::Ready => return self.read(slot, tag),
+            WaitOutcome::Failed(error) => {
+                self.ring.answers.failed(counters, request.range, Some(error))
             }
-            Outcome::Forgotten => self.ring.answers.failed(counters, request.range(), None),
+            WaitOutcome::Forgotten => self.ring.answers.failed(counters, request.range, None),
         };
         self.carry_out(slot, tag, &verdict)
     }

@@ -14,7 +14,6 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::counters::FrontCounters;
 use disk::volume::{VolumeError, Waiter};
-use threads::count;
 
 /// The queue thread works, or will look into the mailbox before it sleeps.
 const RUNNING: u32 = 0;
@@ -22,7 +21,7 @@ const RUNNING: u32 = 0;
 const PARKED: u32 = 1;
 
 /// Result of the wait of a pending request.
-pub(super) enum Outcome {
+pub(super) enum WaitOutcome {
     /// Ask the volume again.
     Ready,
     /// Fail the request.
@@ -40,7 +39,7 @@ pub(super) struct Letter {
     /// The wait of that tag that this answers: a late letter must not touch a later request.
     pub(super) ticket: u32,
     /// Its result.
-    pub(super) outcome: Outcome,
+    pub(super) outcome: WaitOutcome,
 }
 
 /// Mailbox of one queue thread, for letters and other posts to that thread.
@@ -108,8 +107,8 @@ impl<T: From<Letter> + Send + 'static> Mailbox<T> {
         let mut sender = Sender { to, slot, tag, ticket };
         Box::new(move |result| {
             sender.send(match result {
-                Ok(()) => Outcome::Ready,
-                Err(error) => Outcome::Failed(error),
+                Ok(()) => WaitOutcome::Ready,
+                Err(error) => WaitOutcome::Failed(error),
             });
         })
     }
@@ -124,18 +123,18 @@ struct Sender<T: From<Letter> + Send + 'static> {
 }
 
 impl<T: From<Letter> + Send + 'static> Sender<T> {
-    fn send(&mut self, outcome: Outcome) {
+    fn send(&mut self, outcome: WaitOutcome) {
         if let Some((mailbox, counters)) = self.to.take() {
             let Self { slot, tag, ticket, .. } = *self;
             let asleep = mailbox.post(Letter { slot, tag, ticket, outcome }.into());
-            count(&counters.wakes, u64::from(asleep));
+            counters.wakes.add(u64::from(asleep));
         }
     }
 }
 
 impl<T: From<Letter> + Send + 'static> Drop for Sender<T> {
     fn drop(&mut self) {
-        self.send(Outcome::Forgotten);
+        self.send(WaitOutcome::Forgotten);
     }
 }
 
@@ -168,7 +167,7 @@ mod tests {
         let (mailbox, counters) = mailbox();
         drop(mailbox.waiter(&counters, (5, 7), 3));
         let letter = mailbox.take().unwrap();
-        assert!(matches!(letter.outcome, Outcome::Forgotten));
+        assert!(matches!(letter.outcome, WaitOutcome::Forgotten));
         assert_eq!((letter.slot, letter.tag, letter.ticket), (5, 7, 3));
         mailbox.waiter(&counters, (5, 7), 4)(Ok(()));
         assert!(mailbox.take().is_some());

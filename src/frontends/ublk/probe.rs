@@ -77,7 +77,7 @@ pub fn kernel_release() -> String {
 
 /// Availability of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Driver {
+pub enum DriverPresence {
     /// The control node exists.
     Present,
     /// A module can be loaded: `modprobe ublk_drv`.
@@ -88,7 +88,7 @@ pub enum Driver {
 
 /// Availability of the ring that ublk needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ring {
+pub enum RingSupport {
     /// A ring was created, with driver commands.
     Works,
     /// Rings work, but have no driver commands (before 5.19).
@@ -105,14 +105,14 @@ pub struct Findings {
     /// The reason why this kernel must not be used.
     pub known_bad: Option<&'static str>,
     /// Availability of the driver.
-    pub driver: Driver,
+    pub driver: DriverPresence,
     /// The driver's feature mask; `None` if it was not asked or did not answer (before 6.5, no root).
     pub features: Option<u64>,
     /// Module parameter `ublks_max`: limit on the devices of the host (until 6.14), or on the unprivileged
     /// ones.
     pub ublks_max: Option<u64>,
     /// Availability of `io_uring` for this process.
-    pub ring: Ring,
+    pub ring: RingSupport,
     /// `kernel.io_uring_disabled` (6.6+): 0 free, 1 restricted to a group, 2 off.
     pub io_uring_disabled: Option<u64>,
 }
@@ -129,18 +129,20 @@ impl Findings {
         let unavailable =
             |reason: String| Err(UblkError::Unavailable { kernel: self.kernel.clone(), reason });
         match &self.ring {
-            Ring::Works => {}
-            Ring::NoDriverCommands => {
+            RingSupport::Works => {}
+            RingSupport::NoDriverCommands => {
                 return unavailable("its io_uring has no driver commands".into());
             }
-            Ring::Refused(why) => return unavailable(format!("io_uring cannot be used ({why})")),
+            RingSupport::Refused(why) => {
+                return unavailable(format!("io_uring cannot be used ({why})"));
+            }
         }
         match self.driver {
-            Driver::Present => Ok(()),
-            Driver::Loadable => {
+            DriverPresence::Present => Ok(()),
+            DriverPresence::Loadable => {
                 unavailable("the module ublk_drv is not loaded (modprobe ublk_drv)".into())
             }
-            Driver::Absent => {
+            DriverPresence::Absent => {
                 unavailable("there is neither /dev/ublk-control nor a module ublk_drv".into())
             }
         }
@@ -154,9 +156,10 @@ pub fn examine() -> Findings {
     let known_bad = known_bad(&kernel);
     let driver = driver();
     let ring = ring();
-    let features = (driver == Driver::Present && ring == Ring::Works && known_bad.is_none())
-        .then(features)
-        .flatten();
+    let features =
+        (driver == DriverPresence::Present && ring == RingSupport::Works && known_bad.is_none())
+            .then(features)
+            .flatten();
     let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse().ok();
     Findings {
         kernel,
@@ -173,19 +176,20 @@ pub fn examine() -> Findings {
 #[must_use]
 pub fn examine_and_load() -> Findings {
     let findings = examine();
-    if findings.driver != Driver::Loadable || findings.known_bad.is_some() || !modprobe(&[]) {
+    if findings.driver != DriverPresence::Loadable || findings.known_bad.is_some() || !modprobe(&[])
+    {
         return findings;
     }
     examine()
 }
 
-fn driver() -> Driver {
+fn driver() -> DriverPresence {
     if Path::new(CONTROL).exists() {
-        Driver::Present
+        DriverPresence::Present
     } else if modprobe(&["--dry-run"]) {
-        Driver::Loadable
+        DriverPresence::Loadable
     } else {
-        Driver::Absent
+        DriverPresence::Absent
     }
 }
 
@@ -200,18 +204,18 @@ fn modprobe(options: &[&str]) -> bool {
         .is_ok_and(|status| status.success())
 }
 
-fn ring() -> Ring {
+fn ring() -> RingSupport {
     let ring = match io_uring::IoUring::new(2) {
         Ok(ring) => ring,
-        Err(error) => return Ring::Refused(error.to_string()),
+        Err(error) => return RingSupport::Refused(error.to_string()),
     };
     let mut probe = io_uring::Probe::new();
     if ring.submitter().register_probe(&mut probe).is_ok()
         && !probe.is_supported(io_uring::opcode::UringCmd16::CODE)
     {
-        return Ring::NoDriverCommands;
+        return RingSupport::NoDriverCommands;
     }
-    Ring::Works
+    RingSupport::Works
 }
 
 /// Asks the driver on a thread of its own: libublk keeps its control ring for the life of the thread.
@@ -268,10 +272,10 @@ mod tests {
         let findings = Findings {
             kernel: "6.18.4".into(),
             known_bad: known_bad("6.18.4"),
-            driver: Driver::Absent,
+            driver: DriverPresence::Absent,
             features: None,
             ublks_max: None,
-            ring: Ring::Refused("no".into()),
+            ring: RingSupport::Refused("no".into()),
             io_uring_disabled: Some(2),
         };
         assert!(matches!(findings.verdict(), Err(UblkError::KnownBadKernel { .. })));

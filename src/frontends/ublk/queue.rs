@@ -8,8 +8,8 @@ use crossbeam_channel::{Receiver, Sender};
 use rustix::thread::CpuSet;
 
 use super::descriptors::Descriptors;
-use super::request::Request;
-use super::writer::{QueueWrites, Writer};
+use super::request::BlockRequest;
+use super::writer::{DeviceWriter, QueueWrites};
 use crate::counters::FrontCounters;
 use disk::volume::Volume;
 
@@ -28,7 +28,7 @@ pub(super) struct NewQueue {
     /// The disk.
     pub(super) volume: Arc<dyn Volume>,
     /// Threads that change it, if it can be changed.
-    pub(super) writer: Option<Writer>,
+    pub(super) writer: Option<DeviceWriter>,
     /// Its device's counters.
     pub(super) counters: Arc<FrontCounters>,
     /// CPUs whose requests come here.
@@ -40,7 +40,7 @@ pub(super) struct NewQueue {
 }
 
 /// A queue that is served.
-pub(super) struct Queue {
+pub(super) struct ServedQueue {
     /// Its number in its device.
     pub(super) number: u16,
     /// The device's character node.
@@ -63,7 +63,7 @@ pub(super) struct Queue {
     _gone: Sender<()>,
 }
 
-impl Queue {
+impl ServedQueue {
     /// Maps the requests of a new queue, and creates its state. The node is in no ring's table yet.
     ///
     /// # Errors
@@ -91,8 +91,8 @@ impl Queue {
     }
 
     /// The request of a tag.
-    pub(super) fn request(&self, tag: u16) -> Request {
-        Request::of(&self.requests.get(tag))
+    pub(super) fn request(&self, tag: u16) -> BlockRequest {
+        BlockRequest::of(&self.requests.get(tag))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use libublk::sys;
 
+use disk::DiskRange;
 use formats::units::SECTOR;
 
 /// Kinds of requests.
@@ -21,15 +22,13 @@ pub(super) enum Op {
 
 /// A request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Request {
+pub(super) struct BlockRequest {
     pub(super) op: Op,
-    /// First byte of the disk.
-    pub(super) offset: u64,
-    /// Number of bytes. A read or a write has at most the device's chunk.
-    pub(super) len: u64,
+    /// Its bytes of the disk. A read or a write has at most the device's chunk.
+    pub(super) range: DiskRange,
 }
 
-impl Request {
+impl BlockRequest {
     /// Decodes a descriptor (`struct ublksrv_io_desc` of `ublk_cmd.h`).
     pub(super) fn of(descriptor: &sys::ublksrv_io_desc) -> Self {
         let op = match descriptor.op_flags & 0xff {
@@ -42,11 +41,6 @@ impl Request {
             _ => Op::Other,
         };
         let offset = descriptor.start_sector.saturating_mul(SECTOR);
-        Self { op, offset, len: u64::from(descriptor.nr_sectors) * SECTOR }
-    }
-
-    /// Offset and length of a read.
-    pub(super) fn range(&self) -> (u64, usize) {
-        (self.offset, self.len as usize)
+        Self { op, range: DiskRange::new(offset, u64::from(descriptor.nr_sectors) * SECTOR) }
     }
 }

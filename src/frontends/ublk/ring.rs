@@ -10,8 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::answer::Answers;
-use super::queue::Queue;
-use threads::count;
+use super::queue::ServedQueue;
 
 /// Entries of a submission queue: pushes beyond it are issued at once.
 const SUBMISSIONS: u32 = 1024;
@@ -67,7 +66,7 @@ impl Ring {
     }
 
     /// Puts the queue's node into the table of files, if it has a place for `slot`.
-    pub(super) fn register(&self, slot: usize, queue: &mut Queue) {
+    pub(super) fn register(&self, slot: usize, queue: &mut ServedQueue) {
         let node = queue.node.as_raw_fd();
         queue.fixed = slot < self.files as usize
             && self.ring.submitter().register_files_update(slot as u32, &[node]).is_ok();
@@ -84,7 +83,7 @@ impl Ring {
     /// Returns the kernel's refusal to issue what was pushed before.
     pub(super) fn command(
         &mut self,
-        queue: &Queue,
+        queue: &ServedQueue,
         (slot, tag): (usize, u16),
         op: u32,
         address: u64,
@@ -101,7 +100,7 @@ impl Ring {
         } else {
             opcode::UringCmd16::new(types::Fd(queue.node.as_raw_fd()), op).cmd(body).build()
         };
-        count(&queue.counters.submissions, 1);
+        queue.counters.submissions.add(1);
         self.push(&entry.user_data((slot as u64) << TAG_BITS | u64::from(tag)))
     }
 

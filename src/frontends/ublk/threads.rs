@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 
 use super::UblkError;
-use super::driver::{Driver, Post};
+use super::driver::{Post, QueueDriver};
 use super::mailbox::Mailbox;
 use super::queue::NewQueue;
 
@@ -84,7 +84,7 @@ impl Thread {
         let mailbox = Arc::new(Mailbox::new()?);
         let own = mailbox.clone();
         let (ready, readiness) = channel();
-        let body = move || match Driver::new(own) {
+        let body = move || match QueueDriver::new(own) {
             Ok(mut driver) => {
                 let _ = ready.send(Ok(()));
                 driver.run();

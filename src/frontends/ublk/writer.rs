@@ -24,7 +24,8 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 
 use super::UblkError;
-use super::request::{Op, Request};
+use super::request::{BlockRequest, Op};
+use disk::DiskRange;
 use disk::volume::{Volume, VolumeError, Waiter, WritableVolume};
 use threads::{Pool, mark_io_thread};
 
@@ -39,15 +40,16 @@ const THREAD_NAME: &str = "ublk-write";
 const SPARE: usize = 8;
 
 /// A change of the disk.
-enum Change {
+enum DiskChange {
     Write { bytes: Vec<u8>, durable: bool },
-    Zero { len: u64 },
+    Zero,
     Flush,
 }
 
-struct Job {
-    offset: u64,
-    change: Change,
+struct WriteJob {
+    /// Empty for a flush.
+    range: DiskRange,
+    change: DiskChange,
     done: Waiter,
 }
 
@@ -56,12 +58,12 @@ type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
 
 /// Hands changes to a device's write threads.
 #[derive(Clone)]
-pub(super) struct Writer {
-    jobs: Sender<Option<Job>>,
+pub(super) struct DeviceWriter {
+    jobs: Sender<Option<WriteJob>>,
     spare: Spare,
 }
 
-impl Writer {
+impl DeviceWriter {
     fn buffer(&self, len: usize) -> Vec<u8> {
         let spare = self.spare.lock().pop();
         let mut buffer = spare.unwrap_or_default();
@@ -72,7 +74,7 @@ impl Writer {
 
 /// The write threads of a device. Dropping it ends them.
 pub(super) struct WriterThreads {
-    writer: Writer,
+    writer: DeviceWriter,
     threads: Pool,
 }
 
@@ -83,7 +85,7 @@ impl WriterThreads {
             return Ok(None);
         }
         let (jobs, queue) = unbounded();
-        let writer = Writer { jobs, spare: Spare::default() };
+        let writer = DeviceWriter { jobs, spare: Spare::default() };
         let mut this = Self { writer, threads: Pool::default() };
         for number in 0..THREADS {
             let (volume, queue, spare) = (volume.clone(), queue.clone(), this.writer.spare.clone());
@@ -101,7 +103,7 @@ impl WriterThreads {
     }
 
     /// A sender for the queues.
-    pub(super) fn writer(&self) -> Writer {
+    pub(super) fn writer(&self) -> DeviceWriter {
         self.writer.clone()
     }
 }
@@ -118,19 +120,19 @@ impl Drop for WriterThreads {
 }
 
 /// Body of a write thread; `None` in the queue ends one.
-fn serve(volume: &dyn WritableVolume, queue: &Receiver<Option<Job>>, spare: &Spare) {
-    while let Ok(Some(Job { offset, change, done })) = queue.recv() {
+fn serve(volume: &dyn WritableVolume, queue: &Receiver<Option<WriteJob>>, spare: &Spare) {
+    while let Ok(Some(WriteJob { range, change, done })) = queue.recv() {
         let result = match change {
-            Change::Write { bytes, durable } => {
-                let result = write(volume, offset, &bytes, durable);
+            DiskChange::Write { bytes, durable } => {
+                let result = write(volume, range.offset, &bytes, durable);
                 let mut spare = spare.lock();
                 if spare.len() < SPARE {
                     spare.push(bytes);
                 }
                 result
             }
-            Change::Zero { len } => volume.discard(offset, len),
-            Change::Flush => volume.flush(),
+            DiskChange::Zero => volume.discard(range),
+            DiskChange::Flush => volume.flush(),
         };
         done(result);
     }
@@ -148,25 +150,25 @@ fn write(
 
 /// Writes in progress of one queue of a writable device.
 pub(super) struct QueueWrites {
-    writer: Writer,
+    writer: DeviceWriter,
     /// Per tag: the buffer that the kernel fills; empty if there is none.
     filling: Vec<Vec<u8>>,
 }
 
 impl QueueWrites {
     /// Creates the state of a queue with `depth` tags.
-    pub(super) fn new(writer: Writer, depth: u16) -> Self {
+    pub(super) fn new(writer: DeviceWriter, depth: u16) -> Self {
         Self { writer, filling: vec![Vec::new(); depth.into()] }
     }
 
     /// Destination of the data of an announced write. `None` for a request without data (6.1 announces
     /// flushes).
-    pub(super) fn let_in(&mut self, tag: u16, request: &Request) -> Option<u64> {
+    pub(super) fn let_in(&mut self, tag: u16, request: &BlockRequest) -> Option<u64> {
         let place = self.filling.get_mut(usize::from(tag))?;
-        if !matches!(request.op, Op::Write { .. }) || request.len == 0 {
+        if !matches!(request.op, Op::Write { .. }) || request.range.is_empty() {
             return None;
         }
-        *place = self.writer.buffer(request.len as usize);
+        *place = self.writer.buffer(request.range.buffer_len());
         Some(place.as_mut_ptr() as u64)
     }
 
@@ -182,7 +184,7 @@ impl QueueWrites {
     pub(super) fn begin(
         &mut self,
         tag: u16,
-        request: &Request,
+        request: &BlockRequest,
         done: impl FnOnce() -> Waiter,
     ) -> bool {
         let change = match request.op {
@@ -191,18 +193,19 @@ impl QueueWrites {
                 let mut bytes = place.map(std::mem::take).unwrap_or_default();
                 // The kernel may have copied less than it announced, and then asks for less: the rest comes
                 // as another request.
-                if (bytes.len() as u64) < request.len {
+                if (bytes.len() as u64) < request.range.len {
                     return false;
                 }
-                bytes.truncate(request.len as usize);
-                Change::Write { bytes, durable }
+                bytes.truncate(request.range.buffer_len());
+                DiskChange::Write { bytes, durable }
             }
-            Op::Zero => Change::Zero { len: request.len },
-            Op::Flush => Change::Flush,
+            Op::Zero => DiskChange::Zero,
+            Op::Flush => DiskChange::Flush,
             Op::Read | Op::Other => return false,
         };
         // Fails when the threads have ended; the waiter is then dropped, which fails the request.
-        let _ = self.writer.jobs.send(Some(Job { offset: request.offset, change, done: done() }));
+        let _ =
+            self.writer.jobs.send(Some(WriteJob { range: request.range, change, done: done() }));
         true
     }
 }
@@ -232,11 +235,10 @@ mod tests {
         }
         fn locate(
             &self,
-            offset: u64,
-            _: usize,
+            range: DiskRange,
             _: &mut dyn FnMut() -> Waiter,
         ) -> Result<Located, VolumeError> {
-            Err(VolumeError::Closed { offset })
+            Err(VolumeError::Closed { offset: range.offset })
         }
         fn writable(&self) -> Option<&dyn WritableVolume> {
             Some(self)
@@ -257,8 +259,8 @@ mod tests {
             }
             self.note(format!("write {offset} {}", bytes.len()))
         }
-        fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
-            self.note(format!("zero {offset} {len}"))
+        fn discard(&self, range: DiskRange) -> Result<(), VolumeError> {
+            self.note(format!("zero {range}"))
         }
         fn flush(&self) -> Result<(), VolumeError> {
             self.note("flush".into())
@@ -267,7 +269,7 @@ mod tests {
 
     /// Runs one request to its end; `None`: the request is not supported.
     fn run(writes: &mut QueueWrites, op: Op, offset: u64, len: u64) -> Option<bool> {
-        let request = Request { op, offset, len };
+        let request = BlockRequest { op, range: DiskRange::new(offset, len) };
         let announced = writes.let_in(3, &request).is_some();
         assert_eq!(announced, matches!(op, Op::Write { .. }));
         let (sender, receiver) = channel();
@@ -287,10 +289,12 @@ mod tests {
         assert_eq!(run(&mut writes, Op::Zero, 8192, 1 << 32), Some(true));
         assert_eq!(run(&mut writes, Op::Flush, u64::MAX, 0), Some(true));
         assert_eq!(run(&mut writes, Op::Other, 0, 512), None);
-        let expected = ["write 4096 1024", "write 0 512", "flush", "zero 8192 4294967296", "flush"];
+        let expected =
+            ["write 4096 1024", "write 0 512", "flush", "zero 8192..4294975488", "flush"];
         assert_eq!(*noted.0.lock(), expected);
         // A write whose data never came does not happen.
-        let request = Request { op: Op::Write { durable: false }, offset: 0, len: 512 };
+        let request =
+            BlockRequest { op: Op::Write { durable: false }, range: DiskRange::new(0, 512) };
         assert!(!writes.begin(3, &request, || Box::new(|_| ())));
     }
 
@@ -301,7 +305,7 @@ mod tests {
         let mut writes = QueueWrites::new(threads.writer(), 1);
         drop(threads);
         let (sender, receiver) = channel::<()>();
-        let request = Request { op: Op::Flush, offset: 0, len: 0 };
+        let request = BlockRequest { op: Op::Flush, range: DiskRange::new(0, 0) };
         writes.begin(0, &request, || {
             Box::new(move |result| {
                 if result.is_ok() {

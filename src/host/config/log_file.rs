@@ -22,9 +22,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use threads::Counter;
 
 /// Owner writes, group reads: the lines name images and hosts.
 const MODE: u32 = 0o640;
@@ -40,18 +40,18 @@ pub struct Rotation {
 
 /// A file that lines are appended to by any thread. Clones write to the same file.
 #[derive(Clone, Debug)]
-pub struct LogFile(Arc<Shared>);
+pub struct LogFile(Arc<LogShared>);
 
 #[derive(Debug)]
-struct Shared {
+struct LogShared {
     path: PathBuf,
     rotation: Rotation,
-    state: Mutex<State>,
-    lost: AtomicU64,
+    state: Mutex<OpenLog>,
+    lost: Counter,
 }
 
 #[derive(Debug)]
-struct State {
+struct OpenLog {
     file: File,
     /// Bytes in the file, as far as this process knows.
     size: u64,
@@ -60,7 +60,7 @@ struct State {
     is_torn: bool,
 }
 
-impl State {
+impl OpenLog {
     fn open(path: &Path) -> io::Result<Self> {
         let file = OpenOptions::new().append(true).create(true).mode(MODE).open(path)?;
         let metadata = file.metadata()?;
@@ -99,9 +99,9 @@ impl LogFile {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             fs::create_dir_all(folder)?;
         }
-        let state = Mutex::new(State::open(path)?);
-        let lost = AtomicU64::new(0);
-        Ok(Self(Arc::new(Shared { path: path.to_owned(), rotation, state, lost })))
+        let state = Mutex::new(OpenLog::open(path)?);
+        let lost = Counter::default();
+        Ok(Self(Arc::new(LogShared { path: path.to_owned(), rotation, state, lost })))
     }
 
     /// Appends whole lines, which end with a line feed, by one write. False if they are lost.
@@ -112,7 +112,7 @@ impl LogFile {
         let written = shared.make_room(&mut state, lines.len() as u64);
         let written = written.and_then(|()| state.write(lines)).is_ok();
         if !written {
-            shared.lost.fetch_add(1, Ordering::Relaxed);
+            shared.lost.add(1);
         }
         written
     }
@@ -120,7 +120,7 @@ impl LogFile {
     /// Appends that failed so far.
     #[must_use]
     pub fn lost(&self) -> u64 {
-        self.0.lost.load(Ordering::Relaxed)
+        self.0.lost.get()
     }
 }
 
@@ -136,10 +136,10 @@ impl Write for LogFile {
     }
 }
 
-impl Shared {
+impl LogShared {
     /// Rotates the file if so many bytes more do not fit.
-    fn make_room(&self, state: &mut State, bytes: u64) -> io::Result<()> {
-        let is_over = |state: &State| {
+    fn make_room(&self, state: &mut OpenLog, bytes: u64) -> io::Result<()> {
+        let is_over = |state: &OpenLog| {
             state.is_regular && state.size > 0 && state.size + bytes > self.rotation.size
         };
         if !is_over(state) {
@@ -153,7 +153,7 @@ impl Shared {
             // It may have been truncated by others.
             state.size = own.len();
         } else {
-            *state = State::open(&self.path)?;
+            *state = OpenLog::open(&self.path)?;
         }
         if is_over(state) && self.rotate(state).is_err() {
             state.file.set_len(0)?;
@@ -163,7 +163,7 @@ impl Shared {
     }
 
     /// Moves each file one place on, and begins a new one. On an error the file that is written to is at its path.
-    fn rotate(&self, state: &mut State) -> io::Result<()> {
+    fn rotate(&self, state: &mut OpenLog) -> io::Result<()> {
         let keep = self.rotation.keep;
         if keep == 0 {
             return Err(io::ErrorKind::Unsupported.into()); // it begins anew in place
@@ -175,7 +175,7 @@ impl Shared {
         }
         fs::rename(&self.path, self.old(1))?;
         *state =
-            State::open(&self.path).inspect_err(|_| _ = fs::rename(self.old(1), &self.path))?;
+            OpenLog::open(&self.path).inspect_err(|_| _ = fs::rename(self.old(1), &self.path))?;
         Ok(())
     }
 
@@ -248,7 +248,7 @@ mod tests {
     fn a_line_that_was_written_in_part_is_ended_before_the_next() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
-        let mut state = State::open(&path).unwrap();
+        let mut state = OpenLog::open(&path).unwrap();
         state.write(b"in par").unwrap();
         assert!(state.is_torn);
         state.write(b"whole\n").unwrap();

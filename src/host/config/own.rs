@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use registry::Hedging;
 
-use super::ConfigError;
+use super::ServiceConfigError;
 use super::object::{Object, Paths as _};
 use super::sections::{GIB, MIB, is_http_url};
 
-type Taken<T> = Result<T, ConfigError>;
+type Taken<T> = Result<T, ServiceConfigError>;
 
 /// Default memory for decoded chunks, in MB: a few hundred chunks, the working set of a starting program.
 const MEMORY_CACHE_MB: u64 = 256;

@@ -4,10 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::ConfigError;
+use super::ServiceConfigError;
 use super::log_file::Rotation;
 use super::object::{Object, Paths as _};
-use disk::config::Download;
+use disk::config::DeviceDownload;
 
 /// overlaybd's MB and GB are powers of two.
 pub(super) const MIB: u64 = 1 << 20;
@@ -16,7 +16,7 @@ pub(super) const GIB: u64 = 1 << 30;
 /// Longest sensible wait in seconds: a year.
 const LONGEST: u64 = 365 * 86_400;
 
-type Taken<T> = Result<T, ConfigError>;
+type Taken<T> = Result<T, ServiceConfigError>;
 
 /// How much is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -323,7 +323,7 @@ impl DownloadConfig {
     }
 
     fn take(mut section: Object<'_>) -> Taken<Self> {
-        let download = Download {
+        let download = DeviceDownload {
             enable: section.bool("enable")?,
             delay: section.bounded("delay", LONGEST)?,
             delay_extra: section.bounded("delayExtra", LONGEST)?,
@@ -337,8 +337,8 @@ impl DownloadConfig {
 
     /// The settings of a section that is there, the host's or a device's: what it leaves out is overlaybd's default.
     #[must_use]
-    pub fn of_section(section: Download) -> Self {
-        let Download { enable, delay, delay_extra, max_mbps, tries, block_size } = section;
+    pub fn of_section(section: DeviceDownload) -> Self {
+        let DeviceDownload { enable, delay, delay_extra, max_mbps, tries, block_size } = section;
         let rate = max_mbps.unwrap_or(100).saturating_mul(MIB);
         Self {
             enable: enable.unwrap_or(false),

@@ -10,18 +10,18 @@ use super::waits::Waits;
 
 /// Wakes the waits that are due. Dropping it ends its thread.
 pub(super) struct Alarm {
-    shared: Arc<Shared>,
+    shared: Arc<AlarmShared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
+struct AlarmShared {
+    state: Mutex<AlarmState>,
     wake: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct AlarmState {
     /// Time of the thread's next check.
     at: Option<Instant>,
     waits: Vec<Weak<Waits>>,
@@ -30,7 +30,7 @@ struct State {
 
 /// Handle with which one device's waits announce their next deadline.
 #[derive(Clone)]
-pub(super) struct Bell(Weak<Shared>);
+pub(super) struct Bell(Weak<AlarmShared>);
 
 impl Bell {
     /// Announces a deadline at `at`; the alarm wakes then or before.
@@ -44,8 +44,8 @@ impl Bell {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl AlarmShared {
+    fn lock(&self) -> MutexGuard<'_, AlarmState> {
         self.state.lock()
     }
 
@@ -91,7 +91,10 @@ impl Alarm {
         let mut thread = self.thread.lock();
         if thread.is_none() {
             let shared = self.shared.clone();
-            let body = move || shared.run();
+            let body = move || {
+                threads::mark_io_thread();
+                shared.run();
+            };
             *thread = Some(std::thread::Builder::new().name("deadlines".into()).spawn(body)?);
         }
         self.shared.lock().waits.push(Arc::downgrade(waits));

@@ -14,8 +14,6 @@
 //! ```
 
 use std::io;
-use std::ops::Range;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
@@ -26,6 +24,7 @@ use serde::Serialize;
 
 use crate::config::log_file::LogFile;
 use crate::readings::AuditCounters;
+use disk::DiskRange;
 use formats::oci::Digest;
 use registry::{Download, DownloadLog};
 use source::Class;
@@ -49,18 +48,18 @@ pub struct Audit {
 
 #[derive(Debug)]
 enum Message {
-    Record(Timestamp, Record),
+    Record(Timestamp, AuditRecord),
     /// Everything before it is to be written; then the sender is dropped.
     Flush(#[allow(dead_code)] Sender<()>), // kept for its drop
 }
 
 #[derive(Debug)]
-enum Record {
+enum AuditRecord {
     Download(Download),
     Read {
         device: Option<Arc<str>>,
         image: Arc<str>,
-        range: Range<u64>,
+        range: DiskRange,
         took: Duration,
         error: Option<String>,
     },
@@ -88,7 +87,7 @@ struct Line<'a> {
     error: Option<&'a str>,
 }
 
-impl Record {
+impl AuditRecord {
     fn line(&self, time: Timestamp) -> Line<'_> {
         let micros = |took: &Duration| u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let time = format!("{time:.6}");
@@ -117,8 +116,8 @@ impl Record {
                 image: Some(image),
                 blob: None,
                 class: None,
-                offset_bytes: range.start,
-                length_bytes: range.end - range.start,
+                offset_bytes: range.offset,
+                length_bytes: range.len,
                 duration_us: micros(took),
                 source_host: None,
                 error: error.as_deref(),
@@ -159,16 +158,16 @@ impl Audit {
         }
     }
 
-    fn note(&self, record: Record) {
+    fn note(&self, record: AuditRecord) {
         if self.sender.try_send(Message::Record(Timestamp::now(), record)).is_err() {
-            self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+            self.counters.dropped.add(1);
         }
     }
 }
 
 impl DownloadLog for Audit {
     fn downloaded(&self, download: Download) {
-        self.note(Record::Download(download));
+        self.note(AuditRecord::Download(download));
     }
 }
 
@@ -192,10 +191,9 @@ impl AuditedDevice {
     }
 
     /// A read had to wait, and has ended.
-    pub(super) fn read(&self, (offset, len): (u64, usize), took: Duration, error: Option<String>) {
-        let range = offset..offset.saturating_add(len as u64);
+    pub(super) fn read(&self, range: DiskRange, took: Duration, error: Option<String>) {
         let (device, image) = (self.device.get().cloned(), self.image.clone());
-        self.audit.note(Record::Read { device, image, range, took, error });
+        self.audit.note(AuditRecord::Read { device, image, range, took, error });
     }
 }
 
@@ -223,7 +221,7 @@ fn write(receiver: &Receiver<Message>, file: &LogFile, counters: &AuditCounters)
             };
         }
         let counter = if file.append(&batch) { &counters.lines } else { &counters.dropped };
-        counter.fetch_add(lines, Ordering::Relaxed);
+        counter.add(lines);
         batch.clear();
     }
 }
@@ -280,7 +278,7 @@ mod tests {
         assert_eq!(lines[..3], [early, read, fetched.clone()]);
         fetched["error"] = "it broke".into();
         assert_eq!(lines[3], fetched);
-        assert_eq!(audit.counters().lines.load(Ordering::Relaxed), 4);
+        assert_eq!(audit.counters().lines.get(), 4);
     }
 
     #[test]
@@ -289,7 +287,7 @@ mod tests {
         for _ in 0..10 {
             audit.downloaded(download(None));
         }
-        assert_eq!((receiver.len(), audit.counters().dropped.load(Ordering::Relaxed)), (3, 7));
+        assert_eq!((receiver.len(), audit.counters().dropped.get()), (3, 7));
     }
 
     #[test]
@@ -299,8 +297,8 @@ mod tests {
         for number in 1..=3 {
             audit.downloaded(download(None));
             audit.flush();
-            assert_eq!(audit.counters().dropped.load(Ordering::Relaxed), number);
+            assert_eq!(audit.counters().dropped.get(), number);
         }
-        assert_eq!(audit.counters().lines.load(Ordering::Relaxed), 0);
+        assert_eq!(audit.counters().lines.get(), 0);
     }
 }

@@ -17,13 +17,14 @@ use rustix::thread::UnshareFlags;
 
 use super::error::step;
 use super::signals::Signals;
-use super::table::Table;
+use super::table::DeviceTable;
 use super::{HostError, ImageOpener, ReadPolicy, snapshots};
 use crate::endpoint::Endpoint;
 use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
 use crate::metrics::{Page, Process, names};
 use client::protocol::{DeviceRecord, OLDEST_VERSION, READY, Reply, Request, VERSION, socket};
 use client::{ClientError, Connection};
+use disk::DiskRange;
 use source::failure::with_causes;
 
 /// Time that a daemon started by a client outlives its last device and connection: long enough for a script
@@ -79,7 +80,7 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
         source,
     })?;
     let server = Arc::new(Server {
-        table: Table::new(run_dir.clone(), opener, options.reads),
+        table: DeviceTable::new(run_dir.clone(), opener, options.reads),
         path,
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         exporter: OnceLock::new(),
@@ -192,7 +193,7 @@ fn watch_signals(server: &Arc<Server>) -> Result<(), HostError> {
 }
 
 struct Server {
-    table: Table,
+    table: DeviceTable,
     path: PathBuf,
     /// Seconds since 1970.
     started: u64,
@@ -203,9 +204,9 @@ struct Server {
 }
 
 /// Counts a connection while it is served.
-struct Served<'a>(&'a Server);
+struct ConnectionGuard<'a>(&'a Server);
 
-impl Drop for Served<'_> {
+impl Drop for ConnectionGuard<'_> {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Ordering::SeqCst);
         self.0.wake();
@@ -258,7 +259,7 @@ impl Server {
         self.connections.fetch_add(1, Ordering::SeqCst);
         let server = self.clone();
         let thread = std::thread::Builder::new().name("connection".into()).spawn(move || {
-            let _served = Served(&server);
+            let _served = ConnectionGuard(&server);
             let mut connection = Connection::new(stream, server.path.clone());
             if let Err(error) = server.converse(&mut connection) {
                 tracing::warn!(error = with_causes(&error), "A connection has ended with an error");
@@ -310,6 +311,8 @@ impl Server {
             Request::List => Ok(Reply::Devices(table.list())),
             Request::Detach { id } => table.detach(id).map(|()| Reply::Done),
             Request::Explain { id, ranges, most } => {
+                let ranges: Vec<_> =
+                    ranges.into_iter().map(|(offset, len)| DiskRange::new(offset, len)).collect();
                 table.explain(id, &ranges, most).map(|told| Reply::Explained(Box::new(told)))
             }
             Request::Metrics => Ok(Reply::Metrics(self.metrics())),

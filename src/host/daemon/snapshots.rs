@@ -14,7 +14,7 @@ use hyper::StatusCode;
 use percent_encoding::percent_decode_str;
 
 use super::HostError;
-use crate::endpoint::{Asked, Endpoint, Reply, reply};
+use crate::endpoint::{Endpoint, PageReply, PageRequest, reply};
 use source::failure::with_causes;
 
 /// Takes a snapshot of the device with this name, with the configuration at the path.
@@ -22,10 +22,14 @@ pub(super) type TakeSnapshot = Arc<dyn Fn(&str, &Path) -> Result<(), HostError> 
 
 /// Listens at `address`.
 pub(super) fn serve(address: SocketAddr, take: TakeSnapshot) -> io::Result<Endpoint> {
-    Endpoint::start("snapshots", address, Arc::new(move |request: &Asked| answer(request, &*take)))
+    Endpoint::start(
+        "snapshots",
+        address,
+        Arc::new(move |request: &PageRequest| answer(request, &*take)),
+    )
 }
 
-fn answer(request: &Asked, take: &dyn Fn(&str, &Path) -> Result<(), HostError>) -> Reply {
+fn answer(request: &PageRequest, take: &dyn Fn(&str, &Path) -> Result<(), HostError>) -> PageReply {
     let (status, message) = outcome(request.uri().path(), request.uri().query(), take);
     let success = status == StatusCode::OK;
     let text = serde_json::json!({ "success": success, "message": message }).to_string();

@@ -14,18 +14,21 @@ use super::audit::AuditedDevice;
 use super::error::step;
 use super::view::placed;
 use super::waits::{Waits, Watched};
-use super::{DeviceReading, HostError, ImageOpener, ImageView, Opened, ReadPolicy, Snapshots};
+use super::{
+    DeviceReading, HostError, ImageOpener, ImageView, ReadPolicy, ServableImage, Snapshots,
+};
 use crate::metrics::upstream::{Rates, Totals};
 use crate::metrics::{Page, names};
 use blobs::trace::{Recorder, Recorders};
 use client::protocol::{DeviceState, Explanation, WaitingRecord};
 use client::{DeviceRecord, DeviceSpec, Frontend, mounts};
+use disk::DiskRange;
 use disk::volume::Volume;
 use formats::trace::Trace;
 use frontends::{FrontChoice, FrontKind, ServedDevice};
 use source::failure::with_causes;
 
-struct Entry {
+struct TableEntry {
     served: Box<dyn ServedDevice>,
     record: DeviceRecord,
     view: Arc<dyn ImageView>,
@@ -48,7 +51,7 @@ const MOST_PLACES: usize = 8;
 
 #[derive(Default)]
 struct Devices {
-    entries: BTreeMap<u64, Entry>,
+    entries: BTreeMap<u64, TableEntry>,
     last: u64,
     /// Number of attaches in progress.
     coming: usize,
@@ -59,7 +62,7 @@ struct Devices {
 }
 
 /// The devices that this process serves. Dropping it removes them all.
-pub struct Table {
+pub struct DeviceTable {
     run_dir: PathBuf,
     opener: Arc<dyn ImageOpener>,
     policy: ReadPolicy,
@@ -68,7 +71,7 @@ pub struct Table {
     alarm: Alarm,
 }
 
-impl Table {
+impl DeviceTable {
     /// Creates an empty table; FUSE mount points are created in `run_dir`, which exists.
     #[must_use]
     pub fn new(run_dir: PathBuf, opener: Arc<dyn ImageOpener>, policy: ReadPolicy) -> Self {
@@ -110,9 +113,9 @@ impl Table {
         Ok((record, note))
     }
 
-    fn make(&self, spec: &DeviceSpec, id: u64) -> Result<(Entry, Option<String>), HostError> {
+    fn make(&self, spec: &DeviceSpec, id: u64) -> Result<(TableEntry, Option<String>), HostError> {
         let start = Instant::now();
-        let Opened { volume, name, view, recorders, snapshots } = self
+        let ServableImage { volume, name, view, recorders, snapshots } = self
             .opener
             .open(spec)
             .map_err(|failure| HostError::of_opener(spec.image.name(), failure))?;
@@ -158,15 +161,23 @@ impl Table {
         };
         tracing::info!(device = %record.device.display(), "{}: opened in {opened:.1?}, device made in {made:.1?}", record.image);
         let dev_id = spec.dev_id.clone();
-        let entry =
-            Entry { served, record, view, waits, recorders, dev_id, snapshots, recording: None };
+        let entry = TableEntry {
+            served,
+            record,
+            view,
+            waits,
+            recorders,
+            dev_id,
+            snapshots,
+            recording: None,
+        };
         Ok((entry, note))
     }
 
     /// The devices now, in the order of their attaches.
     #[must_use]
     pub fn list(&self) -> Vec<DeviceRecord> {
-        self.lock().entries.values().map(Entry::now).collect()
+        self.lock().entries.values().map(TableEntry::now).collect()
     }
 
     /// Records the mount point that a client chose for the device.
@@ -191,7 +202,7 @@ impl Table {
     pub fn snapshot(&self, name: &str, config: &Path) -> Result<(), HostError> {
         let (device, snapshots) = {
             let devices = self.lock();
-            let is_it = |entry: &&Entry| {
+            let is_it = |entry: &&TableEntry| {
                 entry.dev_id.as_deref() == Some(name) || entry.record.device == Path::new(name)
             };
             let entry = devices.entries.values().find(is_it);
@@ -271,7 +282,7 @@ impl Table {
     /// created any more.
     #[must_use]
     pub fn close(&self) -> Vec<DeviceRecord> {
-        let free: Vec<Entry> = {
+        let free: Vec<TableEntry> = {
             let mut devices = self.lock();
             let all = std::mem::take(&mut devices.entries);
             let (busy, free): (BTreeMap<_, _>, BTreeMap<_, _>) =
@@ -321,7 +332,7 @@ impl Table {
     pub fn explain(
         &self,
         id: u64,
-        ranges: &[(u64, u64)],
+        ranges: &[DiskRange],
         most: usize,
     ) -> Result<Explanation, HostError> {
         let (device, view, waits) = {
@@ -333,16 +344,15 @@ impl Table {
             (entry.now(), entry.view.clone(), entry.waits.clone())
         };
         let mut places = Vec::new();
-        for &(offset, len) in ranges {
+        for &range in ranges {
             let left = most.saturating_sub(places.len());
-            places.extend(placed(view.explain(offset..offset.saturating_add(len), left)));
+            places.extend(placed(view.explain(range, left)));
         }
         let waiting = waits.oldest(MOST_WAITING).into_iter().map(|read| WaitingRecord {
-            offset_bytes: read.offset,
-            length_bytes: read.len as u64,
+            offset_bytes: read.range.offset,
+            length_bytes: read.range.len,
             waits_ms: milliseconds(read.waits),
-            places: placed(view.explain(read.offset..read.offset + read.len as u64, MOST_PLACES))
-                .collect(),
+            places: placed(view.explain(read.range, MOST_PLACES)).collect(),
             tries: read.tries,
             error: read.error,
             next_ms: read.next.map(milliseconds),
@@ -378,14 +388,14 @@ impl Devices {
     }
 
     /// Keeps the totals of a device that is removed.
-    fn forget(&mut self, entry: &Entry) {
+    fn forget(&mut self, entry: &TableEntry) {
         let front = entry.served.counters();
         self.gone.reads += front.reads;
         self.gone.bytes += front.bytes;
     }
 }
 
-impl Entry {
+impl TableEntry {
     fn reading(&self) -> DeviceReading {
         let (size, front) = (self.record.size_bytes, self.served.counters());
         DeviceReading { size, front, waits: self.waits.reading(), image: self.view.counters() }
@@ -440,8 +450,8 @@ impl Entry {
 }
 
 /// Stops unused devices, several at a time; failures are logged.
-fn stop_all(entries: Vec<Entry>) {
-    let close = |entry: Entry| {
+fn stop_all(entries: Vec<TableEntry>) {
+    let close = |entry: TableEntry| {
         entry.waits.close();
         entry.served
     };

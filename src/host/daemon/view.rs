@@ -1,7 +1,6 @@
 //! State of an image beside its bytes: its blobs' traffic, their part in the cache, their problems, and the
 //! source of each byte.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Instant, UNIX_EPOCH};
 
@@ -10,8 +9,8 @@ use blobs::fetch::{Blob, FillProgress, Filling};
 use client::protocol::{
     BlobRecord, ChunkRecord, ChunkState, FailureRecord, PartKind, PlacedRecord, RetryRecord,
 };
-use disk::Disk;
-use disk::explain::{Held, Placed, What};
+use disk::explain::{BytesPlace, Placed, What};
+use disk::{Disk, DiskRange};
 use source::{Traffic, TryingAgain};
 
 /// Facts about an image that only its opener has.
@@ -20,7 +19,7 @@ pub trait ImageView: Send + Sync {
     fn counters(&self) -> IoCounters;
 
     /// Sources of bytes of its disk, in at most `most` parts.
-    fn explain(&self, range: Range<u64>, most: usize) -> Vec<Placed> {
+    fn explain(&self, range: DiskRange, most: usize) -> Vec<Placed> {
         let _ = (range, most);
         Vec::new()
     }
@@ -105,7 +104,7 @@ impl ImageView for DiskView {
         }
     }
 
-    fn explain(&self, range: Range<u64>, most: usize) -> Vec<Placed> {
+    fn explain(&self, range: DiskRange, most: usize) -> Vec<Placed> {
         self.disk.explain(range, most)
     }
 
@@ -153,8 +152,8 @@ fn record(blob: &Blob, now: Instant) -> BlobRecord {
 /// The places of a disk, as they are told.
 pub(super) fn placed(places: Vec<Placed>) -> impl Iterator<Item = PlacedRecord> {
     places.into_iter().map(|place| PlacedRecord {
-        offset_bytes: place.offset,
-        length_bytes: place.len,
+        offset_bytes: place.range.offset,
+        length_bytes: place.range.len,
         what: match place.what {
             What::Hole => PartKind::Hole,
             What::Metadata => PartKind::Metadata,
@@ -171,9 +170,9 @@ pub(super) fn placed(places: Vec<Placed>) -> impl Iterator<Item = PlacedRecord> 
             end_bytes: chunk.end,
             decoded_bytes: chunk.decoded,
             held: match chunk.held {
-                Held::Memory => ChunkState::Memory,
-                Held::Disk => ChunkState::Disk,
-                Held::Remote => ChunkState::Remote,
+                BytesPlace::Memory => ChunkState::Memory,
+                BytesPlace::Disk => ChunkState::Disk,
+                BytesPlace::Remote => ChunkState::Remote,
             },
         }),
     })

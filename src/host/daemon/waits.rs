@@ -11,7 +11,7 @@
 //! [`FIRST_PAUSE`] to [`LONGEST_PAUSE`], as upstream's do, but without upstream's end after seven days.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,9 @@ use super::audit::AuditedDevice;
 use crate::config::OnError;
 use crate::readings::WaitReading;
 use blobs::Histogram;
+use disk::DiskRange;
 use disk::volume::{Located, Volume, VolumeError, Waiter, WritableVolume};
+use threads::Counter;
 
 /// Pause after the first failure of a read. Most of the waiting is done by the client of the registry, which
 /// gives up only after the deadline; so this is short.
@@ -48,36 +50,33 @@ impl Default for ReadPolicy {
     }
 }
 
-/// Offset and length of a read.
-type Span = (u64, usize);
-
 /// The waits of one device.
 pub(super) struct Waits {
     policy: ReadPolicy,
     bell: Bell,
     reason: Box<dyn Fn() -> Option<String> + Send + Sync>,
-    table: Mutex<Table>,
+    table: Mutex<WaitTable>,
     /// Number of reads that failed: zero means that a read need not take the lock.
     failing: AtomicUsize,
     closed: AtomicBool,
     times: Histogram,
-    expired: AtomicU64,
-    repeated: AtomicU64,
+    expired: Counter,
+    repeated: Counter,
     audit: OnceLock<AuditedDevice>,
 }
 
 #[derive(Default)]
-struct Table {
+struct WaitTable {
     last: u64,
     /// Reads that wait for the disk, in the order in which they came. They wait since their last request, so
     /// the first is due first.
     waiting: BTreeMap<u64, Waiting>,
     /// Reads that failed and will ask again, or have asked again and wait.
-    failed: HashMap<Span, Failed>,
+    failed: HashMap<DiskRange, Failed>,
 }
 
 struct Waiting {
-    span: Span,
+    range: DiskRange,
     since: Instant,
     waiter: Waiter,
 }
@@ -94,10 +93,8 @@ struct Failed {
 /// A read that waits, for display.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct WaitingRead {
-    /// First byte on the disk.
-    pub offset: u64,
-    /// Number of bytes.
-    pub len: usize,
+    /// Its bytes of the disk.
+    pub range: DiskRange,
     /// Time that it has waited.
     pub waits: Duration,
     /// Number of failures.
@@ -124,8 +121,8 @@ impl Waits {
             failing: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             times: Histogram::default(),
-            expired: AtomicU64::new(0),
-            repeated: AtomicU64::new(0),
+            expired: Counter::default(),
+            repeated: Counter::default(),
             audit: OnceLock::new(),
         })
     }
@@ -143,29 +140,29 @@ impl Waits {
     }
 
     /// A wait is over, without an error or with one.
-    fn over(&self, span: Span, took: Duration, error: impl FnOnce() -> Option<String>) {
+    fn over(&self, range: DiskRange, took: Duration, error: impl FnOnce() -> Option<String>) {
         self.times.add(took);
         if let Some(audit) = self.audit.get() {
-            audit.read(span, took, error());
+            audit.read(range, took, error());
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Table> {
+    fn lock(&self) -> MutexGuard<'_, WaitTable> {
         self.table.lock()
     }
 
     /// Begins a wait. The returned waiter stands for `waiter`.
-    fn begin(self: &Arc<Self>, span: Span, waiter: Waiter) -> Waiter {
+    fn begin(self: &Arc<Self>, range: DiskRange, waiter: Waiter) -> Waiter {
         let since = Instant::now();
         let mut table = self.lock();
         table.last += 1;
         let number = table.last;
-        table.waiting.insert(number, Waiting { span, since, waiter });
+        table.waiting.insert(number, Waiting { range, since, waiter });
         drop(table);
         if let Some(deadline) = self.deadline() {
             self.bell.by(since + deadline);
         }
-        let mut promise = Promise { waits: Some(self.clone()), number };
+        let mut promise = DiskPromise { waits: Some(self.clone()), number };
         Box::new(move |result| promise.keep(Some(result)))
     }
 
@@ -174,21 +171,21 @@ impl Waits {
         let now = Instant::now();
         let mut table = self.lock();
         // `None`: its deadline has passed.
-        let Some(Waiting { span, since, waiter }) = table.waiting.remove(&number) else { return };
+        let Some(Waiting { range, since, waiter }) = table.waiting.remove(&number) else { return };
         match result {
             Some(Err(error)) if self.deadline().is_none() && error.may_pass() => {
-                let next = table.failed(span, since, waiter, &error);
+                let next = table.failed(range, since, waiter, &error);
                 self.failing.store(table.failed.len(), Ordering::Relaxed);
                 drop(table);
                 self.bell.by(next);
             }
             result => {
-                let failed = table.failed.remove(&span);
+                let failed = table.failed.remove(&range);
                 self.failing.store(table.failed.len(), Ordering::Relaxed);
                 drop(table);
                 let (since, others) =
                     failed.map_or((since, Vec::new()), |failed| (failed.since, failed.waiters));
-                self.over(span, now.saturating_duration_since(since), || match &result {
+                self.over(range, now.saturating_duration_since(since), || match &result {
                     Some(result) => {
                         result.as_ref().err().map(|error| source::failure::with_causes(error))
                     }
@@ -205,16 +202,16 @@ impl Waits {
     }
 
     /// Records a read that was answered at once, which ends its failures.
-    fn answered(&self, span: Span) {
+    fn answered(&self, range: DiskRange) {
         if self.failing.load(Ordering::Relaxed) == 0 {
             return;
         }
         let mut table = self.lock();
-        let failed = table.failed.remove(&span);
+        let failed = table.failed.remove(&range);
         self.failing.store(table.failed.len(), Ordering::Relaxed);
         drop(table);
         if let Some(failed) = failed {
-            self.over(span, failed.since.elapsed(), || None);
+            self.over(range, failed.since.elapsed(), || None);
             failed.waiters.into_iter().for_each(|waiter| waiter(Ok(())));
         }
     }
@@ -241,14 +238,14 @@ impl Waits {
             }
         }
         drop(table);
-        self.repeated.fetch_add(again.len() as u64, Ordering::Relaxed);
+        self.repeated.add(again.len() as u64);
         again.into_iter().for_each(|waiter| waiter(Ok(())));
         let last = if late.is_empty() { None } else { (self.reason)() };
-        for Waiting { span, since, waiter } in late {
-            self.expired.fetch_add(1, Ordering::Relaxed);
+        for Waiting { range, since, waiter } in late {
+            self.expired.add(1);
             let (seconds, last) = (self.policy.deadline.as_secs(), last.clone());
-            let error = VolumeError::Deadline { offset: span.0, seconds, last };
-            self.over(span, now.saturating_duration_since(since), || Some(error.to_string()));
+            let error = VolumeError::Deadline { offset: range.offset, seconds, last };
+            self.over(range, now.saturating_duration_since(since), || Some(error.to_string()));
             waiter(Err(error));
         }
         next
@@ -279,8 +276,8 @@ impl Waits {
             waiting: (table.waiting.len() + asleep) as u64,
             oldest,
             times: self.times.times(),
-            expired: self.expired.load(Ordering::Relaxed),
-            repeated: self.repeated.load(Ordering::Relaxed),
+            expired: self.expired.get(),
+            repeated: self.repeated.get(),
         }
     }
 
@@ -302,16 +299,16 @@ impl Waits {
     }
 }
 
-impl Table {
+impl WaitTable {
     /// Records that a read has failed, and returns the time of its next try.
     fn failed(
         &mut self,
-        span: Span,
+        range: DiskRange,
         since: Instant,
         waiter: Waiter,
         error: &VolumeError,
     ) -> Instant {
-        let failed = self.failed.entry(span).or_insert_with(|| Failed {
+        let failed = self.failed.entry(range).or_insert_with(|| Failed {
             since,
             tries: 0,
             error: String::new(),
@@ -331,11 +328,10 @@ impl Table {
     /// The reads that wait, in no order.
     fn reads(&self, now: Instant) -> impl Iterator<Item = WaitingRead> + '_ {
         let on_their_way = self.waiting.values().map(move |read| {
-            let failed = self.failed.get(&read.span);
+            let failed = self.failed.get(&read.range);
             let since = failed.map_or(read.since, |failed| failed.since);
             WaitingRead {
-                offset: read.span.0,
-                len: read.span.1,
+                range: read.range,
                 waits: now.saturating_duration_since(since),
                 tries: failed.map_or(0, |failed| failed.tries),
                 error: failed.map(|failed| failed.error.clone()),
@@ -343,9 +339,8 @@ impl Table {
             }
         });
         let asleep = self.failed.iter().filter(|(_, failed)| !failed.waiters.is_empty());
-        on_their_way.chain(asleep.map(move |(span, failed)| WaitingRead {
-            offset: span.0,
-            len: span.1,
+        on_their_way.chain(asleep.map(move |(range, failed)| WaitingRead {
+            range: *range,
             waits: now.saturating_duration_since(failed.since),
             tries: failed.tries,
             error: Some(failed.error.clone()),
@@ -355,12 +350,12 @@ impl Table {
 }
 
 /// The one answer of the disk.
-struct Promise {
+struct DiskPromise {
     waits: Option<Arc<Waits>>,
     number: u64,
 }
 
-impl Promise {
+impl DiskPromise {
     fn keep(&mut self, result: Option<Result<(), VolumeError>>) {
         if let Some(waits) = self.waits.take() {
             waits.end(self.number, result);
@@ -368,7 +363,7 @@ impl Promise {
     }
 }
 
-impl Drop for Promise {
+impl Drop for DiskPromise {
     fn drop(&mut self) {
         self.keep(None);
     }
@@ -393,14 +388,12 @@ impl Volume for Watched {
 
     fn locate(
         &self,
-        offset: u64,
-        len: usize,
+        range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let span = (offset, len);
-        let located = self.volume.locate(offset, len, &mut || self.waits.begin(span, waiter()))?;
+        let located = self.volume.locate(range, &mut || self.waits.begin(range, waiter()))?;
         if matches!(located, Located::Ready(_)) {
-            self.waits.answered(span);
+            self.waits.answered(range);
         }
         Ok(located)
     }
@@ -446,14 +439,13 @@ mod tests {
         }
         fn locate(
             &self,
-            offset: u64,
-            len: usize,
+            range: DiskRange,
             waiter: &mut dyn FnMut() -> Waiter,
         ) -> Result<Located, VolumeError> {
             self.asked.fetch_add(1, Ordering::SeqCst);
             let mut answers = self.answers.lock();
             if answers.is_empty() {
-                return self.memory.locate(offset, len, waiter);
+                return self.memory.locate(range, waiter);
             }
             let waiter = waiter();
             match answers.remove(0) {
@@ -504,7 +496,7 @@ mod tests {
         let now = watch.waits.reading();
         assert_eq!((now.waiting, now.expired), (2, 0));
         assert!(now.oldest > Some(Duration::from_millis(10)), "{now:?}");
-        assert_eq!(watch.waits.oldest(1)[0].offset, 512);
+        assert_eq!(watch.waits.oldest(1)[0].range.offset, 512);
         for read in reads {
             let error = read.recv_timeout(Duration::from_secs(10)).unwrap().unwrap_err();
             assert!(matches!(error, VolumeError::Deadline { offset: 512, .. }), "{error}");

@@ -9,7 +9,7 @@ use frontends::ublk::probe::{self, Findings};
 
 /// Availability of a device node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Node {
+pub(super) enum DeviceNode {
     /// It opens.
     Opens,
     /// It exists and does not open.
@@ -24,9 +24,9 @@ pub(super) enum Node {
 #[derive(Clone, Debug)]
 pub(super) struct Facts {
     pub(super) ublk: Findings,
-    pub(super) control: Node,
-    pub(super) fuse: Node,
-    pub(super) loop_control: Node,
+    pub(super) control: DeviceNode,
+    pub(super) fuse: DeviceNode,
+    pub(super) loop_control: DeviceNode,
     /// `CAP_SYS_ADMIN` is effective.
     pub(super) sys_admin: bool,
     /// Effective `CAP_IPC_LOCK`: no limit on locked memory.
@@ -34,7 +34,7 @@ pub(super) struct Facts {
     /// Soft limit on locked memory in bytes; `None`: no limit.
     pub(super) memlock: Option<u64>,
     /// ext4 is supported, or its module can be loaded.
-    pub(super) ext4: Node,
+    pub(super) ext4: DeviceNode,
     /// True if this process is in the mount namespace of process 1; `None`: it may not look.
     pub(super) first_namespace: Option<bool>,
 }
@@ -50,11 +50,11 @@ impl Facts {
         let file_systems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
         let ext4 =
             if file_systems.lines().any(|line| line.split_whitespace().last() == Some("ext4")) {
-                Node::Opens
+                DeviceNode::Opens
             } else if loadable("ext4") {
-                Node::Loadable
+                DeviceNode::Loadable
             } else {
-                Node::Absent
+                DeviceNode::Absent
             };
         let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
         Self {
@@ -80,16 +80,16 @@ fn effective_capabilities() -> u64 {
     line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
-fn node(path: &str, module: &str) -> Node {
+fn node(path: &str, module: &str) -> DeviceNode {
     if std::fs::OpenOptions::new().read(true).write(true).open(path).is_ok() {
-        Node::Opens
+        DeviceNode::Opens
     } else if Path::new(path).exists() {
         // A static node may belong to a module that is loaded when it is opened, or to none.
-        Node::Refused
+        DeviceNode::Refused
     } else if loadable(module) {
-        Node::Loadable
+        DeviceNode::Loadable
     } else {
-        Node::Absent
+        DeviceNode::Absent
     }
 }
 

@@ -1,8 +1,8 @@
 //! From facts to rows: pure, so that hosts which are not available can be tested.
 
-use super::kernel::{Facts, Node};
-use super::{Report, Row, State};
-use frontends::ublk::probe::{Driver, Ring, feature_names};
+use super::kernel::{DeviceNode, Facts};
+use super::{FactState, Report, Row};
+use frontends::ublk::probe::{DriverPresence, RingSupport, feature_names};
 
 /// Feature bits that this program uses, and the loss without them.
 const NEED_GET_DATA: u64 = 1 << 2;
@@ -10,14 +10,16 @@ const NEED_GET_DATA: u64 = 1 << 2;
 pub(super) fn report(facts: &Facts) -> Report {
     // With root, the module is loaded when it is needed.
     let driver = match facts.ublk.driver {
-        Driver::Present => facts.control == Node::Opens,
-        Driver::Loadable => facts.sys_admin,
-        Driver::Absent => false,
+        DriverPresence::Present => facts.control == DeviceNode::Opens,
+        DriverPresence::Loadable => facts.sys_admin,
+        DriverPresence::Absent => false,
     };
-    let usable = |node: Node| node == Node::Opens || (node == Node::Loadable && facts.sys_admin);
+    let usable = |node: DeviceNode| {
+        node == DeviceNode::Opens || (node == DeviceNode::Loadable && facts.sys_admin)
+    };
     let ublk = driver
         && facts.sys_admin
-        && facts.ublk.ring == Ring::Works
+        && facts.ublk.ring == RingSupport::Works
         && facts.ublk.known_bad.is_none()
         && facts.ublk.features.is_none_or(|mask| mask & NEED_GET_DATA != 0);
     let looped = usable(facts.fuse) && usable(facts.loop_control) && facts.sys_admin;
@@ -38,8 +40,8 @@ pub(super) fn report(facts: &Facts) -> Report {
 }
 
 /// A fact that rules out one front end is a failure only if the other does not work either.
-fn unless(other: bool) -> State {
-    if other { State::Warn } else { State::Fail }
+fn unless(other: bool) -> FactState {
+    if other { FactState::Warn } else { FactState::Fail }
 }
 
 fn kernel(facts: &Facts, looped: bool) -> Row {
@@ -50,12 +52,12 @@ fn kernel(facts: &Facts, looped: bool) -> Row {
             format!("{}: known bad for ublk: {reason}", facts.ublk.kernel),
             "boot another kernel; until then turbobd uses the loop front end",
         ),
-        None => Row::new("kernel", State::Ok, facts.ublk.kernel.clone(), ""),
+        None => Row::new("kernel", FactState::Ok, facts.ublk.kernel.clone(), ""),
     }
 }
 
 fn privileges(facts: &Facts) -> Row {
-    let state = if facts.sys_admin { State::Ok } else { State::Fail };
+    let state = if facts.sys_admin { FactState::Ok } else { FactState::Fail };
     let detail = if facts.sys_admin {
         "CAP_SYS_ADMIN is effective"
     } else {
@@ -72,20 +74,22 @@ fn privileges(facts: &Facts) -> Row {
 fn driver_row(facts: &Facts, looped: bool) -> Row {
     let what = "ublk driver";
     match (facts.ublk.driver, facts.control) {
-        (Driver::Present, Node::Opens) => Row::new(what, State::Ok, "/dev/ublk-control opens", ""),
-        (Driver::Present, _) => Row::new(
+        (DriverPresence::Present, DeviceNode::Opens) => {
+            Row::new(what, FactState::Ok, "/dev/ublk-control opens", "")
+        }
+        (DriverPresence::Present, _) => Row::new(
             what,
             unless(looped),
             "/dev/ublk-control does not open",
             "run as root; in a container, allow the device",
         ),
-        (Driver::Loadable, _) => Row::new(
+        (DriverPresence::Loadable, _) => Row::new(
             what,
-            State::Warn,
+            FactState::Warn,
             "the module ublk_drv is not loaded",
             "modprobe ublk_drv (attach does it too)",
         ),
-        (Driver::Absent, _) => Row::new(
+        (DriverPresence::Absent, _) => Row::new(
             what,
             unless(looped),
             "neither /dev/ublk-control nor a module ublk_drv",
@@ -98,7 +102,7 @@ fn features(facts: &Facts) -> Row {
     let what = "ublk features";
     match facts.ublk.features {
         Some(mask) => {
-            let state = if mask & NEED_GET_DATA == 0 { State::Fail } else { State::Ok };
+            let state = if mask & NEED_GET_DATA == 0 { FactState::Fail } else { FactState::Ok };
             let detail = format!("{mask:#x}: {}", feature_names(mask).join(", "));
             Row::new(
                 what,
@@ -107,13 +111,13 @@ fn features(facts: &Facts) -> Row {
                 "need-get-data is missing: without it stray writes reach the cache; use --frontend loop",
             )
         }
-        None if facts.ublk.driver == Driver::Present => Row::new(
+        None if facts.ublk.driver == DriverPresence::Present => Row::new(
             what,
-            State::Warn,
+            FactState::Warn,
             "not told",
             "the kernel is older than 6.5, or this is not root: only 6.1's features are used",
         ),
-        None => Row::new(what, State::Ok, "no driver to ask", ""),
+        None => Row::new(what, FactState::Ok, "no driver to ask", ""),
     }
 }
 
@@ -122,13 +126,13 @@ fn devices(facts: &Facts) -> Row {
     match facts.ublk.ublks_max {
         Some(most) => Row::new(
             what,
-            State::Ok,
+            FactState::Ok,
             format!(
                 "ublks_max={most}: counts all devices until 6.14, only unprivileged ones from 6.15"
             ),
             "",
         ),
-        None => Row::new(what, State::Ok, "no limit known", ""),
+        None => Row::new(what, FactState::Ok, "no limit known", ""),
     }
 }
 
@@ -136,18 +140,18 @@ fn ring(facts: &Facts, looped: bool) -> Row {
     let what = "io_uring";
     let disabled = facts.ublk.io_uring_disabled;
     match &facts.ublk.ring {
-        Ring::Works => {
+        RingSupport::Works => {
             let sysctl = disabled
                 .map_or_else(String::new, |value| format!(" (kernel.io_uring_disabled={value})"));
-            Row::new(what, State::Ok, format!("rings with driver commands{sysctl}"), "")
+            Row::new(what, FactState::Ok, format!("rings with driver commands{sysctl}"), "")
         }
-        Ring::NoDriverCommands => Row::new(
+        RingSupport::NoDriverCommands => Row::new(
             what,
             unless(looped),
             "rings without driver commands",
             "Linux 5.19 or newer (ublk: 6.0)",
         ),
-        Ring::Refused(why) => {
+        RingSupport::Refused(why) => {
             let remedy = match disabled {
                 Some(1 | 2) => "sysctl kernel.io_uring_disabled=0",
                 _ => "look for a seccomp profile or an LSM that denies io_uring_setup",
@@ -157,19 +161,22 @@ fn ring(facts: &Facts, looped: bool) -> Row {
     }
 }
 
-fn node(what: &'static str, node: Node, path: &str, module: &str, ublk: bool) -> Row {
+fn node(what: &'static str, node: DeviceNode, path: &str, module: &str, ublk: bool) -> Row {
     match node {
-        Node::Opens => Row::new(what, State::Ok, format!("{path} opens"), ""),
-        Node::Refused => Row::new(
+        DeviceNode::Opens => Row::new(what, FactState::Ok, format!("{path} opens"), ""),
+        DeviceNode::Refused => Row::new(
             what,
             unless(ublk),
             format!("{path} does not open"),
             "run as root; in a container, allow the device",
         ),
-        Node::Loadable => {
-            Row::new(what, State::Warn, format!("{path} is missing"), format!("modprobe {module}"))
-        }
-        Node::Absent => Row::new(
+        DeviceNode::Loadable => Row::new(
+            what,
+            FactState::Warn,
+            format!("{path} is missing"),
+            format!("modprobe {module}"),
+        ),
+        DeviceNode::Absent => Row::new(
             what,
             unless(ublk),
             format!("{path} is missing"),
@@ -180,11 +187,13 @@ fn node(what: &'static str, node: Node, path: &str, module: &str, ublk: bool) ->
 
 fn ext4(facts: &Facts) -> Row {
     match facts.ext4 {
-        Node::Opens => Row::new("ext4", State::Ok, "known to the kernel", ""),
-        Node::Loadable => Row::new("ext4", State::Ok, "a module, loaded by the first mount", ""),
+        DeviceNode::Opens => Row::new("ext4", FactState::Ok, "known to the kernel", ""),
+        DeviceNode::Loadable => {
+            Row::new("ext4", FactState::Ok, "a module, loaded by the first mount", "")
+        }
         _ => Row::new(
             "ext4",
-            State::Fail,
+            FactState::Fail,
             "unknown to the kernel: devices work, mounts do not",
             "a kernel with CONFIG_EXT4_FS",
         ),
@@ -194,10 +203,10 @@ fn ext4(facts: &Facts) -> Row {
 fn memlock(facts: &Facts) -> Row {
     let what = "locked memory";
     match facts.memlock {
-        _ if facts.ipc_lock => Row::new(what, State::Ok, "CAP_IPC_LOCK: no limit", ""),
-        None => Row::new(what, State::Ok, "no limit", ""),
+        _ if facts.ipc_lock => Row::new(what, FactState::Ok, "CAP_IPC_LOCK: no limit", ""),
+        None => Row::new(what, FactState::Ok, "no limit", ""),
         Some(bytes) => {
-            let state = if bytes < 64 << 20 { State::Warn } else { State::Ok };
+            let state = if bytes < 64 << 20 { FactState::Warn } else { FactState::Ok };
             Row::new(
                 what,
                 state,
@@ -211,16 +220,19 @@ fn memlock(facts: &Facts) -> Row {
 fn namespace(facts: &Facts) -> Row {
     let what = "mount namespace";
     match facts.first_namespace {
-        Some(true) => Row::new(what, State::Ok, "the host's", ""),
+        Some(true) => Row::new(what, FactState::Ok, "the host's", ""),
         Some(false) => Row::new(
             what,
-            State::Warn,
+            FactState::Warn,
             "not that of process 1",
             "mounts of attach are visible in this namespace only; nsenter -t 1 -m for the host's",
         ),
-        None => {
-            Row::new(what, State::Warn, "cannot be compared with that of process 1", "run as root")
-        }
+        None => Row::new(
+            what,
+            FactState::Warn,
+            "cannot be compared with that of process 1",
+            "run as root",
+        ),
     }
 }
 
@@ -235,49 +247,49 @@ mod tests {
             ublk: Findings {
                 kernel: "7.3.4".into(),
                 known_bad: None,
-                driver: Driver::Present,
+                driver: DriverPresence::Present,
                 features: Some(0x1f_ffff),
                 ublks_max: Some(64),
-                ring: Ring::Works,
+                ring: RingSupport::Works,
                 io_uring_disabled: Some(0),
             },
-            control: Node::Opens,
-            fuse: Node::Opens,
-            loop_control: Node::Opens,
+            control: DeviceNode::Opens,
+            fuse: DeviceNode::Opens,
+            loop_control: DeviceNode::Opens,
             sys_admin: true,
             ipc_lock: true,
             memlock: Some(8 << 20),
-            ext4: Node::Opens,
+            ext4: DeviceNode::Opens,
             first_namespace: Some(true),
         }
     }
 
-    fn state(report: &Report, what: &str) -> State {
+    fn state(report: &Report, what: &str) -> FactState {
         report.rows.iter().find(|row| row.what == what).unwrap().state
     }
 
     #[test]
     fn a_host_with_everything_has_no_remedy_to_offer() {
         let report = report(&good());
-        assert!(report.rows.iter().all(|row| row.state == State::Ok && row.remedy.is_empty()));
+        assert!(report.rows.iter().all(|row| row.state == FactState::Ok && row.remedy.is_empty()));
         assert!(report.ublk && report.looped && report.exit_status() == 0);
     }
 
     #[test]
     fn without_ublk_loop_is_enough_and_without_both_it_fails() {
         let mut facts = good();
-        facts.ublk.driver = Driver::Absent;
+        facts.ublk.driver = DriverPresence::Absent;
         facts.ublk.features = None;
-        facts.control = Node::Absent;
+        facts.control = DeviceNode::Absent;
         let found = report(&facts);
         assert!(!found.ublk && found.looped && found.exit_status() == 0);
-        assert_eq!(state(&found, "ublk driver"), State::Warn);
+        assert_eq!(state(&found, "ublk driver"), FactState::Warn);
         assert!(found.to_string().contains("bookworm-security"));
-        facts.fuse = Node::Absent;
+        facts.fuse = DeviceNode::Absent;
         let found = report(&facts);
         assert_eq!(
             (found.exit_status(), state(&found, "ublk driver"), state(&found, "FUSE")),
-            (1, State::Fail, State::Fail)
+            (1, FactState::Fail, FactState::Fail)
         );
     }
 
@@ -288,13 +300,13 @@ mod tests {
         facts.ublk.known_bad = known_bad("6.18.4");
         let found = report(&facts);
         assert!(!found.ublk && found.looped);
-        assert_eq!(state(&found, "kernel"), State::Warn);
+        assert_eq!(state(&found, "kernel"), FactState::Warn);
     }
 
     #[test]
     fn a_closed_io_uring_names_the_switch_that_closed_it() {
         let mut facts = good();
-        facts.ublk.ring = Ring::Refused("Operation not permitted".into());
+        facts.ublk.ring = RingSupport::Refused("Operation not permitted".into());
         facts.ublk.io_uring_disabled = Some(2);
         let found = report(&facts);
         assert!(!found.ublk && found.to_string().contains("sysctl kernel.io_uring_disabled=0"));

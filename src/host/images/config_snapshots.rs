@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::daemon::Snapshots;
-use disk::config::{self, Config};
+use disk::config::{self, DeviceConfig};
 use disk::upper::LiveVolume;
 
 /// Continues a disk on the writable layer of another configuration, which then takes the place of the first: who
@@ -52,8 +52,8 @@ impl Snapshots for ConfigSnapshots {
 }
 
 /// A path that counts from the folder of the configuration.
-fn relative(config: &Config) -> Option<&str> {
-    let Config { lowers, upper, result_file, record_trace_path, .. } = config;
+fn relative(config: &DeviceConfig) -> Option<&str> {
+    let DeviceConfig { lowers, upper, result_file, record_trace_path, .. } = config;
     let own = [&upper.data, &upper.index, result_file, record_trace_path];
     let of_lowers = lowers.iter().flat_map(|lower| {
         [&lower.file, &lower.dir, &lower.target_file, &lower.gzip_index, &lower.gzip_sidecar]

@@ -39,7 +39,7 @@ pub(super) struct Live {
 }
 
 /// An image that is open.
-pub(super) struct Found {
+pub(super) struct FoundImage {
     pub(super) parts: Arc<DiskParts>,
     pub(super) layers: Vec<LayerInfo>,
     pub(super) trace: Option<Trace>,
@@ -47,11 +47,11 @@ pub(super) struct Found {
 
 impl LiveImages {
     /// The image of this name, if a device has it.
-    pub(super) fn find(&self, name: &LiveName) -> Option<Found> {
+    pub(super) fn find(&self, name: &LiveName) -> Option<FoundImage> {
         let known = self.known.lock();
         let Live { parts, layers, trace } = known.get(name)?;
         let parts = parts.upgrade()?;
-        Some(Found { parts, layers: layers.clone(), trace: trace.clone() })
+        Some(FoundImage { parts, layers: layers.clone(), trace: trace.clone() })
     }
 
     /// A device has this image now.

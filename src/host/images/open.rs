@@ -4,12 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blobs::cache::Cache;
-use blobs::tier::Stored;
+use blobs::tier::TierBlob;
 use client::{Code, ImageSource, ImageSpec, RegistrySpec};
 use convert::child::Builder;
 use convert::meta::{MetaError, MetaImages, Plain, is_plain};
 use convert::{ConvertOptions, Silent};
-use disk::config::{self, Download, Purpose, TargetOpener};
+use disk::config::{self, DeviceDownload, Purpose, TargetOpener};
 use disk::image::{
     HostManifest, ImageError, IndexedTargets, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
@@ -21,13 +21,13 @@ use formats::oci::{Digest, ImageName, Manifest, ReferenceError, RepositoryName, 
 use formats::trace::Trace;
 use formats::units::Bytes;
 use registry::store::{self, ImageStore, Selector, StoreError, StoredManifest};
-use registry::{Client, RegistryError};
+use registry::{RegistryClient, RegistryError};
 use source::ByteSource;
-use source::chunk::ChunkSource;
+use source::chunk::{ChunkSource, SerialChunks};
 use source::failure::with_causes;
 use thiserror::Error;
 
-use super::live::{Found, LiveImages, LiveName};
+use super::live::{FoundImage, LiveImages, LiveName};
 use super::registries::Registries;
 
 /// Failure to open an image.
@@ -101,7 +101,7 @@ pub struct OpenImage {
     /// The writable layer that the device config names for a device, which is not in the disk.
     pub upper: Option<WritableFiles>,
     /// Settings of the background download in the device config; they replace the host's.
-    pub download: Option<Download>,
+    pub download: Option<DeviceDownload>,
 }
 
 /// Opens an image over `cache`.
@@ -192,7 +192,7 @@ impl Opening<'_> {
         store: Arc<dyn ImageStore>,
         selector: &Selector,
         chosen: &HostManifest,
-        client: &Client,
+        client: &RegistryClient,
     ) -> Result<OpenImage, OpenError> {
         let local = self.spec.meta_dir.as_ref();
         let images = MetaImages {
@@ -222,7 +222,7 @@ impl Opening<'_> {
         &self,
         (store, stored, manifest): (&dyn ImageStore, &StoredManifest, &Manifest),
         originals: Arc<dyn ImageStore>,
-        client: &Client,
+        client: &RegistryClient,
     ) -> Result<OpenImage, OpenError> {
         let targets = match manifest.annotations.get(annotations::ORIGIN) {
             None => originals,
@@ -240,7 +240,7 @@ impl Opening<'_> {
             way: self.spec.registry.clone(),
         };
         let (disk, layers, trace) = match self.live.find(&name) {
-            Some(Found { parts, layers, trace }) => {
+            Some(FoundImage { parts, layers, trace }) => {
                 (Disk::of(parts, self.cache.clone()), layers, trace)
             }
             None => {
@@ -269,8 +269,8 @@ fn check_filesystem(disk: &Disk) -> Result<(), OpenError> {
 fn warn_of_long_frames(image: &str, disk: &Disk) {
     for (number, blob) in disk.blobs().into_iter().enumerate() {
         let Some(blob) = blob else { continue };
-        let longest = blob.source().longest_serial();
-        let kept = blob.stored().decoded.as_ref().map_or(0, Stored::capacity);
+        let longest = blob.source().serial().map_or(0, SerialChunks::longest_frame);
+        let kept = blob.stored().decoded.as_ref().map_or(0, TierBlob::capacity);
         if longest > 0 && kept <= longest {
             tracing::warn!(
                 layer = number,

@@ -7,8 +7,8 @@ use parking_lot::Mutex;
 
 use client::RegistrySpec;
 use registry::{
-    Client, ClientCertificate, ClientOptions, Credential, CredentialPlace, CredentialService,
-    Network, NetworkOptions, RegistryError,
+    ClientCertificate, ClientOptions, Credential, CredentialPlace, CredentialService, Network,
+    NetworkOptions, RegistryClient, RegistryError,
 };
 
 use crate::config::{CertificateConfig, CredentialConfig, CredentialMode, ServiceConfig};
@@ -16,7 +16,7 @@ use crate::config::{CertificateConfig, CredentialConfig, CredentialMode, Service
 /// The clients of a process, and the network that they share.
 pub struct Registries {
     service: Arc<ServiceConfig>,
-    made: Mutex<HashMap<RegistrySpec, Client>>,
+    made: Mutex<HashMap<RegistrySpec, RegistryClient>>,
     network: Arc<Network>,
 }
 
@@ -44,7 +44,7 @@ impl Registries {
     ///
     /// # Errors
     /// [`RegistryError::Setup`] when a certificate or a key cannot be used.
-    pub fn client(&self, spec: &RegistrySpec) -> Result<Client, RegistryError> {
+    pub fn client(&self, spec: &RegistrySpec) -> Result<RegistryClient, RegistryError> {
         let mut made = self.made.lock();
         if let Some(client) = made.get(spec) {
             return Ok(client.clone());
@@ -59,7 +59,7 @@ impl Registries {
     ///
     /// # Errors
     /// [`RegistryError::Setup`] when a certificate or a key cannot be used.
-    pub fn writing_client(&self, spec: &RegistrySpec) -> Result<Client, RegistryError> {
+    pub fn writing_client(&self, spec: &RegistrySpec) -> Result<RegistryClient, RegistryError> {
         let own = options_of(&self.service);
         client_with(spec, ClientOptions { mirrors: BTreeMap::new(), p2p: None, ..own })
     }
@@ -104,7 +104,7 @@ pub fn options_of(service: &ServiceConfig) -> ClientOptions {
 }
 
 /// A client that goes the way of `spec`, and the host's way where `spec` says nothing.
-fn client_with(spec: &RegistrySpec, host: ClientOptions) -> Result<Client, RegistryError> {
+fn client_with(spec: &RegistrySpec, host: ClientOptions) -> Result<RegistryClient, RegistryError> {
     let certificate = spec.certificate.as_ref().map(|pair| ClientCertificate {
         certificate: pair.certificate.clone(),
         key: pair.key.clone(),
@@ -121,7 +121,7 @@ fn client_with(spec: &RegistrySpec, host: ClientOptions) -> Result<Client, Regis
     }
     options.authorities.extend(spec.authorities.iter().cloned());
     options.certificate = certificate.or(options.certificate);
-    Client::new(options)
+    RegistryClient::new(options)
 }
 
 fn network_options(service: &ServiceConfig) -> NetworkOptions {

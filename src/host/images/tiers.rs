@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use blobs::cache::{Cache, CacheOptions};
 use blobs::fetch::{FetchOptions, FillOptions};
-use blobs::tier::{Kind, Tier, TierOptions, Tiers, Usage};
+use blobs::tier::{Tier, TierKind, TierOptions, Tiers, Usage};
 use source::MemoryBudget;
 use source::failure::with_causes;
 
@@ -27,12 +27,12 @@ pub(super) fn new_cache(config: &ServiceConfig, images: MemoryBudget) -> Arc<Cac
 }
 
 /// Where the configuration wants chunks on disk, and how many.
-pub fn tier_options(config: &ServiceConfig) -> Vec<(Kind, TierOptions)> {
+pub fn tier_options(config: &ServiceConfig) -> Vec<(TierKind, TierOptions)> {
     let floor = config.turbobd.free_space_floor;
     let CacheConfig { kind, dir, size, .. } = &config.cache;
-    let encoded = (*kind != CacheType::Download).then(|| (Kind::Encoded, dir.clone(), *size));
+    let encoded = (*kind != CacheType::Download).then(|| (TierKind::Encoded, dir.clone(), *size));
     let gzip = &config.gzip_cache;
-    let decoded = gzip.enable.then(|| (Kind::Decoded, gzip.dir.clone(), gzip.size));
+    let decoded = gzip.enable.then(|| (TierKind::Decoded, gzip.dir.clone(), gzip.size));
     let wanted = decoded.into_iter().chain(encoded).filter(|(_, _, capacity)| *capacity > 0);
     wanted.map(|(kind, dir, capacity)| (kind, TierOptions { dir, capacity, floor })).collect()
 }
@@ -47,8 +47,8 @@ fn open_tiers(config: &ServiceConfig) -> Tiers {
                 let (name, dir) = (kind.name(), options.dir.display());
                 tracing::info!("The {name} cache in {dir} has {chunks} chunks in {bytes} bytes");
                 let place = match kind {
-                    Kind::Encoded => &mut tiers.encoded,
-                    Kind::Decoded => &mut tiers.decoded,
+                    TierKind::Encoded => &mut tiers.encoded,
+                    TierKind::Decoded => &mut tiers.decoded,
                 };
                 *place = Some(Arc::new(tier));
             }
@@ -84,8 +84,8 @@ mod tests {
             let options = tier_options(&config(&text)).into_iter();
             options.map(|(kind, options)| (kind, options.dir, options.capacity)).collect::<Vec<_>>()
         };
-        let decoded = (Kind::Decoded, "/var/lib/turbobd/cache".into(), 4 << 30);
-        let encoded = (Kind::Encoded, "/c".into(), 4 << 30);
+        let decoded = (TierKind::Decoded, "/var/lib/turbobd/cache".into(), 4 << 30);
+        let encoded = (TierKind::Encoded, "/c".into(), 4 << 30);
         assert_eq!(kinds("file"), [decoded.clone(), encoded.clone()]);
         assert_eq!(kinds("ocf"), [decoded.clone(), encoded]);
         assert_eq!(kinds("download"), [decoded]);

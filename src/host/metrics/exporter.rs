@@ -6,12 +6,12 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use hyper::header::{ALLOW, HeaderValue};
 use hyper::{Method, StatusCode};
 
-use crate::endpoint::{Asked, Endpoint, Reply, reply};
+use crate::endpoint::{Endpoint, PageReply, PageRequest, reply};
+use threads::Counter;
 
 /// Address and path of the page.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +34,7 @@ impl Default for ExporterOptions {
 #[derive(Debug, Default)]
 pub struct ExporterCounters {
     /// Requests, with any answer.
-    pub requests: AtomicU64,
+    pub requests: Counter,
 }
 
 /// Renders the page.
@@ -54,8 +54,8 @@ impl Exporter {
     pub fn start(options: &ExporterOptions, render: Render) -> io::Result<Self> {
         let counters = Arc::new(ExporterCounters::default());
         let (path, count) = (options.path.clone(), counters.clone());
-        let answer = move |request: &Asked| {
-            count.requests.fetch_add(1, Ordering::Relaxed);
+        let answer = move |request: &PageRequest| {
+            count.requests.add(1);
             page(request, &path, &*render)
         };
         let endpoint = Endpoint::start("metrics", options.address, Arc::new(answer))?;
@@ -75,7 +75,7 @@ impl Exporter {
     }
 }
 
-fn page(request: &Asked, path: &str, render: &dyn Fn() -> String) -> Reply {
+fn page(request: &PageRequest, path: &str, render: &dyn Fn() -> String) -> PageReply {
     const PLAIN: &str = "text/plain; charset=utf-8";
     if request.uri().path().trim_end_matches('/') != path.trim_end_matches('/') {
         let hint = format!("No such page; the metrics are at {path}\n");
@@ -121,7 +121,7 @@ mod tests {
         assert!(ask(address, "HEAD /metrics").ends_with("\r\n\r\n"));
         assert!(ask(address, "GET /").starts_with("HTTP/1.1 404 "));
         assert!(ask(address, "POST /metrics").starts_with("HTTP/1.1 405 "));
-        assert_eq!(exporter.counters().requests.load(Ordering::Relaxed), 4);
+        assert_eq!(exporter.counters().requests.get(), 4);
         // The address is in use now, and free again afterwards, even with open connections.
         let taken = ExporterOptions { address, ..options };
         assert!(Exporter::start(&taken, render.clone()).is_err());

@@ -4,7 +4,8 @@
 //! end of a counter. One table for each struct of counters; [`all`] lists them.
 
 use super::upstream::Upstream;
-use super::{Kind, Label, Metric, Process, Reading, exporter::ExporterCounters};
+use super::{Label, Metric, MetricKind, Process, Reading, exporter::ExporterCounters};
+use crate::config::log_file::LogFile;
 use crate::readings::{AuditCounters, DeviceReading};
 use blobs::cache::{CacheStats, Residents};
 use blobs::fetch::FetchCounters;
@@ -17,7 +18,7 @@ const fn counter<T: ?Sized>(
     help: &'static str,
     read: fn(&T) -> Reading,
 ) -> Metric<T> {
-    Metric { name, kind: Kind::Counter, labels: &[], help, read }
+    Metric { name, kind: MetricKind::Counter, labels: &[], help, read }
 }
 
 /// A metric that goes up and down.
@@ -26,7 +27,7 @@ const fn gauge<T: ?Sized>(
     help: &'static str,
     read: fn(&T) -> Reading,
 ) -> Metric<T> {
-    Metric { name, kind: Kind::Gauge, labels: &[], help, read }
+    Metric { name, kind: MetricKind::Gauge, labels: &[], help, read }
 }
 
 /// A metric of durations.
@@ -35,7 +36,7 @@ const fn times<T: ?Sized>(
     help: &'static str,
     read: fn(&T) -> Reading,
 ) -> Metric<T> {
-    Metric { name, kind: Kind::Histogram, labels: &[], help, read }
+    Metric { name, kind: MetricKind::Histogram, labels: &[], help, read }
 }
 
 impl<T: ?Sized> Metric<T> {
@@ -371,6 +372,13 @@ pub const TIER: &[Metric<Tier>] = &[
     ),
 ];
 
+/// The log of the daemon, if it goes to a file.
+pub const LOG: &[Metric<LogFile>] = &[counter(
+    "turbobd_log_lost_total",
+    "Messages not written to the log file, because the system refused",
+    |log: &LogFile| log.lost().into(),
+)];
+
 /// The audit log.
 pub const AUDIT: &[Metric<AuditCounters>] = &[
     counter(
@@ -449,7 +457,7 @@ pub struct Description {
     /// Its name.
     pub name: &'static str,
     /// Its kind.
-    pub kind: Kind,
+    pub kind: MetricKind,
     /// Its labels, with their values if there are few.
     pub labels: String,
     /// Its meaning.
@@ -467,6 +475,7 @@ pub fn all() -> Vec<Description> {
     describe(&mut all, FETCH, &[]);
     describe(&mut all, HOST, &["host"]);
     describe(&mut all, TIER, &["tier"]);
+    describe(&mut all, LOG, &[]);
     describe(&mut all, AUDIT, &[]);
     describe(&mut all, EXPORTER, &[]);
     describe(&mut all, UPSTREAM, &["node"]);
@@ -538,8 +547,8 @@ mod tests {
                     continue;
                 }
                 assert!(name.starts_with("turbobd_"), "{name}");
-                assert_eq!(name.ends_with("_total"), kind == Kind::Counter, "{name}");
-                assert!(kind != Kind::Histogram || name.ends_with("_seconds"), "{name}");
+                assert_eq!(name.ends_with("_total"), kind == MetricKind::Counter, "{name}");
+                assert!(kind != MetricKind::Histogram || name.ends_with("_seconds"), "{name}");
                 assert!(!metric.help.ends_with('.') && !metric.help.contains('\n'), "{name}");
                 for other in &metrics[..number] {
                     if other.name == name {
@@ -556,6 +565,7 @@ mod tests {
         check(RESIDENT);
         check(FETCH);
         check(TIER);
+        check(LOG);
         check(AUDIT);
         check(EXPORTER);
         check(UPSTREAM);

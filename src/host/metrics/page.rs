@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-use super::{BOUNDS, Kind, Metric, Reading};
+use super::{BOUNDS, Metric, MetricKind, Reading};
 
 /// Name and value of a label.
 pub type Label<'a> = (&'a str, &'a str);
@@ -18,7 +18,7 @@ pub struct Page {
 
 struct Family {
     name: &'static str,
-    kind: Kind,
+    kind: MetricKind,
     help: &'static str,
     samples: String,
 }
@@ -118,22 +118,22 @@ mod tests {
     use super::*;
     use blobs::Histogram;
 
-    struct Part {
+    struct CountedPart {
         count: u64,
         waits: Histogram,
     }
 
-    const TABLE: &[Metric<Part>] = &[
+    const TABLE: &[Metric<CountedPart>] = &[
         Metric {
             name: "t_count_total",
-            kind: Kind::Counter,
+            kind: MetricKind::Counter,
             labels: &[("class", "demand")],
             help: "Things",
             read: |part| part.count.into(),
         },
         Metric {
             name: "t_wait_seconds",
-            kind: Kind::Histogram,
+            kind: MetricKind::Histogram,
             labels: &[],
             help: "Waits",
             read: |part| (&part.waits).into(),
@@ -144,7 +144,7 @@ mod tests {
     fn samples_of_a_name_stay_together_and_labels_are_escaped() {
         let mut page = Page::new();
         for (count, image) in [(1, "a\"b\\c\nd"), (2, "e")] {
-            let part = Part { count, waits: Histogram::default() };
+            let part = CountedPart { count, waits: Histogram::default() };
             part.waits.add(Duration::from_millis(7));
             page.put(TABLE, &part, &[("image", image)]);
         }

@@ -6,15 +6,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{ImageStore, Selector, StoreError, StoredManifest};
-use crate::layout::Layout;
+use crate::layout::LayoutDirectory;
 use formats::oci::manifest::media;
-use formats::oci::{Descriptor, Digest, Document, Index};
+use formats::oci::{Descriptor, Digest, Document, ImageIndex};
 use source::{ByteSource, FileSource};
 
 /// `oci:DIR`.
 pub struct LayoutStore {
     name: String,
-    layout: Layout,
+    layout: LayoutDirectory,
 }
 
 impl LayoutStore {
@@ -23,7 +23,7 @@ impl LayoutStore {
     /// # Errors
     /// Returns [`StoreError::Layout`] when there is none.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
-        Ok(Self::over(Layout::open(dir)?))
+        Ok(Self::over(LayoutDirectory::open(dir)?))
     }
 
     /// Opens the layout in `dir`, or creates an empty one.
@@ -31,10 +31,10 @@ impl LayoutStore {
     /// # Errors
     /// Returns [`StoreError::Layout`] when `dir` holds something else.
     pub fn open_or_create(dir: &Path) -> Result<Self, StoreError> {
-        Ok(Self::over(Layout::open_or_create(dir)?))
+        Ok(Self::over(LayoutDirectory::open_or_create(dir)?))
     }
 
-    fn over(layout: Layout) -> Self {
+    fn over(layout: LayoutDirectory) -> Self {
         Self { name: format!("oci:{}", layout.dir().display()), layout }
     }
 
@@ -88,7 +88,7 @@ impl ImageStore for LayoutStore {
                 found.push(Descriptor { artifact_type: manifest.artifact_type, ..entry });
             }
         }
-        let bytes = Index::of(found).to_bytes();
+        let bytes = ImageIndex::of(found).to_bytes();
         let media_type = media::OCI_INDEX.to_owned();
         Ok(Some(StoredManifest { media_type, digest: Digest::of(&bytes), bytes }))
     }

@@ -6,7 +6,7 @@
 
 use super::{ImageStore, StoreError};
 use formats::oci::manifest::media;
-use formats::oci::{Descriptor, Digest, Document, Index};
+use formats::oci::{Descriptor, Digest, Document, ImageIndex};
 
 /// The descriptors of the manifests that refer to `subject`; empty if there is no list.
 ///
@@ -39,7 +39,7 @@ pub fn add(
     }
     entries.retain(|other| !replaces(other));
     entries.push(entry);
-    let index = Index::of(entries).to_bytes();
+    let index = ImageIndex::of(entries).to_bytes();
     store.put_manifest(Some(&fallback_tag(subject)), media::OCI_INDEX, &index)
 }
 

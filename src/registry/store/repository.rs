@@ -4,7 +4,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use super::{ImageStore, Selector, StoreError, StoredManifest};
-use crate::{BlobReader, Client, Repository};
+use crate::{BlobReader, RegistryClient, Repository};
 use formats::oci::reference::DEFAULT_TAG;
 use formats::oci::{Descriptor, Digest};
 use source::ByteSource;
@@ -20,7 +20,7 @@ impl RepositoryStore {
     ///
     /// # Errors
     /// Returns [`StoreError::Registry`] when the two cannot be part of a URL.
-    pub fn new(client: &Client, host: &str, name: &str) -> Result<Self, StoreError> {
+    pub fn new(client: &RegistryClient, host: &str, name: &str) -> Result<Self, StoreError> {
         let repository = client.repository(host, name)?;
         Ok(Self { name: format!("{host}/{name}"), repository })
     }

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use clap::ValueEnum;
 
-use client::{Client, DeviceSpec, Frontend, mounts, protocol};
-use host::daemon::Table;
+use client::{DaemonClient, DeviceSpec, Frontend, mounts, protocol};
+use host::daemon::DeviceTable;
 use host::daemon::signals::Signals;
 use host::images::HostImages;
 
@@ -71,7 +71,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let config = config.map_err(Failure::because)?;
     let daemon = || daemon_command(config.as_deref());
     let mut client =
-        Client::connect_or_spawn(&protocol::run_dir(), daemon).map_err(Failure::because)?;
+        DaemonClient::connect_or_spawn(&protocol::run_dir(), daemon).map_err(Failure::because)?;
     tracing::info!("the daemon answers after {:.1?}", start.elapsed());
     let (device, note) = match &args.mount {
         Some(dir) => client.attach_and_mount(spec, dir),
@@ -113,7 +113,7 @@ fn serve_here(args: &Args, spec: &DeviceSpec, service: &Service, start: Instant)
     let run_dir = protocol::run_dir();
     std::fs::create_dir_all(&run_dir).map_err(Failure::because)?;
     let policy = images.read_policy();
-    let table = Table::new(run_dir, images.clone(), policy);
+    let table = DeviceTable::new(run_dir, images.clone(), policy);
     let (device, note) = table.attach(spec).map_err(Failure::because)?;
     if let Some(note) = note {
         stderr::line(format_args!("turbobd: attach: {note}"));

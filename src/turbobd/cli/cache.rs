@@ -16,14 +16,14 @@ use blobs::tier::{Tier, TierError, Usage};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
-    action: Option<Action>,
+    action: Option<CacheAction>,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
 }
 
 #[derive(Clone, Copy, Debug, Subcommand)]
-enum Action {
+enum CacheAction {
     /// Show the size of each cache. This is the default.
     Usage,
     /// Read each cache, and drop damaged chunks; they are fetched again when they are needed.
@@ -47,10 +47,10 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
             )),
             error => Failure::because(error),
         })?;
-        match args.action.unwrap_or(Action::Usage) {
-            Action::Usage => {}
-            Action::Verify => damaged += tier.verify().damaged,
-            Action::Prune { to } => _ = tier.prune(to),
+        match args.action.unwrap_or(CacheAction::Usage) {
+            CacheAction::Usage => {}
+            CacheAction::Verify => damaged += tier.verify().damaged,
+            CacheAction::Prune { to } => _ = tier.prune(to),
         }
         let Usage { bytes, capacity, blobs, chunks } = tier.usage();
         rows.push(json!({

@@ -59,10 +59,12 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
 /// Decodes all chunks on all cores; the chunks of one long frame on one core.
 fn load_every_chunk(source: &Arc<dyn ChunkSource>) -> Result<(), Failure> {
     let next = AtomicU32::new(0);
-    let load = |index: u32| match source.serial(index) {
-        serial if serial.len() <= 1 => source.load(index).map(drop),
-        serial if serial.start == index => source.load_serial(serial, &mut |_| ()),
-        _ => Ok(()), // decoded with the first chunk of its frame
+    let load = |index: u32| match (source.serial(), source.frame(index)) {
+        (Some(serial), frame) if frame.len() > 1 && frame.start == index => {
+            serial.load_frame(frame, &mut |_| ())
+        }
+        (Some(_), frame) if frame.len() > 1 => Ok(()), // decoded with the first chunk of its frame
+        _ => source.load(index).map(drop),
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..export::loader_threads())

@@ -11,11 +11,11 @@ use serde_json::json;
 use super::{Failure, Outcome, Service, convert, registry_flags, stderr, stdout};
 use ::convert::chain::CHAINS;
 use ::convert::native::{NativeBlob, commit_layer};
-use ::registry::Client;
+use ::registry::RegistryClient;
 use ::registry::store::{self, ImageStore, Selector, StoreError};
 use disk::image::host_manifest;
 use disk::writable::{WritableFiles, WritableLayer};
-use formats::lsmt::{Identity, Uuid};
+use formats::lsmt::{LayerIdentity, Uuid};
 use formats::oci::manifest::media;
 use formats::oci::{Descriptor, ImageConfig, RepositoryName, annotations};
 use host::images::Registries;
@@ -81,7 +81,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
         ));
     }
     let (uuid, parent) = layer.uuids();
-    let identity = Identity {
+    let identity = LayerIdentity {
         uuid: args.uuid.unwrap_or(uuid),
         parent: args.parent_uuid.unwrap_or(parent),
         user_tag: message.clone().into_bytes(),
@@ -135,7 +135,7 @@ fn publish(
     tag: &str,
     message: &str,
     blob: &NativeBlob,
-    client: &Client,
+    client: &RegistryClient,
 ) -> Result<formats::oci::Digest, Failure> {
     let place: RepositoryName = repository.parse().map_err(Failure::usage)?;
     let store: Arc<dyn ImageStore> =

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::bars::Bars;
 use super::{Failure, Outcome, Service, registry_flags, stderr, stdout, table};
 use ::convert::{ConvertOptions, KnownLayers, LocalLayers, Tags, convert};
-use ::registry::Client;
+use ::registry::RegistryClient;
 use ::registry::store::{self, ImageStore, Selector};
 use formats::oci::{Digest, ImageName, RepositoryName};
 use formats::units::Bytes;
@@ -175,7 +175,7 @@ impl Args {
     fn known_layers(
         &self,
         into: &Arc<dyn ImageStore>,
-        client: &Client,
+        client: &RegistryClient,
     ) -> Result<KnownLayers, Failure> {
         let local = match &self.layer_store {
             Some(dir) => Some(LocalLayers::open_or_create(dir).map_err(Failure::because)?),
@@ -206,7 +206,7 @@ impl Args {
         &self,
         name: &str,
         into: &Arc<dyn ImageStore>,
-        client: &Client,
+        client: &RegistryClient,
     ) -> Result<(Arc<dyn ImageStore>, Selector), Failure> {
         if !name.contains('/') && !name.starts_with("oci:") {
             return Ok((into.clone(), Selector::Tag(name.to_owned())));

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use client::{Client, protocol};
+use client::{DaemonClient, protocol};
 use host::daemon::{self, DaemonOptions};
 use host::images::HostImages;
 
@@ -24,25 +24,22 @@ pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
     let run_dir = protocol::run_dir();
     if args.stop {
         super::log_to_stderr(verbose, true);
-        let Some(mut client) = Client::connect(&run_dir).map_err(Failure::because)? else {
-            return Ok(ExitCode::SUCCESS);
-        };
-        let busy = client.stop().map_err(Failure::because)?;
+        let busy =
+            DaemonClient::stop_any_version(&run_dir).map_err(Failure::because)?.unwrap_or_default();
         if busy.is_empty() {
             return Ok(ExitCode::SUCCESS);
         }
-        let names: Vec<String> =
-            busy.iter().map(|record| record.device.display().to_string()).collect();
+        let names: Vec<String> = busy.iter().map(|device| device.display().to_string()).collect();
         return Err(Failure::Failed(format!(
-            "The daemon goes on, because {} is in use: detach it first",
+            "The daemon goes on, because {} is in use: unmount or detach it first",
             names.join(", ")
         )));
     }
-    let config = service.load_with_log(verbose)?;
+    let (config, log) = service.load_with_log(verbose)?;
     let api = &config.api;
     let snapshots = api.enable.then_some(api.address);
     let images = HostImages::new(config.clone()).audited().map_err(Failure::because)?;
-    let images = Arc::new(images);
+    let images = Arc::new(images.logged(log));
     let options = DaemonOptions {
         run_dir,
         auto: args.auto,

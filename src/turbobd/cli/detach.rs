@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Failure, Outcome};
-use client::{Client, protocol};
+use client::{DaemonClient, protocol};
 use formats::oci::ImageName;
 
 #[derive(Debug, clap::Args)]
@@ -18,7 +18,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     let none =
         || Failure::Failed(format!("{} is not attached: no daemon runs on this host", args.target));
     let mut client =
-        Client::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(none)?;
+        DaemonClient::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(none)?;
     // The daemon knows an image by its absolute name.
     let absolute = args.target.parse::<ImageName>().ok().and_then(|image| image.absolute().ok());
     let target = match absolute {

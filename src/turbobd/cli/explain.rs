@@ -9,7 +9,7 @@ use client::protocol::{
     self, BlobRecord, ChunkState, Explanation, FailureRecord, PartKind, PlacedRecord, RetryRecord,
     WaitingRecord,
 };
-use client::{Client, DeviceRecord, find, mounts};
+use client::{DaemonClient, DeviceRecord, find, mounts};
 use formats::units::SECTOR;
 use sys::extents;
 
@@ -34,7 +34,7 @@ pub(super) struct Args {
 
 /// A part of the requested file or range, with its place in the file.
 #[derive(serde::Serialize)]
-struct Part {
+struct ExplainedPart {
     /// First byte in the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     file_offset: Option<u64>,
@@ -43,9 +43,9 @@ struct Part {
 }
 
 #[derive(serde::Serialize)]
-struct Answer {
+struct ExplainAnswer {
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    parts: Vec<Part>,
+    parts: Vec<ExplainedPart>,
     #[serde(flatten)]
     explanation: Explanation,
 }
@@ -55,7 +55,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     let none =
         || Failure::Failed(format!("{} is not attached: no daemon runs on this host", args.device));
     let mut client =
-        Client::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(none)?;
+        DaemonClient::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(none)?;
     let device = named(&mut client, &args.device)?;
     let (ranges, of_file) = match (&args.path, args.offset) {
         (Some(path), _) => file_ranges(&device, path)?,
@@ -73,12 +73,16 @@ pub(super) fn run(args: &Args) -> Outcome {
         client.explain(device.id, ranges, MOST_PLACES).map_err(Failure::because)?;
     let cut = explanation.places.len() >= MOST_PLACES;
     let places = std::mem::take(&mut explanation.places);
-    let parts: Vec<Part> = places
+    let parts: Vec<ExplainedPart> = places
         .into_iter()
-        .map(|place| Part { file_offset: file_offset(&of_file, place.offset_bytes), place })
+        .map(|place| ExplainedPart {
+            file_offset: file_offset(&of_file, place.offset_bytes),
+            place,
+        })
         .collect();
     if args.json {
-        return table::print_json(&Answer { parts, explanation }).map(|()| ExitCode::SUCCESS);
+        return table::print_json(&ExplainAnswer { parts, explanation })
+            .map(|()| ExitCode::SUCCESS);
     }
     if args.path.is_some() || args.offset.is_some() {
         print_parts(&parts, &explanation.blobs)?;
@@ -106,7 +110,7 @@ pub(super) fn run(args: &Args) -> Outcome {
 }
 
 /// Finds the device that the user names.
-fn named(client: &mut Client, what: &str) -> Result<DeviceRecord, Failure> {
+fn named(client: &mut DaemonClient, what: &str) -> Result<DeviceRecord, Failure> {
     let records = client.list().map_err(Failure::because)?;
     let absolute =
         what.parse::<formats::oci::ImageName>().ok().and_then(|name| name.absolute().ok());
@@ -149,7 +153,7 @@ fn file_offset(of_file: &[FileRange], byte: u64) -> Option<u64> {
     Some(part.2 + (byte - part.0))
 }
 
-fn print_parts(parts: &[Part], blobs: &[BlobRecord]) -> Result<(), Failure> {
+fn print_parts(parts: &[ExplainedPart], blobs: &[BlobRecord]) -> Result<(), Failure> {
     let head = [
         "FILE",
         "DISK",
@@ -163,7 +167,7 @@ fn print_parts(parts: &[Part], blobs: &[BlobRecord]) -> Result<(), Failure> {
         "HELD",
         "FROM",
     ];
-    let row = |part: &Part| {
+    let row = |part: &ExplainedPart| {
         let place = &part.place;
         let chunk = place.chunk.as_ref();
         let text = |value: Option<String>| value.unwrap_or_else(|| "-".into());

@@ -12,6 +12,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use super::Failure;
+use host::config::log_file::LogFile;
 use host::config::{LogLevel, ServiceConfig};
 
 /// Default filter of a command that serves devices.
@@ -27,25 +28,25 @@ fn at(level: LogLevel) -> &'static str {
     }
 }
 
-/// Begins the log of a daemon, which may go to a file.
-pub(super) fn begin_for_daemon(verbose: u8, config: &ServiceConfig) -> Result<(), Failure> {
+/// Begins the log of a daemon; returns its file, if it goes to one.
+pub(super) fn begin_for_daemon(
+    verbose: u8,
+    config: &ServiceConfig,
+) -> Result<Option<LogFile>, Failure> {
     let log = &config.log;
     let stated = match (verbose, log.level) {
         (0, level) => level.map(at),
         (verbose, _) => Some(super::verbosity(verbose)),
     };
-    match &log.path {
-        None => to_stderr(stated.unwrap_or(OF_A_SERVER)),
-        Some(path) => {
-            let file = config.open_log(log.key, path).map_err(Failure::because)?;
-            begin(
-                stated.unwrap_or(at(LogLevel::Info)),
-                BoxMakeWriter::new(move || file.clone()),
-                false,
-            );
-        }
-    }
-    Ok(())
+    let Some(path) = &log.path else {
+        to_stderr(stated.unwrap_or(OF_A_SERVER));
+        return Ok(None);
+    };
+    let file = config.open_log(log.key, path).map_err(Failure::because)?;
+    let lines = file.clone();
+    let writer = BoxMakeWriter::new(move || lines.clone());
+    begin(stated.unwrap_or(at(LogLevel::Info)), writer, false);
+    Ok(Some(file))
 }
 
 /// Begins the log of this process on standard error.

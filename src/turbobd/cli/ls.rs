@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use super::{Failure, Outcome, stdout, table};
 use client::protocol::{self, DeviceState};
-use client::{Client, DeviceRecord};
+use client::{DaemonClient, DeviceRecord};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -18,7 +18,7 @@ pub(super) struct Args {
 
 /// Lists the devices; without a daemon the list is empty.
 pub(super) fn run(args: &Args) -> Outcome {
-    let client = Client::connect(&protocol::run_dir()).map_err(Failure::because)?;
+    let client = DaemonClient::connect(&protocol::run_dir()).map_err(Failure::because)?;
     if args.metrics {
         let Some(mut client) = client else {
             return Err(Failure::Failed("no daemon runs on this host: nothing is counted".into()));

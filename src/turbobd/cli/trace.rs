@@ -13,20 +13,20 @@ use clap::{Subcommand, ValueEnum};
 use super::{Failure, Outcome, Service, image, stderr, stdout, table};
 use blobs::cache::Cache;
 use blobs::trace::{learn, upstream};
-use client::{Client, DeviceSpec, find, mounts, protocol};
+use client::{DaemonClient, DeviceSpec, find, mounts, protocol};
 use disk::Disk;
 use formats::trace::Trace;
-use host::daemon::Table;
+use host::daemon::DeviceTable;
 use host::images::{self, HostImages, Registries};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
-    action: Action,
+    action: TraceAction,
 }
 
 #[derive(Debug, Subcommand)]
-enum Action {
+enum TraceAction {
     /// Record the reads of a start from an image, or the reads of a device from now on.
     Record(Box<RecordArgs>),
     /// Print a trace.
@@ -43,8 +43,8 @@ struct RecordArgs {
     #[arg(short, long, value_name = "FILE", default_value = "turbobd.trace")]
     output: PathBuf,
     /// Format of the trace. overlaybd's format covers native layers only.
-    #[arg(long, value_enum, default_value_t = Format::Turbobd)]
-    format: Format,
+    #[arg(long, value_enum, default_value_t = TraceFormat::Turbobd)]
+    format: TraceFormat,
     /// Length of the recording in seconds [default: 30, if there is no COMMAND].
     #[arg(long, value_name = "SECONDS", conflicts_with = "command")]
     seconds: Option<u64>,
@@ -56,7 +56,7 @@ struct RecordArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Format {
+enum TraceFormat {
     Turbobd,
     Overlaybd,
 }
@@ -73,9 +73,9 @@ struct ShowArgs {
 /// Records, shows or publishes.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     match &args.action {
-        Action::Record(args) => record(args, service),
-        Action::Show(args) => show(args),
-        Action::Publish(args) => publish::run(args, service),
+        TraceAction::Record(args) => record(args, service),
+        TraceAction::Show(args) => show(args),
+        TraceAction::Publish(args) => publish::run(args, service),
     }
 }
 
@@ -85,7 +85,7 @@ const SECONDS: u64 = 30;
 fn record(args: &RecordArgs, service: &Service) -> Outcome {
     let (trace, status) = match served_device(&args.image)? {
         Some((client, name)) => {
-            if args.format == Format::Overlaybd {
+            if args.format == TraceFormat::Overlaybd {
                 return Err(Failure::Usage(
                     "name the image, not a device, to record in overlaybd's format: it numbers the image's layers".into(),
                 ));
@@ -95,8 +95,8 @@ fn record(args: &RecordArgs, service: &Service) -> Outcome {
         None => record_image(args, service)?,
     };
     let bytes = match args.format {
-        Format::Turbobd => trace.to_bytes(),
-        Format::Overlaybd => overlaybd(&trace, &open(args, service)?)?,
+        TraceFormat::Turbobd => trace.to_bytes(),
+        TraceFormat::Overlaybd => overlaybd(&trace, &open(args, service)?)?,
     };
     learn::write(&args.output, &bytes).map_err(|error| {
         Failure::Failed(format!("Cannot write {}: {error}", args.output.display()))
@@ -116,14 +116,15 @@ fn record(args: &RecordArgs, service: &Service) -> Outcome {
 }
 
 /// Connection to the daemon, and the device's name, if the argument is a device.
-fn served_device(image: &image::Args) -> Result<Option<(Client, String)>, Failure> {
+fn served_device(image: &image::Args) -> Result<Option<(DaemonClient, String)>, Failure> {
     let Some(name) = image.image.clone().filter(|name| name.starts_with('/')) else {
         return Ok(None);
     };
     let not_served =
         || Failure::Failed(format!("No device or mount point is called {name}: see turbobd ls"));
-    let mut client =
-        Client::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(not_served)?;
+    let mut client = DaemonClient::connect(&protocol::run_dir())
+        .map_err(Failure::because)?
+        .ok_or_else(not_served)?;
     let devices = client.list().map_err(Failure::because)?;
     find(&devices, &name).map_err(|_| not_served())?;
     Ok(Some((client, name)))
@@ -131,7 +132,7 @@ fn served_device(image: &image::Args) -> Result<Option<(Client, String)>, Failur
 
 fn record_device(
     args: &RecordArgs,
-    mut client: Client,
+    mut client: DaemonClient,
     name: &str,
 ) -> Result<(Trace, Option<ExitStatus>), Failure> {
     let device = client.begin_trace(name).map_err(Failure::because)?;
@@ -152,7 +153,7 @@ fn record_image(
     let mount =
         tempfile::Builder::new().prefix("trace-").tempdir_in(&run_dir).map_err(Failure::because)?;
     let policy = images.read_policy();
-    let served = Table::new(run_dir, images, policy);
+    let served = DeviceTable::new(run_dir, images, policy);
     let (device, note) = served.attach(&spec).map_err(Failure::because)?;
     if let Some(note) = note {
         tracing::info!("{note}");
@@ -226,11 +227,11 @@ fn show(args: &ShowArgs) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-fn show_upstream(reads: &[upstream::Record], json: bool) -> Result<(), Failure> {
+fn show_upstream(reads: &[upstream::LayerRead], json: bool) -> Result<(), Failure> {
     if json {
         return table::print_json(&reads);
     }
-    let row = |read: &upstream::Record| {
+    let row = |read: &upstream::LayerRead| {
         vec![read.layer.to_string(), read.offset.to_string(), read.count.to_string()]
     };
     table::print(&["LAYER", "OFFSET", "COUNT"], &reads.iter().map(row).collect::<Vec<_>>())

@@ -5,15 +5,15 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use super::super::blob::Blob;
-use super::super::{MOST_TRIES, Shared, failure};
-use source::chunk::{ChunkError, Encoded, EncodedChunk};
+use super::super::blob::{Blob, Key};
+use super::super::crew::Permit;
+use super::super::{FetchShared, MOST_TRIES, ended, failure};
+use source::chunk::{ChunkError, EncodedChunk, EncodedRange};
 use source::{Class, Run};
-use threads::count;
+use threads::Counter;
 
 /// Encoded bytes of a batch, 4 MiB; a batch always takes at least one chunk.
 pub(super) const BATCH: u64 = 4 << 20;
@@ -32,7 +32,7 @@ impl Feed {
     /// Returns chunk `at`, which follows the one returned before; chunks up to `goal` are fetched ahead.
     pub(super) fn next(
         &mut self,
-        shared: &Arc<Shared>,
+        shared: &Arc<FetchShared>,
         blob: &Arc<Blob>,
         at: u32,
         goal: u32,
@@ -68,7 +68,7 @@ fn batch(blob: &Blob, first: u32, goal: u32) -> Range<u32> {
 
 /// Fetches a batch on a thread of its own; without one, it is fetched at its turn.
 fn fetch_ahead(
-    shared: &Arc<Shared>,
+    shared: &Arc<FetchShared>,
     blob: &Arc<Blob>,
     chunks: Range<u32>,
     class: Class,
@@ -82,31 +82,37 @@ fn fetch_ahead(
 }
 
 /// Reads chunks from their place: a local file, the encoded tier, or their server.
-fn fetch(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>, class: Class) -> Fetched {
+fn fetch(shared: &Arc<FetchShared>, blob: &Arc<Blob>, chunks: Range<u32>, class: Class) -> Fetched {
     let source = blob.source();
-    let places: Result<Vec<Encoded>, ChunkError> =
+    let places: Result<Vec<EncodedRange>, ChunkError> =
         chunks.clone().map(|chunk| source.encoded(chunk)).collect();
     let places = places.map_err(Arc::new)?;
     let mut batch: VecDeque<EncodedChunk> =
         places.iter().map(|place| EncodedChunk::new(place, shared.workers.buffer())).collect();
+    let frame = blob.key(source.frame(chunks.start).start);
     let mut far = 0..0;
     for (number, chunk) in chunks.clone().enumerate() {
         if read_stored(shared, blob, chunk, &mut batch[number]) {
-            read_far(shared, blob, &places, &mut batch, far, class)?;
+            read_far(shared, blob, &places, &mut batch, far, frame, class)?;
             far = number + 1..number + 1;
         } else {
             far.end = number + 1;
         }
     }
-    read_far(shared, blob, &places, &mut batch, far, class)?;
+    read_far(shared, blob, &places, &mut batch, far, frame, class)?;
     for ((chunk, place), encoded) in chunks.zip(&places).zip(&mut batch) {
-        verify(shared, blob, chunk, place, encoded)?;
+        verify(shared, blob, chunk, place, frame, encoded)?;
     }
     Ok(batch)
 }
 
 /// Reads a chunk from the encoded tier.
-fn read_stored(shared: &Arc<Shared>, blob: &Blob, chunk: u32, encoded: &mut EncodedChunk) -> bool {
+fn read_stored(
+    shared: &Arc<FetchShared>,
+    blob: &Blob,
+    chunk: u32,
+    encoded: &mut EncodedChunk,
+) -> bool {
     let stored = blob.stored().encoded.as_ref().filter(|stored| stored.has(chunk));
     let source = blob.source();
     let len = encoded.bytes().len();
@@ -115,24 +121,38 @@ fn read_stored(shared: &Arc<Shared>, blob: &Blob, chunk: u32, encoded: &mut Enco
             && stored.read(chunk, encoded.bytes_mut(), &|bytes| source.verify(chunk, bytes))
     });
     if read {
-        count(&shared.counters.stored, 1);
+        shared.counters.stored.add(1);
     }
     read
 }
 
+/// Waits until a request may be made for a frame. One that nothing waited for is not held back when a reader of the
+/// frame has come meanwhile.
+fn admit<'a>(
+    shared: &'a FetchShared,
+    blob: &Blob,
+    frame: Key,
+    class: Class,
+) -> Result<Permit<'a>, Arc<ChunkError>> {
+    let is_urgent = || shared.serials.is_urgent(frame);
+    shared.crew.admit(class, &is_urgent).ok_or_else(|| ended(blob))
+}
+
 /// Reads the neighbours `numbers` of a batch, by one request.
 fn read_far(
-    shared: &Arc<Shared>,
+    shared: &Arc<FetchShared>,
     blob: &Blob,
-    places: &[Encoded],
+    places: &[EncodedRange],
     batch: &mut VecDeque<EncodedChunk>,
     numbers: Range<usize>,
+    frame: Key,
     class: Class,
 ) -> Result<(), Arc<ChunkError>> {
     let Some([first, .., last] | [first @ last]) = places.get(numbers.clone()) else {
         return Ok(());
     };
     let source = blob.source().blob();
+    let _permit = if source.is_local() { None } else { Some(admit(shared, blob, frame, class)?) };
     let range = first.range.start..last.range.end;
     let bytes = range.end - range.start;
     let counters = &shared.counters;
@@ -140,20 +160,20 @@ fn read_far(
     let mut buffers = Buffers { batch, numbers: numbers.clone(), filled: 0, first: None };
     source.read_run(range, class, &mut buffers).map_err(ChunkError::from).map_err(Arc::new)?;
     if source.is_local() {
-        count(&counters.local, numbers.len() as u64);
+        counters.local.add(numbers.len() as u64);
         return Ok(());
     }
     let wait = buffers.first.map_or(begun.elapsed(), |first| first - begun);
-    count(requests(shared, class), 1);
-    count(&counters.chunks, numbers.len() as u64);
-    count(&counters.bytes, bytes);
+    requests(shared, class).add(1);
+    counters.chunks.add(numbers.len() as u64);
+    counters.bytes.add(bytes);
     counters.first_byte.add(wait);
     counters.whole.add(begun.elapsed());
     blob.measured(bytes, wait, begun.elapsed(), 0);
     Ok(())
 }
 
-fn requests(shared: &Shared, class: Class) -> &AtomicU64 {
+fn requests(shared: &FetchShared, class: Class) -> &Counter {
     match class {
         Class::Demand => &shared.counters.demand_requests,
         Class::Prefetch => &shared.counters.ahead_requests,
@@ -163,10 +183,11 @@ fn requests(shared: &Shared, class: Class) -> &AtomicU64 {
 
 /// Compares a chunk's checksum, and fetches it again if it is wrong.
 fn verify(
-    shared: &Arc<Shared>,
+    shared: &Arc<FetchShared>,
     blob: &Blob,
     chunk: u32,
-    place: &Encoded,
+    place: &EncodedRange,
+    frame: Key,
     encoded: &mut EncodedChunk,
 ) -> Result<(), Arc<ChunkError>> {
     let source = blob.source();
@@ -174,7 +195,7 @@ fn verify(
         if source.verify(chunk, encoded.bytes()) != Some(false) {
             break;
         }
-        count(&shared.counters.damaged, 1);
+        shared.counters.damaged.add(1);
         let error = ChunkError::Damaged {
             blob: source.blob().name().to_owned(),
             chunk,
@@ -189,6 +210,7 @@ fn verify(
         }
         tracing::warn!(%error, "A chunk is fetched again");
         source.blob().distrust(place.range.clone());
+        let _permit = admit(shared, blob, frame, Class::Demand)?;
         let read = source.blob().read_exact_at(encoded.bytes_mut(), place.range.start);
         read.map_err(ChunkError::from).map_err(Arc::new)?;
     }

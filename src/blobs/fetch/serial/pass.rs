@@ -8,16 +8,15 @@ use std::time::{Duration, Instant};
 
 use super::super::blob::{Blob, Key};
 use super::super::fair::Flow;
-use super::super::inflate::{Input, Job};
-use super::super::queue::Wanted;
-use super::super::{Claim, Shared, failure};
+use super::super::inflate::{DecodeJob, Input};
+use super::super::queue::WantedChunk;
+use super::super::{Claim, FetchShared, failure};
 use super::feed::Feed;
 use super::{Orders, PARKED};
-use crate::tier::store::Payload;
-use crate::tier::{Kind, QUEUE, Stored};
+use crate::tier::store::ChunkPayload;
+use crate::tier::{QUEUE, TierBlob, TierKind};
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room, SerialDecoder};
-use threads::count;
 
 /// Limit on the bytes that wait for the disk: the rest of the tier's queue is for other blobs.
 const MOST_WAITING: u64 = QUEUE / 4 * 3;
@@ -36,7 +35,7 @@ const MOST_PASSED: usize = 8 << 20;
 const PATIENCE: u32 = 64;
 
 /// Decodes a frame while chunks of it are wanted.
-pub(super) fn run(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>) {
+pub(super) fn run(shared: &Arc<FetchShared>, blob: &Arc<Blob>, chunks: Range<u32>) {
     let first = blob.key(chunks.start);
     let mut pass = Pass {
         shared,
@@ -68,7 +67,7 @@ pub(super) fn run(shared: &Arc<Shared>, blob: &Arc<Blob>, chunks: Range<u32>) {
 }
 
 /// Reasons to decode a chunk.
-enum Purpose {
+enum DecodeReason {
     /// It has a waiter.
     Reader,
     /// For the background fill.
@@ -80,7 +79,7 @@ enum Purpose {
 }
 
 struct Pass<'a> {
-    shared: &'a Arc<Shared>,
+    shared: &'a Arc<FetchShared>,
     blob: &'a Arc<Blob>,
     /// Key of the frame.
     first: Key,
@@ -145,20 +144,21 @@ impl Pass<'_> {
     /// Creates the decoder, when there is memory for it.
     fn begin(&mut self, first: &EncodedChunk) -> Result<(), Arc<ChunkError>> {
         let (shared, source) = (self.shared, self.blob.source());
-        let window = source.serial_memory(first.bytes());
+        let serial = source.serial().ok_or_else(|| failure(self.blob, "It has no long frame"))?;
+        let window = serial.window(first.bytes());
         let Some(flow) = shared.serials.reserve(self.first, window) else {
             return Err(super::super::ended(self.blob));
         };
         self.window = (flow, window);
-        self.decoder = Some(source.begin_serial(self.chunks.start).map_err(Arc::new)?);
-        count(&shared.counters.frames, 1);
+        self.decoder = Some(serial.begin_frame(self.chunks.start).map_err(Arc::new)?);
+        shared.counters.frames.add(1);
         Ok(())
     }
 
     /// The tier for decoded chunks, if this frame's chunks go there.
-    fn decoded_tier(&self) -> Option<&Stored> {
+    fn decoded_tier(&self) -> Option<&TierBlob> {
         let target = self.blob.stored().target();
-        target.and_then(|(kind, stored)| (kind == Kind::Decoded).then_some(stored))
+        target.and_then(|(kind, stored)| (kind == TierKind::Decoded).then_some(stored))
     }
 
     /// True if the tier takes the whole frame, so that it need be decoded only once.
@@ -178,7 +178,7 @@ impl Pass<'_> {
 
     /// Delivers a passed chunk, from the tier or on its way there. False when it is lost and the frame has to
     /// be begun again for it, which is not done for a guess.
-    fn serve_passed(&self, wanted: &Wanted) -> bool {
+    fn serve_passed(&self, wanted: &WantedChunk) -> bool {
         let (shared, chunk) = (self.shared, wanted.chunk);
         let passed = self.passed.iter().find(|(number, ..)| *number == chunk);
         if let Some((_, _, bytes)) = passed {
@@ -196,9 +196,9 @@ impl Pass<'_> {
             && !self.is_for_nobody(&wanted)
         {
             // A decode thread reads it; if it turns out to be damaged there, it comes back and is lost.
-            let Wanted { blob, chunk, class, tries, flow } = wanted;
+            let WantedChunk { blob, chunk, class, tries, flow } = wanted;
             let class = class.min(Class::Prefetch);
-            let job = Job { blob, chunk, class, tries, flow, input: Input::Near };
+            let job = DecodeJob { blob, chunk, class, tries, flow, input: Input::Near };
             if let Err(job) = shared.workers.push(job) {
                 let wanted = job.wanted();
                 shared.fail(&wanted, super::super::ended(&wanted.blob));
@@ -215,7 +215,7 @@ impl Pass<'_> {
         if self.shared.abandon(wanted.key()) {
             return true;
         }
-        let wanted = Wanted { class: Class::Demand, ..wanted };
+        let wanted = WantedChunk { class: Class::Demand, ..wanted };
         if let Some(wanted) = serials.put_back(self.first, wanted) {
             self.shared.fail(&wanted, super::super::ended(self.blob));
         }
@@ -223,7 +223,7 @@ impl Pass<'_> {
     }
 
     /// Ends the background fill's load of a chunk that the tier has, unless it has a waiter by now.
-    fn is_for_nobody(&self, wanted: &Wanted) -> bool {
+    fn is_for_nobody(&self, wanted: &WantedChunk) -> bool {
         wanted.class == Class::Fill && self.shared.abandon(wanted.key())
     }
 
@@ -249,7 +249,7 @@ impl Pass<'_> {
             Err(error) => {
                 match wanted {
                     Some(wanted) => shared.fail(&wanted, error.clone()),
-                    None if matches!(purpose, Purpose::Spare) => {
+                    None if matches!(purpose, DecodeReason::Spare) => {
                         shared.deliver(blob.key(chunk), Err(error.clone()));
                     }
                     None => {}
@@ -260,18 +260,18 @@ impl Pass<'_> {
         self.at += 1;
         let key = blob.key(chunk);
         match purpose {
-            Purpose::Reader | Purpose::Spare => shared.deliver(key, Ok(bytes.clone())),
-            Purpose::Fill | Purpose::Way => {}
+            DecodeReason::Reader | DecodeReason::Spare => shared.deliver(key, Ok(bytes.clone())),
+            DecodeReason::Fill | DecodeReason::Way => {}
         }
         let len = encoded.bytes().len();
-        if let Purpose::Way = purpose
+        if let DecodeReason::Way = purpose
             && self.decoded_tier().is_none()
         {
             self.passed.push_back((chunk, Instant::now(), bytes.clone()));
             self.forget_passed();
         }
         self.keep(chunk, encoded, &bytes, wanted.is_some());
-        if let Purpose::Fill = purpose {
+        if let DecodeReason::Fill = purpose {
             if !shared.abandon(key) {
                 shared.deliver(key, Ok(bytes.clone()));
             }
@@ -288,7 +288,7 @@ impl Pass<'_> {
     }
 
     /// The reason to decode the next chunk, and the memory for it.
-    fn purpose(&self, wanted: Option<&Wanted>) -> (Purpose, Box<dyn Room>) {
+    fn purpose(&self, wanted: Option<&WantedChunk>) -> (DecodeReason, Box<dyn Room>) {
         let (shared, blob, chunk) = (self.shared, self.blob, self.at);
         let len = blob.source().room(chunk);
         let heap = || -> Box<dyn Room> { Box::new(vec![0; len]) };
@@ -296,19 +296,19 @@ impl Pass<'_> {
         match wanted {
             Some(one) if one.class < Class::Fill || shared.delivery.is_awaited(key) => {
                 let room = shared.delivery.room(len, one.flow);
-                (Purpose::Reader, room.unwrap_or_else(heap))
+                (DecodeReason::Reader, room.unwrap_or_else(heap))
             }
-            Some(_) if blob.stored().target().is_some() => (Purpose::Fill, heap()),
+            Some(_) if blob.stored().target().is_some() => (DecodeReason::Fill, heap()),
             Some(_) => match shared.delivery.spare_room(len) {
-                Some(room) => (Purpose::Reader, room),
-                None => (Purpose::Fill, heap()),
+                Some(room) => (DecodeReason::Reader, room),
+                None => (DecodeReason::Fill, heap()),
             },
-            None if self.decoded_tier().is_some() => (Purpose::Way, heap()),
+            None if self.decoded_tier().is_some() => (DecodeReason::Way, heap()),
             None => match shared.delivery.spare_room(len) {
                 Some(room) if matches!(shared.delivery.claim(blob, chunk), Claim::Claimed) => {
-                    (Purpose::Spare, room)
+                    (DecodeReason::Spare, room)
                 }
-                _ => (Purpose::Way, heap()),
+                _ => (DecodeReason::Way, heap()),
             },
         }
     }
@@ -333,20 +333,20 @@ impl Pass<'_> {
         let source = self.blob.source();
         match self.blob.stored().target() {
             // A tier that cannot hold the whole frame keeps chunks with waiters, not those on the way.
-            Some((Kind::Decoded, stored)) if wanted || self.keeps_all() => {
+            Some((TierKind::Decoded, stored)) if wanted || self.keeps_all() => {
                 self.wait_for_disk(stored, bytes.len() as u64);
                 let Some(span) = source.span(chunk) else { return };
-                if stored.offer(chunk, span.start, Payload::Shared(bytes.clone()))
+                if stored.offer(chunk, span.start, ChunkPayload::Shared(bytes.clone()))
                     && !stored.has(chunk)
                 {
                     self.passed.push_back((chunk, Instant::now(), bytes.clone()));
                 }
                 self.forget_passed();
             }
-            Some((Kind::Encoded, stored)) if !stored.has(chunk) => {
+            Some((TierKind::Encoded, stored)) if !stored.has(chunk) => {
                 if let Ok(place) = source.encoded(chunk) {
                     let (buffer, data) = encoded.into_parts();
-                    stored.offer(chunk, place.range.start, Payload::Owned(buffer, data));
+                    stored.offer(chunk, place.range.start, ChunkPayload::Owned(buffer, data));
                 }
             }
             _ => {}
@@ -354,7 +354,7 @@ impl Pass<'_> {
     }
 
     /// Waits for the disk; not for long while a later chunk has a waiter.
-    fn wait_for_disk(&self, stored: &Stored, len: u64) {
+    fn wait_for_disk(&self, stored: &TierBlob, len: u64) {
         let begun = Instant::now();
         let serials = &self.shared.serials;
         while stored.waiting() + len > MOST_WAITING && !stored.is_full() {

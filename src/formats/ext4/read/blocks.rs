@@ -3,7 +3,7 @@
 use super::groups::Groups;
 use super::{ReadError, Source, damaged};
 use crate::ext4::allocation::BlockRun;
-use crate::ext4::extent::{Extent, append};
+use crate::ext4::extent::{InodeExtent, append};
 use crate::ext4::field::{get16, get32};
 use crate::ext4::geometry::BLOCK;
 
@@ -21,7 +21,7 @@ const DIRECT: usize = 12;
 /// Blocks of a file.
 #[derive(Debug, Default)]
 pub(super) struct FileBlocks {
-    pub(super) extents: Vec<Extent>,
+    pub(super) extents: Vec<InodeExtent>,
     /// Blocks of the tree or of pointers.
     pub(super) tree: Vec<u64>,
     /// True if a part of the file is allocated but not written.
@@ -94,7 +94,7 @@ impl BlockReader<'_, '_> {
             }
             self.groups.claim(physical, u64::from(count), self.inode)?;
             found.unwritten |= unwritten;
-            found.extents.push(Extent { logical, physical, count });
+            found.extents.push(InodeExtent { logical, physical, count });
         }
         Ok(())
     }

@@ -6,9 +6,9 @@ use super::walk::XattrBlocks;
 use super::{ReadError, Source, damaged, xattr};
 use crate::ext4::data::FILE_MAX;
 use crate::ext4::field::{get16, get32, get64};
-use crate::ext4::file::{Attributes, Kind};
+use crate::ext4::file::{Attributes, NodeKind};
 use crate::ext4::geometry::BLOCK;
-use crate::ext4::image::Record;
+use crate::ext4::image::FileRecord;
 use crate::ext4::inode::{self, EXTENTS_FLAG, INLINE_SYMLINK};
 use crate::ext4::tree::SYMLINK_MAX;
 use crate::units::Bytes;
@@ -25,9 +25,9 @@ const REFUSED: [(u32, &str); 6] = [
 
 /// A file as stored on the disk.
 pub(super) struct File {
-    pub(super) kind: Kind,
+    pub(super) kind: NodeKind,
     pub(super) attributes: Attributes,
-    pub(super) record: Record,
+    pub(super) record: FileRecord,
     /// Blocks of a directory, in order.
     pub(super) content: Vec<u64>,
 }
@@ -90,22 +90,24 @@ pub(super) fn read(
     let kind = match mode & 0o170_000 {
         0o040_000 => {
             content = directory_blocks(&blocks, size).map_err(bad)?;
-            Kind::Directory
+            NodeKind::Directory
         }
         0o100_000 if size > FILE_MAX.0 => return Err(bad(format!("is {size} B long"))),
-        0o100_000 => Kind::Regular { size: Bytes(size), runs: Vec::new() },
-        0o120_000 => Kind::Symlink(target(source, &blocks, pointers, size)?.ok_or_else(|| {
-            bad(format!("is a symbolic link of {size} B, or its target has a NUL or no block"))
-        })?),
-        0o020_000 => device(pointers, |major, minor| Kind::Char { major, minor }),
-        0o060_000 => device(pointers, |major, minor| Kind::Block { major, minor }),
-        0o010_000 => Kind::Fifo,
-        0o140_000 => Kind::Socket,
+        0o100_000 => NodeKind::Regular { size: Bytes(size), runs: Vec::new() },
+        0o120_000 => {
+            NodeKind::Symlink(target(source, &blocks, pointers, size)?.ok_or_else(|| {
+                bad(format!("is a symbolic link of {size} B, or its target has a NUL or no block"))
+            })?)
+        }
+        0o020_000 => device(pointers, |major, minor| NodeKind::Char { major, minor }),
+        0o060_000 => device(pointers, |major, minor| NodeKind::Block { major, minor }),
+        0o010_000 => NodeKind::Fifo,
+        0o140_000 => NodeKind::Socket,
         other => return Err(bad(format!("has the unknown type {other:o}"))),
     };
-    let record = Record {
+    let record = FileRecord {
         inode: number,
-        directory: kind == Kind::Directory,
+        directory: kind == NodeKind::Directory,
         extents: blocks.extents,
         tree: blocks.tree,
         xattr_block,
@@ -157,7 +159,7 @@ fn target(
 }
 
 /// A device number in the old form, 8 bits each, or in the new one.
-fn device(pointers: &[u8], kind: impl Fn(u32, u32) -> Kind) -> Kind {
+fn device(pointers: &[u8], kind: impl Fn(u32, u32) -> NodeKind) -> NodeKind {
     let (old, new) = (get32(pointers, 0), get32(pointers, 4));
     if old != 0 {
         return kind(old >> 8 & 0xff, old & 0xff);

@@ -4,14 +4,14 @@ use super::superblock::Superblock;
 use super::{ReadError, Source, damaged};
 use crate::ext4::allocation::{Bitmaps, InodeAccount};
 use crate::ext4::field::{get16, get32};
-use crate::ext4::geometry::{BLOCK, GroupPlaces, Layout};
+use crate::ext4::geometry::{BLOCK, FilesystemLayout, GroupPlaces};
 use crate::ext4::group::{BLOCK_UNINIT, INODE_UNINIT};
 use crate::ext4::layer::Emitted;
 use crate::ext4::table::InodeTable;
 
 /// The counts of the filesystem, and the owner of each block.
 pub(super) struct Groups {
-    pub(super) layout: Layout,
+    pub(super) layout: FilesystemLayout,
     pub(super) descriptors: Vec<u8>,
     /// Blocks in use by the filesystem's bitmaps.
     pub(super) blocks: Bitmaps,
@@ -184,10 +184,13 @@ impl Groups {
 }
 
 /// Reads all descriptors, and the positions in them.
-fn places(source: Source<'_>, superblock: &Superblock) -> Result<(Layout, Vec<u8>), ReadError> {
+fn places(
+    source: Source<'_>,
+    superblock: &Superblock,
+) -> Result<(FilesystemLayout, Vec<u8>), ReadError> {
     let count = superblock.groups();
     let per_block = superblock.descriptors_in_block();
-    let mut layout = Layout {
+    let mut layout = FilesystemLayout {
         blocks: superblock.blocks,
         group_blocks: superblock.group_blocks,
         group_inodes: superblock.group_inodes,

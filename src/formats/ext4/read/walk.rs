@@ -6,21 +6,21 @@ use super::file::{self, File};
 use super::groups::Groups;
 use super::superblock::Superblock;
 use super::{ReadError, Source, damaged, directory, xattr};
-use crate::ext4::file::Kind;
+use crate::ext4::file::NodeKind;
 use crate::ext4::geometry::BLOCK;
-use crate::ext4::image::{LOST_AND_FOUND_NAME, ROOT_INODE, Record};
+use crate::ext4::image::{FileRecord, LOST_AND_FOUND_NAME, ROOT_INODE};
 use crate::ext4::tree::{NodeId, Tree};
 use crate::ext4::xattr::SharedBlocks;
 
-type Names = Vec<(Box<[u8]>, u32)>;
-type Finished = (Tree, Vec<Option<Record>>, Option<Record>, SharedBlocks);
+type ChildNames = Vec<(Box<[u8]>, u32)>;
+type Finished = (Tree, Vec<Option<FileRecord>>, Option<FileRecord>, SharedBlocks);
 
 /// Result of the walk.
 pub(super) struct Walk {
     /// Files by inode number: those of this program are returned in the order of their creation.
     files: BTreeMap<u32, File>,
-    names: BTreeMap<u32, Names>,
-    lost_and_found: Option<Record>,
+    names: BTreeMap<u32, ChildNames>,
+    lost_and_found: Option<FileRecord>,
     xattrs: XattrBlocks,
 }
 
@@ -35,7 +35,7 @@ impl Walk {
         let mut files = BTreeMap::new();
         let mut names = BTreeMap::new();
         let root = file::read(source, groups, &mut xattrs, ROOT_INODE)?;
-        if root.kind != Kind::Directory {
+        if root.kind != NodeKind::Directory {
             return Err(damaged("The root", "is not a directory"));
         }
         files.insert(ROOT_INODE, root);
@@ -48,14 +48,14 @@ impl Walk {
             for &(_, child) in &entries {
                 let known = files.get(&child);
                 if child < superblock.first_inode
-                    || known.is_some_and(|file| file.kind == Kind::Directory)
+                    || known.is_some_and(|file| file.kind == NodeKind::Directory)
                 {
                     let rule = "is a directory with two names, or a reserved inode with a name";
                     return Err(damaged(format!("Inode {child}"), rule));
                 }
                 if known.is_none() {
                     let file = file::read(source, groups, &mut xattrs, child)?;
-                    if file.kind == Kind::Directory {
+                    if file.kind == NodeKind::Directory {
                         open.push(child);
                     }
                     files.insert(child, file);
@@ -73,7 +73,7 @@ impl Walk {
     fn hide_lost_and_found(&mut self, first: u32) {
         let is_own = |file: &File| {
             let own = &file.attributes;
-            file.kind == Kind::Directory
+            file.kind == NodeKind::Directory
                 && (own.mode, own.uid, own.gid) == (0o700, 0, 0)
                 && own.xattrs.is_empty()
         };
@@ -132,7 +132,7 @@ fn read_names(
     groups: &mut Groups,
     dir: u32,
     content: &[u64],
-) -> Result<Names, ReadError> {
+) -> Result<ChildNames, ReadError> {
     let mut names = Vec::new();
     for &place in content {
         let block = source.block(place)?;

@@ -1,8 +1,8 @@
 //! Times and extended attributes are kept, or refused with the name of the file.
 
-use super::disk::Disk;
+use super::disk::TestDisk;
 use super::fixture::{MIB, TarOffsets, attributes, with_xattrs};
-use crate::ext4::{Attributes, Ext4Error, Kind, Timestamp, Tree};
+use crate::ext4::{Attributes, Ext4Error, NodeKind, Timestamp, Tree};
 
 fn time(secs: i64, nanos: u32) -> Attributes {
     Attributes { mtime: Timestamp { secs, nanos }, ..attributes(0o644) }
@@ -26,14 +26,14 @@ fn times_keep_nanoseconds_from_1901_to_2446() {
     ] {
         for nanos in [0, 1, 999_999_999] {
             let name = format!("{secs}.{nanos}");
-            tree.create(tree.root(), name.as_bytes(), Kind::Fifo, time(secs, nanos)).unwrap();
+            tree.create(tree.root(), name.as_bytes(), NodeKind::Fifo, time(secs, nanos)).unwrap();
         }
     }
-    let mut disk = Disk::new(64 * MIB);
+    let mut disk = TestDisk::new(64 * MIB);
     disk.commit_clean(&tree);
     disk.compare(&tree);
-    tree.create(tree.root(), b"before", Kind::Fifo, time(i64::MIN, 5)).unwrap();
-    tree.create(tree.root(), b"after", Kind::Fifo, time(i64::MAX, u32::MAX)).unwrap();
+    tree.create(tree.root(), b"before", NodeKind::Fifo, time(i64::MIN, 5)).unwrap();
+    tree.create(tree.root(), b"after", NodeKind::Fifo, time(i64::MAX, u32::MAX)).unwrap();
     disk.commit_clean(&tree);
     assert!(disk.debugfs("stat /before").contains("mtime: 0x80000000:00000000"));
     assert!(disk.debugfs("stat /after").contains("mtime: 0x7fffffff:00000003"));
@@ -96,7 +96,7 @@ fn attributes_go_into_the_inode_then_into_a_block() {
             tree.create(
                 tree.root(),
                 format!("l-{name}").as_bytes(),
-                Kind::Symlink(b"target".to_vec()),
+                NodeKind::Symlink(b"target".to_vec()),
                 of_link,
             )
             .unwrap();
@@ -106,8 +106,8 @@ fn attributes_go_into_the_inode_then_into_a_block() {
         mode: 0o754,
         ..with_xattrs(&[("system.posix_acl_default", &acl), ("system.posix_acl_access", &acl)])
     };
-    tree.create(tree.root(), b"dir", Kind::Directory, dir).unwrap();
-    let mut disk = Disk::new(64 * MIB);
+    tree.create(tree.root(), b"dir", NodeKind::Directory, dir).unwrap();
+    let mut disk = TestDisk::new(64 * MIB);
     disk.commit_clean(&tree);
     disk.compare(&tree);
     // A later layer removes and replaces them.
@@ -137,11 +137,12 @@ fn attributes_that_ext4_cannot_hold_are_errors_that_name_the_file() {
     ];
     for (name, value, message) in cases {
         let mut tree = Tree::new();
-        let dir = tree.create(tree.root(), b"etc", Kind::Directory, attributes(0o755)).unwrap();
-        let file = tree.create(dir, b"file", Kind::Fifo, with_xattrs(&[(name, &value)])).unwrap();
+        let dir = tree.create(tree.root(), b"etc", NodeKind::Directory, attributes(0o755)).unwrap();
+        let file =
+            tree.create(dir, b"file", NodeKind::Fifo, with_xattrs(&[(name, &value)])).unwrap();
         tree.link(tree.root(), b"other", file).unwrap();
         tree.remove(dir, b"file").unwrap();
-        let error = Disk::new(64 * MIB).image.commit_layer(&tree).unwrap_err();
+        let error = TestDisk::new(64 * MIB).image.commit_layer(&tree).unwrap_err();
         assert!(error.to_string().contains("\"/other\""), "{error}");
         let Ext4Error::Xattr { source, .. } = error else { panic!("{error}") };
         assert!(

@@ -8,10 +8,10 @@ use std::sync::LazyLock;
 
 use proptest::prelude::*;
 
-use super::disk::{Disk, tar_bytes, written};
+use super::disk::{TestDisk, tar_bytes, written};
 use super::fixture::{MIB, TarOffsets, attributes, with_xattrs};
-use super::random::{Step, apply, step};
-use crate::ext4::{Kind, LayerBlocks, NodeId, Run, Tree, read};
+use super::random::{RandomStep, apply, step};
+use crate::ext4::{LayerBlocks, LayerRun, NodeId, NodeKind, Tree, read};
 use crate::units::Sectors;
 use source::{ByteSource, SourceError};
 
@@ -25,7 +25,7 @@ pub(super) fn assert_same(ours: &Tree, theirs: &Tree) {
         assert_eq!(ours.links(one), theirs.links(other), "{path}");
         assert_eq!(*pairs.entry(one).or_insert(other), other, "{path}");
         match (ours.kind(one), theirs.kind(other)) {
-            (Kind::Regular { size, .. }, Kind::Regular { size: their_size, .. }) => {
+            (NodeKind::Regular { size, .. }, NodeKind::Regular { size: their_size, .. }) => {
                 assert_eq!(size, their_size, "{path}");
             }
             (kind, their_kind) => assert_eq!(kind, their_kind, "{path}"),
@@ -68,17 +68,17 @@ proptest! {
     fn a_layer_on_a_disk_read_back_is_the_layer_of_one_go(steps in prop::collection::vec((step(), any::<u32>()), 1..80)) {
         let mut tree = Tree::new();
         let mut tar = TarOffsets::default();
-        let mut disk = Disk::new(128 * MIB);
-        let mut again = Disk::new(128 * MIB);
+        let mut disk = TestDisk::new(128 * MIB);
+        let mut again = TestDisk::new(128 * MIB);
         disk.commit(&tree);
         again.commit(&tree);
         let mut other = again.reopen();
-        let last = (Step::Layer, 0);
+        let last = (RandomStep::Layer, 0);
         for (serial, (step, choice)) in steps.iter().chain([&last]).enumerate() {
             let mut same = TarOffsets(tar.0);
             apply(&mut tree, &mut tar, serial, step, *choice as usize);
             apply(&mut other, &mut same, serial, step, *choice as usize);
-            if matches!(step, Step::Layer) {
+            if matches!(step, RandomStep::Layer) {
                 let layer = disk.commit(&tree);
                 let layer_again = again.commit(&other);
                 prop_assert!(layer.runs().eq(layer_again.runs()));
@@ -118,9 +118,11 @@ impl Sparse {
     fn put(&mut self, layer: &LayerBlocks) {
         for run in layer.runs() {
             let bytes = match run {
-                Run::Metadata { bytes, .. } => bytes.to_vec(),
-                Run::Zeroed { count, .. } => vec![0; count.bytes().0 as usize],
-                Run::Remote { count, target, .. } => tar_bytes(target.bytes().0, count.bytes().0),
+                LayerRun::Metadata { bytes, .. } => bytes.to_vec(),
+                LayerRun::Zeroed { count, .. } => vec![0; count.bytes().0 as usize],
+                LayerRun::Remote { count, target, .. } => {
+                    tar_bytes(target.bytes().0, count.bytes().0)
+                }
             };
             for (lba, sector) in (run.lba().0..).zip(bytes.chunks(512)) {
                 let block = self.blocks.entry(lba / 8).or_insert_with(|| vec![0; 4096]);
@@ -158,17 +160,17 @@ static DISKS: LazyLock<Vec<Sparse>> = LazyLock::new(|| {
     let mut tree = Tree::new();
     let mut tar = TarOffsets::default();
     let root = tree.root();
-    let dir = tree.create(root, b"dir", Kind::Directory, attributes(0o755)).unwrap();
+    let dir = tree.create(root, b"dir", NodeKind::Directory, attributes(0o755)).unwrap();
     let holes: Vec<(u64, u64)> = (0..10).map(|n| (n * 8192, 100)).collect();
     let file = tree.create(dir, b"holes", tar.sparse(81_920, &holes), attributes(0o644)).unwrap();
     tree.link(root, b"hard", file).unwrap();
-    tree.create(root, b"slow", Kind::Symlink(vec![b's'; 99]), attributes(0o777)).unwrap();
+    tree.create(root, b"slow", NodeKind::Symlink(vec![b's'; 99]), attributes(0o777)).unwrap();
     let long = with_xattrs(&[("user.long", &[b'l'; 500])]);
     for number in 0..200 {
         let name = format!("a-name-that-makes-an-index-of-this-directory-{number}");
         tree.create(dir, name.as_bytes(), tar.file(number), long.clone()).unwrap();
     }
-    let mut ours = Disk::new(64 * MIB);
+    let mut ours = TestDisk::new(64 * MIB);
     ours.commit(&tree);
     let mut disks = vec![Sparse::of(&ours.file)];
     let work = tempfile::tempdir().unwrap();
@@ -212,15 +214,15 @@ static DISKS: LazyLock<Vec<Sparse>> = LazyLock::new(|| {
 fn change(tree: &mut Tree, serial: usize) {
     let mut tar = TarOffsets::default();
     for (nth, step) in [
-        Step::Directory,
-        Step::File(10_000),
-        Step::Many(80),
-        Step::Link,
-        Step::Remove,
-        Step::Attributes(0o700, 300),
-        Step::Remove,
-        Step::Attributes(0o711, 0),
-        Step::Symlink(80),
+        RandomStep::Directory,
+        RandomStep::File(10_000),
+        RandomStep::Many(80),
+        RandomStep::Link,
+        RandomStep::Remove,
+        RandomStep::Attributes(0o700, 300),
+        RandomStep::Remove,
+        RandomStep::Attributes(0o711, 0),
+        RandomStep::Symlink(80),
     ]
     .iter()
     .enumerate()

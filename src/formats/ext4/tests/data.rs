@@ -1,8 +1,8 @@
 //! A file has the bytes of the tar, and holes stay holes.
 
-use super::disk::Disk;
+use super::disk::TestDisk;
 use super::fixture::{MIB, TarOffsets, attributes};
-use crate::ext4::{DataError, DataRun, Ext4Error, Kind, Run, Tree};
+use crate::ext4::{DataError, DataRun, Ext4Error, LayerRun, NodeKind, Tree};
 use crate::units::Bytes;
 
 #[test]
@@ -29,9 +29,9 @@ fn sparse_files_have_holes_and_their_odd_pieces_are_stored() {
     for (name, kind) in [("giant", giant), ("odd", odd), ("crossing", crossing), ("holes", holes)] {
         tree.create(tree.root(), name.as_bytes(), kind, attributes(0o644)).unwrap();
     }
-    let empty = Kind::Regular { size: Bytes(1 << 43), runs: Vec::new() };
+    let empty = NodeKind::Regular { size: Bytes(1 << 43), runs: Vec::new() };
     tree.create(tree.root(), b"empty", empty, attributes(0o644)).unwrap();
-    let mut disk = Disk::new(1 << 30);
+    let mut disk = TestDisk::new(1 << 30);
     disk.commit_clean(&tree);
     let extents = disk.debugfs("dump_extents /holes");
     assert!(extents.lines().count() > 10_000);
@@ -46,7 +46,7 @@ fn a_file_of_terabytes_has_a_tree_of_two_levels() {
     let size = 5 << 39;
     let mut tree = Tree::new();
     tree.create(tree.root(), b"file", TarOffsets::default().file(size), attributes(0o644)).unwrap();
-    let mut disk = Disk::new(4 << 40);
+    let mut disk = TestDisk::new(4 << 40);
     disk.commit_with(&tree, false);
     disk.fsck();
     let stat = disk.debugfs("stat /file");
@@ -61,11 +61,11 @@ fn a_piece_beside_the_sectors_keeps_its_tail_out_of_the_hole() {
     let mut tree = Tree::new();
     let kind = TarOffsets::default().sparse(8192, &[(0, 1000)]);
     tree.create(tree.root(), b"file", kind, attributes(0o644)).unwrap();
-    let mut disk = Disk::new(64 * MIB);
+    let mut disk = TestDisk::new(64 * MIB);
     let layer = disk.commit_clean(&tree);
     let remote: Vec<_> = layer
         .runs()
-        .filter(|run| matches!(run, Run::Remote { .. }))
+        .filter(|run| matches!(run, LayerRun::Remote { .. }))
         .map(|run| run.count().0)
         .collect();
     assert_eq!(remote, [1]);
@@ -90,9 +90,9 @@ fn runs_that_are_no_map_of_the_file_are_errors() {
     ];
     for (size, runs) in cases {
         let mut tree = Tree::new();
-        let kind = Kind::Regular { size: Bytes(size), runs };
+        let kind = NodeKind::Regular { size: Bytes(size), runs };
         tree.create(tree.root(), b"file", kind, attributes(0o644)).unwrap();
-        let error = Disk::new(64 * MIB).image.commit_layer(&tree).unwrap_err();
+        let error = TestDisk::new(64 * MIB).image.commit_layer(&tree).unwrap_err();
         assert!(matches!(error, Ext4Error::Data { ref path, .. } if path == "/file"), "{error}");
     }
     assert_eq!(
@@ -109,11 +109,11 @@ fn data_lies_on_the_disk_in_the_order_of_the_tar() {
     for (nth, kind) in kinds.into_iter().enumerate().rev() {
         tree.create(tree.root(), format!("{nth}").as_bytes(), kind, attributes(0o644)).unwrap();
     }
-    let layer = Disk::new(64 * MIB).image.commit_layer(&tree).unwrap();
+    let layer = TestDisk::new(64 * MIB).image.commit_layer(&tree).unwrap();
     let targets: Vec<_> = layer
         .runs()
         .filter_map(|run| match run {
-            Run::Remote { target, .. } => Some(target),
+            LayerRun::Remote { target, .. } => Some(target),
             _ => None,
         })
         .collect();

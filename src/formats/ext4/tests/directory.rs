@@ -1,11 +1,11 @@
 //! Every name is found in a directory of any size, by the hash that the kernel computes.
 
-use super::disk::Disk;
+use super::disk::TestDisk;
 use super::fixture::{MIB, attributes};
-use crate::ext4::{Identity, Kind, NAME_MAX, Tree, hash, superblock};
+use crate::ext4::{FilesystemIdentity, NAME_MAX, NodeKind, Tree, hash, superblock};
 
 fn rule() -> hash::HashRule {
-    let seed = superblock::seed_words(&Identity::default().hash_seed);
+    let seed = superblock::seed_words(&FilesystemIdentity::default().hash_seed);
     hash::HashRule { seed, signed: false }
 }
 
@@ -15,12 +15,12 @@ fn large_directories_are_found_by_the_kernel() {
         [(1, None), (60, None), (1_000, Some(0)), (20_000, Some(0)), (100_000, Some(1))]
     {
         let mut tree = Tree::new();
-        let dir = tree.create(tree.root(), b"dir", Kind::Directory, attributes(0o755)).unwrap();
+        let dir = tree.create(tree.root(), b"dir", NodeKind::Directory, attributes(0o755)).unwrap();
         for number in 0..count {
             let name = format!("{number:07}-{}", "long".repeat(3 + number % 10));
-            tree.create(dir, name.as_bytes(), Kind::Fifo, attributes(0o600)).unwrap();
+            tree.create(dir, name.as_bytes(), NodeKind::Fifo, attributes(0o600)).unwrap();
         }
-        let mut disk = Disk::new(1 << 30);
+        let mut disk = TestDisk::new(1 << 30);
         disk.commit_clean(&tree);
         let dump = disk.debugfs("htree_dump /dir");
         match levels {
@@ -36,7 +36,7 @@ fn large_directories_are_found_by_the_kernel() {
 
 #[test]
 fn the_hash_is_the_one_of_debugfs() {
-    let mut disk = Disk::new(64 * MIB);
+    let mut disk = TestDisk::new(64 * MIB);
     disk.commit(&Tree::new());
     let seed = "74757262-6f62-4400-8000-657874340001";
     let long = "q".repeat(255);
@@ -62,10 +62,10 @@ fn names_of_all_lengths_and_bytes_are_found() {
         for first in [b'a', 0x01, 0xff, b' '] {
             let mut name = vec![0x80 + (length % 128) as u8; length];
             name[0] = first;
-            tree.create(tree.root(), &name, Kind::Fifo, attributes(0o600)).unwrap();
+            tree.create(tree.root(), &name, NodeKind::Fifo, attributes(0o600)).unwrap();
         }
     }
-    let mut disk = Disk::new(64 * MIB);
+    let mut disk = TestDisk::new(64 * MIB);
     disk.commit_clean(&tree);
     disk.compare(&tree);
 }
@@ -90,22 +90,28 @@ fn colliding_hashes_across_leaves_are_found() {
     // Each pair gets a varying number of neighbours in hash order, so that cuts fall everywhere.
     for (nth, &(one, other)) in pairs.iter().enumerate() {
         let dir = tree
-            .create(tree.root(), format!("{nth}").as_bytes(), Kind::Directory, attributes(0o755))
+            .create(
+                tree.root(),
+                format!("{nth}").as_bytes(),
+                NodeKind::Directory,
+                attributes(0o755),
+            )
             .unwrap();
         let name = |number: u32| format!("{number:0>200}");
         let major = hash::hash(name(one).as_bytes(), seed).major;
         let place = hashes.partition_point(|&(&hash, _)| hash < major);
         let before = (17 * (nth % 3) + 18).min(place);
         for &(_, &number) in &hashes[place - before..(place + 40).min(hashes.len())] {
-            tree.create(dir, name(number).as_bytes(), Kind::Fifo, attributes(0o600)).unwrap();
+            tree.create(dir, name(number).as_bytes(), NodeKind::Fifo, attributes(0o600)).unwrap();
         }
         for number in [one, other] {
             if tree.lookup(dir, name(number).as_bytes()).is_none() {
-                tree.create(dir, name(number).as_bytes(), Kind::Fifo, attributes(0o600)).unwrap();
+                tree.create(dir, name(number).as_bytes(), NodeKind::Fifo, attributes(0o600))
+                    .unwrap();
             }
         }
     }
-    let mut disk = Disk::new(64 * MIB);
+    let mut disk = TestDisk::new(64 * MIB);
     disk.commit_clean(&tree);
     let continued = (0..pairs.len())
         .filter(|nth| {
@@ -126,14 +132,15 @@ fn colliding_hashes_across_leaves_are_found() {
 fn directories_grow_and_shrink_in_their_own_blocks() {
     // Two files that grow in turns have scattered blocks, so that their extents need a tree.
     let mut tree = Tree::new();
-    let mut disk = Disk::new(64 * MIB);
-    let dirs = [&b"one"[..], b"two"]
-        .map(|name| tree.create(tree.root(), name, Kind::Directory, attributes(0o755)).unwrap());
+    let mut disk = TestDisk::new(64 * MIB);
+    let dirs = [&b"one"[..], b"two"].map(|name| {
+        tree.create(tree.root(), name, NodeKind::Directory, attributes(0o755)).unwrap()
+    });
     let name = |number: usize| format!("{number:0>100}").into_bytes();
     for layer in 0..10 {
         for dir in dirs {
             for number in 100 * layer..100 * (layer + 1) {
-                tree.create(dir, &name(number), Kind::Fifo, attributes(0o600)).unwrap();
+                tree.create(dir, &name(number), NodeKind::Fifo, attributes(0o600)).unwrap();
             }
         }
         disk.commit_clean(&tree);
@@ -146,7 +153,8 @@ fn directories_grow_and_shrink_in_their_own_blocks() {
                 tree.remove(dirs[0], &name(number)).unwrap();
             }
         }
-        tree.create(dirs[1], format!("{layer}").as_bytes(), Kind::Fifo, attributes(0o600)).unwrap();
+        tree.create(dirs[1], format!("{layer}").as_bytes(), NodeKind::Fifo, attributes(0o600))
+            .unwrap();
         disk.commit_clean(&tree);
         disk.compare(&tree);
     }

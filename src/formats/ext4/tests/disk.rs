@@ -6,7 +6,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::ext4::{Geometry, Identity, Image, Kind, LayerBlocks, NodeId, Run, Tree, read};
+use crate::ext4::{
+    FilesystemIdentity, Geometry, Image, LayerBlocks, LayerRun, NodeId, NodeKind, Tree, read,
+};
 use crate::units::{Bytes, Sectors};
 use source::FileSource;
 
@@ -33,21 +35,22 @@ pub(super) fn written(file: &File) -> Vec<(Sectors, Sectors)> {
 }
 
 /// An image and the disk it makes.
-pub(super) struct Disk {
+pub(super) struct TestDisk {
     _dir: tempfile::TempDir,
     pub(super) path: PathBuf,
     pub(super) file: File,
     pub(super) image: Image,
 }
 
-impl Disk {
-    pub(super) fn new(size: u64) -> Disk {
+impl TestDisk {
+    pub(super) fn new(size: u64) -> TestDisk {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(size).unwrap();
-        let image = Image::new(Geometry { size: Bytes(size) }, Identity::default()).unwrap();
-        Disk { _dir: dir, path, file, image }
+        let image =
+            Image::new(Geometry { size: Bytes(size) }, FilesystemIdentity::default()).unwrap();
+        TestDisk { _dir: dir, path, file, image }
     }
 
     /// Reads the filesystem back, like a process that did not make the lower layers.
@@ -73,13 +76,13 @@ impl Disk {
             end = run.lba().0 + run.count().0;
             let at = run.lba().bytes().0;
             match run {
-                Run::Metadata { bytes, .. } => self.file.write_all_at(bytes, at).unwrap(),
-                Run::Remote { .. } if !data => {}
-                Run::Remote { count, target, .. } => {
+                LayerRun::Metadata { bytes, .. } => self.file.write_all_at(bytes, at).unwrap(),
+                LayerRun::Remote { .. } if !data => {}
+                LayerRun::Remote { count, target, .. } => {
                     let bytes = tar_bytes(target.bytes().0, count.bytes().0);
                     self.file.write_all_at(&bytes, at).unwrap();
                 }
-                Run::Zeroed { count, .. } => {
+                LayerRun::Zeroed { count, .. } => {
                     self.file.write_all_at(&vec![0; count.bytes().0 as usize], at).unwrap();
                 }
             }
@@ -113,7 +116,7 @@ impl Disk {
     }
 
     /// Mounts the disk, if this process is root.
-    pub(super) fn mount(&self) -> Option<Mount> {
+    pub(super) fn mount(&self) -> Option<MountedDisk> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: mounting needs root");
             return None;
@@ -126,7 +129,7 @@ impl Disk {
             .output()
             .unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Some(Mount { dir })
+        Some(MountedDisk { dir })
     }
 
     /// Mounts the disk and compares everything with the tree.
@@ -138,7 +141,7 @@ impl Disk {
             compare_one(tree, node, &path);
             let inode = fs::symlink_metadata(&path).unwrap().ino();
             assert_eq!(*inodes.entry(node).or_insert(inode), inode, "{}", path.display());
-            if *tree.kind(node) == Kind::Directory {
+            if *tree.kind(node) == NodeKind::Directory {
                 let mut listed: Vec<Vec<u8>> = fs::read_dir(&path)
                     .unwrap()
                     .map(|entry| os_bytes(entry.unwrap().file_name()))
@@ -192,8 +195,8 @@ fn compare_one(tree: &Tree, node: NodeId, path: &Path) {
     assert_eq!(meta.nlink(), u64::from(links), "links of {shown}");
     let kind = meta.file_type();
     match *tree.kind(node) {
-        Kind::Directory => assert!(kind.is_dir()),
-        Kind::Regular { size, ref runs } => {
+        NodeKind::Directory => assert!(kind.is_dir()),
+        NodeKind::Regular { size, ref runs } => {
             assert!(kind.is_file());
             assert_eq!(meta.len(), size.0, "size of {shown}");
             let file = File::open(path).unwrap();
@@ -211,19 +214,19 @@ fn compare_one(tree: &Tree, node: NodeId, path: &Path) {
             }
             expect_hole(&file, last, size.0);
         }
-        Kind::Symlink(ref target) => {
+        NodeKind::Symlink(ref target) => {
             assert_eq!(&os_bytes(fs::read_link(path).unwrap().into()), target);
         }
-        Kind::Char { major, minor } => {
+        NodeKind::Char { major, minor } => {
             assert!(kind.is_char_device());
             assert_eq!(meta.rdev(), rustix::fs::makedev(major, minor), "device of {shown}");
         }
-        Kind::Block { major, minor } => {
+        NodeKind::Block { major, minor } => {
             assert!(kind.is_block_device());
             assert_eq!(meta.rdev(), rustix::fs::makedev(major, minor), "device of {shown}");
         }
-        Kind::Fifo => assert!(kind.is_fifo()),
-        Kind::Socket => assert!(kind.is_socket()),
+        NodeKind::Fifo => assert!(kind.is_fifo()),
+        NodeKind::Socket => assert!(kind.is_socket()),
     }
     compare_xattrs(tree, node, path);
 }
@@ -259,11 +262,11 @@ fn compare_xattrs(tree: &Tree, node: NodeId, path: &Path) {
 }
 
 /// A mounted disk; unmounted when dropped.
-pub(super) struct Mount {
+pub(super) struct MountedDisk {
     pub(super) dir: tempfile::TempDir,
 }
 
-impl Drop for Mount {
+impl Drop for MountedDisk {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg(self.dir.path()).status();
     }

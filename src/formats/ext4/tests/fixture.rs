@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::disk::tar_bytes;
-use crate::ext4::{Attributes, DataRun, Kind, Timestamp};
+use crate::ext4::{Attributes, DataRun, NodeKind, Timestamp};
 use crate::units::{Bytes, SECTOR};
 
 pub(super) const MIB: u64 = 1 << 20;
@@ -29,18 +29,18 @@ pub(super) fn with_xattrs(pairs: &[(&str, &[u8])]) -> Attributes {
 pub(super) struct TarOffsets(pub(super) u64);
 
 impl TarOffsets {
-    pub(super) fn file(&mut self, size: u64) -> Kind {
+    pub(super) fn file(&mut self, size: u64) -> NodeKind {
         if size == 0 {
-            return Kind::Regular { size: Bytes(0), runs: Vec::new() };
+            return NodeKind::Regular { size: Bytes(0), runs: Vec::new() };
         }
         self.0 += SECTOR;
         let run = DataRun::remote(Bytes(0), Bytes(self.0), Bytes(size));
         self.0 += size.next_multiple_of(SECTOR);
-        Kind::Regular { size: Bytes(size), runs: vec![run] }
+        NodeKind::Regular { size: Bytes(size), runs: vec![run] }
     }
 
     /// A file with data at `pieces` (offset, length) and holes elsewhere.
-    pub(super) fn sparse(&mut self, size: u64, pieces: &[(u64, u64)]) -> Kind {
+    pub(super) fn sparse(&mut self, size: u64, pieces: &[(u64, u64)]) -> NodeKind {
         self.0 += SECTOR;
         let mut runs = Vec::new();
         for &(offset, len) in pieces {
@@ -53,6 +53,6 @@ impl TarOffsets {
                 run.bytes = Some(tar_bytes(run.tar_offset.0, run.len.0).into());
             }
         }
-        Kind::Regular { size: Bytes(size), runs }
+        NodeKind::Regular { size: Bytes(size), runs }
     }
 }

@@ -1,14 +1,14 @@
 //! Layer upon layer: each clean, as small as its change, fast, and identical in every run.
 
-use super::disk::Disk;
+use super::disk::TestDisk;
 use super::fixture::{MIB, TarOffsets, attributes, with_xattrs};
-use crate::ext4::{Geometry, Identity, Image, Kind, Run, Tree};
+use crate::ext4::{FilesystemIdentity, Geometry, Image, LayerRun, NodeKind, Tree};
 
 #[test]
 fn sixty_four_layers_of_small_changes_are_clean_and_small() {
     let mut tree = Tree::new();
-    let mut disk = Disk::new(256 * MIB);
-    let big = tree.create(tree.root(), b"big", Kind::Directory, attributes(0o755)).unwrap();
+    let mut disk = TestDisk::new(256 * MIB);
+    let big = tree.create(tree.root(), b"big", NodeKind::Directory, attributes(0o755)).unwrap();
     for number in 0..3000 {
         tree.create(
             big,
@@ -26,7 +26,7 @@ fn sixty_four_layers_of_small_changes_are_clean_and_small() {
             .create(
                 tree.root(),
                 format!("layer-{layer}").as_bytes(),
-                Kind::Directory,
+                NodeKind::Directory,
                 attributes(0o755),
             )
             .unwrap();
@@ -67,11 +67,11 @@ fn sixty_four_layers_of_small_changes_are_clean_and_small() {
 fn removing_everything_leaves_a_clean_disk() {
     let mut tree = Tree::new();
     let mut tar = TarOffsets::default();
-    let mut disk = Disk::new(64 * MIB);
+    let mut disk = TestDisk::new(64 * MIB);
     let mut dir = tree.root();
     for depth in 0..300 {
         dir = tree
-            .create(dir, format!("d{depth}").as_bytes(), Kind::Directory, attributes(0o755))
+            .create(dir, format!("d{depth}").as_bytes(), NodeKind::Directory, attributes(0o755))
             .unwrap();
         tree.create(dir, b"file", tar.file(6000), with_xattrs(&[("user.x", &[1; 200])])).unwrap();
     }
@@ -92,7 +92,7 @@ fn removing_everything_leaves_a_clean_disk() {
 fn the_same_layers_give_the_same_bytes() {
     let build = || {
         let mut tree = Tree::new();
-        let mut image = Image::new(Geometry::default(), Identity::default()).unwrap();
+        let mut image = Image::new(Geometry::default(), FilesystemIdentity::default()).unwrap();
         let mut bytes = Vec::new();
         for layer in 0..3u64 {
             let mut tar = TarOffsets::default();
@@ -125,7 +125,7 @@ fn a_typical_image_is_laid_out_quickly() {
             .create(
                 tree.root(),
                 format!("dir-{dir}").as_bytes(),
-                Kind::Directory,
+                NodeKind::Directory,
                 attributes(0o755),
             )
             .unwrap();
@@ -139,7 +139,7 @@ fn a_typical_image_is_laid_out_quickly() {
             .unwrap();
         }
     }
-    let mut image = Image::new(Geometry::default(), Identity::default()).unwrap();
+    let mut image = Image::new(Geometry::default(), FilesystemIdentity::default()).unwrap();
     let start = std::time::Instant::now();
     let layer = image.commit_layer(&tree).unwrap();
     eprintln!(
@@ -148,5 +148,5 @@ fn a_typical_image_is_laid_out_quickly() {
         layer.metadata_len(),
         layer.runs().len()
     );
-    assert_eq!(layer.runs().filter(|run| matches!(run, Run::Remote { .. })).count(), 25_000);
+    assert_eq!(layer.runs().filter(|run| matches!(run, LayerRun::Remote { .. })).count(), 25_000);
 }

@@ -1,4 +1,4 @@
-//! `cargo bench --bench http2`: ranges of a blob by parallel HTTP/1.1 connections against streams of one HTTP/2
+//! `cargo run --release --manifest-path perf/http2/Cargo.toml`: ranges of a blob by parallel HTTP/1.1 connections against streams of one HTTP/2
 //! connection, both by hyper in clear text, from a registry 20 ms away behind one line for all connections.
 //!
 //! The transfer runs at a gigabit, and at full speed of both ends, which shows the receiver's cost of a byte.
@@ -6,9 +6,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 
-#[path = "layer.rs"]
+#[path = "../layer.rs"]
 mod layer;
-#[path = "line.rs"]
+#[path = "../line.rs"]
 mod line;
 
 use std::convert::Infallible;
