@@ -479,7 +479,10 @@ fn tokens_that_run_out_within_a_conversion_are_renewed() {
         done(&["export", &name, "--digest", "-u", "me:secret"]),
         content(&images.name("turbo"))
     );
-    refused(&["export", &name, "--digest"], &["denied", "docker login", "-u USER:PASSWORD"]);
+    refused(
+        &["export", &name, "--digest"],
+        &["denied", "docker login", "-u USER --password-stdin"],
+    );
 }
 
 #[test]
@@ -492,7 +495,9 @@ fn a_user_and_a_password_are_enough_for_basic_access() {
     let base =
         ["convert", "-r", &repository, "-i", "latest", "--turboOCI", "turbo", "--vsize", "1"];
     refused(&base, &["denied", &registry.host()]);
-    refused(&[&base[..], &["-u", "me:wrong"]].concat(), &["denied"]);
+    let ended = end(turbobd().args([&base[..], &["-u", "me:wrong"]].concat()));
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains("denied") && ended.stderr.contains("--password-stdin"));
     assert_eq!(done(&[&base[..], &["-u", "me:se:cret"]].concat()), images.convert(&[]));
 }
 
@@ -577,7 +582,8 @@ fn a_meta_image_written_elsewhere_knows_its_origin() {
     let document: Value = serde_json::from_slice(&document).unwrap();
     assert_eq!(document["annotations"]["dev.turbobd.origin"], repository);
     images.convert(&[]);
-    assert_eq!(content(&format!("{to}:turbo")), content(&images.name("turbo")));
+    let export = |name: &str, origin: &str| done(&["export", name, "--digest", "--origin", origin]);
+    assert_eq!(export(&format!("{to}:turbo"), &repository), content(&images.name("turbo")));
     // And the other way round: the data in a directory, the meta image in a registry.
     let back = format!("{}/meta/app", registry.host());
     let dir = images.place();
@@ -594,7 +600,7 @@ fn a_meta_image_written_elsewhere_knows_its_origin() {
         "--vsize",
         "1",
     ]);
-    assert_eq!(content(&format!("{back}:turbo")), content(&images.name("turbo")));
+    assert_eq!(export(&format!("{back}:turbo"), &dir), content(&images.name("turbo")));
 }
 
 fn blob_in(dir: &Path, digest: &str) -> std::path::PathBuf {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::block::{
     MIB, alone, content, loop_here, mounts, open, read, soon, sys_block, ublk_here,
 };
+use client::mounts::MountRights;
 use client::protocol::DeviceState;
 use client::{ClientError, Code, DaemonClient, DeviceRecord, DeviceSpec, Frontend, ImageSpec};
 use disk::testing::MemoryVolume;
@@ -141,8 +142,9 @@ fn ublk_or_loop_attach_mount_list_detach_and_the_daemon_ends_when_idle() {
     with_host(|host| {
         let mut client = host.client();
         let pid = client.pid();
-        let (record, note) =
-            client.attach_and_mount(host.request("a:1"), &host.mountpoint()).unwrap();
+        let (record, note) = client
+            .attach_and_mount(host.request("a:1"), &host.mountpoint(), MountRights::default())
+            .unwrap();
         assert_eq!(note.is_some(), record.frontend == Frontend::Loop, "{note:?}");
         assert!(std::fs::read(host.mountpoint().join("file")).unwrap() == host.tree);
         // Here the daemon runs on a thread of the test harness, whose first thread stays in our namespace.
@@ -190,10 +192,19 @@ fn ublk_or_loop_failures_leave_nothing_and_name_their_cause() {
         // A disk without a file system: attached, but not mounted.
         let zeros = host.dir.path().join("zeros");
         std::fs::write(&zeros, vec![0; MIB]).unwrap();
-        let error =
-            client.attach_and_mount(request("c:1", &zeros), &host.mountpoint()).unwrap_err();
+        let error = client
+            .attach_and_mount(request("c:1", &zeros), &host.mountpoint(), MountRights::default())
+            .unwrap_err();
         assert!(matches!(error, ClientError::Step { what: "mount an ext4 at", .. }), "{error:?}");
-        assert!(client.attach_and_mount(host.request("d:1"), Path::new("/nonexistent")).is_err());
+        assert!(
+            client
+                .attach_and_mount(
+                    host.request("d:1"),
+                    Path::new("/nonexistent"),
+                    MountRights::default()
+                )
+                .is_err()
+        );
         assert_eq!(client.list().unwrap(), []);
         assert_eq!(client.stop().unwrap(), []);
         assert!(soon(|| !alive(client.pid())));

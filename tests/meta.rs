@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use crate::image::Images;
 use convert::child::Builder;
-use convert::meta::{MetaError, MetaImage, MetaImages, MetaOrigin, Plain, is_plain};
+use convert::meta::{MetaError, MetaImage, MetaImages, MetaOrigin, MetaTrust, Plain, is_plain};
 use convert::{ConvertOptions, Silent};
 use disk::image::host_manifest;
 use formats::oci::annotations::ARTIFACT_TYPE_TURBO;
 use formats::oci::manifest::media;
 use formats::oci::{Descriptor, ImageIndex, Manifest};
+use registry::signatures::Signers;
 use registry::store::{ImageStore, LayoutStore, Selector, StoredManifest};
 
 /// A layout, and a local store that is empty at first.
@@ -41,7 +42,9 @@ impl Host {
         let plain = Plain {
             store: &self.store(),
             tag: Some("latest"),
+            pinned: false,
             index,
+            indexes: &[],
             stored: &stored,
             manifest: &manifest,
         };
@@ -50,7 +53,8 @@ impl Host {
             disk_size: formats::units::Bytes(1 << 30),
             ..ConvertOptions::default()
         };
-        MetaImages { local, publish, options, builder: Builder::Here }.of(&plain, &Silent)
+        let (trust, signers, builder) = (MetaTrust::Verify, Signers::default(), Builder::Here);
+        MetaImages { local, publish, options, builder, trust, signers }.of(&plain, &Silent)
     }
 
     fn forget_local(&self) {
@@ -78,7 +82,8 @@ fn an_image_without_a_meta_image_gets_one_and_keeps_it() {
     assert!(
         LayoutStore::open(host.images.path()).unwrap().referrers(&host.plain().0.digest).is_ok()
     );
-    assert_eq!(files(&host.local.path().join("meta")), ["blobs", "index.json", "oci-layout"]);
+    let local = host.local.path().join("meta");
+    assert_eq!(files(&local), ["blobs", "built", "index.json", "oci-layout"]);
     assert_eq!(files(&host.images.path().join("blobs/sha256")).len(), 4);
 }
 

@@ -16,7 +16,7 @@ use crate::image::turbobd;
 use crate::machine::run;
 
 /// The pages whose claims are checked.
-const PAGES: [&str; 7] = [
+const PAGES: [&str; 8] = [
     "README.md",
     "ARCHITECTURE.md",
     "OPERATING.md",
@@ -24,6 +24,7 @@ const PAGES: [&str; 7] = [
     "CONTRIBUTING.md",
     "METRICS.md",
     "CONFIG.md",
+    "SECURITY.md",
 ];
 
 /// Folders of the repository whose files are named in backticks.
@@ -531,6 +532,31 @@ fn the_codes_and_states_of_the_protocol_are_those_of_the_types() {
         .map(|row| names(&row[0])[0].to_owned())
         .collect();
     assert_eq!(states, variants::<DeviceState>());
+}
+
+#[test]
+fn each_promise_of_security_names_tests_that_exist() {
+    let page = text("SECURITY.md");
+    let code: Vec<String> = ["src", "tests"]
+        .iter()
+        .flat_map(|folder| sources(&root().join(folder), "rs"))
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect();
+    let is_test = |name: &str| {
+        code.iter().any(|text| {
+            text.match_indices(&format!("fn {name}()"))
+                .any(|(at, _)| text[..at].trim_end().ends_with("#[test]"))
+        })
+    };
+    let rows = table(&page, &["who", "never", "held by"]);
+    assert!(rows.len() >= 15, "{} promises", rows.len());
+    for row in rows {
+        let tests = names(&row[2]);
+        assert!(!tests.is_empty(), "no test holds: {}", row[1]);
+        for test in tests {
+            assert!(is_test(test), "there is no test {test}, which holds: {}", row[1]);
+        }
+    }
 }
 
 #[test]

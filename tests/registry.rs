@@ -411,7 +411,7 @@ fn a_refusal_after_a_new_token_is_final_and_says_what_to_do() {
     let error = failure(&repository.blob(&Digest::of(&bytes), 1000).unwrap(), 1, 5);
     assert!(
         error.contains("was denied: DENIED told by the double")
-            && error.contains("-u USER:PASSWORD"),
+            && error.contains("-u USER --password-stdin"),
         "{error}"
     );
     assert_eq!((registry.count("/token"), registry.count("/blobs/")), (1, 2));

@@ -11,8 +11,10 @@
 //! chunk without room is decoded on the heap, served, and not kept. The memory of an evicted chunk that still
 //! has readers is freed when the last reader drops it.
 //!
-//! A blob is [opened](Cache::open) before its chunks are requested. Opening a blob of the same identity again
-//! gives the same one: two images with a common layer have it once.
+//! A blob is [opened](Cache::open) before its chunks are requested. Two images with a common layer have its chunks
+//! once, if both bring the same proof of their bytes; bytes that nothing proves are shared within one origin only
+//! (`identity`). The *way* to the bytes is never shared: each origin has a [`Blob`] of its own, with its own loads. The
+//! first load that has a chunk serves the waiters of all ways, but a way that fails, or is slow, fails and waits alone.
 //!
 //! Contents: `arena` the memory, `shard` the chunks under one lock, `queues` the order of eviction, `backlog`
 //! the chunks to load later, `heap` chunks without room in the arena, `resident` memory of open images outside the budget.
@@ -24,7 +26,7 @@ mod queues;
 mod resident;
 mod shard;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -35,17 +37,18 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::fetch::{
     Blob, CONNECTIONS, Claim, Delivery, FetchCounters, FetchOptions, Fetcher, FillOptions, Filling,
-    Flow, Key, WantedChunk,
+    Flow, Key, SharedChunk, WantedChunk,
 };
+use crate::identity::BlobIdentity;
 use crate::tier::Tiers;
 use arena::Arena;
 use backlog::Backlog;
 use heap::Heap;
 use queues::{Clock, Queues};
 pub use resident::Residents;
-use shard::{FoundChunk, Shard};
+use shard::{FoundChunk, LoadEnd, Shard};
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
-use source::{Class, MemoryBudget};
+use source::{Class, MemoryBudget, Origin};
 use threads::Counter;
 
 /// Callback of one request: called once, from any thread, with the chunk or the reason why there is none.
@@ -149,8 +152,8 @@ impl Cache {
         Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents, backlog, flows })
     }
 
-    /// Opens the blob whose chunks `source` makes; returns the open blob of the same identity if there is
-    /// one.
+    /// Opens the blob whose chunks `source` makes; returns the open blob of the same identity and origin if there
+    /// is one.
     #[must_use]
     pub fn open(&self, source: Arc<dyn ChunkSource>) -> Arc<Blob> {
         let mut blobs = self.chunks.blobs.lock();
@@ -191,7 +194,7 @@ impl Cache {
     /// True if the chunk is in memory.
     #[must_use]
     pub fn holds(&self, blob: &Blob, index: u32) -> bool {
-        let key = blob.key(index);
+        let key = blob.shared(index);
         self.chunks.shard(key).holds(key)
     }
 
@@ -269,7 +272,8 @@ impl ChunkBatch<'_> {
     ) -> Lookup {
         let chunks = &self.cache.chunks;
         let key = blob.key(index);
-        let found = chunks.shard(key).look_up(blob, (index, self.flow), &chunks.clock, waiter);
+        let found =
+            chunks.shard(key.chunk).look_up(blob, (index, self.flow), &chunks.clock, waiter);
         match found {
             FoundChunk::Held { bytes, first } => {
                 if first {
@@ -301,7 +305,7 @@ impl ChunkBatch<'_> {
     /// Loads those of `indices` that are neither in memory nor loading, without a waiter.
     pub fn prefetch(&mut self, blob: &Arc<Blob>, indices: Range<u32>) {
         for index in indices {
-            if self.cache.chunks.shard(blob.key(index)).claim(blob, index, self.flow) {
+            if self.cache.chunks.shard(blob.shared(index)).claim(blob, index, self.flow) {
                 self.want(blob, index, Class::Prefetch);
             }
         }
@@ -344,39 +348,56 @@ impl Drop for ChunkBatch<'_> {
 #[derive(Default)]
 struct Blobs {
     known: HashMap<Box<str>, Known>,
+    ways: HashMap<Origin, u32>,
     next: u32,
+    next_way: u32,
 }
 
 /// A blob that is open, or that has chunks left in memory.
 struct Known {
     number: u32,
-    blob: Weak<Blob>,
+    /// One a way.
+    open: Vec<Weak<Blob>>,
     held: Arc<AtomicU64>,
 }
 
 impl Blobs {
     fn open(&mut self, source: Arc<dyn ChunkSource>, tiers: &Tiers) -> Arc<Blob> {
-        if let Some(known) = self.known.get_mut(source.id()) {
-            if let Some(blob) = known.blob.upgrade() {
-                return blob;
-            }
-            let stored = tiers.blob(&*source);
-            let blob = Arc::new(Blob::new(known.number, source, stored, known.held.clone()));
-            known.blob = Arc::downgrade(&blob);
-            return blob;
-        }
         if self.known.len() >= MANY_BLOBS {
             self.known.retain(|_, known| {
-                known.blob.strong_count() > 0 || known.held.load(Ordering::Relaxed) > 0
+                known.open.iter().any(|blob| blob.strong_count() > 0)
+                    || known.held.load(Ordering::Relaxed) > 0
             });
         }
-        let (number, id) = (self.next, source.id().into());
-        self.next = self.next.wrapping_add(1);
-        let held = Arc::<AtomicU64>::default();
-        let stored = tiers.blob(&*source);
-        let blob = Arc::new(Blob::new(number, source, stored, held.clone()));
-        self.known.insert(id, Known { number, blob: Arc::downgrade(&blob), held });
-        blob
+        let way = self.way(source.blob().origin());
+        let known = self.known.entry(BlobIdentity::of(&*source).here.into());
+        let known = known.or_insert_with(|| {
+            let number = self.next;
+            self.next = self.next.wrapping_add(1);
+            Known { number, open: Vec::new(), held: Arc::default() }
+        });
+        known.open.retain(|blob| blob.strong_count() > 0);
+        let open = known.open.iter().filter_map(Weak::upgrade).find(|blob| blob.way() == way);
+        open.unwrap_or_else(|| {
+            let stored = tiers.blob(&*source);
+            let blob = Arc::new(Blob::new(known.number, way, source, stored, known.held.clone()));
+            known.open.push(Arc::downgrade(&blob));
+            blob
+        })
+    }
+
+    /// The number of an origin: the same as long as a blob of it is open.
+    fn way(&mut self, origin: Origin) -> u32 {
+        if self.ways.len() >= MANY_BLOBS && !self.ways.contains_key(&origin) {
+            let open = self.known.values().flat_map(|known| &known.open).filter_map(Weak::upgrade);
+            let used: HashSet<u32> = open.map(|blob| blob.way()).collect();
+            self.ways.retain(|_, way| used.contains(way));
+        }
+        *self.ways.entry(origin).or_insert_with(|| {
+            let way = self.next_way;
+            self.next_way = self.next_way.wrapping_add(1);
+            way
+        })
     }
 }
 
@@ -428,7 +449,7 @@ impl Chunks {
         self.shards[number].lock()
     }
 
-    fn shard(&self, key: Key) -> MutexGuard<'_, Shard> {
+    fn shard(&self, key: SharedChunk) -> MutexGuard<'_, Shard> {
         self.lock(self.hasher.hash_one(key) as usize % SHARDS)
     }
 
@@ -469,8 +490,8 @@ impl Delivery for Chunks {
     }
 
     fn claim(&self, blob: &Blob, chunk: u32) -> Claim {
-        let mut shard = self.shard(blob.key(chunk));
-        match shard.peek(blob.key(chunk)) {
+        let mut shard = self.shard(blob.shared(chunk));
+        match shard.peek(blob.shared(chunk)) {
             Some(bytes) => Claim::Held(bytes),
             None if shard.claim(blob, chunk, Flow::default()) => Claim::Claimed,
             None => Claim::Loading,
@@ -478,23 +499,25 @@ impl Delivery for Chunks {
     }
 
     fn abandon(&self, key: Key) -> bool {
-        self.shard(key).abandon(key)
+        self.shard(key.chunk).abandon(key)
     }
 
     fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>) {
         if result.is_err() {
             self.errors.add(1);
         }
-        let kept = result.as_ref().ok().filter(|bytes| bytes.held() > 0);
-        if let Some(bytes) = kept {
-            self.held.fetch_add(bytes.held(), Ordering::Relaxed);
-        }
-        // Into the queues first: a chunk that is only in a shard could never be evicted.
-        let main = kept.is_some_and(|bytes| {
-            let flow = self.shard(key).flow(key);
-            self.queues().insert(key, flow, bytes.held(), &self.clock)
-        });
-        let waiters = self.shard(key).end_load(key, kept.cloned(), self.clock.now(), main);
+        let end = match &result {
+            Ok(bytes) if bytes.held() > 0 && self.shard(key.chunk).arrive(key) => {
+                self.held.fetch_add(bytes.held(), Ordering::Relaxed);
+                let flow = self.shard(key.chunk).flow(key);
+                // Into the queues first: a chunk that is only in a shard could never be evicted.
+                let main = self.queues().insert(key.chunk, flow, bytes.held(), &self.clock);
+                LoadEnd::Kept { bytes: bytes.clone(), came: self.clock.now(), main }
+            }
+            Ok(_) => LoadEnd::Served,
+            Err(_) => LoadEnd::Failed,
+        };
+        let waiters = self.shard(key.chunk).end_load(key, end);
         for waiter in waiters {
             let result = result.clone();
             if catch_unwind(AssertUnwindSafe(|| waiter(result))).is_err() {
@@ -504,7 +527,11 @@ impl Delivery for Chunks {
     }
 
     fn is_awaited(&self, key: Key) -> bool {
-        self.shard(key).is_awaited(key)
+        self.shard(key.chunk).is_awaited(key)
+    }
+
+    fn is_loading(&self, key: Key) -> bool {
+        self.shard(key.chunk).is_loading(key)
     }
 }
 

@@ -30,6 +30,7 @@
 //! * [`queue`]   wanted chunks, and their division into requests
 //! * `recent`    the last failures of a blob
 //! * [`fill`]    whole layers, with spare capacity
+//! * [`front`]   a blob from front to end
 //! * `pace`      priority of demand over the fill
 //! * `crew`      the fetch threads
 //! * `run`       the buffers of one request
@@ -42,6 +43,7 @@ mod crew;
 pub mod depth;
 mod fair;
 pub mod fill;
+pub mod front;
 mod inflate;
 mod pace;
 pub mod queue;
@@ -59,11 +61,12 @@ use crate::tier::TierKind;
 use source::chunk::{ChunkBytes, ChunkError, Room};
 use source::{Class, SourceError};
 
-pub use blob::{Blob, Key};
+pub use blob::{Blob, Key, SharedChunk};
 use crew::Crew;
 pub(crate) use crew::MOST_BYTES;
 pub use fair::Flow;
 pub use fill::{FillOptions, FillProgress, Filling};
+pub use front::WholeBlob;
 use inflate::{DecodeJob, Input, Workers};
 use pace::Pace;
 pub use queue::WantedChunk;
@@ -90,11 +93,14 @@ pub trait Delivery: Send + Sync {
     /// delivered.
     fn abandon(&self, key: Key) -> bool;
 
-    /// Ends the load of a chunk and calls its waiters.
+    /// Ends the load of a chunk and calls its waiters: with bytes those of all ways, with an error those of its own.
     fn deliver(&self, key: Key, result: Result<Arc<ChunkBytes>, Arc<ChunkError>>);
 
-    /// True if a chunk that was wanted ahead of time has a waiter.
+    /// True if a chunk that was wanted ahead of time has a waiter of this way.
     fn is_awaited(&self, key: Key) -> bool;
+
+    /// True if a chunk is still wanted this way: no other way has brought it meanwhile.
+    fn is_loading(&self, key: Key) -> bool;
 }
 
 /// Answer to [`Delivery::claim`].
@@ -159,6 +165,10 @@ pub struct FetchCounters {
     pub filled: Counter,
     /// Encoded bytes of those.
     pub filled_bytes: Counter,
+    /// Blobs without a table of checksums that were fetched whole and have their digest.
+    pub whole_blobs: Counter,
+    /// Blobs that were fetched whole and have another digest.
+    pub whole_wrong: Counter,
     /// Time from a request to its first byte.
     pub first_byte: Histogram,
     /// Time from a request to its last byte.

@@ -10,6 +10,7 @@
 //! * [`fetch`]     from wanted chunks to range requests to decode threads; read-ahead and background fill
 //! * [`trace`]     what a start reads: recorded, kept, and fetched ahead at the next start
 //! * [`histogram`] durations, counted
+//! * [`identity`]  the name under which chunks are shared: what proves them, or who answers for them
 //!
 //! ```
 //! use std::sync::Arc;
@@ -21,6 +22,7 @@
 pub mod cache;
 pub mod fetch;
 pub mod histogram;
+pub mod identity;
 pub mod tier;
 pub mod trace;
 

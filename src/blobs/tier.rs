@@ -5,7 +5,8 @@
 //! (`gzipCacheConfig`) keeps the decoded bytes, about three times as large and ready to be read; they are
 //! verified by their CRC-32. For an image without checksums, the tier's own are compared.
 //!
-//! Each blob has a sparse file, named by its digest and by its division into chunks. Every chunk has a place
+//! Each blob has a sparse file, named by what proves its chunks, or by the origin that answers for them
+//! (`identity`): no image decides what another reads. Every chunk has a place
 //! in it that follows from its number, in whole pages that no other chunk shares. Beside it is a [presence
 //! map](presence). Each chunk is evicted alone, by punching a hole, and the capacity is a hard limit on the
 //! size of the files.
@@ -64,6 +65,7 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 use thiserror::Error;
 
+use crate::identity::{self, BlobIdentity};
 use presence::Subject;
 use source::chunk::ChunkSource;
 use state::TierShared;
@@ -238,6 +240,8 @@ pub struct StoredBlob {
     pub encoded: Option<TierBlob>,
     /// Decoded chunks.
     pub decoded: Option<TierBlob>,
+    /// Encoded chunks of the whole blob, whose digest was compared: of any origin.
+    pub whole: Option<TierBlob>,
     /// Tier for new chunks of it: each chunk is kept once.
     pub target: Option<TierKind>,
 }
@@ -254,13 +258,14 @@ impl Tiers {
         let file = |tier: &Option<Arc<Tier>>| tier.as_ref().and_then(|tier| tier.file(source));
         let encoded = file(&self.encoded).filter(|_| !local);
         let decoded = file(&self.decoded);
+        let whole = self.encoded.as_ref().filter(|_| !local).and_then(|tier| tier.whole(source));
         let target = match (&encoded, &decoded) {
             (_, Some(_)) if source.is_costly() => Some(TierKind::Decoded),
             (Some(_), _) => Some(TierKind::Encoded),
             (None, Some(_)) => Some(TierKind::Decoded),
             (None, None) => None,
         };
-        StoredBlob { encoded, decoded, target }
+        StoredBlob { encoded, decoded, whole, target }
     }
 }
 
@@ -268,7 +273,13 @@ impl StoredBlob {
     /// True if a chunk is there, in either form.
     #[must_use]
     pub fn has(&self, chunk: u32) -> bool {
-        [&self.decoded, &self.encoded].into_iter().flatten().any(|stored| stored.has(chunk))
+        let files = [&self.decoded, &self.encoded, &self.whole];
+        files.into_iter().flatten().any(|stored| stored.has(chunk))
+    }
+
+    /// The files with encoded chunks, the better verified first.
+    pub fn all_encoded(&self) -> impl Iterator<Item = &TierBlob> {
+        [&self.whole, &self.encoded].into_iter().flatten()
     }
 
     /// The tier for new chunks of the blob.
@@ -318,8 +329,10 @@ impl Tier {
         opening::read_directory(&shared).map_err(io("read"))?;
         let own = shared.clone();
         let name = format!("tier-{}", kind.name());
-        let writer =
-            std::thread::Builder::new().name(name).spawn(move || writer::run(own, receiver));
+        let writer = std::thread::Builder::new().name(name).spawn(move || {
+            sys::privilege::become_clerk();
+            writer::run(own, receiver);
+        });
         let writer = Mutex::new(Some(writer.map_err(io("start the writer of"))?));
         Ok(Self { shared, writer, _lock: lock })
     }
@@ -360,20 +373,35 @@ impl Tier {
         self.shared.queued()
     }
 
-    /// The file for the chunks of `source`. `None` when they have no permanent name: only a digest is one.
+    /// The file for the chunks of `source`. It belongs to all blobs with the same proof; without one, to those of the
+    /// same origin that have the same name. `None` when they have no permanent name: only a digest is one.
     #[must_use]
     pub fn file(&self, source: &dyn ChunkSource) -> Option<TierBlob> {
-        let id = source.id();
-        let has_digest = id
+        let has_digest = source
+            .id()
             .split(['#', ':'])
             .any(|part| part.len() == 64 && part.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        if !has_digest {
+            return None;
+        }
+        self.file_of(source, BlobIdentity::of(source).lasting)
+    }
+
+    /// The file for the chunks of `source` as those of a whole blob whose digest was compared, whatever its origin. `None`
+    /// for a blob that brings a proof itself.
+    #[must_use]
+    pub fn whole(&self, source: &dyn ChunkSource) -> Option<TierBlob> {
+        self.file_of(source, identity::of_whole(source)?)
+    }
+
+    fn file_of(&self, source: &dyn ChunkSource, id: String) -> Option<TierBlob> {
         let len = match self.shared.kind {
             TierKind::Encoded => source.blob().len(),
             TierKind::Decoded => source.decoded_len(),
         };
         let (kind, chunks) = (self.shared.kind, source.chunk_count());
-        let subject = Subject { kind, id: id.to_owned(), len, chunks };
-        if !has_digest || !subject.fits() {
+        let subject = Subject { kind, id, len, chunks };
+        if !subject.fits() {
             return None;
         }
         let file = self.shared.register(&subject);
@@ -466,6 +494,11 @@ impl TierBlob {
     /// Forgets a chunk that turned out to be wrong after it was read.
     pub fn forget(&self, chunk: u32) {
         self.shared.forget(self.file, chunk, "it does not decode");
+    }
+
+    /// Gives up a chunk that is kept elsewhere now.
+    pub fn release(&self, chunk: u32) {
+        self.shared.release(self.file, chunk);
     }
 
     /// Offers a verified chunk that begins at byte `start` of the blob or its decoded bytes. False when it is

@@ -52,6 +52,6 @@ pub fn blob_name(source: &dyn ChunkSource) -> Digest {
 /// gets the digest of its path, size and time: the same file keeps its name, a changed one does not.
 #[must_use]
 pub fn digest_of(id: &str) -> Digest {
-    let named = id.find("sha256:").and_then(|at| id.get(at..at + 71)?.parse().ok());
-    named.unwrap_or_else(|| Digest::of(id.split('#').next().unwrap_or(id).as_bytes()))
+    crate::identity::claimed(id)
+        .unwrap_or_else(|| Digest::of(id.split('#').next().unwrap_or(id).as_bytes()))
 }

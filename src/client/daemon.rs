@@ -1,8 +1,8 @@
 //! Client of the daemon: finds a daemon, or starts one, and sends it requests.
 
-use std::fs::{DirBuilder, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -16,7 +16,7 @@ use source::failure::with_causes;
 
 use crate::connection::Connection;
 use crate::error::{ClientError, Fault, step};
-use crate::mounts;
+use crate::mounts::{self, MountRights};
 use crate::protocol::{
     DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request, VERSION,
     find, socket,
@@ -61,6 +61,7 @@ impl DaemonClient {
                 return Err(ClientError::Socket { what: "connect to", socket: path, source });
             }
         };
+        trust(&stream).map_err(step("trust the daemon at", &path))?;
         let mut connection = Connection::new(stream, path.clone());
         // An ending daemon closes without an answer: it counts as none.
         if connection.send(&Request::Version).is_err() {
@@ -90,11 +91,7 @@ impl DaemonClient {
         run_dir: &Path,
         command: impl Fn() -> Command,
     ) -> Result<Self, ClientError> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(run_dir)
-            .map_err(step("create", run_dir))?;
+        sys::private::folder(run_dir).map_err(step("use", run_dir))?;
         // The lock lets one client after the other pass, so that only one of them starts a daemon.
         let lock = run_dir.join("spawn.lock");
         let file =
@@ -165,12 +162,13 @@ impl DaemonClient {
         &mut self,
         request: DeviceSpec,
         dir: &Path,
+        rights: MountRights,
     ) -> Result<(DeviceRecord, Option<String>), ClientError> {
         // First the steps that need no device.
         let dir = std::fs::canonicalize(dir).map_err(step("find the mount point", dir))?;
         let (mut device, note) = self.attach(request)?;
         let start = Instant::now();
-        if let Err(error) = mounts::mount_image(&device.device, &dir) {
+        if let Err(error) = mounts::mount_image(&device.device, &dir, rights) {
             // The mount's error is the one to return.
             if let Err(left) = self.done(&Request::Detach { id: device.id }) {
                 let left = with_causes(&left);
@@ -299,6 +297,16 @@ impl DaemonClient {
             other => Err(self.unexpected(&other)),
         }
     }
+}
+
+/// Refuses a daemon of another user: it would be told credentials, and its devices would be mounted.
+fn trust(stream: &UnixStream) -> io::Result<()> {
+    let uid = rustix::net::sockopt::socket_peercred(stream)?.uid;
+    if uid.is_root() || uid == rustix::process::geteuid() {
+        return Ok(());
+    }
+    let why = format!("its server runs as the user {}", uid.as_raw());
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
 }
 
 /// The reply to [`Request::Stop`], as far as it is the same in all versions.

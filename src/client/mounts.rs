@@ -14,20 +14,39 @@ use crate::error::{ClientError, step};
 /// First bytes of an erofs superblock, little-endian `0xE0F5_E1E2`, 1024 bytes into the device.
 const EROFS_MAGIC: [u8; 4] = [0xe2, 0xe1, 0xf5, 0xe0];
 
+/// What files of an image may do on this host, besides being read and run. Both are off unless asked for: the author of an
+/// image writes a program that is setuid root, or the node of any device, as easily as a text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MountRights {
+    /// Programs get the user, the group and the capabilities that their files name.
+    pub suid: bool,
+    /// Device nodes are devices.
+    pub dev: bool,
+}
+
+impl MountRights {
+    fn flags(self) -> MountFlags {
+        let mut flags = MountFlags::empty();
+        flags.set(MountFlags::NOSUID, !self.suid);
+        flags.set(MountFlags::NODEV, !self.dev);
+        flags
+    }
+}
+
 /// Mounts the file system on a device: erofs if its superblock says so, else ext4 ([`mount_ext4`]).
 ///
 /// # Errors
 /// Returns [`ClientError::Step`].
-pub fn mount_image(device: &Path, dir: &Path) -> Result<(), ClientError> {
+pub fn mount_image(device: &Path, dir: &Path, rights: MountRights) -> Result<(), ClientError> {
     let mut magic = [0; 4];
     let read = std::fs::File::open(device).and_then(|file| file.read_exact_at(&mut magic, 1024));
     read.map_err(step("read", device))?;
     if magic == EROFS_MAGIC {
-        return mount(device, dir, "erofs", MountFlags::RDONLY, None)
+        return mount(device, dir, "erofs", MountFlags::RDONLY | rights.flags(), None)
             .map_err(io::Error::from)
             .map_err(step("mount an erofs at", dir));
     }
-    mount_ext4(device, dir)
+    mount_ext4(device, dir, rights)
 }
 
 /// Mounts the ext4 of a device: read-only if the device is.
@@ -38,13 +57,13 @@ pub fn mount_image(device: &Path, dir: &Path) -> Result<(), ClientError> {
 ///
 /// # Errors
 /// Returns [`ClientError::Step`].
-pub fn mount_ext4(device: &Path, dir: &Path) -> Result<(), ClientError> {
+pub fn mount_ext4(device: &Path, dir: &Path, rights: MountRights) -> Result<(), ClientError> {
     let (flags, options) = if is_writable(device).map_err(step("examine", device))? {
         (MountFlags::empty(), c"errors=remount-ro,discard")
     } else {
         (MountFlags::RDONLY, c"noload,errors=continue")
     };
-    mount(device, dir, "ext4", flags, options)
+    mount(device, dir, "ext4", flags | rights.flags(), options)
         .map_err(io::Error::from)
         .map_err(step("mount an ext4 at", dir))
 }

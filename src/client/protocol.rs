@@ -232,6 +232,14 @@ pub struct BlobRecord {
     pub blob: String,
     /// Its source, for display.
     pub source: String,
+    /// What verifies its chunks: `table`, a SHA-256 of each; `blob`, the digest of the whole blob, which was fetched to its
+    /// end; `checksum`, which finds damage and proves nothing; or `nothing`.
+    #[serde(default)]
+    pub verified_by: String,
+    /// What images must have in common to share its chunks: that table or blob, by its digest, or else the origin of its
+    /// bytes.
+    #[serde(default)]
+    pub shared_by: String,
     /// The host that was asked for it last; `None`: it is near.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub host: Option<String>,

@@ -18,13 +18,16 @@ pub struct ImageSpec {
     /// Push a meta image that is built for a plain image beside it, as a referrer.
     #[serde(default)]
     pub publish: bool,
+    /// Repository of the original layers, if the image says that they are there; `None`: its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
 }
 
 /// Name of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ImageSource {
-    /// `[host[:port]/]name[:tag|@digest]`, or `oci:DIR[:TAG]`.
+    /// `[host[:port]/]name[:tag|@digest]`, or `oci:DIR[:TAG|@DIGEST]`.
     Reference(String),
     /// Path of an overlaybd device config (`config.v1.json`).
     DeviceConfig(PathBuf),
@@ -44,7 +47,13 @@ impl ImageSpec {
     }
 
     fn new(source: ImageSource) -> Self {
-        Self { source, registry: RegistrySpec::default(), meta_dir: None, publish: false }
+        Self {
+            source,
+            registry: RegistrySpec::default(),
+            meta_dir: None,
+            publish: false,
+            origin: None,
+        }
     }
 
     /// Name of the image in listings and messages.

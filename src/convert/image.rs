@@ -291,6 +291,49 @@ pub fn convert_image(
     Ok(formats)
 }
 
+/// A TurboOCI layer that is not part of an image.
+pub struct MadeLayer {
+    /// Its descriptor, with the annotations.
+    pub descriptor: Descriptor,
+    /// The layer archive.
+    pub archive: Vec<u8>,
+}
+
+/// Converts these layers of `store`, lowest first, to TurboOCI layers on an empty disk, and reads all of them.
+///
+/// # Errors
+/// [`ConvertError`] with the layer.
+pub fn convert_layers(
+    store: &dyn ImageStore,
+    layers: &[Descriptor],
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<Vec<MadeLayer>, ConvertError> {
+    let sources: Vec<Digest> = layers.iter().map(|layer| layer.digest).collect();
+    let uuids = layer_uuids(&sources);
+    let below = Below { layers: Vec::new(), covered: 0 };
+    let known = KnownLayers::default();
+    let mut tracks = vec![Track::new(ImageFormat::Turbo, options, &below, &sources, &known)];
+    LayerSequence { store, layers, uuids: &uuids, options, progress }
+        .convert(&below, &mut tracks)?;
+    let types = Types::of(ImageFormat::Turbo, options);
+    let mut made = Vec::with_capacity(layers.len());
+    for track in &mut tracks {
+        let done = track.done().map_err(|(number, error)| ConvertError::Layer {
+            number,
+            digest: sources[number],
+            source: Box::new(error),
+        })?;
+        for (source, layer) in layers.iter().zip(done) {
+            let descriptor = layer_descriptor(source, &layer, ImageFormat::Turbo, types);
+            if let LayerBlob::Bytes(archive) = layer.blob {
+                made.push(MadeLayer { descriptor, archive });
+            }
+        }
+    }
+    Ok(made)
+}
+
 /// The converted layers below those of this conversion.
 type Below = Base;
 

@@ -29,6 +29,7 @@
 //! * [`child`]    a meta image that is built in a process of its own, within limits
 //! * [`image`]    a manifest and its layers → a converted manifest
 //! * [`index`]    images of many platforms; skipped entries; publishing
+//! * [`compare`]  a meta image and the layers that it names
 //! * [`meta`]     the meta image of a plain image: found, or built and kept
 //! * [`progress`] receiver of progress reports
 //! * `zfile_parallel` a ZFile that is written by all cores
@@ -49,6 +50,7 @@ pub mod apply;
 pub mod base;
 pub mod chain;
 pub mod child;
+pub mod compare;
 pub mod image;
 pub mod index;
 pub mod layer;

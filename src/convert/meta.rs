@@ -18,6 +18,18 @@
 //! A found image must match: each of its layers names the plain layer with its data, and all of them must be
 //! the plain image's layers in their order. A tag that has moved, or an index that lists another build, is
 //! skipped.
+//!
+//! That it matches is its own claim. Whether it is used at all is decided by the policy of the host, by what the user's
+//! reference names, and by who vouches for the image ([`trust`]): a reference by digest shows exactly what the layers
+//! contain. What is found and not used is reported with the result, and the image is built.
+//!
+//! * [`trust`]  the policy, as a table
+//! * `places`   the places above
+//! * `built`    records of what this host has built
+
+mod built;
+mod places;
+pub mod trust;
 
 use std::fs::File;
 use std::io;
@@ -31,12 +43,13 @@ use crate::child::{self, Builder, Built, ChildError, meta_options};
 use crate::image::convert_image;
 use crate::{ConvertError, ConvertOptions, KnownLayers, Progress};
 use formats::oci::annotations::{ARTIFACT_TYPE_TURBO, LayerKind};
-use formats::oci::{Descriptor, Digest, Document, ImageIndex, Manifest};
+use formats::oci::{Descriptor, Digest, ImageIndex, Manifest};
+pub use places::TAG_SUFFIXES;
+use places::{MetaCandidate, candidates};
+use registry::signatures::Signers;
 use registry::store::referrers::{self, fallback_tag};
-use registry::store::{ImageStore, LayoutStore, Selector, StoreError, StoredManifest};
-
-/// Usual suffixes of a tag for the converted form: those of upstream's documentation and of this program's.
-pub const TAG_SUFFIXES: [&str; 3] = ["_turbo", "-turbo", "_obd"];
+use registry::store::{ImageStore, LayoutStore, StoreError, StoredManifest};
+pub use trust::{MetaPlace, MetaReason, MetaTrust, NamedImage};
 
 /// Reasons why a plain image has no meta image.
 #[derive(Debug, Error)]
@@ -86,6 +99,8 @@ pub struct MetaImage {
     pub manifest: Manifest,
     /// Its origin.
     pub found: MetaOrigin,
+    /// Why it is used.
+    pub reason: MetaReason,
 }
 
 /// A requested plain image.
@@ -94,8 +109,12 @@ pub struct Plain<'a> {
     pub store: &'a Arc<dyn ImageStore>,
     /// The requested tag, if any.
     pub tag: Option<&'a str>,
+    /// True if the user's own reference is a digest. A digest that a program got for the user's tag is none.
+    pub pinned: bool,
     /// The index from which its manifest was chosen, if any.
     pub index: Option<&'a ImageIndex>,
+    /// Digests of that index and of those above it, the named one first.
+    pub indexes: &'a [Digest],
     /// Its manifest as stored.
     pub stored: &'a StoredManifest,
     /// The parsed manifest.
@@ -109,6 +128,12 @@ pub fn is_plain(manifest: &Manifest) -> bool {
         && manifest.layers.iter().all(|layer| matches!(LayerKind::of(layer), Ok(LayerKind::Plain)))
 }
 
+/// True if a manifest has a layer whose data is elsewhere: then it is a meta image, or a mixture with one.
+#[must_use]
+pub fn is_meta(manifest: &Manifest) -> bool {
+    manifest.layers.iter().any(|layer| matches!(LayerKind::of(layer), Ok(LayerKind::Turbo { .. })))
+}
+
 /// Search and building of meta images on this host.
 #[derive(Clone, Debug)]
 pub struct MetaImages {
@@ -120,6 +145,10 @@ pub struct MetaImages {
     pub options: ConvertOptions,
     /// The place of the conversion.
     pub builder: Builder,
+    /// Which found images are used.
+    pub trust: MetaTrust,
+    /// The keys whose signatures count.
+    pub signers: Signers,
 }
 
 impl MetaImages {
@@ -130,45 +159,61 @@ impl MetaImages {
     /// built.
     pub fn of(&self, plain: &Plain<'_>, progress: &dyn Progress) -> Result<MetaImage, MetaError> {
         if let Some(image) = self.find(plain) {
-            tracing::info!(found = ?image.found, digest = %image.stored.digest, "meta image");
+            let MetaImage { found, reason, stored, .. } = &image;
+            tracing::info!(?found, %reason, digest = %stored.digest, "meta image");
             if self.publish && image.found == MetaOrigin::Local {
                 publish(plain, &image).map_err(|error| MetaError::Keep(Box::new(error)))?;
             }
             return Ok(image);
         }
-        let keep = |error| MetaError::Keep(Box::new(error));
-        let store = LayoutStore::open_or_create(&self.local).map_err(keep)?;
+        self.build_from(plain, &**plain.store, progress)
+    }
+
+    /// The meta image that this host builds for `plain`, or has built before. Its layers are read from `from`.
+    ///
+    /// # Errors
+    /// [`MetaError`].
+    pub fn build_from(
+        &self,
+        plain: &Plain<'_>,
+        from: &dyn ImageStore,
+        progress: &dyn Progress,
+    ) -> Result<MetaImage, MetaError> {
+        let store = LayoutStore::open_or_create(&self.local)
+            .map_err(|error| MetaError::Keep(Box::new(error)))?;
         // Waits for another process that builds the same image; then the image is present.
         let _lock = Lock::take(&self.local, &plain.stored.digest)
             .map_err(|source| MetaError::Local { dir: self.local.clone(), source })?;
-        match self.in_local_store(plain) {
-            Some(image) => Ok(image),
-            None => self.build(plain, &(Arc::new(store) as Arc<dyn ImageStore>), progress),
+        match places::in_local_store(plain, &self.local) {
+            Some(candidate) if candidate.place == MetaPlace::Built => {
+                Ok(MetaImage::of(candidate, MetaReason::Built))
+            }
+            _ => self.build(plain, from, &(Arc::new(store) as _), progress),
         }
     }
 
+    /// The first meta image that may be used.
     fn find(&self, plain: &Plain<'_>) -> Option<MetaImage> {
-        self.in_local_store(plain)
-            .or_else(|| in_index(plain))
-            .or_else(|| among_referrers(plain))
-            .or_else(|| by_tag(plain))
-    }
-
-    fn in_local_store(&self, plain: &Plain<'_>) -> Option<MetaImage> {
-        if !self.local.join("index.json").exists() {
-            return None;
+        for candidate in candidates(plain, &self.local) {
+            let signed = || candidate.signed(&self.signers);
+            match self.trust.reason(candidate.named, candidate.place, signed) {
+                Some(reason) => return Some(MetaImage::of(candidate, reason)),
+                None => tracing::warn!(
+                    found = ?candidate.found,
+                    digest = %candidate.stored.digest,
+                    "A meta image of {} is not used: no key of turbobd.metaKeys has signed it, and turbobd.metaTrust is {}",
+                    plain.stored.digest,
+                    self.trust
+                ),
+            }
         }
-        let store = LayoutStore::open(&self.local)
-            .inspect_err(|error| tracing::warn!(%error, "The local store is skipped"))
-            .ok()?;
-        let store: Arc<dyn ImageStore> = Arc::new(store);
-        let stored = store.manifest(&Selector::Tag(fallback_tag(&plain.stored.digest))).ok()?;
-        fitting(plain, &store, stored, MetaOrigin::Local)
+        None
     }
 
     fn build(
         &self,
         plain: &Plain<'_>,
+        from: &dyn ImageStore,
         store: &Arc<dyn ImageStore>,
         progress: &dyn Progress,
     ) -> Result<MetaImage, MetaError> {
@@ -180,14 +225,14 @@ impl MetaImages {
         let built = match &self.builder {
             Builder::Here => {
                 let (options, known) = (meta_options(&self.options), KnownLayers::default());
-                let built = convert_image(&**plain.store, plain.stored, &options, &known, progress)
+                let built = convert_image(from, plain.stored, &options, &known, progress)
                     .map_err(|error| MetaError::Build(Box::new(error)))?;
                 let built = built.turbo.ok_or_else(unfit)?;
                 built.put_blobs(&**store).map_err(keep)?;
                 Built { media_type: built.media_type.to_owned(), bytes: built.manifest }
             }
             Builder::Child(program) => {
-                child::build(program, &**plain.store, plain.stored, plain.manifest, &**store)
+                child::build(program, from, plain.stored, plain.manifest, &**store)
                     .map_err(|error| MetaError::Child(Box::new(error)))?
             }
         };
@@ -195,7 +240,11 @@ impl MetaImages {
         let tag = fallback_tag(&plain.stored.digest);
         store.put_manifest(Some(&tag), &media_type, &bytes).map_err(keep)?;
         let stored = StoredManifest { media_type, digest: Digest::of(&bytes), bytes };
-        let image = fitting(plain, store, stored, MetaOrigin::Built).ok_or_else(unfit)?;
+        let manifest = places::fits(plain, &stored).ok_or_else(unfit)?;
+        built::keep(&self.local, &plain.stored.digest, &stored.digest)
+            .map_err(|source| MetaError::Local { dir: self.local.clone(), source })?;
+        let (store, found, reason) = (store.clone(), MetaOrigin::Built, MetaReason::Built);
+        let image = MetaImage { store, stored, manifest, found, reason };
         if self.publish {
             publish(plain, &image).map_err(keep)?;
         }
@@ -224,60 +273,11 @@ impl Drop for Lock {
     }
 }
 
-/// A manifest as a meta image of `plain`, if it matches.
-fn fitting(
-    plain: &Plain<'_>,
-    store: &Arc<dyn ImageStore>,
-    stored: StoredManifest,
-    found: MetaOrigin,
-) -> Option<MetaImage> {
-    let Ok(Document::Manifest(manifest)) = Document::parse(&stored.bytes, Some(&stored.media_type))
-    else {
-        return None;
-    };
-    let targets = manifest.layers.iter().map(|layer| match LayerKind::of(layer) {
-        Ok(LayerKind::Turbo { target, .. }) => Some(target),
-        _ => None,
-    });
-    let fits = targets.eq(plain.manifest.layers.iter().map(|layer| Some(layer.digest)));
-    fits.then(|| MetaImage { store: store.clone(), stored, manifest, found })
-}
-
-/// Examines the entries of an index that have the artifact type of a meta image.
-fn among(plain: &Plain<'_>, entries: &[Descriptor], found: MetaOrigin) -> Option<MetaImage> {
-    let turbo = entries.iter().filter(|entry| {
-        entry.artifact_type.as_deref() == Some(ARTIFACT_TYPE_TURBO)
-            && entry.digest != plain.stored.digest
-    });
-    turbo
-        .filter_map(|entry| plain.store.manifest(&Selector::Digest(entry.digest)).ok())
-        .find_map(|stored| fitting(plain, plain.store, stored, found))
-}
-
-fn in_index(plain: &Plain<'_>) -> Option<MetaImage> {
-    among(plain, &plain.index?.manifests, MetaOrigin::Index)
-}
-
-fn among_referrers(plain: &Plain<'_>) -> Option<MetaImage> {
-    let listed = referrers::list(&**plain.store, &plain.stored.digest)
-        .inspect_err(|error| tracing::debug!(%error, "The referrers cannot be listed"))
-        .ok()?;
-    among(plain, &listed, MetaOrigin::Referrer)
-}
-
-fn by_tag(plain: &Plain<'_>) -> Option<MetaImage> {
-    let tag = plain.tag?;
-    TAG_SUFFIXES.iter().find_map(|suffix| {
-        let stored = plain.store.manifest(&Selector::Tag(format!("{tag}{suffix}"))).ok()?;
-        let stored = match Document::parse(&stored.bytes, Some(&stored.media_type)).ok()? {
-            Document::Manifest(_) => stored,
-            Document::Index(index) => {
-                let host = index.select(&formats::oci::Platform::host()).ok()?.digest;
-                plain.store.manifest(&Selector::Digest(host)).ok()?
-            }
-        };
-        fitting(plain, plain.store, stored, MetaOrigin::Tag)
-    })
+impl MetaImage {
+    fn of(candidate: MetaCandidate, reason: MetaReason) -> Self {
+        let MetaCandidate { store, stored, manifest, found, .. } = candidate;
+        Self { store, stored, manifest, found, reason }
+    }
 }
 
 /// Pushes an image built here as a referrer of the plain image.

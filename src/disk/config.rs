@@ -16,6 +16,7 @@ mod upper;
 
 use std::cell::RefCell;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -272,7 +273,10 @@ pub fn tell_result(path: &Path, outcome: Result<(), &str>) {
         Ok(()) => "success".to_owned(),
         Err(reason) => format!("failed:{reason}"),
     };
-    if let Err(error) = fs::write(folder.join(name), result) {
+    let options = fs::OpenOptions::new().write(true).create(true).truncate(true).clone();
+    let written = sys::private::open(&folder.join(name), &options)
+        .and_then(|mut file| file.write_all(result.as_bytes()));
+    if let Err(error) = written {
         tracing::warn!(%error, "The result file {name} of {} cannot be written", path.display());
     }
 }

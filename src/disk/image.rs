@@ -15,6 +15,7 @@ use super::config::TargetOpener;
 use super::{Disk, DiskError, DiskLayer, LayerData};
 use crate::resident::read_within;
 use blobs::cache::Cache;
+use blobs::identity::Verification;
 use blobs::trace;
 use formats::archive::{self, EROFS_META_NAME, FS_META_NAME};
 use formats::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
@@ -161,6 +162,9 @@ pub struct LayerInfo {
     pub target: Option<TargetInfo>,
     /// Mappings in the layer's index.
     pub mappings: usize,
+    /// What verifies its file data. Its own metadata, in a `turbo` layer, is verified by its digest.
+    #[serde(flatten)]
+    pub data: Verification,
 }
 
 /// The original layer of a `TurboOCI` layer.
@@ -198,6 +202,8 @@ pub struct HostManifest {
     pub manifest: Manifest,
     /// The index from which it was chosen, if any.
     pub index: Option<ImageIndex>,
+    /// Digests of the indexes on the way to it: the named one first, the one from which it was chosen last.
+    pub indexes: Vec<Digest>,
 }
 
 /// The manifest of an image for this host, chosen from an index if needed.
@@ -210,6 +216,7 @@ pub fn choose_manifest(
 ) -> Result<HostManifest, ImageError> {
     let mut stored = store.manifest(selector)?;
     let mut chosen_from = None;
+    let mut indexes = Vec::new();
     loop {
         let document = |source| ImageError::Document {
             store: store.name().to_owned(),
@@ -218,10 +225,11 @@ pub fn choose_manifest(
         };
         match Document::parse(&stored.bytes, Some(&stored.media_type)).map_err(document)? {
             Document::Manifest(manifest) => {
-                return Ok(HostManifest { stored, manifest, index: chosen_from });
+                return Ok(HostManifest { stored, manifest, index: chosen_from, indexes });
             }
             Document::Index(index) => {
                 let digest = index.select(&Platform::host()).map_err(document)?.digest;
+                indexes.push(stored.digest);
                 stored = store.manifest(&Selector::Digest(digest))?;
                 chosen_from = Some(index);
             }
@@ -291,8 +299,10 @@ pub fn open_layers<'l>(
                 .map_err(in_layer)?;
         reserved.push(memory.index);
         if let LayerData::Turbo { meta, .. } = &mut layer.data {
-            // Images with a common layer share its metadata.
-            *meta = cache.residents().share(&descriptor.digest.to_string(), meta.clone());
+            // Images with a common layer share its metadata: its archive was verified by this digest. An archive may
+            // have the metadata of several filesystems.
+            let name = format!("{} {}", descriptor.digest, filesystem.unwrap_or_default());
+            *meta = cache.residents().share(&name, meta.clone());
         }
         layers.push(layer);
         infos.push(info);
@@ -349,7 +359,9 @@ fn open_native(
     let payload = zfile::open_within(blob, part)?;
     let index = lsmt::LsmtLayer::open_within(&*payload.source(), TagMeaning::Plain, part)?;
     let chunks = payload.chunks(&descriptor.digest.to_string());
+    let data = Verification::of(&*chunks);
     let info = LayerInfo {
+        data,
         kind: "native",
         digest: descriptor.digest.to_string(),
         size: descriptor.size,
@@ -405,6 +417,7 @@ fn open_turbo(
     let source = MemorySource::shared(name, meta.clone());
     let index = lsmt::LsmtLayer::open_within(&source, TagMeaning::Warp, part)?;
     let info = LayerInfo {
+        data: Verification::of(&*target_source),
         kind: "turbo",
         digest: descriptor.digest.to_string(),
         size: descriptor.size,
@@ -434,7 +447,7 @@ fn open_target(
             let annotated = if is_gzip { "gzip" } else { "tar" };
             return Err(OpenLayerError::OtherEncoding { encoding: encoding.name(), annotated });
         }
-        let blob = targets.blob_source(target, Some(index.scanned().compressed_len.get()))?;
+        let blob = targets.covered_source(target, index.scanned().compressed_len.get())?;
         let info = TargetInfo::segmented(target, &index);
         return Ok((Arc::new(SegmentedLayer::new(&target.to_string(), index, blob)?), info));
     }
@@ -447,7 +460,11 @@ fn open_target(
     if let Some(layer) = index.layer.filter(|layer| layer != target) {
         return Err(other(layer));
     }
-    let blob = targets.blob_source(target, Some(index.compressed_len.get()))?;
+    let len = index.compressed_len.get();
+    let blob = match index.sha256 {
+        Some(_) => targets.covered_source(target, len)?,
+        None => targets.blob_source(target, Some(len))?,
+    };
     let info = TargetInfo::indexed(target, &index);
     Ok((Arc::new(IndexedLayer::new(&target.to_string(), index, blob)?), info))
 }

@@ -52,7 +52,7 @@ pub mod writable;
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use range::DiskRange;
 use thiserror::Error;
@@ -237,6 +237,16 @@ pub struct DiskParts {
     _reserved: Vec<Reserved>,
     /// The memory of long frames, if a layer has one.
     _frames: Option<Arc<Reserved>>,
+    /// Why no byte of it may be read any more.
+    refused: OnceLock<Arc<str>>,
+}
+
+impl DiskParts {
+    /// Why no byte of it may be read any more, if so.
+    #[must_use]
+    pub fn refused(&self) -> Option<&Arc<str>> {
+        self.refused.get()
+    }
 }
 
 /// A virtual disk made of layers.
@@ -277,7 +287,8 @@ impl Disk {
         let mut blobs = layers.iter().filter_map(OpenedLayer::blob);
         let has_frames = blobs.any(|blob| blob.source().serial().is_some());
         let frames = if has_frames { Some(cache.residents().frames()?) } else { None };
-        let parts = DiskParts { stack, layers, _reserved: reserved, _frames: frames };
+        let refused = OnceLock::new();
+        let parts = DiskParts { stack, layers, _reserved: reserved, _frames: frames, refused };
         Ok(Self::of(Arc::new(parts), cache))
     }
 
@@ -294,6 +305,12 @@ impl Disk {
     #[must_use]
     pub fn parts(&self) -> &Arc<DiskParts> {
         &self.parts
+    }
+
+    /// Makes every read from now on fail, of this disk and of all that share its parts: what it shows was found to be
+    /// something else than its layers contain. `reason` ends the sentence.
+    pub fn refuse_reads(&self, reason: &str) {
+        let _ = self.parts.refused.set(reason.into()); // the first reason stays
     }
 
     /// The merged index.
@@ -577,6 +594,9 @@ impl Volume for Disk {
         range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
+        if let Some(reason) = self.parts.refused() {
+            return Err(VolumeError::Refused { reason: reason.clone() });
+        }
         range.check(self.size())?;
         if range.is_empty() {
             return Ok(Located::Ready(Vec::new()));

@@ -75,6 +75,12 @@ pub enum VolumeError {
         /// Byte of the volume.
         offset: u64,
     },
+    /// The disk was found to show something else than its layers contain.
+    #[error("The image does not show what its layers contain: {reason}")]
+    Refused {
+        /// The differences.
+        reason: Arc<str>,
+    },
     /// A failure injected by a test.
     #[error("Injected failure at byte {offset}")]
     Injected {

@@ -74,7 +74,7 @@ mod tests;
 pub use data::{DataError, FILE_MAX};
 pub use file::{Attributes, DataRun, NodeKind, Timestamp};
 pub use geometry::Geometry;
-pub use image::Image;
+pub use image::{FilePart, Image};
 pub use layer::{LayerBlocks, LayerRun};
 pub use mountable::{MountableError, check_mountable};
 pub use read::{ReadError, read};

@@ -34,6 +34,7 @@ use formats::json::Notes;
 use log_file::LogFile;
 use object::Object;
 pub use own::{OnError, TracesConfig, TurbobdConfig};
+use registry::signatures::{KeyError, Signers};
 pub use sections::{
     ApiConfig, AuditConfig, CacheConfig, CacheType, CertificateConfig, CredentialConfig,
     CredentialMode, DownloadConfig, ExporterConfig, GzipCacheConfig, LogConfig, LogLevel,
@@ -79,6 +80,15 @@ pub enum ServiceConfigError {
         /// The system's reason.
         #[source]
         source: Arc<std::io::Error>,
+    },
+    /// A file of a public key cannot be used.
+    #[error("Key turbobd.metaKeys of {file} names a file that cannot be used")]
+    SigningKey {
+        /// The configuration.
+        file: String,
+        /// What is wrong with which file.
+        #[source]
+        source: Arc<KeyError>,
     },
     /// A key has an invalid value.
     #[error("Key {key} of {file} is invalid: {rule}")]
@@ -161,6 +171,13 @@ impl ServiceConfig {
             ServiceConfigError::Unreadable { file: file.clone(), source: Arc::new(source) }
         })?;
         let (mut config, warnings) = Self::parse(&text, &file.display().to_string())?;
+        let signers = Signers::load(&config.turbobd.meta_keys).map_err(|source| {
+            ServiceConfigError::SigningKey {
+                file: file.display().to_string(),
+                source: Arc::new(source),
+            }
+        })?;
+        config.turbobd.signers = signers;
         config.file = Some(file);
         Ok((config, warnings))
     }

@@ -140,7 +140,9 @@ fn own_code(error: &(dyn Error + 'static)) -> Option<Code> {
 fn of_registry(error: &RegistryError) -> Code {
     match error.root() {
         RegistryError::NotFound { .. } => Code::NotFound,
-        RegistryError::Denied { .. } | RegistryError::Untrusted { .. } => Code::Denied,
+        RegistryError::Denied { .. }
+        | RegistryError::Untrusted { .. }
+        | RegistryError::OutOfReach { .. } => Code::Denied,
         RegistryError::RateLimited { .. } | RegistryError::Unreachable { .. } => Code::Unavailable,
         RegistryError::Server { status, .. } if *status >= 500 => Code::Unavailable,
         RegistryError::SizeMismatch { .. } | RegistryError::DigestMismatch { .. } => Code::Damaged,
@@ -166,6 +168,7 @@ fn of_layout(error: &LayoutError) -> Option<Code> {
     match error {
         LayoutError::Io { source, .. } => Some(code_of_io(source)),
         LayoutError::NotLayout { .. } => Some(Code::NotFound),
+        LayoutError::Link { .. } => Some(Code::Denied),
         _ => None,
     }
 }

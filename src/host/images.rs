@@ -5,14 +5,18 @@
 //! already is shared, its traces are replayed, and its layers are fetched in the background.
 //!
 //! * [`open`]          from an [`ImageSpec`](client::ImageSpec) to an opened image
+//! * [`origin`]        the place of the original layers, where the image names another than its own
 //! * [`registries`]    clients that devices with the same way to a registry share
 //! * `live`            the images that devices have open
+//! * [`comparing`]     found meta images and their layers, in the background
 //! * `config_snapshots` snapshots of a device that a device config describes
 //! * [`tiers`]         the caches that the service configuration asks for
 
+pub mod comparing;
 mod config_snapshots;
 mod live;
 pub mod open;
+pub mod origin;
 pub mod registries;
 pub mod tiers;
 use std::sync::{Arc, OnceLock};
@@ -42,6 +46,7 @@ use crate::daemon::{
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
 use crate::metrics::{Page, names};
+use comparing::Comparisons;
 use config_snapshots::ConfigSnapshots;
 use live::LiveImages;
 use tiers::{fill_options, images_budget, new_cache};
@@ -61,6 +66,8 @@ pub struct HostImages {
     builder: Builder,
     /// Memory of open images and of conversions.
     budget: MemoryBudget,
+    /// Which meta images were compared with their layers.
+    comparisons: Comparisons,
     /// What starts read, from one to the next.
     traces: Arc<Traces>,
     /// The daemon's log, if it is a file.
@@ -77,6 +84,15 @@ impl HostImages {
     pub fn new(config: Arc<ServiceConfig>) -> Self {
         let TracesConfig { enable, dir, .. } = config.turbobd.traces.clone();
         let budget = images_budget(&config);
+        // A trace that another user wrote decides what is fetched; a link there, what is overwritten.
+        let usable = || match dir.exists().then(|| sys::private::folder(&dir)) {
+            Some(Err(error)) => {
+                tracing::warn!(%error, "Starts are not recorded");
+                false
+            }
+            _ => true,
+        };
+        let enable = enable && usable();
         let traces = Traces::new(LearnOptions { enable, dir, ..LearnOptions::default() });
         Self {
             cache: OnceLock::new(),
@@ -84,6 +100,7 @@ impl HostImages {
             live: LiveImages::default(),
             builder: Builder::Child(Arc::new(Program::itself(budget.clone()))),
             budget,
+            comparisons: Comparisons::default(),
             config,
             traces,
             log: None,
@@ -217,11 +234,15 @@ impl ImageOpener for HostImages {
             // The host's bound is on all devices together; a device with its own may have more.
             self.registries.network().limits().allow_fill(download.max_bytes_per_second);
         }
-        let filling = fill_options(&download).map(|options| cache.fill(blobs, options));
+        let filling = fill_options(&download).map(|options| Arc::new(cache.fill(blobs, options)));
+        let comparing = opened.unproved.zip(filling.as_ref()).and_then(|(unproved, filling)| {
+            let comparing = self.comparisons.begin(&image, unproved, &disk, filling)?;
+            Some(Box::new(comparing) as Box<dyn Send + Sync>)
+        });
         Ok(ServableImage {
             volume,
             name: image,
-            view: Arc::new(DiskView::new(disk).filled(filling)),
+            view: Arc::new(DiskView::new(disk).filled(filling).compared(comparing)),
             recorders: Some(recorders),
             snapshots,
         })
@@ -239,6 +260,7 @@ impl ImageOpener for HostImages {
         if let Some(audit) = self.audit.get().and_then(Option::as_ref) {
             page.put(names::AUDIT, audit.counters(), &[]);
         }
+        page.put(names::COMPARISON, &**self.comparisons.counters(), &[]);
         for host in self.registries.network().hosts() {
             page.put(names::HOST, &host, &[("host", host.name())]);
         }

@@ -58,3 +58,14 @@ pub struct AuditCounters {
     /// Lines dropped: the queue was full, or the file could not be written.
     pub dropped: Counter,
 }
+
+/// Counts of comparisons of meta images with their layers.
+#[derive(Debug, Default)]
+pub struct ComparisonCounters {
+    /// Meta images that show what their layers contain.
+    pub equal: Counter,
+    /// Meta images that do not.
+    pub different: Counter,
+    /// Meta images that could not be compared.
+    pub failed: Counter,
+}

@@ -27,6 +27,7 @@ use serde::Deserialize;
 use super::client::Services;
 use super::credentials::Credential;
 use super::error::RegistryError;
+use super::reach::Reach;
 use super::redirect::same_origin;
 
 /// Characters of a query value that are percent-encoded: all but the unreserved ones of RFC 3986.
@@ -283,10 +284,12 @@ impl Asker<'_> {
         let what = format!("a token for {}/{}", self.scope.host, self.scope.repository);
         let request = self.token_request(realm, service, scope)?;
         let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
+        // The service is named by the registry.
+        let reach = self.reach(request.uri());
         let reply = self
             .services
             .transport
-            .send(request, Some(self.deadline))
+            .send(request, reach, Some(self.deadline))
             .map_err(|error| self.services.broken(&what, &host, &error))?;
         if reply.status == 401 || reply.status == 403 {
             let text = super::client::read_complaint(reply.body);
@@ -374,8 +377,14 @@ impl Asker<'_> {
         built.map_err(|_| wrong())
     }
 
+    fn reach(&self, url: &Uri) -> Reach {
+        let trusted = &self.services.trusted;
+        let origin = self.scope.origin.parse();
+        origin.map_or(Reach::OfRegistry, |origin| Reach::from(&origin, url, trusted))
+    }
+
     /// Refuses a realm in clear text for a registry reached by TLS: it would make this client send
-    /// a password in clear text.
+    /// a password in clear text, and take a token from it.
     fn check_realm(&self, realm: &Uri) -> Option<()> {
         let origin: Uri = self.scope.origin.parse().ok()?;
         let clear = realm.scheme_str() == Some("http");
@@ -383,8 +392,7 @@ impl Asker<'_> {
         let loopback = realm.host().is_some_and(super::proxy::is_loopback);
         let harmless =
             origin.scheme_str() == Some("http") || loopback || same_origin(realm, &origin);
-        (known && realm.host().is_some() && (!clear || harmless || self.credential.is_none()))
-            .then_some(())
+        (known && realm.host().is_some() && (!clear || harmless)).then_some(())
     }
 }
 

@@ -23,7 +23,7 @@ use super::race::RacedRead;
 use super::retry::Budget;
 use super::way::BlobAddress;
 use formats::oci::Digest;
-use source::{ByteSource, Class, OneBuffer, Retries, Run, SourceError, Traffic};
+use source::{ByteSource, Class, OneBuffer, Origin, Retries, Run, SourceError, Traffic};
 use threads::Counter;
 
 /// Counters of one blob's fetches.
@@ -129,10 +129,11 @@ impl RemoteBlob {
         mirrors: &[Arc<RepositoryPlace>],
         digest: &Digest,
         size: u64,
+        covered: bool,
     ) -> Result<Self, RegistryError> {
         let name = place.describe(&digest.to_string());
         // The reader's error names the blob; the errors below need not repeat it.
-        let blob = BlobAddress::new(place, mirrors, digest, size, "this blob")?;
+        let blob = BlobAddress::new(place, mirrors, digest, size, covered, "this blob")?;
         let (stats, deliveries) = Default::default();
         Ok(Self { blob, digest: *digest, name, stats, deliveries })
     }
@@ -251,6 +252,10 @@ impl ByteSource for RemoteBlob {
 
     fn is_local(&self) -> bool {
         false
+    }
+
+    fn origin(&self) -> Origin {
+        self.blob.registry().origin_of_blobs()
     }
 
     fn distrust(&self, range: Range<u64>) {

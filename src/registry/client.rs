@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,6 +14,7 @@ use hyper::http::uri::Authority;
 use hyper::{HeaderMap, Method, Request, Uri};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
+use source::Origin;
 
 use super::auth::{Scope, TokenCache, parse_challenges};
 use super::credential_service::CredentialService;
@@ -20,6 +22,7 @@ use super::credentials::{Credential, CredentialStore};
 use super::error::RegistryError;
 use super::host::{Host, Network};
 use super::proxy::{Proxies, is_loopback};
+use super::reach::Reach;
 use super::redirect::{MAX_HOPS, resolve, same_origin};
 use super::repository::Repository;
 use super::retry::{RetryPolicy, parse_retry_after};
@@ -63,6 +66,8 @@ pub struct ClientOptions {
     pub mirrors: BTreeMap<String, Vec<String>>,
     /// A peer-to-peer proxy for blobs: the actual URL is appended to this one.
     pub p2p: Option<String>,
+    /// Hosts to which any registry may send this client, at whatever address: those of the operator.
+    pub trusted: Vec<String>,
     /// State shared with other clients of this process.
     pub network: Arc<Network>,
 }
@@ -85,6 +90,7 @@ impl Default for ClientOptions {
             credential_service: None,
             mirrors: BTreeMap::new(),
             p2p: None,
+            trusted: Vec::new(),
             network: Arc::default(),
         }
     }
@@ -110,8 +116,16 @@ pub(super) struct Services {
     plain_loopback: bool,
     pub(super) network: Arc<Network>,
     mirrors: BTreeMap<String, Vec<String>>,
+    pub(super) trusted: Vec<String>,
     pub(super) p2p: Option<P2p>,
+    /// Number of this client in this process: it stands for the secrets, which an [`Origin`] does not hold.
+    number: u64,
+    /// The user and the trust with which this client reaches a registry, as the end of a sentence.
+    trust: String,
 }
+
+/// Number of the next client.
+static NEXT_CLIENT: AtomicU64 = AtomicU64::new(1);
 
 /// The peer-to-peer proxy.
 pub(super) struct P2p {
@@ -208,7 +222,10 @@ impl Services {
                 .unwrap_or(options.authorities.is_empty() && options.certificate.is_none()),
             p2p: options.p2p.as_deref().map(|address| P2p::new(address, network)).transpose()?,
             mirrors: options.mirrors.clone(),
+            trusted: options.trusted.clone(),
             network: network.clone(),
+            number: NEXT_CLIENT.fetch_add(1, Ordering::Relaxed),
+            trust: trust(options),
         })
     }
 
@@ -219,6 +236,9 @@ impl Services {
             TransportError::Untrusted(reason) => {
                 RegistryError::Untrusted { host, reason: reason.clone() }
             }
+            TransportError::OutOfReach(reason) => {
+                RegistryError::OutOfReach { what, reason: reason.to_string() }
+            }
             TransportError::TooLarge(limit) => RegistryError::TooLarge { what, limit: *limit },
             TransportError::Reader(source) => {
                 RegistryError::Upload { what, source: source.clone() }
@@ -226,6 +246,26 @@ impl Services {
             other => RegistryError::Unreachable { what, host, reason: other.to_string() },
         }
     }
+}
+
+/// The user and the trust of a client, without any secret.
+fn trust(options: &ClientOptions) -> String {
+    let mut text = String::new();
+    match &options.credential {
+        Some(Credential::Password { user, .. }) => text.push_str(&format!(" as {user}")),
+        Some(Credential::IdentityToken(_)) => text.push_str(" by a token"),
+        None => {}
+    }
+    if options.insecure {
+        text.push_str(" with any certificate");
+    }
+    for authority in &options.authorities {
+        text.push_str(&format!(" trusting {}", authority.display()));
+    }
+    if let Some(shown) = &options.certificate {
+        text.push_str(&format!(" showing {}", shown.certificate.display()));
+    }
+    text
 }
 
 /// One repository of one registry.
@@ -328,6 +368,13 @@ impl RepositoryPlace {
         format!("{item} of {}/{}", self.host, self.name)
     }
 
+    /// Who answers for blobs of this repository that nothing proves, and the way to them. A mirror is a matter of the
+    /// host's configuration and changes neither.
+    pub(super) fn origin_of_blobs(&self) -> Origin {
+        let Services { number, trust, .. } = &*self.services;
+        Origin { name: format!("{}{}{trust}", self.origin, self.name), client: *number }
+    }
+
     pub(super) fn scope(&self, actions: &'static str) -> Scope {
         let (scheme, authority) = (self.origin.scheme_str(), self.origin.authority());
         let origin = format!(
@@ -341,6 +388,29 @@ impl RepositoryPlace {
             repository: self.name.clone(),
             actions,
             is_mirror: self.is_mirror,
+        }
+    }
+
+    /// How far a request to `url` may go.
+    pub(super) fn reach(&self, url: &Uri) -> Reach {
+        Reach::from(&self.origin, url, &self.services.trusted)
+    }
+
+    /// True if `Authorization` may be sent to `url`: it is at this registry, and not in another repository of it. A
+    /// registry keeps its bytes where it likes; but a credential for one repository is never shown to another because an
+    /// answer said so.
+    pub(super) fn is_home(&self, url: &Uri) -> bool {
+        if !same_origin(url, &self.origin) {
+            return false;
+        }
+        let path = url.path();
+        let base = self.base.splitn(4, '/').nth(3).unwrap_or_default();
+        match path.strip_prefix('/').and_then(|path| path.strip_prefix(base)?.strip_prefix('/')) {
+            Some(inside) => {
+                let own = inside.strip_prefix(&self.name).is_some_and(|rest| rest.starts_with('/'));
+                own && !is_winding(path)
+            }
+            None => !is_winding(path),
         }
     }
 
@@ -365,7 +435,7 @@ impl RepositoryPlace {
         let scope = self.scope(call.actions);
         let mut url = call.url.clone();
         // After a redirect has left the registry, no later redirect restores `Authorization`.
-        let mut at_home = same_origin(&url, &self.origin);
+        let mut at_home = self.is_home(&url);
         let (mut renewed, mut hops) = (false, 0);
         loop {
             let tokens = &self.services.tokens;
@@ -375,7 +445,8 @@ impl RepositoryPlace {
                 None
             };
             let request = self.request(call, &url, header.as_ref())?;
-            let sent = self.services.transport.send_async(request, deadline).await;
+            let reach = self.reach(&url);
+            let sent = self.services.transport.send_async(request, reach, deadline).await;
             let reply =
                 sent.map_err(|error| self.services.broken(&call.what, authority(&url), &error))?;
             if at_home && !renewed && matches!(reply.status.as_u16(), 401 | 403) {
@@ -396,7 +467,7 @@ impl RepositoryPlace {
                 hops += 1;
                 let next = self.next_hop(call, &url, &reply, hops)?;
                 reply.body.discard_async().await;
-                at_home = at_home && same_origin(&next, &url);
+                at_home = at_home && self.is_home(&next);
                 url = next;
                 continue;
             }
@@ -444,13 +515,9 @@ impl RepositoryPlace {
         let location = reply.headers.get(LOCATION).and_then(|value| value.to_str().ok());
         let next = location.and_then(|location| resolve(url, location));
         let next = next.ok_or_else(|| protocol("its redirect is not an HTTP URL".to_owned()))?;
-        // Blobs are checked by digest, whatever their source; names and manifests by tag are not.
-        let downgrade = url.scheme_str() == Some("https") && next.scheme_str() == Some("http");
-        if downgrade && !call.verified {
-            return Err(protocol(format!(
-                "it redirects from TLS to plain HTTP at {}",
-                authority(&next)
-            )));
+        // What is checked by digest may come from anywhere; names, lengths and bytes without a checksum may not.
+        if !call.verified {
+            keep_tls(&call.what, url, &next)?;
         }
         Ok(next)
     }
@@ -505,6 +572,30 @@ impl Landed {
 
 pub(super) fn authority(url: &Uri) -> &str {
     url.authority().map_or("", |authority| authority.as_str())
+}
+
+/// True if a server may take the path for another one: it has empty parts, or `..`, or letters in their encoded form.
+fn is_winding(path: &str) -> bool {
+    let lower = path.to_ascii_lowercase();
+    let coded = ["%2e", "%2f", "%5c"].iter().any(|code| lower.contains(code));
+    coded
+        || lower.contains("//")
+        || lower.contains('\\')
+        || lower.split('/').any(|part| part == ".." || part == ".")
+}
+
+/// Refuses to leave TLS for plain HTTP.
+pub(super) fn keep_tls(what: &str, from: &Uri, to: &Uri) -> Result<(), RegistryError> {
+    if from.scheme_str() != Some("https") || to.scheme_str() != Some("http") {
+        return Ok(());
+    }
+    let (from, to) = (authority(from), authority(to));
+    Err(RegistryError::OutOfReach {
+        what: what.to_owned(),
+        reason: format!(
+            "{from} redirects from TLS to plain HTTP at {to}, and no digest covers each byte that would come"
+        ),
+    })
 }
 
 fn is_redirect(reply: &HttpReply) -> bool {

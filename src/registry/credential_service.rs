@@ -23,6 +23,7 @@ use super::auth::Scope;
 use super::credentials::{Credential, CredentialError, find_in_auths};
 use super::error::RegistryError;
 use super::proxy::Proxies;
+use super::reach::Reach;
 use super::tls::{self, ClientCertificate};
 use super::transport::{Timeouts, Transport, on_io_thread};
 
@@ -127,7 +128,7 @@ impl CredentialService {
         let made = self.transport.get_or_init(|| self.connect());
         let transport = made.as_ref().map_err(ToString::to_string)?;
         let reply = transport
-            .send(request, Some(Instant::now() + self.timeout))
+            .send(request, Reach::Named, Some(Instant::now() + self.timeout))
             .map_err(|error| error.to_string())?;
         let status = reply.status.as_u16();
         let body = reply.body.collect(ANSWER_LIMIT).map_err(|error| error.to_string())?;

@@ -21,7 +21,7 @@ pub enum RegistryError {
     },
     /// 401 or 403, after a fresh token.
     #[error(
-        "Access to {what} was denied: {reason}; log in with docker login {host}, or give -u USER:PASSWORD"
+        "Access to {what} was denied: {reason}; log in with docker login {host}, or give -u USER --password-stdin"
     )]
     Denied {
         /// The requested object and its place.
@@ -47,6 +47,14 @@ pub enum RegistryError {
         /// The host that was asked: the registry or the target of its redirect.
         host: String,
         /// Reason of the failure.
+        reason: String,
+    },
+    /// A redirect, a token service or an upload leads to an address of this host, to a link-local one, or away from TLS.
+    #[error("{what} is not read: {reason}")]
+    OutOfReach {
+        /// The requested object and its place.
+        what: String,
+        /// The host, and the reason against it.
         reason: String,
     },
     /// The server's certificate does not lead to a trusted authority.

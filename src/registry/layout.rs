@@ -10,13 +10,18 @@
 //! the disk and renamed. `index.json` is replaced in the same way, by one writer at a time; the lock is on
 //! the file `oci-layout`, which never changes. Entries and fields of `index.json` that this program did not
 //! write stay unchanged.
+//!
+//! A layout may come from an archive that others packed. So its files are opened without following links: a blob
+//! that is a link to `/etc/shadow`, or a folder `blobs` that is one, would make this process, which runs as root, read what
+//! the layout's author cannot. Only the directory itself, which the user named, may be reached through links.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, Read as _, Write};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, flock, openat};
+use rustix::io::Errno;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
@@ -83,6 +88,15 @@ pub enum LayoutError {
         /// The digest or size found.
         found: String,
     },
+    /// A file of the layout that is a link, or lies behind one.
+    #[error(
+        "{path} is or lies behind a symbolic link, or is no regular file: the files of a layout are opened without following \
+         links; put the file itself there"
+    )]
+    Link {
+        /// The file.
+        path: PathBuf,
+    },
     /// A document above the size limit.
     #[error("{path} has {size} bytes; a document may have at most {DOCUMENT_LIMIT}")]
     Large {
@@ -126,7 +140,7 @@ impl LayoutDirectory {
     /// [`LayoutError::NotLayout`] if `dir` is not a layout, or is one of another version.
     pub fn open(dir: &Path) -> Result<Self, LayoutError> {
         let not = |reason| LayoutError::NotLayout { dir: dir.to_owned(), reason };
-        let marker = match read_small(&dir.join("oci-layout")) {
+        let marker = match read_small(dir, "oci-layout") {
             Err(LayoutError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 return Err(not("it has no file oci-layout"));
             }
@@ -207,7 +221,17 @@ impl LayoutDirectory {
     /// True if a blob with this digest and size is present. Its bytes are not read.
     #[must_use]
     pub fn has_blob(&self, digest: &Digest, size: u64) -> bool {
-        fs::metadata(self.blob_path(digest)).is_ok_and(|blob| blob.is_file() && blob.len() == size)
+        self.open_file(digest)
+            .and_then(|blob| blob.metadata().map_err(io_error("examine", &self.blob_path(digest))))
+            .is_ok_and(|blob| blob.len() == size)
+    }
+
+    /// Opens the blob with this digest to read it. Its bytes are not verified.
+    ///
+    /// # Errors
+    /// [`LayoutError::Link`] if it is or lies behind a link, [`LayoutError::Io`].
+    pub fn open_file(&self, digest: &Digest) -> Result<File, LayoutError> {
+        open_below(&self.dir, &["blobs", "sha256", &digest.hex()])
     }
 
     /// Reads a document (manifest, index, config), verified by size and digest.
@@ -219,7 +243,7 @@ impl LayoutDirectory {
         if blob.size > DOCUMENT_LIMIT {
             return Err(LayoutError::Large { path, size: blob.size });
         }
-        let file = File::open(&path).map_err(io_error("open", &path))?;
+        let file = self.open_file(&blob.digest)?;
         let mut bytes = Vec::new();
         file.take(blob.size + 1).read_to_end(&mut bytes).map_err(io_error("read", &path))?;
         let found = Digest::of(&bytes);
@@ -233,7 +257,7 @@ impl LayoutDirectory {
     /// [`LayoutError::Damaged`] if its bytes do not match its name.
     pub fn verify_blob(&self, blob: &Descriptor) -> Result<(), LayoutError> {
         let path = self.blob_path(&blob.digest);
-        let file = File::open(&path).map_err(io_error("open", &path))?;
+        let file = self.open_file(&blob.digest)?;
         let mut reader = io::BufReader::with_capacity(READ_SIZE, file);
         let (mut hasher, mut size) = (Sha256::new(), 0);
         loop {
@@ -304,7 +328,9 @@ impl LayoutDirectory {
     fn index(&self) -> Result<ImageIndex, LayoutError> {
         let path = self.dir.join("index.json");
         let document = |source| LayoutError::Document { path: path.clone(), source };
-        match Document::parse(&read_small(&path)?, Some(media::OCI_INDEX)).map_err(document)? {
+        match Document::parse(&read_small(&self.dir, "index.json")?, Some(media::OCI_INDEX))
+            .map_err(document)?
+        {
             Document::Index(index) => Ok(index),
             Document::Manifest(_) => {
                 Err(document(ManifestError::Kind("a manifest, not an index".to_owned())))
@@ -408,7 +434,8 @@ impl LayoutDirectory {
             path: path.clone(),
             source: ManifestError::Json { what: "index", source },
         };
-        let mut index: Value = serde_json::from_slice(&read_small(&path)?).map_err(json)?;
+        let mut index: Value =
+            serde_json::from_slice(&read_small(&self.dir, "index.json")?).map_err(json)?;
         let mut named = image.clone();
         named.annotations.insert(REF_NAME.to_owned(), tag.to_owned());
         let mut entry = Some(serde_json::to_value(&named).map_err(json)?);
@@ -490,13 +517,40 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Layo
     move |source| LayoutError::Io { action, path, source }
 }
 
+/// Opens a regular file below `dir` to read it; no part of its name may be a link.
+fn open_below(dir: &Path, parts: &[&str]) -> Result<File, LayoutError> {
+    let path = parts.iter().fold(dir.to_owned(), |path, part| path.join(part));
+    let refused = |error: Errno| match error {
+        // A link in the place of the file; one in the place of a folder.
+        Errno::LOOP | Errno::NOTDIR => LayoutError::Link { path: path.clone() },
+        error => io_error("open", &path)(error.into()),
+    };
+    let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    // The user named this folder, by whatever links.
+    let mut at = openat(CWD, dir, folder, Mode::empty())
+        .map_err(|error| io_error("open", &path)(error.into()))?;
+    let (name, folders) = parts.split_last().unwrap_or((&"", &[]));
+    for part in folders {
+        at = openat(at, *part, folder | OFlags::NOFOLLOW, Mode::empty()).map_err(refused)?;
+    }
+    // A pipe must not make this wait.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(openat(at, *name, flags, Mode::empty()).map_err(refused)?);
+    match file.metadata() {
+        Ok(meta) if meta.is_file() => Ok(file),
+        Ok(_) => Err(LayoutError::Link { path }),
+        Err(error) => Err(io_error("examine", &path)(error)),
+    }
+}
+
 /// Reads a file of the layout itself.
-fn read_small(path: &Path) -> Result<Vec<u8>, LayoutError> {
-    let file = File::open(path).map_err(io_error("open", path))?;
+fn read_small(dir: &Path, name: &str) -> Result<Vec<u8>, LayoutError> {
+    let path = dir.join(name);
     let mut bytes = Vec::new();
-    file.take(DOCUMENT_LIMIT + 1).read_to_end(&mut bytes).map_err(io_error("read", path))?;
+    let file = open_below(dir, &[name])?;
+    file.take(DOCUMENT_LIMIT + 1).read_to_end(&mut bytes).map_err(io_error("read", &path))?;
     match bytes.len() as u64 {
-        size if size > DOCUMENT_LIMIT => Err(LayoutError::Large { path: path.to_owned(), size }),
+        size if size > DOCUMENT_LIMIT => Err(LayoutError::Large { path, size }),
         _ => Ok(bytes),
     }
 }

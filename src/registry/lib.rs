@@ -37,12 +37,14 @@
 //! * [`client`]      [`RegistryClient`] and its options; one authorised exchange with retries
 //! * [`repository`]  [`Repository`]: manifests and uploads
 //! * [`blob`]        [`RemoteBlob`]: range reads of one blob, a [`ByteSource`](source::ByteSource)
+//! * [`reach`]       addresses that a registry or an image may send this host to
 //! * `way`           one source of a blob: the registry, a mirror, a peer; `race` one read of it
 //! * [`stream`]      [`BlobReader`]: one blob from front to end, resumed after a broken connection
 //! * [`auth`]        challenges and tokens
 //! * [`credentials`] credentials per registry; [`credential_service`] a service that gives them
 //! * [`host`]        state of each host: health, patience, retries; [`rate`] limits
 //! * [`redirect`]    target and lifetime of a `Location`
+//! * [`signatures`]  signatures of manifests by listed keys
 //! * [`retry`]       retry policy: pauses, deadlines, numbers of tries
 //! * [`transport`]   the I/O threads (`payload`: request bodies); [`tls`] trust; [`proxy`] proxies
 //! * [`error`]       [`RegistryError`]
@@ -69,9 +71,11 @@ mod payload;
 pub mod proxy;
 mod race;
 pub mod rate;
+pub mod reach;
 pub mod redirect;
 pub mod repository;
 pub mod retry;
+pub mod signatures;
 pub mod store;
 pub mod stream;
 #[cfg(any(test, feature = "testing"))]

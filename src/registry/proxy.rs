@@ -23,6 +23,8 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tower_service::Service;
 
+use super::reach::{Reach, Resolver};
+
 /// Source of the proxies' names.
 #[derive(Clone, Default)]
 pub enum Proxies {
@@ -73,21 +75,31 @@ pub fn is_loopback(host: &str) -> bool {
         || bare.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-/// Makes TCP connections, through a proxy where one applies.
+/// Makes TCP connections within one [`Reach`], through a proxy where one applies.
 #[derive(Clone)]
 pub(super) struct Route {
-    tcp: HttpConnector,
+    tcp: HttpConnector<Resolver>,
+    /// To proxies, which the operator named.
+    to_proxy: HttpConnector<Resolver>,
     proxies: Arc<Matcher>,
 }
 
+fn connector(reach: Reach, connect: Duration) -> HttpConnector<Resolver> {
+    let mut tcp = HttpConnector::new_with_resolver(Resolver::new(reach));
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(connect));
+    tcp.set_keepalive(Some(Duration::from_secs(30)));
+    tcp
+}
+
 impl Route {
-    pub(super) fn new(proxies: &Proxies, connect: Duration) -> Self {
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        tcp.set_connect_timeout(Some(connect));
-        tcp.set_keepalive(Some(Duration::from_secs(30)));
-        Self { tcp, proxies: Arc::new(proxies.matcher()) }
+    pub(super) fn new(proxies: &Proxies, connect: Duration, reach: Reach) -> Self {
+        Self {
+            tcp: connector(reach, connect),
+            to_proxy: connector(Reach::Named, connect),
+            proxies: Arc::new(proxies.matcher()),
+        }
     }
 
     /// `Proxy-Authorization` for a plain request through a proxy.
@@ -115,7 +127,7 @@ impl Service<Uri> for Route {
     fn call(&mut self, uri: Uri) -> Self::Future {
         let intercept =
             if uri.host().is_some_and(is_loopback) { None } else { self.proxies.intercept(&uri) };
-        let mut tcp = self.tcp.clone();
+        let (mut tcp, mut to_proxy) = (self.tcp.clone(), self.to_proxy.clone());
         Box::pin(async move {
             let Some(proxy) = intercept else {
                 let stream = tcp.call(uri).await?;
@@ -128,14 +140,14 @@ impl Service<Uri> for Route {
                 );
             }
             if uri.scheme_str() == Some("https") {
-                let mut tunnel = Tunnel::new(via, tcp);
+                let mut tunnel = Tunnel::new(via, to_proxy);
                 if let Some(auth) = proxy.basic_auth() {
                     tunnel = tunnel.with_auth(auth.clone());
                 }
                 let stream = tunnel.call(uri).await?;
                 return Ok(Link { stream, proxied: false });
             }
-            let stream = tcp.call(via).await?;
+            let stream = to_proxy.call(via).await?;
             Ok(Link { stream, proxied: true })
         })
     }

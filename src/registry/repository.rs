@@ -12,9 +12,9 @@ use hyper::{Method, Uri};
 
 use super::auth::parse_challenges;
 use super::blob::RemoteBlob;
-use super::client::{Call, Landed, RepositoryPlace, authority, refusal};
+use super::client::{Call, Landed, RepositoryPlace, authority, keep_tls, refusal};
 use super::error::RegistryError;
-use super::redirect::{resolve, same_origin};
+use super::redirect::resolve;
 use super::retry::{Budget, RetryPolicy};
 use super::stream::BlobReader;
 use super::transport::HttpReply;
@@ -266,7 +266,7 @@ impl Repository {
     pub fn blob_exists(&self, digest: &Digest) -> Result<bool, RegistryError> {
         let what = self.place.describe(&format!("blob {digest}"));
         let url = self.place.url(&format!("blobs/{digest}"))?;
-        let call = Call { verified: true, ..Call::new(Method::HEAD, url, what) };
+        let call = Call::new(Method::HEAD, url, what);
         match self.ask(&call, &[200]) {
             Ok(_) => Ok(true),
             Err(RegistryError::NotFound { .. }) => Ok(false),
@@ -284,7 +284,6 @@ impl Repository {
         let landed = self.read(|place, deadline| {
             let url = place.url(&format!("blobs/{digest}"))?;
             let call = Call::new(Method::HEAD, url, what.clone());
-            let call = Call { verified: true, ..call };
             self.accept(&call, place.exchange(&call, Some(deadline))?, &[200])
         })?;
         let length = landed
@@ -304,7 +303,15 @@ impl Repository {
     /// # Errors
     /// [`RegistryError::BadName`] never happens for a digest, but the URL is built here.
     pub fn blob(&self, digest: &Digest, size: u64) -> Result<RemoteBlob, RegistryError> {
-        RemoteBlob::new(&self.place, &self.mirrors, digest, size)
+        RemoteBlob::new(&self.place, &self.mirrors, digest, size, false)
+    }
+
+    /// As [`Repository::blob`], for a caller that checks each byte against a digest: then a redirect may leave TLS.
+    ///
+    /// # Errors
+    /// As [`Repository::blob`].
+    pub fn covered_blob(&self, digest: &Digest, size: u64) -> Result<RemoteBlob, RegistryError> {
+        RemoteBlob::new(&self.place, &self.mirrors, digest, size, true)
     }
 
     /// Opens a blob of `size` bytes for reading from front to end. The caller verifies the digest.
@@ -456,13 +463,16 @@ impl Upload<'_> {
 
     fn location(&self, landed: &Landed) -> Result<Uri, RegistryError> {
         let location = landed.reply.headers.get(LOCATION).and_then(|value| value.to_str().ok());
-        location.and_then(|location| resolve(&landed.url, location)).ok_or_else(|| {
-            RegistryError::Protocol {
-                what: self.what.clone(),
-                host: landed.host().to_owned(),
-                rule: "it accepted an upload without a Location to send it to".to_owned(),
-            }
-        })
+        let next =
+            location.and_then(|location| resolve(&landed.url, location)).ok_or_else(|| {
+                RegistryError::Protocol {
+                    what: self.what.clone(),
+                    host: landed.host().to_owned(),
+                    rule: "it accepted an upload without a Location to send it to".to_owned(),
+                }
+            })?;
+        keep_tls(&self.what, &landed.url, &next)?;
+        Ok(next)
     }
 
     fn closing_url(&self, location: &Uri) -> Result<Uri, RegistryError> {
@@ -481,7 +491,7 @@ impl Upload<'_> {
         let place = &self.repository.place;
         let (services, scope) = (&place.services, place.scope(call.actions));
         let deadline = Instant::now() + services.retry.deadline;
-        let at_home = same_origin(&call.url, &place.origin);
+        let at_home = place.is_home(&call.url);
         let header =
             if at_home { services.tokens.current(services, &scope, deadline)? } else { None };
         let reply = self.send_once(call, open, header.as_ref())?;
@@ -512,7 +522,8 @@ impl Upload<'_> {
             source: source.into(),
         };
         let mut reader = open().map_err(unreadable)?;
-        let sent = place.services.transport.upload(request, &mut *reader, self.length);
+        let reach = place.reach(&call.url);
+        let sent = place.services.transport.upload(request, reach, &mut *reader, self.length);
         sent.map_err(|error| place.services.broken(&self.what, authority(&call.url), &error))
     }
 

@@ -146,6 +146,19 @@ pub trait ImageStore: Send + Sync {
         size: Option<u64>,
     ) -> Result<Arc<dyn ByteSource>, StoreError>;
 
+    /// As [`blob_source`](Self::blob_source), for a caller that checks each byte against a digest: such bytes may
+    /// come over any way, also from a redirect that leaves TLS.
+    ///
+    /// # Errors
+    /// As [`blob_source`](Self::blob_source).
+    fn covered_source(
+        &self,
+        digest: &Digest,
+        size: u64,
+    ) -> Result<Arc<dyn ByteSource>, StoreError> {
+        self.blob_source(digest, Some(size))
+    }
+
     /// Adds a blob unless the store has it already. Readers see it whole or not at all.
     ///
     /// # Errors
@@ -244,7 +257,11 @@ pub fn open(
     client: &RegistryClient,
 ) -> Result<(Arc<dyn ImageStore>, Selector), StoreError> {
     let selector = match image {
-        ImageName::Layout(name) => name.tag.clone().map_or(Selector::Default, Selector::Tag),
+        ImageName::Layout(name) => match (&name.digest, &name.tag) {
+            (Some(digest), _) => Selector::Digest(*digest),
+            (None, Some(tag)) => Selector::Tag(tag.clone()),
+            (None, None) => Selector::Default,
+        },
         ImageName::Registry(name) => match (&name.digest, &name.tag) {
             (Some(digest), _) => Selector::Digest(*digest),
             (None, Some(tag)) => Selector::Tag(tag.clone()),

@@ -50,7 +50,7 @@ impl BlobReader {
     ) -> Result<Self, RegistryError> {
         let what = place.describe(&format!("blob {digest}"));
         let budget = Budget::new(place.services.read_retry, place);
-        let blob = BlobAddress::new(place, mirrors, digest, size, &what)?;
+        let blob = BlobAddress::new(place, mirrors, digest, size, true, &what)?;
         Ok(Self {
             blob,
             digest: *digest,

@@ -37,6 +37,7 @@ use tokio::time::{Instant as IoInstant, sleep_until, timeout, timeout_at};
 
 use super::payload::{Gauge, RequestBody};
 use super::proxy::{Proxies, Route};
+use super::reach::{OutOfReach, Reach};
 use super::wait::block_on;
 
 /// Frames of a body between the I/O thread and its reader. hyper's frames are at most some 400 KiB,
@@ -82,6 +83,9 @@ pub enum TransportError {
     /// The server's certificate was refused.
     #[error("{0}")]
     Untrusted(String),
+    /// A registry or an image named an address that this host is not sent to.
+    #[error("{0}")]
+    OutOfReach(OutOfReach),
     /// Nothing came in time.
     #[error("nothing arrived for {:.1} s while waiting for {waiting_for}", .after.as_secs_f64())]
     Silent {
@@ -121,8 +125,13 @@ fn io_threads() -> Result<&'static IoThreads, TransportError> {
     })
 }
 
+/// Look-ups of host names at once, for each I/O thread: as many as there are requests in flight, so that no request waits
+/// behind the look-ups of a registry whose name server is slow. Threads exist only while they look up.
+const LOOK_UPS: usize = 64;
+
 fn start_io_thread(number: usize) -> io::Result<Handle> {
-    let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+    let mut builder = Builder::new_current_thread();
+    let runtime = builder.enable_all().max_blocking_threads(LOOK_UPS).build()?;
     let handle = runtime.handle().clone();
     thread::Builder::new().name(format!("registry-io-{number}")).spawn(move || {
         threads::mark_io_thread();
@@ -151,10 +160,10 @@ pub(super) fn on_io_thread<T: Send + 'static>(
 
 type Connector = HttpsConnector<Route>;
 
-/// A pool of connections with one setting of trust, proxies and timeouts.
+/// Pools of connections with one setting of trust, proxies and timeouts: one pool for each [`Reach`].
 #[derive(Clone)]
 pub struct Transport {
-    pool: Client<Connector, RequestBody>,
+    pools: [Client<Connector, RequestBody>; Reach::ALL.len()],
     route: Route,
     timeouts: Timeouts,
 }
@@ -224,25 +233,27 @@ impl ReplyBody {
 }
 
 impl Transport {
-    /// Creates a pool with these rules.
+    /// Creates the pools with these rules.
     #[must_use]
     pub fn new(tls: ClientConfig, proxies: &Proxies, timeouts: Timeouts) -> Self {
-        let route = Route::new(proxies, timeouts.connect);
-        let connector = HttpsConnectorBuilder::new()
-            .with_tls_config(tls)
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(route.clone());
-        let pool = Client::builder(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(60))
-            .pool_max_idle_per_host(IDLE_CONNECTIONS)
-            .build(connector);
-        Self { pool, route, timeouts }
+        let pools = Reach::ALL.map(|reach| {
+            let connector = HttpsConnectorBuilder::new()
+                .with_tls_config(tls.clone())
+                .https_or_http()
+                .enable_http1()
+                .wrap_connector(Route::new(proxies, timeouts.connect, reach));
+            Client::builder(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(Duration::from_secs(60))
+                .pool_max_idle_per_host(IDLE_CONNECTIONS)
+                .build(connector)
+        });
+        let route = Route::new(proxies, timeouts.connect, Reach::Named);
+        Self { pools, route, timeouts }
     }
 
-    /// Sends a request whose body is in memory, and waits for the head of the answer. Head and body
+    /// Sends a request whose body is in memory, as far as `reach`, and waits for the head of the answer. Head and body
     /// must arrive before `deadline`, if there is one.
     ///
     /// # Errors
@@ -250,9 +261,10 @@ impl Transport {
     pub fn send(
         &self,
         request: Request<Bytes>,
+        reach: Reach,
         deadline: Option<Instant>,
     ) -> Result<HttpReply, TransportError> {
-        block_on(self.send_async(request, deadline))
+        block_on(self.send_async(request, reach, deadline))
     }
 
     /// Form of [`Transport::send`] that does not block. Dropping this future ends the exchange.
@@ -262,13 +274,14 @@ impl Transport {
     pub async fn send_async(
         &self,
         request: Request<Bytes>,
+        reach: Reach,
         deadline: Option<Instant>,
     ) -> Result<HttpReply, TransportError> {
-        let mut answer = self.start(request.map(RequestBody::Memory), None, deadline)?;
+        let mut answer = self.start(request.map(RequestBody::Memory), reach, None, deadline)?;
         answer.0.recv().await.unwrap_or_else(|| Err(gave_up()))
     }
 
-    /// Sends `length` bytes of `reader` as the body of a request, and waits for the head of the answer.
+    /// Sends `length` bytes of `reader` as the body of a request, as far as `reach`, and waits for the head of the answer.
     ///
     /// # Errors
     /// Returns [`TransportError::Reader`] when `reader` fails or ends early, else the errors of
@@ -276,13 +289,14 @@ impl Transport {
     pub fn upload(
         &self,
         request: Request<()>,
+        reach: Reach,
         reader: &mut dyn Read,
         length: u64,
     ) -> Result<HttpReply, TransportError> {
         let (pieces, receiver) = mpsc::channel(2);
         let gauge = Arc::new(Gauge::default());
         let stream = RequestBody::Stream { pieces: receiver, left: length, gauge: gauge.clone() };
-        let mut answer = self.start(request.map(|()| stream), Some(gauge), None)?;
+        let mut answer = self.start(request.map(|()| stream), reach, Some(gauge), None)?;
         let handle = io_threads()?.pick();
         let mut left = length;
         while left > 0 {
@@ -313,15 +327,20 @@ impl Transport {
     fn start(
         &self,
         mut request: Request<RequestBody>,
+        reach: Reach,
         gauge: Option<Arc<Gauge>>,
         deadline: Option<Instant>,
     ) -> Result<PendingReply, TransportError> {
+        // A numeric host never comes to the resolver, nor does any that a proxy connects to.
+        if let Some(host) = request.uri().host() {
+            reach.check_literal(host).map_err(TransportError::OutOfReach)?;
+        }
         if let Some(value) = self.route.proxy_authorization(request.uri()) {
             request.headers_mut().insert(PROXY_AUTHORIZATION, value);
         }
         let (head_sender, head) = mpsc::channel(1);
         let exchange = Exchange {
-            pool: self.pool.clone(),
+            pool: self.pools[reach.number()].clone(),
             timeouts: self.timeouts,
             deadline: deadline.map(IoInstant::from_std),
         };
@@ -472,6 +491,9 @@ impl Exchange {
 fn explain(error: &ClientError) -> TransportError {
     let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
     while let Some(here) = cause {
+        if let Some(out) = here.downcast_ref::<OutOfReach>() {
+            return TransportError::OutOfReach(out.clone());
+        }
         // `source()` of the level above skips the error that an `io::Error` wraps.
         let wrapped = here.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
         let tls = wrapped

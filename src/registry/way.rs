@@ -28,7 +28,8 @@ use parking_lot::Mutex;
 use super::client::{Call, Landed, P2p, RepositoryPlace, refusal, unix_now};
 use super::error::RegistryError;
 use super::host::Host;
-use super::redirect::{self, same_origin};
+use super::reach::Reach;
+use super::redirect;
 use super::transport::{ReplyBody, TransportError};
 use super::wait::block_on;
 use formats::oci::Digest;
@@ -47,12 +48,14 @@ pub(super) struct BlobAddress {
 }
 
 impl BlobAddress {
-    /// Creates the address. `place` is the registry; `what` names the blob in messages.
+    /// Creates the address. `place` is the registry; `what` names the blob in messages; `covered` says that the
+    /// reader checks each byte against a digest.
     pub(super) fn new(
         place: &Arc<RepositoryPlace>,
         mirrors: &[Arc<RepositoryPlace>],
         digest: &Digest,
         size: u64,
+        covered: bool,
         what: &str,
     ) -> Result<Self, RegistryError> {
         let way = |place: &Arc<RepositoryPlace>| {
@@ -60,6 +63,7 @@ impl BlobAddress {
                 url: place.url(&format!("blobs/{digest}"))?,
                 place: place.clone(),
                 size,
+                covered,
                 what: what.to_owned(),
                 moved: Mutex::default(),
                 at_home: AtomicBool::new(false),
@@ -118,6 +122,8 @@ pub(super) struct Way {
     pub(super) place: Arc<RepositoryPlace>,
     url: Uri,
     size: u64,
+    /// Each byte is checked by its reader against a digest.
+    covered: bool,
     what: String,
     moved: Mutex<Option<Moved>>,
     /// The place itself has the bytes: it was asked, and did not redirect.
@@ -150,6 +156,7 @@ impl Way {
         let state = &self.place.state;
         match error {
             RegistryError::NotFound { .. }
+            | RegistryError::OutOfReach { .. }
             | RegistryError::Denied { .. }
             | RegistryError::RangeIgnored { .. }
             | RegistryError::SizeMismatch { .. } => self.put_last(MISSING),
@@ -262,7 +269,7 @@ impl Way {
     ) -> Result<RangeBody, RegistryError> {
         let services = &self.place.services;
         let call = self.call(range, url.clone());
-        let header = if same_origin(url, &self.place.origin) {
+        let header = if self.place.is_home(url) {
             let token_deadline =
                 deadline.unwrap_or_else(|| Instant::now() + services.retry.deadline);
             services.tokens.current(services, &self.place.scope(call.actions), token_deadline)?
@@ -272,7 +279,7 @@ impl Way {
         peer.host.stats().requests.add(1);
         let wrapped = peer.wrap(url)?;
         let request = self.place.request(&call, &wrapped, header.as_ref())?;
-        let sent = services.transport.send_async(request, deadline).await;
+        let sent = services.transport.send_async(request, Reach::Named, deadline).await;
         let reply = sent.map_err(|error| services.broken(&self.what, peer.host.name(), &error))?;
         let body = self.check(range, Landed { reply, url: wrapped, away: true })?;
         Ok(RangeBody { source: peer.host.clone(), by_peer: true, ..body })
@@ -297,7 +304,8 @@ impl Way {
     }
 
     fn call(&self, range: &Range<u64>, url: Uri) -> Call {
-        let call = Call { verified: true, ..Call::new(Method::GET, url, self.what.clone()) };
+        let call =
+            Call { verified: self.covered, ..Call::new(Method::GET, url, self.what.clone()) };
         let value = HeaderValue::try_from(format!("bytes={}-{}", range.start, range.end - 1));
         match value {
             Ok(value) if !self.whole(range) => call.header(RANGE, value),

@@ -12,16 +12,17 @@
 //! `testing::FaultySource`, which fails or returns wrong bytes at chosen offsets.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
 use thiserror::Error;
 
 use crate::SharedBytes;
+use crate::origin::Origin;
 use crate::traffic::Traffic;
 
 /// Error of reading bytes. Cheap to clone: one failed read can have many waiters.
@@ -177,6 +178,16 @@ pub trait ByteSource: Send + Sync {
         Traffic::default()
     }
 
+    /// Its origin. A source that knows none has its name.
+    fn origin(&self) -> Origin {
+        Origin::new(self.name())
+    }
+
+    /// The source that it is a part of, and the position of its first byte there.
+    fn outer(&self) -> Option<(&Arc<dyn ByteSource>, u64)> {
+        None
+    }
+
     /// All bytes as one slice, if they are in memory already.
     fn as_slice(&self) -> Option<&[u8]> {
         None
@@ -249,6 +260,7 @@ impl ByteSource for MemorySource {
 /// A file, read with `pread`.
 pub struct FileSource {
     name: String,
+    origin: String,
     file: File,
     len: u64,
 }
@@ -267,9 +279,40 @@ impl FileSource {
             source: Arc::new(source),
         };
         let file = File::open(path).map_err(io)?;
-        let len = file.metadata().map_err(io)?.len();
-        Ok(Self { name, file, len })
+        Self::new(path, name.clone(), file)
     }
+
+    /// Takes an open file, its path (it is part of the origin), a name for messages, and its present length as final.
+    ///
+    /// # Errors
+    /// [`SourceError::Io`] if its length cannot be had.
+    pub fn new(path: &Path, name: String, file: File) -> Result<Self, SourceError> {
+        match file.metadata() {
+            Ok(meta) => Ok(Self { origin: file_state(path, &meta), len: meta.len(), name, file }),
+            Err(source) => {
+                Err(SourceError::Io { name, offset: 0, len: 0, source: Arc::new(source) })
+            }
+        }
+    }
+}
+
+impl FileSource {
+    /// The file, for a reader from front to end.
+    #[must_use]
+    pub fn into_file(self) -> File {
+        self.file
+    }
+}
+
+/// Name of a file in its present state: another file at its path, or the same file changed, has another name. The time
+/// of the last change of the inode belongs to it, because a user can set every other time.
+#[must_use]
+pub fn file_state(path: &Path, meta: &Metadata) -> String {
+    let (dev, ino, len) = (meta.dev(), meta.ino(), meta.len());
+    let (written, changed) = (meta.mtime(), meta.ctime());
+    let (written_ns, changed_ns) = (meta.mtime_nsec(), meta.ctime_nsec());
+    let path = path.display();
+    format!("{path}:{dev:x}:{ino:x}:{len}:{written}.{written_ns}:{changed}.{changed_ns}")
 }
 
 impl ByteSource for FileSource {
@@ -285,6 +328,10 @@ impl ByteSource for FileSource {
             len: buf.len(),
             source: Arc::new(source),
         })
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::new(self.origin.clone())
     }
 
     fn name(&self) -> &str {
@@ -349,6 +396,14 @@ impl ByteSource for SubSource {
 
     fn traffic(&self) -> Traffic {
         self.inner.traffic()
+    }
+
+    fn origin(&self) -> Origin {
+        self.inner.origin()
+    }
+
+    fn outer(&self) -> Option<(&Arc<dyn ByteSource>, u64)> {
+        Some((&self.inner, self.start))
     }
 
     fn as_slice(&self) -> Option<&[u8]> {

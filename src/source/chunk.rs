@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::{ByteSource, SourceError, StableBytes};
+use crate::{ByteSource, Proof, SourceError, StableBytes};
 
 /// Error of making a chunk. All threads that wait for the chunk receive the same error.
 #[derive(Clone, Debug, Error)]
@@ -204,9 +204,15 @@ pub trait SerialDecoder: Send {
 /// asks for the positions of chunks and may fetch several neighbours at once. The decoding thread needs no
 /// network.
 pub trait ChunkSource: Send + Sync {
-    /// Identity of this blob in a cache: its digest, its decoding, and the positions of its chunks. With
-    /// another index, the same blob has another id.
+    /// Name of this blob for people and in traces: its digest, as the image names it, its decoding, and the positions
+    /// of its chunks. It is a claim. A cache shares chunks by it only together with the [proof](Self::proof), or with
+    /// the origin of the bytes.
     fn id(&self) -> &str;
+
+    /// What proves the decoded bytes of its chunks.
+    fn proof(&self) -> Proof {
+        Proof::Nothing
+    }
 
     /// Decoded length in bytes.
     fn decoded_len(&self) -> u64;

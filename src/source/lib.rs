@@ -9,6 +9,8 @@
 //! * [`bytes`] a run of bytes: memory, file, part of another
 //! * [`chunk`] a blob in chunks: the unit of fetching, verifying and caching
 //! * [`failure`] an error and its causes as one line
+//! * `origin` the party that answers for bytes without a proof
+//! * `proof` what proves the bytes of chunks
 //! * `stable` bytes that keep their address, for those who tell it to the kernel
 //! * `testing` doubles, by the feature of that name
 //! * `traffic` what a source fetched, and what failed on the way
@@ -27,6 +29,8 @@ pub mod budget;
 pub mod bytes;
 pub mod chunk;
 pub mod failure;
+mod origin;
+mod proof;
 mod stable;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -34,7 +38,9 @@ mod traffic;
 
 pub use budget::{MemoryBudget, OverBudget, Reserved};
 pub use bytes::{
-    ByteSource, Class, FileSource, MemorySource, OneBuffer, Run, SourceError, SubSource,
+    ByteSource, Class, FileSource, MemorySource, OneBuffer, Run, SourceError, SubSource, file_state,
 };
+pub use origin::Origin;
+pub use proof::Proof;
 pub use stable::{Accounted, SharedBytes, StableBytes};
 pub use traffic::{Attempts, Retries, Traffic, TryingAgain};

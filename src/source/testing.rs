@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::{ByteSource, SourceError};
+use crate::{ByteSource, Origin, SourceError};
 
 /// A source with deliberate faults, for tests of all code above it.
 pub struct FaultySource {
@@ -56,6 +56,10 @@ impl ByteSource for FaultySource {
 
     fn is_local(&self) -> bool {
         self.inner.is_local()
+    }
+
+    fn origin(&self) -> Origin {
+        self.inner.origin()
     }
 
     fn name(&self) -> &str {

@@ -7,6 +7,8 @@
 //! * [`extents`] where the bytes of a file lie on its device (`FS_IOC_FIEMAP`)
 //! * [`flock`]   a file that one process has at a time
 //! * [`limits`]  limits of a process
+//! * [`private`] folders and files that no other user can replace
+//! * [`privilege`] rights that the daemon gives up at its start
 //! * [`heap`]    gives free memory back to the system
 //!
 //! ```
@@ -20,3 +22,5 @@ pub mod extents;
 pub mod flock;
 pub mod heap;
 pub mod limits;
+pub mod private;
+pub mod privilege;

@@ -201,6 +201,12 @@ impl Double {
         digest
     }
 
+    /// Puts other bytes under the digest of a blob into a repository: a registry that lies.
+    pub fn add_lie(&self, repository: &str, digest: &Digest, bytes: &[u8]) {
+        let key = (repository.to_owned(), *digest);
+        lock(&self.state).blobs.insert(key, Bytes::copy_from_slice(bytes));
+    }
+
     /// Removes a blob.
     pub fn remove_blob(&self, repository: &str, digest: &Digest) {
         lock(&self.state).blobs.remove(&(repository.to_owned(), *digest));

@@ -21,7 +21,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::fetch::{Flow, Key};
+use crate::fetch::{Flow, SharedChunk};
 
 /// Divisor of the budget for the small queue. A tenth, as in the paper, is only a few chunks here.
 const SMALL: u64 = 4;
@@ -64,12 +64,12 @@ pub(super) enum EvictionTry {
 #[derive(Debug, Default)]
 pub(super) struct Queues {
     small: Vec<SmallQueue>,
-    main: VecDeque<(Key, u64)>,
+    main: VecDeque<(SharedChunk, u64)>,
     /// Chunks in all small queues, and their bytes.
     small_len: usize,
     small_bytes: u64,
-    ghosts: HashSet<Key>,
-    ghost_order: VecDeque<Key>,
+    ghosts: HashSet<SharedChunk>,
+    ghost_order: VecDeque<SharedChunk>,
 }
 
 /// The small queue of a device.
@@ -77,12 +77,18 @@ pub(super) struct Queues {
 struct SmallQueue {
     flow: Flow,
     bytes: u64,
-    chunks: VecDeque<(Key, u64)>,
+    chunks: VecDeque<(SharedChunk, u64)>,
 }
 
 impl Queues {
     /// Adds a chunk that a device loaded; returns true if it goes to the main queue.
-    pub(super) fn insert(&mut self, key: Key, flow: Flow, bytes: u64, clock: &Clock) -> bool {
+    pub(super) fn insert(
+        &mut self,
+        key: SharedChunk,
+        flow: Flow,
+        bytes: u64,
+        clock: &Clock,
+    ) -> bool {
         clock.came.fetch_add(1, Ordering::Relaxed);
         let main = self.ghosts.remove(&key);
         if main {
@@ -94,7 +100,7 @@ impl Queues {
         main
     }
 
-    fn push_small(&mut self, key: Key, flow: Flow, bytes: u64) {
+    fn push_small(&mut self, key: SharedChunk, flow: Flow, bytes: u64) {
         self.small_len += 1;
         self.small_bytes += bytes;
         if let Some(small) = self.small.iter_mut().find(|small| small.flow == flow) {
@@ -107,7 +113,7 @@ impl Queues {
     }
 
     /// Takes the oldest chunk of the device that has the most bytes in its small queue.
-    fn pop_small(&mut self) -> Option<(Key, Flow, u64)> {
+    fn pop_small(&mut self) -> Option<(SharedChunk, Flow, u64)> {
         let small = self.small.iter_mut().filter(|small| !small.chunks.is_empty());
         let small = small.max_by_key(|small| small.bytes)?;
         let (key, bytes) = small.chunks.pop_front()?;
@@ -123,7 +129,7 @@ impl Queues {
     pub(super) fn evict(
         &mut self,
         budget: u64,
-        look: &mut dyn FnMut(Key, bool) -> EvictionTry,
+        look: &mut dyn FnMut(SharedChunk, bool) -> EvictionTry,
     ) -> Option<u64> {
         // After so many rounds every use is subtracted, and the remaining chunks have readers.
         let most = (self.small_len + self.main.len()) * (usize::from(MOST_USES) + 2);
@@ -149,7 +155,7 @@ impl Queues {
     }
 
     /// As many keys are remembered as chunks are held.
-    fn remember(&mut self, key: Key) {
+    fn remember(&mut self, key: SharedChunk) {
         self.ghosts.insert(key);
         self.ghost_order.push_back(key);
         while self.ghost_order.len() > self.small_len + self.main.len()
@@ -194,9 +200,9 @@ mod tests {
             while self.held.len() as u64 >= BUDGET {
                 let Self { queues, held, .. } = self;
                 let evicted = queues.evict(BUDGET, &mut |key, _| {
-                    let (uses, _, main) = held.get_mut(&key.chunk).unwrap();
+                    let (uses, _, main) = held.get_mut(&key.number).unwrap();
                     if *uses == 0 {
-                        held.remove(&key.chunk);
+                        held.remove(&key.number);
                         return EvictionTry::Evicted;
                     }
                     *uses = if *main { *uses - 1 } else { 0 };
@@ -205,7 +211,8 @@ mod tests {
                 });
                 assert_eq!(evicted, Some(1));
             }
-            let main = self.queues.insert(Key { blob: 0, chunk }, Flow(blob), 1, &self.clock);
+            let key = SharedChunk { blob: 0, number: chunk };
+            let main = self.queues.insert(key, Flow(blob), 1, &self.clock);
             self.held.insert(chunk, (0, self.clock.now(), main));
         }
     }
@@ -253,7 +260,7 @@ mod tests {
     fn when_everything_is_being_read_nothing_is_given_up() {
         let (mut queues, clock) = (Queues::default(), Clock::default());
         for chunk in 0..10 {
-            queues.insert(Key { blob: 0, chunk }, Flow::default(), 1, &clock);
+            queues.insert(SharedChunk { blob: 0, number: chunk }, Flow::default(), 1, &clock);
         }
         assert_eq!(queues.evict(10, &mut |_, _| EvictionTry::InUse), None);
         assert_eq!(queues.evict(10, &mut |_, _| EvictionTry::Evicted), Some(1));

@@ -10,21 +10,35 @@ use parking_lot::Mutex;
 use super::ahead::{Ahead, ChunkTouch};
 use super::depth::Depth;
 use super::recent::Recent;
+use crate::identity::{self, Verification, VerifiedBy};
 use crate::tier::StoredBlob;
 use source::chunk::ChunkSource;
 
-/// A chunk of a blob, with a number for the blob's identity.
+/// A chunk, with a number for the identity of its blob. Chunks of one key have the same bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key {
-    /// Number of the blob, valid while a [`Blob`] or a cached chunk has it.
+pub struct SharedChunk {
+    /// Number of the blob's identity, valid while a [`Blob`] or a cached chunk has it.
     pub blob: u32,
-    /// The chunk, from 0.
-    pub chunk: u32,
+    /// Number of the chunk, from 0.
+    pub number: u32,
 }
 
-/// A blob opened in a cache. Opening a blob of the same identity again gives the same value.
+/// A chunk that is fetched one way. Images that share its bytes do not share the way: each reads with its own
+/// credentials from its own registry, and the failure of one way is no failure of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// The chunk.
+    pub chunk: SharedChunk,
+    /// Number of the origin that it is fetched from.
+    pub way: u32,
+}
+
+/// A blob opened in a cache, with the way to its bytes. Opening a blob of the same identity and origin again gives the
+/// same value.
 pub struct Blob {
     number: u32,
+    /// Number of its origin.
+    way: u32,
     source: Arc<dyn ChunkSource>,
     /// Its chunks in the disk tiers.
     stored: StoredBlob,
@@ -45,12 +59,14 @@ pub struct Blob {
 impl Blob {
     pub(crate) fn new(
         number: u32,
+        way: u32,
         source: Arc<dyn ChunkSource>,
         stored: StoredBlob,
         held: Arc<AtomicU64>,
     ) -> Self {
         Self {
             number,
+            way,
             source,
             stored,
             held,
@@ -68,10 +84,23 @@ impl Blob {
         &self.source
     }
 
-    /// The key of a chunk.
+    /// The key of a chunk that is fetched this blob's way.
     #[must_use]
     pub fn key(&self, chunk: u32) -> Key {
-        Key { blob: self.number, chunk }
+        Key { chunk: self.shared(chunk), way: self.way }
+    }
+
+    /// The key of a chunk, whatever its way.
+    #[must_use]
+    pub fn shared(&self, chunk: u32) -> SharedChunk {
+        SharedChunk { blob: self.number, number: chunk }
+    }
+
+    /// Number of the origin that its bytes are fetched from: the same for all blobs of one repository that are reached
+    /// in the same way.
+    #[must_use]
+    pub fn way(&self) -> u32 {
+        self.way
     }
 
     /// Bytes of the cache's budget that its chunks take now.
@@ -94,6 +123,24 @@ impl Blob {
     #[must_use]
     pub fn is_near(&self, chunk: u32) -> bool {
         self.source.blob().is_local() || self.stored.has(chunk)
+    }
+
+    /// True if all its chunks are in the disk tier as those of a whole blob whose digest was compared.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        let (whole, chunks) = (self.stored.whole.as_ref(), self.source.chunk_count() as usize);
+        chunks > 0 && whole.is_some_and(|stored| stored.count() == chunks)
+    }
+
+    /// What verifies its chunks now.
+    #[must_use]
+    pub fn verification(&self) -> Verification {
+        match identity::claimed(self.source.id()) {
+            Some(digest) if self.is_whole() => {
+                Verification { verified_by: VerifiedBy::Blob, shared_by: digest.to_string() }
+            }
+            _ => Verification::of(&*self.source),
+        }
     }
 
     /// Its chunks in the disk tiers.

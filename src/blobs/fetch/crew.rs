@@ -5,6 +5,10 @@
 //! a ublk queue thread is bound to its own. A quarter of the threads is reserved for demand, and a quarter for other
 //! devices than the one that has the most ([`fair`](super::fair)).
 //!
+//! A request to a registry that is down, or slow, keeps its thread until a deadline. So a way (see [`Key`]) without any
+//! request in flight gets a thread for its demand even when all are busy, beyond the limit: the readers of one
+//! repository never wait for another's.
+//!
 //! The background fill gets the remaining capacity, limited by [`Pace`](super::pace): large requests, and as
 //! many as fill the line, while there is no demand; else small ones and few.
 //!
@@ -12,6 +16,7 @@
 //! for each: one limit is for all requests in flight, and one for those ahead of demand. A request of theirs that
 //! has a reader is admitted before the crew's next one.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,6 +43,10 @@ const MOST_IN_FLIGHT: u64 = 256 << 20;
 /// object store's rate for one connection. Below it more requests only cost more.
 const LEAST_BYTES: u64 = 1 << 20;
 
+/// Limit on requests in flight beyond those, one for each way that has no other: more repositories are seldom in use at
+/// once, and far fewer are down.
+const MOST_BEYOND: usize = 32;
+
 /// Interval at which a fill that is held back is checked again.
 const HELD_BACK: Duration = Duration::from_millis(50);
 
@@ -57,6 +66,8 @@ struct CrewState {
     queue: FetchQueue,
     /// Number of threads that wait for work.
     idle: usize,
+    /// Requests in flight by way, those by a permit included.
+    requests_of: HashMap<u32, usize>,
     /// Requests in flight without a waiter, those of the fill included.
     ahead: usize,
     /// Requests of the fill in flight.
@@ -77,6 +88,24 @@ impl CrewState {
     /// Requests in flight for demand or ahead of it.
     fn threads_at_work(&self) -> usize {
         (self.threads.len() - self.idle.min(self.threads.len())).saturating_sub(self.fill + 1)
+    }
+
+    fn begun(&mut self, way: u32) {
+        *self.requests_of.entry(way).or_default() += 1;
+    }
+
+    fn ended(&mut self, way: u32) {
+        if let Some(requests) = self.requests_of.get_mut(&way) {
+            *requests -= 1;
+            if *requests == 0 {
+                self.requests_of.remove(&way);
+            }
+        }
+    }
+
+    /// True if a way that has no request in flight may make one beyond the limit.
+    fn is_idle(&self, way: u32, most: usize) -> bool {
+        !self.requests_of.contains_key(&way) && self.in_flight() < most + MOST_BEYOND
     }
 
     /// Requests in flight.
@@ -100,12 +129,14 @@ impl CrewState {
 pub(super) struct Permit<'a> {
     crew: &'a Crew,
     class: Class,
+    way: u32,
 }
 
 impl Drop for Permit<'_> {
     fn drop(&mut self) {
         let mut state = self.crew.lock();
         state.permits[self.class as usize] -= 1;
+        state.ended(self.way);
         self.crew.freed(&state);
     }
 }
@@ -123,6 +154,7 @@ impl Crew {
 
     pub(super) fn urge(&self, key: Key, flow: Flow) {
         self.lock().queue.urge(key, flow);
+        self.wake.notify_one();
     }
 
     pub(super) fn is_ending(&self) -> bool {
@@ -161,15 +193,20 @@ impl Crew {
             let demand_only = !self.admits_ahead(&state, Class::Prefetch);
             let fill = pace.fill(state.threads_at_work(), state.fill);
             let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };
-            let CrewState { queue, shares, .. } = &mut *state;
+            let CrewState { queue, shares, requests_of, .. } = &mut *state;
             let (active, bounds) = (shares.active(), self.bounds());
             let may = |flow, bytes| shares.may_begin(flow, bytes, active, bounds);
-            let taken = if free > 0 { queue.take(limit, &may) } else { None };
+            let taken = if free > 0 {
+                queue.take(limit, &may)
+            } else {
+                queue.take_of_idle(limit, &|way| requests_of.contains_key(&way))
+            };
             if let Some(taken) = taken {
                 if taken.class < Class::Fill {
                     state.shares.begin(taken.flow, taken.bytes);
                 }
                 state.own += 1;
+                state.begun(taken.blob.way());
                 state.ahead += usize::from(taken.class > Class::Demand);
                 state.fill += usize::from(taken.class == Class::Fill);
                 return Some(taken);
@@ -192,10 +229,11 @@ impl Crew {
             && (class != Class::Prefetch || state.prefetches() < self.prefetches)
     }
 
-    /// Waits until a thread outside the crew may make a request of this class; `is_urgent` tells whether it has
+    /// Waits until a thread outside the crew may make a request of this way and class; `is_urgent` tells whether it has
     /// become demand meanwhile. `None` at the end.
     pub(super) fn admit(
         &self,
+        way: u32,
         mut class: Class,
         is_urgent: &dyn Fn() -> bool,
     ) -> Option<Permit<'_>> {
@@ -210,9 +248,10 @@ impl Crew {
             }
             let fits = state.in_flight() < self.most
                 && (class == Class::Demand || self.admits_ahead(&state, class));
-            if fits {
+            if fits || class == Class::Demand && state.is_idle(way, self.most) {
                 state.permits[class as usize] += 1;
-                return Some(Permit { crew: self, class });
+                state.begun(way);
+                return Some(Permit { crew: self, class, way });
             }
             let awaited = usize::from(class == Class::Demand);
             state.awaited += awaited;
@@ -244,14 +283,14 @@ impl Crew {
     }
 
     fn done(&self, taken: &Taken) {
-        let class = taken.class;
         let mut state = self.lock();
-        if class < Class::Fill {
+        if taken.class < Class::Fill {
             state.shares.end(taken.flow, taken.bytes);
         }
         state.own -= 1;
-        state.ahead -= usize::from(class > Class::Demand);
-        state.fill -= usize::from(class == Class::Fill);
+        state.ended(taken.blob.way());
+        state.ahead -= usize::from(taken.class > Class::Demand);
+        state.fill -= usize::from(taken.class == Class::Fill);
         self.freed(&state);
     }
 }
@@ -278,7 +317,8 @@ pub(super) fn want(
 /// need another thread.
 fn grow(shared: &Arc<FetchShared>) {
     let mut state = shared.crew.lock();
-    if state.idle == 0 && state.threads.len() < shared.crew.most && !state.ending {
+    let most = shared.crew.most + MOST_BEYOND;
+    if state.idle == 0 && state.threads.len() < most && !state.ending {
         add_thread(shared, &mut state);
     }
 }
@@ -304,6 +344,12 @@ fn run(shared: &Arc<FetchShared>) {
 
 /// Runs one request.
 fn fetch(shared: &Arc<FetchShared>, taken: &Taken) {
+    let keys = || taken.chunks.clone().map(|chunk| taken.blob.key(chunk));
+    if !keys().any(|key| shared.delivery.is_loading(key)) {
+        // Another way has brought them.
+        keys().for_each(|key| shared.fill.ended(key, true));
+        return;
+    }
     let source = taken.blob.source();
     let places: Result<Vec<EncodedRange>, ChunkError> =
         taken.chunks.clone().map(|chunk| source.encoded(chunk)).collect();

@@ -10,7 +10,10 @@
 //!
 //! The fill keeps no more in flight than the tier's queue has room for, so it runs at the disk's speed where
 //! that is the lower one. It pauses while the disk is full, ends when its [`Filling`] is dropped, and after a
-//! restart skips the chunks that are stored already.
+//! restart skips the chunks that are stored already. A blob without a table of checksums is hashed when it is there as a
+//! whole (`whole`).
+
+mod whole;
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
@@ -87,6 +90,12 @@ pub struct Filling {
 }
 
 impl Filling {
+    /// True if it has ended: all is near, or no more can be.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.task.ended.load(Ordering::Acquire)
+    }
+
     /// Its progress.
     #[must_use]
     pub fn progress(&self) -> FillProgress {
@@ -307,6 +316,12 @@ fn fill(shared: &Arc<FetchShared>, task: &Task) -> bool {
         return true;
     }
     for blob in &task.blobs {
+        whole::verify(shared, blob, &|| {
+            let state = shared.fill.lock();
+            state.ending || task.stopped.load(Ordering::Acquire)
+        });
+    }
+    for blob in &task.blobs {
         // Without a tier the near chunks are those in memory, and these come and go.
         whole &= blob.stored().target().is_none()
             || (0..blob.source().chunk_count()).all(|chunk| blob.is_near(chunk));
@@ -357,9 +372,12 @@ impl Round<'_> {
         let key = blob.key(chunk);
         {
             let mut state = self.shared.fill.lock();
-            state.chunks.insert(key, takes);
+            // It may still be under way since another way brought it, and was evicted since.
+            match state.chunks.insert(key, takes) {
+                Some(before) => state.bytes -= before,
+                None => _ = self.shared.fill.under_way.fetch_add(1, Ordering::Release),
+            }
             state.bytes += takes;
-            self.shared.fill.under_way.fetch_add(1, Ordering::Release);
         }
         self.batch.push(WantedChunk {
             blob: blob.clone(),

@@ -357,7 +357,7 @@ fn keep(shared: &Arc<FetchShared>, job: DecodeJob, bytes: Arc<ChunkBytes>) {
     let (Input::Fetched(encoded) | Input::Stored(encoded)) = job.input else { return };
     let blob = job.blob;
     match blob.stored().target() {
-        Some((TierKind::Encoded, stored)) if !stored.has(job.chunk) => {
+        Some((TierKind::Encoded, stored)) if !blob.stored().has(job.chunk) => {
             if let Ok(place) = blob.source().encoded(job.chunk) {
                 let (buffer, data) = encoded.into_parts();
                 stored.offer(job.chunk, place.range.start, ChunkPayload::Owned(buffer, data));
@@ -394,7 +394,7 @@ fn make(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<Made, Arc<Chun
     match decode(shared, job) {
         Err(error) if matches!(job.input, Input::Stored(_)) => {
             tracing::debug!(%error, "A chunk of the disk tier does not decode");
-            if let Some(stored) = &job.blob.stored().encoded {
+            for stored in job.blob.stored().all_encoded() {
                 stored.forget(job.chunk);
             }
             job.input = Input::Near;
@@ -433,13 +433,14 @@ fn read_encoded(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<bool, 
         job.input = Input::Fetched(encoded);
         return Ok(true);
     }
-    let Some(stored) = job.blob.stored().encoded.as_ref().filter(|file| file.has(job.chunk)) else {
+    let mut files = job.blob.stored().all_encoded().filter(|file| file.has(job.chunk)).peekable();
+    if files.peek().is_none() {
         return Ok(false);
-    };
+    }
     let mut encoded = EncodedChunk::new(&place, shared.workers.buffer());
     // Decoding compares the source's checksums; the tier's own checksum tells damage by the disk from other
     // damage.
-    if !stored.read(job.chunk, encoded.bytes_mut(), &|_| None) {
+    if !files.any(|file| file.read(job.chunk, encoded.bytes_mut(), &|_| None)) {
         return Ok(false);
     }
     shared.counters.stored.add(1);

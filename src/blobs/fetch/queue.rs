@@ -133,6 +133,19 @@ impl FetchQueue {
     /// Takes the next request; of a device only if it `may` have one more, of so many bytes at least.
     pub fn take(&mut self, limit: Limit, may: &dyn Fn(Flow, u64) -> bool) -> Option<Taken> {
         let (flow, first) = self.next(limit, may)?;
+        self.take_from(flow, first, limit)
+    }
+
+    /// Takes the next request for demand of a way that is not busy.
+    pub fn take_of_idle(&mut self, limit: Limit, is_busy: &dyn Fn(u32) -> bool) -> Option<Taken> {
+        let Self { demand, wanted, .. } = self;
+        let first = demand.remove(&|key| !is_busy(key.way) && wanted.contains_key(key))?;
+        let flow = wanted.get(&first)?.flow;
+        self.take_from(flow, first, limit)
+    }
+
+    /// Takes a request that begins with a chunk, and its neighbours, for a device.
+    fn take_from(&mut self, flow: Flow, first: Key, limit: Limit) -> Option<Taken> {
         let WantedChunk { blob, chunk, class, tries, .. } = self.wanted.remove(&first)?;
         let size =
             |chunk| blob.source().encoded(chunk).map_or(u64::MAX, |place| place.len() as u64);
@@ -270,7 +283,7 @@ mod tests {
     fn blob(number: u32, chunks: u64) -> Arc<Blob> {
         let source = Arc::new(UnreadSource(chunks * PlainChunks::CHUNK));
         let source: Arc<dyn ChunkSource> = Arc::new(PlainChunks::new("b", source));
-        Arc::new(Blob::new(number, source, StoredBlob::default(), Arc::default()))
+        Arc::new(Blob::new(number, 0, source, StoredBlob::default(), Arc::default()))
     }
 
     fn wanted(blob: &Arc<Blob>, chunk: u32, class: Class) -> WantedChunk {
@@ -361,7 +374,7 @@ mod tests {
                 ahead |= request.class > Class::Demand;
                 taken.extend(request.chunks.map(|chunk| request.blob.key(chunk)));
             }
-            let mut expected: Vec<_> = asked.iter().map(|((blob, chunk), _)| Key { blob: *blob, chunk: *chunk }).collect();
+            let mut expected: Vec<Key> = asked.iter().map(|((blob, chunk), _)| blobs[*blob as usize].key(*chunk)).collect();
             expected.sort();
             taken.sort();
             prop_assert_eq!(taken, expected);

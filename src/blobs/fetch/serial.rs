@@ -15,6 +15,9 @@
 //! again, after the wanted chunks ahead have been reached. A thread without work keeps its decoder and waits
 //! [`PARKED`] for a reader that continues, unless another frame needs the thread.
 //!
+//! A thread may wait for its registry for long. So a way (see [`Key`]) without any thread, or without any window, gets one
+//! beyond the limits: a registry that is down holds up its own readers only.
+//!
 //! Memory: windows of [`MOST_WINDOWS`] together (one is 2 to 8 MiB at usual levels, 128 MiB at most), two
 //! requests of bytes for each of at most [`MOST_THREADS`] frames, and the tier's queue. The lists hold only
 //! chunks that the cache has claimed.
@@ -36,7 +39,6 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::FetchShared;
 use super::blob::{Blob, Key};
-use super::fair::Flow;
 use super::queue::WantedChunk;
 use source::Class;
 use threads::Pool;
@@ -45,11 +47,10 @@ use threads::Pool;
 /// them.
 const MOST_THREADS: usize = 16;
 
-/// Limit on the frames of one device: the rest of the threads is for others.
-const MOST_OF_ONE: usize = MOST_THREADS / 4 * 3;
+/// Limit on threads beyond those, each for a way that has none at work.
+const MOST_BEYOND: usize = 16;
 
-/// Limit on the bytes of windows of the frames that are decoded at the same time: 8 MiB each, or one of the longest
-/// kind.
+/// Limit on the bytes of windows of the frames that are decoded at the same time.
 const MOST_WINDOWS: u64 = 128 << 20;
 
 /// Most memory of all frames: their windows, and two batches for each. Reserved while an image with such a frame is open.
@@ -76,8 +77,10 @@ struct FrameQueue {
     threads: Pool,
     /// Number of threads without a frame.
     idle: usize,
-    /// Bytes of windows, by device.
-    windows: HashMap<Flow, u64>,
+    /// Bytes of windows.
+    windows: u64,
+    /// The same by way.
+    windows_of: HashMap<u32, u64>,
     /// Number of threads that wait until others release windows.
     starved: usize,
     ending: bool,
@@ -88,8 +91,6 @@ struct WantedFrame {
     blob: Arc<Blob>,
     chunks: Range<u32>,
     wanted: BTreeMap<u32, WantedChunk>,
-    /// The device that wanted it first.
-    flow: Flow,
     /// True if a thread has it.
     taken: bool,
 }
@@ -110,17 +111,26 @@ struct Orders {
 impl FrameQueue {
     /// True if a frame with a waiter gets no thread or no memory.
     fn is_contested(&self) -> bool {
-        let full = self.idle == 0 && self.threads.len() >= MOST_THREADS;
-        let waits = |frame: &WantedFrame| {
-            let has_thread = !full && self.taken_by(frame.flow) < MOST_OF_ONE;
-            !frame.taken && !frame.wanted.is_empty() && !has_thread
-        };
-        self.starved > 0 || self.frames.values().any(waits)
+        let waits = |frame: &WantedFrame| !frame.taken && !frame.wanted.is_empty();
+        let full = self.at_work().count() >= MOST_THREADS;
+        self.starved > 0 || full && self.frames.values().any(waits)
     }
 
-    /// Number of threads that a device has.
-    fn taken_by(&self, flow: Flow) -> usize {
-        self.frames.values().filter(|frame| frame.taken && frame.flow == flow).count()
+    /// Frames that have a thread.
+    fn at_work(&self) -> impl Iterator<Item = &Key> {
+        self.frames.iter().filter(|(_, frame)| frame.taken).map(|(first, _)| first)
+    }
+
+    /// The frame that gets the next thread: the most urgent one; when all threads are at work, of a way that has none.
+    fn most_urgent(&mut self) -> Option<&mut WantedFrame> {
+        let at_work: Vec<u32> = self.at_work().map(|first| first.way).collect();
+        let full = at_work.len() >= MOST_THREADS;
+        let free = self.frames.iter_mut().filter(|(first, frame)| {
+            let waits = !frame.taken && !frame.wanted.is_empty();
+            waits && !(full && at_work.contains(&first.way))
+        });
+        let urgency = |frame: &&mut WantedFrame| frame.wanted.values().map(|one| one.class).min();
+        free.map(|(_, frame)| frame).min_by_key(urgency)
     }
 }
 
@@ -141,9 +151,9 @@ impl Serials {
     /// Makes demand of a chunk that was wanted ahead of time: it has a waiter now.
     pub(super) fn urge(&self, key: Key) {
         let mut state = self.lock();
-        let frames = state.frames.iter_mut().filter(|(first, _)| first.blob == key.blob);
-        for (_, frame) in frames {
-            if let Some(wanted) = frame.wanted.get_mut(&key.chunk) {
+        let of_blob = |first: &Key| (first.chunk.blob, first.way) == (key.chunk.blob, key.way);
+        for (_, frame) in state.frames.iter_mut().filter(|(first, _)| of_blob(first)) {
+            if let Some(wanted) = frame.wanted.get_mut(&key.chunk.number) {
                 wanted.class = Class::Demand;
                 self.wake.notify_all();
             }
@@ -173,14 +183,7 @@ impl Serials {
             if state.ending {
                 return None;
             }
-            // Devices with few threads first, and within a device the most urgent frame.
-            let rank = |(&key, frame): (&Key, &WantedFrame)| {
-                let taken = state.taken_by(frame.flow);
-                let urgency = frame.wanted.values().map(|one| one.class).min()?;
-                (!frame.taken && taken < MOST_OF_ONE).then_some((taken, urgency, key))
-            };
-            let next = state.frames.iter().filter_map(rank).min().map(|(_, _, key)| key);
-            if let Some(frame) = next.and_then(|key| state.frames.get_mut(&key)) {
+            if let Some(frame) = state.most_urgent() {
                 frame.taken = true;
                 return Some((frame.blob.clone(), frame.chunks.clone()));
             }
@@ -234,22 +237,20 @@ impl Serials {
         state.ending || state.frames.get(&first).is_some_and(demands)
     }
 
-    /// Waits until a window of so many bytes for frame `first` fits beside the others, and beside those of its device,
-    /// which leave a quarter. A single one always does. Returns the device; `None` at the end.
-    fn reserve(&self, first: Key, window: u64) -> Option<Flow> {
+    /// Waits until a window of so many bytes fits beside the others. A single one of a way always does. False at
+    /// the end.
+    fn reserve(&self, way: u32, window: u64) -> bool {
         let mut state = self.lock();
         let mut waits = false;
-        let flow = state.frames.get(&first).map_or_else(Flow::default, |frame| frame.flow);
         let fits = loop {
             if state.ending {
-                break None;
+                break false;
             }
-            let all: u64 = state.windows.values().sum();
-            let own = state.windows.get(&flow).copied().unwrap_or(0);
-            let fits_own = own == 0 || own + window <= MOST_WINDOWS / 4 * 3;
-            if all == 0 || (all + window <= MOST_WINDOWS && fits_own) {
-                *state.windows.entry(flow).or_default() += window;
-                break Some(flow);
+            let alone = state.windows_of.get(&way).is_none_or(|windows| *windows == 0);
+            if alone || state.windows + window <= MOST_WINDOWS {
+                state.windows += window;
+                *state.windows_of.entry(way).or_default() += window;
+                break true;
             }
             if !waits {
                 waits = true;
@@ -263,15 +264,17 @@ impl Serials {
     }
 
     /// Releases a reservation.
-    fn release(&self, flow: Flow, window: u64) {
+    fn release(&self, way: u32, window: u64) {
         if window > 0 {
             let mut state = self.lock();
-            if let Some(own) = state.windows.get_mut(&flow) {
-                *own = own.saturating_sub(window);
-                if *own == 0 {
-                    state.windows.remove(&flow);
+            state.windows -= window;
+            if let Some(windows) = state.windows_of.get_mut(&way) {
+                *windows -= window;
+                if *windows == 0 {
+                    state.windows_of.remove(&way);
                 }
             }
+            drop(state);
             self.wake.notify_all();
         }
     }
@@ -320,13 +323,13 @@ pub(super) fn want(
             blob: wanted.blob.clone(),
             chunks,
             wanted: BTreeMap::new(),
-            flow: wanted.flow,
             taken: false,
         });
         frame.wanted.insert(wanted.chunk, wanted);
     }
     let waiting = state.frames.values().filter(|frame| !frame.taken).count();
-    if waiting > state.idle && state.threads.len() < MOST_THREADS {
+    let limit = MOST_THREADS + if state.most_urgent().is_some() { MOST_BEYOND } else { 0 };
+    if waiting > state.idle && state.threads.len() < limit {
         add_thread(shared, &mut state);
     }
     drop(state);

@@ -18,9 +18,10 @@ const MOST_MAP: u64 = 1 << 30;
 /// Creates the directory and takes its lock, which holds until the file is closed.
 pub(super) fn lock(kind: TierKind, dir: &Path) -> Result<File, TierError> {
     let io = |what| move |source| TierError::Io { what, dir: dir.to_owned(), source };
-    std::fs::create_dir_all(dir).map_err(io("make"))?;
+    sys::private::folder(dir).map_err(io("use"))?;
     let path = dir.join(format!("turbobd.{}.lock", kind.name()));
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
+    let options = OpenOptions::new().write(true).create(true).truncate(false).clone();
+    let file = sys::private::open(&path, &options);
     let file = file.map_err(io("write to"))?;
     if !sys::flock::exclusive(&file, sys::flock::MOMENT).map_err(io("lock"))? {
         return Err(TierError::InUse { kind: kind.name(), dir: dir.to_owned() });

@@ -384,6 +384,13 @@ impl TierShared {
         false
     }
 
+    pub(super) fn release(&self, number: u32, chunk: u32) {
+        let gone = self.lock().take_out(number, chunk);
+        if let Some(gone) = gone {
+            self.send(WriterCommand::Forget(gone));
+        }
+    }
+
     pub(super) fn forget(&self, number: u32, chunk: u32, why: &str) {
         let mut state = self.lock();
         let Some(gone) = state.take_out(number, chunk) else { return };

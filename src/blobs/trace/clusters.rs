@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::fetch::{Blob, MOST_BYTES};
+use crate::fetch::{Blob, Key, MOST_BYTES};
 
 /// Limit on the encoded bytes of a gap that is bridged, 1 MiB: 8 ms at a gigabit, the time of a request to a
 /// registry nearby.
@@ -39,10 +39,10 @@ impl Cluster {
 
 /// The clusters of `order`, which names no chunk twice, in the order of their earliest chunks.
 pub(crate) fn clusters(order: &[(&Arc<Blob>, u32)]) -> Vec<Cluster> {
-    let mut by_blob: HashMap<u32, Vec<Listed<'_>>> = HashMap::new();
+    let mut by_blob: HashMap<Key, Vec<Listed<'_>>> = HashMap::new();
     for (place, &(blob, chunk)) in order.iter().enumerate() {
         let listed = Listed { blob, chunk, place, bytes: encoded(blob, chunk), joined: false };
-        by_blob.entry(blob.key(0).blob).or_default().push(listed);
+        by_blob.entry(blob.key(0)).or_default().push(listed);
     }
     let mut blobs: Vec<Vec<Listed<'_>>> = by_blob.into_values().collect();
     blobs.sort_unstable_by_key(|listed| listed.iter().map(|listed| listed.place).min());

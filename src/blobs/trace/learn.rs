@@ -5,8 +5,9 @@
 //! touches are merged into the file of the image, which the next attach replays. Every later start is
 //! recorded too, so that the trace follows the use of the image.
 //!
-//! The file is named by the layers of the image: the digest of their blobs' digests in order. So an image
-//! keeps its trace whatever tag, meta image or device configuration it is attached by. The file is replaced
+//! The file is named by the layers of the image: the digest of their blobs' digests and origins in order. So an image
+//! keeps its trace whatever tag, meta image or device configuration it is attached by. An image of another repository
+//! that names the same digests has a trace of its own: no image decides what another fetches. The file is replaced
 //! as a whole, by a rename; a damaged one is skipped with a warning and then replaced.
 //!
 //! One thread for all recordings of a process checks once a second for those that are over, and ends when
@@ -144,9 +145,12 @@ impl Traces {
     pub fn path(&self, recorders: &Recorders) -> PathBuf {
         let mut names = Vec::new();
         for blob in recorders.blobs() {
-            names.extend_from_slice(
-                &blob.as_ref().map_or([0; 32], |blob| super::blob_name(&**blob.source()).0),
-            );
+            let Some(source) = blob.as_ref().map(|blob| blob.source()) else {
+                names.extend_from_slice(&[0; 64]);
+                continue;
+            };
+            names.extend_from_slice(&super::blob_name(&**source).0);
+            names.extend_from_slice(&Digest::of(source.blob().origin().name.as_bytes()).0);
         }
         self.options.dir.join(format!("{}.{SUFFIX}", Digest::of(&names).hex()))
     }

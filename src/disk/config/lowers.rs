@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -41,8 +40,7 @@ pub(super) fn identity(path: &Path) -> Result<String, DiskError> {
         name: path.display().to_string(),
         source: Arc::new(source),
     })?;
-    let (dev, ino, len) = (meta.dev(), meta.ino(), meta.len());
-    Ok(format!("{}:{dev:x}:{ino:x}:{len}:{}.{}", path.display(), meta.mtime(), meta.mtime_nsec()))
+    Ok(source::file_state(path, &meta))
 }
 
 /// Reads a whole file into memory.
@@ -83,7 +81,7 @@ impl LowersBase<'_> {
             }
             Err(tried) => self.remote_layer(number, lower, &tried)?,
         };
-        let name = source.name().to_owned();
+        let (name, is_local) = (source.name().to_owned(), source.is_local());
         let budget = self.cache.residents().budget();
         let mut part = budget.part();
         let payload = zfile::open_within(source, &mut part)?;
@@ -95,9 +93,10 @@ impl LowersBase<'_> {
                 data: LayerData::Native { chunks: payload.chunks(&id) },
             });
         }
-        // Devices of one file share its metadata.
+        // Devices of one file share its metadata. A blob was not verified by its digest: its metadata is its name.
         let meta = read_within(&payload, budget, &name)?;
-        let meta = self.cache.residents().share(&id, meta);
+        let shared = if is_local { id } else { Digest::of(meta.bytes()).to_string() };
+        let meta = self.cache.residents().share(&shared, meta);
         let source = MemorySource::shared(name, meta.clone());
         let index = LsmtLayer::open_within(&source, TagMeaning::Warp, &mut part)?;
         let target = self.open_target(number, lower, &mut part)?;

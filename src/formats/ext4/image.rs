@@ -44,6 +44,19 @@ pub(super) struct FileRecord {
     pub(super) kept: bool,
     /// Attributes of a file read from the disk. They stay unchanged as long as the tree has the same.
     pub(super) kept_xattrs: Option<BTreeMap<Vec<u8>, Vec<u8>>>,
+    /// Of a file read from the disk: why a kernel may see another content than this record says.
+    pub(super) doubt: Option<&'static str>,
+}
+
+/// A contiguous part of a file on a contiguous part of the disk, all in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FilePart {
+    /// First byte in the file.
+    pub file: u64,
+    /// First byte on the disk.
+    pub disk: u64,
+    /// Length; the last part of a file may end behind the file.
+    pub len: u64,
 }
 
 impl FileRecord {
@@ -128,6 +141,24 @@ impl Image {
     #[must_use]
     pub fn size(&self) -> Bytes {
         Bytes(self.layout.blocks * BLOCK as u64)
+    }
+
+    /// The parts of a file's content, in the order of the file; what lies between them is holes. The file must have been
+    /// laid out or [read](super::read()).
+    pub fn parts_of(&self, node: NodeId) -> impl Iterator<Item = FilePart> + '_ {
+        let record = self.records.get(node.index()).and_then(Option::as_ref);
+        record.into_iter().flat_map(|record| &record.extents).map(|extent| FilePart {
+            file: u64::from(extent.logical) * BLOCK as u64,
+            disk: extent.physical * BLOCK as u64,
+            len: u64::from(extent.count) * BLOCK as u64,
+        })
+    }
+
+    /// Why a kernel may show another content of a file than [`parts_of`](Self::parts_of) and the tree say; `None` if it
+    /// cannot. No converter writes such a file.
+    #[must_use]
+    pub fn doubt(&self, node: NodeId) -> Option<&'static str> {
+        self.records.get(node.index()).and_then(Option::as_ref)?.doubt
     }
 
     /// Positions on the disk of a file's content, in bytes and in the order of the file, without holes. The

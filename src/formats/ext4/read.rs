@@ -30,6 +30,7 @@ mod blocks;
 mod directory;
 mod file;
 mod groups;
+mod indexed;
 mod superblock;
 mod walk;
 mod xattr;

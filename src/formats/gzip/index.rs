@@ -2,12 +2,15 @@
 
 use std::ops::Range;
 
+use sha2::{Digest as _, Sha256};
+
 use super::decoder::read_lengths;
 use super::window::SparseWindow;
 use crate::oci::Digest;
 use crate::units::{Bits, Bytes};
 use inflate::huffman;
 use inflate::marks::WINDOW;
+use source::Proof;
 
 /// A position where decoding can begin, in both coordinates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,6 +181,42 @@ impl GzipIndex {
             let crc = crc32c::crc32c_append(crc, &checkpoint.bit.0.to_le_bytes());
             crc32c::crc32c_append(crc, &checkpoint.out.0.to_le_bytes())
         })
+    }
+
+    /// What proves the output of the segments: the table of their checksums, with everything else that decides their
+    /// output. The windows belong to it: they are part of the index and not of the layer, so an index with the right
+    /// checksums and other windows yields other bytes.
+    #[must_use]
+    pub fn proof(&self) -> Proof {
+        let mut table = Sha256::new();
+        let whole = self.sha256.as_ref().zip(self.crc32.as_ref());
+        table.update(b"turbobd gzip table 1\0");
+        for word in [self.compressed_len.0, self.uncompressed_len.0, self.segments() as u64] {
+            table.update(word.to_le_bytes());
+        }
+        for checkpoint in &self.checkpoints {
+            table.update(checkpoint.bit.0.to_le_bytes());
+            table.update(checkpoint.out.0.to_le_bytes());
+            match &checkpoint.kind {
+                CheckpointKind::MemberStart => table.update([0]),
+                CheckpointKind::Block => table.update([1]),
+                CheckpointKind::MidBlock(header) => {
+                    table.update([2]);
+                    table.update((header.bits() as u64).to_le_bytes());
+                    table.update(header.bytes());
+                }
+            }
+            let (form, window) = checkpoint.window.packed();
+            table.update([form]);
+            table.update((window.len() as u64).to_le_bytes());
+            table.update(window);
+        }
+        if let Some((sha256, crc32)) = whole {
+            table.update(sha256.as_flattened());
+            crc32.iter().for_each(|crc| table.update(crc.to_le_bytes()));
+            return Proof::Table(table.finalize().into());
+        }
+        Proof::Index(table.finalize().into())
     }
 
     /// The segment that contains output position `out`, or `None` past the end.

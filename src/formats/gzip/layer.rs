@@ -11,8 +11,8 @@ use super::index::GzipIndex;
 use super::segment::{HEADROOM, SegmentDecoder, TAILROOM};
 use crate::segments::MAX_SEGMENT;
 use crate::units::Bytes;
-use source::ByteSource;
 use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange};
+use source::{ByteSource, Proof};
 
 /// A gzip layer and its index.
 ///
@@ -20,6 +20,7 @@ use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRan
 /// 40 MB.
 pub struct IndexedLayer {
     id: String,
+    proof: Proof,
     index: GzipIndex,
     blob: Arc<dyn ByteSource>,
     /// Decoders that no thread uses at present.
@@ -27,8 +28,8 @@ pub struct IndexedLayer {
 }
 
 impl IndexedLayer {
-    /// The layer `blob` with digest `id`, decoded by `index`. A cache identifies it by both: two images may
-    /// share a layer but have different checkpoints for it.
+    /// The layer `blob`, which the image names by the digest `id`, decoded by `index`. Two images may share a layer but
+    /// have different checkpoints for it.
     ///
     /// # Errors
     /// [`GzipError::OtherLayer`] if the blob's length is not that of the index, [`GzipError::Damaged`] if a
@@ -68,7 +69,8 @@ impl IndexedLayer {
             ));
         }
         let id = format!("{id}#gzip-{:08x}", index.cuts());
-        Ok(Self { id, index, blob, idle: Mutex::new(Vec::new()) })
+        let proof = index.proof();
+        Ok(Self { id, proof, index, blob, idle: Mutex::new(Vec::new()) })
     }
 
     /// The index.
@@ -95,6 +97,10 @@ impl IndexedLayer {
 impl ChunkSource for IndexedLayer {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn proof(&self) -> Proof {
+        self.proof
     }
 
     fn decoded_len(&self) -> u64 {

@@ -9,8 +9,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::oci::Digest;
 use crate::units::{Bits, Bytes};
-use source::MemorySource;
 use source::chunk::ChunkSource as _;
+use source::{MemorySource, Proof};
 
 /// Bytes that compress like a file tree: words, binary tables, runs, noise.
 fn sample(len: usize, seed: u64) -> Vec<u8> {
@@ -444,6 +444,37 @@ fn a_damaged_index_is_an_error_and_never_a_panic() {
 }
 
 /// Loads every segment that a damaged index still describes; only panics matter.
+#[test]
+fn an_index_with_the_right_checksums_and_another_window_or_boundary_is_another_proof() {
+    let gzip = flate2_gzip(&sample(600_000, 3), 6);
+    let (index, _) = scan(&gzip, 100_000).unwrap();
+    let Proof::Table(table) = index.proof() else { panic!("it has checksums") };
+    let sidecar = Sidecar::write(&index, Digest::of(&gzip), false).unwrap();
+    assert_eq!(merge(None, Some(&sidecar)).unwrap().proof(), Proof::Table(table));
+    let at = index.checkpoints.iter().position(|one| !one.window.is_none()).unwrap();
+    let edits: [fn(&mut GzipIndex, usize); 6] = [
+        |index, at| {
+            let mut window = [0; inflate::marks::WINDOW];
+            window[99] = 1;
+            index.checkpoints[at].window = window::WindowPacker::new().pack(&window);
+        },
+        |index, at| index.checkpoints[at].out.0 += 1,
+        |index, at| index.checkpoints[at].bit.0 += 1,
+        |index, at| index.checkpoints[at].kind = CheckpointKind::MemberStart,
+        |index, at| index.sha256.as_mut().unwrap()[at][31] ^= 1,
+        |index, at| index.crc32.as_mut().unwrap()[at] ^= 1,
+    ];
+    for (number, edit) in edits.into_iter().enumerate() {
+        let mut other = index.clone();
+        edit(&mut other, at);
+        let proof = other.proof();
+        assert!(proof.is_complete() && proof != Proof::Table(table), "edit {number}");
+    }
+    // Without the checksums it says only where segments lie.
+    let upstream = GzipIndex { sha256: None, crc32: None, ..index };
+    assert!(matches!(upstream.proof(), Proof::Index(other) if other != table));
+}
+
 fn load_all(gzip: &[u8], index: GzipIndex) {
     if let Ok(layer) = IndexedLayer::new("blob", index, Arc::new(MemorySource::new("blob", gzip))) {
         for i in 0..layer.chunk_count().min(4) {

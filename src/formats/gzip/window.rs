@@ -49,6 +49,15 @@ impl SparseWindow {
         }
     }
 
+    /// A number for its form, and its bytes in that form.
+    pub(super) fn packed(&self) -> (u8, &[u8]) {
+        match &self.0 {
+            Packed::None => (0, &[]),
+            Packed::Zlib(bytes) => (1, bytes),
+            Packed::Raw(bytes) => (2, bytes),
+        }
+    }
+
     /// The zlib stream; without history, one of 32 KiB of zeros, made by `packer`.
     pub(super) fn zlib(&self, packer: &mut WindowPacker) -> Arc<[u8]> {
         match &self.0 {

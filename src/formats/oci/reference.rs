@@ -1,6 +1,6 @@
 //! Names that a user gives for images.
 //!
-//! `[host[:port]/]name[:tag|@digest]` names an image in a registry, `oci:DIR[:TAG]` one in an image layout
+//! `[host[:port]/]name[:tag|@digest]` names an image in a registry, `oci:DIR[:TAG|@DIGEST]` one in an image layout
 //! directory. Registry names follow Docker: `debian` is `docker.io/library/debian:latest`. The grammar is
 //! that of the distribution specification; a name outside it is refused, without a guess.
 
@@ -95,6 +95,8 @@ pub struct LayoutName {
     pub dir: PathBuf,
     /// The reference name (`org.opencontainers.image.ref.name`), if given.
     pub tag: Option<String>,
+    /// The digest of the manifest, if given. It alone then selects the manifest; the tag has no effect.
+    pub digest: Option<Digest>,
 }
 
 /// A place for images: the name of an image without its tag.
@@ -158,7 +160,9 @@ impl RepositoryName {
                 let (host, repository) = (host.clone(), repository.clone());
                 ImageName::Registry(RegistryName { host, repository, tag, digest: None })
             }
-            Self::Layout(dir) => ImageName::Layout(LayoutName { dir: dir.clone(), tag }),
+            Self::Layout(dir) => {
+                ImageName::Layout(LayoutName { dir: dir.clone(), tag, digest: None })
+            }
         })
     }
 }
@@ -173,6 +177,7 @@ impl ImageName {
             Self::Layout(name) => Self::Layout(LayoutName {
                 dir: std::path::absolute(&name.dir)?,
                 tag: name.tag.clone(),
+                digest: name.digest,
             }),
             Self::Registry(_) => self.clone(),
         })
@@ -212,7 +217,7 @@ impl FromStr for RepositoryName {
             ImageName::Registry(RegistryName { tag, digest, .. }) => {
                 tag.is_none() && digest.is_none()
             }
-            ImageName::Layout(LayoutName { tag, .. }) => tag.is_none(),
+            ImageName::Layout(LayoutName { tag, digest, .. }) => tag.is_none() && digest.is_none(),
         };
         if !is_bare {
             return Err(ReferenceError {
@@ -239,7 +244,8 @@ impl fmt::Display for RegistryName {
 impl fmt::Display for LayoutName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{LAYOUT_PREFIX}{}", self.dir.display())?;
-        self.tag.iter().try_for_each(|tag| write!(f, ":{tag}"))
+        self.tag.iter().try_for_each(|tag| write!(f, ":{tag}"))?;
+        self.digest.iter().try_for_each(|digest| write!(f, "@{digest}"))
     }
 }
 
@@ -267,6 +273,13 @@ fn shortened(text: &str) -> String {
 }
 
 fn layout_name(text: &str) -> Result<LayoutName, ReferenceRule> {
+    // A tag may have an `@` in it, but what ends like a digest is one.
+    let (text, digest) = match text.rsplit_once('@') {
+        Some((rest, digest)) if digest.starts_with("sha256:") => {
+            (rest, Some(digest.parse::<Digest>()?))
+        }
+        _ => (text, None),
+    };
     let (dir, tag) = match text.split_once(':') {
         Some((dir, tag)) => (dir, Some(tag)),
         None => (text, None),
@@ -276,7 +289,7 @@ fn layout_name(text: &str) -> Result<LayoutName, ReferenceRule> {
     }
     match tag {
         Some(tag) if !is_layout_tag(tag) => Err(ReferenceRule::LayoutTag(shortened(tag))),
-        tag => Ok(LayoutName { dir: PathBuf::from(dir), tag: tag.map(str::to_owned) }),
+        tag => Ok(LayoutName { dir: PathBuf::from(dir), tag: tag.map(str::to_owned), digest }),
     }
 }
 
@@ -434,6 +447,13 @@ mod tests {
         assert_eq!(shown(&with_both), with_both);
         let ImageName::Registry(name) = with_both.parse().unwrap() else { panic!() };
         assert_eq!((name.reference(), name.tag.as_deref()), (DIGEST.to_owned(), Some("tag")));
+        for (text, tag) in [("oci:./d", None), ("oci:./d:a@b", Some("a@b"))] {
+            let pinned = format!("{text}@{DIGEST}");
+            assert_eq!(shown(&pinned), pinned);
+            let ImageName::Layout(name) = pinned.parse().unwrap() else { panic!() };
+            assert_eq!((name.dir.to_str(), name.tag.as_deref()), (Some("./d"), tag));
+            assert_eq!(name.digest.map(|digest| digest.to_string()).as_deref(), Some(DIGEST));
+        }
     }
 
     #[test]
@@ -469,6 +489,8 @@ mod tests {
             "oci::tag",
             "oci:d:",
             "oci:d:-x",
+            "oci:d@sha256:00",
+            "oci:@sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
             "ä",
             "[x]/a",
             "é.com/a",

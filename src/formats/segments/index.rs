@@ -2,10 +2,13 @@
 
 use std::ops::Range;
 
+use sha2::{Digest as _, Sha256};
+
 use super::hasher::Hashed;
 use super::{SegmentHasher, SegmentsError};
 use crate::oci::Digest;
 use crate::units::Bytes;
+use source::Proof;
 
 /// Longest segment, stored or decoded, of any encoding: 32 MiB. Memory is taken for all of it, one thread decodes all of
 /// it for a read of any length, and a number from a file must not decide how long that takes. A scan cuts at twice its
@@ -189,6 +192,30 @@ impl SegmentIndex {
             part.unwrap_or_default().iter().map(|segment| u64::from(segment.out_len)).sum()
         };
         Bytes(self.serial.iter().map(len).max().unwrap_or(0))
+    }
+
+    /// What proves the output of the segments: the table of their positions and checksums.
+    #[must_use]
+    pub fn proof(&self) -> Proof {
+        let scanned = &self.scanned;
+        let mut table = Sha256::new();
+        table.update(b"turbobd segments table 1\0");
+        table.update(scanned.encoding.name());
+        for word in
+            [scanned.compressed_len.0, scanned.uncompressed_len.0, scanned.segments.len() as u64]
+        {
+            table.update(word.to_le_bytes());
+        }
+        for segment in &scanned.segments {
+            table.update(segment.start.to_le_bytes());
+            table.update(segment.len.to_le_bytes());
+            table.update(segment.out.to_le_bytes());
+            table.update(segment.out_len.to_le_bytes());
+            table.update([u8::from(segment.entry == SegmentEntry::Inside)]);
+            table.update(segment.crc32.to_le_bytes());
+        }
+        table.update(self.sha256.as_flattened());
+        Proof::Table(table.finalize().into())
     }
 
     /// A hash of the positions of the segments: indexes with other segments have other values.

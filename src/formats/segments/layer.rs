@@ -9,14 +9,15 @@ use sha2::{Digest as _, Sha256};
 use super::SegmentsError;
 use super::index::{Encoding, Segment, SegmentEntry, SegmentIndex};
 use crate::zstandard::{self, FrameDecoder, FramesDecoder};
-use source::ByteSource;
 use source::chunk::{
     ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange, SerialChunks, SerialDecoder,
 };
+use source::{ByteSource, Proof};
 
 /// A layer that is not gzip, with its index.
 pub struct SegmentedLayer {
     id: String,
+    proof: Proof,
     index: Arc<SegmentIndex>,
     blob: Arc<dyn ByteSource>,
     /// Decoders that no thread uses at present.
@@ -24,8 +25,8 @@ pub struct SegmentedLayer {
 }
 
 impl SegmentedLayer {
-    /// The layer `blob` with digest `id`, decoded by `index`. A cache identifies it by both: two images may
-    /// share a layer but cut it differently.
+    /// The layer `blob`, which the image names by the digest `id`, decoded by `index`. Two images may share a layer but
+    /// cut it differently.
     ///
     /// # Errors
     /// [`SegmentsError::OtherLayer`] if the blob's length is not that of the index.
@@ -40,7 +41,8 @@ impl SegmentedLayer {
             return Err(SegmentsError::OtherLayer { what, ours: len, theirs: blob.len() });
         }
         let id = format!("{id}#{}-{:08x}", index.scanned().encoding.name(), index.cuts());
-        Ok(Self { id, index: Arc::new(index), blob, idle: Mutex::default() })
+        let proof = index.proof();
+        Ok(Self { id, proof, index: Arc::new(index), blob, idle: Mutex::default() })
     }
 
     /// The index.
@@ -105,6 +107,10 @@ fn check_decoded(segment: &Segment, decoded: &[u8]) -> Result<(), String> {
 impl ChunkSource for SegmentedLayer {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn proof(&self) -> Proof {
+        self.proof
     }
 
     fn decoded_len(&self) -> u64 {

@@ -238,6 +238,22 @@ mod tests {
         assert_eq!((index.segment_at(699), index.segment_at(700)), (Some(6), None));
     }
 
+    #[test]
+    fn an_index_with_another_place_or_checksum_is_another_proof() {
+        let places = [(0, 10, 100, false), (3, 10, 100, true), (0, 7, 9, false)];
+        let proof = index(Encoding::Zstd, &places).proof();
+        assert!(proof.is_complete());
+        assert_eq!(index(Encoding::Zstd, &places).proof(), proof);
+        for at in 0..3 {
+            let mut other = places;
+            other[at].2 += 1; // its length, and the checksum with it
+            assert_ne!(index(Encoding::Zstd, &other).proof(), proof);
+            let mut other = places;
+            other[at].3 = !other[at].3;
+            assert!(at == 0 || index(Encoding::Zstd, &other).proof() != proof);
+        }
+    }
+
     proptest! {
         #[test]
         fn what_is_written_is_read(

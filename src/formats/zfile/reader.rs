@@ -4,6 +4,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use sha2::{Digest as _, Sha256};
+
 use super::ZFileError;
 use super::header::{
     BLOCK_SEED, FLAG_DATA, FLAG_DIGEST, FLAG_HEADER, FLAG_OVERWRITTEN, FLAG_SEALED, MAX_BLOCKS,
@@ -11,7 +13,7 @@ use super::header::{
 };
 use crate::zfile::Algo;
 use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange};
-use source::{ByteSource, Reserved, SourceError};
+use source::{ByteSource, Origin, Proof, Reserved, SourceError};
 
 /// Plain bytes in a chunk, and the grain of the jump table: 32 blocks of 4 KiB. Large enough that a range
 /// request is worth its round trip; small enough that a single 4 KiB read decodes in well under a
@@ -99,6 +101,22 @@ impl ZFile {
             return Err(invalid(format!("its blocks end at byte {at}, not at its beginning")));
         }
         Ok(Self { source, record, lengths, bases, grain })
+    }
+
+    /// Its jump table as a [`Proof`]: it says where blocks lie, and the checksums beside them find damage only.
+    fn proof(&self) -> Proof {
+        let ZFileHeader { original_size, block_size, algo, dict_size, verify, .. } = self.record;
+        let mut table = Sha256::new();
+        table.update(b"turbobd zfile index 1\0");
+        table.update(original_size.to_le_bytes());
+        table.update(block_size.to_le_bytes());
+        table.update(dict_size.to_le_bytes());
+        table.update([u8::from(algo == Algo::Zstd), u8::from(verify)]);
+        for lengths in self.lengths.chunks(1024) {
+            let bytes: Vec<u8> = lengths.iter().flat_map(|length| length.to_le_bytes()).collect();
+            table.update(bytes);
+        }
+        Proof::Index(table.finalize().into())
     }
 
     /// Number of blocks.
@@ -386,6 +404,10 @@ impl ByteSource for ZFile {
         Ok(())
     }
 
+    fn origin(&self) -> Origin {
+        self.source.origin()
+    }
+
     fn name(&self) -> &str {
         self.source.name()
     }
@@ -394,13 +416,14 @@ impl ByteSource for ZFile {
 /// A `ZFile` in chunks of 128 KiB of plain bytes.
 pub struct ZFileChunks {
     id: String,
+    proof: Proof,
     file: Arc<ZFile>,
 }
 
 impl ZFileChunks {
-    /// Chunks of `file`; a cache knows them as `id`.
+    /// Chunks of `file`, which is named `id`.
     pub fn new(id: impl Into<String>, file: Arc<ZFile>) -> Self {
-        Self { id: id.into(), file }
+        Self { id: id.into(), proof: file.proof(), file }
     }
 }
 
@@ -416,6 +439,10 @@ impl ZFileChunks {
 impl ChunkSource for ZFileChunks {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn proof(&self) -> Proof {
+        self.proof
     }
 
     fn decoded_len(&self) -> u64 {

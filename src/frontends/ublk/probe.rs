@@ -172,6 +172,19 @@ pub fn examine() -> Findings {
     }
 }
 
+/// Loads the module if the control node is missing and the module is there. A process that gives up its rights calls this before.
+pub fn load() {
+    let kernel = kernel_release();
+    // The list of modules is read because it takes a fraction of the time of a modprobe that finds nothing.
+    let list = format!("/lib/modules/{kernel}/modules.dep");
+    let is_listed = || {
+        std::fs::read(&list).is_ok_and(|list| String::from_utf8_lossy(&list).contains("ublk_drv"))
+    };
+    if !Path::new(CONTROL).exists() && known_bad(&kernel).is_none() && is_listed() {
+        modprobe(&[]);
+    }
+}
+
 /// Loads the module if the control node is missing, then examines the system like [`examine`].
 #[must_use]
 pub fn examine_and_load() -> Findings {

@@ -9,6 +9,9 @@
 //! which nothing can be renamed makes the file begin anew in place, so that the bound holds there too.
 //! A line that was written in part is ended before the next one, so that no two lines become one.
 //!
+//! The lines name images and hosts: the file is for its owner alone, and in a folder that others can write no link is
+//! followed to it ([`sys::private`]).
+//!
 //! The path is looked at again when the file is rotated: another process that has rotated it (a second server with
 //! the same configuration, `logrotate`) is followed to the new file. Only regular files are rotated; a pipe or
 //! `/dev/stderr` may be named too.
@@ -19,15 +22,12 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use threads::Counter;
-
-/// Owner writes, group reads: the lines name images and hosts.
-const MODE: u32 = 0o640;
 
 /// How large a log file becomes, and how many of its predecessors are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +62,7 @@ struct OpenLog {
 
 impl OpenLog {
     fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().append(true).create(true).mode(MODE).open(path)?;
+        let file = sys::private::open(path, OpenOptions::new().append(true).create(true))?;
         let metadata = file.metadata()?;
         let (size, is_regular) = (metadata.len(), metadata.is_file());
         Ok(Self { file, size, is_regular, is_torn: false })
@@ -97,7 +97,9 @@ impl LogFile {
     /// The system's.
     pub fn open(path: &Path, rotation: Rotation) -> io::Result<Self> {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            fs::create_dir_all(folder)?;
+            if !folder.exists() {
+                sys::private::folder(folder)?;
+            }
         }
         let state = Mutex::new(OpenLog::open(path)?);
         let lost = Counter::default();

@@ -5,7 +5,9 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use convert::meta::MetaTrust;
 use registry::Hedging;
+use registry::signatures::Signers;
 
 use super::ServiceConfigError;
 use super::object::{Object, Paths as _};
@@ -80,8 +82,19 @@ pub struct TurbobdConfig {
     pub metrics_address: IpAddr,
     /// `traces`.
     pub traces: TracesConfig,
+    /// `origins`: repositories, and folders above them, to which the images of this host may send it for their original
+    /// layers.
+    pub origins: Vec<String>,
+    /// `trustedHosts`: hosts to which any registry may send this one, whatever their address.
+    pub trusted_hosts: Vec<String>,
     /// `metaDir`: directory of meta images that were built here.
     pub meta_dir: PathBuf,
+    /// `metaTrust`: which meta images are used.
+    pub meta_trust: MetaTrust,
+    /// `metaKeys`: files of the keys whose signatures count.
+    pub meta_keys: Vec<PathBuf>,
+    /// The keys in `meta_keys`; none until [`ServiceConfig::read`](super::ServiceConfig::read) has read the files.
+    pub signers: Signers,
 }
 
 /// `traces`: the chunks that a start reads are recorded, and fetched ahead at the next start.
@@ -120,7 +133,12 @@ impl TurbobdConfig {
             on_error: OnError::take(&mut section)?,
             metrics_address: metrics_address(&mut section)?,
             traces: TracesConfig::take(&mut section)?,
+            origins: origins(&mut section)?,
+            trusted_hosts: section.texts("trustedHosts")?,
             meta_dir: folder(section.path("metaDir")?, "/var/lib/turbobd/meta"),
+            meta_trust: meta_trust(&mut section)?,
+            meta_keys: section.texts("metaKeys")?.into_iter().map(PathBuf::from).collect(),
+            signers: Signers::default(),
         };
         let fixed = config.fixed_memory();
         config.memory_budget = budget.unwrap_or(fixed.saturating_add(FOR_IMAGES));
@@ -147,6 +165,22 @@ impl TurbobdConfig {
     }
 }
 
+/// Repositories, folders of them, hosts, and absolute folders of this host after `oci:`.
+fn origins(section: &mut Object<'_>) -> Taken<Vec<String>> {
+    let origins = section.texts("origins")?;
+    let is_wrong = |entry: &&String| match entry.strip_prefix("oci:") {
+        Some(folder) => !folder.starts_with('/'),
+        None => entry.is_empty() || entry.contains("://") || entry.starts_with('/'),
+    };
+    match origins.iter().find(is_wrong) {
+        Some(wrong) => Err(section.error(
+            "origins",
+            format!("{wrong:?} is neither HOST, HOST/REPOSITORY nor oci:/ABSOLUTE/FOLDER"),
+        )),
+        None => Ok(origins),
+    }
+}
+
 /// This host alone by default, because the page names the images that run here.
 fn metrics_address(section: &mut Object<'_>) -> Taken<IpAddr> {
     match section.text("metricsAddress")? {
@@ -154,6 +188,15 @@ fn metrics_address(section: &mut Object<'_>) -> Taken<IpAddr> {
         Some(text) => text
             .parse()
             .map_err(|_| section.error("metricsAddress", format!("{text:?} is not an IP address"))),
+    }
+}
+
+fn meta_trust(section: &mut Object<'_>) -> Taken<MetaTrust> {
+    match section.text("metaTrust")? {
+        None => Ok(MetaTrust::default()),
+        Some(text) => text.parse().map_err(|()| {
+            section.error("metaTrust", format!("it is verify, signed or any, not {text:?}"))
+        }),
     }
 }
 

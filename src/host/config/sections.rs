@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::ServiceConfigError;
 use super::log_file::Rotation;
 use super::object::{Object, Paths as _};
+use crate::endpoint::Listen;
 use disk::config::DeviceDownload;
 
 /// overlaybd's MB and GB are powers of two.
@@ -452,8 +453,8 @@ impl AuditConfig {
 pub struct ApiConfig {
     /// `enable`.
     pub enable: bool,
-    /// `address`: the part after the scheme, as in `http://127.0.0.1:9862`.
-    pub address: SocketAddr,
+    /// `address`: `http://127.0.0.1:9862`, or `unix:/PATH`.
+    pub address: Listen,
 }
 
 impl ApiConfig {
@@ -464,10 +465,10 @@ impl ApiConfig {
         let mut section = root.section("serviceConfig")?;
         let enable = section.bool("enable")?.unwrap_or(false);
         let address = match section.text("address")? {
-            None => SocketAddr::from((Ipv4Addr::LOCALHOST, Self::PORT)),
+            None => Listen::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, Self::PORT))),
             Some(text) => Self::address(&text).ok_or_else(|| {
                 let rule = format!(
-                    "it is like http://127.0.0.1:9862, with a numeric address, not {text:?}"
+                    "it is like http://127.0.0.1:9862, with a numeric address, or like unix:/PATH, not {text:?}"
                 );
                 section.error("address", rule)
             })?,
@@ -476,10 +477,14 @@ impl ApiConfig {
         Ok(Self { enable, address })
     }
 
-    fn address(text: &str) -> Option<SocketAddr> {
+    fn address(text: &str) -> Option<Listen> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            return path.starts_with('/').then(|| Listen::Unix(path.into()));
+        }
         let place = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
         let place = place.replace("localhost", "127.0.0.1");
         let alone = |_| place.parse().map(|ip: IpAddr| SocketAddr::from((ip, Self::PORT)));
-        place.parse().or_else(alone).ok()
+        place.parse().or_else(alone).ok().map(Listen::Tcp)
     }
 }

@@ -134,7 +134,10 @@ impl Audit {
     pub fn begin(file: LogFile) -> io::Result<Arc<Self>> {
         let (audit, receiver) = Self::with_queue(QUEUE);
         let counters = audit.counters.clone();
-        let body = move || write(&receiver, &file, &counters);
+        let body = move || {
+            sys::privilege::become_clerk();
+            write(&receiver, &file, &counters);
+        };
         thread::Builder::new().name("audit".into()).spawn(body)?;
         Ok(Arc::new(audit))
     }
@@ -254,9 +257,13 @@ mod tests {
         let path = dir.path().join("audit.log");
         let audit = Audit::begin(LogFile::open(&path, ROTATION).unwrap()).unwrap();
         let device = AuditedDevice::new(audit.clone(), "app:1");
-        device.read((0, 512), Duration::from_millis(2), None);
+        device.read(DiskRange::new(0, 512), Duration::from_millis(2), None);
         device.named("/dev/ublkb7");
-        device.read((8192, 131_072), Duration::from_micros(31), Some("no \"route\"\n".into()));
+        device.read(
+            DiskRange::new(8192, 131_072),
+            Duration::from_micros(31),
+            Some("no \"route\"\n".into()),
+        );
         audit.downloaded(download(None));
         audit.downloaded(download(Some("it broke")));
         audit.flush();

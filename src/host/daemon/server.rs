@@ -1,10 +1,8 @@
 //! Server of the daemon: accepts connections, answers, and ends when no work is left.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,7 +17,7 @@ use super::error::step;
 use super::signals::Signals;
 use super::table::DeviceTable;
 use super::{HostError, ImageOpener, ReadPolicy, snapshots};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, Listen};
 use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
 use crate::metrics::{Page, Process, names};
 use client::protocol::{DeviceRecord, OLDEST_VERSION, READY, Reply, Request, VERSION, socket};
@@ -43,8 +41,8 @@ pub struct DaemonOptions {
     pub reads: ReadPolicy,
     /// HTTP address of the metrics; they are on the socket in any case.
     pub exporter: Option<ExporterOptions>,
-    /// HTTP address for requests of snapshots.
-    pub snapshots: Option<SocketAddr>,
+    /// Where requests of snapshots are taken, by HTTP.
+    pub snapshots: Option<Listen>,
 }
 
 /// Runs the daemon until it is asked to end. Call it on the main thread before any other thread exists: the
@@ -58,11 +56,14 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
     if let Err(error) = sys::limits::raise_descriptor_limit() {
         tracing::warn!(%error, "The limit of descriptors stays: few devices can be served");
     }
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(run_dir)
-        .map_err(step("create", run_dir))?;
+    // The module of ublk is loaded while this process still may.
+    frontends::ublk::probe::load();
+    for (what, error) in sys::privilege::give_up() {
+        tracing::warn!(%error, "The daemon keeps a right that it does not need: {what}");
+    }
+    // What it makes is for its user alone, whatever mode the code names.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    sys::private::folder(run_dir).map_err(step("use", run_dir))?;
     if options.auto {
         // The daemon leaves the session of the client's terminal.
         let _ = rustix::process::setsid();
@@ -92,7 +93,7 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
     });
     watch_signals(&server)?;
     let exporter = options.exporter.as_ref().and_then(|options| export(&server, options));
-    let snapshots = options.snapshots.and_then(|address| take_snapshots(&server, address));
+    let snapshots = options.snapshots.as_ref().and_then(|listen| take_snapshots(&server, listen));
     if options.auto {
         announce().map_err(step("report readiness for", run_dir))?;
     }
@@ -118,8 +119,8 @@ fn enter_namespace() -> Result<(), HostError> {
 
 fn lock(run_dir: &Path) -> Result<File, HostError> {
     let path = run_dir.join("turbobd.lock");
-    let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
-    let file = open.map_err(step("open", &path))?;
+    let options = OpenOptions::new().create(true).truncate(false).write(true).clone();
+    let file = sys::private::open(&path, &options).map_err(step("open", &path))?;
     // A daemon that is just ending still holds the lock for a while.
     if !sys::flock::exclusive(&file, Duration::from_secs(2)).map_err(step("lock", &path))? {
         return Err(HostError::Running(run_dir.to_owned()));
@@ -154,17 +155,24 @@ fn export(server: &Arc<Server>, options: &ExporterOptions) -> Option<Exporter> {
 }
 
 /// Listens for requests of snapshots. A failure here must not stop the devices either.
-fn take_snapshots(server: &Arc<Server>, address: SocketAddr) -> Option<Endpoint> {
+fn take_snapshots(server: &Arc<Server>, listen: &Listen) -> Option<Endpoint> {
     let taker = server.clone();
     let take = move |device: &str, config: &Path| taker.table.snapshot(device, config);
-    match snapshots::serve(address, Arc::new(take)) {
+    match snapshots::serve(listen, Arc::new(take)) {
         Ok(endpoint) => {
-            tracing::info!("Snapshots are made at http://{}/snapshot", endpoint.address());
+            tracing::info!("Snapshots are made at {}/snapshot", endpoint.listen());
+            if let Listen::Tcp(_) = listen {
+                tracing::warn!(
+                    "Every process that reaches {} can make snapshots: with serviceConfig.address unix:/PATH only root and \
+                     this user can",
+                    endpoint.listen()
+                );
+            }
             Some(endpoint)
         }
         Err(error) => {
             tracing::warn!(
-                "Snapshots cannot be served at {address}: {error}; choose another (serviceConfig.address)"
+                "Snapshots cannot be served at {listen}: {error}; choose another (serviceConfig.address)"
             );
             None
         }

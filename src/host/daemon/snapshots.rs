@@ -4,9 +4,11 @@
 //!
 //! The status is 200, or 400 when a parameter is missing, 404 when no device has that name, 500 after a
 //! failure; the body is a JSON object of `success` and `message`.
+//!
+//! Over TCP, as overlaybd has it, every process that reaches the port is answered; on a Unix socket only root and the daemon's
+//! own user.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -14,19 +16,16 @@ use hyper::StatusCode;
 use percent_encoding::percent_decode_str;
 
 use super::HostError;
-use crate::endpoint::{Endpoint, PageReply, PageRequest, reply};
+use crate::endpoint::{Endpoint, Listen, PageReply, PageRequest, reply};
 use source::failure::with_causes;
 
 /// Takes a snapshot of the device with this name, with the configuration at the path.
 pub(super) type TakeSnapshot = Arc<dyn Fn(&str, &Path) -> Result<(), HostError> + Send + Sync>;
 
-/// Listens at `address`.
-pub(super) fn serve(address: SocketAddr, take: TakeSnapshot) -> io::Result<Endpoint> {
-    Endpoint::start(
-        "snapshots",
-        address,
-        Arc::new(move |request: &PageRequest| answer(request, &*take)),
-    )
+/// Listens there.
+pub(super) fn serve(listen: &Listen, take: TakeSnapshot) -> io::Result<Endpoint> {
+    let answer = Arc::new(move |request: &PageRequest| answer(request, &*take));
+    Endpoint::start("snapshots", listen, || {}, answer)
 }
 
 fn answer(request: &PageRequest, take: &dyn Fn(&str, &Path) -> Result<(), HostError>) -> PageReply {

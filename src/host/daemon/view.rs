@@ -6,6 +6,7 @@ use std::time::{Instant, UNIX_EPOCH};
 
 use crate::readings::IoCounters;
 use blobs::fetch::{Blob, FillProgress, Filling};
+use blobs::identity::Verification;
 use client::protocol::{
     BlobRecord, ChunkRecord, ChunkState, FailureRecord, PartKind, PlacedRecord, RetryRecord,
 };
@@ -49,7 +50,9 @@ pub struct DiskView {
     /// Counters of the blobs at the start.
     before: IoCounters,
     /// Fetches the rest of it, as long as the disk is served.
-    filling: Option<Filling>,
+    filling: Option<Arc<Filling>>,
+    /// Compares it with its layers.
+    _comparing: Option<Box<dyn Send + Sync>>,
 }
 
 impl DiskView {
@@ -59,22 +62,30 @@ impl DiskView {
         let mut blobs: Vec<Arc<Blob>> = disk.blobs().into_iter().flatten().collect();
         blobs.sort_by_key(|blob| blob.key(0));
         blobs.dedup_by_key(|blob| blob.key(0));
-        let mut view = Self { disk, blobs, before: IoCounters::default(), filling: None };
+        let mut view =
+            Self { disk, blobs, before: IoCounters::default(), filling: None, _comparing: None };
         view.before = view.total();
         view
     }
 
     /// Adds a background fill that ends with this view.
     #[must_use]
-    pub fn filled(mut self, filling: Option<Filling>) -> Self {
+    pub fn filled(mut self, filling: Option<Arc<Filling>>) -> Self {
         self.filling = filling;
+        self
+    }
+
+    /// Adds a comparison with the layers, which ends when it is dropped with this view.
+    #[must_use]
+    pub fn compared(mut self, comparing: Option<Box<dyn Send + Sync>>) -> Self {
+        self._comparing = comparing;
         self
     }
 
     /// Progress of the background fill, if there is one.
     #[must_use]
     pub fn fill_progress(&self) -> Option<FillProgress> {
-        self.filling.as_ref().map(Filling::progress)
+        self.filling.as_ref().map(|filling| filling.progress())
     }
 
     fn total(&self) -> IoCounters {
@@ -114,6 +125,9 @@ impl ImageView for DiskView {
     }
 
     fn trouble(&self) -> Option<String> {
+        if let Some(reason) = self.disk.parts().refused() {
+            return Some(format!("The image does not show what its layers contain: {reason}"));
+        }
         let trying = self.blobs.iter().flat_map(|blob| blob.source().blob().traffic().trying_again);
         trying.max_by_key(|read| read.tries).map(|read| read.error)
     }
@@ -130,6 +144,7 @@ fn record(blob: &Blob, now: Instant) -> BlobRecord {
         error: read.error,
         next_ms: super::table::milliseconds(read.next.saturating_duration_since(now)),
     };
+    let Verification { verified_by, shared_by } = blob.verification();
     let failures = blob.failures().now().into_iter().map(|failure| FailureRecord {
         at_unix_ms: failure.at.duration_since(UNIX_EPOCH).map_or(0, super::table::milliseconds),
         chunk: failure.chunk,
@@ -139,6 +154,8 @@ fn record(blob: &Blob, now: Instant) -> BlobRecord {
     BlobRecord {
         blob: source.id().to_owned(),
         source: source.blob().name().to_owned(),
+        verified_by: verified_by.name().to_owned(),
+        shared_by,
         host,
         fetched_bytes: bytes,
         requests,

@@ -28,6 +28,8 @@ pub(super) struct LiveName {
     pub(super) targets: String,
     /// Way to the registry.
     pub(super) way: RegistrySpec,
+    /// Place of the original layers that the command names, which is reached as the registry is.
+    pub(super) origin: Option<String>,
 }
 
 /// An image as long as a device has it.

@@ -7,7 +7,9 @@ use blobs::cache::Cache;
 use blobs::tier::TierBlob;
 use client::{Code, ImageSource, ImageSpec, RegistrySpec};
 use convert::child::Builder;
-use convert::meta::{MetaError, MetaImages, Plain, is_plain};
+use convert::meta::{
+    MetaError, MetaImages, MetaPlace, MetaReason, MetaTrust, NamedImage, Plain, is_meta, is_plain,
+};
 use convert::{ConvertOptions, Silent};
 use disk::config::{self, DeviceDownload, Purpose, TargetOpener};
 use disk::image::{
@@ -27,7 +29,9 @@ use source::chunk::{ChunkSource, SerialChunks};
 use source::failure::with_causes;
 use thiserror::Error;
 
+use super::comparing::Unproved;
 use super::live::{FoundImage, LiveImages, LiveName};
+use super::origin::{self, OriginError};
 use super::registries::Registries;
 
 /// Failure to open an image.
@@ -48,6 +52,24 @@ pub enum OpenError {
     /// The image is a plain one, and has no meta image that can be used.
     #[error(transparent)]
     Meta(#[from] MetaError),
+    /// The named meta image may not be used.
+    #[error(
+        "{digest} in {store} is a meta image that no key of turbobd.metaKeys has signed, and turbobd.metaTrust is signed: sign it with cosign, or name the plain image, from which this host builds its own"
+    )]
+    Unsigned {
+        /// The named image.
+        digest: Digest,
+        /// Its store.
+        store: String,
+    },
+    /// The meta image was compared with its layers, and a device still uses it.
+    #[error("Meta image {digest} does not show what its layers contain: {reason}")]
+    Different {
+        /// The meta image.
+        digest: Digest,
+        /// The differences.
+        reason: Arc<str>,
+    },
     /// The device config, or a layer that it names, cannot be used.
     #[error(transparent)]
     Config(#[from] DiskError),
@@ -57,6 +79,9 @@ pub enum OpenError {
     /// The writable layer cannot be used.
     #[error(transparent)]
     Upper(#[from] WritableError),
+    /// The image names a place for its original layers that is not followed.
+    #[error(transparent)]
+    Origin(#[from] OriginError),
     /// Two writable layers are named.
     #[error("The device config names a writable layer, and --upper another: name one")]
     TwoUppers,
@@ -78,6 +103,9 @@ impl OpenError {
             Self::Config(error) => error,
             Self::Filesystem(error) => error,
             Self::Upper(error) => error,
+            Self::Unsigned { .. } => return Code::Denied,
+            Self::Different { .. } => return Code::Damaged,
+            Self::Origin(_) => return Code::Denied,
             Self::TwoUppers | Self::BlobUrl(_) => return Code::Invalid,
         };
         crate::failure::code_of(inner)
@@ -92,7 +120,9 @@ pub struct OpenImage {
     pub layers: Vec<LayerInfo>,
     /// Digest of the manifest; none for a device config.
     pub digest: Option<Digest>,
-    /// Place of the original blobs; none for a device config.
+    /// Its manifest; none for a device config.
+    pub manifest: Option<Manifest>,
+    /// MetaPlace of the original blobs; none for a device config.
     pub targets: Option<Arc<dyn ImageStore>>,
     /// Trace that the image brought with it.
     pub trace: Option<Trace>,
@@ -102,6 +132,10 @@ pub struct OpenImage {
     pub upper: Option<WritableFiles>,
     /// Settings of the background download in the device config; they replace the host's.
     pub download: Option<DeviceDownload>,
+    /// Its meta image, if that was found beside a tag and nothing has proved it.
+    pub unproved: Option<Unproved>,
+    /// Why its meta image is used; none for a device config, and for an image that holds all its data itself.
+    pub reason: Option<MetaReason>,
 }
 
 /// Opens an image over `cache`.
@@ -166,8 +200,20 @@ impl Opening<'_> {
         }
         let (disk, trace, upper) = (opened.disk, opened.trace, opened.upper);
         let (layers, digest, targets, named) = (Vec::new(), None, None, None);
-        let download = opened.download;
-        Ok(OpenImage { disk, layers, digest, targets, trace, named, upper, download })
+        let (download, reason, manifest, unproved) = (opened.download, None, None, None);
+        Ok(OpenImage {
+            disk,
+            layers,
+            digest,
+            manifest,
+            targets,
+            trace,
+            named,
+            upper,
+            download,
+            reason,
+            unproved,
+        })
     }
 
     fn open_reference(&self, name: &str) -> Result<OpenImage, OpenError> {
@@ -177,29 +223,66 @@ impl Opening<'_> {
         let chosen = choose_manifest(&*store, &selector)?;
         let named = Some((store.clone(), chosen.stored.digest));
         let opened = if is_plain(&chosen.manifest) {
-            self.open_plain(store, &selector, &chosen, &client)?
+            self.open_plain(store, &image.repository(), &selector, &chosen, &client)?
         } else {
+            let reason = self.reason_of_named(&*store, &chosen)?;
             let HostManifest { stored, manifest, .. } = chosen;
             let own = store.clone();
-            self.open_converted((&*own, &stored, &manifest), store, &client)?
+            let place = image.repository();
+            let opened =
+                self.open_converted((&*own, &stored, &manifest), store, &place, &client)?;
+            OpenImage { reason, ..opened }
         };
         Ok(OpenImage { named, ..opened })
+    }
+
+    /// Why the meta image that the user named is used; `None` if it is none and holds all its data itself.
+    fn reason_of_named(
+        &self,
+        store: &dyn ImageStore,
+        chosen: &HostManifest,
+    ) -> Result<Option<MetaReason>, OpenError> {
+        if !is_meta(&chosen.manifest) {
+            return Ok(None);
+        }
+        let digest = chosen.stored.digest;
+        let signed = || {
+            let signers = &self.registries.service().turbobd.signers;
+            std::iter::once(&digest)
+                .chain(chosen.indexes.iter().rev())
+                .find_map(|digest| signers.find(store, digest))
+        };
+        let trust: MetaTrust = self.registries.service().turbobd.meta_trust;
+        match trust.reason(NamedImage::Meta, MetaPlace::Beside, signed) {
+            Some(reason) => Ok(Some(reason)),
+            None => Err(OpenError::Unsigned { digest, store: store.name().to_owned() }),
+        }
     }
 
     /// Opens a plain image through its meta image, which is built if there is none.
     fn open_plain(
         &self,
         store: Arc<dyn ImageStore>,
+        place: &RepositoryName,
         selector: &Selector,
         chosen: &HostManifest,
         client: &RegistryClient,
     ) -> Result<OpenImage, OpenError> {
         let local = self.spec.meta_dir.as_ref();
+        let own = &self.registries.service().turbobd;
+        let folder = local.unwrap_or(&own.meta_dir);
+        if folder.exists() {
+            // What is in it is taken for a meta image that was built here.
+            sys::private::folder(folder)
+                .map_err(|source| MetaError::Local { dir: folder.clone(), source })?;
+        }
         let images = MetaImages {
-            local: local.unwrap_or(&self.registries.service().turbobd.meta_dir).clone(),
+            local: local.unwrap_or(&own.meta_dir).clone(),
             publish: self.spec.publish,
             options: ConvertOptions::default(),
             builder: self.builder.clone(),
+            trust: own.meta_trust,
+            signers: own.signers.clone(),
         };
         let plain = Plain {
             store: &store,
@@ -207,28 +290,41 @@ impl Opening<'_> {
                 Selector::Tag(tag) => Some(tag),
                 Selector::Digest(_) | Selector::Default => None,
             },
+            pinned: matches!(selector, Selector::Digest(_)),
             index: chosen.index.as_ref(),
+            indexes: &chosen.indexes,
             stored: &chosen.stored,
             manifest: &chosen.manifest,
         };
         let meta = images.of(&plain, &Silent)?;
         let converted = (&*meta.store, &meta.stored, &meta.manifest);
-        self.open_converted(converted, store, client)
+        let opened = self.open_converted(converted, store.clone(), place, client)?;
+        if meta.reason == MetaReason::Repository {
+            let unproved = Unproved {
+                images,
+                store,
+                stored: chosen.stored.clone(),
+                plain: chosen.manifest.clone(),
+                found: meta.manifest,
+            };
+            return Ok(OpenImage { reason: Some(meta.reason), unproved: Some(unproved), ..opened });
+        }
+        Ok(OpenImage { reason: Some(meta.reason), ..opened })
     }
 
     /// Opens a converted image (its store, its manifest, the same parsed) whose original layers are in
-    /// `originals` unless it says otherwise.
+    /// `originals`, the repository `own`, unless it says otherwise and may.
     fn open_converted(
         &self,
         (store, stored, manifest): (&dyn ImageStore, &StoredManifest, &Manifest),
         originals: Arc<dyn ImageStore>,
+        own: &RepositoryName,
         client: &RegistryClient,
     ) -> Result<OpenImage, OpenError> {
         let targets = match manifest.annotations.get(annotations::ORIGIN) {
             None => originals,
             Some(origin) => {
-                let origin: RepositoryName = origin.parse()?;
-                store::open_repository(&origin, client)?
+                origin::follow(origin, self.spec, (own, &originals), (self.registries, client))?
             }
         };
         let digest = Some(stored.digest);
@@ -238,9 +334,16 @@ impl Opening<'_> {
             store: store.name().to_owned(),
             targets: targets.name().to_owned(),
             way: self.spec.registry.clone(),
+            origin: self.spec.origin.clone(),
         };
         let (disk, layers, trace) = match self.live.find(&name) {
             Some(FoundImage { parts, layers, trace }) => {
+                if let Some(reason) = parts.refused() {
+                    return Err(OpenError::Different {
+                        digest: stored.digest,
+                        reason: reason.clone(),
+                    });
+                }
                 (Disk::of(parts, self.cache.clone()), layers, trace)
             }
             None => {
@@ -251,8 +354,21 @@ impl Opening<'_> {
             }
         };
         let targets = Some(targets);
-        let (named, upper, download) = (None, None, None);
-        Ok(OpenImage { disk, layers, digest, targets, trace, named, upper, download })
+        let manifest = Some(manifest.clone());
+        let (named, upper, download, reason, unproved) = (None, None, None, None, None);
+        Ok(OpenImage {
+            disk,
+            layers,
+            digest,
+            manifest,
+            targets,
+            trace,
+            named,
+            upper,
+            download,
+            reason,
+            unproved,
+        })
     }
 }
 

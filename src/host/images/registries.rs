@@ -17,6 +17,8 @@ use crate::config::{CertificateConfig, CredentialConfig, CredentialMode, Service
 pub struct Registries {
     service: Arc<ServiceConfig>,
     made: Mutex<HashMap<RegistrySpec, RegistryClient>>,
+    /// Clients without any credential.
+    anonymous: Mutex<HashMap<RegistrySpec, RegistryClient>>,
     network: Arc<Network>,
 }
 
@@ -25,7 +27,7 @@ impl Registries {
     #[must_use]
     pub fn new(service: Arc<ServiceConfig>) -> Self {
         let network = Arc::new(Network::new(network_options(&service)));
-        Self { service, made: Mutex::default(), network }
+        Self { service, made: Mutex::default(), anonymous: Mutex::default(), network }
     }
 
     /// Settings of this host.
@@ -50,6 +52,27 @@ impl Registries {
             return Ok(client.clone());
         }
         let client = client_with(spec, self.options())?;
+        made.insert(spec.clone(), client.clone());
+        Ok(client)
+    }
+
+    /// A client for a place that the user did not name: it has no credential and no certificate to show.
+    ///
+    /// # Errors
+    /// [`RegistryError::Setup`] when an authority cannot be used.
+    pub fn anonymous(&self, spec: &RegistrySpec) -> Result<RegistryClient, RegistryError> {
+        let mut made = self.anonymous.lock();
+        if let Some(client) = made.get(spec) {
+            return Ok(client.clone());
+        }
+        let host = ClientOptions {
+            credential_files: Vec::new(),
+            credential_service: None,
+            certificate: None,
+            ..self.options()
+        };
+        let stranger = RegistrySpec { credential: None, certificate: None, ..spec.clone() };
+        let client = client_with(&stranger, host)?;
         made.insert(spec.clone(), client.clone());
         Ok(client)
     }
@@ -97,6 +120,7 @@ pub fn options_of(service: &ServiceConfig) -> ClientOptions {
         _ => options.credential_service = credential_service(&service.credential),
     }
     options.mirrors.clone_from(&service.turbobd.mirrors);
+    options.trusted.clone_from(&service.turbobd.trusted_hosts);
     options.p2p = service.p2p.enable.then(|| service.p2p.address.clone());
     // The device decides what happens to a read that is late; here each try of it ends.
     options.read_retry.deadline = service.turbobd.read_deadline;

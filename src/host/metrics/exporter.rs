@@ -10,7 +10,7 @@ use std::sync::Arc;
 use hyper::header::{ALLOW, HeaderValue};
 use hyper::{Method, StatusCode};
 
-use crate::endpoint::{Endpoint, PageReply, PageRequest, reply};
+use crate::endpoint::{Endpoint, Listen, PageReply, PageRequest, reply};
 use threads::Counter;
 
 /// Address and path of the page.
@@ -58,14 +58,22 @@ impl Exporter {
             count.requests.add(1);
             page(request, &path, &*render)
         };
-        let endpoint = Endpoint::start("metrics", options.address, Arc::new(answer))?;
+        let endpoint = {
+            let listen = Listen::Tcp(options.address);
+            let before = sys::privilege::become_clerk;
+            Endpoint::start("metrics", &listen, before, Arc::new(answer))?
+        };
         Ok(Self { endpoint, counters })
     }
 
     /// Its address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
-        self.endpoint.address()
+        match self.endpoint.listen() {
+            Listen::Tcp(address) => *address,
+            // It was started with an address.
+            Listen::Unix(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        }
     }
 
     /// Its counters.

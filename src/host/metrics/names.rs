@@ -6,7 +6,7 @@
 use super::upstream::Upstream;
 use super::{Label, Metric, MetricKind, Process, Reading, exporter::ExporterCounters};
 use crate::config::log_file::LogFile;
-use crate::readings::{AuditCounters, DeviceReading};
+use crate::readings::{AuditCounters, ComparisonCounters, DeviceReading};
 use blobs::cache::{CacheStats, Residents};
 use blobs::fetch::FetchCounters;
 use blobs::tier::Tier;
@@ -287,6 +287,16 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
         (&fetch.filled_bytes).into()
     }),
     counter(
+        "turbobd_fill_whole_total",
+        "Blobs without a table of checksums that were fetched whole and have their digest",
+        |fetch| (&fetch.whole_blobs).into(),
+    ),
+    counter(
+        "turbobd_fill_whole_wrong_total",
+        "Blobs that were fetched whole and have another digest than the image names",
+        |fetch| (&fetch.whole_wrong).into(),
+    ),
+    counter(
         "turbobd_fetch_damaged_total",
         "Deliveries of a chunk whose bytes did not match their checksum; each but the third in a row is fetched again",
         |fetch| (&fetch.damaged).into(),
@@ -393,6 +403,25 @@ pub const AUDIT: &[Metric<AuditCounters>] = &[
     ),
 ];
 
+/// Comparisons of meta images with their layers.
+pub const COMPARISON: &[Metric<ComparisonCounters>] = &[
+    counter(
+        "turbobd_meta_equal_total",
+        "Meta images found beside a tag that were compared with their layers and show what these contain",
+        |comparisons: &ComparisonCounters| (&comparisons.equal).into(),
+    ),
+    counter(
+        "turbobd_meta_different_total",
+        "Meta images that show something else than their layers contain; reads of their devices fail",
+        |comparisons: &ComparisonCounters| (&comparisons.different).into(),
+    ),
+    counter(
+        "turbobd_meta_incomparable_total",
+        "Meta images that could not be compared with their layers",
+        |comparisons: &ComparisonCounters| (&comparisons.failed).into(),
+    ),
+];
+
 /// The endpoint itself.
 pub const EXPORTER: &[Metric<ExporterCounters>] =
     &[counter("turbobd_exporter_requests_total", "Requests to the metrics endpoint", |exporter| {
@@ -477,6 +506,7 @@ pub fn all() -> Vec<Description> {
     describe(&mut all, TIER, &["tier"]);
     describe(&mut all, LOG, &[]);
     describe(&mut all, AUDIT, &[]);
+    describe(&mut all, COMPARISON, &[]);
     describe(&mut all, EXPORTER, &[]);
     describe(&mut all, UPSTREAM, &["node"]);
     all
@@ -567,6 +597,7 @@ mod tests {
         check(TIER);
         check(LOG);
         check(AUDIT);
+        check(COMPARISON);
         check(EXPORTER);
         check(UPSTREAM);
     }

@@ -1,12 +1,11 @@
 //! An image layout directory as a store.
 
-use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 
 use super::{ImageStore, Selector, StoreError, StoredManifest};
-use crate::layout::LayoutDirectory;
+use crate::layout::{LayoutDirectory, LayoutError};
 use formats::oci::manifest::media;
 use formats::oci::{Descriptor, Digest, Document, ImageIndex};
 use source::{ByteSource, FileSource};
@@ -42,10 +41,16 @@ impl LayoutStore {
         StoreError::NotFound { store: self.name.clone(), what: format!("blob {digest}") }
     }
 
-    fn size(&self, digest: &Digest) -> Result<u64, StoreError> {
-        let meta =
-            std::fs::metadata(self.layout.blob_path(digest)).map_err(|_| self.missing(digest))?;
-        Ok(meta.len())
+    /// Opens a blob; the error of a missing one names its digest.
+    fn open_file(&self, digest: &Digest) -> Result<FileSource, StoreError> {
+        let file = self.layout.open_file(digest).map_err(|error| match error {
+            LayoutError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                self.missing(digest)
+            }
+            error => error.into(),
+        })?;
+        let path = self.layout.blob_path(digest);
+        Ok(FileSource::new(&path, path.display().to_string(), file)?)
     }
 }
 
@@ -58,7 +63,7 @@ impl ImageStore for LayoutStore {
         let descriptor = match selector {
             Selector::Tag(tag) => self.layout.resolve(Some(tag))?,
             Selector::Default => self.layout.resolve(None)?,
-            Selector::Digest(digest) => Descriptor::new("", *digest, self.size(digest)?),
+            Selector::Digest(digest) => Descriptor::new("", *digest, self.open_file(digest)?.len()),
         };
         let bytes = self.layout.read_blob(&descriptor)?;
         let given = Some(descriptor.media_type.as_str()).filter(|text| !text.is_empty());
@@ -94,9 +99,7 @@ impl ImageStore for LayoutStore {
     }
 
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
-        let file = File::open(self.layout.blob_path(&blob.digest))
-            .map_err(|_| self.missing(&blob.digest))?;
-        Ok(Box::new(file))
+        Ok(Box::new(self.open_file(&blob.digest)?.into_file()))
     }
 
     fn blob_source(
@@ -104,8 +107,7 @@ impl ImageStore for LayoutStore {
         digest: &Digest,
         _: Option<u64>,
     ) -> Result<Arc<dyn ByteSource>, StoreError> {
-        self.size(digest)?; // the error of a missing blob names its digest
-        Ok(Arc::new(FileSource::open(&self.layout.blob_path(digest))?))
+        Ok(Arc::new(self.open_file(digest)?))
     }
 
     fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError> {

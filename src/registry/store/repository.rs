@@ -70,6 +70,14 @@ impl ImageStore for RepositoryStore {
         Ok(Arc::new(self.repository.blob(digest, size)?))
     }
 
+    fn covered_source(
+        &self,
+        digest: &Digest,
+        size: u64,
+    ) -> Result<Arc<dyn ByteSource>, StoreError> {
+        Ok(Arc::new(self.repository.covered_blob(digest, size)?))
+    }
+
     fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError> {
         let digest = Digest::of(bytes);
         self.repository.push_blob(&digest, &bytes::Bytes::copy_from_slice(bytes))?;

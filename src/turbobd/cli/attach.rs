@@ -19,6 +19,12 @@ pub(super) struct Args {
     /// Mount the device at this directory: read-only, unless the device has a writable layer.
     #[arg(long, value_name = "DIR")]
     mount: Option<PathBuf>,
+    /// Let programs of the image get the user, group and capabilities that their files name. Without it the mount is nosuid.
+    #[arg(long, requires = "mount")]
+    suid: bool,
+    /// Let device nodes of the image be devices. Without it the mount is nodev.
+    #[arg(long, requires = "mount")]
+    dev: bool,
     /// Make the device writable. Writes go to a writable layer in this directory, which is created if it is missing
     /// and stays after detach. `turbobd commit` makes a native layer from it.
     #[arg(long, value_name = "DIR")]
@@ -44,6 +50,10 @@ enum FrontendName {
 }
 
 impl Args {
+    fn rights(&self) -> mounts::MountRights {
+        mounts::MountRights { suid: self.suid, dev: self.dev }
+    }
+
     fn spec(&self) -> Result<DeviceSpec, Failure> {
         let upper = self.upper.as_ref().map(std::path::absolute).transpose();
         Ok(DeviceSpec {
@@ -74,7 +84,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
         DaemonClient::connect_or_spawn(&protocol::run_dir(), daemon).map_err(Failure::because)?;
     tracing::info!("the daemon answers after {:.1?}", start.elapsed());
     let (device, note) = match &args.mount {
-        Some(dir) => client.attach_and_mount(spec, dir),
+        Some(dir) => client.attach_and_mount(spec, dir, args.rights()),
         None => client.attach(spec),
     }
     .map_err(Failure::because)?;
@@ -111,7 +121,7 @@ fn serve_here(args: &Args, spec: &DeviceSpec, service: &Service, start: Instant)
     let images = Arc::new(images);
     let mut signals = Signals::new().map_err(Failure::because)?;
     let run_dir = protocol::run_dir();
-    std::fs::create_dir_all(&run_dir).map_err(Failure::because)?;
+    sys::private::folder(&run_dir).map_err(Failure::because)?;
     let policy = images.read_policy();
     let table = DeviceTable::new(run_dir, images.clone(), policy);
     let (device, note) = table.attach(spec).map_err(Failure::because)?;
@@ -120,7 +130,7 @@ fn serve_here(args: &Args, spec: &DeviceSpec, service: &Service, start: Instant)
     }
     if let Some(dir) = &args.mount {
         // On failure the table goes, and the device with it.
-        mounts::mount_image(&device.device, dir).map_err(Failure::because)?;
+        mounts::mount_image(&device.device, dir, args.rights()).map_err(Failure::because)?;
     }
     tracing::info!("attached after {:.1?}", start.elapsed());
     // Without its name printed the device is useless: remove it again.

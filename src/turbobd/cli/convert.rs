@@ -41,7 +41,8 @@ pub(super) struct Args {
     /// Tag of the native overlaybd image to build, which contains all file data.
     #[arg(short = 'o', long = "overlaybd", visible_alias = "output-tag", value_name = "TAG")]
     native: Option<String>,
-    /// Repository of the result, if it is another: `host/name` or `oci:DIR`.
+    /// Repository of the result, if it is another: `host/name` or `oci:DIR`. The result is then attached with `--origin` and the
+    /// repository of the original.
     #[arg(long, value_name = "REPO")]
     to: Option<String>,
     /// Write OCI media types. The default is Docker's media types, as in upstream's convertor.

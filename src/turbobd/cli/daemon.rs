@@ -37,7 +37,7 @@ pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
     }
     let (config, log) = service.load_with_log(verbose)?;
     let api = &config.api;
-    let snapshots = api.enable.then_some(api.address);
+    let snapshots = api.enable.then(|| api.address.clone());
     let images = HostImages::new(config.clone()).audited().map_err(Failure::because)?;
     let images = Arc::new(images.logged(log));
     let options = DaemonOptions {

@@ -260,6 +260,7 @@ fn waiting(read: &WaitingRecord) -> String {
 fn print_blobs(blobs: &[BlobRecord]) -> Result<(), Failure> {
     for blob in blobs {
         stdout::line(&blob.source)?;
+        stdout::line(format_args!("  {}", shared(blob)))?;
         stdout::line(format_args!(
             "  from {}: {} in {} requests, {} of them repeated; {} in memory",
             blob.host.as_deref().unwrap_or("a local file"),
@@ -284,6 +285,25 @@ fn print_blobs(blobs: &[BlobRecord]) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// What verifies the chunks of a blob, and who shares them.
+fn shared(blob: &BlobRecord) -> String {
+    let BlobRecord { verified_by, shared_by, .. } = blob;
+    match verified_by.as_str() {
+        "table" => format!(
+            "verified by a SHA-256 of each segment; shared with images that bring the same table, {}",
+            table::short(shared_by)
+        ),
+        "blob" => format!(
+            "verified as a whole by its digest; shared with images that name it, {}",
+            table::short(shared_by)
+        ),
+        "checksum" => {
+            format!("checksums find damage and prove nothing; shared within {shared_by} only")
+        }
+        _ => format!("not verified; shared within {shared_by} only"),
+    }
 }
 
 /// Milliseconds since 1970.

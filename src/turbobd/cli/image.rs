@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use client::{ImageSource, ImageSpec};
-use formats::oci::ImageName;
+use formats::oci::{ImageName, RepositoryName};
 
 use super::{Failure, registry_flags};
 
@@ -14,7 +14,7 @@ const IMAGE: &str = "Image";
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
 pub(super) struct Args {
-    /// Image in a registry: `[host[:port]/]name[:tag|@digest]`; or in an OCI image layout: `oci:DIR[:TAG]`.
+    /// Image in a registry: `[host[:port]/]name[:tag|@digest]`; or in an OCI image layout: `oci:DIR[:TAG|@DIGEST]`.
     #[arg(required_unless_present = "config")]
     pub(super) image: Option<String>,
     /// Device config of overlaybd (`config.v1.json`), instead of an IMAGE.
@@ -27,6 +27,10 @@ pub(super) struct Args {
     /// Push the meta image that this host builds for a plain image, as a referrer of the image. Other hosts find it there.
     #[arg(long, conflicts_with = "config", help_heading = IMAGE)]
     pub(super) publish: bool,
+    /// Repository of the original layers, of an image that says they are not in its own: `convert --to` makes such images.
+    /// An image is followed elsewhere only if this option or `turbobd.origins` of the service configuration names the place.
+    #[arg(long, value_name = "REPO", conflicts_with = "config", help_heading = IMAGE)]
+    pub(super) origin: Option<String>,
     #[command(flatten)]
     pub(super) registry: registry_flags::Args,
 }
@@ -64,12 +68,18 @@ impl Args {
                 return Err(Failure::Usage(text.into()));
             }
         };
+        let origin = self.origin.as_ref().map(|origin| {
+            let place: RepositoryName = origin.parse().map_err(Failure::usage)?;
+            let place = place.absolute().map_err(Failure::because)?;
+            Ok::<_, Failure>(place.to_string())
+        });
         let meta_dir = self.meta_dir.as_ref().map(std::path::absolute).transpose();
         Ok(ImageSpec {
             source,
             registry: self.registry.spec()?,
             meta_dir: meta_dir.map_err(Failure::because)?,
             publish: self.publish,
+            origin: origin.transpose()?,
         })
     }
 }

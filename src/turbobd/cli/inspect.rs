@@ -46,6 +46,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
         "kind",
         "meta",
         "size",
+        "verified by",
         "target",
         "size",
         "as",
@@ -70,6 +71,7 @@ fn row(number: usize, layer: &LayerInfo) -> Vec<String> {
         layer.kind.into(),
         table::short(&layer.digest),
         table::size(layer.size),
+        layer.data.verified_by.name().into(),
     ];
     if let Some(target) = &layer.target {
         row.extend([

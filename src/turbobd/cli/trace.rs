@@ -148,7 +148,7 @@ fn record_image(
 ) -> Result<(Trace, Option<ExitStatus>), Failure> {
     let images = Arc::new(HostImages::new(service.load()?));
     let run_dir = protocol::run_dir();
-    fs::create_dir_all(&run_dir).map_err(Failure::because)?;
+    sys::private::folder(&run_dir).map_err(Failure::because)?;
     let spec = DeviceSpec::of(args.image.spec()?);
     let mount =
         tempfile::Builder::new().prefix("trace-").tempdir_in(&run_dir).map_err(Failure::because)?;
@@ -160,7 +160,8 @@ fn record_image(
     }
     served.begin_trace(device.id).map_err(Failure::because)?;
     // On failure the table goes, and the device with it.
-    mounts::mount_image(&device.device, mount.path()).map_err(Failure::because)?;
+    let rights = mounts::MountRights::default();
+    mounts::mount_image(&device.device, mount.path(), rights).map_err(Failure::because)?;
     let dir = mount.path().to_owned();
     let place = format!("{} {}", device.device.display(), dir.display());
     let in_image = |mut command: Vec<String>| {

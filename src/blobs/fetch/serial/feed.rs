@@ -135,7 +135,7 @@ fn admit<'a>(
     class: Class,
 ) -> Result<Permit<'a>, Arc<ChunkError>> {
     let is_urgent = || shared.serials.is_urgent(frame);
-    shared.crew.admit(class, &is_urgent).ok_or_else(|| ended(blob))
+    shared.crew.admit(blob.way(), class, &is_urgent).ok_or_else(|| ended(blob))
 }
 
 /// Reads the neighbours `numbers` of a batch, by one request.

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::blob::{Blob, Key};
-use super::super::fair::Flow;
 use super::super::inflate::{DecodeJob, Input};
 use super::super::queue::WantedChunk;
 use super::super::{Claim, FetchShared, failure};
@@ -44,7 +43,7 @@ pub(super) fn run(shared: &Arc<FetchShared>, blob: &Arc<Blob>, chunks: Range<u32
         at: chunks.start,
         chunks,
         decoder: None,
-        window: <(Flow, u64)>::default(),
+        window: 0,
         feed: Feed::default(),
         passed: VecDeque::new(),
         patience: PATIENCE,
@@ -88,8 +87,8 @@ struct Pass<'a> {
     at: u32,
     /// The decoder; `None` before the first chunk.
     decoder: Option<Box<dyn SerialDecoder>>,
-    /// The device, and bytes of memory reserved for it.
-    window: (Flow, u64),
+    /// Bytes of memory reserved for it.
+    window: u64,
     feed: Feed,
     /// Chunks that were recently given to the decoded tier, and may not be there yet; without one, the last
     /// passed chunks.
@@ -137,8 +136,7 @@ impl Pass<'_> {
 
     fn drop_decoder(&mut self) {
         self.decoder = None;
-        let (flow, window) = std::mem::take(&mut self.window);
-        self.shared.serials.release(flow, window);
+        self.shared.serials.release(self.first.way, std::mem::take(&mut self.window));
     }
 
     /// Creates the decoder, when there is memory for it.
@@ -146,10 +144,10 @@ impl Pass<'_> {
         let (shared, source) = (self.shared, self.blob.source());
         let serial = source.serial().ok_or_else(|| failure(self.blob, "It has no long frame"))?;
         let window = serial.window(first.bytes());
-        let Some(flow) = shared.serials.reserve(self.first, window) else {
+        if !shared.serials.reserve(self.first.way, window) {
             return Err(super::super::ended(self.blob));
-        };
-        self.window = (flow, window);
+        }
+        self.window = window;
         self.decoder = Some(serial.begin_frame(self.chunks.start).map_err(Arc::new)?);
         shared.counters.frames.add(1);
         Ok(())

@@ -9,7 +9,7 @@ use crate::ext4::field::{get16, get32, get64};
 use crate::ext4::file::{Attributes, NodeKind};
 use crate::ext4::geometry::BLOCK;
 use crate::ext4::image::FileRecord;
-use crate::ext4::inode::{self, EXTENTS_FLAG, INLINE_SYMLINK};
+use crate::ext4::inode::{self, EXTENTS_FLAG, INDEX_FLAG, INLINE_SYMLINK};
 use crate::ext4::tree::SYMLINK_MAX;
 use crate::units::Bytes;
 
@@ -30,6 +30,8 @@ pub(super) struct File {
     pub(super) record: FileRecord,
     /// Blocks of a directory, in order.
     pub(super) content: Vec<u64>,
+    /// True for a directory that says that it has an index.
+    pub(super) indexed: bool,
 }
 
 /// Reads one inode and claims its blocks.
@@ -105,6 +107,16 @@ pub(super) fn read(
         0o140_000 => NodeKind::Socket,
         other => return Err(bad(format!("has the unknown type {other:o}"))),
     };
+    let doubt = match kind {
+        NodeKind::Regular { .. } if blocks.unwritten => {
+            Some("has blocks that are marked as never written")
+        }
+        NodeKind::Directory if allocated(&blocks) > content.len() as u64 => {
+            // An index by hash could lead to them; a walk through the directory never does.
+            Some("is a directory with blocks behind its end")
+        }
+        _ => None,
+    };
     let record = FileRecord {
         inode: number,
         directory: kind == NodeKind::Directory,
@@ -113,8 +125,15 @@ pub(super) fn read(
         xattr_block,
         kept: true,
         kept_xattrs: Some(found.xattrs.clone()),
+        doubt,
     };
-    Ok(File { kind, attributes: found, record, content })
+    let indexed = kind == NodeKind::Directory && flags & INDEX_FLAG != 0;
+    Ok(File { kind, attributes: found, record, content, indexed })
+}
+
+/// Number of blocks with content.
+fn allocated(blocks: &FileBlocks) -> u64 {
+    blocks.extents.iter().map(|extent| u64::from(extent.count)).sum()
 }
 
 /// The blocks of a directory of that size; none may be missing.

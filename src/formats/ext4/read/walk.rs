@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::file::{self, File};
 use super::groups::Groups;
 use super::superblock::Superblock;
-use super::{ReadError, Source, damaged, directory, xattr};
+use super::{ReadError, Source, damaged, directory, indexed, xattr};
 use crate::ext4::file::NodeKind;
 use crate::ext4::geometry::BLOCK;
 use crate::ext4::image::{FileRecord, LOST_AND_FOUND_NAME, ROOT_INODE};
@@ -32,7 +32,7 @@ impl Walk {
         groups: &mut Groups,
     ) -> Result<Self, ReadError> {
         let mut xattrs = XattrBlocks::default();
-        let mut files = BTreeMap::new();
+        let mut files: BTreeMap<u32, File> = BTreeMap::new();
         let mut names = BTreeMap::new();
         let root = file::read(source, groups, &mut xattrs, ROOT_INODE)?;
         if root.kind != NodeKind::Directory {
@@ -41,10 +41,12 @@ impl Walk {
         files.insert(ROOT_INODE, root);
         let mut open = vec![ROOT_INODE];
         while let Some(dir) = open.pop() {
-            let Some(content) = files.get(&dir).map(|file: &File| file.content.clone()) else {
-                continue;
-            };
-            let entries = read_names(source, groups, dir, &content)?;
+            let Some(file) = files.get_mut(&dir) else { continue };
+            let (content, indexed) = (file.content.clone(), file.indexed);
+            let (entries, blocks) = read_names(source, groups, dir, &content, indexed)?;
+            if indexed && !indexed::leads_to_all(&blocks, superblock.rules().hash) {
+                file.record.doubt = Some("has an index that does not lead to each of its names");
+            }
             for &(_, child) in &entries {
                 let known = files.get(&child);
                 if child < superblock.first_inode
@@ -127,19 +129,24 @@ impl Walk {
     }
 }
 
+/// The names of a directory, and its blocks if they are to be kept.
 fn read_names(
     source: Source<'_>,
     groups: &mut Groups,
     dir: u32,
     content: &[u64],
-) -> Result<ChildNames, ReadError> {
-    let mut names = Vec::new();
+    keep: bool,
+) -> Result<(ChildNames, Vec<Box<[u8; BLOCK]>>), ReadError> {
+    let (mut names, mut kept) = (Vec::new(), Vec::new());
     for &place in content {
         let block = source.block(place)?;
         groups.emitted.know(place, &block[..]);
         directory::entries(dir, &block[..], &mut names)?;
+        if keep {
+            kept.push(block);
+        }
     }
-    Ok(names)
+    Ok((names, kept))
 }
 
 /// Attribute blocks, which several files can share.

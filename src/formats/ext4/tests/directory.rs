@@ -1,5 +1,7 @@
 //! Every name is found in a directory of any size, by the hash that the kernel computes.
 
+use std::os::unix::fs::FileExt as _;
+
 use super::disk::TestDisk;
 use super::fixture::{MIB, attributes};
 use crate::ext4::{FilesystemIdentity, NAME_MAX, NodeKind, Tree, hash, superblock};
@@ -31,6 +33,42 @@ fn large_directories_are_found_by_the_kernel() {
             ),
         }
         disk.compare(&tree);
+    }
+}
+
+#[test]
+fn an_index_that_misleads_is_noticed_and_a_right_one_is_not_doubted() {
+    for count in [1_000, 100_000] {
+        let mut tree = Tree::new();
+        let dir = tree.create(tree.root(), b"dir", NodeKind::Directory, attributes(0o755)).unwrap();
+        for number in 0..count {
+            let name = format!("{number:07}-{}", "long".repeat(3 + number % 10));
+            tree.create(dir, name.as_bytes(), NodeKind::Fifo, attributes(0o600)).unwrap();
+        }
+        let mut disk = TestDisk::new(1 << 30);
+        disk.commit(&tree);
+        let doubt = |disk: &mut TestDisk| {
+            let tree = disk.reopen();
+            let dir = tree.lookup(tree.root(), b"dir").unwrap();
+            (disk.image.doubt(dir), disk.image.blocks_of(dir).next().unwrap().start)
+        };
+        let (none, root) = doubt(&mut disk);
+        assert_eq!(none, None);
+        let mut block = [0; 4096];
+        disk.file.read_exact_at(&mut block, root).unwrap();
+        let edits: [&dyn Fn(&mut [u8; 4096]); 4] = [
+            // Two blocks in each other's place, one block twice, one left out, another hash.
+            &|block| (0..4).for_each(|byte| block.swap(36 + byte, 44 + byte)),
+            &|block| block.copy_within(36..40, 44),
+            &|block| block[34] -= 1,
+            &|block| block[28] = 2,
+        ];
+        for (number, edit) in edits.into_iter().enumerate() {
+            let mut forged = block;
+            edit(&mut forged);
+            disk.file.write_all_at(&forged, root).unwrap();
+            assert!(doubt(&mut disk).0.is_some(), "edit {number} of {count} names");
+        }
     }
 }
 

@@ -1,0 +1,267 @@
+//! The comparison of a found meta image with its layers, in the background.
+//!
+//! A tag is served at once with the meta image that its repository has beside it, and nothing has proved that one. So after
+//! the background fill this host builds its own meta image from the layers: one pass of the scanner. Bytes that the tier of
+//! encoded chunks has are read from there. A layer that is kept decoded only is fetched once more, in the class and at the
+//! rate of the fill: its digest covers the encoded bytes. The two images are compared ([`convert::compare`]).
+//!
+//! * If they show the same, the image that was built is kept: from now on it is what this host uses, also for a digest.
+//! * If not, a reader has been shown something that the layers do not contain. Nothing is swapped under it. **From then on
+//!   every read of the device fails**, of every device of that meta image, and an attach that would share it is refused;
+//!   a line in the log and a metric tell why. A new attach uses the image that was built here.
+//!
+//! What cannot be compared, because a layer cannot be read now, stays as it was and is counted. Without a background fill
+//! (`download.enable`) there is no comparison. One image is compared at a time, by a thread of the lowest priority.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::readings::ComparisonCounters;
+use blobs::cache::Cache;
+use blobs::fetch::{Blob, Filling, WholeBlob};
+use convert::Silent;
+use convert::compare::{self, CompareError, Difference};
+use convert::meta::{MetaError, MetaImages, Plain};
+use disk::image::{ImageError, open_image};
+use disk::{Disk, DiskParts};
+use formats::oci::{Descriptor, Digest, Manifest};
+use registry::store::{ImageStore, Selector, StoreError, StoredManifest};
+use source::ByteSource;
+use source::failure::with_causes;
+use thiserror::Error;
+
+/// Pause between two looks at the fill.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Lowest priority of a thread: it runs when nothing else wants the processor.
+const LOWEST: i32 = 19;
+
+/// A meta image that is used without proof, and the plain image that it was found for.
+pub struct Unproved {
+    /// How this host builds its own.
+    pub images: MetaImages,
+    /// The store of the plain image.
+    pub store: Arc<dyn ImageStore>,
+    /// Its manifest as stored.
+    pub stored: StoredManifest,
+    /// The parsed manifest.
+    pub plain: Manifest,
+    /// The manifest that is used.
+    pub found: Manifest,
+}
+
+/// The comparisons of a process.
+#[derive(Default)]
+pub(super) struct Comparisons {
+    counters: Arc<ComparisonCounters>,
+    turn: Arc<Mutex<()>>,
+}
+
+/// A comparison that was begun. Dropping it ends it.
+pub struct Comparing(Arc<AtomicBool>);
+
+impl Drop for Comparing {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Why there is no result.
+#[derive(Debug, Error)]
+enum ComparisonFailure {
+    #[error(transparent)]
+    Build(#[from] MetaError),
+    #[error(transparent)]
+    Open(#[from] ImageError),
+    #[error(transparent)]
+    Compare(#[from] CompareError),
+}
+
+impl Comparisons {
+    /// Counts so far.
+    pub(super) fn counters(&self) -> &Arc<ComparisonCounters> {
+        &self.counters
+    }
+
+    /// Begins the comparison of `disk` with its layers, once `filling` has ended. `name` is the image's in messages.
+    pub(super) fn begin(
+        &self,
+        name: &str,
+        unproved: Unproved,
+        disk: &Disk,
+        filling: &Arc<Filling>,
+    ) -> Option<Comparing> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let job = ComparisonJob {
+            name: name.to_owned(),
+            unproved,
+            parts: Arc::downgrade(disk.parts()),
+            cache: disk.cache().clone(),
+            filling: Arc::downgrade(filling),
+            stop: stop.clone(),
+            counters: self.counters.clone(),
+            turn: self.turn.clone(),
+        };
+        let thread = std::thread::Builder::new().name("compare".into()).spawn(move || job.run());
+        thread
+            .inspect_err(|error| tracing::error!(%error, "A comparison cannot start: {name}"))
+            .ok()?;
+        Some(Comparing(stop))
+    }
+}
+
+struct ComparisonJob {
+    name: String,
+    unproved: Unproved,
+    /// The disk lives as long as its device, not as long as this thread.
+    parts: Weak<DiskParts>,
+    cache: Arc<Cache>,
+    filling: Weak<Filling>,
+    stop: Arc<AtomicBool>,
+    counters: Arc<ComparisonCounters>,
+    turn: Arc<Mutex<()>>,
+}
+
+impl ComparisonJob {
+    fn run(self) {
+        // Threads that are made for the conversion have the same priority.
+        if let Err(error) = rustix::process::setpriority_process(None, LOWEST) {
+            tracing::debug!(%error, "The priority of a comparison stays as it is");
+        }
+        let turn = loop {
+            let Some(filling) = self.filling.upgrade() else { return };
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            if filling.ended()
+                && let Some(turn) = self.turn.try_lock()
+            {
+                break turn;
+            }
+            drop(filling);
+            std::thread::sleep(PAUSE);
+        };
+        let Some(parts) = self.parts.upgrade() else { return };
+        // Its own recorders: the comparison is no start of the image.
+        let disk = Disk::of(parts, self.cache.clone());
+        let result = self.compare(&disk);
+        drop(turn);
+        let name = &self.name;
+        match result {
+            _ if self.stop.load(Ordering::Acquire) => {}
+            Ok(differences) if differences.is_empty() => {
+                self.counters.equal.add(1);
+                tracing::info!("{name}: its meta image shows what its layers contain");
+            }
+            Ok(differences) => {
+                let listed: Vec<String> = differences.iter().map(ToString::to_string).collect();
+                let listed = listed.join("; ");
+                self.counters.different.add(1);
+                tracing::error!(
+                    "{name}: its meta image does not show what its layers contain, and its reads fail from now on: {listed}"
+                );
+                disk.refuse_reads(&listed);
+            }
+            Err(error) => {
+                self.counters.failed.add(1);
+                let reason = with_causes(&error);
+                tracing::warn!(
+                    "{name}: its meta image could not be compared with its layers: {reason}"
+                );
+            }
+        }
+    }
+
+    /// The differences between the image that this host builds and `disk`.
+    fn compare(&self, disk: &Disk) -> Result<Vec<Difference>, ComparisonFailure> {
+        let Unproved { images, store, stored, plain, found } = &self.unproved;
+        let blobs = disk.blobs().into_iter().zip(&plain.layers);
+        let near = NearLayers {
+            store: store.clone(),
+            blobs: blobs.filter_map(|(blob, layer)| Some((layer.digest, blob?))).collect(),
+            stop: self.stop.clone(),
+        };
+        let plain = Plain {
+            store,
+            tag: None,
+            pinned: true,
+            index: None,
+            indexes: &[],
+            stored,
+            manifest: plain,
+        };
+        let built = images.build_from(&plain, &near, &Silent)?;
+        let layers = |manifest: &Manifest| -> Vec<Digest> {
+            manifest.layers.iter().map(|layer| layer.digest).collect()
+        };
+        if layers(&built.manifest) == layers(found) {
+            return Ok(Vec::new());
+        }
+        let expected =
+            open_image(&*built.store, &**store, &built.manifest, self.cache.clone())?.disk;
+        Ok(compare::disks(disk, &expected)?)
+    }
+}
+
+/// The plain image's store, whose layers are read from this host where they are on it.
+struct NearLayers {
+    store: Arc<dyn ImageStore>,
+    blobs: HashMap<Digest, Arc<Blob>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl ImageStore for NearLayers {
+    fn name(&self) -> &str {
+        self.store.name()
+    }
+
+    fn manifest(&self, selector: &Selector) -> Result<StoredManifest, StoreError> {
+        self.store.manifest(selector)
+    }
+
+    fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
+        match self.blobs.get(&blob.digest) {
+            Some(near) => Ok(Box::new(WholeBlob::new(near.clone(), self.stop.clone()))),
+            None => self.store.open_blob(blob),
+        }
+    }
+
+    fn blob_source(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+    ) -> Result<Arc<dyn ByteSource>, StoreError> {
+        self.store.blob_source(digest, size)
+    }
+
+    fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.store.put_blob(bytes)
+    }
+
+    fn put_blob_from(
+        &self,
+        digest: &Digest,
+        size: u64,
+        open: &mut dyn FnMut() -> Result<Box<dyn Read + Send>, StoreError>,
+    ) -> Result<(), StoreError> {
+        self.store.put_blob_from(digest, size, open)
+    }
+
+    fn has_blob(&self, digest: &Digest, size: u64) -> Result<bool, StoreError> {
+        self.store.has_blob(digest, size)
+    }
+
+    fn put_manifest(
+        &self,
+        tag: Option<&str>,
+        media_type: &str,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
+        self.store.put_manifest(tag, media_type, bytes)
+    }
+}
