@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::image::Images;
+use convert::child::Builder;
 use convert::meta::{MetaError, MetaImage, MetaImages, MetaOrigin, MetaTrust, Plain, is_plain};
 use convert::{ConvertOptions, Silent};
 use disk::image::host_manifest;
@@ -52,8 +53,8 @@ impl Host {
             disk_size: formats::units::Bytes(1 << 30),
             ..ConvertOptions::default()
         };
-        let (trust, signers) = (MetaTrust::Verify, Signers::default());
-        MetaImages { local, publish, options, trust, signers }.of(&plain, &Silent)
+        let (trust, signers, builder) = (MetaTrust::Verify, Signers::default(), Builder::Here);
+        MetaImages { local, publish, options, builder, trust, signers }.of(&plain, &Silent)
     }
 
     fn forget_local(&self) {

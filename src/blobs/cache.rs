@@ -17,10 +17,11 @@
 //! first load that has a chunk serves the waiters of all ways, but a way that fails, or is slow, fails and waits alone.
 //!
 //! Contents: `arena` the memory, `shard` the chunks under one lock, `queues` the order of eviction, `backlog`
-//! the chunks to load later, `resident` memory of open images outside the budget.
+//! the chunks to load later, `heap` chunks without room in the arena, `resident` memory of open images outside the budget.
 
 mod arena;
 mod backlog;
+mod heap;
 mod queues;
 mod resident;
 mod shard;
@@ -29,24 +30,25 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::fetch::{
     Blob, CONNECTIONS, Claim, Delivery, FetchCounters, FetchOptions, Fetcher, FillOptions, Filling,
-    Key, SharedChunk, WantedChunk,
+    Flow, Key, SharedChunk, WantedChunk,
 };
 use crate::identity::BlobIdentity;
 use crate::tier::Tiers;
 use arena::Arena;
 use backlog::Backlog;
+use heap::Heap;
 use queues::{Clock, Queues};
 pub use resident::Residents;
 use shard::{FoundChunk, LoadEnd, Shard};
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, Room};
-use source::{Class, Origin};
+use source::{Class, MemoryBudget, Origin};
 use threads::Counter;
 
 /// Callback of one request: called once, from any thread, with the chunk or the reason why there is none.
@@ -114,6 +116,8 @@ pub struct Cache {
     ahead: u64,
     backlog: Backlog,
     residents: Residents,
+    /// Number of devices that were given a flow.
+    flows: AtomicU32,
 }
 
 impl Cache {
@@ -133,12 +137,19 @@ impl Cache {
     /// Creates a cache with these options and with chunks on disk behind it.
     #[must_use]
     pub fn over(options: CacheOptions, tiers: Tiers) -> Arc<Self> {
-        let chunks = Arc::new(Chunks::new(options.budget));
+        Self::within(options, tiers, MemoryBudget::default())
+    }
+
+    /// As [`over`](Self::over), with `images` as the memory that open images may take beside the cache.
+    #[must_use]
+    pub fn within(options: CacheOptions, tiers: Tiers, images: MemoryBudget) -> Arc<Self> {
+        let chunks = Arc::new(Chunks::new(options.budget, images.clone()));
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
         let budget = options.budget;
-        let residents = Residents::default();
+        let residents = Residents::within(images);
         let (ahead, backlog) = (budget / AHEAD_SHARE, Backlog::default());
-        Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents, backlog })
+        let flows = AtomicU32::new(0);
+        Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents, backlog, flows })
     }
 
     /// Opens the blob whose chunks `source` makes; returns the open blob of the same identity and origin if there
@@ -162,10 +173,22 @@ impl Cache {
         self.fetcher.fill(blobs, options)
     }
 
-    /// Begins a request for chunks that belong together.
+    /// Begins a request for chunks that belong together, of no device.
     #[must_use]
     pub fn batch(&self) -> ChunkBatch<'_> {
-        ChunkBatch { cache: self, wanted: Vec::new() }
+        self.batch_for(Flow::default())
+    }
+
+    /// Begins a request of a device: devices take turns.
+    #[must_use]
+    pub fn batch_for(&self, flow: Flow) -> ChunkBatch<'_> {
+        ChunkBatch { cache: self, wanted: Vec::new(), flow }
+    }
+
+    /// The flow of a new device.
+    #[must_use]
+    pub fn flow(&self) -> Flow {
+        Flow(self.flows.fetch_add(1, Ordering::Relaxed).wrapping_add(1))
     }
 
     /// True if the chunk is in memory.
@@ -215,6 +238,7 @@ impl Cache {
 pub struct ChunkBatch<'a> {
     cache: &'a Cache,
     wanted: Vec<WantedChunk>,
+    flow: Flow,
 }
 
 impl ChunkBatch<'_> {
@@ -248,7 +272,8 @@ impl ChunkBatch<'_> {
     ) -> Lookup {
         let chunks = &self.cache.chunks;
         let key = blob.key(index);
-        let found = chunks.shard(key.chunk).look_up(blob, index, &chunks.clock, waiter);
+        let found =
+            chunks.shard(key.chunk).look_up(blob, (index, self.flow), &chunks.clock, waiter);
         match found {
             FoundChunk::Held { bytes, first } => {
                 if first {
@@ -257,9 +282,12 @@ impl ChunkBatch<'_> {
                 chunks.hits.add(1);
                 return Lookup::Hit(bytes);
             }
-            FoundChunk::Joined { ahead: false } => {}
-            FoundChunk::Joined { ahead: true } => {
-                self.cache.fetcher.urge(key);
+            FoundChunk::Joined { ahead: false, foreign: false } => {}
+            FoundChunk::Joined { ahead: false, foreign: true } => {
+                self.cache.fetcher.urge(key, self.flow)
+            }
+            FoundChunk::Joined { ahead: true, .. } => {
+                self.cache.fetcher.urge(key, self.flow);
                 self.follow(blob.source().room(index) as u64);
             }
             FoundChunk::Claimed => {
@@ -277,7 +305,7 @@ impl ChunkBatch<'_> {
     /// Loads those of `indices` that are neither in memory nor loading, without a waiter.
     pub fn prefetch(&mut self, blob: &Arc<Blob>, indices: Range<u32>) {
         for index in indices {
-            if self.cache.chunks.shard(blob.shared(index)).claim(blob, index) {
+            if self.cache.chunks.shard(blob.shared(index)).claim(blob, index, self.flow) {
                 self.want(blob, index, Class::Prefetch);
             }
         }
@@ -298,7 +326,13 @@ impl ChunkBatch<'_> {
 
     fn want(&mut self, blob: &Arc<Blob>, chunk: u32, class: Class) {
         self.cache.chunks.loads.add(1);
-        self.wanted.push(WantedChunk { blob: blob.clone(), chunk, class, tries: 0 });
+        self.wanted.push(WantedChunk {
+            blob: blob.clone(),
+            chunk,
+            class,
+            tries: 0,
+            flow: self.flow,
+        });
     }
 }
 
@@ -373,6 +407,8 @@ struct Chunks {
     hasher: RandomState,
     blobs: Mutex<Blobs>,
     arena: Arc<Arena>,
+    /// Chunks that fit nowhere in it.
+    heap: Arc<Heap>,
     budget: u64,
     held: AtomicU64,
     /// The order of eviction.
@@ -387,8 +423,9 @@ struct Chunks {
 }
 
 impl Chunks {
-    fn new(budget: u64) -> Self {
+    fn new(budget: u64, images: MemoryBudget) -> Self {
         Self {
+            heap: Heap::new(images),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             hasher: RandomState::new(),
             blobs: Mutex::default(),
@@ -431,17 +468,17 @@ impl Chunks {
 }
 
 impl Delivery for Chunks {
-    fn room(&self, len: usize) -> Box<dyn Room> {
+    fn room(&self, len: usize, flow: Flow) -> Option<Box<dyn Room>> {
         let mut given_up = 0;
         while self.arena.could_hold(len) && given_up <= len as u64 * WORTH {
             if let Some(run) = self.arena.take(len) {
-                return Box::new(run);
+                return Some(Box::new(run));
             }
             let Some(more) = self.evict_one() else { break };
             given_up += more;
         }
         self.unkept.add(1);
-        Box::new(vec![0; len])
+        Some(Box::new(self.heap.take(len, flow)?))
     }
 
     fn spare_room(&self, len: usize) -> Option<Box<dyn Room>> {
@@ -456,7 +493,7 @@ impl Delivery for Chunks {
         let mut shard = self.shard(blob.shared(chunk));
         match shard.peek(blob.shared(chunk)) {
             Some(bytes) => Claim::Held(bytes),
-            None if shard.claim(blob, chunk) => Claim::Claimed,
+            None if shard.claim(blob, chunk, Flow::default()) => Claim::Claimed,
             None => Claim::Loading,
         }
     }
@@ -472,8 +509,9 @@ impl Delivery for Chunks {
         let end = match &result {
             Ok(bytes) if bytes.held() > 0 && self.shard(key.chunk).arrive(key) => {
                 self.held.fetch_add(bytes.held(), Ordering::Relaxed);
+                let flow = self.shard(key.chunk).flow(key);
                 // Into the queues first: a chunk that is only in a shard could never be evicted.
-                let main = self.queues().insert(key.chunk, bytes.held(), &self.clock);
+                let main = self.queues().insert(key.chunk, flow, bytes.held(), &self.clock);
                 LoadEnd::Kept { bytes: bytes.clone(), came: self.clock.now(), main }
             }
             Ok(_) => LoadEnd::Served,

@@ -22,6 +22,7 @@
 //!
 //! # Contents
 //!
+//! * [`fair`]    turns between devices
 //! * [`ahead`]   guesses of the chunks that are read next
 //! * `streams`   sequential reads
 //! * [`depth`]   number of bytes to keep in flight
@@ -40,6 +41,7 @@ pub mod ahead;
 pub mod blob;
 mod crew;
 pub mod depth;
+mod fair;
 pub mod fill;
 pub mod front;
 mod inflate;
@@ -62,19 +64,21 @@ use source::{Class, SourceError};
 pub use blob::{Blob, Key, SharedChunk};
 use crew::Crew;
 pub(crate) use crew::MOST_BYTES;
+pub use fair::Flow;
 pub use fill::{FillOptions, FillProgress, Filling};
 pub use front::WholeBlob;
 use inflate::{DecodeJob, Input, Workers};
 use pace::Pace;
 pub use queue::WantedChunk;
 pub use recent::{Recent, RecentFailure};
+pub(crate) use serial::MOST_MEMORY as FRAMES_MEMORY;
 use serial::Serials;
 use threads::Counter;
 
 /// Receiver of decoded chunks: the cache.
 pub trait Delivery: Send + Sync {
-    /// Memory to decode `len` bytes into.
-    fn room(&self, len: usize) -> Box<dyn Room>;
+    /// Memory to decode `len` bytes for a device into; `None` if it holds as much as it may, or all memory is in use.
+    fn room(&self, len: usize, flow: Flow) -> Option<Box<dyn Room>>;
 
     /// Memory to decode `len` bytes into, if some is free without an eviction.
     fn spare_room(&self, len: usize) -> Option<Box<dyn Room>>;
@@ -237,11 +241,11 @@ impl Fetcher {
         fill::begin(&self.shared, blobs, options)
     }
 
-    /// Makes demand of a chunk that was wanted ahead of time: it has a waiter now.
-    pub fn urge(&self, key: Key) {
+    /// Makes demand of a chunk that was wanted ahead of time, or by another device: this one has a waiter now.
+    pub fn urge(&self, key: Key, flow: Flow) {
         self.shared.pace.demand();
-        self.shared.crew.urge(key);
-        self.shared.workers.urge(key);
+        self.shared.crew.urge(key, flow);
+        self.shared.workers.urge(key, flow);
         self.shared.serials.urge(key);
     }
 }
@@ -281,8 +285,8 @@ impl FetchShared {
         let (near, far): (Vec<_>, Vec<_>) = wanted.into_iter().partition(is_near);
         let mut refused = Vec::new();
         for wanted in near {
-            let WantedChunk { blob, chunk, class, tries } = wanted;
-            let job = DecodeJob { blob, chunk, class, tries, input: Input::Near };
+            let WantedChunk { blob, chunk, class, tries, flow } = wanted;
+            let job = DecodeJob { blob, chunk, class, tries, flow, input: Input::Near };
             refused.extend(self.workers.push(job).err().map(|job| job.wanted()));
         }
         for wanted in refused {
@@ -345,6 +349,14 @@ impl FetchShared {
 /// The error for waiters that remain at the end.
 fn ended(blob: &Blob) -> Arc<ChunkError> {
     failure(blob, "The cache was closed before this chunk was loaded")
+}
+
+/// The error of a chunk that there is no memory for.
+fn no_room(blob: &Blob) -> Arc<ChunkError> {
+    failure(
+        blob,
+        "There is no memory for this chunk: its device holds as much as it may (turbobd.memoryBudgetMB)",
+    )
 }
 
 fn failure(blob: &Blob, reason: &'static str) -> Arc<ChunkError> {

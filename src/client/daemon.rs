@@ -139,7 +139,7 @@ impl DaemonClient {
         &mut self,
         request: DeviceSpec,
     ) -> Result<(DeviceRecord, Option<String>), ClientError> {
-        match self.ask(&Request::Attach(request))? {
+        match self.ask(&Request::Attach(Box::new(request)))? {
             Reply::Attached { device, note } => {
                 let milliseconds = |micros: u64| micros as f64 / 1e3;
                 tracing::info!(

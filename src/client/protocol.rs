@@ -51,7 +51,7 @@ pub enum Request {
     /// Ask for the version.
     Version,
     /// Create a device.
-    Attach(DeviceSpec),
+    Attach(Box<DeviceSpec>),
     /// The client has mounted a device, or (`None`) unmounted it.
     Mounted {
         /// The device.
@@ -437,12 +437,12 @@ mod tests {
             ..RegistrySpec::default()
         };
         let image = ImageSpec { registry, publish: true, ..ImageSpec::of_reference("reg/a:1") };
-        let request = Request::Attach(DeviceSpec {
+        let request = Request::Attach(Box::new(DeviceSpec {
             frontend: Frontend::Ublk,
             upper: Some("/upper".into()),
             dev_id: Some("d".into()),
             ..DeviceSpec::of(image)
-        });
+        }));
         one.send(&request).unwrap();
         assert_eq!(two.receive::<Request>().unwrap(), Some(request));
         drop(one);

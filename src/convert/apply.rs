@@ -41,9 +41,9 @@ use std::fmt;
 
 use thiserror::Error;
 
-use formats::ext4::{DataRun, NodeId, NodeKind, Tree, TreeError};
+use formats::ext4::{DataRun, FILE_MAX, NodeId, NodeKind, Tree, TreeError};
 use formats::tar::{EntryContent, EntryKind, TarEntry};
-use formats::units::SECTOR;
+use formats::units::{Bytes, SECTOR};
 
 use attributes::{AttributeError, apply_header};
 use path::{Path, PathError};
@@ -120,6 +120,9 @@ pub enum Reason {
         /// Minor number.
         minor: u32,
     },
+    /// A sparse file that claims more bytes than a file can have.
+    #[error("the file has {0}, and a file of ext4 has {FILE_MAX} at most")]
+    TooLong(Bytes),
     /// A sparse file with too many bytes outside whole sectors.
     #[error(
         "with it {kept} bytes of sparse files in this layer lie outside whole sectors of {SECTOR} B; \
@@ -323,6 +326,11 @@ impl<'t> LayerApply<'t> {
             // The other two kinds were handled before.
             EntryKind::Regular | EntryKind::Directory | EntryKind::HardLink(_) => regular(entry),
         };
+        if let NodeKind::Regular { size, .. } = &kind
+            && *size > FILE_MAX
+        {
+            return Err(Reason::TooLong(*size));
+        }
         let mut attributes = attributes::fresh();
         self.report.dropped_xattrs += apply_header(&mut attributes, entry, &kind)?;
         let kept = self.unaligned.admit(&kind).map_err(|kept| Reason::Unaligned { kept })?;

@@ -70,6 +70,15 @@ impl LayerBlob {
         }
     }
 
+    /// The bytes of a layer that is in memory.
+    #[must_use]
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            LayerBlob::Bytes(bytes) => Some(bytes),
+            LayerBlob::File(_) | LayerBlob::Known(_) => None,
+        }
+    }
+
     /// Stores the blob unless it is present: copies it from its place, and inside a registry without moving
     /// it.
     ///

@@ -26,6 +26,7 @@
 //! * [`native`]   the data of a layer into a blob of its own
 //! * [`chain`]    layers that were converted before
 //! * [`base`]     converted layers of other images below new ones
+//! * [`child`]    a meta image that is built in a process of its own, within limits
 //! * [`image`]    a manifest and its layers → a converted manifest
 //! * [`index`]    images of many platforms; skipped entries; publishing
 //! * [`compare`]  a meta image and the layers that it names
@@ -48,6 +49,7 @@
 pub mod apply;
 pub mod base;
 pub mod chain;
+pub mod child;
 pub mod compare;
 pub mod image;
 pub mod index;

@@ -39,7 +39,8 @@ use std::sync::Arc;
 use rustix::fs::{FlockOperation, flock};
 use thiserror::Error;
 
-use crate::image::{ConvertedImage, convert_image};
+use crate::child::{self, Builder, Built, ChildError, meta_options};
+use crate::image::convert_image;
 use crate::{ConvertError, ConvertOptions, KnownLayers, Progress};
 use formats::oci::annotations::{ARTIFACT_TYPE_TURBO, LayerKind};
 use formats::oci::{Descriptor, Digest, ImageIndex, Manifest};
@@ -56,6 +57,9 @@ pub enum MetaError {
     /// Building it failed.
     #[error("Cannot build the meta image")]
     Build(#[source] Box<ConvertError>),
+    /// Building it in a process of its own failed.
+    #[error("Cannot build the meta image")]
+    Child(#[source] Box<ChildError>),
     /// The local store, or the place to publish to, did not accept it.
     #[error("Cannot keep the meta image (see --meta-dir)")]
     Keep(#[source] Box<StoreError>),
@@ -137,8 +141,10 @@ pub struct MetaImages {
     pub local: PathBuf,
     /// True if built images are pushed as referrers.
     pub publish: bool,
-    /// Options of the conversion.
+    /// Options of the conversion in this process; a child takes the defaults.
     pub options: ConvertOptions,
+    /// The place of the conversion.
+    pub builder: Builder,
     /// Which found images are used.
     pub trust: MetaTrust,
     /// The keys whose signatures count.
@@ -212,29 +218,28 @@ impl MetaImages {
         progress: &dyn Progress,
     ) -> Result<MetaImage, MetaError> {
         let keep = |error| MetaError::Keep(Box::new(error));
-        let options = ConvertOptions {
-            oci_types: true,
-            referrer: true,
-            // The data lies beside the plain image, also after that is copied elsewhere.
-            origin: None,
-            turbo: true,
-            native: None,
-            ..self.options.clone()
-        };
-        let known = KnownLayers::default();
-        let built = convert_image(from, plain.stored, &options, &known, progress)
-            .map_err(|error| MetaError::Build(Box::new(error)))?;
         let unfit = || MetaError::Local {
             dir: self.local.clone(),
             source: io::Error::other("the built meta image does not match the image"),
         };
-        let built = built.turbo.ok_or_else(unfit)?;
-        put(&**store, Some(&fallback_tag(&plain.stored.digest)), &built).map_err(keep)?;
-        let stored = StoredManifest {
-            media_type: built.media_type.to_owned(),
-            digest: Digest::of(&built.manifest),
-            bytes: built.manifest,
+        let built = match &self.builder {
+            Builder::Here => {
+                let (options, known) = (meta_options(&self.options), KnownLayers::default());
+                let built = convert_image(from, plain.stored, &options, &known, progress)
+                    .map_err(|error| MetaError::Build(Box::new(error)))?;
+                let built = built.turbo.ok_or_else(unfit)?;
+                built.put_blobs(&**store).map_err(keep)?;
+                Built { media_type: built.media_type.to_owned(), bytes: built.manifest }
+            }
+            Builder::Child(program) => {
+                child::build(program, from, plain.stored, plain.manifest, &**store)
+                    .map_err(|error| MetaError::Child(Box::new(error)))?
+            }
         };
+        let Built { media_type, bytes } = built;
+        let tag = fallback_tag(&plain.stored.digest);
+        store.put_manifest(Some(&tag), &media_type, &bytes).map_err(keep)?;
+        let stored = StoredManifest { media_type, digest: Digest::of(&bytes), bytes };
         let manifest = places::fits(plain, &stored).ok_or_else(unfit)?;
         built::keep(&self.local, &plain.stored.digest, &stored.digest)
             .map_err(|source| MetaError::Local { dir: self.local.clone(), source })?;
@@ -273,16 +278,6 @@ impl MetaImage {
         let MetaCandidate { store, stored, manifest, found, .. } = candidate;
         Self { store, stored, manifest, found, reason }
     }
-}
-
-/// Blobs first, the manifest last: a visible manifest is that of a complete image.
-fn put(
-    store: &dyn ImageStore,
-    tag: Option<&str>,
-    built: &ConvertedImage,
-) -> Result<(), StoreError> {
-    built.put_blobs(store)?;
-    store.put_manifest(tag, built.media_type, &built.manifest)
 }
 
 /// Pushes an image built here as a referrer of the plain image.

@@ -14,6 +14,7 @@ mod lowers;
 mod parse;
 mod upper;
 
+use std::cell::RefCell;
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -229,8 +230,14 @@ pub fn open_all(
         // Checked before 256 blobs are opened without need.
         return Err(invalid("lowers", "an image has at most 255 layers"));
     }
-    let place =
-        LowersBase { file: &file, folder, blobs: &config.repo_blob_url, targets, cache: &cache };
+    let place = LowersBase {
+        file: &file,
+        folder,
+        blobs: &config.repo_blob_url,
+        targets,
+        cache: &cache,
+        reserved: RefCell::default(),
+    };
     let open = |(number, lower)| place.open_lower(number, lower);
     let mut layers =
         config.lowers.iter().enumerate().map(open).collect::<Result<Vec<_>, DiskError>>()?;
@@ -245,7 +252,8 @@ pub fn open_all(
         }
         (upper, _) => upper,
     };
-    let disk = Disk::new(layers, cache)?;
+    let reserved = place.reserved.take();
+    let disk = Disk::with_reserved(layers, cache, reserved)?;
     let (trace, record) = match trace_file {
         Some(path) => read_trace(&disk, path),
         None => (None, None),

@@ -13,11 +13,11 @@ use thiserror::Error;
 
 use super::config::TargetOpener;
 use super::{Disk, DiskError, DiskLayer, LayerData};
-use crate::resident::read_resident;
+use crate::resident::read_within;
 use blobs::cache::Cache;
 use blobs::identity::Verification;
 use blobs::trace;
-use formats::archive::{EROFS_META_NAME, FS_META_NAME};
+use formats::archive::{self, EROFS_META_NAME, FS_META_NAME};
 use formats::gzip::{self, GZIP_META_NAME, GzipError, IndexedLayer, SIDECAR_NAME};
 use formats::lsmt::{self, TagMeaning};
 use formats::oci::annotations::{AnnotationError, LayerKind as AnnotatedKind, split_acceleration};
@@ -28,10 +28,13 @@ use formats::trace::Trace;
 use formats::zfile;
 use registry::store::{ImageStore, Selector, StoreError, StoredManifest};
 use source::chunk::{ChunkSource, PlainChunks};
-use source::{ByteSource, MemorySource, SharedBytes};
+use source::{ByteSource, MemoryBudget, MemorySource, OverBudget, Reserved};
 
 /// Most bytes that a layer archive may unpack to, 4 GiB: the metadata of a layer of some 400 GB.
 const MAX_ARCHIVE: u64 = 4 << 30;
+
+/// Bytes of an archive that are unpacked at once.
+const UNPACKED_AT_ONCE: usize = 256 << 10;
 
 /// Error of opening an image in a store.
 #[derive(Debug, Error)]
@@ -86,6 +89,9 @@ pub enum OpenLayerError {
     /// The layer archive unpacks to more than the limit.
     #[error("The layer archive unpacks to more than {MAX_ARCHIVE} bytes")]
     ArchiveTooLarge,
+    /// The layer does not fit the budget of memory.
+    #[error(transparent)]
+    Budget(#[from] OverBudget),
     /// The layer archive is not a tar.
     #[error(transparent)]
     Members(#[from] tar::archive::ArchiveError),
@@ -257,7 +263,7 @@ pub fn open_image(
     let mut opened = open_layers(layers.iter().map(|layer| (store, layer)), targets, cache)?;
     // A trace is advice: with an invalid one, the image starts as without one.
     opened.trace = acceleration.and_then(|layer| {
-        read_trace(store, layer)
+        read_trace(store, layer, opened.disk.cache().residents().budget())
             .inspect_err(|error| {
                 tracing::warn!(layer = %layer.digest, error = %error, "The trace of the image is ignored");
             })
@@ -279,14 +285,19 @@ pub fn open_layers<'l>(
     let mut layers = Vec::new();
     let mut infos = Vec::new();
     let mut filesystem = None;
+    let budget = cache.residents().budget().clone();
+    let mut reserved = Vec::new();
     for (number, (store, descriptor)) in stack.into_iter().enumerate() {
         let in_layer = |error| ImageError::Layer {
             number,
             digest: descriptor.digest,
             source: Box::new(error),
         };
+        let mut memory = LayerMemory { budget: &budget, index: budget.part() };
         let (mut layer, info) =
-            open_layer(store, targets, descriptor, &mut filesystem).map_err(in_layer)?;
+            open_layer(store, targets, descriptor, &mut filesystem, &mut memory)
+                .map_err(in_layer)?;
+        reserved.push(memory.index);
         if let LayerData::Turbo { meta, .. } = &mut layer.data {
             // Images with a common layer share its metadata: its archive was verified by this digest. An archive may
             // have the metadata of several filesystems.
@@ -296,15 +307,29 @@ pub fn open_layers<'l>(
         layers.push(layer);
         infos.push(info);
     }
-    Ok(OpenedImage { layers: infos, disk: Disk::new(layers, cache)?, trace: None })
+    Ok(OpenedImage {
+        layers: infos,
+        disk: Disk::with_reserved(layers, cache, reserved)?,
+        trace: None,
+    })
+}
+
+/// The memory of a layer that is being opened.
+struct LayerMemory<'a> {
+    budget: &'a MemoryBudget,
+    /// The part that its indexes take as long as the image is open.
+    index: Reserved,
 }
 
 /// Reads upstream's acceleration layer: an archive with a trace in it.
 fn read_trace(
     store: &dyn ImageStore,
     layer: &Descriptor,
+    budget: &MemoryBudget,
 ) -> Result<Vec<trace::upstream::LayerRead>, OpenLayerError> {
-    let members = Members::unpack(&store.read_blob(layer)?)?;
+    let what = "The trace of the image";
+    let mut part = budget.reserve(layer.size, what)?;
+    let members = Members::unpack(&store.read_blob(layer)?, &mut part, what)?;
     let bytes = members.get("trace").or_else(|| members.get("./trace"));
     Ok(trace::upstream::parse(bytes.unwrap_or_default())?)
 }
@@ -314,12 +339,13 @@ fn open_layer(
     targets: &dyn ImageStore,
     descriptor: &Descriptor,
     filesystem: &mut Option<&'static str>,
+    memory: &mut LayerMemory<'_>,
 ) -> Result<(DiskLayer, LayerInfo), OpenLayerError> {
     match AnnotatedKind::of(descriptor)? {
         AnnotatedKind::Turbo { target, is_gzip, .. } => {
-            open_turbo(store, targets, descriptor, &target, is_gzip, filesystem)
+            open_turbo(store, targets, descriptor, (&target, is_gzip), filesystem, memory)
         }
-        AnnotatedKind::Native => open_native(store, descriptor),
+        AnnotatedKind::Native => open_native(store, descriptor, &mut memory.index),
         AnnotatedKind::Plain => Err(OpenLayerError::NotConverted),
     }
 }
@@ -327,9 +353,11 @@ fn open_layer(
 fn open_native(
     store: &dyn ImageStore,
     descriptor: &Descriptor,
+    part: &mut Reserved,
 ) -> Result<(DiskLayer, LayerInfo), OpenLayerError> {
-    let payload = zfile::open(store.blob_source(&descriptor.digest, Some(descriptor.size))?)?;
-    let index = lsmt::LsmtLayer::open(&*payload.source(), TagMeaning::Plain)?;
+    let blob = store.blob_source(&descriptor.digest, Some(descriptor.size))?;
+    let payload = zfile::open_within(blob, part)?;
+    let index = lsmt::LsmtLayer::open_within(&*payload.source(), TagMeaning::Plain, part)?;
     let chunks = payload.chunks(&descriptor.digest.to_string());
     let data = Verification::of(&*chunks);
     let info = LayerInfo {
@@ -351,10 +379,9 @@ pub fn native_identity(
     store: &dyn ImageStore,
     descriptor: &Descriptor,
 ) -> Result<lsmt::Uuid, ImageError> {
-    let (layer, _) = open_native(store, descriptor).map_err(|error| ImageError::Layer {
-        number: 0,
-        digest: descriptor.digest,
-        source: Box::new(error),
+    let mut part = Reserved::unbounded();
+    let (layer, _) = open_native(store, descriptor, &mut part).map_err(|error| {
+        ImageError::Layer { number: 0, digest: descriptor.digest, source: Box::new(error) }
     })?;
     Ok(layer.index.trailer().uuid)
 }
@@ -363,31 +390,41 @@ fn open_turbo(
     store: &dyn ImageStore,
     targets: &dyn ImageStore,
     descriptor: &Descriptor,
-    target: &Digest,
-    is_gzip: bool,
+    (target, is_gzip): (&Digest, bool),
     filesystem: &mut Option<&'static str>,
+    LayerMemory { budget, index: part }: &mut LayerMemory<'_>,
 ) -> Result<(DiskLayer, LayerInfo), OpenLayerError> {
-    let members = Members::unpack(&store.read_blob(descriptor)?)?;
+    let what = format!("The archive of layer {}", descriptor.digest);
+    // Given back at the end: the archive is needed only until the layer is open.
+    let mut opening = budget.reserve(descriptor.size, &what)?;
+    let members = Members::unpack(&store.read_blob(descriptor)?, &mut opening, &what)?;
+    let (gzip_meta, sidecar) = (members.get(GZIP_META_NAME), members.get(SIDECAR_NAME));
+    part.add(
+        archive::index_memory(gzip_meta, sidecar),
+        &format!("The index of layer {}", descriptor.digest),
+    )?;
     let fs_meta = members.fs_meta(filesystem)?;
-    let (source, mut info) = open_target(&members, targets, target, is_gzip)?;
+    let (target_source, mut info) = open_target(&members, targets, target, is_gzip)?;
     let len = |name| members.get(name).map_or(0, |bytes| bytes.len() as u64);
     info.fs_meta = fs_meta.len() as u64;
     info.gzip_meta = len(GZIP_META_NAME);
     info.sidecar = len(SIDECAR_NAME);
 
     let name = format!("{} of {}", filesystem.unwrap_or(FS_META_NAME), descriptor.digest);
-    let meta: SharedBytes =
-        Arc::new(read_resident(&zfile::open(Arc::new(MemorySource::new(name.clone(), fs_meta)))?)?);
-    let index = lsmt::LsmtLayer::open(&MemorySource::shared(name, meta.clone()), TagMeaning::Warp)?;
+    opening.add(fs_meta.len() as u64, &name)?;
+    let fs_meta = Arc::new(MemorySource::new(name.clone(), fs_meta));
+    let meta = read_within(&zfile::open_within(fs_meta, &mut opening)?, budget, &name)?;
+    let source = MemorySource::shared(name, meta.clone());
+    let index = lsmt::LsmtLayer::open_within(&source, TagMeaning::Warp, part)?;
     let info = LayerInfo {
-        data: Verification::of(&*source),
+        data: Verification::of(&*target_source),
         kind: "turbo",
         digest: descriptor.digest.to_string(),
         size: descriptor.size,
         target: Some(info),
         mappings: index.mappings().len(),
     };
-    Ok((DiskLayer { index, data: LayerData::Turbo { meta, target: Some(source) } }, info))
+    Ok((DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target_source) } }, info))
 }
 
 /// Opens the original layer with the index in the archive.
@@ -483,17 +520,39 @@ struct Members {
 }
 
 impl Members {
-    fn unpack(archive: &[u8]) -> Result<Self, OpenLayerError> {
-        let mut bytes = Vec::new();
-        if archive.starts_with(&[0x1f, 0x8b]) {
-            let unpacked = flate2::read::MultiGzDecoder::new(archive)
-                .take(MAX_ARCHIVE + 1)
-                .read_to_end(&mut bytes);
-            unpacked.map_err(OpenLayerError::Archive)?;
-            if bytes.len() as u64 > MAX_ARCHIVE {
+    /// Unpacks an archive. Its bytes are added to `part` before they are taken; a member counts when its header is there.
+    fn unpack(archive: &[u8], part: &mut Reserved, what: &str) -> Result<Self, OpenLayerError> {
+        let before = part.bytes();
+        let mut admit = |end: u64| -> Result<(), OpenLayerError> {
+            if end > MAX_ARCHIVE {
                 return Err(OpenLayerError::ArchiveTooLarge);
             }
+            Ok(part.grow_to(before.saturating_add(end), what)?)
+        };
+        let mut bytes = Vec::new();
+        if archive.starts_with(&[0x1f, 0x8b]) {
+            let mut unpacked = flate2::read::MultiGzDecoder::new(archive);
+            let mut members = tar::Parser::new();
+            let mut piece = vec![0; UNPACKED_AT_ONCE];
+            loop {
+                let len = unpacked.read(&mut piece).map_err(OpenLayerError::Archive)?;
+                if len == 0 {
+                    break;
+                }
+                let mut end = (bytes.len() + len) as u64;
+                // What is no tar is refused below, with its reason.
+                let _ = members.feed(&piece[..len], &mut |event| -> Result<(), tar::TarError> {
+                    if let tar::TarEvent::Entry(entry) = event {
+                        end =
+                            end.max(entry.data_offset.get().saturating_add(entry.stored_len.get()));
+                    }
+                    Ok(())
+                });
+                admit(end)?;
+                bytes.extend_from_slice(&piece[..len]);
+            }
         } else {
+            admit(archive.len() as u64)?;
             bytes.extend_from_slice(archive);
         }
         let ranges = tar::archive::read_members(&bytes)?;

@@ -68,7 +68,7 @@ use formats::zfile::ZFileError;
 use gather::Gather;
 use leases::Leases;
 use source::chunk::{ChunkBytes, ChunkError, ChunkSource, ChunkSpan};
-use source::{SharedBytes, SourceError};
+use source::{OverBudget, Reserved, SharedBytes, SourceError};
 
 /// Error of opening an image.
 #[derive(Clone, Debug, Error)]
@@ -76,6 +76,9 @@ pub enum DiskError {
     /// A layer's index, or the stack of layers, is invalid.
     #[error(transparent)]
     Lsmt(#[from] LsmtError),
+    /// The layers do not fit the budget of memory.
+    #[error(transparent)]
+    Budget(#[from] OverBudget),
     /// A layer's container is invalid.
     #[error(transparent)]
     ZFile(#[from] ZFileError),
@@ -230,6 +233,10 @@ impl OpenedLayer {
 pub struct DiskParts {
     stack: Stack,
     layers: Vec<OpenedLayer>,
+    /// Memory of the indexes, in the budget of images.
+    _reserved: Vec<Reserved>,
+    /// The memory of long frames, if a layer has one.
+    _frames: Option<Arc<Reserved>>,
     /// Why no byte of it may be read any more.
     refused: OnceLock<Arc<str>>,
 }
@@ -257,6 +264,18 @@ impl Disk {
     /// [`DiskError::Lsmt`] if they cannot be stacked, [`DiskError::Layer`] and [`DiskError::PastTarget`] if a
     /// mapping points to missing data.
     pub fn new(layers: Vec<DiskLayer>, cache: Arc<Cache>) -> Result<Self, DiskError> {
+        Self::with_reserved(layers, cache, Vec::new())
+    }
+
+    /// As [`new`](Self::new), with the parts of the budget of images that the layers' indexes take.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_reserved(
+        layers: Vec<DiskLayer>,
+        cache: Arc<Cache>,
+        reserved: Vec<Reserved>,
+    ) -> Result<Self, DiskError> {
         for (number, layer) in layers.iter().enumerate() {
             check_layer(number, layer)?;
         }
@@ -265,7 +284,12 @@ impl Disk {
         let stack = Stack::merge(&layers.iter().map(|layer| &layer.index).collect::<Vec<_>>())?;
         let layers: Vec<OpenedLayer> =
             layers.into_iter().map(|layer| OpenedLayer::new(layer.data, &cache)).collect();
-        Ok(Self::of(Arc::new(DiskParts { stack, layers, refused: OnceLock::new() }), cache))
+        let mut blobs = layers.iter().filter_map(OpenedLayer::blob);
+        let has_frames = blobs.any(|blob| blob.source().serial().is_some());
+        let frames = if has_frames { Some(cache.residents().frames()?) } else { None };
+        let refused = OnceLock::new();
+        let parts = DiskParts { stack, layers, _reserved: reserved, _frames: frames, refused };
+        Ok(Self::of(Arc::new(parts), cache))
     }
 
     /// Another disk from the same parts, for another device. `cache` must be the one in which the parts were
@@ -273,7 +297,8 @@ impl Disk {
     #[must_use]
     pub fn of(parts: Arc<DiskParts>, cache: Arc<Cache>) -> Self {
         let blobs = parts.layers.iter().map(|layer| layer.blob().cloned()).collect();
-        Self { parts, cache, leases: Arc::default(), recorders: Recorders::new(blobs) }
+        let recorders = Recorders::of(cache.flow(), blobs);
+        Self { parts, cache, leases: Arc::default(), recorders }
     }
 
     /// The part that it shares with other disks of the same image.
@@ -338,6 +363,12 @@ impl Disk {
     #[must_use]
     pub fn recorders(&self) -> &Arc<Recorders> {
         &self.recorders
+    }
+
+    /// True if a layer brings its filesystem's metadata with it: then reads of metadata wait for nothing.
+    #[must_use]
+    pub fn has_metadata(&self) -> bool {
+        self.parts.layers.iter().any(|layer| matches!(layer, OpenedLayer::Turbo { .. }))
     }
 
     /// The cache of its chunks.
@@ -578,7 +609,7 @@ impl Volume for Disk {
             present: Vec::new(),
             last: None,
             gather: None,
-            batch: self.cache.batch(),
+            batch: self.cache.batch_for(self.recorders.flow()),
             waiter,
             leases: &self.leases,
         };

@@ -5,12 +5,13 @@
 
 use std::io;
 use std::num::NonZero;
+use std::sync::Arc;
 use std::thread;
 
 use formats::zfile::reader::ZFile;
 use formats::zfile::{LayerPayload, ZFileError};
 use memmap2::{MmapMut, MmapOptions};
-use source::ByteSource as _;
+use source::{Accounted, ByteSource as _, MemoryBudget, SharedBytes};
 
 /// Fewest plain bytes for which another thread is worth starting.
 const SHARE: u64 = 2 << 20;
@@ -20,10 +21,7 @@ const SHARE: u64 = 2 << 20;
 /// # Errors
 /// [`ZFileError`] when a block is damaged or there is no room for the bytes.
 pub fn read_resident(payload: &LayerPayload) -> Result<MmapMut, ZFileError> {
-    let len = match payload {
-        LayerPayload::ZFile(file) => file.len(),
-        LayerPayload::Plain(source) => source.len(),
-    };
+    let len = len_of(payload);
     // No mapping is empty, and an LSMT stream is never empty either.
     let len = usize::try_from(len).unwrap_or(usize::MAX).max(1);
     let mut plain = MmapOptions::new().len(len).populate().map_anon()?;
@@ -34,6 +32,26 @@ pub fn read_resident(payload: &LayerPayload) -> Result<MmapMut, ZFileError> {
     // Swap would bring the page faults back. An unprivileged process may lock little, so a refusal is ignored.
     let _ = plain.lock();
     Ok(plain)
+}
+
+/// As [`read_resident`], within `budget`; `what` names the bytes.
+///
+/// # Errors
+/// As [`read_resident`], and [`ZFileError::Budget`] before any memory is taken.
+pub fn read_within(
+    payload: &LayerPayload,
+    budget: &MemoryBudget,
+    what: &str,
+) -> Result<SharedBytes, ZFileError> {
+    let part = budget.reserve(len_of(payload), what)?;
+    Ok(Arc::new(Accounted::new(read_resident(payload)?, part)))
+}
+
+fn len_of(payload: &LayerPayload) -> u64 {
+    match payload {
+        LayerPayload::ZFile(file) => file.len(),
+        LayerPayload::Plain(source) => source.len(),
+    }
 }
 
 /// Decodes `file` into `plain`, which is as long as its plain bytes.

@@ -61,6 +61,7 @@ mod hash;
 mod image;
 mod inode;
 mod layer;
+mod mountable;
 mod read;
 mod superblock;
 mod table;
@@ -70,11 +71,12 @@ mod xattr;
 #[cfg(test)]
 mod tests;
 
-pub use data::DataError;
+pub use data::{DataError, FILE_MAX};
 pub use file::{Attributes, DataRun, NodeKind, Timestamp};
 pub use geometry::Geometry;
 pub use image::{FilePart, Image};
 pub use layer::{LayerBlocks, LayerRun};
+pub use mountable::{MountableError, check_mountable};
 pub use read::{ReadError, read};
 pub use superblock::FilesystemIdentity;
 pub use tree::{LINKS_MAX, NAME_MAX, NodeId, SYMLINK_MAX, Tree, TreeError};

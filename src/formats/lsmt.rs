@@ -32,7 +32,7 @@ pub use stack::{Extent, RunPlace, Stack, StackRun};
 pub use writer::{LayerIdentity, NativeWriter, ScatteredWriter, WarpWriter};
 
 use crate::units::{Bytes, Sectors};
-use source::SourceError;
+use source::{OverBudget, SourceError};
 
 /// Error of reading, stacking or writing a layer.
 #[derive(Clone, Debug, Error)]
@@ -40,6 +40,9 @@ pub enum LsmtError {
     /// The underlying bytes could not be read.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// The index does not fit the budget of memory.
+    #[error(transparent)]
+    Budget(#[from] OverBudget),
     /// A header or trailer that breaks a rule.
     #[error("{part} of layer {name} at byte {offset} is invalid: {rule}")]
     Record {

@@ -45,6 +45,6 @@ pub mod sidecar;
 pub use error::SegmentsError;
 pub use frames::{FramesScanner, LONG};
 pub use hasher::SegmentHasher;
-pub use index::{Encoding, ScannedLayer, Segment, SegmentEntry, SegmentIndex};
+pub use index::{Encoding, MAX_SEGMENT, ScannedLayer, Segment, SegmentEntry, SegmentIndex};
 pub use layer::SegmentedLayer;
 pub use plain::{PLAIN_SPAN, PlainScanner};

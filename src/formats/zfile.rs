@@ -33,7 +33,7 @@ pub use wrap::{Wrapping, unwrap};
 pub use writer::{Options, Summary, ZFileWriter};
 
 use source::chunk::{ChunkSource, PlainChunks};
-use source::{ByteSource, SourceError};
+use source::{ByteSource, OverBudget, Reserved, SourceError};
 
 /// Error of reading or writing a `ZFile`.
 #[derive(Clone, Debug, Error)]
@@ -41,6 +41,9 @@ pub enum ZFileError {
     /// The underlying bytes could not be read.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// The jump table does not fit the budget of memory.
+    #[error(transparent)]
+    Budget(#[from] OverBudget),
     /// The file does not begin with a header.
     #[error("{name} is not a ZFile: it does not begin with a ZFile header")]
     NotZFile {
@@ -120,9 +123,20 @@ pub enum LayerPayload {
 /// [`ZFileError`] if the source cannot be read, or looks like a tar archive or a `ZFile` but is an invalid
 /// one.
 pub fn open(source: Arc<dyn ByteSource>) -> Result<LayerPayload, ZFileError> {
+    open_within(source, &mut Reserved::unbounded())
+}
+
+/// As [`open`], with the memory of the jump table added to `part` before it is taken.
+///
+/// # Errors
+/// As [`open`], and [`ZFileError::Budget`].
+pub fn open_within(
+    source: Arc<dyn ByteSource>,
+    part: &mut Reserved,
+) -> Result<LayerPayload, ZFileError> {
     let (source, _) = unwrap(source)?;
     if header::is_zfile(&*source)? {
-        return Ok(LayerPayload::ZFile(Arc::new(ZFile::open(source)?)));
+        return Ok(LayerPayload::ZFile(Arc::new(ZFile::open_within(source, part)?)));
     }
     Ok(LayerPayload::Plain(source))
 }

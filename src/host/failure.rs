@@ -8,11 +8,12 @@ use std::io;
 
 use client::Code;
 use client::error::code_of_io;
+use convert::child::ChildError;
 use convert::{BaseError, ConvertError};
 use disk::DiskError;
 use disk::image::{ImageError, OpenLayerError};
 use disk::writable::WritableError;
-use formats::ext4::Ext4Error;
+use formats::ext4::{Ext4Error, MountableError};
 use formats::gzip::GzipError;
 use formats::lsmt::LsmtError;
 use formats::oci::{ManifestError, ReferenceError};
@@ -59,6 +60,9 @@ fn own_code(error: &(dyn Error + 'static)) -> Option<Code> {
         return match error {
             OpenLayerError::Store(error) => of_store(error),
             OpenLayerError::NotConverted => Some(Code::Unsupported),
+            OpenLayerError::Budget(_)
+            | OpenLayerError::ZFile(ZFileError::Budget(_))
+            | OpenLayerError::Lsmt(LsmtError::Budget(_)) => Some(Code::Exhausted),
             _ => Some(Code::Damaged),
         };
     }
@@ -71,6 +75,21 @@ fn own_code(error: &(dyn Error + 'static)) -> Option<Code> {
             ConvertError::Manifest { .. } => Some(Code::Damaged),
             ConvertError::Disk(_) => Some(Code::Invalid),
             ConvertError::Keep(_) | ConvertError::Base { .. } | ConvertError::Layer { .. } => None,
+        };
+    }
+    if let Some(error) = error.downcast_ref::<MountableError>() {
+        return match error {
+            MountableError::Source(error) => of_source(error),
+            MountableError::NoFilesystem | MountableError::Refused(_) => Some(Code::Damaged),
+        };
+    }
+    if let Some(error) = error.downcast_ref::<ChildError>() {
+        return match error {
+            ChildError::Budget(_) | ChildError::Memory { .. } => Some(Code::Exhausted),
+            ChildError::Refused(_) => Some(Code::Damaged),
+            ChildError::Store(error) => of_store(error),
+            ChildError::Start(error) => Some(code_of_io(error)),
+            ChildError::Ended { .. } => Some(Code::Internal),
         };
     }
     if let Some(error) = error.downcast_ref::<WritableError>() {
@@ -169,6 +188,7 @@ fn of_disk(error: &DiskError) -> Option<Code> {
         DiskError::Lsmt(error) => Some(of_lsmt(error)),
         DiskError::Source(error) => of_source(error),
         DiskError::Config { .. } => Some(Code::Invalid),
+        DiskError::Budget(_) | DiskError::ZFile(ZFileError::Budget(_)) => Some(Code::Exhausted),
         DiskError::PastTarget { .. }
         | DiskError::Layer { .. }
         | DiskError::PastDisk { .. }
@@ -181,7 +201,7 @@ fn of_disk(error: &DiskError) -> Option<Code> {
 fn of_lsmt(error: &LsmtError) -> Code {
     match error {
         LsmtError::Source(error) => of_source(error).unwrap_or(Code::Internal),
-        LsmtError::TooManyMappings { .. } => Code::Exhausted,
+        LsmtError::TooManyMappings { .. } | LsmtError::Budget(_) => Code::Exhausted,
         LsmtError::Size { .. } => Code::Invalid,
         LsmtError::Write(error) => code_of_io(error),
         _ => Code::Damaged,

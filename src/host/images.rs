@@ -24,6 +24,7 @@ use std::sync::{Arc, OnceLock};
 use blobs::cache::Cache;
 use blobs::trace::{Given, LearnOptions, Traces, published};
 use client::{DeviceSpec, ImageSource};
+use convert::child::{Builder, Program};
 use disk::Disk;
 use disk::upper::{LiveVolume, UpperVolume};
 use disk::volume::Volume;
@@ -31,6 +32,7 @@ use disk::writable::WritableFiles;
 use formats::oci::Digest;
 use formats::trace::Trace;
 use registry::store::ImageStore;
+use source::MemoryBudget;
 use source::failure::with_causes;
 
 pub use open::{OpenError, OpenImage};
@@ -47,7 +49,7 @@ use crate::metrics::{Page, names};
 use comparing::Comparisons;
 use config_snapshots::ConfigSnapshots;
 use live::LiveImages;
-use tiers::{fill_options, new_cache};
+use tiers::{fill_options, images_budget, new_cache};
 
 /// Opens images for this host: one cache for all of them.
 pub struct HostImages {
@@ -60,6 +62,10 @@ pub struct HostImages {
     registries: Registries,
     /// What devices have open.
     live: LiveImages,
+    /// Where meta images are built.
+    builder: Builder,
+    /// Memory of open images and of conversions.
+    budget: MemoryBudget,
     /// Which meta images were compared with their layers.
     comparisons: Comparisons,
     /// What starts read, from one to the next.
@@ -73,10 +79,11 @@ pub struct HostImages {
 }
 
 impl HostImages {
-    /// Nothing is open yet.
+    /// Nothing is open yet. The program of this process must take [`convert::child::COMMAND`].
     #[must_use]
     pub fn new(config: Arc<ServiceConfig>) -> Self {
         let TracesConfig { enable, dir, .. } = config.turbobd.traces.clone();
+        let budget = images_budget(&config);
         // A trace that another user wrote decides what is fetched; a link there, what is overwritten.
         let usable = || match dir.exists().then(|| sys::private::folder(&dir)) {
             Some(Err(error)) => {
@@ -91,6 +98,8 @@ impl HostImages {
             cache: OnceLock::new(),
             registries: Registries::new(config.clone()),
             live: LiveImages::default(),
+            builder: Builder::Child(Arc::new(Program::itself(budget.clone()))),
+            budget,
             comparisons: Comparisons::default(),
             config,
             traces,
@@ -192,11 +201,16 @@ fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
 impl ImageOpener for HostImages {
     fn open(&self, spec: &DeviceSpec) -> Result<ServableImage, OpenFailure> {
         self.audit.get_or_init(|| self.begin_audit());
-        let cache = self.cache.get_or_init(|| new_cache(&self.config)).clone();
+        let cache = self.cache.get_or_init(|| new_cache(&self.config, self.budget.clone())).clone();
         let image = spec.image.name();
         let start = std::time::Instant::now();
-        let opened =
-            open::open_for_device(&spec.image, &self.registries, cache.clone(), &self.live)?;
+        let opened = open::open_for_device(
+            &spec.image,
+            &self.registries,
+            cache.clone(),
+            &self.live,
+            &self.builder,
+        )?;
         tracing::info!("{image}: opened in {:.1?}", start.elapsed());
         let recorders = opened.disk.recorders().clone();
         let given = match (opened.trace, opened.named) {

@@ -5,6 +5,7 @@
 //! fetched, verified and, but for pieces of a long zstd frame, decoded alone. The crate `formats` implements chunks, the crate `registry` remote bytes,
 //! and the crate `blobs` joins both without a name of either.
 //!
+//! * [`budget`] a bound on memory, and what is taken of it
 //! * [`bytes`] a run of bytes: memory, file, part of another
 //! * [`chunk`] a blob in chunks: the unit of fetching, verifying and caching
 //! * [`failure`] an error and its causes as one line
@@ -24,6 +25,7 @@
 //! # Ok::<(), turbobd_source::SourceError>(())
 //! ```
 
+pub mod budget;
 pub mod bytes;
 pub mod chunk;
 pub mod failure;
@@ -34,10 +36,11 @@ mod stable;
 pub mod testing;
 mod traffic;
 
+pub use budget::{MemoryBudget, OverBudget, Reserved};
 pub use bytes::{
     ByteSource, Class, FileSource, MemorySource, OneBuffer, Run, SourceError, SubSource, file_state,
 };
 pub use origin::Origin;
 pub use proof::Proof;
-pub use stable::{SharedBytes, StableBytes};
+pub use stable::{Accounted, SharedBytes, StableBytes};
 pub use traffic::{Attempts, Retries, Traffic, TryingAgain};

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use memmap2::MmapMut;
 
-use crate::chunk::ChunkBytes;
+use crate::budget::Reserved;
+use crate::chunk::{ChunkBytes, Room};
 
 /// An owner of bytes that keep their address while it lives.
 ///
@@ -52,6 +53,32 @@ unsafe impl StableBytes for MmapMut {
 unsafe impl StableBytes for ChunkBytes {
     fn bytes(&self) -> &[u8] {
         self
+    }
+}
+
+/// Bytes with the part of a budget that they take: it is given back with them.
+pub struct Accounted<B, P = Reserved> {
+    bytes: B,
+    _part: P,
+}
+
+impl<B, P> Accounted<B, P> {
+    /// `bytes`, for which `part` was reserved.
+    pub fn new(bytes: B, part: P) -> Self {
+        Self { bytes, _part: part }
+    }
+}
+
+// SAFETY: the bytes keep their address by their own promise, and are private.
+unsafe impl<B: StableBytes, P: Send + Sync> StableBytes for Accounted<B, P> {
+    fn bytes(&self) -> &[u8] {
+        self.bytes.bytes()
+    }
+}
+
+impl<B: Room, P: Send + Sync> Room for Accounted<B, P> {
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self.bytes.bytes_mut()
     }
 }
 

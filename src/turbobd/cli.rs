@@ -32,6 +32,7 @@ use std::sync::Arc;
 use clap::{ArgAction, CommandFactory as _, Parser, Subcommand};
 use thiserror::Error;
 
+use ::convert::child as convert_child;
 use host::config::ServiceConfig;
 use host::config::log_file::LogFile;
 use host::images::OpenError;
@@ -155,6 +156,16 @@ pub fn command() -> clap::Command {
 /// Runs the command of the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
+    // Not a command for users: a daemon starts itself so, and speaks through pipes.
+    if std::env::args_os().nth(1).is_some_and(|first| first == convert_child::COMMAND) {
+        return match convert_child::serve() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                stderr::line(format_args!("turbobd: {}: {error}", convert_child::COMMAND));
+                ExitCode::FAILURE
+            }
+        };
+    }
     let cli = Cli::parse();
     match &cli.command {
         // Its configuration says where to.

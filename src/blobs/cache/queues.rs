@@ -12,13 +12,16 @@
 //! `perf/README.md`. CLOCK, the earlier algorithm, fetches up to 1.8 times as much again at the default
 //! budget, and hardly less anywhere.
 //!
+//! The small queue is one a device, and the device with the most bytes in it gives up its oldest: a device that reads cold
+//! without end evicts its own chunks, not those that another is about to read.
+//!
 //! The queues have one lock, taken when a chunk comes or goes. A hit takes only the lock of its shard, which
 //! holds the marks of use.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::fetch::SharedChunk;
+use crate::fetch::{Flow, SharedChunk};
 
 /// Divisor of the budget for the small queue. A tenth, as in the paper, is only a few chunks here.
 const SMALL: u64 = 4;
@@ -60,26 +63,64 @@ pub(super) enum EvictionTry {
 /// The order of the chunks that are held.
 #[derive(Debug, Default)]
 pub(super) struct Queues {
-    small: VecDeque<(SharedChunk, u64)>,
+    small: Vec<SmallQueue>,
     main: VecDeque<(SharedChunk, u64)>,
+    /// Chunks in all small queues, and their bytes.
+    small_len: usize,
     small_bytes: u64,
     ghosts: HashSet<SharedChunk>,
     ghost_order: VecDeque<SharedChunk>,
 }
 
+/// The small queue of a device.
+#[derive(Debug)]
+struct SmallQueue {
+    flow: Flow,
+    bytes: u64,
+    chunks: VecDeque<(SharedChunk, u64)>,
+}
+
 impl Queues {
-    /// Adds a chunk; returns true if it goes to the main queue.
-    pub(super) fn insert(&mut self, key: SharedChunk, bytes: u64, clock: &Clock) -> bool {
+    /// Adds a chunk that a device loaded; returns true if it goes to the main queue.
+    pub(super) fn insert(
+        &mut self,
+        key: SharedChunk,
+        flow: Flow,
+        bytes: u64,
+        clock: &Clock,
+    ) -> bool {
         clock.came.fetch_add(1, Ordering::Relaxed);
         let main = self.ghosts.remove(&key);
         if main {
             self.main.push_back((key, bytes));
         } else {
-            self.small.push_back((key, bytes));
-            self.small_bytes += bytes;
+            self.push_small(key, flow, bytes);
         }
-        clock.burst.store(self.small.len() as u64 / 2, Ordering::Relaxed);
+        clock.burst.store(self.small_len as u64 / 2, Ordering::Relaxed);
         main
+    }
+
+    fn push_small(&mut self, key: SharedChunk, flow: Flow, bytes: u64) {
+        self.small_len += 1;
+        self.small_bytes += bytes;
+        if let Some(small) = self.small.iter_mut().find(|small| small.flow == flow) {
+            small.bytes += bytes;
+            small.chunks.push_back((key, bytes));
+            return;
+        }
+        self.small.retain(|small| !small.chunks.is_empty());
+        self.small.push(SmallQueue { flow, bytes, chunks: VecDeque::from([(key, bytes)]) });
+    }
+
+    /// Takes the oldest chunk of the device that has the most bytes in its small queue.
+    fn pop_small(&mut self) -> Option<(SharedChunk, Flow, u64)> {
+        let small = self.small.iter_mut().filter(|small| !small.chunks.is_empty());
+        let small = small.max_by_key(|small| small.bytes)?;
+        let (key, bytes) = small.chunks.pop_front()?;
+        small.bytes -= bytes;
+        self.small_len -= 1;
+        self.small_bytes -= bytes;
+        Some((key, small.flow, bytes))
     }
 
     /// Takes out the chunk that is least worth keeping, with a budget of `budget` bytes. `look` tests one
@@ -91,26 +132,23 @@ impl Queues {
         look: &mut dyn FnMut(SharedChunk, bool) -> EvictionTry,
     ) -> Option<u64> {
         // After so many rounds every use is subtracted, and the remaining chunks have readers.
-        let most = (self.small.len() + self.main.len()) * (usize::from(MOST_USES) + 2);
+        let most = (self.small_len + self.main.len()) * (usize::from(MOST_USES) + 2);
         for _ in 0..most {
             let from_main = self.small_bytes <= budget / SMALL && !self.main.is_empty();
-            let queue = if from_main { &mut self.main } else { &mut self.small };
-            let (key, bytes) = queue.pop_front()?;
+            let (key, flow, bytes) = if from_main {
+                self.main.pop_front().map(|(key, bytes)| (key, Flow::default(), bytes))?
+            } else {
+                self.pop_small()?
+            };
             match look(key, from_main) {
                 EvictionTry::Evicted => {
                     if !from_main {
-                        self.small_bytes -= bytes;
                         self.remember(key);
                     }
                     return Some(bytes);
                 }
-                EvictionTry::InUse if !from_main => self.small.push_back((key, bytes)),
-                EvictionTry::Used | EvictionTry::InUse => {
-                    if !from_main {
-                        self.small_bytes -= bytes;
-                    }
-                    self.main.push_back((key, bytes));
-                }
+                EvictionTry::InUse if !from_main => self.push_small(key, flow, bytes),
+                EvictionTry::Used | EvictionTry::InUse => self.main.push_back((key, bytes)),
             }
         }
         None
@@ -120,7 +158,7 @@ impl Queues {
     fn remember(&mut self, key: SharedChunk) {
         self.ghosts.insert(key);
         self.ghost_order.push_back(key);
-        while self.ghost_order.len() > self.small.len() + self.main.len()
+        while self.ghost_order.len() > self.small_len + self.main.len()
             && let Some(old) = self.ghost_order.pop_front()
         {
             self.ghosts.remove(&old);
@@ -147,6 +185,11 @@ mod tests {
 
     impl Model {
         fn touch(&mut self, chunk: u32) {
+            self.touch_by(0, chunk);
+        }
+
+        /// A touch by a device.
+        fn touch_by(&mut self, blob: u32, chunk: u32) {
             if let Some((uses, came, main)) = self.held.get_mut(&chunk) {
                 if *main || self.clock.is_over(*came) {
                     *uses = (*uses + 1).min(MOST_USES);
@@ -168,7 +211,8 @@ mod tests {
                 });
                 assert_eq!(evicted, Some(1));
             }
-            let main = self.queues.insert(SharedChunk { blob: 0, number: chunk }, 1, &self.clock);
+            let key = SharedChunk { blob: 0, number: chunk };
+            let main = self.queues.insert(key, Flow(blob), 1, &self.clock);
             self.held.insert(chunk, (0, self.clock.now(), main));
         }
     }
@@ -202,10 +246,21 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_reads_cold_without_end_leaves_what_another_has_just_loaded() {
+        let mut model = Model::default();
+        (0..BUDGET as u32).for_each(|chunk| model.touch(chunk));
+        for chunk in 100..103 {
+            model.touch_by(1, chunk);
+        }
+        (200..400).for_each(|chunk| model.touch(chunk));
+        assert!((100..103).all(|chunk| model.held.contains_key(&chunk)));
+    }
+
+    #[test]
     fn when_everything_is_being_read_nothing_is_given_up() {
         let (mut queues, clock) = (Queues::default(), Clock::default());
         for chunk in 0..10 {
-            queues.insert(SharedChunk { blob: 0, number: chunk }, 1, &clock);
+            queues.insert(SharedChunk { blob: 0, number: chunk }, Flow::default(), 1, &clock);
         }
         assert_eq!(queues.evict(10, &mut |_, _| EvictionTry::InUse), None);
         assert_eq!(queues.evict(10, &mut |_, _| EvictionTry::Evicted), Some(1));

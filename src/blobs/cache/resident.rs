@@ -1,22 +1,52 @@
 //! Bytes that stay in memory while an image needs them: filesystem metadata, by the digest of its source.
 //!
-//! They are not part of the budget, because none of them can be evicted while a device needs them; but a
-//! thousand devices of one base image hold them once.
+//! They are not part of the cache's budget, because none of them can be evicted while a device needs them; but a
+//! thousand devices of one base image hold them once. They, and all other memory that an open image takes, are reserved
+//! in the [`budget`](Residents::budget) of images before they are read.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
-use source::{SharedBytes, StableBytes};
+use crate::fetch::FRAMES_MEMORY;
+use source::{MemoryBudget, OverBudget, Reserved, SharedBytes, StableBytes};
 
 /// Shared bytes by name, kept while at least one user holds them.
 #[derive(Default)]
 pub struct Residents {
+    budget: MemoryBudget,
+    /// The memory of long frames, while an image has one.
+    frames: Mutex<Weak<Reserved>>,
     known: Mutex<HashMap<Box<str>, Weak<dyn StableBytes>>>,
 }
 
 impl Residents {
+    /// Bytes of images within `budget`.
+    pub(super) fn within(budget: MemoryBudget) -> Self {
+        Self { budget, ..Self::default() }
+    }
+
+    /// The memory that open images may take together.
+    #[must_use]
+    pub fn budget(&self) -> &MemoryBudget {
+        &self.budget
+    }
+
+    /// The memory of long zstd frames: one part for all images that have such a frame, as long as one is open.
+    ///
+    /// # Errors
+    /// [`OverBudget`].
+    pub fn frames(&self) -> Result<Arc<Reserved>, OverBudget> {
+        let mut frames = self.frames.lock();
+        if let Some(part) = frames.upgrade() {
+            return Ok(part);
+        }
+        let part = Arc::new(self.budget.reserve(FRAMES_MEMORY, "Decoding long zstd frames")?);
+        *frames = Arc::downgrade(&part);
+        Ok(part)
+    }
+
     /// Returns the bytes of this name that a user already holds; else `bytes`, which later callers then
     /// share. The caller guarantees that the name stands for exactly these bytes.
     #[must_use]

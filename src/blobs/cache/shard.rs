@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ChunkWaiter;
 use super::queues::{Clock, EvictionTry, MOST_USES};
-use crate::fetch::{Blob, Key, SharedChunk};
+use crate::fetch::{Blob, Flow, Key, SharedChunk};
 use source::chunk::ChunkBytes;
 
 /// A chunk that is in memory, or loading. It is one for all images that share it; each of them loads it in its own way.
@@ -35,6 +35,8 @@ struct Load {
     waiters: Vec<ChunkWaiter>,
     /// True until its first waiter, for a load ahead of demand.
     ahead: bool,
+    /// The device that began it.
+    flow: Flow,
 }
 
 impl Loading {
@@ -112,6 +114,8 @@ pub(super) enum FoundChunk {
     Joined {
         /// True if it was loading ahead, and this is its first waiter.
         ahead: bool,
+        /// True if another device waits for it.
+        foreign: bool,
     },
     /// It is not loading this way; the waiter was added and the caller must start the load. Another way may load it
     /// too, and then the first that has it serves all.
@@ -135,7 +139,7 @@ impl Shard {
     pub(super) fn look_up(
         &mut self,
         blob: &Blob,
-        index: u32,
+        (index, flow): (u32, Flow),
         clock: &Clock,
         waiter: &mut dyn FnMut() -> ChunkWaiter,
     ) -> FoundChunk {
@@ -148,14 +152,15 @@ impl Shard {
             Some(LoadState::Loading(loading)) => {
                 if let Some(load) = loading.of(blob.way()) {
                     load.waiters.push(waiter());
-                    return FoundChunk::Joined { ahead: std::mem::take(&mut load.ahead) };
+                    let foreign = load.flow != flow;
+                    return FoundChunk::Joined { ahead: std::mem::take(&mut load.ahead), foreign };
                 }
                 let (way, waiters) = (blob.way(), vec![waiter()]);
-                loading.loads.push(Load { way, waiters, ahead: false });
+                loading.loads.push(Load { way, waiters, ahead: false, flow });
                 FoundChunk::Claimed
             }
             None => {
-                self.load(blob, index, vec![waiter()], false);
+                self.load(blob, (index, flow), vec![waiter()], false);
                 FoundChunk::Claimed
             }
         }
@@ -163,16 +168,22 @@ impl Shard {
 
     /// Claims a chunk for a load without a waiter. True if the caller must load it: it is neither in memory
     /// nor loading, in whatever way.
-    pub(super) fn claim(&mut self, blob: &Blob, index: u32) -> bool {
+    pub(super) fn claim(&mut self, blob: &Blob, index: u32, flow: Flow) -> bool {
         let claimed = !self.slots.contains_key(&blob.shared(index));
         if claimed {
-            self.load(blob, index, Vec::new(), true);
+            self.load(blob, (index, flow), Vec::new(), true);
         }
         claimed
     }
 
-    fn load(&mut self, blob: &Blob, index: u32, waiters: Vec<ChunkWaiter>, ahead: bool) {
-        let loads = vec![Load { way: blob.way(), waiters, ahead }];
+    fn load(
+        &mut self,
+        blob: &Blob,
+        (index, flow): (u32, Flow),
+        waiters: Vec<ChunkWaiter>,
+        ahead: bool,
+    ) {
+        let loads = vec![Load { way: blob.way(), waiters, ahead, flow }];
         let state = LoadState::Loading(Loading { loads, arriving: false });
         let blob_held = blob.held_counter().clone();
         self.slots.insert(blob.shared(index), ChunkSlot { blob_held, state });
@@ -210,6 +221,12 @@ impl Shard {
             }
         }
         true
+    }
+
+    /// The device that began a load.
+    pub(super) fn flow(&mut self, key: Key) -> Flow {
+        let loading = self.loading(key.chunk);
+        loading.and_then(|loading| loading.of(key.way)).map_or_else(Flow::default, |load| load.flow)
     }
 
     /// True if a chunk has waiters of this way.

@@ -2,7 +2,8 @@
 //!
 //! There is one at first, and another starts whenever all are busy, up to a limit. New ones are started by
 //! fetch threads, never by the thread that wants a chunk: a thread inherits the CPUs that it may run on, and
-//! a ublk queue thread is bound to its own. A quarter of the threads is reserved for demand.
+//! a ublk queue thread is bound to its own. A quarter of the threads is reserved for demand, and a quarter for other
+//! devices than the one that has the most ([`fair`](super::fair)).
 //!
 //! A request to a registry that is down, or slow, keeps its thread until a deadline. So a way (see [`Key`]) without any
 //! request in flight gets a thread for its demand even when all are busy, beyond the limit: the readers of one
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::fair::{Bounds, Flow, Shares};
 use super::pace::Pace;
 use super::queue::{FetchQueue, Limit, Taken, WantedChunk};
 use super::run::ChunkRun;
@@ -32,6 +34,10 @@ use threads::Pool;
 /// Limit on the encoded bytes of one request, 4 MiB: at a gigabit 32 ms, longer than a round trip across a
 /// continent, so larger requests save nothing, while a broken connection loses no more than this.
 pub(crate) const MOST_BYTES: u64 = 4 << 20;
+
+/// Limit on the encoded bytes of all requests in flight, 256 MiB: a line of 10 Gbit/s brings as many in 200 ms. A segment
+/// can be longer than a request ([`MAX_SEGMENT`](formats::segments::MAX_SEGMENT)), so the number of requests is no bound.
+const MOST_IN_FLIGHT: u64 = 256 << 20;
 
 /// Encoded bytes below which a request is not divided between connections, 1 MiB: half a round trip at an
 /// object store's rate for one connection. Below it more requests only cost more.
@@ -66,6 +72,8 @@ struct CrewState {
     ahead: usize,
     /// Requests of the fill in flight.
     fill: usize,
+    /// Requests of each device in flight, those of the fill excluded.
+    shares: Shares,
     /// Requests of the crew in flight.
     own: usize,
     /// Permits of each [`Class`].
@@ -144,8 +152,8 @@ impl Crew {
         self.state.lock()
     }
 
-    pub(super) fn urge(&self, key: Key) {
-        self.lock().queue.urge(key);
+    pub(super) fn urge(&self, key: Key, flow: Flow) {
+        self.lock().queue.urge(key, flow);
         self.wake.notify_one();
     }
 
@@ -185,13 +193,18 @@ impl Crew {
             let demand_only = !self.admits_ahead(&state, Class::Prefetch);
             let fill = pace.fill(state.threads_at_work(), state.fill);
             let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };
+            let CrewState { queue, shares, requests_of, .. } = &mut *state;
+            let (active, bounds) = (shares.active(), self.bounds());
+            let may = |flow, bytes| shares.may_begin(flow, bytes, active, bounds);
             let taken = if free > 0 {
-                state.queue.take(limit)
+                queue.take(limit, &may)
             } else {
-                let CrewState { queue, requests_of, .. } = &mut *state;
                 queue.take_of_idle(limit, &|way| requests_of.contains_key(&way))
             };
             if let Some(taken) = taken {
+                if taken.class < Class::Fill {
+                    state.shares.begin(taken.flow, taken.bytes);
+                }
                 state.own += 1;
                 state.begun(taken.blob.way());
                 state.ahead += usize::from(taken.class > Class::Demand);
@@ -262,8 +275,18 @@ impl Crew {
         (state.threads.len() - state.idle.min(state.threads.len())).max(1)
     }
 
+    /// Bounds on the requests of one device. While others are active, a third of its part: their requests share the line
+    /// and the server with its.
+    fn bounds(&self) -> Bounds {
+        let bytes = MOST_BYTES.saturating_mul(self.most as u64).min(MOST_IN_FLIGHT);
+        Bounds { threads: self.most, reserved: self.most / 4, divisor: 3, least: 2, bytes }
+    }
+
     fn done(&self, taken: &Taken) {
         let mut state = self.lock();
+        if taken.class < Class::Fill {
+            state.shares.end(taken.flow, taken.bytes);
+        }
         state.own -= 1;
         state.ended(taken.blob.way());
         state.ahead -= usize::from(taken.class > Class::Demand);
@@ -310,6 +333,7 @@ fn run(shared: &Arc<FetchShared>) {
     threads::mark_io_thread();
     while let Some(taken) = shared.crew.next(&shared.pace) {
         grow(shared);
+        shared.workers.wait_for_room(taken.flow);
         fetch(shared, &taken);
         if taken.class == Class::Demand {
             shared.pace.demand();
@@ -334,8 +358,13 @@ fn fetch(shared: &Arc<FetchShared>, taken: &Taken) {
         Err(error) => {
             let error = Arc::new(error);
             for (chunk, (class, tries)) in taken.chunks.clone().zip(&taken.wanted) {
-                let wanted =
-                    WantedChunk { blob: taken.blob.clone(), chunk, class: *class, tries: *tries };
+                let wanted = WantedChunk {
+                    blob: taken.blob.clone(),
+                    chunk,
+                    class: *class,
+                    tries: *tries,
+                    flow: taken.flow,
+                };
                 shared.fail(&wanted, error.clone());
             }
             return;

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::blob::{Blob, Key};
+use super::fair::Flow;
 use super::inflate::{DecodeJob, Input};
 use super::queue::WantedChunk;
 use super::{Claim, FetchShared};
@@ -378,7 +379,13 @@ impl Round<'_> {
             }
             state.bytes += takes;
         }
-        self.batch.push(WantedChunk { blob: blob.clone(), chunk, class: Class::Fill, tries: 0 });
+        self.batch.push(WantedChunk {
+            blob: blob.clone(),
+            chunk,
+            class: Class::Fill,
+            tries: 0,
+            flow: Flow::default(),
+        });
         self.bytes += encoded;
         if self.bytes >= STRETCH {
             self.send();

@@ -1,9 +1,10 @@
-//! The decode threads (`inflate-N`): one for each core; they verify and decode, demand first.
+//! The decode threads (`inflate-N`): one for each core; they verify and decode, demand first, and devices take
+//! [turns](super::fair).
 //!
 //! Chunks of the background fill are verified and stored, and decoded only for a tier of decoded chunks.
 //! While there is demand, one thread is kept free of them.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,6 +13,7 @@ use crossbeam_queue::ArrayQueue;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::blob::{Blob, Key};
+use super::fair::{Bounds, Flow, Lines, Shares};
 use super::pace::Pace;
 use super::queue::WantedChunk;
 use super::{FetchShared, MOST_TRIES, failure, fill};
@@ -24,6 +26,19 @@ use threads::Pool;
 /// Limit on buffers for encoded chunks that are kept for reuse: as many as are usually in flight.
 const SPARE_BUFFERS: usize = 32;
 
+/// Longest buffer that is kept for reuse, 2 MiB: more than a segment of the usual span takes.
+const LONGEST_SPARE: usize = 2 << 20;
+
+/// Cost of a job beside its output, in bytes of output: it is taken, read and delivered.
+const JOB_COST: u64 = 64 << 10;
+
+/// Limit on the encoded bytes that wait to be decoded, 64 MiB: as many as the line brings while each core decodes a
+/// segment of the longest kind. Fetching waits for the decoding then, so that memory is bounded.
+const MOST_WAITING: u64 = 64 << 20;
+
+/// Limit on those of one device.
+const MOST_WAITING_OF_ONE: u64 = 16 << 20;
+
 /// A chunk to decode.
 pub(super) struct DecodeJob {
     pub(super) blob: Arc<Blob>,
@@ -31,6 +46,8 @@ pub(super) struct DecodeJob {
     pub(super) class: Class,
     /// Damaged deliveries so far.
     pub(super) tries: u8,
+    /// The device that wants it.
+    pub(super) flow: Flow,
     pub(super) input: Input,
 }
 
@@ -46,8 +63,21 @@ pub(super) enum Input {
 
 impl DecodeJob {
     pub(super) fn wanted(&self) -> WantedChunk {
-        let Self { chunk, class, tries, .. } = *self;
-        WantedChunk { blob: self.blob.clone(), chunk, class, tries }
+        let Self { chunk, class, tries, flow, .. } = *self;
+        WantedChunk { blob: self.blob.clone(), chunk, class, tries, flow }
+    }
+
+    /// Encoded bytes that it holds while it waits.
+    fn held(&self) -> u64 {
+        match &self.input {
+            Input::Fetched(encoded) | Input::Stored(encoded) => encoded.bytes().len() as u64,
+            Input::Near => 0,
+        }
+    }
+
+    /// Cost of its decoding, for the turns: bytes of its output.
+    fn cost(&self) -> u64 {
+        self.blob.source().room(self.chunk) as u64 + JOB_COST
     }
 
     fn key(&self) -> Key {
@@ -59,15 +89,21 @@ impl DecodeJob {
 pub(super) struct Workers {
     state: Mutex<DecodeQueue>,
     wake: Condvar,
+    /// Signalled when fewer bytes wait.
+    room: Condvar,
     most: usize,
     spare: ArrayQueue<Vec<u8>>,
 }
 
 #[derive(Default)]
 struct DecodeQueue {
-    demand: VecDeque<DecodeJob>,
-    ahead: VecDeque<DecodeJob>,
+    demand: Lines<DecodeJob>,
+    ahead: Lines<DecodeJob>,
     fill: VecDeque<DecodeJob>,
+    /// Threads that each device has, those of the fill excluded.
+    shares: Shares,
+    /// Encoded bytes of each device that wait, those of the fill included.
+    waiting: HashMap<Flow, u64>,
     /// Number of threads that work for the fill.
     filling: usize,
     idle: usize,
@@ -78,7 +114,26 @@ struct DecodeQueue {
 impl Workers {
     pub(super) fn new(most: usize) -> Self {
         let spare = ArrayQueue::new(SPARE_BUFFERS);
-        Self { state: Mutex::default(), wake: Condvar::new(), most, spare }
+        let (wake, room) = (Condvar::new(), Condvar::new());
+        Self { state: Mutex::default(), wake, room, most, spare }
+    }
+
+    /// Bounds on the threads of one device: its part of the cores while others are active.
+    fn bounds(&self) -> Bounds {
+        Bounds { threads: self.most, reserved: 0, divisor: 1, least: 1, bytes: u64::MAX }
+    }
+
+    /// Waits until a device may fetch more bytes, or until the end.
+    pub(super) fn wait_for_room(&self, flow: Flow) {
+        let mut state = self.lock();
+        loop {
+            let own = state.waiting.get(&flow).copied().unwrap_or(0);
+            let all: u64 = state.waiting.values().sum();
+            if state.ending || own == 0 || (own < MOST_WAITING_OF_ONE && all < MOST_WAITING) {
+                return;
+            }
+            self.room.wait(&mut state);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, DecodeQueue> {
@@ -91,9 +146,12 @@ impl Workers {
         if state.ending || state.threads.is_empty() {
             return Err(job);
         }
+        if job.held() > 0 {
+            *state.waiting.entry(job.flow).or_default() += job.held();
+        }
         match job.class {
-            Class::Demand => state.demand.push_back(job),
-            Class::Prefetch => state.ahead.push_back(job),
+            Class::Demand => state.demand.push(job.flow, job),
+            Class::Prefetch => state.ahead.push(job.flow, job),
             Class::Fill => state.fill.push_back(job),
         }
         drop(state);
@@ -101,15 +159,15 @@ impl Workers {
         Ok(())
     }
 
-    pub(super) fn urge(&self, key: Key) {
+    pub(super) fn urge(&self, key: Key, flow: Flow) {
         let mut state = self.lock();
         let DecodeQueue { demand, ahead, fill, .. } = &mut *state;
-        for jobs in [ahead, fill] {
-            let at = jobs.iter().position(|job| job.key() == key);
-            if let Some(mut job) = at.and_then(|at| jobs.remove(at)) {
-                job.class = Class::Demand;
-                demand.push_back(job);
-            }
+        let is = |job: &DecodeJob| job.key() == key;
+        demand.hasten(flow, &is);
+        let filled = fill.iter().position(is).and_then(|at| fill.remove(at));
+        for mut job in ahead.remove(&is).into_iter().chain(filled) {
+            job.class = Class::Demand;
+            demand.push(flow, job);
         }
     }
 
@@ -119,7 +177,10 @@ impl Workers {
     }
 
     fn give_back(&self, encoded: EncodedChunk) {
-        let _ = self.spare.push(encoded.into_buffer());
+        let buffer = encoded.into_buffer();
+        if buffer.capacity() <= LONGEST_SPARE {
+            let _ = self.spare.push(buffer);
+        }
     }
 
     /// Accepts no more jobs; returns those that were not begun.
@@ -127,8 +188,9 @@ impl Workers {
         let mut state = self.lock();
         state.ending = true;
         self.wake.notify_all();
-        let mut left: Vec<DecodeJob> = state.demand.drain(..).collect();
-        left.extend(state.ahead.drain(..));
+        self.room.notify_all();
+        let mut left: Vec<DecodeJob> = state.demand.drain();
+        left.extend(state.ahead.drain());
         left.extend(state.fill.drain(..));
         left
     }
@@ -140,15 +202,16 @@ impl Workers {
         threads.join();
     }
 
-    /// The next job. `filled`: the job before was for the fill.
-    fn next(&self, pace: &Pace, filled: bool) -> Option<DecodeJob> {
+    /// The next job. `done`: the job before, if it was for a device, or for the fill.
+    fn next(&self, pace: &Pace, done: Option<JobDone>) -> Option<DecodeJob> {
         let mut state = self.lock();
-        state.filling -= usize::from(filled);
+        match done {
+            Some(JobDone::Fill) => state.filling -= 1,
+            Some(JobDone::Of(flow)) => state.shares.end(flow, 0),
+            None => {}
+        }
         loop {
-            if let Some(job) = state.demand.pop_front() {
-                return Some(job);
-            }
-            if let Some(job) = state.ahead.pop_front() {
+            if let Some(job) = self.next_of_devices(&mut state) {
                 return Some(job);
             }
             // One thread may always continue with the fill, so no signal is needed when demand ends.
@@ -157,6 +220,7 @@ impl Workers {
                 && let Some(job) = state.fill.pop_front()
             {
                 state.filling += 1;
+                self.taken(&mut state.waiting, &job);
                 return Some(job);
             }
             if state.ending {
@@ -167,6 +231,45 @@ impl Workers {
             state.idle -= 1;
         }
     }
+}
+
+impl Workers {
+    /// The next job of a device whose turn it is.
+    fn next_of_devices(&self, state: &mut DecodeQueue) -> Option<DecodeJob> {
+        let DecodeQueue { demand, ahead, shares, waiting, .. } = state;
+        let (active, bounds) = (shares.active(), self.bounds());
+        for lines in [demand, ahead] {
+            let found = lines.pop(&mut |flow, _| shares.may_begin(flow, 0, active, bounds));
+            if let Some((flow, mut job)) = found {
+                lines.charge(flow, job.cost());
+                shares.begin(flow, 0);
+                self.taken(waiting, &job);
+                job.flow = flow;
+                return Some(job);
+            }
+        }
+        None
+    }
+
+    /// Notes that the bytes of a job wait no longer.
+    fn taken(&self, waiting: &mut HashMap<Flow, u64>, job: &DecodeJob) {
+        if job.held() > 0
+            && let Some(bytes) = waiting.get_mut(&job.flow)
+        {
+            *bytes = bytes.saturating_sub(job.held());
+            if *bytes == 0 {
+                waiting.remove(&job.flow);
+            }
+            self.room.notify_all();
+        }
+    }
+}
+
+/// The job that a thread has done.
+#[derive(Clone, Copy)]
+enum JobDone {
+    Of(Flow),
+    Fill,
 }
 
 /// Starts the first thread. The others are started by decode threads; see [`Crew`](super::crew).
@@ -189,10 +292,11 @@ fn add_thread(shared: &Arc<FetchShared>, state: &mut DecodeQueue) {
     let own = shared.clone();
     state.threads.spawn_or_log("inflate", move || {
         threads::mark_io_thread();
-        let mut filled = false;
-        while let Some(job) = own.workers.next(&own.pace, filled) {
+        let mut done = None;
+        while let Some(job) = own.workers.next(&own.pace, done) {
             grow(&own);
-            filled = job.class == Class::Fill;
+            done =
+                Some(if job.class == Class::Fill { JobDone::Fill } else { JobDone::Of(job.flow) });
             work(&own, job);
         }
     });
@@ -309,7 +413,7 @@ fn read_decoded(shared: &Arc<FetchShared>, job: &DecodeJob) -> Option<ChunkBytes
         stored.forget(job.chunk);
         return None;
     }
-    let mut room = shared.delivery.room(len);
+    let mut room = shared.delivery.room(len, job.flow)?;
     let verify = |bytes: &[u8]| source.verify_decoded(job.chunk, bytes);
     stored.read(job.chunk, room.bytes_mut(), &verify).then(|| {
         shared.counters.stored.add(1);
@@ -350,7 +454,8 @@ fn decode(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<ChunkBytes, 
     let (Input::Fetched(encoded) | Input::Stored(encoded)) = &mut job.input else {
         return Err(failure(&job.blob, "The chunk has no bytes"));
     };
-    let mut room = shared.delivery.room(source.room(job.chunk));
+    let room = shared.delivery.room(source.room(job.chunk), job.flow);
+    let mut room = room.ok_or_else(|| super::no_room(&job.blob))?;
     let begun = Instant::now();
     let data = source.decode(job.chunk, encoded, room.bytes_mut()).map_err(Arc::new)?;
     shared.counters.inflated(encoded.bytes().len(), data.len(), begun);

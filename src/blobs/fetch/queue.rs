@@ -1,7 +1,7 @@
 //! Chunks that are wanted and not yet in flight, and their division into requests.
 //!
 //! Chunks are taken in the order of their urgency (demand, then read-ahead, then the background fill), and
-//! within that in the order of their requests. A taken chunk brings its neighbours: chunks of the same blob
+//! within that devices take [turns](super::fair). A taken chunk brings its neighbours: chunks of the same blob
 //! that are wanted too and lie next to it become one range. A request for demand grows forwards into chunks
 //! that are wanted ahead; it grows backwards only as far as those chunks arrive sooner in this request than
 //! by one of their own, because they arrive before the chunk that has a waiter.
@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::blob::{Blob, Key};
+use super::fair::{Flow, Lines};
 use source::Class;
 
 /// A wanted chunk.
@@ -26,6 +27,8 @@ pub struct WantedChunk {
     pub class: Class,
     /// Damaged deliveries so far.
     pub tries: u8,
+    /// The device that wants it.
+    pub flow: Flow,
 }
 
 impl WantedChunk {
@@ -61,13 +64,21 @@ pub struct Taken {
     pub wanted: Vec<(Class, u8)>,
     /// The highest urgency among them.
     pub class: Class,
+    /// The device whose turn it was.
+    pub flow: Flow,
+    /// Their encoded bytes.
+    pub bytes: u64,
 }
+
+/// Encoded bytes that a request costs beside its own, for the turns of devices: those that arrive in a tenth of a round
+/// trip.
+const REQUEST_COST: u64 = 256 << 10;
 
 /// The chunks that are wanted and not in flight.
 #[derive(Default)]
 pub struct FetchQueue {
-    demand: VecDeque<Key>,
-    ahead: VecDeque<Key>,
+    demand: Lines<Key>,
+    ahead: Lines<Key>,
     fill: VecDeque<Key>,
     wanted: HashMap<Key, WantedChunk>,
 }
@@ -75,25 +86,19 @@ pub struct FetchQueue {
 impl FetchQueue {
     /// Adds a chunk that is not in the queue yet.
     pub fn push(&mut self, wanted: WantedChunk) {
-        self.order(wanted.class).push_back(wanted.key());
+        match wanted.class {
+            Class::Demand => self.demand.push(wanted.flow, wanted.key()),
+            Class::Prefetch => self.ahead.push(wanted.flow, wanted.key()),
+            Class::Fill => self.fill.push_back(wanted.key()),
+        }
         self.wanted.insert(wanted.key(), wanted);
     }
 
-    fn order(&mut self, class: Class) -> &mut VecDeque<Key> {
-        match class {
-            Class::Demand => &mut self.demand,
-            Class::Prefetch => &mut self.ahead,
-            Class::Fill => &mut self.fill,
-        }
-    }
-
-    /// Makes a chunk demand, if it is still here.
-    pub fn urge(&mut self, key: Key) {
-        if let Some(wanted) =
-            self.wanted.get_mut(&key).filter(|wanted| wanted.class > Class::Demand)
-        {
+    /// Makes a chunk demand of a device, if it is still here. It stays the demand of others too.
+    pub fn urge(&mut self, key: Key, flow: Flow) {
+        if let Some(wanted) = self.wanted.get_mut(&key) {
             wanted.class = Class::Demand;
-            self.demand.push_back(key); // its old place in the other order is skipped
+            self.demand.push(flow, key); // an older place is skipped
         }
     }
 
@@ -125,23 +130,23 @@ impl FetchQueue {
         !self.fill.is_empty()
     }
 
-    /// Takes the next request.
-    pub fn take(&mut self, limit: Limit) -> Option<Taken> {
-        let first = self.next(limit)?;
-        self.take_from(first, limit)
+    /// Takes the next request; of a device only if it `may` have one more, of so many bytes at least.
+    pub fn take(&mut self, limit: Limit, may: &dyn Fn(Flow, u64) -> bool) -> Option<Taken> {
+        let (flow, first) = self.next(limit, may)?;
+        self.take_from(flow, first, limit)
     }
 
     /// Takes the next request for demand of a way that is not busy.
     pub fn take_of_idle(&mut self, limit: Limit, is_busy: &dyn Fn(u32) -> bool) -> Option<Taken> {
-        let idle = |key: &Key| !is_busy(key.way) && self.wanted.contains_key(key);
-        let at = self.demand.iter().position(idle)?;
-        let first = self.demand.remove(at)?;
-        self.take_from(first, limit)
+        let Self { demand, wanted, .. } = self;
+        let first = demand.remove(&|key| !is_busy(key.way) && wanted.contains_key(key))?;
+        let flow = wanted.get(&first)?.flow;
+        self.take_from(flow, first, limit)
     }
 
-    /// Takes a request that begins with a chunk, and its neighbours.
-    fn take_from(&mut self, first: Key, limit: Limit) -> Option<Taken> {
-        let WantedChunk { blob, chunk, class, tries } = self.wanted.remove(&first)?;
+    /// Takes a request that begins with a chunk, and its neighbours, for a device.
+    fn take_from(&mut self, flow: Flow, first: Key, limit: Limit) -> Option<Taken> {
+        let WantedChunk { blob, chunk, class, tries, .. } = self.wanted.remove(&first)?;
         let size =
             |chunk| blob.source().encoded(chunk).map_or(u64::MAX, |place| place.len() as u64);
         let is_wanted = |chunk: u32, most: Class| {
@@ -199,21 +204,34 @@ impl FetchQueue {
                 None => own,
             });
         }
-        Some(Taken { blob, chunks: start..end, wanted, class })
+        match class {
+            Class::Demand => self.demand.charge(flow, bytes.saturating_add(REQUEST_COST)),
+            Class::Prefetch => self.ahead.charge(flow, bytes.saturating_add(REQUEST_COST)),
+            Class::Fill => {}
+        }
+        Some(Taken { blob, chunks: start..end, wanted, class, flow, bytes })
     }
 
     /// The key to begin with; skips keys that are gone or have become more urgent.
-    fn next(&mut self, limit: Limit) -> Option<Key> {
-        while let Some(key) = self.demand.pop_front() {
-            if self.wanted.contains_key(&key) {
-                return Some(key);
-            }
-        }
-        while !limit.demand_only
-            && let Some(key) = self.ahead.pop_front()
-        {
-            if self.wanted.contains_key(&key) {
-                return Some(key);
+    fn next(&mut self, limit: Limit, may: &dyn Fn(Flow, u64) -> bool) -> Option<(Flow, Key)> {
+        let Self { demand, ahead, wanted, .. } = self;
+        // A key that is not waiting in this order any more may always be taken, to be skipped.
+        let may_take = |class: Class, flow, key: &Key| {
+            let waiting = wanted.get(key).filter(|wanted| wanted.class == class);
+            waiting.is_none_or(|WantedChunk { blob, chunk, .. }| {
+                may(flow, blob.source().encoded(*chunk).map_or(0, |place| place.len() as u64))
+            })
+        };
+        let orders = [
+            (Class::Demand, Some(demand)),
+            (Class::Prefetch, (!limit.demand_only).then_some(ahead)),
+        ];
+        for (class, lines) in orders {
+            let Some(lines) = lines else { continue };
+            while let Some((flow, key)) = lines.pop(&mut |flow, key| may_take(class, flow, key)) {
+                if wanted.get(&key).is_some_and(|wanted| wanted.class == class) {
+                    return Some((flow, key));
+                }
             }
         }
         while !limit.demand_only
@@ -222,7 +240,7 @@ impl FetchQueue {
         {
             // A key that has become demand has its place in that order.
             if self.wanted.get(&key).is_some_and(|wanted| wanted.class == Class::Fill) {
-                return Some(key);
+                return Some((Flow::default(), key));
             }
         }
         None
@@ -230,8 +248,8 @@ impl FetchQueue {
 
     /// Takes all chunks that are left.
     pub fn drain(&mut self) -> Vec<WantedChunk> {
-        self.demand.clear();
-        self.ahead.clear();
+        self.demand.drain();
+        self.ahead.drain();
         self.fill.clear();
         self.wanted.drain().map(|(_, wanted)| wanted).collect()
     }
@@ -269,7 +287,7 @@ mod tests {
     }
 
     fn wanted(blob: &Arc<Blob>, chunk: u32, class: Class) -> WantedChunk {
-        WantedChunk { blob: blob.clone(), chunk, class, tries: 0 }
+        WantedChunk { blob: blob.clone(), chunk, class, tries: 0, flow: Flow::default() }
     }
 
     const MIB: u64 = 1 << 20;
@@ -277,7 +295,7 @@ mod tests {
         Limit { most: 4 * MIB, least: MIB, free: 1, demand_only: false, fill: 4 * MIB };
 
     fn take(queue: &mut FetchQueue, limit: Limit) -> Option<Range<u32>> {
-        queue.take(limit).map(|taken| taken.chunks)
+        queue.take(limit, &|_, _| true).map(|taken| taken.chunks)
     }
 
     #[test]
@@ -318,8 +336,8 @@ mod tests {
             queue.push(wanted(&blob, chunk, Class::Prefetch));
         }
         assert!(!queue.has(true));
-        queue.urge(blob.key(40));
-        queue.urge(blob.key(41)); // not in the queue
+        queue.urge(blob.key(40), Flow::default());
+        queue.urge(blob.key(41), Flow::default()); // not in the queue
         assert_eq!(take(&mut queue, Limit { demand_only: true, ..ALONE }), Some(40..41));
         assert!(!queue.has(true) && queue.len() == 2);
         assert_eq!(take(&mut queue, Limit { demand_only: true, ..ALONE }), None);
@@ -348,7 +366,7 @@ mod tests {
             }
             let mut taken = Vec::new();
             let mut ahead = false;
-            while let Some(request) = queue.take(Limit { free, ..ALONE }) {
+            while let Some(request) = queue.take(Limit { free, ..ALONE }, &|_, _| true) {
                 prop_assert_eq!(request.wanted.len(), request.chunks.len());
                 prop_assert!(request.chunks.len() <= 16);
                 prop_assert!(request.class == Class::Demand || request.wanted.iter().all(|(class, _)| *class > Class::Demand));

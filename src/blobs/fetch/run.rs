@@ -47,7 +47,7 @@ impl<'a> ChunkRun<'a> {
     fn wanted(&self, number: usize) -> WantedChunk {
         let (class, tries) = self.taken.wanted[number];
         let chunk = self.taken.chunks.start + number as u32;
-        WantedChunk { blob: self.taken.blob.clone(), chunk, class, tries }
+        WantedChunk { blob: self.taken.blob.clone(), chunk, class, tries, flow: self.taken.flow }
     }
 
     /// A buffer for chunk `number`, with the byte that it shares with the one before.
@@ -69,12 +69,12 @@ impl<'a> ChunkRun<'a> {
         let counters = &self.shared.counters;
         counters.chunks.add(1);
         counters.bytes.add(encoded.bytes().len() as u64);
-        let WantedChunk { blob, chunk, mut class, tries } = self.wanted(self.done);
+        let WantedChunk { blob, chunk, mut class, tries, flow } = self.wanted(self.done);
         self.done += 1;
         if class > Class::Demand && self.shared.delivery.is_awaited(blob.key(chunk)) {
             class = Class::Demand;
         }
-        let job = DecodeJob { blob, chunk, class, tries, input: Input::Fetched(encoded) };
+        let job = DecodeJob { blob, chunk, class, tries, flow, input: Input::Fetched(encoded) };
         if let Err(job) = self.shared.workers.push(job) {
             let wanted = job.wanted();
             self.shared.fail(&wanted, super::ended(&wanted.blob));

@@ -51,7 +51,10 @@ const MOST_THREADS: usize = 16;
 const MOST_BEYOND: usize = 16;
 
 /// Limit on the bytes of windows of the frames that are decoded at the same time.
-const MOST_WINDOWS: u64 = 256 << 20;
+const MOST_WINDOWS: u64 = 128 << 20;
+
+/// Most memory of all frames: their windows, and two batches for each. Reserved while an image with such a frame is open.
+pub(crate) const MOST_MEMORY: u64 = MOST_WINDOWS + MOST_THREADS as u64 * 2 * feed::BATCH;
 
 /// Time that a thread which another frame needs still waits for its reader to continue: a reader asks for the
 /// next piece when it has got one.
@@ -338,6 +341,7 @@ fn add_thread(shared: &Arc<FetchShared>, state: &mut FrameQueue) -> bool {
     let own = shared.clone();
     state.threads.spawn_or_log("frame", move || {
         threads::mark_io_thread();
+        threads::yield_to_short_work();
         while let Some((blob, chunks)) = own.serials.next() {
             pass::run(&own, &blob, chunks);
         }

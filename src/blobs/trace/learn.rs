@@ -23,7 +23,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::recorder::{Recorder, Recorders};
-use super::replay::{Replayed, replay};
+use super::replay::{Replayed, replay_for};
 use crate::cache::Cache;
 use formats::oci::Digest;
 use formats::trace::{MAX_FILE, Trace};
@@ -221,7 +221,7 @@ impl Traces {
 
 /// Replays a trace into its share of the cache.
 fn fetch_ahead(trace: &Trace, recorders: &Recorders, cache: &Cache) -> Replayed {
-    replay(trace, cache, recorders.blobs(), cache.budget() / REPLAY_SHARE)
+    replay_for(recorders.flow(), trace, cache, recorders.blobs(), cache.budget() / REPLAY_SHARE)
 }
 
 /// Seeks a published trace while the device is already in use, and replays it if the device still exists.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
-use crate::fetch::Blob;
+use crate::fetch::{Blob, Flow};
 use formats::trace::{MAX_TOUCHES, Touch, Trace};
 use source::chunk::ChunkSource;
 
@@ -150,6 +150,7 @@ impl Drop for Recorder {
 
 /// The recorders of a disk: the one for learning, and those that were requested.
 pub struct Recorders {
+    flow: Flow,
     blobs: Vec<Option<Arc<Blob>>>,
     learning: OnceLock<Arc<Recorder>>,
     /// True if `others` has any, so that a look-up need not lock it.
@@ -161,12 +162,25 @@ impl Recorders {
     /// Creates the list without recorders for a disk of these layers, the lowest first.
     #[must_use]
     pub fn new(blobs: Vec<Option<Arc<Blob>>>) -> Arc<Self> {
+        Self::of(Flow::default(), blobs)
+    }
+
+    /// As [`new`](Self::new), for a device.
+    #[must_use]
+    pub fn of(flow: Flow, blobs: Vec<Option<Arc<Blob>>>) -> Arc<Self> {
         Arc::new(Self {
+            flow,
             blobs,
             learning: OnceLock::new(),
             has_others: AtomicBool::new(false),
             others: RwLock::default(),
         })
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn flow(&self) -> Flow {
+        self.flow
     }
 
     /// The layers.

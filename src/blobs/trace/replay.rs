@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::clusters::clusters;
 use crate::cache::Cache;
-use crate::fetch::Blob;
+use crate::fetch::{Blob, Flow};
 use formats::oci::Digest;
 use formats::trace::Trace;
 
@@ -35,6 +35,17 @@ impl fmt::Display for Replayed {
 /// `most` bytes of the cache they are all requested at once, and demand overtakes them; the rest follows as
 /// these are read. Returns at once.
 pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u64) -> Replayed {
+    replay_for(Flow::default(), trace, cache, blobs, most)
+}
+
+/// As [`replay`], for a device.
+pub(super) fn replay_for(
+    flow: Flow,
+    trace: &Trace,
+    cache: &Cache,
+    blobs: &[Option<Arc<Blob>>],
+    most: u64,
+) -> Replayed {
     let named: HashMap<Digest, &Arc<Blob>> =
         blobs.iter().flatten().map(|blob| (super::blob_name(&**blob.source()), blob)).collect();
     let known: Vec<Option<&Arc<Blob>>> =
@@ -59,7 +70,7 @@ pub fn replay(trace: &Trace, cache: &Cache, blobs: &[Option<Arc<Blob>>], most: u
             }
         }
     }
-    let mut batch = cache.batch();
+    let mut batch = cache.batch_for(flow);
     let mut full = false;
     for cluster in clusters(&order) {
         let blob = &cluster.blob;

@@ -1,19 +1,20 @@
 //! The read-only layers: local files, or else blobs of the registry.
 
+use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{LowerConfig, TargetOpener};
-use crate::resident::read_resident;
+use crate::resident::read_within;
 use crate::{DiskError, DiskLayer, LayerData};
 use blobs::cache::Cache;
 use formats::gzip::SIDECAR_NAME;
 use formats::lsmt::{LsmtLayer, TagMeaning};
 use formats::oci::Digest;
-use formats::{zfile, zstandard};
+use formats::{archive, zfile, zstandard};
 use source::chunk::{ChunkSource, PlainChunks};
-use source::{ByteSource, FileSource, MemorySource, SharedBytes};
+use source::{ByteSource, FileSource, MemorySource, Reserved};
 
 /// Largest `gzip.meta` or sidecar that is read into memory, in bytes. Upstream's take 4 % of a layer, this
 /// program's less than 1 %: the limit suffices for a layer of hundreds of GB.
@@ -43,13 +44,14 @@ pub(super) fn identity(path: &Path) -> Result<String, DiskError> {
 }
 
 /// Reads a whole file into memory.
-fn read_file(path: &Path) -> Result<Vec<u8>, DiskError> {
+fn read_file(path: &Path, part: &mut Reserved) -> Result<Vec<u8>, DiskError> {
     let name = || path.display().to_string();
     let source = FileSource::open(path)?;
     if source.len() > MAX_INDEX {
         let error = std::io::Error::from(std::io::ErrorKind::FileTooLarge);
         return Err(DiskError::Io { name: name(), source: Arc::new(error) });
     }
+    part.add(source.len(), &name())?;
     fs::read(path).map_err(|source| DiskError::Io { name: name(), source: Arc::new(source) })
 }
 
@@ -60,6 +62,8 @@ pub(super) struct LowersBase<'a> {
     pub(super) blobs: &'a str,
     pub(super) targets: &'a dyn TargetOpener,
     pub(super) cache: &'a Cache,
+    /// Memory of the indexes, in the budget of images.
+    pub(super) reserved: RefCell<Vec<Reserved>>,
 }
 
 /// A file or a blob, and its name in the cache.
@@ -78,20 +82,25 @@ impl LowersBase<'_> {
             Err(tried) => self.remote_layer(number, lower, &tried)?,
         };
         let (name, is_local) = (source.name().to_owned(), source.is_local());
-        let payload = zfile::open(source)?;
+        let budget = self.cache.residents().budget();
+        let mut part = budget.part();
+        let payload = zfile::open_within(source, &mut part)?;
         if lower.target_file.is_empty() && lower.target_digest.is_empty() {
-            let index = LsmtLayer::open(&*payload.source(), TagMeaning::Plain)?;
+            let index = LsmtLayer::open_within(&*payload.source(), TagMeaning::Plain, &mut part)?;
+            self.reserved.borrow_mut().push(part);
             return Ok(DiskLayer {
                 index,
                 data: LayerData::Native { chunks: payload.chunks(&id) },
             });
         }
         // Devices of one file share its metadata. A blob was not verified by its digest: its metadata is its name.
-        let meta: SharedBytes = Arc::new(read_resident(&payload)?);
+        let meta = read_within(&payload, budget, &name)?;
         let shared = if is_local { id } else { Digest::of(meta.bytes()).to_string() };
         let meta = self.cache.residents().share(&shared, meta);
-        let index = LsmtLayer::open(&MemorySource::shared(name, meta.clone()), TagMeaning::Warp)?;
-        let target = self.open_target(number, lower)?;
+        let source = MemorySource::shared(name, meta.clone());
+        let index = LsmtLayer::open_within(&source, TagMeaning::Warp, &mut part)?;
+        let target = self.open_target(number, lower, &mut part)?;
+        self.reserved.borrow_mut().push(part);
         Ok(DiskLayer { index, data: LayerData::Turbo { meta, target: Some(target) } })
     }
 
@@ -138,6 +147,7 @@ impl LowersBase<'_> {
         &self,
         number: usize,
         lower: &LowerConfig,
+        part: &mut Reserved,
     ) -> Result<Arc<dyn ChunkSource>, DiskError> {
         let (blob, id) = if lower.target_file.is_empty() {
             self.remote(number, "targetDigest", &lower.target_digest, None)?
@@ -149,7 +159,7 @@ impl LowersBase<'_> {
             self.check_plain(number, lower, &*blob)?;
             return Ok(Arc::new(PlainChunks::new(format!("plain:{id}"), blob)));
         }
-        let read = |path: &Path| read_file(path).map(Some);
+        let mut read = |path: &Path| read_file(path, part).map(Some);
         let index = match lower.gzip_index.as_str() {
             "" => None,
             name => Some(self.folder.join(name)),
@@ -164,6 +174,10 @@ impl LowersBase<'_> {
         let index = index.filter(|path| sidecar.is_none() || path.exists());
         let index = index.map_or(Ok(None), |path| read(&path))?;
         let sidecar = sidecar.map_or(Ok(None), |path| read(&path))?;
+        part.add(
+            archive::index_memory(index.as_deref(), sidecar.as_deref()),
+            "The index of a layer",
+        )?;
         let digest = Some(lower.target_digest.as_str()).filter(|digest| !digest.is_empty());
         self.targets.open_indexed(blob, index, sidecar, digest)
     }

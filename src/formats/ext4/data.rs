@@ -9,7 +9,7 @@ use super::layer::LayerBlocks;
 use crate::units::{Bytes, SECTOR};
 
 /// The longest file: 2^32 - 1 blocks.
-pub(super) const FILE_MAX: Bytes = Bytes((1 << 44) - BLOCK as u64);
+pub const FILE_MAX: Bytes = Bytes((1 << 44) - BLOCK as u64);
 
 /// Reasons why a file's data cannot be laid out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

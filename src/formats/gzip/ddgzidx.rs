@@ -174,6 +174,7 @@ pub fn read(file: &[u8]) -> Result<GzipIndex, GzipError> {
     };
 
     let mut checkpoints: Vec<Checkpoint> = Vec::with_capacity(count as usize);
+    let mut windows = 0;
     for (i, entry) in table.chunks_exact(ENTRY).enumerate() {
         let broken = |rule| broken(table_at + i, rule);
         let number = |at| self::number(entry, at).ok_or(broken("a number of an entry is negative"));
@@ -198,6 +199,11 @@ pub fn read(file: &[u8]) -> Result<GzipIndex, GzipError> {
             || (file[10] == 0 && window_len != WINDOW as u64)
         {
             return Err(broken("a window has an impossible length"));
+        }
+        // Each is copied: without this bound, many entries could name one window.
+        windows += window_len;
+        if windows > table_at as u64 {
+            return Err(broken("the windows have more bytes than the file holds"));
         }
         let window = &file[window_at as usize..window_end as usize];
         let window = match (out, file[10]) {

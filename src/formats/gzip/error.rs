@@ -2,6 +2,7 @@
 
 use thiserror::Error;
 
+use crate::segments::MAX_SEGMENT;
 use crate::units::Bytes;
 
 /// Error of reading a gzip layer, or of an index that does not match it.
@@ -72,6 +73,16 @@ pub enum GzipError {
     NoIndex {
         /// Name of the missing file.
         missing: &'static str,
+    },
+    /// A segment is longer than memory is taken for.
+    #[error("The segment at compressed byte {} has {len} of {part} bytes; {MAX_SEGMENT} are allowed", .at.0)]
+    LongSegment {
+        /// Compressed byte at which it begins.
+        at: Bytes,
+        /// `compressed` or `decoded`.
+        part: &'static str,
+        /// Their number.
+        len: Bytes,
     },
     /// More checkpoints, or a longer layer, than the format of an index can count.
     #[error("The index is too large to be written: {what}")]

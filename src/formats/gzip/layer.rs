@@ -9,12 +9,10 @@ use sha2::{Digest as _, Sha256};
 use super::GzipError;
 use super::index::GzipIndex;
 use super::segment::{HEADROOM, SegmentDecoder, TAILROOM};
+use crate::segments::MAX_SEGMENT;
+use crate::units::Bytes;
 use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange};
 use source::{ByteSource, Proof};
-
-/// Longest segment that is decoded. An upstream index may have any distance between checkpoints, because
-/// upstream cannot cut a block, but a number from a file must not decide how much memory is taken.
-const MAX_SEGMENT: u64 = 1 << 30;
 
 /// A gzip layer and its index.
 ///
@@ -35,8 +33,8 @@ impl IndexedLayer {
     ///
     /// # Errors
     /// [`GzipError::OtherLayer`] if the blob's length is not that of the index, [`GzipError::Damaged`] if a
-    /// segment is too short for its output, [`GzipError::TooLarge`] if a segment is longer than the limit of
-    /// 1 GiB.
+    /// segment is too short for its output, [`GzipError::LongSegment`] if a segment is longer than
+    /// [`MAX_SEGMENT`], [`GzipError::TooLarge`] for 2³² segments.
     pub fn new(id: &str, index: GzipIndex, blob: Arc<dyn ByteSource>) -> Result<Self, GzipError> {
         if blob.len() != index.compressed_len.0 {
             return Err(GzipError::OtherLayer {
@@ -45,13 +43,18 @@ impl IndexedLayer {
                 theirs: blob.len(),
             });
         }
-        let long = |i| {
+        if u32::try_from(index.segments()).is_err() {
+            return Err(GzipError::TooLarge { what: "2^32 segments" });
+        }
+        for i in 0..index.segments() {
             let (output, input) = (index.output(i), index.input(i));
-            output.end - output.start > MAX_SEGMENT
-                || input.end.saturating_sub(input.start) > MAX_SEGMENT
-        };
-        if u32::try_from(index.segments()).is_err() || (0..index.segments()).any(long) {
-            return Err(GzipError::TooLarge { what: "a segment of more than 1 GiB" });
+            let at = Bytes(input.start);
+            for (part, range) in [("decoded", output), ("compressed", input)] {
+                let len = Bytes(range.end.saturating_sub(range.start));
+                if len > MAX_SEGMENT {
+                    return Err(GzipError::LongSegment { at, part, len });
+                }
+            }
         }
         // A match takes at least two bits and yields at most 258 bytes.
         let inflated = |i| {

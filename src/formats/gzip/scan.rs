@@ -15,6 +15,7 @@ use super::GzipError;
 use super::decoder::{InflateStop, Inflater};
 use super::index::{Boundary, Checkpoint, CheckpointKind, GzipIndex};
 use super::window::{SparseWindow, WindowPacker};
+use crate::segments::MAX_SEGMENT;
 use crate::units::{Bits, Bytes};
 use inflate::marks::{WINDOW, masked};
 
@@ -27,8 +28,8 @@ pub const DEFAULT_SPAN: Bytes = Bytes(1 << 20);
 /// Shortest span, equal to upstream's (spec gzip-index 2).
 pub const MIN_SPAN: Bytes = Bytes(64 << 10);
 
-/// Longest span: a segment must fit in memory, and a `gzip.meta` counts it in 31 bits.
-pub const MAX_SPAN: Bytes = Bytes(64 << 20);
+/// Longest span, 16 MiB: a segment has at most two, and [`MAX_SEGMENT`] bounds it.
+pub const MAX_SPAN: Bytes = Bytes(MAX_SEGMENT.0 / 2);
 
 /// Options of a scan.
 #[derive(Clone, Copy, Debug)]
@@ -239,6 +240,7 @@ impl Scanner {
     fn step(&mut self) -> Result<InflateStop, GzipError> {
         let limit = self.limit();
         let stop = self.inflater.run(limit)?;
+        self.check_input()?;
         match stop {
             InflateStop::Input => return Ok(stop),
             InflateStop::MemberEnd { crc32, len } => self.check_trailer(crc32, len)?,
@@ -257,6 +259,18 @@ impl Scanner {
             self.inflater.log.clear();
         }
         Ok(stop)
+    }
+
+    /// Refuses a segment with too many compressed bytes. Only blocks that yield nothing make one: they have no output
+    /// position at which it could be cut.
+    fn check_input(&self) -> Result<(), GzipError> {
+        let at = self.inflater.bit() / 8;
+        let start = self.checkpoints.last().map_or(at, |last| last.bit.0 / 8);
+        if at.saturating_sub(start) > MAX_SEGMENT.0 {
+            let len = Bytes(at - start);
+            return Err(GzipError::LongSegment { at: Bytes(start), part: "compressed", len });
+        }
+        Ok(())
     }
 
     /// The next output position at which a decision is due.

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::oci::Digest;
-use crate::units::Bytes;
+use crate::units::{Bits, Bytes};
 use source::chunk::ChunkSource as _;
 use source::{MemorySource, Proof};
 
@@ -512,4 +512,82 @@ proptest! {
         }
         let _ = scan(&gzip, 1 << 16);
     }
+}
+
+#[test]
+fn a_segment_longer_than_the_bound_is_refused_with_its_length() {
+    let most = crate::segments::MAX_SEGMENT.0;
+    let index = |compressed: u64, out: u64| GzipIndex {
+        layer: None,
+        span: DEFAULT_SPAN,
+        compressed_len: Bytes(compressed),
+        uncompressed_len: Bytes(out),
+        members: 1,
+        checkpoints: vec![Checkpoint {
+            bit: Bits(0),
+            out: Bytes(0),
+            kind: CheckpointKind::MemberStart,
+            window: SparseWindow::none(),
+        }],
+        crc32: None,
+        sha256: None,
+    };
+    let open = |compressed: u64, out: u64| {
+        let blob = Arc::new(MemorySource::new("blob", vec![0; compressed as usize]));
+        IndexedLayer::new("blob", index(compressed, out), blob).map(|_| ())
+    };
+    assert!(open(most, most).is_ok());
+    let long = |part, len| Err(GzipError::LongSegment { at: Bytes(0), part, len: Bytes(len) });
+    assert_eq!(open(most, most + 1), long("decoded", most + 1));
+    assert_eq!(open(most + 1, 1), long("compressed", most + 1));
+    let text = open(most, most + 1).unwrap_err().to_string();
+    assert!(text.contains("33554433 B") && text.contains("33554432 B"), "{text}");
+}
+
+#[test]
+fn compressed_bytes_without_output_end_the_scan_before_they_become_too_long_a_segment() {
+    let mut scanner = Scanner::new(ScanOptions::default());
+    let mut sink = |_: &[u8]| -> Result<(), GzipError> { Ok(()) };
+    scanner.feed(b"\x1f\x8b\x08\0\0\0\0\0\0\x03", &mut sink).unwrap();
+    let empty = b"\0\0\0\xff\xff".repeat(1 << 16);
+    let failed = (0..120).find_map(|_| scanner.feed(&empty, &mut sink).err());
+    assert!(
+        matches!(failed, Some(GzipError::LongSegment { part: "compressed", .. })),
+        "{failed:?}"
+    );
+}
+
+#[test]
+fn windows_that_many_entries_share_are_not_copied_for_each() {
+    let plain = sample(3 << 20, 5);
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+    encoder.write_all(&plain).unwrap();
+    let blob = encoder.finish().unwrap();
+    let mut scanner = Scanner::new(ScanOptions { span: MIN_SPAN });
+    scanner.feed(&blob, &mut |_| -> Result<(), GzipError> { Ok(()) }).unwrap();
+    let file = ddgzidx::write(&scanner.finish().unwrap()).unwrap();
+    assert!(ddgzidx::read(&file).is_ok());
+    // All entries name the area of all windows.
+    let number = |at: usize| u64::from_le_bytes(*file[at..].first_chunk().unwrap());
+    let table_at = number(313) as usize;
+    let mut table = Vec::new();
+    flate2::read::ZlibDecoder::new(&file[table_at..]).read_to_end(&mut table).unwrap();
+    let len = (table_at as u32 - 333).min(60_000);
+    for entry in table.chunks_exact_mut(29) {
+        entry[16..24].copy_from_slice(&333_u64.to_le_bytes());
+        entry[25..29].copy_from_slice(&len.to_le_bytes());
+    }
+    let mut forged = file[..table_at].to_vec();
+    forged[10] = 1;
+    let mut packed = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::new(6));
+    packed.write_all(&table).unwrap();
+    let packed = packed.finish().unwrap();
+    forged.extend(&packed);
+    let file_len = forged.len() as u64;
+    forged[41..49].copy_from_slice(&file_len.to_le_bytes());
+    forged[321..329].copy_from_slice(&(packed.len() as u64).to_le_bytes());
+    let crc = !crc32c::crc32c_append(u32::MAX, &forged[..329]);
+    forged[329..333].copy_from_slice(&crc.to_le_bytes());
+    let error = ddgzidx::read(&forged).unwrap_err().to_string();
+    assert!(error.contains("more bytes than the file holds"), "{error}");
 }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use super::mapping::{ENTRY, Mapping};
 use super::{FIRST_SECTOR, LsmtError, MAX_ENTRIES, RECORD};
 use crate::units::{Bytes, SECTOR};
-use source::ByteSource;
+use source::{ByteSource, Reserved};
 
 /// "LSMT", 0, 1, 2, 0, then a fixed UUID.
 pub const MAGIC: [u8; 24] = [
@@ -76,6 +76,10 @@ impl FromStr for Uuid {
         Ok(Self(bytes))
     }
 }
+
+/// Bytes of memory for an entry of an index: the mapping, and up to two extents with their first sectors once it is merged
+/// with the indexes of other layers, which can cut it.
+const ENTRY_MEMORY: u64 = size_of::<Mapping>() as u64 + 2 * 24;
 
 /// Meaning of a layer's tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,7 +180,22 @@ impl LsmtLayer {
     /// # Errors
     /// [`LsmtError`] with the record or the index entry and the broken rule.
     pub fn open(source: &dyn ByteSource, kind: TagMeaning) -> Result<Self, LsmtError> {
+        Self::open_within(source, kind, &mut Reserved::unbounded())
+    }
+
+    /// As [`open`](Self::open), with the memory of the index, alone and merged with those of other layers, added to
+    /// `part` before it is taken.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and [`LsmtError::Budget`].
+    pub fn open_within(
+        source: &dyn ByteSource,
+        kind: TagMeaning,
+        part: &mut Reserved,
+    ) -> Result<Self, LsmtError> {
         let trailer = read_trailer(source)?;
+        let index = trailer.index_size.saturating_mul(ENTRY_MEMORY);
+        part.add(index, &format!("The index of {}", source.name()))?;
         let mappings = read_index(source, kind, &trailer)?;
         let layer = Self { name: source.name().to_owned(), kind, trailer, mappings };
         layer.check_mappings()?;

@@ -8,7 +8,6 @@ use std::ops::Range;
 
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 
-use super::index::MAX_SEGMENT;
 use super::{Encoding, ScannedLayer, Segment, SegmentEntry};
 use crate::units::Bytes;
 use crate::zstandard::walk::{Edge, PieceKind, Walker};
@@ -22,8 +21,9 @@ pub const LONG: Bytes = Bytes(4 << 20);
 /// without need.
 const LONG_GAP: u64 = 64 << 10;
 
-// What is kept becomes one segment.
-const _: () = assert!(MOST_INPUT == MAX_SEGMENT.0);
+/// Longest span, 8 MiB: the last stretches of a long frame stay open, and with them up to three spans, which
+/// [`MOST_INPUT`] must hold.
+const LONGEST_SPAN: u64 = MOST_INPUT / 4;
 
 /// Bytes decoded at a time.
 const STEP: usize = 256 << 10;
@@ -79,14 +79,15 @@ pub struct FramesScanner {
 }
 
 impl FramesScanner {
-    /// A scanner at the first byte of a layer, for segments of about `span`.
+    /// A scanner at the first byte of a layer, for segments of about `span`, 8 MiB at most.
     ///
     /// # Errors
     /// [`ZstdError::Decoder`].
     pub fn new(span: Bytes) -> Result<Self, ZstdError> {
+        let span = span.0.clamp(1, LONGEST_SPAN);
         Ok(Self {
-            span: span.0.max(1),
-            long: span.0.max(LONG.0),
+            span,
+            long: span.max(LONG.0),
             walker: Walker::default(),
             decoder: Decoder::new().map_err(ZstdError::Decoder)?,
             buffer: vec![0; STEP],
@@ -287,7 +288,7 @@ impl FramesScanner {
     }
 }
 
-/// Makes a segment. All lengths are at most [`MOST_INPUT`], or two spans and a block.
+/// Makes a segment. All lengths are at most [`MOST_INPUT`]: two spans, and a block.
 fn close(stretch: &Stretch) -> Segment {
     Segment {
         start: stretch.input.start,

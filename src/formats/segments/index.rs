@@ -10,9 +10,11 @@ use crate::oci::Digest;
 use crate::units::Bytes;
 use source::Proof;
 
-/// Longest segment, stored or decoded: memory is taken for all of it. A scan stays far below; a number from a
-/// file must not decide how much memory is taken.
-pub const MAX_SEGMENT: Bytes = Bytes(256 << 20);
+/// Longest segment, stored or decoded, of any encoding: 32 MiB. Memory is taken for all of it, one thread decodes all of
+/// it for a read of any length, and a number from a file must not decide how long that takes. A scan cuts at twice its
+/// span at the latest, and the longest span is 16 MiB. Upstream cannot cut a block of deflate: the longest that zlib makes
+/// (32 Ki symbols of at most 258 bytes) has 8.1 MiB.
+pub const MAX_SEGMENT: Bytes = Bytes(32 << 20);
 
 /// Encoding of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

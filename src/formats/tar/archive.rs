@@ -19,6 +19,9 @@ const MODE: u64 = 0o644;
 /// Largest size that 11 octal digits hold.
 const SIZE_LIMIT: u64 = 0o777_7777_7777;
 
+/// Most members of an archive that is read: a layer archive has four.
+const MOST_MEMBERS: usize = 64;
+
 /// Error of reading an archive.
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum ArchiveError {
@@ -129,6 +132,9 @@ pub fn read_members(archive: &[u8]) -> Result<Vec<(String, Range<usize>)>, Archi
         let name = name.strip_prefix("./").unwrap_or(name);
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
             return Err(bad("is not in the top folder"));
+        }
+        if members.len() == MOST_MEMBERS {
+            return Err(bad("is one too many: a layer archive has at most 64"));
         }
         if members.iter().any(|(known, _)| known == name) {
             return Err(bad("occurs twice"));

@@ -13,7 +13,7 @@ use super::header::{
 };
 use crate::zfile::Algo;
 use source::chunk::{ChunkError, ChunkSource, ChunkSpan, EncodedChunk, EncodedRange};
-use source::{ByteSource, Origin, Proof, SourceError};
+use source::{ByteSource, Origin, Proof, Reserved, SourceError};
 
 /// Plain bytes in a chunk, and the grain of the jump table: 32 blocks of 4 KiB. Large enough that a range
 /// request is worth its round trip; small enough that a single 4 KiB read decodes in well under a
@@ -57,7 +57,20 @@ impl ZFile {
     /// # Errors
     /// [`ZFileError`] with the record and the broken rule.
     pub fn open(source: Arc<dyn ByteSource>) -> Result<Self, ZFileError> {
+        Self::open_within(source, &mut Reserved::unbounded())
+    }
+
+    /// As [`open`](Self::open), with the memory of the jump table added to `part` before it is taken.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and [`ZFileError::Budget`].
+    pub fn open_within(
+        source: Arc<dyn ByteSource>,
+        part: &mut Reserved,
+    ) -> Result<Self, ZFileError> {
         let (record, end) = read_record(&*source)?;
+        let table = record.index_size.saturating_mul(size_of::<u32>() as u64);
+        part.add(table, &format!("The jump table of {}", source.name()))?;
         let (lengths, index_crc) = read_index(&*source, &record, end)?;
         let invalid = |rule: String| ZFileError::Invalid {
             name: source.name().to_owned(),

@@ -4,9 +4,10 @@ use std::io;
 
 use thiserror::Error;
 
-/// Most bytes of a blob without an end of a segment: they are kept to be hashed. Twice the longest span stays
-/// below this, unless the bytes yield hardly any output.
-pub const MOST_INPUT: u64 = 256 << 20;
+/// Most bytes of a blob without an end of a segment: they are kept to be hashed, and become one segment
+/// ([`MAX_SEGMENT`](crate::segments::MAX_SEGMENT)). Twice the longest span stays below this, unless the bytes yield
+/// hardly any output.
+pub const MOST_INPUT: u64 = crate::segments::MAX_SEGMENT.0;
 
 /// Error of reading a zstd layer. Offsets are in bytes of the compressed blob.
 #[derive(Debug, Error)]

@@ -96,10 +96,9 @@ impl LogFile {
     /// # Errors
     /// The system's.
     pub fn open(path: &Path, rotation: Rotation) -> io::Result<Self> {
-        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            if !folder.exists() {
-                sys::private::folder(folder)?;
-            }
+        let named = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        if let Some(folder) = named.filter(|folder| !folder.exists()) {
+            sys::private::folder(folder)?;
         }
         let state = Mutex::new(OpenLog::open(path)?);
         let lost = Counter::default();

@@ -22,6 +22,25 @@ const MEMORY_CACHE_MB: u64 = 256;
 /// few fill it; more are for many devices, and for stores that give each connection 50 MB/s.
 const CONNECTIONS: u64 = 24;
 
+/// Default memory for open images and conversions, beside the fixed parts of the budget: some fifty images of the usual
+/// size. With the defaults of the other keys the budget is 1024 MB.
+const FOR_IMAGES: u64 = 544 * MIB;
+
+/// Memory of the program and its threads.
+const PROGRAM: u64 = 64 * MIB;
+
+/// Memory of a request in flight: its encoded bytes.
+const REQUEST: u64 = 4 * MIB;
+
+/// Memory of all requests in flight at most: the bound of the fetch threads.
+const MOST_REQUESTS: u64 = 256 * MIB;
+
+/// Memory of chunks that wait for the two disk tiers.
+const TIERS: u64 = 64 * MIB;
+
+/// Least memory for images: one of the usual size, and its conversion, whose pipes hold 16 MiB.
+const LEAST_FOR_IMAGES: u64 = 128 * MIB;
+
 /// Longest deadline of a read that can be set, in seconds: overlaybd's own 7 days.
 const LONGEST_DEADLINE: u64 = 7 * 86_400;
 
@@ -41,6 +60,8 @@ pub enum OnError {
 pub struct TurbobdConfig {
     /// `memoryCacheMB`, in bytes: decoded chunks in memory, of all devices together.
     pub memory_cache: u64,
+    /// `memoryBudgetMB`, in bytes: all memory of the daemon, the cache included.
+    pub memory_budget: u64,
     /// `freeSpaceFloorGB`, in bytes: free space that the disk tiers leave on their filesystem.
     pub free_space_floor: u64,
     /// `connections`: limit on range requests in flight.
@@ -98,8 +119,10 @@ impl TurbobdConfig {
         }
         let deadline = section.bounded("readDeadlineSeconds", LONGEST_DEADLINE)?.unwrap_or(60);
         let connections = section.bounded("connections", 1024)?.unwrap_or(CONNECTIONS).max(1);
-        let config = Self {
+        let budget = section.size("memoryBudgetMB", MIB)?;
+        let mut config = Self {
             memory_cache: section.size("memoryCacheMB", MIB)?.unwrap_or(MEMORY_CACHE_MB * MIB),
+            memory_budget: u64::MAX,
             free_space_floor: section.size("freeSpaceFloorGB", GIB)?.unwrap_or(GIB),
             connections: usize::try_from(connections).unwrap_or(1),
             mirrors,
@@ -117,8 +140,28 @@ impl TurbobdConfig {
             meta_keys: section.texts("metaKeys")?.into_iter().map(PathBuf::from).collect(),
             signers: Signers::default(),
         };
+        let fixed = config.fixed_memory();
+        config.memory_budget = budget.unwrap_or(fixed.saturating_add(FOR_IMAGES));
+        let least = fixed.saturating_add(LEAST_FOR_IMAGES);
+        if config.memory_budget < least {
+            let rule = format!(
+                "the program, turbobd.memoryCacheMB, turbobd.connections and one image take at least {} MB, and the \
+                 budget is {} MB",
+                least.div_ceil(MIB),
+                config.memory_budget / MIB
+            );
+            return Err(section.error("memoryBudgetMB", rule));
+        }
         section.end();
         Ok(config)
+    }
+
+    /// Bytes of the budget that do not depend on images: the program, the cache, requests in flight, and chunks that wait
+    /// for a disk tier. The rest is for open images and conversions.
+    #[must_use]
+    pub fn fixed_memory(&self) -> u64 {
+        let requests = (self.connections as u64).saturating_mul(REQUEST).min(MOST_REQUESTS);
+        self.memory_cache.saturating_add(requests).saturating_add(PROGRAM + TIERS)
     }
 }
 

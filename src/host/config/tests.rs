@@ -38,6 +38,7 @@ fn other_value(key: &str) -> (String, &'static str) {
         "turbobd.trustedHosts" => r#"["r.example"]"#,
         "turbobd.metricsAddress" => r#""::1""#,
         "turbobd.onError" => r#""wait""#,
+        "turbobd.memoryBudgetMB" => "2048",
         "turbobd.hedge.enable"
         | "turbobd.traces.enable"
         | "turbobd.traces.published"
@@ -426,4 +427,18 @@ mod properties {
             let _ = super::ServiceConfig::parse(&text, "c.json");
         }
     }
+}
+
+#[test]
+fn a_budget_that_holds_not_even_the_fixed_parts_is_refused_with_the_figures() {
+    let budget = |text: &str| {
+        let config = ServiceConfig::parse(&format!(r#"{{"turbobd": {text}}}"#), "c.json");
+        config.map(|(config, _)| config.turbobd.memory_budget >> 20).map_err(|e| e.to_string())
+    };
+    assert_eq!(budget("{}"), Ok(1024));
+    assert_eq!(budget(r#"{"memoryCacheMB": 4096}"#), Ok(1024 - 256 + 4096));
+    let least = r#"{"memoryBudgetMB": 276, "memoryCacheMB": 16, "connections": 1}"#;
+    assert_eq!(budget(least), Ok(276));
+    let less = budget(&least.replace("276", "275")).unwrap_err();
+    assert!(less.contains("at least 276 MB") && less.contains("is 275 MB"), "{less}");
 }

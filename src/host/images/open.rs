@@ -6,6 +6,7 @@ use std::sync::Arc;
 use blobs::cache::Cache;
 use blobs::tier::TierBlob;
 use client::{Code, ImageSource, ImageSpec, RegistrySpec};
+use convert::child::Builder;
 use convert::meta::{
     MetaError, MetaImages, MetaPlace, MetaReason, MetaTrust, NamedImage, Plain, is_meta, is_plain,
 };
@@ -14,8 +15,10 @@ use disk::config::{self, DeviceDownload, Purpose, TargetOpener};
 use disk::image::{
     HostManifest, ImageError, IndexedTargets, LayerInfo, OpenedImage, choose_manifest, open_image,
 };
+use disk::volume::VolumeSource;
 use disk::writable::{WritableError, WritableFiles};
 use disk::{Disk, DiskError};
+use formats::ext4::{MountableError, check_mountable};
 use formats::oci::{Digest, ImageName, Manifest, ReferenceError, RepositoryName, annotations};
 use formats::trace::Trace;
 use formats::units::Bytes;
@@ -70,6 +73,9 @@ pub enum OpenError {
     /// The device config, or a layer that it names, cannot be used.
     #[error(transparent)]
     Config(#[from] DiskError),
+    /// The kernel must not mount the filesystem.
+    #[error(transparent)]
+    Filesystem(#[from] MountableError),
     /// The writable layer cannot be used.
     #[error(transparent)]
     Upper(#[from] WritableError),
@@ -95,10 +101,10 @@ impl OpenError {
             Self::Image(error) => error,
             Self::Meta(error) => error,
             Self::Config(error) => error,
+            Self::Filesystem(error) => error,
             Self::Upper(error) => error,
-            Self::Unsigned { .. } => return Code::Denied,
+            Self::Unsigned { .. } | Self::Origin(_) => return Code::Denied,
             Self::Different { .. } => return Code::Damaged,
-            Self::Origin(_) => return Code::Denied,
             Self::TwoUppers | Self::BlobUrl(_) => return Code::Invalid,
         };
         crate::failure::code_of(inner)
@@ -140,7 +146,8 @@ pub fn open(
     registries: &Registries,
     cache: Arc<Cache>,
 ) -> Result<OpenImage, OpenError> {
-    Opening { spec, registries, cache, live: &LiveImages::default() }.open(Purpose::Read)
+    let (live, builder) = (&LiveImages::default(), &Builder::Here);
+    Opening { spec, registries, cache, live, builder }.open(Purpose::Read)
 }
 
 /// Opens an image for a device: what another device has open is shared, and a device config is told the outcome in
@@ -150,8 +157,10 @@ pub(super) fn open_for_device(
     registries: &Registries,
     cache: Arc<Cache>,
     live: &LiveImages,
+    builder: &Builder,
 ) -> Result<OpenImage, OpenError> {
-    let opened = Opening { spec, registries, cache, live }.open(Purpose::Serve);
+    let opened = Opening { spec, registries, cache, live, builder }.open(Purpose::Serve);
+    let opened = opened.and_then(|opened| check_filesystem(&opened.disk).map(|()| opened));
     if let Ok(opened) = &opened {
         warn_of_long_frames(&spec.name(), &opened.disk);
     }
@@ -168,6 +177,7 @@ struct Opening<'a> {
     registries: &'a Registries,
     cache: Arc<Cache>,
     live: &'a LiveImages,
+    builder: &'a Builder,
 }
 
 impl Opening<'_> {
@@ -269,6 +279,7 @@ impl Opening<'_> {
             local: local.unwrap_or(&own.meta_dir).clone(),
             publish: self.spec.publish,
             options: ConvertOptions::default(),
+            builder: self.builder.clone(),
             trust: own.meta_trust,
             signers: own.signers.clone(),
         };
@@ -358,6 +369,15 @@ impl Opening<'_> {
             unproved,
         })
     }
+}
+
+/// Refuses a meta image whose filesystem the kernel must not be given. The filesystem of a native image is read from its
+/// layers as the kernel mounts it: it is not held back for that.
+fn check_filesystem(disk: &Disk) -> Result<(), OpenError> {
+    if disk.has_metadata() {
+        check_mountable(&VolumeSource(disk))?;
+    }
+    Ok(())
 }
 
 /// Says which layers of a device have a zstd frame that no tier on this host holds once it is decoded.

@@ -5,19 +5,25 @@ use std::sync::Arc;
 use blobs::cache::{Cache, CacheOptions};
 use blobs::fetch::{FetchOptions, FillOptions};
 use blobs::tier::{Tier, TierKind, TierOptions, Tiers, Usage};
+use source::MemoryBudget;
 use source::failure::with_causes;
 
 use crate::config::{CacheConfig, CacheType, DownloadConfig, ServiceConfig};
 
-/// One cache for all devices.
-pub(super) fn new_cache(config: &ServiceConfig) -> Arc<Cache> {
+/// The memory of open images and of conversions: the part of the budget that is not of fixed size.
+pub(super) fn images_budget(config: &ServiceConfig) -> MemoryBudget {
+    MemoryBudget::new(config.turbobd.memory_budget.saturating_sub(config.turbobd.fixed_memory()))
+}
+
+/// One cache for all devices, and the memory that their images may take.
+pub(super) fn new_cache(config: &ServiceConfig, images: MemoryBudget) -> Arc<Cache> {
     let fetch = FetchOptions {
         connections: config.turbobd.connections,
         ahead: config.prefetch.concurrency,
         ..FetchOptions::default()
     };
     let options = CacheOptions { budget: config.turbobd.memory_cache, fetch };
-    Cache::over(options, open_tiers(config))
+    Cache::within(options, open_tiers(config), images)
 }
 
 /// Where the configuration wants chunks on disk, and how many.

@@ -68,10 +68,10 @@ pub(super) struct Args {
     /// Filesystem of the disk. erofs is an option of upstream's convertor only.
     #[arg(long, default_value = "ext4", value_parser = ["ext4"], help_heading = META)]
     fstype: String,
-    /// Distance of gzip checkpoints in KiB of the tar, 64 to 65536. A shorter span makes first reads smaller and the meta
+    /// Distance of gzip checkpoints in KiB of the tar, 64 to 16384. A shorter span makes first reads smaller and the meta
     /// image larger.
     #[arg(long, value_name = "KiB", default_value_t = formats::gzip::DEFAULT_SPAN.get() >> 10,
-          value_parser = clap::value_parser!(u64).range(64..=65536), help_heading = META)]
+          value_parser = clap::value_parser!(u64).range(64..=formats::gzip::MAX_SPAN.get() >> 10), help_heading = META)]
     span: u64,
     #[command(flatten)]
     compression: Compression,

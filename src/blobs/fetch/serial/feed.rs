@@ -16,7 +16,7 @@ use source::{Class, Run};
 use threads::Counter;
 
 /// Encoded bytes of a batch, 4 MiB; a batch always takes at least one chunk.
-const BATCH: u64 = 4 << 20;
+pub(super) const BATCH: u64 = 4 << 20;
 
 type Fetched = Result<VecDeque<EncodedChunk>, Arc<ChunkError>>;
 

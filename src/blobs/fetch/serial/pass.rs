@@ -194,9 +194,9 @@ impl Pass<'_> {
             && !self.is_for_nobody(&wanted)
         {
             // A decode thread reads it; if it turns out to be damaged there, it comes back and is lost.
-            let WantedChunk { blob, chunk, class, tries } = wanted;
+            let WantedChunk { blob, chunk, class, tries, flow } = wanted;
             let class = class.min(Class::Prefetch);
-            let job = DecodeJob { blob, chunk, class, tries, input: Input::Near };
+            let job = DecodeJob { blob, chunk, class, tries, flow, input: Input::Near };
             if let Err(job) = shared.workers.push(job) {
                 let wanted = job.wanted();
                 shared.fail(&wanted, super::super::ended(&wanted.blob));
@@ -293,7 +293,8 @@ impl Pass<'_> {
         let key = blob.key(chunk);
         match wanted {
             Some(one) if one.class < Class::Fill || shared.delivery.is_awaited(key) => {
-                (DecodeReason::Reader, shared.delivery.room(len))
+                let room = shared.delivery.room(len, one.flow);
+                (DecodeReason::Reader, room.unwrap_or_else(heap))
             }
             Some(_) if blob.stored().target().is_some() => (DecodeReason::Fill, heap()),
             Some(_) => match shared.delivery.spare_room(len) {
