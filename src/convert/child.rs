@@ -480,7 +480,7 @@ struct Piped {
 }
 
 impl Piped {
-    fn lacks(&self, what: impl ToString) -> StoreError {
+    fn lacks(&self, what: &dyn ToString) -> StoreError {
         StoreError::NotFound { store: self.name().to_owned(), what: what.to_string() }
     }
 }
@@ -491,7 +491,7 @@ impl ImageStore for Piped {
     }
 
     fn manifest(&self, _: &Selector) -> Result<StoredManifest, StoreError> {
-        Err(self.lacks("manifest"))
+        Err(self.lacks(&"manifest"))
     }
 
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
@@ -510,7 +510,7 @@ impl ImageStore for Piped {
     }
 
     fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError> {
-        Err(self.lacks(Digest::of(bytes)))
+        Err(self.lacks(&Digest::of(bytes)))
     }
 
     fn put_blob_from(
@@ -527,7 +527,7 @@ impl ImageStore for Piped {
     }
 
     fn put_manifest(&self, _: Option<&str>, _: &str, bytes: &[u8]) -> Result<(), StoreError> {
-        Err(self.lacks(Digest::of(bytes)))
+        Err(self.lacks(&Digest::of(bytes)))
     }
 }
 

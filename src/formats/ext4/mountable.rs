@@ -365,8 +365,7 @@ mod tests {
     fn sample() -> Vec<u8> {
         let size = Bytes(64 << 20);
         let mut image = Image::new(Geometry { size }, FilesystemIdentity::default()).unwrap();
-        let mut tree = Tree::new();
-        let blocks = image.commit_layer(&mut tree).unwrap();
+        let blocks = image.commit_layer(&Tree::new()).unwrap();
         let mut disk = vec![0; size.0 as usize];
         for run in blocks.runs() {
             if let LayerRun::Metadata { lba, bytes } = run {
