@@ -117,9 +117,9 @@ mod tests {
     use source::{ByteSource, MemorySource, Origin, SourceError};
 
     /// Bytes of an origin.
-    struct Told(Origin);
+    struct OriginAlone(Origin);
 
-    impl ByteSource for Told {
+    impl ByteSource for OriginAlone {
         fn name(&self) -> &'static str {
             "told"
         }
@@ -174,7 +174,7 @@ mod tests {
 
     fn of(proof: Proof, name: &str, client: u64) -> BlobIdentity {
         let origin = Origin { name: name.to_owned(), client };
-        BlobIdentity::of(&Proved(proof, Arc::new(Told(origin))))
+        BlobIdentity::of(&Proved(proof, Arc::new(OriginAlone(origin))))
     }
 
     #[test]

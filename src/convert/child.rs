@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use parking_lot::{Condvar, Mutex};
-use rustix::process::{Resource, Rlimit, setpriority_process, setrlimit};
+use rustix::process::{Resource, Rlimit, getpriority_process, setpriority_process, setrlimit};
 use thiserror::Error;
 
 use crate::image::{ConvertedImage, convert_image};
@@ -429,7 +429,10 @@ fn limit_itself(memory: u64) -> io::Result<()> {
     setrlimit(Resource::Nofile, most(FILES))?;
     setrlimit(Resource::Fsize, most(0))?; // it writes to its pipes only
     setrlimit(Resource::Core, most(0))?;
-    setpriority_process(None, NICE)?;
+    // A parent of even lower priority stays one: only the privileged may go up.
+    if getpriority_process(None)? < NICE {
+        setpriority_process(None, NICE)?;
+    }
     // Where memory is short all the same, the kernel takes this process and not the parent, whose devices are in use.
     let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
     Ok(())

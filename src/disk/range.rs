@@ -3,7 +3,6 @@
 use std::fmt;
 use std::ops::Range;
 
-use crate::volume::VolumeError;
 use formats::units::{SECTOR, Sectors};
 
 /// A range of bytes of a virtual disk. It may leave the disk: [`DiskRange::check`].
@@ -58,17 +57,6 @@ impl DiskRange {
     pub fn part_in(self, lba: Sectors, len: Sectors) -> Self {
         let start = lba.bytes().0.max(self.offset);
         Self { offset: start, len: (lba + len).bytes().0.min(self.end()) - start }
-    }
-
-    /// Tests that a disk of `size` bytes has it.
-    ///
-    /// # Errors
-    /// [`VolumeError::PastEnd`].
-    pub fn check(self, size: u64) -> Result<(), VolumeError> {
-        if self.end() > size {
-            return Err(VolumeError::PastEnd { range: self, size });
-        }
-        Ok(())
     }
 }
 

@@ -93,6 +93,19 @@ fn so_far(last: &Option<String>) -> String {
     last.as_ref().map_or_else(String::new, |last| format!(": {last}"))
 }
 
+impl DiskRange {
+    /// Tests that a disk of `size` bytes has it.
+    ///
+    /// # Errors
+    /// [`VolumeError::PastEnd`].
+    pub fn check(self, size: u64) -> Result<(), VolumeError> {
+        if self.end() > size {
+            return Err(VolumeError::PastEnd { range: self, size });
+        }
+        Ok(())
+    }
+}
+
 impl VolumeError {
     /// True if the same read may succeed later, such as one from a registry that is unreachable now. False
     /// for bytes that were wrong several times, or a blob that does not exist.

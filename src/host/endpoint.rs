@@ -75,13 +75,13 @@ enum Listener {
 }
 
 /// A connection of either kind.
-trait Link: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+trait EndpointStream: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
 
-impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Link for T {}
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> EndpointStream for T {}
 
 impl Listener {
     /// The next connection; `None` for one of a user that is not answered.
-    async fn accept(&self) -> io::Result<Option<Box<dyn Link>>> {
+    async fn accept(&self) -> io::Result<Option<Box<dyn EndpointStream>>> {
         match self {
             Self::Tcp(listener) => Ok(Some(Box::new(listener.accept().await?.0))),
             Self::Unix(listener) => {
@@ -91,7 +91,7 @@ impl Listener {
                 if !is_known {
                     tracing::warn!(uid, "A connection of another user was refused");
                 }
-                Ok(is_known.then(|| Box::new(stream) as Box<dyn Link>))
+                Ok(is_known.then(|| Box::new(stream) as Box<dyn EndpointStream>))
             }
         }
     }

@@ -332,7 +332,8 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let resolve = |reach| {
             let name: Name = "localhost".parse().unwrap();
-            runtime.block_on(Resolver::new(reach).call(name)).map(Iterator::count)
+            let found = runtime.block_on(async { Resolver::new(reach).call(name).await });
+            found.map(Iterator::count)
         };
         assert!(resolve(Reach::Named).unwrap() > 0);
         assert!(resolve(Reach::OfRegistry).unwrap_err().is::<OutOfReach>());

@@ -80,7 +80,9 @@ struct Saying {
 fn saying(form: Form, word: u8) -> Saying {
     let mut app = vec![b'#'; 4096];
     app[..4].fill(word);
-    let tar = tar_of(&[("app", &app), ("data", &noise(1, 3 * MIB))]);
+    // A frame is long, and has chunks inside, from 4 MiB on.
+    let len = if form == Form::LongFrame { 5 * MIB } else { 3 * MIB };
+    let tar = tar_of(&[("app", &app), ("data", &noise(1, len))]);
     let images = Images::new();
     let (media_type, layer) = form.layer(&tar);
     images.add("latest", &[(media_type, layer.clone())]);

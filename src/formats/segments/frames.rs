@@ -13,6 +13,9 @@ use crate::units::Bytes;
 use crate::zstandard::walk::{Edge, PieceKind, Walker};
 use crate::zstandard::{MOST_INPUT, ZstdError};
 
+const _: () =
+    assert!(MOST_INPUT == super::MAX_SEGMENT.0, "what has no end of a segment becomes one");
+
 /// Length of a frame's output above which it is cut inside: 4 MiB, or the span if that is longer. Decoding 4
 /// MiB for one read takes some milliseconds.
 pub const LONG: Bytes = Bytes(4 << 20);

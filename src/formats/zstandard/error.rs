@@ -4,10 +4,9 @@ use std::io;
 
 use thiserror::Error;
 
-/// Most bytes of a blob without an end of a segment: they are kept to be hashed, and become one segment
-/// ([`MAX_SEGMENT`](crate::segments::MAX_SEGMENT)). Twice the longest span stays below this, unless the bytes yield
-/// hardly any output.
-pub const MOST_INPUT: u64 = crate::segments::MAX_SEGMENT.0;
+/// Most bytes of a blob without an end of a segment, 32 MiB: they are kept to be hashed, and become one segment, which may
+/// not be longer. Twice the longest span stays below this, unless the bytes yield hardly any output.
+pub const MOST_INPUT: u64 = 32 << 20;
 
 /// Error of reading a zstd layer. Offsets are in bytes of the compressed blob.
 #[derive(Debug, Error)]
