@@ -3,7 +3,7 @@
 //! A daemon builds the meta image of a plain image that its users named. Authors of layers decide how much memory and
 //! time that takes: a tar of some megabytes can name ten million files. So the daemon starts itself again as a child that
 //! has nothing but two pipes: it gets manifest, config and layers through one, and answers with the built image through
-//! the other. The child limits itself before it reads the first byte ([`Limits`]): memory, open files, files at all, and its
+//! the other. The child limits itself before it reads the first byte: memory, open files, files at all, and its
 //! share of the processors. What exceeds the memory ends the child, and is told with the figure; the daemon and its
 //! devices go on.
 //!

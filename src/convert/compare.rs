@@ -24,10 +24,10 @@ use thiserror::Error;
 
 use crate::image::{MadeLayer, convert_layers};
 use crate::{ConvertError, ConvertOptions, Progress};
-use disk::Disk;
 use disk::image::{ImageError, open_layers};
 use disk::volume::{Volume as _, VolumeError, VolumeSource};
-use formats::ext4::{self, Attributes, Image, NodeId, NodeKind, ReadError, Tree};
+use disk::{Disk, DiskRange};
+use formats::ext4::{self, Attributes, Geometry, Image, NodeId, NodeKind, ReadError, Tree};
 use formats::lsmt::RunPlace;
 use formats::oci::annotations::{AnnotationError, LayerKind, split_acceleration};
 use formats::oci::{Descriptor, Manifest};
@@ -49,6 +49,9 @@ pub enum CompareError {
     /// A layer has no original.
     #[error("Layer {0} holds its data itself and names no original layer")]
     Native(usize),
+    /// The filesystem is another one than ext4, such as upstream's erofs.
+    #[error("Only the files of an ext4 can be compared")]
+    NoExt4,
     /// The layers cannot be read, or are no layers.
     #[error("The layers cannot be converted for a comparison")]
     Layers(#[source] Box<ConvertError>),
@@ -103,8 +106,13 @@ pub fn with_layers(
 ) -> Result<Vec<Difference>, CompareError> {
     let (_, layers) = split_acceleration(&manifest.layers);
     let originals = originals(layers, targets)?;
-    // On a disk of the size that was found, so that the archives can be equal.
-    let disk_size = Bytes(disk.size());
+    if !has_ext4(disk)? {
+        return Err(CompareError::NoExt4);
+    }
+    // On a disk of the size that was found, so that the archives can be equal. Others are compared by their files, and the
+    // disk of these must only be large enough.
+    let size = disk.size().clamp(Geometry::MIN.0, Geometry::MAX.0);
+    let disk_size = Bytes(size.next_multiple_of(4096));
     let options = ConvertOptions { disk_size, ..ConvertOptions::default() };
     let made = convert_layers(targets, &originals, &options, progress)
         .map_err(|error| CompareError::Layers(Box::new(error)))?;
@@ -122,6 +130,17 @@ pub fn with_layers(
     let stack = descriptors.iter().map(|layer| (&store as &dyn ImageStore, layer));
     let expected = open_layers(stack, targets, disk.cache().clone())?.disk;
     disks(disk, &expected)
+}
+
+/// True if the superblock is that of an ext4.
+fn has_ext4(disk: &Disk) -> Result<bool, VolumeError> {
+    let place = DiskRange::new(1024 + 56, 2);
+    if place.end() > disk.size() {
+        return Ok(false);
+    }
+    let mut magic = [0; 2];
+    disk.read_at(&mut magic, place.offset)?;
+    Ok(u16::from_le_bytes(magic) == 0xef53)
 }
 
 /// The layers that these are made of.
