@@ -37,14 +37,16 @@ enum Form {
     Upstream,
     /// zstd in frames, with a table.
     Zstd,
-    /// zstd in one long frame, with a table.
+    /// zstd in one frame that is one chunk, with a table.
+    OneFrame,
+    /// zstd in one long frame of many chunks, with a table.
     LongFrame,
     /// A native layer.
     Native,
 }
 
 const FORMS: [Form; 6] =
-    [Form::Tar, Form::Gzip, Form::Upstream, Form::Zstd, Form::LongFrame, Form::Native];
+    [Form::Tar, Form::Gzip, Form::Upstream, Form::Zstd, Form::OneFrame, Form::Native];
 
 impl Form {
     /// True if the image brings checksums that prove each chunk.
@@ -65,7 +67,7 @@ impl Form {
             Self::Tar | Self::Native => (OCI_TAR, tar.to_vec()),
             Self::Gzip | Self::Upstream => (OCI_GZIP, stored()),
             Self::Zstd => (OCI_ZSTD, tar.chunks(300_000).flat_map(zstd).collect()),
-            Self::LongFrame => (OCI_ZSTD, zstd(tar)),
+            Self::OneFrame | Self::LongFrame => (OCI_ZSTD, zstd(tar)),
         }
     }
 }
