@@ -3,7 +3,7 @@
 //! A meta image decides the file system that a container sees, and nothing in it proves that it was made from the
 //! layers that it names. So the question is who vouches for it: the user, who named it; the repository, if the user left
 //! the choice to it by naming a tag; the owner of a listed key; this host, which built it. A reference by digest leaves
-//! no choice: it asks for the contents of that image, and a meta image that somebody put beside it is not part of it.
+//! no choice: it asks for the contents of that image, and a meta image that lies beside it is not part of it.
 //!
 //! | the reference | the meta image | `verify` | `signed` | `any` |
 //! |---|---|---|---|---|
