@@ -6,7 +6,7 @@
 //! way to it is followed only if one of the two made it (as the kernel's `fs.protected_symlinks` does for sticky folders). A
 //! file in a folder that is not ours, such as a log in `/tmp`, is opened without following a link, and must be ours.
 //!
-//! What is above the folder is not examined: whoever can rename the parents of a folder of root is trusted by the
+//! What is above the folder is not examined: a user who can rename the parents of a folder of root is trusted by the
 //! operator who put it there.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};

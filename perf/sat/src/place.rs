@@ -121,10 +121,10 @@ mod tests {
 
     #[test]
     fn only_mounts_below_the_folder_are_found_in_their_order() {
-        let table = "1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 8:2 / /t/work/a\\040b rw - ext4 /dev/b rw\n\
-                     3 1 8:2 / /t/work/a\\040b/c rw - ext4 /dev/b rw\n4 1 8:2 / /t/workshop rw - ext4 /dev/b rw\n";
-        let found = mounts_below(table, Path::new("/t/work"));
-        assert_eq!(found, [Path::new("/t/work/a b"), Path::new("/t/work/a b/c")]);
+        let table = "1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 8:2 / /t/sat/a\\040b rw - ext4 /dev/b rw\n\
+                     3 1 8:2 / /t/sat/a\\040b/c rw - ext4 /dev/b rw\n4 1 8:2 / /t/satellite rw - ext4 /dev/b rw\n";
+        let found = mounts_below(table, Path::new("/t/sat"));
+        assert_eq!(found, [Path::new("/t/sat/a b"), Path::new("/t/sat/a b/c")]);
     }
 
     #[test]

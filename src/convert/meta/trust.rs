@@ -90,7 +90,7 @@ pub enum NamedImage {
     Digest,
 }
 
-/// MetaPlace of a meta image.
+/// Place of a meta image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetaPlace {
     /// This host's store, with this host's record of its building.
@@ -101,7 +101,7 @@ pub enum MetaPlace {
     Elsewhere,
 }
 
-/// MetaReason why a meta image is used.
+/// Reason why a meta image is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MetaReason {
     /// This host built it from the layers.

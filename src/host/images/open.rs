@@ -121,7 +121,7 @@ pub struct OpenImage {
     pub digest: Option<Digest>,
     /// Its manifest; none for a device config.
     pub manifest: Option<Manifest>,
-    /// MetaPlace of the original blobs; none for a device config.
+    /// Place of the original blobs; none for a device config.
     pub targets: Option<Arc<dyn ImageStore>>,
     /// Trace that the image brought with it.
     pub trace: Option<Trace>,
@@ -135,6 +135,25 @@ pub struct OpenImage {
     pub unproved: Option<Unproved>,
     /// Why its meta image is used; none for a device config, and for an image that holds all its data itself.
     pub reason: Option<MetaReason>,
+}
+
+impl OpenImage {
+    /// A disk of which nothing else is known.
+    fn of(disk: Disk, trace: Option<Trace>) -> Self {
+        Self {
+            disk,
+            layers: Vec::new(),
+            digest: None,
+            manifest: None,
+            targets: None,
+            trace,
+            named: None,
+            upper: None,
+            download: None,
+            unproved: None,
+            reason: None,
+        }
+    }
 }
 
 /// Opens an image over `cache`.
@@ -197,22 +216,8 @@ impl Opening<'_> {
                 file.display()
             );
         }
-        let (disk, trace, upper) = (opened.disk, opened.trace, opened.upper);
-        let (layers, digest, targets, named) = (Vec::new(), None, None, None);
-        let (download, reason, manifest, unproved) = (opened.download, None, None, None);
-        Ok(OpenImage {
-            disk,
-            layers,
-            digest,
-            manifest,
-            targets,
-            trace,
-            named,
-            upper,
-            download,
-            reason,
-            unproved,
-        })
+        let (upper, download) = (opened.upper, opened.download);
+        Ok(OpenImage { upper, download, ..OpenImage::of(opened.disk, opened.trace) })
     }
 
     fn open_reference(&self, name: &str) -> Result<OpenImage, OpenError> {
@@ -352,22 +357,8 @@ impl Opening<'_> {
                 (disk, layers, trace)
             }
         };
-        let targets = Some(targets);
-        let manifest = Some(manifest.clone());
-        let (named, upper, download, reason, unproved) = (None, None, None, None, None);
-        Ok(OpenImage {
-            disk,
-            layers,
-            digest,
-            manifest,
-            targets,
-            trace,
-            named,
-            upper,
-            download,
-            reason,
-            unproved,
-        })
+        let (targets, manifest) = (Some(targets), Some(manifest.clone()));
+        Ok(OpenImage { layers, digest, manifest, targets, ..OpenImage::of(disk, trace) })
     }
 }
 

@@ -337,6 +337,27 @@ pub(super) struct Snapshotter {
     pub(super) daemons: Vec<Daemon>,
 }
 
+impl Snapshotter {
+    /// Starts the daemon of the snapshotter `name`, which listens at `dir/sock`, and a containerd that uses it.
+    ///
+    /// # Errors
+    /// [`Failure`] if one of them does not start.
+    pub(super) fn behind(
+        site: &Site,
+        group: &Group,
+        store: &Path,
+        name: &'static str,
+        (command, dir): (&Command, &Path),
+    ) -> Result<Self, Failure> {
+        let socket = dir.join("sock");
+        let mut daemon = Daemon::start(command, Some(group), &dir.join("log"))?;
+        daemon.wait_until(Duration::from_secs(20), || socket.exists())?;
+        let plugin = Plugin { name, socket };
+        let containerd = Containerd::start(site, group, store, Some(&plugin), None)?;
+        Ok(Self { containerd, name, daemons: vec![daemon] })
+    }
+}
+
 impl Running for Snapshotter {
     fn pull(&mut self, reference: &str) -> Result<Vec<Phase>, Failure> {
         self.containerd.pull(reference, self.name)?;

@@ -8,13 +8,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::containerd::{self, Containerd, Plugin, Snapshotter};
+use super::containerd::{self, Snapshotter};
 use super::{Converted, Running, Site, System, programs};
 use crate::failure::{Attempt as _, Failure};
 use crate::images::{Image, TAG};
 use crate::measure::group::Group;
 use crate::place::Place;
-use crate::program::{self, Daemon};
+use crate::program;
 
 /// Longest conversion.
 const CONVERT: Duration = Duration::from_secs(3600);
@@ -113,10 +113,6 @@ impl System for Nydus {
         command.arg("--address").arg(&socket).arg("--root").arg(dir.join("root"));
         command.arg("--nydusd").arg(found("nydusd")?).arg("--nydusd-config").arg(&config);
         command.args(["--log-to-stdout", "--fs-driver", "fusedev"]);
-        let mut daemon = Daemon::start(&command, Some(group), &dir.join("log"))?;
-        daemon.wait_until(Duration::from_secs(20), || socket.exists())?;
-        let plugin = Plugin { name: "nydus", socket };
-        let containerd = Containerd::start(site, group, store, Some(&plugin), None)?;
-        Ok(Box::new(Snapshotter { containerd, name: "nydus", daemons: vec![daemon] }))
+        Ok(Box::new(Snapshotter::behind(site, group, store, "nydus", (&command, &dir))?))
     }
 }

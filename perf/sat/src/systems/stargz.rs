@@ -8,13 +8,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::containerd::{self, Containerd, From, Plugin};
+use super::containerd::{self, Containerd, Snapshotter};
 use super::{Converted, Phase, Running, Site, System, programs};
 use crate::failure::{Attempt as _, Failure};
 use crate::images::{Image, TAG};
 use crate::measure::group::Group;
 use crate::place::Place;
-use crate::program::{self, Daemon};
+use crate::program;
 
 /// Longest conversion: eStargz compresses each file alone.
 const CONVERT: Duration = Duration::from_secs(3600);
@@ -146,12 +146,9 @@ impl System for Stargz {
         let mut command = Command::new(program);
         command.arg("--address").arg(&socket).arg("--root").arg(dir.join("root"));
         command.arg("--config").arg(&config).args(["--log-level", "warn"]);
-        let mut daemon = Daemon::start(&command, Some(group), &dir.join("log"))?;
-        daemon.wait_until(Duration::from_secs(20), || socket.exists())?;
-        let plugin = Plugin { name: "stargz", socket };
-        let containerd = Containerd::start(site, group, store, Some(&plugin), None)?;
-        let pull = remote(site, &containerd)?;
-        Ok(Box::new(Remote { containerd, pull, daemon, group: group.clone() }))
+        let behind = Snapshotter::behind(site, group, store, "stargz", (&command, &dir))?;
+        let pull = remote(site, &behind.containerd)?;
+        Ok(Box::new(Remote { behind, pull, group: group.clone() }))
     }
 }
 
@@ -166,9 +163,8 @@ fn remote(site: &Site, containerd: &Containerd) -> Result<Command, Failure> {
 
 /// stargz' snapshotter beside a containerd. Its own pull names the layers to the snapshotter.
 struct Remote {
-    containerd: Containerd,
+    behind: Snapshotter,
     pull: Command,
-    daemon: Daemon,
     group: Group,
 }
 
@@ -182,19 +178,14 @@ impl Running for Remote {
     }
 
     fn run(&self, image: &Image, reference: &str, number: u32) -> Result<Vec<Phase>, Failure> {
-        let from = From::Image { reference, snapshotter: "stargz" };
-        self.containerd.run(image, &from, number)?;
-        Ok(Vec::new())
+        self.behind.run(image, reference, number)
     }
 
     fn said(&self, number: u32) -> String {
-        self.containerd.said(number)
+        self.behind.said(number)
     }
 
     fn stop(self: Box<Self>) -> Result<(), Failure> {
-        let Self { containerd, daemon, .. } = *self;
-        let stopped = containerd.stop();
-        drop(daemon);
-        stopped
+        Box::new(self.behind).stop()
     }
 }
