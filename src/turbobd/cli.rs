@@ -253,7 +253,8 @@ mod tests {
 
     #[test]
     fn the_registry_heading_has_the_options_of_registries_and_no_others() {
-        let registry = ["user", "plain", "insecure", "root_ca", "cert_dir", "client_cert"];
+        let registry =
+            ["user", "password_stdin", "plain", "insecure", "root_ca", "cert_dir", "client_cert"];
         let with = commands()
             .iter()
             .filter(|command| {
