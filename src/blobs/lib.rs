@@ -1,7 +1,7 @@
 //! Bytes of blobs on demand: fetched by range, verified, decoded, kept.
 //!
 //! A disk asks for chunks of blobs. A chunk that is in memory is answered with its address at once; each other chunk is
-//! loaded once, however many readers wait: from a disk tier if one holds the chunk, else by few range requests from
+//! loaded once for each origin, however many readers wait: from a disk tier if one holds the chunk, else by few range requests from
 //! the [`ByteSource`](source::ByteSource) behind the blob. Nothing here knows a layer format: a
 //! [`ChunkSource`](source::chunk::ChunkSource) says where a chunk lies, verifies it and decodes it.
 //!

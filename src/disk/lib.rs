@@ -11,8 +11,8 @@
 //! others. So the chunks of a woken request are kept for it (`leases`): every request ends, however small the
 //! budget.
 //!
-//! Upstream answers a read past the end of a layer's target with zeros, so a disk with a truncated or wrong
-//! target mounts and shows zeros. Here a mapping may exceed the target only by the padding of its last block;
+//! Upstream answers a read past the end of a layer's target (the original blob that its mappings point into) with zeros, so a disk with a
+//! truncated or wrong target mounts and shows zeros. Here a mapping may exceed the target only by the padding of its last block;
 //! any other excess is refused when the disk is opened.
 //!
 //! Contents: [`image`] a converted image in a store, [`config`] upstream's device configuration, [`digest`]
