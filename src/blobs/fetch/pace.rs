@@ -12,6 +12,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::blob::Blob;
 use crate::quiet::{Allowance, Demand};
 
 /// Least bytes of a fill request, 256 KiB: 2 ms of a gigabit, and about a chunk. `download.blockSize` changes it.
@@ -47,9 +48,15 @@ impl Pace {
         &self.demand
     }
 
-    /// Records the bytes that a line brings in two round trips.
-    pub(super) fn line(&self, bytes: u64) {
-        self.line.store(bytes, Ordering::Relaxed);
+    /// Records what was measured of the line to a blob.
+    pub(super) fn measured(&self, blob: &Blob) {
+        let Some((two_round_trips, round_trip)) = blob.line() else { return };
+        self.line(two_round_trips);
+        self.demand.measured(round_trip);
+    }
+
+    fn line(&self, two_round_trips: u64) {
+        self.line.store(two_round_trips, Ordering::Relaxed);
     }
 
     /// Sets `download.blockSize`: least bytes of a fill request.
@@ -90,7 +97,10 @@ mod tests {
         let pace = Pace::default();
         assert_eq!((pace.fill(1, 0), pace.fill(0, 0)), (0, 0));
         assert_eq!(pace.allowed(Allowance::Nothing, 0), 0);
-        assert_eq!((pace.allowed(Allowance::Little, 0), pace.allowed(Allowance::Little, 1)), (SMALL, 0));
+        assert_eq!(
+            (pace.allowed(Allowance::Little, 0), pace.allowed(Allowance::Little, 1)),
+            (SMALL, 0)
+        );
     }
 
     #[test]
@@ -124,7 +134,8 @@ mod tests {
                 }
             }
             prop_assert!(bytes >= line.min(MOST * LARGE));
-            prop_assert!(bytes <= (2 * line + LARGE).max(2 * SMALL).min(MOST * LARGE), "{bytes} of {line}");
+            let one = line.clamp(SMALL, LARGE);
+            prop_assert!(bytes <= line + 2 * one && bytes <= MOST * LARGE, "{bytes} of {line}");
         }
     }
 }

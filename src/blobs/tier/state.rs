@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 
@@ -13,6 +14,7 @@ use super::presence::{ChunkExtent, HEADER, RECORD, Subject};
 use super::store::{Store, StoredFile};
 use super::writer::{Gone, Offer, WriterCommand};
 use super::{QUEUE, TierBlob, TierCounters, TierKind, TierOptions, Usage, in_pages};
+use crate::quiet::{Allowance, Demand};
 
 /// State shared by readers and the writer.
 pub(super) struct TierShared {
@@ -24,6 +26,8 @@ pub(super) struct TierShared {
     commands: Mutex<Sender<WriterCommand>>,
     queued: AtomicU64,
     full: AtomicBool,
+    /// The demand that the writer yields to, if there is one.
+    demand: OnceLock<Arc<Demand>>,
 }
 
 /// All files.
@@ -200,7 +204,20 @@ impl TierShared {
             commands: Mutex::new(commands),
             queued: AtomicU64::new(0),
             full: AtomicBool::new(false),
+            demand: OnceLock::new(),
         }
+    }
+
+    pub(super) fn yield_to(&self, demand: Arc<Demand>) {
+        let _ = self.demand.set(demand);
+    }
+
+    /// Time until it is quiet; `None` if a batch may be written now: it is quiet, or so much waits that more would be
+    /// dropped.
+    pub(super) fn holds_back(&self) -> Option<Duration> {
+        let demand = self.demand.get()?;
+        let waits = self.queued() <= QUEUE / 2 && demand.allowance() == Allowance::Nothing;
+        waits.then(|| demand.left())
     }
 
     /// No code panics or waits while it holds this.
