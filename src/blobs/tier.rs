@@ -492,6 +492,12 @@ impl TierBlob {
         self.len_of(chunk).is_some()
     }
 
+    /// True if a chunk waits to be written.
+    #[must_use]
+    pub fn is_offered(&self, chunk: u32) -> bool {
+        self.shared.is_offered(self.file, chunk)
+    }
+
     /// Number of chunks that are there.
     #[must_use]
     pub fn count(&self) -> usize {

@@ -299,7 +299,10 @@ fn fill(shared: &Arc<FetchShared>, thread: &IdleThread, task: &Task) -> bool {
     for blob in &task.blobs {
         shared.fill.lock().failures = 0;
         for chunk in 0..blob.source().chunk_count() {
-            if blob.is_near(chunk) {
+            // What a reader has fetched waits to be written, until it is quiet.
+            let is_offered =
+                || blob.stored().target().is_some_and(|(_, stored)| stored.is_offered(chunk));
+            if blob.is_near(chunk) || is_offered() {
                 continue;
             }
             // The part of a layer beyond the whole tier's capacity would only evict the layer's beginning.

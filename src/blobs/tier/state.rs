@@ -1,6 +1,6 @@
 //! The map of all files in memory, and the readers' operations on it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -36,6 +36,8 @@ pub(super) struct TierState {
     pub(super) files: HashMap<u32, FileState>,
     names: HashMap<String, u32>,
     pub(super) fifo: Fifo,
+    /// Chunks that wait to be written.
+    offered: HashSet<(u32, u32)>,
     /// Bytes that the files take, as [`FileState::bytes`] counts them.
     pub(super) used: u64,
     next: u32,
@@ -261,8 +263,12 @@ impl TierShared {
         self.queued.load(Ordering::Relaxed)
     }
 
-    /// Subtracts bytes that no longer wait.
-    pub(super) fn unqueue(&self, bytes: u64) {
+    /// Subtracts bytes that no longer wait, and these chunks.
+    pub(super) fn unqueue(&self, bytes: u64, chunks: &[(u32, u32)]) {
+        if !chunks.is_empty() {
+            let mut state = self.lock();
+            chunks.iter().for_each(|chunk| _ = state.offered.remove(chunk));
+        }
         self.queued.fetch_sub(bytes, Ordering::Relaxed);
     }
 
@@ -346,15 +352,24 @@ impl TierShared {
     }
 
     pub(super) fn offer(&self, offer: Offer) -> bool {
-        let len = offer.payload.bytes().len() as u64;
+        let (len, key) = (offer.payload.bytes().len() as u64, (offer.file, offer.chunk));
         // A chunk that is longer than the queue is accepted when no other one waits.
         let before = self.queued.fetch_add(len, Ordering::Relaxed);
-        if (before > 0 && before + len > QUEUE) || !self.send(WriterCommand::Offer(offer)) {
-            self.unqueue(len);
-            self.counters.dropped.add(1);
-            return false;
+        let fits = before == 0 || before + len <= QUEUE;
+        if fits {
+            self.lock().offered.insert(key);
+            if self.send(WriterCommand::Offer(offer)) {
+                return true;
+            }
         }
-        true
+        self.unqueue(len, &[]);
+        self.counters.dropped.add(1);
+        false
+    }
+
+    /// True if a chunk waits to be written.
+    pub(super) fn is_offered(&self, number: u32, chunk: u32) -> bool {
+        self.lock().offered.contains(&(number, chunk))
     }
 
     pub(super) fn read(

@@ -482,8 +482,8 @@ fn wait_until(what: impl Fn() -> bool) {
 
 #[test]
 fn a_chunk_is_not_written_beside_reads_but_at_once_when_a_caller_waits_and_when_they_end() {
-    let store = Arc::new(MemoryTierStore::default());
-    let tier = tier(store, 64 << 20, 0);
+    let store = MemoryTierStore::new(1 << 30);
+    let tier = tier(Arc::new(store), 64 << 20, 0);
     let file = tier.file(&blob(1, 40)).unwrap();
     let busy = Busy::beside(&tier);
     assert!(offer(&file, 1, 0));
@@ -499,8 +499,8 @@ fn a_chunk_is_not_written_beside_reads_but_at_once_when_a_caller_waits_and_when_
 
 #[test]
 fn chunks_that_would_be_dropped_for_lack_of_room_are_written_beside_reads() {
-    let store = Arc::new(MemoryTierStore::default());
-    let tier = tier(store, 256 << 20, 0);
+    let store = MemoryTierStore::new(1 << 30);
+    let tier = tier(Arc::new(store), 256 << 20, 0);
     let chunks = QUEUE / PlainChunks::CHUNK * 3 / 4;
     let file = tier.file(&blob(1, chunks)).unwrap();
     let _busy = Busy::beside(&tier);

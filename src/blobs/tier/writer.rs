@@ -213,6 +213,7 @@ impl TierWriter {
     /// Processes one batch. `to`: shrink to so many bytes.
     async fn process(&mut self, batch: WriterRound, to: Option<u64>) {
         let bytes: u64 = batch.offers.iter().map(Offer::len).sum();
+        let chunks: Vec<_> = batch.offers.iter().map(|offer| (offer.file, offer.chunk)).collect();
         let mut gone = batch.gone;
         let offers = self.plan(batch.offers, &mut gone, to);
         if !gone.is_empty() {
@@ -222,7 +223,7 @@ impl TierWriter {
             self.store(offers).await;
         }
         self.settle().await;
-        self.shared.unqueue(bytes);
+        self.shared.unqueue(bytes, &chunks);
     }
 
     /// Corrects the count when writes and holes took other pages than planned: holes that the disk refused,
