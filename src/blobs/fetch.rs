@@ -166,6 +166,8 @@ pub struct FetchCounters {
     pub filled: Counter,
     /// Encoded bytes of those.
     pub filled_bytes: Counter,
+    /// Chunks that the fill had requested and that were fetched again, for a reader.
+    pub taken_over: Counter,
     /// Blobs without a table of checksums that were fetched whole and have their digest.
     pub whole_blobs: Counter,
     /// Blobs that were fetched whole and have another digest.
@@ -302,7 +304,7 @@ impl FetchShared {
 
     /// Makes demand of a chunk, wherever its load has got to.
     fn urge(&self, key: Key, flow: Flow) {
-        self.crew.urge(key, flow);
+        self.counters.taken_over.add(self.crew.urge(key, flow).into());
         self.workers.urge(key, flow);
         if self.serials.urge(key) {
             self.crew.look_again();

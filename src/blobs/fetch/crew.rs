@@ -114,16 +114,16 @@ impl CrewState {
         self.own.saturating_sub(self.fills.len()) + demand + prefetches
     }
 
-    /// Makes demand of a chunk that the fill has requested, and whose answer has not begun.
-    fn take_over(&mut self, key: Key, flow: Flow) {
+    /// Makes demand of a chunk that the fill has requested, if the answer has not begun.
+    fn take_over(&mut self, key: Key, flow: Flow) -> bool {
         let requests = self.fills.values_mut().filter(|request| !request.answered);
         let found = requests.filter_map(|request| {
             let chunk = request.chunk_of(key)?;
             request.again.insert(chunk).then(|| (request.blob.clone(), chunk))
         });
-        if let Some((blob, chunk)) = found.last() {
-            self.queue.push(WantedChunk { blob, chunk, class: Class::Demand, tries: 0, flow });
-        }
+        let Some((blob, chunk)) = found.last() else { return false };
+        self.queue.push(WantedChunk { blob, chunk, class: Class::Demand, tries: 0, flow });
+        true
     }
 
     fn begun(&mut self, way: u32) {
@@ -188,13 +188,13 @@ impl Crew {
         self.state.lock()
     }
 
-    pub(super) fn urge(&self, key: Key, flow: Flow) {
+    /// Makes demand of a chunk that is wanted, or in a request of the fill. True if it is requested a second time.
+    pub(super) fn urge(&self, key: Key, flow: Flow) -> bool {
         let mut state = self.lock();
-        if !state.queue.urge(key, flow) {
-            state.take_over(key, flow);
-        }
+        let again = !state.queue.urge(key, flow) && state.take_over(key, flow);
         drop(state);
         self.wake.notify_one();
+        again
     }
 
     /// Notes that the answer to a request of the fill has begun: its chunks come soon.

@@ -26,8 +26,8 @@ const BATCH: u64 = 8 << 20;
 const LINGER: Duration = Duration::from_millis(20);
 /// Time without work after which the maps are synced and the free space is checked.
 const IDLE: Duration = Duration::from_millis(500);
-/// Longest time that chunks wait for quiet: what a crash would lose.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest time that a batch waits for quiet: what a crash would lose.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Longest sleep of a writer that is held back: more may come that fills its queue.
 const STEP: Duration = Duration::from_millis(100);
 /// Number of records from which on a map may be rewritten, when most of them are obsolete.

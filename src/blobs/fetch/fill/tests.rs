@@ -251,7 +251,8 @@ fn a_read_takes_over_a_chunk_that_the_fill_has_begun_to_fetch() {
     for answer in answers {
         assert!(answer.recv_timeout(LONG).unwrap());
     }
-    assert_eq!(host.cache.fetched().demand_requests.get(), 1, "once, for both");
+    let fetched = host.cache.fetched();
+    assert_eq!((fetched.demand_requests.get(), fetched.taken_over.get()), (1, 1), "for both");
     host.source.door.open();
     wait_for_end(&filling);
     assert_eq!(filling.progress().near, 40);

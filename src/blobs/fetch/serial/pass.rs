@@ -377,8 +377,10 @@ impl Pass<'_> {
     /// Forgets passed chunks that have reached the tier, or never will; without a tier, all but the last few.
     fn forget_passed(&mut self) {
         if let Some(stored) = &self.blob.stored().decoded {
-            self.passed
-                .retain(|(chunk, when, _)| !stored.has(*chunk) && when.elapsed() < LONGEST_WRITE);
+            self.passed.retain(|(chunk, when, _)| {
+                let waits = stored.is_offered(*chunk) || when.elapsed() < LONGEST_WRITE;
+                waits && !stored.has(*chunk)
+            });
             return;
         }
         let mut bytes: usize = self.passed.iter().map(|(_, _, bytes)| bytes.len()).sum();
