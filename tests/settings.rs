@@ -298,8 +298,8 @@ fn the_download_section_of_a_device_replaces_that_of_the_host() {
             // A busy machine has little time for what no process waits for.
             (0..12).any(|_| block::soon(filled))
         } else {
-            // It would begin a second after the attach, when nothing was read.
-            std::thread::sleep(Duration::from_secs(3));
+            // It would begin two seconds after the attach, when nothing was read.
+            std::thread::sleep(Duration::from_secs(4));
             filled()
         };
         assert_eq!(came, fills, "{of_host} {of_device:?}");
