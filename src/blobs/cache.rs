@@ -40,6 +40,7 @@ use crate::fetch::{
     Flow, Key, SharedChunk, WantedChunk,
 };
 use crate::identity::BlobIdentity;
+use crate::quiet::Demand;
 use crate::tier::Tiers;
 use arena::Arena;
 use backlog::Backlog;
@@ -109,6 +110,7 @@ const WORTH: u64 = 8;
 pub struct Cache {
     chunks: Arc<Chunks>,
     fetcher: Fetcher,
+    demand: Arc<Demand>,
     /// Declared after the fetcher, whose threads write to them.
     tiers: Tiers,
     budget: u64,
@@ -145,11 +147,13 @@ impl Cache {
     pub fn within(options: CacheOptions, tiers: Tiers, images: MemoryBudget) -> Arc<Self> {
         let chunks = Arc::new(Chunks::new(options.budget, images.clone()));
         let fetcher = Fetcher::start(chunks.clone(), options.fetch);
+        let demand = fetcher.demand().clone();
+        tiers.yield_to(&demand);
         let budget = options.budget;
         let residents = Residents::within(images);
         let (ahead, backlog) = (budget / AHEAD_SHARE, Backlog::default());
         let flows = AtomicU32::new(0);
-        Arc::new(Self { chunks, fetcher, tiers, budget, ahead, residents, backlog, flows })
+        Arc::new(Self { chunks, fetcher, demand, tiers, budget, ahead, residents, backlog, flows })
     }
 
     /// Opens the blob whose chunks `source` makes; returns the open blob of the same identity and origin if there
@@ -208,6 +212,12 @@ impl Cache {
     #[must_use]
     pub fn residents(&self) -> &Residents {
         &self.residents
+    }
+
+    /// The demand that all work yields to which no process waits for.
+    #[must_use]
+    pub fn demand(&self) -> &Arc<Demand> {
+        &self.demand
     }
 
     /// Counters of fetches.
@@ -280,6 +290,7 @@ impl ChunkBatch<'_> {
                     self.follow(bytes.held());
                 }
                 chunks.hits.add(1);
+                self.cache.demand.note();
                 return Lookup::Hit(bytes);
             }
             FoundChunk::Joined { ahead: false, foreign: false } => {}

@@ -31,7 +31,7 @@
 //! * `recent`    the last failures of a blob
 //! * [`fill`]    whole layers, with spare capacity
 //! * [`front`]   a blob from front to end
-//! * `pace`      priority of demand over the fill
+//! * `pace`      size and number of the fill's requests
 //! * `crew`      the fetch threads
 //! * `run`       the buffers of one request
 //! * `inflate`   the decode threads
@@ -57,6 +57,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::Histogram;
+use crate::quiet::Demand;
 use crate::tier::TierKind;
 use source::chunk::{ChunkBytes, ChunkError, Room};
 use source::{Class, SourceError};
@@ -165,6 +166,8 @@ pub struct FetchCounters {
     pub filled: Counter,
     /// Encoded bytes of those.
     pub filled_bytes: Counter,
+    /// Chunks that the fill had requested and that were fetched again, for a reader.
+    pub taken_over: Counter,
     /// Blobs without a table of checksums that were fetched whole and have their digest.
     pub whole_blobs: Counter,
     /// Blobs that were fetched whole and have another digest.
@@ -243,10 +246,14 @@ impl Fetcher {
 
     /// Makes demand of a chunk that was wanted ahead of time, or by another device: this one has a waiter now.
     pub fn urge(&self, key: Key, flow: Flow) {
-        self.shared.pace.demand();
-        self.shared.crew.urge(key, flow);
-        self.shared.workers.urge(key, flow);
-        self.shared.serials.urge(key);
+        self.shared.pace.demand().note();
+        self.shared.urge(key, flow);
+    }
+
+    /// The demand that all work yields to which no process waits for.
+    #[must_use]
+    pub fn demand(&self) -> &Arc<Demand> {
+        self.shared.pace.demand()
     }
 }
 
@@ -273,8 +280,8 @@ impl Drop for Fetcher {
 impl FetchShared {
     /// Sends chunks that are near, or may be, to the decode threads, and the others to the fetch threads.
     fn want(self: &Arc<Self>, wanted: Vec<WantedChunk>) {
-        if wanted.iter().any(|wanted| wanted.class == Class::Demand) {
-            self.pace.demand();
+        if wanted.iter().any(|wanted| wanted.class < Class::Fill) {
+            self.pace.demand().note();
         }
         // A decode thread looks for a chunk of a long frame in the tier first, and passes it on if it is not
         // there.
@@ -293,6 +300,23 @@ impl FetchShared {
             self.fail(&wanted, ended(&wanted.blob));
         }
         self.want_far(far);
+    }
+
+    /// Makes demand of a chunk, wherever its load has got to.
+    fn urge(&self, key: Key, flow: Flow) {
+        self.counters.taken_over.add(self.crew.urge(key, flow).into());
+        self.workers.urge(key, flow);
+        if self.serials.urge(key) {
+            self.crew.look_again();
+        }
+    }
+
+    /// Makes demand of a chunk that was handed on for the fill, if a reader has come meanwhile: one that came while it was
+    /// between two queues was not found by [`Self::urge`].
+    fn urge_awaited(&self, key: Key, flow: Flow) {
+        if self.delivery.is_awaited(key) {
+            self.urge(key, flow);
+        }
     }
 
     /// Sends chunks to the fetch threads, or to those of long frames.

@@ -8,6 +8,7 @@
 //! * [`cache`]     decoded chunks in memory, bounded, each loaded once
 //! * [`tier`]      chunks on disk: verified when read, written behind, given up one by one
 //! * [`fetch`]     from wanted chunks to range requests to decode threads; read-ahead and background fill
+//! * [`quiet`]     the time in which work may be done that no process waits for
 //! * [`trace`]     what a start reads: recorded, kept, and fetched ahead at the next start
 //! * [`histogram`] durations, counted
 //! * [`identity`]  the name under which chunks are shared: what proves them, or who answers for them
@@ -23,6 +24,7 @@ pub mod cache;
 pub mod fetch;
 pub mod histogram;
 pub mod identity;
+pub mod quiet;
 pub mod tier;
 pub mod trace;
 

@@ -24,6 +24,11 @@
 //! size, and is dropped when that is full. One thread writes batches from it: evictions, data, sync, records.
 //! It holds no lock while it waits for the disk.
 //!
+//! Nor do they compete with one: the thread writes when it is [quiet](crate::quiet), and its accesses are of the idle class of
+//! the disk. While there is demand it waits for some seconds, and then writes one batch; the queue's second half is
+//! not waited for, so that what is read is kept rather than dropped. Its class of the processor is the ordinary one: it holds
+//! locks of the map and of the filesystem that readers take too, and has little to compute.
+//!
 //! Two processes cannot share a tier: the second one runs without it, and logs that.
 //!
 //! # Page cache or `O_DIRECT`
@@ -66,6 +71,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 
 use crate::identity::{self, BlobIdentity};
+use crate::quiet::Demand;
 use presence::Subject;
 use source::chunk::ChunkSource;
 use state::TierShared;
@@ -266,6 +272,15 @@ impl Tiers {
             (None, None) => None,
         };
         StoredBlob { encoded, decoded, whole, target }
+    }
+}
+
+impl Tiers {
+    /// Lets the tiers' writers yield to this demand. Only the first call counts.
+    pub(crate) fn yield_to(&self, demand: &Arc<Demand>) {
+        for tier in [&self.encoded, &self.decoded].into_iter().flatten() {
+            tier.shared.yield_to(demand.clone());
+        }
     }
 }
 
@@ -475,6 +490,12 @@ impl TierBlob {
     #[must_use]
     pub fn has(&self, chunk: u32) -> bool {
         self.len_of(chunk).is_some()
+    }
+
+    /// True if a chunk waits to be written.
+    #[must_use]
+    pub fn is_offered(&self, chunk: u32) -> bool {
+        self.shared.is_offered(self.file, chunk)
     }
 
     /// Number of chunks that are there.

@@ -10,6 +10,7 @@
 //! * [`private`] folders and files that no other user can replace
 //! * [`privilege`] rights that the daemon gives up at its start
 //! * [`heap`]    gives free memory back to the system
+//! * [`idle`]    work that runs when nothing else wants the processor, or the disk
 //!
 //! ```
 //! let dir = tempfile::tempdir()?;
@@ -21,6 +22,7 @@
 pub mod extents;
 pub mod flock;
 pub mod heap;
+pub mod idle;
 pub mod limits;
 pub mod private;
 pub mod privilege;

@@ -149,9 +149,10 @@ impl Blob {
         &self.stored
     }
 
-    /// Encoded bytes to keep in flight for it.
-    pub(super) fn depth(&self) -> u64 {
-        self.depth.lock().bytes()
+    /// Encoded bytes that the line to its host brings in two round trips, and one round trip; `None` before it is measured.
+    pub(super) fn line(&self) -> Option<(u64, Duration)> {
+        let depth = self.depth.lock();
+        Some((depth.worth_a_request(), depth.round_trip()?))
     }
 
     /// Encoded bytes that arrive sooner within a pending request than by a request of their own.

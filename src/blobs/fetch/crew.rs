@@ -9,24 +9,29 @@
 //! request in flight gets a thread for its demand even when all are busy, beyond the limit: the readers of one
 //! repository never wait for another's.
 //!
-//! The background fill gets the remaining capacity, limited by [`Pace`](super::pace): large requests, and as
-//! many as fill the line, while there is no demand; else small ones and few.
+//! The background fill gets the line when it is quiet, limited by [`Pace`](super::pace). The threads are the same, and of
+//! their ordinary class: they wait for the network, and a reader may want what the request of a fill brings. A request
+//! of the fill that has no answer yet is not waited for, though: it may be held up by the fill's rate limit. Its chunk is
+//! then fetched again, for the reader, and the first to come serves.
 //!
 //! The threads of long frames ([`serial`](super::serial)) make requests of their own, and hold a [`Permit`] of the crew
 //! for each: one limit is for all requests in flight, and one for those ahead of demand. A request of theirs that
 //! has a reader is admitted before the crew's next one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::blob::Blob;
 use super::fair::{Bounds, Flow, Shares};
 use super::pace::Pace;
 use super::queue::{FetchQueue, Limit, Taken, WantedChunk};
 use super::run::ChunkRun;
 use super::{FetchShared, Key};
+use crate::quiet::{Allowance, Demand};
 use source::chunk::{ChunkError, EncodedRange};
 use source::{Class, Run as _};
 use threads::Pool;
@@ -47,7 +52,7 @@ const LEAST_BYTES: u64 = 1 << 20;
 /// once, and far fewer are down.
 const MOST_BEYOND: usize = 32;
 
-/// Interval at which a fill that is held back is checked again.
+/// Interval at which what is held back is checked again: a fill by others' requests, a permit.
 const HELD_BACK: Duration = Duration::from_millis(50);
 
 /// The threads and their work.
@@ -70,8 +75,8 @@ struct CrewState {
     requests_of: HashMap<u32, usize>,
     /// Requests in flight without a waiter, those of the fill included.
     ahead: usize,
-    /// Requests of the fill in flight.
-    fill: usize,
+    /// Requests of the fill in flight, by their first chunks.
+    fills: HashMap<Key, FillRequest>,
     /// Requests of each device in flight, those of the fill excluded.
     shares: Shares,
     /// Requests of the crew in flight.
@@ -84,10 +89,41 @@ struct CrewState {
     ending: bool,
 }
 
+/// A request of the fill in flight.
+struct FillRequest {
+    blob: Arc<Blob>,
+    chunks: Range<u32>,
+    /// True when its first byte has come.
+    answered: bool,
+    /// Chunks of it that are fetched again, for a reader.
+    again: HashSet<u32>,
+}
+
+impl FillRequest {
+    /// The chunk of a key, if it is one of these.
+    fn chunk_of(&self, key: Key) -> Option<u32> {
+        let chunk = key.chunk.number;
+        (self.chunks.contains(&chunk) && self.blob.key(chunk) == key).then_some(chunk)
+    }
+}
+
 impl CrewState {
     /// Requests in flight for demand or ahead of it.
-    fn threads_at_work(&self) -> usize {
-        (self.threads.len() - self.idle.min(self.threads.len())).saturating_sub(self.fill + 1)
+    fn for_readers(&self) -> usize {
+        let [demand, prefetches, _] = self.permits;
+        self.own.saturating_sub(self.fills.len()) + demand + prefetches
+    }
+
+    /// Makes demand of a chunk that the fill has requested, if the answer has not begun.
+    fn take_over(&mut self, key: Key, flow: Flow) -> bool {
+        let requests = self.fills.values_mut().filter(|request| !request.answered);
+        let found = requests.filter_map(|request| {
+            let chunk = request.chunk_of(key)?;
+            request.again.insert(chunk).then(|| (request.blob.clone(), chunk))
+        });
+        let Some((blob, chunk)) = found.last() else { return false };
+        self.queue.push(WantedChunk { blob, chunk, class: Class::Demand, tries: 0, flow });
+        true
     }
 
     fn begun(&mut self, way: u32) {
@@ -115,7 +151,7 @@ impl CrewState {
 
     /// Requests of [`Class::Prefetch`] in flight.
     fn prefetches(&self) -> usize {
-        self.ahead - self.fill.min(self.ahead) + self.permits[Class::Prefetch as usize]
+        self.ahead - self.fills.len().min(self.ahead) + self.permits[Class::Prefetch as usize]
     }
 
     /// Requests in flight without a waiter.
@@ -152,9 +188,25 @@ impl Crew {
         self.state.lock()
     }
 
-    pub(super) fn urge(&self, key: Key, flow: Flow) {
-        self.lock().queue.urge(key, flow);
+    /// Makes demand of a chunk that is wanted, or in a request of the fill. True if it is requested a second time.
+    pub(super) fn urge(&self, key: Key, flow: Flow) -> bool {
+        let mut state = self.lock();
+        let again = !state.queue.urge(key, flow) && state.take_over(key, flow);
+        drop(state);
         self.wake.notify_one();
+        again
+    }
+
+    /// Notes that the answer to a request of the fill has begun: its chunks come soon.
+    pub(super) fn answered(&self, first: Key) {
+        if let Some(request) = self.lock().fills.get_mut(&first) {
+            request.answered = true;
+        }
+    }
+
+    /// Wakes the threads that wait for a permit: what they fetch may have become demand.
+    pub(super) fn look_again(&self) {
+        self.admits.notify_all();
     }
 
     pub(super) fn is_ending(&self) -> bool {
@@ -191,7 +243,8 @@ impl Crew {
             }
             let free = self.most.saturating_sub(state.in_flight() + state.awaited);
             let demand_only = !self.admits_ahead(&state, Class::Prefetch);
-            let fill = pace.fill(state.threads_at_work(), state.fill);
+            let has_fill = state.queue.has_fill();
+            let fill = if has_fill { pace.fill(state.for_readers(), state.fills.len()) } else { 0 };
             let limit = Limit { most: MOST_BYTES, least: LEAST_BYTES, free, demand_only, fill };
             let CrewState { queue, shares, requests_of, .. } = &mut *state;
             let (active, bounds) = (shares.active(), self.bounds());
@@ -208,14 +261,18 @@ impl Crew {
                 state.own += 1;
                 state.begun(taken.blob.way());
                 state.ahead += usize::from(taken.class > Class::Demand);
-                state.fill += usize::from(taken.class == Class::Fill);
+                if taken.class == Class::Fill {
+                    let first = taken.blob.key(taken.chunks.start);
+                    let (blob, chunks) = (taken.blob.clone(), taken.chunks.clone());
+                    let (answered, again) = (false, HashSet::new());
+                    state.fills.insert(first, FillRequest { blob, chunks, answered, again });
+                }
                 return Some(taken);
             }
             state.idle += 1;
-            // A fill that is held back gets no signal when the pause is over, so it polls.
-            let held_back = state.queue.has_fill();
-            if held_back {
-                self.wake.wait_for(&mut state, HELD_BACK);
+            // A fill that is held back gets no signal when it is quiet, so it looks then.
+            if state.queue.has_fill() {
+                self.wake.wait_for(&mut state, pace.demand().left().max(HELD_BACK));
             } else {
                 self.wake.wait(&mut state);
             }
@@ -236,6 +293,7 @@ impl Crew {
         way: u32,
         mut class: Class,
         is_urgent: &dyn Fn() -> bool,
+        demand: &Demand,
     ) -> Option<Permit<'_>> {
         loop {
             // Without the lock: it takes another.
@@ -246,8 +304,9 @@ impl Crew {
             if state.ending {
                 return None;
             }
+            let held_back = class == Class::Fill && demand.allowance() == Allowance::Nothing;
             let fits = state.in_flight() < self.most
-                && (class == Class::Demand || self.admits_ahead(&state, class));
+                && (class == Class::Demand || self.admits_ahead(&state, class) && !held_back);
             if fits || class == Class::Demand && state.is_idle(way, self.most) {
                 state.permits[class as usize] += 1;
                 state.begun(way);
@@ -290,7 +349,9 @@ impl Crew {
         state.own -= 1;
         state.ended(taken.blob.way());
         state.ahead -= usize::from(taken.class > Class::Demand);
-        state.fill -= usize::from(taken.class == Class::Fill);
+        if taken.class == Class::Fill {
+            state.fills.remove(&taken.blob.key(taken.chunks.start));
+        }
         self.freed(&state);
     }
 }
@@ -305,11 +366,17 @@ pub(super) fn want(
     if state.ending || (state.threads.is_empty() && !add_thread(shared, &mut state)) {
         return Err(wanted);
     }
+    let filled: Vec<(Key, Flow)> = wanted
+        .iter()
+        .filter(|wanted| wanted.class == Class::Fill)
+        .map(|wanted| (wanted.key(), wanted.flow))
+        .collect();
     for wanted in wanted {
         state.queue.push(wanted);
     }
     drop(state);
     crew.wake.notify_one();
+    filled.into_iter().for_each(|(key, flow)| shared.urge_awaited(key, flow));
     Ok(())
 }
 
@@ -333,10 +400,13 @@ fn run(shared: &Arc<FetchShared>) {
     threads::mark_io_thread();
     while let Some(taken) = shared.crew.next(&shared.pace) {
         grow(shared);
-        shared.workers.wait_for_room(taken.flow);
+        // The fill has a bound of its own, and what it has fetched may wait long.
+        if taken.class < Class::Fill {
+            shared.workers.wait_for_room(taken.flow);
+        }
         fetch(shared, &taken);
-        if taken.class == Class::Demand {
-            shared.pace.demand();
+        if taken.class < Class::Fill {
+            shared.pace.demand().note();
         }
         shared.crew.done(&taken);
     }
@@ -392,7 +462,7 @@ fn fetch(shared: &Arc<FetchShared>, taken: &Taken) {
             counters.whole.add(whole);
             let beside = shared.crew.busy() - 1;
             taken.blob.measured(bytes, wait, whole, beside);
-            shared.pace.line(taken.blob.depth());
+            shared.pace.measured(&taken.blob);
         }
         Err(error) => {
             let error = Arc::new(ChunkError::from(error));

@@ -78,6 +78,12 @@ impl Depth {
         self.twice_the_product() as u64
     }
 
+    /// The shortest recent delay; `None` before any measurement of delay and bandwidth.
+    #[must_use]
+    pub fn round_trip(&self) -> Option<Duration> {
+        (self.bandwidth > 0.0 && self.delay < Duration::MAX).then_some(self.delay)
+    }
+
     fn twice_the_product(&self) -> f64 {
         2.0 * self.bandwidth * self.delay.as_secs_f64()
     }

@@ -1,12 +1,15 @@
-//! Background fill: fetches whole layers with the spare capacity of line and cores.
+//! Background fill: fetches whole layers when it is quiet.
 //!
 //! Once an image is attached, its layers are fetched from the first to the last, each in the order of its
 //! tar, so that the worst start is a parallel download and later starts need no network. One thread decides
 //! which chunk is fetched next; the rest is the path of any chunk: it is claimed in the cache, so that a
-//! reader who comes meanwhile waits for the same fetch and makes it demand; it is fetched by large ranges
+//! reader who comes meanwhile waits for the same fetch and makes it demand; it is fetched by ranges of several chunks
 //! ([`Pace`](super::pace::Pace) gives their size and number), verified by the decode threads, and stored in
 //! the tier that keeps it. It is stored only there: the memory is for chunks that are read. Without any tier
 //! the free part of the memory is filled, and nothing is evicted for it.
+//!
+//! A start pays nothing for it: no chunk is chosen, requested, verified or hashed while there is demand
+//! ([`quiet`](crate::quiet)), and what is computed is of the [idle class](sys::idle).
 //!
 //! The fill keeps no more in flight than the tier's queue has room for, so it runs at the disk's speed where
 //! that is the lower one. It pauses while the disk is full, ends when its [`Filling`] is dropped, and after a
@@ -29,10 +32,12 @@ use super::fair::Flow;
 use super::inflate::{DecodeJob, Input};
 use super::queue::WantedChunk;
 use super::{Claim, FetchShared};
+use crate::quiet::Allowance;
 use crate::tier::store::ChunkPayload;
 use crate::tier::{QUEUE, TierBlob, TierKind};
-use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk, Room};
+use source::{Class, OneBuffer};
+use sys::idle::IdleThread;
 
 /// Limit on the bytes in flight or waiting for the disk: the rest of the tier's queue is for chunks that are
 /// read meanwhile.
@@ -61,7 +66,7 @@ pub struct FillOptions {
     pub rate: Option<u64>,
     /// Number of rounds over chunks that could not be fetched.
     pub tries: u64,
-    /// Bytes of a request while there is demand.
+    /// Least bytes of a request.
     pub block: u64,
 }
 
@@ -217,6 +222,8 @@ pub(super) fn begin(
         return filling;
     }
     shared.pace.block(options.block);
+    // The process that will read has not begun.
+    shared.pace.demand().attached();
     let extra = RandomState::new().hash_one(0) as f64 / u64::MAX as f64;
     let due = Instant::now() + options.delay + options.delay_extra.mul_f64(extra.clamp(0.0, 1.0));
     let mut state = shared.fill.lock();
@@ -236,9 +243,13 @@ pub(super) fn begin(
 /// Body of the thread.
 fn run(shared: &Arc<FetchShared>) {
     threads::mark_io_thread();
+    if let Err(error) = sys::idle::yield_disk() {
+        tracing::debug!(%error, "The fill reads the disk in the class of other threads");
+    }
+    let thread = IdleThread::current();
     while let Some(mut turn) = next(&shared.fill) {
         let task = turn.task.clone();
-        let whole = fill(shared, &task);
+        let whole = fill(shared, &thread, &task);
         turn.round += 1;
         if whole || task.stopped.load(Ordering::Acquire) || turn.round >= task.options.tries.max(1)
         {
@@ -280,7 +291,7 @@ enum RoundEnd {
 }
 
 /// Runs one round over all blobs. True when no chunk is left to fetch.
-fn fill(shared: &Arc<FetchShared>, task: &Task) -> bool {
+fn fill(shared: &Arc<FetchShared>, thread: &IdleThread, task: &Task) -> bool {
     let mut round = Round { shared, task, batch: Vec::new(), bytes: 0, due: Instant::now() };
     let mut whole = true;
     let mut capacity =
@@ -288,7 +299,10 @@ fn fill(shared: &Arc<FetchShared>, task: &Task) -> bool {
     for blob in &task.blobs {
         shared.fill.lock().failures = 0;
         for chunk in 0..blob.source().chunk_count() {
-            if blob.is_near(chunk) {
+            // What a reader has fetched waits to be written, until it is quiet.
+            let is_offered =
+                || blob.stored().target().is_some_and(|(_, stored)| stored.is_offered(chunk));
+            if blob.is_near(chunk) || is_offered() {
                 continue;
             }
             // The part of a layer beyond the whole tier's capacity would only evict the layer's beginning.
@@ -316,10 +330,11 @@ fn fill(shared: &Arc<FetchShared>, task: &Task) -> bool {
         return true;
     }
     for blob in &task.blobs {
-        whole::verify(shared, blob, &|| {
+        let is_over = || {
             let state = shared.fill.lock();
             state.ending || task.stopped.load(Ordering::Acquire)
-        });
+        };
+        whole::verify(shared, thread, blob, &|| !shared.pace.demand().wait(&is_over));
     }
     for blob in &task.blobs {
         // Without a tier the near chunks are those in memory, and these come and go.
@@ -393,7 +408,7 @@ impl Round<'_> {
         self.keep_to_rate(encoded)
     }
 
-    /// Waits until the disk can take more.
+    /// Waits until it is quiet, and the disk can take more.
     fn wait_for_room(&mut self, blob: &Blob, takes: u64) -> Result<(), RoundEnd> {
         let target = blob.stored().target().map(|(_, stored)| stored);
         loop {
@@ -404,6 +419,16 @@ impl Round<'_> {
             }
             if state.failures >= MOST_FAILURES {
                 return Err(RoundEnd::Blob);
+            }
+            let demand = self.shared.pace.demand();
+            if demand.allowance() == Allowance::Nothing {
+                if self.batch.is_empty() {
+                    drop(queue.wait(state, demand.left().min(REST)));
+                } else {
+                    drop(state);
+                    self.send();
+                }
+                continue;
             }
             let spare = match target {
                 Some(_) => u64::MAX,
@@ -486,7 +511,8 @@ impl Round<'_> {
         // The encoded bytes are no longer in memory: this thread fetches them again.
         let Ok(place) = source.encoded(chunk) else { return };
         let mut encoded = EncodedChunk::new(&place, Vec::new());
-        if source.blob().read_exact_at(encoded.bytes_mut(), place.range.start).is_err() {
+        let mut buffer = OneBuffer::new(encoded.bytes_mut());
+        if source.blob().read_run(place.range.clone(), Class::Fill, &mut buffer).is_err() {
             return;
         }
         let good = source.verify(chunk, encoded.bytes()).unwrap_or_else(|| {
@@ -518,8 +544,11 @@ impl FetchShared {
 }
 
 /// Verifies and stores a chunk without a waiter. False when it has one: then it is decoded and delivered.
+///
+/// Memory is taken before the thread enters the idle class, and all that readers share is touched after it has left it.
 pub(super) fn store(
     shared: &Arc<FetchShared>,
+    thread: &IdleThread,
     job: &mut DecodeJob,
 ) -> Result<bool, Arc<ChunkError>> {
     let key = job.blob.key(job.chunk);
@@ -533,9 +562,10 @@ pub(super) fn store(
     match blob.stored().target() {
         Some((TierKind::Encoded, stored)) => {
             // A chunk that cannot be verified in its encoded form must decode.
-            if source.verify(chunk, encoded.bytes()) != Some(true) {
+            if thread.run(|| source.verify(chunk, encoded.bytes())) != Some(true) {
                 let mut room = vec![0; source.room(chunk)];
-                source.decode(chunk, encoded, &mut room).map_err(Arc::new)?;
+                let decoded = thread.run(|| source.decode(chunk, encoded, &mut room));
+                decoded.map_err(Arc::new)?;
             }
             if !shared.abandon(key) {
                 return Ok(false);
@@ -545,7 +575,7 @@ pub(super) fn store(
         }
         Some((TierKind::Decoded, stored)) => {
             let room: Box<dyn Room> = Box::new(vec![0; source.room(chunk)]);
-            let bytes = decoded(shared, job, room)?;
+            let bytes = decoded(shared, thread, job, room)?;
             if let Some(span) = source.span(chunk) {
                 stored.offer(chunk, span.start, ChunkPayload::Shared(bytes.clone()));
             }
@@ -557,7 +587,7 @@ pub(super) fn store(
             let Some(room) = shared.delivery.spare_room(source.room(chunk)) else {
                 return Ok(shared.abandon(key));
             };
-            let bytes = decoded(shared, job, room)?;
+            let bytes = decoded(shared, thread, job, room)?;
             shared.deliver(key, Ok(bytes));
         }
     }
@@ -567,6 +597,7 @@ pub(super) fn store(
 
 fn decoded(
     shared: &Arc<FetchShared>,
+    thread: &IdleThread,
     job: &mut DecodeJob,
     mut room: Box<dyn Room>,
 ) -> Result<Arc<ChunkBytes>, Arc<ChunkError>> {
@@ -574,60 +605,12 @@ fn decoded(
         return Err(super::failure(&job.blob, "The chunk has no bytes"));
     };
     let begun = Instant::now();
-    let data = job.blob.source().decode(job.chunk, encoded, room.bytes_mut()).map_err(Arc::new)?;
+    let source = job.blob.source();
+    let data =
+        thread.run(|| source.decode(job.chunk, encoded, room.bytes_mut())).map_err(Arc::new)?;
     shared.counters.inflated(encoded.bytes().len(), data.len(), begun);
     Ok(Arc::new(ChunkBytes::new(room, data)))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cache::{Cache, CacheOptions};
-    use crate::fetch::FetchOptions;
-    use crate::tier::{Tier, TierOptions, Tiers};
-    use source::chunk::PlainChunks;
-    use source::{ByteSource, SourceError};
-
-    /// A blob of one chunk that cannot be had, and how often it was asked for.
-    #[derive(Default)]
-    struct Unreachable(AtomicU64);
-
-    impl ByteSource for Unreachable {
-        fn name(&self) -> &'static str {
-            "unreachable"
-        }
-        fn len(&self) -> u64 {
-            PlainChunks::CHUNK
-        }
-        fn is_local(&self) -> bool {
-            false
-        }
-        fn read_exact_at(&self, _: &mut [u8], _: u64) -> Result<(), SourceError> {
-            self.0.fetch_add(1, Ordering::SeqCst);
-            let (name, reason) = ("unreachable".to_owned(), "no route".to_owned());
-            Err(SourceError::Remote { name, offset: 0, end: 1, reason, lasting: false })
-        }
-    }
-
-    #[test]
-    fn what_cannot_be_had_is_tried_in_as_many_rounds_as_the_options_say() {
-        for tries in [1, 2] {
-            let dir = tempfile::tempdir().unwrap();
-            let options = TierOptions { dir: dir.path().to_owned(), capacity: 1 << 30, floor: 0 };
-            let tier = Arc::new(Tier::open(TierKind::Encoded, &options).unwrap());
-            let tiers = Tiers { encoded: Some(tier), decoded: None };
-            let fetch = FetchOptions { workers: 1, connections: 4, ahead: None };
-            let cache = Cache::over(CacheOptions { budget: 1 << 20, fetch }, tiers);
-            let source = Arc::new(Unreachable::default());
-            let id = format!("plain:sha256:{}", "7".repeat(64));
-            let blob = cache.open(Arc::new(PlainChunks::new(id, source.clone())));
-            let filling = cache.fill(vec![blob], FillOptions { tries, ..FillOptions::default() });
-            let begun = Instant::now();
-            while !filling.progress().ended {
-                assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", filling.progress());
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            assert_eq!(source.0.load(Ordering::SeqCst), tries);
-        }
-    }
-}
+mod tests;

@@ -2,13 +2,15 @@
 //!
 //! Bytes of chunks that the tier of encoded chunks has are read from there; the rest (what the tier does not have, and
 //! what belongs to no chunk, such as a header) is read from the blob's source in the class of the fill. After a fill the
-//! network is hardly asked. Nothing is verified here: who reads a blob whole compares the digest of the whole.
+//! network is hardly asked. A piece is read when it is [quiet](crate::quiet): so whatever the reader makes of the bytes yields
+//! to demand too. Nothing is verified here: who reads a blob whole compares the digest of the whole.
 
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::blob::Blob;
+use crate::quiet::Demand;
 use source::Class;
 use source::OneBuffer;
 use source::chunk::ChunkError;
@@ -19,6 +21,7 @@ const PIECE: u64 = 1 << 20;
 /// Reads a blob from front to end.
 pub struct WholeBlob {
     blob: Arc<Blob>,
+    demand: Arc<Demand>,
     stop: Arc<AtomicBool>,
     /// First byte that was not given out.
     at: u64,
@@ -30,10 +33,11 @@ pub struct WholeBlob {
 }
 
 impl WholeBlob {
-    /// Begins at the first byte. When `stop` becomes true, the next read is an error.
+    /// Begins at the first byte. Each piece waits until `demand` allows it. When `stop` becomes true, the next read is an
+    /// error.
     #[must_use]
-    pub fn new(blob: Arc<Blob>, stop: Arc<AtomicBool>) -> Self {
-        Self { blob, stop, at: 0, chunk: 0, piece: Vec::new(), given: 0 }
+    pub fn new(blob: Arc<Blob>, demand: Arc<Demand>, stop: Arc<AtomicBool>) -> Self {
+        Self { blob, demand, stop, at: 0, chunk: 0, piece: Vec::new(), given: 0 }
     }
 
     /// Reads the next piece; an empty one at the end.
@@ -89,10 +93,15 @@ fn failed(error: &ChunkError) -> io::Error {
 
 impl Read for WholeBlob {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        if self.stop.load(Ordering::Acquire) {
-            return Err(io::Error::other("the reader was told to stop"));
+        let stopped = || io::Error::other("the reader was told to stop");
+        let is_over = || self.stop.load(Ordering::Acquire);
+        if is_over() {
+            return Err(stopped());
         }
         if self.given == self.piece.len() {
+            if !self.demand.wait(&is_over) {
+                return Err(stopped());
+            }
             self.next()?;
         }
         let rest = &self.piece[self.given.min(self.piece.len())..];

@@ -1,26 +1,29 @@
 //! The decode threads (`inflate-N`): one for each core; they verify and decode, demand first, and devices take
 //! [turns](super::fair).
 //!
-//! Chunks of the background fill are verified and stored, and decoded only for a tier of decoded chunks.
-//! While there is demand, one thread is kept free of them.
+//! Chunks of the background fill are verified and stored, and decoded only for a tier of decoded chunks. No such chunk is
+//! begun while there is demand ([`quiet`](crate::quiet)), and the work on it is of the [idle class](sys::idle): a thread
+//! enters that class for the computation alone, and a reader who comes for the chunk meanwhile raises it. The fill may have
+//! as many threads as there are cores, and one more is always there for demand.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_queue::ArrayQueue;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::blob::{Blob, Key};
 use super::fair::{Bounds, Flow, Lines, Shares};
-use super::pace::Pace;
 use super::queue::WantedChunk;
 use super::{FetchShared, MOST_TRIES, failure, fill};
+use crate::quiet::{Allowance, Demand};
 use crate::tier::TierKind;
 use crate::tier::store::ChunkPayload;
 use source::Class;
 use source::chunk::{ChunkBytes, ChunkError, EncodedChunk};
+use sys::idle::IdleThread;
 use threads::Pool;
 
 /// Limit on buffers for encoded chunks that are kept for reuse: as many as are usually in flight.
@@ -28,6 +31,9 @@ const SPARE_BUFFERS: usize = 32;
 
 /// Longest buffer that is kept for reuse, 2 MiB: more than a segment of the usual span takes.
 const LONGEST_SPARE: usize = 2 << 20;
+
+/// Shortest wait of a thread for quiet.
+const HELD_BACK: Duration = Duration::from_millis(50);
 
 /// Cost of a job beside its output, in bytes of output: it is taken, read and delivered.
 const JOB_COST: u64 = 64 << 10;
@@ -80,7 +86,7 @@ impl DecodeJob {
         self.blob.source().room(self.chunk) as u64 + JOB_COST
     }
 
-    fn key(&self) -> Key {
+    pub(super) fn key(&self) -> Key {
         self.blob.key(self.chunk)
     }
 }
@@ -102,10 +108,10 @@ struct DecodeQueue {
     fill: VecDeque<DecodeJob>,
     /// Threads that each device has, those of the fill excluded.
     shares: Shares,
-    /// Encoded bytes of each device that wait, those of the fill included.
+    /// Encoded bytes of each device that wait, those of the fill excluded: it has a bound of its own.
     waiting: HashMap<Flow, u64>,
-    /// Number of threads that work for the fill.
-    filling: usize,
+    /// Chunks that threads work on for the fill.
+    filling: Vec<(Key, Arc<IdleThread>)>,
     idle: usize,
     threads: Pool,
     ending: bool,
@@ -146,8 +152,8 @@ impl Workers {
         if state.ending || state.threads.is_empty() {
             return Err(job);
         }
-        if job.held() > 0 {
-            *state.waiting.entry(job.flow).or_default() += job.held();
+        if job.class < Class::Fill {
+            state.waits(&job);
         }
         match job.class {
             Class::Demand => state.demand.push(job.flow, job),
@@ -161,14 +167,20 @@ impl Workers {
 
     pub(super) fn urge(&self, key: Key, flow: Flow) {
         let mut state = self.lock();
-        let DecodeQueue { demand, ahead, fill, .. } = &mut *state;
         let is = |job: &DecodeJob| job.key() == key;
-        demand.hasten(flow, &is);
-        let filled = fill.iter().position(is).and_then(|at| fill.remove(at));
-        for mut job in ahead.remove(&is).into_iter().chain(filled) {
-            job.class = Class::Demand;
-            demand.push(flow, job);
+        state.demand.hasten(flow, &is);
+        if let Some(at) = state.fill.iter().position(is)
+            && let Some(job) = state.fill.remove(at)
+        {
+            state.waits(&job);
+            state.demand.push(flow, DecodeJob { class: Class::Demand, ..job });
+            self.wake.notify_one();
         }
+        if let Some(job) = state.ahead.remove(&is) {
+            state.demand.push(flow, DecodeJob { class: Class::Demand, ..job });
+        }
+        let at_work = state.filling.iter().filter(|(filled, _)| *filled == key);
+        at_work.for_each(|(_, thread)| thread.raise());
     }
 
     /// A buffer that was used before, or a new one.
@@ -202,11 +214,16 @@ impl Workers {
         threads.join();
     }
 
-    /// The next job. `done`: the job before, if it was for a device, or for the fill.
-    fn next(&self, pace: &Pace, done: Option<JobDone>) -> Option<DecodeJob> {
+    /// The next job of a thread. `done`: the job before, if it was for a device, or for the fill.
+    fn next(
+        &self,
+        demand: &Demand,
+        thread: &Arc<IdleThread>,
+        done: Option<JobDone>,
+    ) -> Option<DecodeJob> {
         let mut state = self.lock();
         match done {
-            Some(JobDone::Fill) => state.filling -= 1,
+            Some(JobDone::Fill) => state.filling.retain(|(_, other)| !Arc::ptr_eq(other, thread)),
             Some(JobDone::Of(flow)) => state.shares.end(flow, 0),
             None => {}
         }
@@ -214,21 +231,45 @@ impl Workers {
             if let Some(job) = self.next_of_devices(&mut state) {
                 return Some(job);
             }
-            // One thread may always continue with the fill, so no signal is needed when demand ends.
-            let most = if pace.is_quiet() { self.most } else { self.most - 1 }.max(1);
-            if state.filling < most
+            if state.filling.len() < self.most_filling(&state, demand)
                 && let Some(job) = state.fill.pop_front()
             {
-                state.filling += 1;
-                self.taken(&mut state.waiting, &job);
+                thread.begin();
+                state.filling.push((job.key(), thread.clone()));
                 return Some(job);
             }
             if state.ending {
                 return None;
             }
             state.idle += 1;
-            self.wake.wait(&mut state);
+            // A fill that is held back gets no signal when it is quiet.
+            if state.fill.is_empty() || state.filling.len() >= self.most {
+                self.wake.wait(&mut state);
+            } else {
+                self.wake.wait_for(&mut state, demand.left().max(HELD_BACK));
+            }
             state.idle -= 1;
+        }
+    }
+
+    /// Threads that may work for the fill now.
+    fn most_filling(&self, state: &DecodeQueue, demand: &Demand) -> usize {
+        if state.fill.is_empty() {
+            return 0;
+        }
+        match demand.allowance() {
+            Allowance::Nothing => 0,
+            Allowance::Little => 1,
+            Allowance::All => self.most,
+        }
+    }
+}
+
+impl DecodeQueue {
+    /// Counts the bytes of a job that waits.
+    fn waits(&mut self, job: &DecodeJob) {
+        if job.held() > 0 {
+            *self.waiting.entry(job.flow).or_default() += job.held();
         }
     }
 }
@@ -277,13 +318,14 @@ pub(super) fn start(shared: &Arc<FetchShared>) {
     add_thread(shared, &mut shared.workers.lock());
 }
 
-/// Starts a thread if there is work that no idle one will take.
+/// Starts a thread if there is work that no idle one will take; beside those that fill, one more for demand.
 fn grow(shared: &Arc<FetchShared>) {
     let workers = &shared.workers;
     let mut state = workers.lock();
     let waiting = state.demand.len() + state.ahead.len() + state.fill.len();
-    let needed = state.idle == 0 && waiting > 0;
-    if needed && state.threads.len() < workers.most && !state.ending {
+    let needed = state.idle == 0 && (waiting > 0 || !state.filling.is_empty());
+    let most = workers.most + usize::from(!state.filling.is_empty());
+    if needed && state.threads.len() < most && !state.ending {
         add_thread(shared, &mut state);
     }
 }
@@ -292,12 +334,13 @@ fn add_thread(shared: &Arc<FetchShared>, state: &mut DecodeQueue) {
     let own = shared.clone();
     state.threads.spawn_or_log("inflate", move || {
         threads::mark_io_thread();
+        let thread = Arc::new(IdleThread::current());
         let mut done = None;
-        while let Some(job) = own.workers.next(&own.pace, done) {
+        while let Some(job) = own.workers.next(own.pace.demand(), &thread, done) {
             grow(&own);
             done =
                 Some(if job.class == Class::Fill { JobDone::Fill } else { JobDone::Of(job.flow) });
-            work(&own, job);
+            work(&own, &thread, job);
         }
     });
 }
@@ -313,9 +356,9 @@ enum Made {
 }
 
 /// Processes one chunk, from its encoded bytes to its waiters.
-fn work(shared: &Arc<FetchShared>, mut job: DecodeJob) {
+fn work(shared: &Arc<FetchShared>, thread: &IdleThread, mut job: DecodeJob) {
     // A panic is a bug of the decoder; the reader gets an error and the thread continues.
-    let result = catch_unwind(AssertUnwindSafe(|| make(shared, &mut job)));
+    let result = catch_unwind(AssertUnwindSafe(|| make(shared, thread, &mut job)));
     let result = result.unwrap_or_else(|_| {
         job.tries = MOST_TRIES;
         Err(failure(&job.blob, "The decoder of this chunk panicked"))
@@ -375,7 +418,11 @@ fn keep(shared: &Arc<FetchShared>, job: DecodeJob, bytes: Arc<ChunkBytes>) {
 }
 
 /// Reads a near chunk, verifies and decodes it; or verifies and stores it, when it has no waiter.
-fn make(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<Made, Arc<ChunkError>> {
+fn make(
+    shared: &Arc<FetchShared>,
+    thread: &IdleThread,
+    job: &mut DecodeJob,
+) -> Result<Made, Arc<ChunkError>> {
     let is_serial = job.blob.source().is_serial(job.chunk);
     if let Input::Near = job.input {
         if let Some(bytes) = read_decoded(shared, job) {
@@ -385,7 +432,7 @@ fn make(shared: &Arc<FetchShared>, job: &mut DecodeJob) -> Result<Made, Arc<Chun
             return Ok(Made::Gone);
         }
     }
-    if job.class == Class::Fill && fill::store(shared, job)? {
+    if job.class == Class::Fill && fill::store(shared, thread, job)? {
         return Ok(Made::Filled);
     }
     if is_serial {

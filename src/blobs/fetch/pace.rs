@@ -1,105 +1,141 @@
-//! Priorities: the background fill yields to all other requests.
+//! Size and number of the requests of the background fill.
 //!
-//! A sent request cannot be recalled, and requests in flight share the line with a demand request that comes
-//! now. So the fill takes the whole line only after a time without demand; when demand comes, the requests in
-//! flight end soon, and then only small ones are sent, one at a time, until the line is quiet again. A demand
-//! request then waits for at most a few hundred KiB that are not its own.
+//! Nothing is requested for the fill until it is [quiet](crate::quiet). Then it has the line to itself; but demand may come at
+//! any moment, and requests in flight share the line with it until they end. So they are *small*: a request has the bytes
+//! that the line brings in two round trips, so that one in flight delays a read by no more than that; and they are *few*: as
+//! many as fill the line, and one more, so that it is busy while the next one is sent. Before the line is measured they are
+//! of the least size, and two. A request always takes at least one chunk.
+//!
+//! On a line nearby this size would be a fraction of a chunk, where requests cost more than the bytes: it has a lower bound,
+//! `download.blockSize`.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
-/// Time after a demand, in milliseconds, before the line counts as quiet: a program that starts reads,
-/// computes, and reads on.
-const QUIET: u64 = 1000;
+use super::blob::Blob;
+use crate::quiet::{Allowance, Demand};
 
-/// Bytes of a fill request while there is demand, 256 KiB: 2 ms of a gigabit. A request always takes at least
-/// one chunk.
+/// Least bytes of a fill request, 256 KiB: 2 ms of a gigabit, and about a chunk. `download.blockSize` changes it.
 const SMALL: u64 = 256 << 10;
 
-/// Bytes of a fill request on a quiet line.
-const LARGE: u64 = 4 << 20;
+/// Least value of `download.blockSize`.
+const LEAST: u64 = 64 << 10;
+
+/// Limit on the bytes of a fill request: as of any request.
+const LARGE: u64 = super::MOST_BYTES;
 
 /// Limit on fill requests in flight: 32 of 4 MiB fill 10 Gbit/s over 100 ms.
 const MOST: u64 = 32;
 
-/// Time of the last demand, and capacity of the line.
+/// The demand, and the capacity of the line.
 pub(super) struct Pace {
-    begun: Instant,
-    /// Time of the last demand in milliseconds since the start, plus one; 0: never.
-    demand: AtomicU64,
-    /// Bytes to keep in flight.
+    demand: Arc<Demand>,
+    /// Bytes that the line brings in two round trips; 0 before it is measured.
     line: AtomicU64,
-    /// Size of small requests.
+    /// Least size of a request.
     small: AtomicU64,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self {
-            begun: Instant::now(),
-            demand: AtomicU64::new(0),
-            line: AtomicU64::new(0),
-            small: AtomicU64::new(SMALL),
-        }
+        Self { demand: Arc::default(), line: AtomicU64::new(0), small: AtomicU64::new(SMALL) }
     }
 }
 
 impl Pace {
-    fn now(&self) -> u64 {
-        self.begun.elapsed().as_millis() as u64 + 1
+    /// The demand that the fill yields to.
+    pub(super) fn demand(&self) -> &Arc<Demand> {
+        &self.demand
     }
 
-    /// Records a demand for a chunk.
-    pub(super) fn demand(&self) {
-        self.demand.store(self.now(), Ordering::Relaxed);
+    /// Records what was measured of the line to a blob.
+    pub(super) fn measured(&self, blob: &Blob) {
+        let Some((two_round_trips, round_trip)) = blob.line() else { return };
+        self.line(two_round_trips);
+        self.demand.measured(round_trip);
     }
 
-    /// Records the measured capacity of a line in bytes.
-    pub(super) fn line(&self, bytes: u64) {
-        self.line.store(bytes, Ordering::Relaxed);
+    fn line(&self, two_round_trips: u64) {
+        self.line.store(two_round_trips, Ordering::Relaxed);
     }
 
-    /// Sets `download.blockSize`: bytes of a fill request while there is demand.
+    /// Sets `download.blockSize`: least bytes of a fill request.
     pub(super) fn block(&self, bytes: u64) {
-        self.small.store(bytes.clamp(64 << 10, LARGE), Ordering::Relaxed);
-    }
-
-    /// True if there was no demand for a while.
-    pub(super) fn is_quiet(&self) -> bool {
-        let last = self.demand.load(Ordering::Relaxed);
-        last == 0 || self.now() - last.min(self.now()) > QUIET
+        self.small.store(bytes.clamp(LEAST, LARGE), Ordering::Relaxed);
     }
 
     /// Bytes of the next fill request, with `others` requests in flight for readers and `fill` for the fill;
     /// 0: not now.
     pub(super) fn fill(&self, others: usize, fill: usize) -> u64 {
-        if others > 0 || !self.is_quiet() {
-            return if fill == 0 { self.small.load(Ordering::Relaxed) } else { 0 };
+        if others > 0 {
+            self.demand.note();
         }
-        // One more than fit, so that the line is busy while the next one is sent.
-        let most = (self.line.load(Ordering::Relaxed).div_ceil(LARGE) + 1).clamp(2, MOST);
-        if (fill as u64) < most { LARGE } else { 0 }
+        self.allowed(self.demand.allowance(), fill as u64)
+    }
+
+    fn allowed(&self, allowance: Allowance, in_flight: u64) -> u64 {
+        let small = self.small.load(Ordering::Relaxed);
+        let line = self.line.load(Ordering::Relaxed);
+        let size = line.clamp(small, LARGE);
+        let (size, most) = match allowance {
+            Allowance::Nothing => (0, 0),
+            Allowance::Little => (small, 1),
+            Allowance::All => (size, (line.div_ceil(size) + 1).clamp(2, MOST)),
+        };
+        if in_flight < most { size } else { 0 }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
-    fn the_fill_has_the_line_to_itself_only_while_nobody_wants_anything() {
+    fn nothing_is_filled_while_others_are_served_and_for_a_while_after() {
         let pace = Pace::default();
-        assert_eq!((pace.fill(0, 0), pace.fill(0, 1), pace.fill(0, 2)), (LARGE, LARGE, 0));
-        pace.line(3 * LARGE);
-        assert_eq!((pace.fill(0, 3), pace.fill(0, 4)), (LARGE, 0));
-        assert_eq!((pace.fill(1, 0), pace.fill(1, 1)), (SMALL, 0));
-        pace.demand();
-        assert_eq!((pace.fill(0, 0), pace.fill(0, 1)), (SMALL, 0));
-        assert!(!pace.is_quiet());
-        // Its small requests are of the size that is wanted, within bounds.
-        for (wanted, is) in [(1 << 20, 1 << 20), (1, 64 << 10), (u64::MAX, LARGE)] {
+        assert_eq!((pace.fill(1, 0), pace.fill(0, 0)), (0, 0));
+        assert_eq!(pace.allowed(Allowance::Nothing, 0), 0);
+        assert_eq!(
+            (pace.allowed(Allowance::Little, 0), pace.allowed(Allowance::Little, 1)),
+            (SMALL, 0)
+        );
+    }
+
+    #[test]
+    fn the_first_requests_are_small_and_then_the_line_gives_their_size() {
+        let pace = Pace::default();
+        let all = |in_flight| pace.allowed(Allowance::All, in_flight);
+        assert_eq!((all(0), all(1), all(2)), (SMALL, SMALL, 0));
+        // A gigabit over 5 ms, and 10 Gbit/s over 100 ms.
+        pace.line(1_250_000);
+        assert_eq!((all(1), all(2)), (1_250_000, 0));
+        pace.line(250_000_000);
+        assert_eq!((all(31), all(32)), (LARGE, 0));
+        // The least size is the one that is wanted, within bounds.
+        pace.line(0);
+        for (wanted, is) in [(1 << 20, 1 << 20), (1, LEAST), (u64::MAX, LARGE)] {
             pace.block(wanted);
-            assert_eq!(pace.fill(0, 0), is);
+            assert_eq!(all(0), is);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_in_flight_fills_the_line_and_is_bounded(line in 0..1_u64 << 40) {
+            let pace = Pace::default();
+            pace.line(line);
+            let mut bytes = 0;
+            for in_flight in 0.. {
+                match pace.allowed(Allowance::All, in_flight) {
+                    0 => break,
+                    size => bytes += size,
+                }
+            }
+            prop_assert!(bytes >= line.min(MOST * LARGE));
+            let one = line.clamp(SMALL, LARGE);
+            prop_assert!(bytes <= line + 2 * one && bytes <= MOST * LARGE, "{bytes} of {line}");
         }
     }
 }

@@ -94,12 +94,12 @@ impl FetchQueue {
         self.wanted.insert(wanted.key(), wanted);
     }
 
-    /// Makes a chunk demand of a device, if it is still here. It stays the demand of others too.
-    pub fn urge(&mut self, key: Key, flow: Flow) {
-        if let Some(wanted) = self.wanted.get_mut(&key) {
-            wanted.class = Class::Demand;
-            self.demand.push(flow, key); // an older place is skipped
-        }
+    /// Makes a chunk demand of a device, if it is still here. It stays the demand of others too. False if it is not here.
+    pub fn urge(&mut self, key: Key, flow: Flow) -> bool {
+        let Some(wanted) = self.wanted.get_mut(&key) else { return false };
+        wanted.class = Class::Demand;
+        self.demand.push(flow, key); // an older place is skipped
+        true
     }
 
     /// Number of chunks.

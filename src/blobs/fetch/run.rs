@@ -64,6 +64,7 @@ impl<'a> ChunkRun<'a> {
         }
     }
 
+    /// Hands the next chunk on to the decode threads.
     fn hand_on(&mut self, encoded: EncodedChunk) {
         self.seam = encoded.bytes().last().copied();
         let counters = &self.shared.counters;
@@ -75,9 +76,12 @@ impl<'a> ChunkRun<'a> {
             class = Class::Demand;
         }
         let job = DecodeJob { blob, chunk, class, tries, flow, input: Input::Fetched(encoded) };
+        let (key, is_fill) = (job.key(), class == Class::Fill);
         if let Err(job) = self.shared.workers.push(job) {
             let wanted = job.wanted();
             self.shared.fail(&wanted, super::ended(&wanted.blob));
+        } else if is_fill {
+            self.shared.urge_awaited(key, flow);
         }
     }
 }
@@ -99,7 +103,12 @@ impl Run for ChunkRun<'_> {
     }
 
     fn filled(&mut self, bytes: usize) {
-        self.first.get_or_insert_with(Instant::now);
+        if self.first.is_none() {
+            self.first = Some(Instant::now());
+            if self.taken.class == Class::Fill {
+                self.shared.crew.answered(self.taken.blob.key(self.taken.chunks.start));
+            }
+        }
         if let Some((encoded, at)) = self.current.take() {
             if at + bytes < encoded.bytes().len() {
                 self.current = Some((encoded, at + bytes));

@@ -109,6 +109,12 @@ struct Orders {
 }
 
 impl FrameQueue {
+    fn has_waiter(&self, first: Key) -> bool {
+        let demands =
+            |frame: &WantedFrame| frame.wanted.values().any(|one| one.class == Class::Demand);
+        self.frames.get(&first).is_some_and(demands)
+    }
+
     /// True if a frame with a waiter gets no thread or no memory.
     fn is_contested(&self) -> bool {
         let waits = |frame: &WantedFrame| !frame.taken && !frame.wanted.is_empty();
@@ -148,16 +154,21 @@ impl Serials {
         state
     }
 
-    /// Makes demand of a chunk that was wanted ahead of time: it has a waiter now.
-    pub(super) fn urge(&self, key: Key) {
+    /// Makes demand of a chunk that was wanted ahead of time: it has a waiter now. True if it was found.
+    pub(super) fn urge(&self, key: Key) -> bool {
         let mut state = self.lock();
+        let mut found = false;
         let of_blob = |first: &Key| (first.chunk.blob, first.way) == (key.chunk.blob, key.way);
         for (_, frame) in state.frames.iter_mut().filter(|(first, _)| of_blob(first)) {
             if let Some(wanted) = frame.wanted.get_mut(&key.chunk.number) {
                 wanted.class = Class::Demand;
-                self.wake.notify_all();
+                found = true;
             }
         }
+        if found {
+            self.wake.notify_all();
+        }
+        found
     }
 
     /// Accepts no more work; returns the chunks that were not delivered.
@@ -232,9 +243,16 @@ impl Serials {
     /// True if frame `first` has a waiter, or everything ends.
     fn is_urgent(&self, first: Key) -> bool {
         let state = self.lock();
-        let demands =
-            |frame: &WantedFrame| frame.wanted.values().any(|one| one.class == Class::Demand);
-        state.ending || state.frames.get(&first).is_some_and(demands)
+        state.ending || state.has_waiter(first)
+    }
+
+    /// True if frame `first` must not be held up: it has a waiter, or another frame needs its thread or its memory.
+    fn is_needed(&self, first: Key) -> bool {
+        let state = self.lock();
+        let full = state.at_work().count() >= MOST_THREADS;
+        let waits = |(first, frame): (&Key, &WantedFrame)| !frame.taken && state.has_waiter(*first);
+        let contested = state.starved > 0 || full && state.frames.iter().any(waits);
+        state.ending || state.has_waiter(first) || contested
     }
 
     /// Waits until a window of so many bytes fits beside the others. A single one of a way always does. False at
@@ -334,6 +352,8 @@ pub(super) fn want(
     }
     drop(state);
     serials.wake.notify_all();
+    // A frame of the fill may wait for quiet, and have a waiter now.
+    shared.crew.look_again();
     Ok(())
 }
 

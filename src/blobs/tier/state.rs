@@ -1,10 +1,11 @@
 //! The map of all files in memory, and the readers' operations on it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 
@@ -13,6 +14,7 @@ use super::presence::{ChunkExtent, HEADER, RECORD, Subject};
 use super::store::{Store, StoredFile};
 use super::writer::{Gone, Offer, WriterCommand};
 use super::{QUEUE, TierBlob, TierCounters, TierKind, TierOptions, Usage, in_pages};
+use crate::quiet::{Allowance, Demand};
 
 /// State shared by readers and the writer.
 pub(super) struct TierShared {
@@ -24,6 +26,8 @@ pub(super) struct TierShared {
     commands: Mutex<Sender<WriterCommand>>,
     queued: AtomicU64,
     full: AtomicBool,
+    /// The demand that the writer yields to, if there is one.
+    demand: OnceLock<Arc<Demand>>,
 }
 
 /// All files.
@@ -32,6 +36,8 @@ pub(super) struct TierState {
     pub(super) files: HashMap<u32, FileState>,
     names: HashMap<String, u32>,
     pub(super) fifo: Fifo,
+    /// Chunks that wait to be written.
+    offered: HashSet<(u32, u32)>,
     /// Bytes that the files take, as [`FileState::bytes`] counts them.
     pub(super) used: u64,
     next: u32,
@@ -200,7 +206,20 @@ impl TierShared {
             commands: Mutex::new(commands),
             queued: AtomicU64::new(0),
             full: AtomicBool::new(false),
+            demand: OnceLock::new(),
         }
+    }
+
+    pub(super) fn yield_to(&self, demand: Arc<Demand>) {
+        let _ = self.demand.set(demand);
+    }
+
+    /// Time until it is quiet; `None` if a batch may be written now: it is quiet, or so much waits that more would be
+    /// dropped.
+    pub(super) fn holds_back(&self) -> Option<Duration> {
+        let demand = self.demand.get()?;
+        let waits = self.queued() <= QUEUE / 2 && demand.allowance() == Allowance::Nothing;
+        waits.then(|| demand.left())
     }
 
     /// No code panics or waits while it holds this.
@@ -244,8 +263,12 @@ impl TierShared {
         self.queued.load(Ordering::Relaxed)
     }
 
-    /// Subtracts bytes that no longer wait.
-    pub(super) fn unqueue(&self, bytes: u64) {
+    /// Subtracts bytes that no longer wait, and these chunks.
+    pub(super) fn unqueue(&self, bytes: u64, chunks: &[(u32, u32)]) {
+        if !chunks.is_empty() {
+            let mut state = self.lock();
+            chunks.iter().for_each(|chunk| _ = state.offered.remove(chunk));
+        }
         self.queued.fetch_sub(bytes, Ordering::Relaxed);
     }
 
@@ -329,15 +352,24 @@ impl TierShared {
     }
 
     pub(super) fn offer(&self, offer: Offer) -> bool {
-        let len = offer.payload.bytes().len() as u64;
+        let (len, key) = (offer.payload.bytes().len() as u64, (offer.file, offer.chunk));
         // A chunk that is longer than the queue is accepted when no other one waits.
         let before = self.queued.fetch_add(len, Ordering::Relaxed);
-        if (before > 0 && before + len > QUEUE) || !self.send(WriterCommand::Offer(offer)) {
-            self.unqueue(len);
-            self.counters.dropped.add(1);
-            return false;
+        let fits = before == 0 || before + len <= QUEUE;
+        if fits {
+            self.lock().offered.insert(key);
+            if self.send(WriterCommand::Offer(offer)) {
+                return true;
+            }
         }
-        true
+        self.unqueue(len, &[]);
+        self.counters.dropped.add(1);
+        false
+    }
+
+    /// True if a chunk waits to be written.
+    pub(super) fn is_offered(&self, number: u32, chunk: u32) -> bool {
+        self.lock().offered.contains(&(number, chunk))
     }
 
     pub(super) fn read(

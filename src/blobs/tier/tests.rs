@@ -445,3 +445,69 @@ fn a_file_that_is_removed_or_cut_off_under_load_costs_only_a_fetch() {
     let file = tier.file(&blob(1, 512)).unwrap();
     assert!((0..40).all(|chunk| reads(&file, 1, chunk)));
 }
+
+/// A tier beside demand that never ends, as long as the returned value is not dropped.
+struct Busy(Arc<std::sync::atomic::AtomicBool>, Option<JoinHandle<()>>);
+
+impl Busy {
+    fn beside(tier: &Tier) -> Self {
+        let demand = Arc::<Demand>::default();
+        tier.shared.yield_to(demand.clone());
+        let over = Arc::<std::sync::atomic::AtomicBool>::default();
+        let own = over.clone();
+        let reader = std::thread::spawn(move || {
+            while !own.load(Ordering::SeqCst) {
+                demand.note();
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+        });
+        Self(over, Some(reader))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+        self.1.take().unwrap().join().unwrap();
+    }
+}
+
+fn wait_until(what: impl Fn() -> bool) {
+    let begun = std::time::Instant::now();
+    while !what() {
+        assert!(begun.elapsed().as_secs() < 30, "it does not come");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_chunk_is_not_written_beside_reads_but_at_once_when_a_caller_waits_and_when_they_end() {
+    let store = MemoryTierStore::new(1 << 30);
+    let tier = tier(Arc::new(store), 64 << 20, 0);
+    let file = tier.file(&blob(1, 40)).unwrap();
+    let busy = Busy::beside(&tier);
+    assert!(offer(&file, 1, 0));
+    // Longer than a batch waits for more, shorter than the patience.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(tier.usage().chunks, 0);
+    tier.flush();
+    assert!(reads(&file, 1, 0));
+    assert!(offer(&file, 1, 1));
+    drop(busy);
+    wait_until(|| reads(&file, 1, 1));
+}
+
+#[test]
+fn chunks_that_would_be_dropped_for_lack_of_room_are_written_beside_reads() {
+    let store = MemoryTierStore::new(1 << 30);
+    let tier = tier(Arc::new(store), 256 << 20, 0);
+    let chunks = QUEUE / PlainChunks::CHUNK * 3 / 4;
+    let file = tier.file(&blob(1, chunks)).unwrap();
+    let _busy = Busy::beside(&tier);
+    for chunk in 0..chunks {
+        let bytes = vec![1; PlainChunks::CHUNK as usize];
+        assert!(file.offer(chunk as u32, chunk * PlainChunks::CHUNK, bytes.into()));
+    }
+    wait_until(|| tier.waiting() <= QUEUE / 2);
+    assert!(tier.usage().chunks > 0 && tier.counters().dropped.get() == 0);
+}

@@ -4,8 +4,11 @@
 //! A batch has these steps: records of the evictions, sync, holes; data, sync; records of the new chunks. The
 //! last records become durable with the next batch, or after some time without work; a crash before that only
 //! means that these chunks are fetched again.
+//!
+//! A batch is not begun while there is [demand](crate::quiet), for some time, and as long as the queue has room. What is asked for
+//! by a command, or at the end, is written at once.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -23,6 +26,10 @@ const BATCH: u64 = 8 << 20;
 const LINGER: Duration = Duration::from_millis(20);
 /// Time without work after which the maps are synced and the free space is checked.
 const IDLE: Duration = Duration::from_millis(500);
+/// Longest time that a batch waits for quiet: what a crash would lose.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Longest sleep of a writer that is held back: more may come that fills its queue.
+const STEP: Duration = Duration::from_millis(100);
 /// Number of records from which on a map may be rewritten, when most of them are obsolete.
 const MANY_RECORDS: u64 = 1024;
 
@@ -44,6 +51,13 @@ pub(super) enum WriterCommand {
     Prune(u64, Sender<()>),
     /// Writes the rest, and ends.
     End,
+}
+
+impl WriterCommand {
+    /// True if a caller waits for it.
+    fn is_awaited(&self) -> bool {
+        matches!(self, Self::Flush(_) | Self::Prune(..) | Self::End)
+    }
 }
 
 /// A chunk to be written.
@@ -75,8 +89,11 @@ fn in_whole_pages(bytes: u64) -> u64 {
 /// Body of the thread.
 pub(super) fn run(shared: Arc<TierShared>, commands: Receiver<WriterCommand>) {
     threads::mark_io_thread();
+    if let Err(error) = sys::idle::yield_disk() {
+        tracing::debug!(%error, "A disk tier is written in the class of other threads");
+    }
     let store = shared.store.clone();
-    let writer = TierWriter { shared, dirty: BTreeSet::new() };
+    let writer = TierWriter { shared, dirty: BTreeSet::new(), received: VecDeque::new() };
     store.drive(Box::pin(writer.run(commands)));
 }
 
@@ -84,6 +101,8 @@ struct TierWriter {
     shared: Arc<TierShared>,
     /// Files whose maps have records that are not durable yet.
     dirty: BTreeSet<u32>,
+    /// Commands that are received and not in a batch.
+    received: VecDeque<WriterCommand>,
 }
 
 /// Work of one round of the thread.
@@ -119,19 +138,16 @@ impl TierWriter {
     async fn run(mut self, commands: Receiver<WriterCommand>) {
         loop {
             let mut batch = WriterRound::default();
-            match commands.recv_timeout(IDLE) {
-                Ok(command) => {
+            match self.receive(&commands, IDLE) {
+                Some(RecvTimeoutError::Disconnected) => batch.end = true,
+                Some(RecvTimeoutError::Timeout) => {}
+                None => {
+                    self.hold_back(&commands);
                     let until = Instant::now() + LINGER;
-                    let mut more = batch.add(command);
-                    while more
-                        && let Ok(command) =
-                            commands.recv_timeout(until.saturating_duration_since(Instant::now()))
-                    {
-                        more = batch.add(command);
-                    }
+                    while let Some(command) = self.next(&commands, until)
+                        && batch.add(command)
+                    {}
                 }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => batch.end = true,
             }
             let (flushes, prune, end) =
                 (std::mem::take(&mut batch.flushes), batch.prune.take(), batch.end);
@@ -153,9 +169,51 @@ impl TierWriter {
         }
     }
 
+    /// Receives a command, unless one was received before and is not in a batch.
+    fn receive(
+        &mut self,
+        commands: &Receiver<WriterCommand>,
+        most: Duration,
+    ) -> Option<RecvTimeoutError> {
+        if self.received.is_empty() {
+            match commands.recv_timeout(most) {
+                Ok(command) => self.received.push_back(command),
+                Err(error) => return Some(error),
+            }
+        }
+        None
+    }
+
+    /// The next command; waits for one until then.
+    fn next(
+        &mut self,
+        commands: &Receiver<WriterCommand>,
+        until: Instant,
+    ) -> Option<WriterCommand> {
+        let most = until.saturating_duration_since(Instant::now());
+        let _ = self.receive(commands, most);
+        self.received.pop_front()
+    }
+
+    /// Waits until it is quiet, but not for ever, not while much waits, and not while a caller does.
+    fn hold_back(&mut self, commands: &Receiver<WriterCommand>) {
+        let until = Instant::now() + PATIENCE;
+        while !self.received.iter().any(WriterCommand::is_awaited)
+            && let Some(left) = self.shared.holds_back()
+            && Instant::now() < until
+        {
+            match commands.recv_timeout(left.min(STEP)) {
+                Ok(command) => self.received.push_back(command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
     /// Processes one batch. `to`: shrink to so many bytes.
     async fn process(&mut self, batch: WriterRound, to: Option<u64>) {
         let bytes: u64 = batch.offers.iter().map(Offer::len).sum();
+        let chunks: Vec<_> = batch.offers.iter().map(|offer| (offer.file, offer.chunk)).collect();
         let mut gone = batch.gone;
         let offers = self.plan(batch.offers, &mut gone, to);
         if !gone.is_empty() {
@@ -165,7 +223,7 @@ impl TierWriter {
             self.store(offers).await;
         }
         self.settle().await;
-        self.shared.unqueue(bytes);
+        self.shared.unqueue(bytes, &chunks);
     }
 
     /// Corrects the count when writes and holes took other pages than planned: holes that the disk refused,

@@ -11,7 +11,8 @@
 //!   a line in the log and a metric tell why. A new attach uses the image that was built here.
 //!
 //! What cannot be compared, because a layer cannot be read now, stays as it was and is counted. Without a background fill
-//! (`download.enable`) there is no comparison. One image is compared at a time, by a thread of the lowest priority.
+//! (`download.enable`) there is no comparison. One image is compared at a time, by a thread of the lowest priority, and only
+//! while it is quiet ([`blobs::quiet`]): each piece of a layer waits for that, and with it all that is made of the piece.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -24,6 +25,7 @@ use parking_lot::Mutex;
 use crate::readings::ComparisonCounters;
 use blobs::cache::Cache;
 use blobs::fetch::{Blob, Filling, WholeBlob};
+use blobs::quiet::{Allowance, Demand};
 use convert::Silent;
 use convert::compare::{self, CompareError, Difference};
 use convert::meta::{MetaError, MetaImages, Plain};
@@ -133,12 +135,16 @@ impl ComparisonJob {
         if let Err(error) = rustix::process::setpriority_process(None, LOWEST) {
             tracing::debug!(%error, "The priority of a comparison stays as it is");
         }
+        if let Err(error) = sys::idle::yield_disk() {
+            tracing::debug!(%error, "A comparison reads the disk in the class of other threads");
+        }
         let turn = loop {
             let Some(filling) = self.filling.upgrade() else { return };
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
             if filling.ended()
+                && self.cache.demand().allowance() > Allowance::Nothing
                 && let Some(turn) = self.turn.try_lock()
             {
                 break turn;
@@ -184,6 +190,7 @@ impl ComparisonJob {
         let near = NearLayers {
             store: store.clone(),
             blobs: blobs.filter_map(|(blob, layer)| Some((layer.digest, blob?))).collect(),
+            demand: self.cache.demand().clone(),
             stop: self.stop.clone(),
         };
         let plain = Plain {
@@ -212,6 +219,7 @@ impl ComparisonJob {
 struct NearLayers {
     store: Arc<dyn ImageStore>,
     blobs: HashMap<Digest, Arc<Blob>>,
+    demand: Arc<Demand>,
     stop: Arc<AtomicBool>,
 }
 
@@ -226,7 +234,9 @@ impl ImageStore for NearLayers {
 
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
         match self.blobs.get(&blob.digest) {
-            Some(near) => Ok(Box::new(WholeBlob::new(near.clone(), self.stop.clone()))),
+            Some(near) => {
+                Ok(Box::new(WholeBlob::new(near.clone(), self.demand.clone(), self.stop.clone())))
+            }
             None => self.store.open_blob(blob),
         }
     }

@@ -287,6 +287,11 @@ pub const FETCH: &[Metric<FetchCounters>] = &[
         (&fetch.filled_bytes).into()
     }),
     counter(
+        "turbobd_fill_taken_over_total",
+        "Chunks that the background fill had requested and that were fetched again, because a read could not wait for its turn",
+        |fetch| (&fetch.taken_over).into(),
+    ),
+    counter(
         "turbobd_fill_whole_total",
         "Blobs without a table of checksums that were fetched whole and have their digest",
         |fetch| (&fetch.whole_blobs).into(),

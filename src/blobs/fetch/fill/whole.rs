@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
+use sys::idle::IdleThread;
 
 use super::super::FetchShared;
 use super::super::blob::Blob;
@@ -19,7 +20,7 @@ use crate::tier::store::ChunkPayload;
 use crate::tier::{TierBlob, TierKind};
 use formats::oci::Digest;
 use source::chunk::ChunkError;
-use source::{ByteSource, SourceError};
+use source::{ByteSource, Class, OneBuffer, SourceError};
 
 /// Bytes between chunks that are fetched and hashed at a time, 1 MiB.
 const STEP: u64 = 1 << 20;
@@ -28,8 +29,13 @@ const STEP: u64 = 1 << 20;
 const POLL: Duration = Duration::from_millis(10);
 
 /// Compares the digest of a blob that the tier has as a whole, and moves its chunks to where all images find them.
-/// `is_over` ends it early.
-pub(super) fn verify(shared: &FetchShared, blob: &Arc<Blob>, is_over: &dyn Fn() -> bool) {
+/// `is_over` waits for quiet, and ends it early.
+pub(super) fn verify(
+    shared: &FetchShared,
+    thread: &IdleThread,
+    blob: &Arc<Blob>,
+    is_over: &dyn Fn() -> bool,
+) {
     let Some(digest) = identity::claimed(blob.source().id()) else { return };
     let (Some((TierKind::Encoded, stored)), Some(whole)) =
         (blob.stored().target(), &blob.stored().whole)
@@ -42,7 +48,7 @@ pub(super) fn verify(shared: &FetchShared, blob: &Arc<Blob>, is_over: &dyn Fn() 
         return;
     }
     let name = blob.source().blob().name();
-    match hash(blob, is_over) {
+    match hash(thread, blob, is_over) {
         Ok(Some((found, sums))) if found == digest => {
             shared.counters.whole_blobs.add(1);
             tracing::info!("{name} was fetched whole, and has its digest");
@@ -72,6 +78,7 @@ fn outermost(source: &Arc<dyn ByteSource>) -> (&Arc<dyn ByteSource>, u64) {
 
 /// The digest of the blob, and that of each chunk's encoded bytes; `None` when a chunk is gone, or it is over.
 fn hash(
+    thread: &IdleThread,
     blob: &Blob,
     is_over: &dyn Fn() -> bool,
 ) -> Result<Option<(Digest, Vec<[u8; 32]>)>, ChunkError> {
@@ -86,10 +93,10 @@ fn hash(
             return Ok(None);
         }
         hash_between(bytes, &mut hasher, at..start)?;
-        sums.push(Sha256::digest(&buffer).into());
+        sums.push(thread.run(|| Sha256::digest(&buffer)).into());
         // Chunks may begin within the byte where the one before ends.
         let known = at.saturating_sub(start) as usize;
-        hasher.update(buffer.get(known..).unwrap_or_default());
+        thread.run(|| hasher.update(buffer.get(known..).unwrap_or_default()));
         at = at.max(end);
     }
     hash_between(bytes, &mut hasher, at..bytes.len())?;
@@ -105,8 +112,10 @@ fn hash_between(
     let mut at = range.start;
     let mut step = Vec::new();
     while at < range.end {
-        step.resize((range.end - at).min(STEP) as usize, 0);
-        bytes.read_exact_at(&mut step, at)?;
+        let step_len = (range.end - at).min(STEP);
+        step.resize(step_len as usize, 0);
+        let run = &mut OneBuffer::new(&mut step);
+        bytes.read_run(at..at + step_len, Class::Fill, run)?;
         hasher.update(&step);
         at += step.len() as u64;
     }

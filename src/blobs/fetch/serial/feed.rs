@@ -134,8 +134,9 @@ fn admit<'a>(
     frame: Key,
     class: Class,
 ) -> Result<Permit<'a>, Arc<ChunkError>> {
-    let is_urgent = || shared.serials.is_urgent(frame);
-    shared.crew.admit(blob.way(), class, &is_urgent).ok_or_else(|| ended(blob))
+    let is_urgent = || shared.serials.is_needed(frame);
+    let demand = shared.pace.demand();
+    shared.crew.admit(blob.way(), class, &is_urgent, demand).ok_or_else(|| ended(blob))
 }
 
 /// Reads the neighbours `numbers` of a batch, by one request.
@@ -170,6 +171,9 @@ fn read_far(
     counters.first_byte.add(wait);
     counters.whole.add(begun.elapsed());
     blob.measured(bytes, wait, begun.elapsed(), 0);
+    if class < Class::Fill {
+        shared.pace.demand().note();
+    }
     Ok(())
 }
 

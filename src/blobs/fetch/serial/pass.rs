@@ -12,6 +12,7 @@ use super::super::queue::WantedChunk;
 use super::super::{Claim, FetchShared, failure};
 use super::feed::Feed;
 use super::{Orders, PARKED};
+use crate::quiet::Allowance;
 use crate::tier::store::ChunkPayload;
 use crate::tier::{QUEUE, TierBlob, TierKind};
 use source::Class;
@@ -29,6 +30,9 @@ const LONGEST_WRITE: Duration = Duration::from_secs(10);
 /// Bytes of chunks without a waiter that are kept when no tier keeps them: requests for a chunk and the one
 /// after it may arrive in the other order.
 const MOST_PASSED: usize = 8 << 20;
+
+/// Interval at which a frame of the fill that is held back looks for new orders; a waiter ends it at once.
+const HELD_BACK: Duration = Duration::from_millis(100);
 
 /// Number of chunks that are still decoded for waiters ahead when a passed chunk has a waiter.
 const PATIENCE: u32 = 64;
@@ -118,8 +122,10 @@ impl Pass<'_> {
         let goal = orders.last.max(if to_end { self.last_not_kept() } else { None });
         match goal {
             Some(goal) if self.at < self.chunks.end => {
-                self.hold_back(&orders);
-                self.produce(goal, &orders)?;
+                // With new orders after a wait: they may have a waiter.
+                if self.may_go_on(&orders) {
+                    self.produce(goal, &orders)?;
+                }
                 Ok(true)
             }
             _ => Ok(self.park()),
@@ -225,12 +231,17 @@ impl Pass<'_> {
         wanted.class == Class::Fill && self.shared.abandon(wanted.key())
     }
 
-    /// Waits while there is demand, if no chunk of this frame has a waiter.
-    fn hold_back(&self, orders: &Orders) {
-        let serials = &self.shared.serials;
-        if orders.class == Class::Fill && !self.shared.pace.is_quiet() {
-            drop(serials.wait(serials.lock(), Duration::from_millis(20)));
+    /// Waits while there is demand, for a moment, if no chunk of this frame has a waiter. False if there still is.
+    fn may_go_on(&self, orders: &Orders) -> bool {
+        let (serials, demand) = (&self.shared.serials, self.shared.pace.demand());
+        let held_back = || {
+            let is_fill = orders.class == Class::Fill && !serials.is_needed(self.first);
+            is_fill && demand.allowance() == Allowance::Nothing
+        };
+        if held_back() {
+            drop(serials.wait(serials.lock(), demand.left().min(HELD_BACK)));
         }
+        !held_back()
     }
 
     /// Decodes the next chunk, and gives it to its waiters and its tier.
@@ -279,8 +290,8 @@ impl Pass<'_> {
         if shared.serials.remove(self.first, chunk).is_some() {
             shared.deliver(key, Ok(bytes));
         }
-        if orders.class == Class::Demand {
-            shared.pace.demand();
+        if orders.class < Class::Fill {
+            shared.pace.demand().note();
         }
         Ok(())
     }
@@ -366,8 +377,10 @@ impl Pass<'_> {
     /// Forgets passed chunks that have reached the tier, or never will; without a tier, all but the last few.
     fn forget_passed(&mut self) {
         if let Some(stored) = &self.blob.stored().decoded {
-            self.passed
-                .retain(|(chunk, when, _)| !stored.has(*chunk) && when.elapsed() < LONGEST_WRITE);
+            self.passed.retain(|(chunk, when, _)| {
+                let waits = stored.is_offered(*chunk) || when.elapsed() < LONGEST_WRITE;
+                waits && !stored.has(*chunk)
+            });
             return;
         }
         let mut bytes: usize = self.passed.iter().map(|(_, _, bytes)| bytes.len()).sum();
