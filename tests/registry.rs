@@ -623,7 +623,7 @@ fn a_reader_that_fails_or_ends_early_stores_nothing() {
 fn read_all(registry: &Double, digest: &Digest, length: usize) -> io::Result<Vec<u8>> {
     let mut all = Vec::new();
     repository(registry)
-        .blob_stream(digest, length as u64)
+        .blob_stream(digest, length as u64, &[])
         .unwrap()
         .read_to_end(&mut all)
         .map(|_| all)
@@ -676,7 +676,7 @@ fn a_stream_that_makes_no_progress_ends_with_the_reason() {
 fn a_slow_reader_slows_the_sender_and_loses_nothing() {
     let (registry, bytes, _) = one_blob(40 << 20);
     let mut reader =
-        repository(&registry).blob_stream(&Digest::of(&bytes), bytes.len() as u64).unwrap();
+        repository(&registry).blob_stream(&Digest::of(&bytes), bytes.len() as u64, &[]).unwrap();
     let mut start = vec![0; 1000];
     reader.read_exact(&mut start).unwrap();
     thread::sleep(Duration::from_millis(900)); // twice the idle limit
@@ -910,7 +910,11 @@ fn the_reference_registry_takes_and_gives_what_the_double_does() {
         assert_reads(&blob, &bytes, offset, length);
     }
     let mut all = Vec::new();
-    repository.blob_stream(&digest, bytes.len() as u64).unwrap().read_to_end(&mut all).unwrap();
+    repository
+        .blob_stream(&digest, bytes.len() as u64, &[])
+        .unwrap()
+        .read_to_end(&mut all)
+        .unwrap();
     assert!(all == bytes);
     let none = repository.blob(&Digest::of(b"none"), 4).unwrap();
     assert!(failure(&none, 0, 2).contains("Not found"));

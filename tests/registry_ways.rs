@@ -232,7 +232,7 @@ fn a_whole_blob_comes_from_a_mirror_too() {
     let client = RegistryClient::new(mirrored(&registry, &[&mirror])).unwrap();
     let repository = client.repository(&registry.host(), REPOSITORY).unwrap();
     let mut all = Vec::new();
-    let mut stream = repository.blob_stream(&Digest::of(&bytes), bytes.len() as u64).unwrap();
+    let mut stream = repository.blob_stream(&Digest::of(&bytes), bytes.len() as u64, &[]).unwrap();
     stream.read_to_end(&mut all).unwrap();
     assert!(all == bytes);
     assert_eq!((mirror.log().len(), registry.log().len()), (1, 1));

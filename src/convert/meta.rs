@@ -101,7 +101,22 @@ pub struct MetaImage {
     pub found: MetaOrigin,
     /// Why it is used.
     pub reason: MetaReason,
+    /// Others that were found before this one was built, and that nothing vouches for.
+    pub passed_over: Vec<PassedOver>,
 }
+
+/// A meta image that was found, fits the plain image by its own claim, and is not used.
+pub struct PassedOver {
+    /// The store of its manifest and layers.
+    pub store: Arc<dyn ImageStore>,
+    /// Digest of its manifest.
+    pub digest: Digest,
+    /// The parsed manifest.
+    pub manifest: Manifest,
+}
+
+/// Most images that are remembered as passed over: each is compared with the layers, which costs reading its metadata.
+const MOST_PASSED_OVER: usize = 4;
 
 /// A requested plain image.
 pub struct Plain<'a> {
@@ -158,7 +173,8 @@ impl MetaImages {
     /// [`MetaError`]. A place that cannot be searched is only logged, because the meta image can always be
     /// built.
     pub fn of(&self, plain: &Plain<'_>, progress: &dyn Progress) -> Result<MetaImage, MetaError> {
-        if let Some(image) = self.find(plain) {
+        let mut passed_over = Vec::new();
+        if let Some(image) = self.find(plain, &mut passed_over) {
             let MetaImage { found, reason, stored, .. } = &image;
             tracing::info!(?found, %reason, digest = %stored.digest, "meta image");
             if self.publish && image.found == MetaOrigin::Local {
@@ -166,7 +182,8 @@ impl MetaImages {
             }
             return Ok(image);
         }
-        self.build_from(plain, &**plain.store, progress)
+        let built = self.build_from(plain, &**plain.store, progress)?;
+        Ok(MetaImage { passed_over, ..built })
     }
 
     /// The meta image that this host builds for `plain`, or has built before. Its layers are read from `from`.
@@ -192,19 +209,25 @@ impl MetaImages {
         }
     }
 
-    /// The first meta image that may be used.
-    fn find(&self, plain: &Plain<'_>) -> Option<MetaImage> {
+    /// The first meta image that may be used. Those before it that may not are added to `passed_over`.
+    fn find(&self, plain: &Plain<'_>, passed_over: &mut Vec<PassedOver>) -> Option<MetaImage> {
         for candidate in candidates(plain, &self.local) {
             let signed = || candidate.signed(&self.signers);
             match self.trust.reason(candidate.named, candidate.place, signed) {
                 Some(reason) => return Some(MetaImage::of(candidate, reason)),
-                None => tracing::warn!(
-                    found = ?candidate.found,
-                    digest = %candidate.stored.digest,
-                    "A meta image of {} is not used: no key of turbobd.metaKeys has signed it, and turbobd.metaTrust is {}",
-                    plain.stored.digest,
-                    self.trust
-                ),
+                None => {
+                    tracing::warn!(
+                        found = ?candidate.found,
+                        digest = %candidate.stored.digest,
+                        "A meta image of {} is not used: no key of turbobd.metaKeys has signed it, and turbobd.metaTrust is {}",
+                        plain.stored.digest,
+                        self.trust
+                    );
+                    if passed_over.len() < MOST_PASSED_OVER {
+                        let MetaCandidate { store, stored, manifest, .. } = candidate;
+                        passed_over.push(PassedOver { store, digest: stored.digest, manifest });
+                    }
+                }
             }
         }
         None
@@ -244,7 +267,8 @@ impl MetaImages {
         built::keep(&self.local, &plain.stored.digest, &stored.digest)
             .map_err(|source| MetaError::Local { dir: self.local.clone(), source })?;
         let (store, found, reason) = (store.clone(), MetaOrigin::Built, MetaReason::Built);
-        let image = MetaImage { store, stored, manifest, found, reason };
+        let passed_over = Vec::new();
+        let image = MetaImage { store, stored, manifest, found, reason, passed_over };
         if self.publish {
             publish(plain, &image).map_err(keep)?;
         }
@@ -276,7 +300,7 @@ impl Drop for Lock {
 impl MetaImage {
     fn of(candidate: MetaCandidate, reason: MetaReason) -> Self {
         let MetaCandidate { store, stored, manifest, found, .. } = candidate;
-        Self { store, stored, manifest, found, reason }
+        Self { store, stored, manifest, found, reason, passed_over: Vec::new() }
     }
 }
 

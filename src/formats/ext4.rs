@@ -76,7 +76,7 @@ pub use file::{Attributes, DataRun, NodeKind, Timestamp};
 pub use geometry::Geometry;
 pub use image::{FilePart, Image};
 pub use layer::{LayerBlocks, LayerRun};
-pub use mountable::{MountableError, check_mountable};
+pub use mountable::{ImageKind, MountableError, check_mountable};
 pub use read::{ReadError, read};
 pub use superblock::FilesystemIdentity;
 pub use tree::{LINKS_MAX, NAME_MAX, NodeId, SYMLINK_MAX, Tree, TreeError};

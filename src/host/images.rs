@@ -235,8 +235,8 @@ impl ImageOpener for HostImages {
             self.registries.network().limits().allow_fill(download.max_bytes_per_second);
         }
         let filling = fill_options(&download).map(|options| Arc::new(cache.fill(blobs, options)));
-        let comparing = opened.unproved.zip(filling.as_ref()).and_then(|(unproved, filling)| {
-            let comparing = self.comparisons.begin(&image, unproved, &disk, filling)?;
+        let comparing = opened.unproved.and_then(|unproved| {
+            let comparing = self.comparisons.begin(&image, unproved, &disk, filling.as_ref())?;
             Some(Box::new(comparing) as Box<dyn Send + Sync>)
         });
         Ok(ServableImage {

@@ -16,12 +16,11 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::client::RepositoryPlace;
 use super::downloads::Download;
 use super::error::RegistryError;
 use super::race::RacedRead;
 use super::retry::Budget;
-use super::way::BlobAddress;
+use super::way::{BlobAddress, BlobPlaces, CoveredBy};
 use formats::oci::Digest;
 use source::{ByteSource, Class, OneBuffer, Origin, Retries, Run, SourceError, Traffic};
 use threads::Counter;
@@ -125,17 +124,16 @@ pub struct RemoteBlob {
 
 impl RemoteBlob {
     pub(super) fn new(
-        place: &Arc<RepositoryPlace>,
-        mirrors: &[Arc<RepositoryPlace>],
-        digest: &Digest,
+        places: BlobPlaces<'_>,
         size: u64,
-        covered: bool,
+        covered: CoveredBy<'_>,
     ) -> Result<Self, RegistryError> {
-        let name = place.describe(&digest.to_string());
+        let digest = *places.digest;
+        let name = places.registry.describe(&digest.to_string());
         // The reader's error names the blob; the errors below need not repeat it.
-        let blob = BlobAddress::new(place, mirrors, digest, size, covered, "this blob")?;
+        let blob = BlobAddress::new(places, size, covered, "this blob")?;
         let (stats, deliveries) = Default::default();
-        Ok(Self { blob, digest: *digest, name, stats, deliveries })
+        Ok(Self { blob, digest, name, stats, deliveries })
     }
 
     /// Counts into `stats`, which other blobs may share.

@@ -106,6 +106,8 @@ pub struct RegistryClient {
 /// State shared by all repositories of a client.
 pub(super) struct Services {
     pub(super) transport: Transport,
+    /// The same without the client's certificate, for hosts that an image names; `None` if there is no certificate.
+    without_certificate: Option<Transport>,
     pub(super) credentials: CredentialStore,
     pub(super) tokens: TokenCache,
     pub(super) user_agent: HeaderValue,
@@ -202,11 +204,17 @@ impl Services {
         let network = &options.network;
         let tls =
             tls::configure(&options.authorities, options.certificate.as_ref(), options.insecure)?;
+        let anonymous = match options.certificate {
+            Some(_) => Some(tls::configure(&options.authorities, None, options.insecure)?),
+            None => None,
+        };
+        let transport = |tls| Transport::new(tls, &options.proxies, options.timeouts);
         let user_agent = HeaderValue::try_from(&options.user_agent).map_err(|_| {
             RegistryError::Setup { reason: "the user agent cannot be sent in a header".to_owned() }
         })?;
         Ok(Self {
-            transport: Transport::new(&tls, &options.proxies, options.timeouts),
+            transport: transport(&tls),
+            without_certificate: anonymous.as_ref().map(transport),
             credentials: CredentialStore {
                 explicit: options.credential.clone(),
                 service: options.credential_service.clone(),
@@ -268,6 +276,17 @@ fn trust(options: &ClientOptions) -> String {
     text
 }
 
+/// Who named a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PlaceRole {
+    /// The user: the registry itself.
+    Registry,
+    /// The operator: a mirror of it.
+    Mirror,
+    /// An image: the `urls` of a layer's descriptor.
+    Elsewhere,
+}
+
 /// One repository of one registry.
 pub(super) struct RepositoryPlace {
     pub(super) services: Arc<Services>,
@@ -278,8 +297,8 @@ pub(super) struct RepositoryPlace {
     pub(super) name: String,
     /// Query for a mirror, which names the registry that it mirrors.
     query: String,
-    /// True if this is a mirror, which must not see the registry's passwords.
-    pub(super) is_mirror: bool,
+    /// Who named it.
+    pub(super) role: PlaceRole,
     /// URL under which repositories lie, such as `https://registry.example/v2`.
     base: String,
     /// Health and counters of the host.
@@ -321,7 +340,7 @@ impl RepositoryPlace {
             origin,
             name,
             query: String::new(),
-            is_mirror: false,
+            role: PlaceRole::Registry,
             base: format!("{base}v2"),
             state,
         })
@@ -351,10 +370,43 @@ impl RepositoryPlace {
             name: self.name.clone(),
             // containerd names the registry to mirrors so; mirrors of several registries need it.
             query: format!("?ns={}", utf8_percent_encode(&self.host, NON_ALPHANUMERIC)),
-            is_mirror: true,
+            role: PlaceRole::Mirror,
             base: format!("{scheme}://{authority}{path}{end}"),
             state: self.services.network.host(authority.as_str()),
         })
+    }
+
+    /// The host of `url`, which a layer of this repository names as another place of its bytes. No credential of this
+    /// client is for it, and it may be no farther than a redirect of this registry.
+    pub(super) fn elsewhere(&self, url: &Uri) -> Self {
+        let host = authority(url).to_owned();
+        Self {
+            services: self.services.clone(),
+            origin: self.origin.clone(),
+            name: self.name.clone(),
+            query: String::new(),
+            role: PlaceRole::Elsewhere,
+            base: self.base.clone(),
+            // A state of its own: an image must not change what others see of a host, nor add hosts to the metrics.
+            state: Arc::new(Host::new(&host)),
+            host,
+        }
+    }
+
+    /// True for a mirror, which must not see the registry's passwords.
+    pub(super) fn is_mirror(&self) -> bool {
+        self.role == PlaceRole::Mirror
+    }
+
+    /// True for a place that only an image names.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        self.role == PlaceRole::Elsewhere
+    }
+
+    /// The connections to this place.
+    fn transport(&self) -> &Transport {
+        let Services { transport, without_certificate, .. } = &*self.services;
+        without_certificate.as_ref().filter(|_| self.is_elsewhere()).unwrap_or(transport)
     }
 
     /// A URL below `/v2/<name>/`. `path` holds only characters that need no encoding.
@@ -387,7 +439,7 @@ impl RepositoryPlace {
             host: self.host.clone(),
             repository: self.name.clone(),
             actions,
-            is_mirror: self.is_mirror,
+            is_mirror: self.is_mirror(),
         }
     }
 
@@ -400,7 +452,7 @@ impl RepositoryPlace {
     /// registry keeps its bytes where it likes; but a credential for one repository is never shown to another because an
     /// answer said so.
     pub(super) fn is_home(&self, url: &Uri) -> bool {
-        if !same_origin(url, &self.origin) {
+        if self.is_elsewhere() || !same_origin(url, &self.origin) {
             return false;
         }
         let path = url.path();
@@ -446,7 +498,7 @@ impl RepositoryPlace {
             };
             let request = self.request(call, &url, header.as_ref())?;
             let reach = self.reach(&url);
-            let sent = self.services.transport.send_async(request, reach, deadline).await;
+            let sent = self.transport().send_async(request, reach, deadline).await;
             let reply =
                 sent.map_err(|error| self.services.broken(&call.what, authority(&url), &error))?;
             if at_home && !renewed && matches!(reply.status.as_u16(), 401 | 403) {

@@ -222,7 +222,8 @@ struct HostState {
 }
 
 impl Host {
-    fn new(name: &str) -> Self {
+    /// A host that was not asked yet.
+    pub(super) fn new(name: &str) -> Self {
         Self {
             name: name.to_owned(),
             stats: HostStats::default(),

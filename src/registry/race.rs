@@ -26,7 +26,7 @@ use super::blob::{Deliveries, RemoteStats};
 use super::error::RegistryError;
 use super::host::Network;
 use super::wait::{block_on, block_until};
-use super::way::{BlobAddress, RangeBody, Way, tell};
+use super::way::{BlobAddress, RangeBody, ToldError, Way};
 use source::{Class, Run};
 
 /// A read in progress, over all its tries.
@@ -119,9 +119,9 @@ impl<'a> RacedRead<'a> {
     /// Reads on from `at`, asking each source once; afterwards `at` is the position reached.
     pub(super) fn once(&mut self, deadline: Instant) -> Result<(), RegistryError> {
         let order = self.blob.order();
-        let mut next = order.iter().copied();
+        let mut next = order.iter().copied().peekable();
         let mut lanes = Vec::with_capacity(2);
-        let mut told = None;
+        let mut told = ToldError::default();
         let mut patient = self.hedges_after();
         self.network.earn_hedge();
         lanes.extend(next.next().map(|number| self.lane(number, deadline, true)));
@@ -145,7 +145,9 @@ impl<'a> RacedRead<'a> {
                 None => {
                     patient = None;
                     if self.network.take_hedge() {
-                        let second = self.second(&lanes[0], next.next(), deadline);
+                        // A URL of an image is asked for what the others do not have, not for what they are late with.
+                        let other = next.next_if(|way| !self.blob.ways[*way].place.is_elsewhere());
+                        let second = self.second(&lanes[0], other, deadline);
                         lanes.push(second);
                     }
                 }
@@ -162,7 +164,7 @@ impl<'a> RacedRead<'a> {
                 Some((number, RaceEvent::Broken(error))) => {
                     let mut lane = lanes.swap_remove(number);
                     let by_peer = self.broken(&mut lane, &error);
-                    tell(&mut told, error, lane.way);
+                    told.add(error, lane.way);
                     if lanes.is_empty() {
                         // The rest of a read that a peer broke off is requested from the registry
                         // or mirror directly.
@@ -172,7 +174,7 @@ impl<'a> RacedRead<'a> {
                 }
             }
         }
-        Err(told.unwrap_or_else(|| RegistryError::NotFound { what: "a blob".to_owned() }))
+        Err(told.take())
     }
 
     fn hedges_after(&self) -> Option<Duration> {

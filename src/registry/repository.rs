@@ -18,6 +18,7 @@ use super::redirect::resolve;
 use super::retry::{Budget, RetryPolicy};
 use super::stream::BlobReader;
 use super::transport::HttpReply;
+use super::way::{BlobPlaces, CoveredBy};
 use formats::oci::Digest;
 
 /// Limit on a manifest in bytes. Registries must accept manifests of 4 MiB and need not accept
@@ -243,7 +244,7 @@ impl Repository {
             match landed.reply.status.as_u16() {
                 200 => self.read_manifest(&call, landed, None).map(Some),
                 // An older mirror does not know which referrers the registry has.
-                400 | 404 | 405 if !place.is_mirror => Ok(None),
+                400 | 404 | 405 if !place.is_mirror() => Ok(None),
                 _ => self.accept(&call, landed, &[]).map(|_| None),
             }
         })?;
@@ -303,23 +304,39 @@ impl Repository {
     /// # Errors
     /// [`RegistryError::BadName`] never happens for a digest, but the URL is built here.
     pub fn blob(&self, digest: &Digest, size: u64) -> Result<RemoteBlob, RegistryError> {
-        RemoteBlob::new(&self.place, &self.mirrors, digest, size, false)
+        RemoteBlob::new(self.address(digest), size, CoveredBy::Nothing)
     }
 
-    /// As [`Repository::blob`], for a caller that checks each byte against a digest: then a redirect may leave TLS.
+    /// As [`Repository::blob`], for a caller that checks each byte against a digest: then a redirect may leave TLS, and what
+    /// the repository does not deliver is read at `urls`, those of the layer's descriptor.
     ///
     /// # Errors
     /// As [`Repository::blob`].
-    pub fn covered_blob(&self, digest: &Digest, size: u64) -> Result<RemoteBlob, RegistryError> {
-        RemoteBlob::new(&self.place, &self.mirrors, digest, size, true)
+    pub fn covered_blob(
+        &self,
+        digest: &Digest,
+        size: u64,
+        urls: &[String],
+    ) -> Result<RemoteBlob, RegistryError> {
+        RemoteBlob::new(self.address(digest), size, CoveredBy::Digests { urls })
     }
 
-    /// Opens a blob of `size` bytes for reading from front to end. The caller verifies the digest.
+    /// Opens a blob of `size` bytes for reading from front to end. The caller verifies the digest; so `urls` are those of
+    /// [`Repository::covered_blob`].
     ///
     /// # Errors
     /// Returns the errors of [`Repository::blob`]; the first read asks the registry.
-    pub fn blob_stream(&self, digest: &Digest, size: u64) -> Result<BlobReader, RegistryError> {
-        BlobReader::new(&self.place, &self.mirrors, digest, size)
+    pub fn blob_stream(
+        &self,
+        digest: &Digest,
+        size: u64,
+        urls: &[String],
+    ) -> Result<BlobReader, RegistryError> {
+        BlobReader::new(self.address(digest), size, urls)
+    }
+
+    fn address<'r>(&'r self, digest: &'r Digest) -> BlobPlaces<'r> {
+        BlobPlaces { registry: &self.place, mirrors: &self.mirrors, digest }
     }
 
     /// Mounts a blob of the repository `from` of the same registry without sending it; returns true

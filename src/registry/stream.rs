@@ -5,16 +5,14 @@
 //! fetched again and the known part discarded, which is slow but succeeds.
 
 use std::io::{self, Read};
-use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::{Buf as _, Bytes};
 
-use super::client::RepositoryPlace;
 use super::downloads::Download;
 use super::error::RegistryError;
 use super::retry::Budget;
-use super::way::{BlobAddress, RangeBody};
+use super::way::{BlobAddress, BlobPlaces, CoveredBy, RangeBody};
 use formats::oci::Digest;
 use source::Class;
 
@@ -43,17 +41,17 @@ pub struct BlobReader {
 
 impl BlobReader {
     pub(super) fn new(
-        place: &Arc<RepositoryPlace>,
-        mirrors: &[Arc<RepositoryPlace>],
-        digest: &Digest,
+        places: BlobPlaces<'_>,
         size: u64,
+        urls: &[String],
     ) -> Result<Self, RegistryError> {
-        let what = place.describe(&format!("blob {digest}"));
-        let budget = Budget::new(place.services.read_retry, place);
-        let blob = BlobAddress::new(place, mirrors, digest, size, true, &what)?;
+        let digest = *places.digest;
+        let what = places.registry.describe(&format!("blob {digest}"));
+        let budget = Budget::new(places.registry.services.read_retry, places.registry);
+        let blob = BlobAddress::new(places, size, CoveredBy::Digests { urls }, &what)?;
         Ok(Self {
             blob,
-            digest: *digest,
+            digest,
             begun: Instant::now(),
             host: None,
             body: None,

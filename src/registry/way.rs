@@ -9,6 +9,10 @@
 //! is asked last for a while. All sources together are one try: there is a pause only when the last
 //! one has failed.
 //!
+//! The `urls` of a layer's descriptor come last. An image names them, so they are asked only for bytes that a digest
+//! covers, without any credential, and no farther than a redirect of the registry may lead ([`reach`](super::reach)).
+//! Layers that must not be distributed are in no registry but only there.
+//!
 //! A peer-to-peer proxy is given the *actual* URL, appended to its own (spec runtime 6), so that
 //! peers name shared bytes by their origin. The actual URL is learnt by one direct request. Each
 //! request decides again about the peer: if the peer does not answer at once and correctly, the
@@ -25,7 +29,7 @@ use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderValue
 use hyper::{HeaderMap, Method, Uri};
 use parking_lot::Mutex;
 
-use super::client::{Call, Landed, P2p, RepositoryPlace, refusal, unix_now};
+use super::client::{Call, Landed, P2p, PlaceRole, RepositoryPlace, refusal, unix_now};
 use super::error::RegistryError;
 use super::host::Host;
 use super::reach::Reach;
@@ -41,43 +45,72 @@ const MISSING: Duration = Duration::from_secs(300);
 /// damaged.
 const LIED: Duration = Duration::from_secs(600);
 
+/// Most URLs of one layer that are asked. Descriptors have one or two; each costs the memory of a source.
+const MOST_URLS: usize = 4;
+
+/// The places of a blob that the user and the operator named.
+#[derive(Clone, Copy)]
+pub(super) struct BlobPlaces<'a> {
+    pub(super) registry: &'a Arc<RepositoryPlace>,
+    pub(super) mirrors: &'a [Arc<RepositoryPlace>],
+    pub(super) digest: &'a Digest,
+}
+
+/// What the reader of a blob checks its bytes against.
+#[derive(Clone, Copy)]
+pub(super) enum CoveredBy<'a> {
+    Nothing,
+    /// Each byte against a digest: it may come from anywhere, also from these URLs, which an image names.
+    Digests {
+        urls: &'a [String],
+    },
+}
+
 /// A blob, and all its sources.
 pub(super) struct BlobAddress {
     pub(super) ways: Vec<Way>,
+    /// Place of the registry among them.
+    registry: usize,
     pub(super) size: u64,
 }
 
 impl BlobAddress {
-    /// Creates the address. `place` is the registry; `what` names the blob in messages; `covered` says that the
-    /// reader checks each byte against a digest.
+    /// Creates the address; `what` names the blob in messages.
     pub(super) fn new(
-        place: &Arc<RepositoryPlace>,
-        mirrors: &[Arc<RepositoryPlace>],
-        digest: &Digest,
+        BlobPlaces { registry, mirrors, digest }: BlobPlaces<'_>,
         size: u64,
-        covered: bool,
+        covered: CoveredBy<'_>,
         what: &str,
     ) -> Result<Self, RegistryError> {
-        let way = |place: &Arc<RepositoryPlace>| {
-            Ok(Way {
-                url: place.url(&format!("blobs/{digest}"))?,
-                place: place.clone(),
-                size,
-                covered,
-                what: what.to_owned(),
-                moved: Mutex::default(),
-                at_home: AtomicBool::new(false),
-                last_until: Mutex::default(),
-                peer_lied: AtomicBool::new(false),
-            })
+        let (covered, urls) = match covered {
+            CoveredBy::Nothing => (false, &[][..]),
+            CoveredBy::Digests { urls } => (true, urls),
         };
-        let ways = mirrors.iter().chain([place]).map(way).collect::<Result<_, _>>()?;
-        Ok(Self { ways, size })
+        let way = |place: Arc<RepositoryPlace>, url| Way {
+            url,
+            place,
+            size,
+            covered,
+            what: what.to_owned(),
+            moved: Mutex::default(),
+            at_home: AtomicBool::new(false),
+            last_until: Mutex::default(),
+            peer_lied: AtomicBool::new(false),
+        };
+        let mut ways = Vec::with_capacity(mirrors.len() + 1);
+        for place in mirrors.iter().chain([registry]) {
+            ways.push(way(place.clone(), place.url(&format!("blobs/{digest}"))?));
+        }
+        // Relative ones have no meaning in a manifest.
+        let absolute = urls.iter().filter(|url| url.contains("://"));
+        let named = absolute.filter_map(|url| redirect::resolve(&registry.origin, url));
+        ways.extend(named.take(MOST_URLS).map(|url| way(Arc::new(registry.elsewhere(&url)), url)));
+        Ok(Self { ways, registry: mirrors.len(), size })
     }
 
     /// The registry itself.
     pub(super) fn registry(&self) -> &Arc<RepositoryPlace> {
-        &self.ways[self.ways.len() - 1].place
+        &self.ways[self.registry].place
     }
 
     /// The order in which sources are asked: healthy ones first, each group in the order of the
@@ -95,25 +128,42 @@ impl BlobAddress {
         range: &Range<u64>,
         deadline: Option<Instant>,
     ) -> Result<RangeBody, RegistryError> {
-        let mut told = None;
+        let mut told = ToldError::default();
         for number in self.order() {
             let way = &self.ways[number];
             match block_on(way.open(range.clone(), deadline, true)) {
                 Ok(body) => return Ok(body),
                 Err(error) => {
                     way.failed(&error);
-                    tell(&mut told, error, way);
+                    told.add(error, way);
                 }
             }
         }
-        Err(told.unwrap_or_else(|| RegistryError::NotFound { what: "a blob".to_owned() }))
+        Err(told.take())
     }
 }
 
-/// Chooses the error to report: of several, the registry's own.
-pub(super) fn tell(told: &mut Option<RegistryError>, error: RegistryError, way: &Way) {
-    if told.is_none() || !way.place.is_mirror {
-        *told = Some(error);
+/// The error to report of those of several sources: the registry's own; but of a blob that it has not, that of a
+/// URL which should have had it.
+#[derive(Default)]
+pub(super) struct ToldError(Option<(u8, RegistryError)>);
+
+impl ToldError {
+    pub(super) fn add(&mut self, error: RegistryError, way: &Way) {
+        let weight = match way.place.role {
+            PlaceRole::Mirror => 0,
+            PlaceRole::Registry if matches!(error, RegistryError::NotFound { .. }) => 1,
+            PlaceRole::Elsewhere => 2,
+            PlaceRole::Registry => 3,
+        };
+        if self.0.as_ref().is_none_or(|(told, _)| weight >= *told) {
+            self.0 = Some((weight, error));
+        }
+    }
+
+    pub(super) fn take(self) -> RegistryError {
+        let none = || RegistryError::NotFound { what: "a blob".to_owned() };
+        self.0.map_or_else(none, |(_, error)| error)
     }
 }
 
@@ -166,7 +216,7 @@ impl Way {
             }
             _ => state.failed(None),
         }
-        if self.place.is_mirror {
+        if self.place.is_mirror() {
             tracing::warn!(mirror = %self.place.host, %error, "registry: asking a mirror last for a while");
         }
     }
@@ -201,7 +251,9 @@ impl Way {
         by_peer: bool,
     ) -> Result<RangeBody, RegistryError> {
         let peer = self.place.services.p2p.as_ref().filter(|peer| {
-            by_peer && peer.host.is_healthy() && !self.peer_lied.load(Ordering::Relaxed)
+            // The peer would ask any address.
+            let may = by_peer && !self.place.is_elsewhere();
+            may && peer.host.is_healthy() && !self.peer_lied.load(Ordering::Relaxed)
         });
         if let Some(peer) = peer {
             let url = match self.known_url() {
@@ -356,6 +408,16 @@ impl Way {
                 }
             }
             200 => return Err(RegistryError::RangeIgnored { what: self.what.clone(), host }),
+            status @ (401 | 403 | 404) if self.place.is_elsewhere() => {
+                let host = format!("{host} (a URL of the layer's descriptor)");
+                let reason = String::new();
+                return Err(RegistryError::Server {
+                    what: self.what.clone(),
+                    host,
+                    status,
+                    reason,
+                });
+            }
             status @ (401 | 403 | 404) if landed.away => {
                 return Err(protocol(format!(
                     "the URL that the registry redirects to answered {status}"

@@ -2,6 +2,7 @@
 //!
 //! * [`budget`]    memory that an image claims is reserved, or refused
 //! * [`fairness`]  devices take turns
+//! * [`hostile`]   images whose bytes were changed, on purpose or by accident
 //! * [`identity`]  chunks are shared by what proves them
 //! * [`pinned`]    an image named by digest shows its layers
 //! * [`reach`]     an image reaches only its own repository
@@ -9,6 +10,7 @@
 
 mod budget;
 mod fairness;
+mod hostile;
 mod identity;
 mod pinned;
 mod privilege;

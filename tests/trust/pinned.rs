@@ -620,6 +620,27 @@ fn a_forged_meta_image_beside_a_tag_is_found_out_and_its_reads_fail() {
 }
 
 #[test]
+fn a_meta_image_beside_a_digest_is_compared_with_what_was_built_and_changes_nothing() {
+    let scene = Scene::new();
+    let (name, forged) = scene.beside(Way::Referrer);
+    let (host, pinned) = (Host::new(), format!("{name}@{}", scene.plain()));
+    host.attach(&pinned);
+    host.until("turbobd_meta_different_total");
+    let log = fs::read_to_string(host.run.at("log")).unwrap();
+    let told = log.lines().find(|line| line.contains("does not show what its layers contain"));
+    assert!(told.is_some_and(|line| line.contains("bin/evil") && line.contains(&forged)), "{log}");
+    // The device shows what was built, and goes on.
+    assert!(host.run.mnt().join("bin/good").exists());
+    assert_eq!(fs::read(host.run.mnt().join("big")).unwrap(), prose(3, 3 << 20));
+    host.detach();
+    // The image that was built is found first from now on, and nothing is left to compare.
+    host.attach(&pinned);
+    host.until("turbobd_meta_different_total");
+    assert_eq!(fs::read(host.run.mnt().join("big")).unwrap(), prose(3, 3 << 20));
+    host.detach();
+}
+
+#[test]
 fn an_honest_meta_image_beside_a_tag_is_compared_and_read_on() {
     let scene = Scene::new();
     let (name, _) = scene.beside(Way::Nothing);

@@ -374,6 +374,134 @@ fn tls_is_left_only_for_bytes_that_a_digest_covers() {
     assert_eq!(clear.log().len(), before, "a byte without a digest came over plain HTTP");
 }
 
+// The `urls` of a layer.
+
+/// Reads a blob whose each byte is covered, as far as a registry and these URLs give it.
+fn read_covered(
+    repository: &Repository,
+    (digest, bytes): (&Digest, &[u8]),
+    urls: &[String],
+) -> Result<Vec<u8>, String> {
+    let mut read = vec![0; bytes.len() - 1];
+    let blob = repository.covered_blob(digest, bytes.len() as u64, urls).unwrap();
+    blob.read_exact_at(&mut read, 0).map(|()| read).map_err(|error| error.to_string())
+}
+
+#[test]
+fn the_urls_of_a_layer_are_asked_without_a_credential_for_what_the_registry_has_not() {
+    let (registry, other) = (Double::start(), Double::start());
+    let bytes = noise(4, 1000);
+    let digest = registry.add_blob(REPOSITORY, &bytes);
+    other.add_blob("store", &bytes);
+    registry.set_access(Access::Basic("me:secret".into()));
+    // The second is at the registry itself, in a repository that the command did not name.
+    registry.add_blob("private/secret", &bytes);
+    let at = |base: String, name: &str| format!("{base}/v2/{name}/blobs/{digest}");
+    let urls = [at(other.base_url(), "store")];
+    let private = [at(registry.base_url(), "private/secret")];
+    let credential = Some(Credential::from_user_password("me:secret"));
+    let client = RegistryClient::new(ClientOptions { credential, ..options() }).unwrap();
+    let repository = || client.repository(&registry.host(), REPOSITORY).unwrap();
+    let covered = |urls: &[String]| read_covered(&repository(), (&digest, &bytes), urls);
+    let expected = Ok(bytes[..bytes.len() - 1].to_vec());
+    assert_eq!(covered(&urls), expected);
+    assert_eq!(other.log().len(), 0, "the registry has it");
+    registry.remove_blob(REPOSITORY, &digest);
+    assert_eq!(covered(&urls), expected);
+    assert!(other.log().iter().all(|seen| seen.authorization.is_none()));
+    other.set_access(Access::Basic("me:secret".into()));
+    assert!(covered(&urls).unwrap_err().contains("descriptor"));
+    assert!(other.log().iter().all(|seen| seen.authorization.is_none()));
+    registry.clear_log();
+    assert!(covered(&private).is_err());
+    let log = registry.log();
+    let there: Vec<_> = log.iter().filter(|seen| seen.line.contains("private")).collect();
+    assert!(
+        !there.is_empty() && there.iter().all(|seen| seen.authorization.is_none()),
+        "{there:?}"
+    );
+    // Bytes that no digest covers are read at no URL of an image.
+    other.set_access(Access::Open);
+    other.clear_log();
+    assert!(read(&repository(), &digest, bytes.len()).is_err());
+    assert_eq!(other.log().len(), 0);
+}
+
+#[test]
+fn the_urls_of_a_layer_lead_a_registry_elsewhere_neither_to_this_host_nor_to_a_metadata_service() {
+    let (registry, inside) = (Double::start(), Double::start());
+    let bytes = noise(5, 1000);
+    let digest = registry.add_blob("store", &bytes);
+    inside.add_blob("store", &bytes);
+    let path = format!("/v2/store/blobs/{digest}");
+    let port = inside.host().split(':').next_back().unwrap().to_owned();
+    let ask = |url: &str| read_covered(&elsewhere(&registry), (&digest, &bytes), &[url.to_owned()]);
+    for host in
+        ["127.0.0.1", "localhost", "127.1", "2130706433", "0", "[::1]", "[::ffff:127.0.0.1]"]
+    {
+        for scheme in ["http", "https"] {
+            let error = ask(&format!("{scheme}://{host}:{port}{path}")).unwrap_err();
+            assert!(error.contains("is this host itself"), "{host}: {error}");
+        }
+    }
+    for host in ["169.254.169.254", "[fe80::1]", "2852039166"] {
+        let error = ask(&format!("http://{host}{path}")).unwrap_err();
+        assert!(error.contains("metadata service"), "{host}: {error}");
+    }
+    for no_url in ["", path.as_str(), "file:///etc/passwd", "ftp://a/b", "http://u:p@cdn.invalid/x"]
+    {
+        assert!(ask(no_url).is_err(), "{no_url}");
+    }
+    // Another host may be asked, and its redirects lead no farther.
+    let there = format!("http://cdn.invalid{path}");
+    assert_eq!(ask(&there).unwrap(), bytes[..bytes.len() - 1]);
+    registry.fault(
+        &format!("GET {path}"),
+        Fault::Location(format!("{}{path}", inside.base_url())),
+        9,
+    );
+    let error = ask(&there).unwrap_err();
+    assert!(error.contains("is this host itself"), "{error}");
+    assert_eq!(inside.log().len(), 0);
+}
+
+#[test]
+fn a_layer_that_only_its_urls_have_is_converted_and_shown_and_a_wrong_byte_of_it_is_not() {
+    let images = Images::converted();
+    let (registry, files) = (Double::start(), Double::start());
+    serve(&images, &files, "store");
+    let mut manifest = images.manifest("latest");
+    for layer in manifest["layers"].as_array_mut().unwrap() {
+        let digest = layer["digest"].as_str().unwrap().to_owned();
+        layer["urls"] = json!([format!("{}/v2/store/blobs/{digest}", files.base_url())]);
+    }
+    images.set_manifest("foreign", &manifest);
+    serve(&images, &registry, "app");
+    let layers: Vec<Digest> =
+        (0..2).map(|number| images.layer("latest", number).parse().unwrap()).collect();
+    layers.iter().for_each(|layer| registry.remove_blob("app", layer));
+    let name = format!("{}/app:foreign", registry.host());
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let export = |meta: &str| {
+        let meta = folder.path().join(meta);
+        end(turbobd().args(["export", &name, "--digest", "--meta-dir"]).arg(meta))
+    };
+    let right = done(&["export", &images.name("turbo"), "--digest"]);
+    for again in ["built", "found"] {
+        let ended = export("one");
+        assert_eq!(ended.code, Some(0), "{again}: {}", ended.stderr);
+        assert_eq!(ended.stdout.trim_end(), right, "{again}");
+    }
+    let mut wrong = images.blob(&layers[0].to_string());
+    let middle = wrong.len() / 2;
+    wrong[middle] ^= 1;
+    files.add_lie("store", &layers[0], &wrong);
+    for meta in ["one", "two"] {
+        let ended = export(meta);
+        assert_eq!(ended.code, Some(1), "{meta}: {}", ended.stdout);
+    }
+}
+
 // Layouts.
 
 #[test]

@@ -1,14 +1,19 @@
 //! The check of a filesystem before the kernel of the host mounts it.
 //!
-//! The metadata of a meta image comes from its author, and the kernel's ext4 was written for disks that their owner made.
+//! The filesystem of an image comes from its author, and the kernel's ext4 was written for disks that their owner made.
 //! It checks much, trusts the rest, and obeys what the superblock says: a policy of `errors=panic`, mount options as a text,
 //! a journal to be replayed. [`check_mountable`] reads what a mount reads first (the superblock, all group descriptors,
 //! the root inode) and refuses what no writer of images makes: numbers that contradict each other or the disk, places
 //! outside it, tables that overlap, features that this kernel code need not have, orders to the kernel. It is no fsck:
 //! directories and files are the kernel's to check, which gives an error for a damaged one.
 //!
-//! An erofs of upstream is let through if its block size is one that the kernel takes: it is read-only by design, and
-//! has no such orders.
+//! A native image is a disk as its author left it, made by any `mkfs` ([`ImageKind::Native`]): it may have more features, and a
+//! journal that was not closed, which a read-only mount (`noload`) passes over and a writable one replays. Filesystems that this code does not know are
+//! not refused in it: `attach --mount` mounts none, and a snapshotter names ext4. All other rules hold for it too. What is read
+//! for them is what the mount reads next, so it costs no further request to the registry.
+//!
+//! An erofs of upstream is read-only by design, and has no such orders. It must be the one that upstream makes: without
+//! compression, whose decoders in the kernel would read the image's bytes, without further devices, and within the disk.
 
 use super::field::{get16, get32, get64};
 use super::superblock::OFFSET;
@@ -41,9 +46,33 @@ const READ_ONLY: u32 = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x20 | 0x40 | 0x400 | 0x10
 
 const META_BG: u32 = 0x10;
 const EXTENTS: u32 = 0x40;
+/// What the kernel finds on disks that somebody used as such: a journal to be replayed, encryption, case folding.
+const INCOMPATIBLE_OF_DISKS: u32 = RECOVER | 0x1_0000 | 0x2_0000;
+
+/// The same: quotas, project quotas, verity, files that were deleted while they were open.
+const READ_ONLY_OF_DISKS: u32 = 0x100 | 0x2000 | 0x8000 | 0x1_0000;
+
+/// Features of an erofs by which the kernel changes the meaning of fields, and that upstream's has: files in chunks, names of
+/// extended attributes with a common prefix (`erofs_fs.h`: `INCOMPAT_CHUNKED_FILE`, `INCOMPAT_XATTR_PREFIXES`).
+const EROFS_INCOMPATIBLE: u32 = 0x4 | 0x40;
+
+/// Most groups: a disk of 16 TiB with blocks of 4 KiB, the largest that this program makes. The check keeps three places of
+/// each group, 6 MiB, and the kernel some hundred bytes; a hostile image can claim thousands of millions.
+const MOST_GROUPS: u64 = 1 << 17;
+
+const RECOVER: u32 = 0x4;
 const WIDE: u32 = 0x80;
 const FLEX_BG: u32 = 0x200;
 const HAS_JOURNAL: u32 = 0x4;
+
+/// Where a filesystem comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageKind {
+    /// The metadata of a meta image.
+    Meta,
+    /// The disk of a native image.
+    Native,
+}
 
 /// The numbers of a superblock that the rest of the check needs.
 struct MountNumbers {
@@ -88,42 +117,79 @@ fn refused<T>(rule: impl Into<String>) -> Result<T, MountableError> {
     Err(MountableError::Refused(rule.into()))
 }
 
-/// Checks that the filesystem on `disk` may be mounted.
+/// Checks that the filesystem on `disk`, of an image of this kind, may be mounted.
 ///
 /// # Errors
 /// [`MountableError`].
-pub fn check_mountable(disk: &dyn ByteSource) -> Result<(), MountableError> {
+pub fn check_mountable(disk: &dyn ByteSource, kind: ImageKind) -> Result<(), MountableError> {
+    match check_filesystem(disk, kind) {
+        Err(MountableError::NoFilesystem) if kind == ImageKind::Native => Ok(()),
+        result => result,
+    }
+}
+
+fn check_filesystem(disk: &dyn ByteSource, kind: ImageKind) -> Result<(), MountableError> {
     if disk.len() < (OFFSET + RECORD) as u64 {
         return Err(MountableError::NoFilesystem);
     }
     let mut record = [0; RECORD];
     disk.read_exact_at(&mut record, OFFSET as u64)?;
     if get16(&record, 56) != 0xef53 {
-        return check_erofs(&record);
+        return check_erofs(disk, &record);
     }
-    check_features(&record)?;
+    check_features(&record, kind)?;
     check_orders(&record)?;
     let numbers = check_numbers(&record, disk.len())?;
     let tables = check_groups(disk, &numbers)?;
     check_root(disk, &record, &numbers, tables)
 }
 
-fn check_erofs(record: &[u8; RECORD]) -> Result<(), MountableError> {
+/// The superblock by `struct erofs_super_block` of the kernel's `erofs_fs.h`.
+fn check_erofs(disk: &dyn ByteSource, record: &[u8; RECORD]) -> Result<(), MountableError> {
     if get32(record, 0) != 0xe0f5_e1e2 {
         return Err(MountableError::NoFilesystem);
     }
-    match record[12] {
-        9..=12 => Ok(()),
-        bits => refused(format!("its erofs has blocks of 2^{bits} bytes")),
+    let bits = record[12];
+    if !(9..=12).contains(&bits) {
+        return refused(format!("its erofs has blocks of 2^{bits} bytes"));
     }
+    let unknown = get32(record, 80) & !EROFS_INCOMPATIBLE;
+    if unknown != 0 {
+        return refused(format!(
+            "its erofs has features that no image needs (incompat {unknown:#x})"
+        ));
+    }
+    let devices = get16(record, 86);
+    if devices != 0 {
+        return refused(format!("its erofs has its data on {devices} further devices"));
+    }
+    let (blocks, tree) =
+        (u64::from(get32(record, 36)) << bits, u64::from(get32(record, 40)) << bits);
+    let root = tree + u64::from(get16(record, 14)) * 32;
+    if blocks > disk.len() || root + 64 > disk.len() {
+        return refused(format!(
+            "its erofs claims {blocks} bytes and its root at {root}, on a disk of {}",
+            disk.len()
+        ));
+    }
+    let mut inode = [0; 64];
+    disk.read_exact_at(&mut inode, root)?;
+    if get16(&inode, 4) & 0xf000 != 0x4000 {
+        return refused("the root of its erofs is not a directory");
+    }
+    Ok(())
 }
 
-fn check_features(record: &[u8]) -> Result<(), MountableError> {
+fn check_features(record: &[u8], kind: ImageKind) -> Result<(), MountableError> {
     let (incompatible, read_only) = (get32(record, 96), get32(record, 100));
-    if incompatible & 0x4 != 0 {
+    let (may, may_read_only) = match kind {
+        ImageKind::Meta => (INCOMPATIBLE, READ_ONLY),
+        ImageKind::Native => (INCOMPATIBLE | INCOMPATIBLE_OF_DISKS, READ_ONLY | READ_ONLY_OF_DISKS),
+    };
+    if incompatible & !may & RECOVER != 0 {
         return refused("its journal must be replayed: it was not unmounted cleanly");
     }
-    let unknown = (incompatible & !INCOMPATIBLE, read_only & !READ_ONLY);
+    let unknown = (incompatible & !may, read_only & !may_read_only);
     if unknown != (0, 0) {
         return refused(format!(
             "it has features that no image needs (incompat {:#x}, ro_compat {:#x})",
@@ -203,6 +269,9 @@ fn check_numbers(record: &[u8], disk: u64) -> Result<MountNumbers, MountableErro
         return refused(format!("it claims {extra} further bytes in inodes of {inode_size}"));
     }
     let groups = (blocks - first).div_ceil(group_blocks);
+    if groups > MOST_GROUPS {
+        return refused(format!("it claims {groups} groups, and {MOST_GROUPS} are the most"));
+    }
     let group_inodes = u64::from(get32(record, 40));
     let inodes = u64::from(get32(record, 0));
     if !(block / inode_size..=block * 8).contains(&group_inodes)
@@ -377,7 +446,11 @@ mod tests {
     }
 
     fn check(disk: &[u8]) -> Result<(), String> {
-        check_mountable(&MemorySource::new("disk", disk)).map_err(|error| error.to_string())
+        check_kind(disk, ImageKind::Meta)
+    }
+
+    fn check_kind(disk: &[u8], kind: ImageKind) -> Result<(), String> {
+        check_mountable(&MemorySource::new("disk", disk), kind).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -390,7 +463,7 @@ mod tests {
     #[test]
     fn what_the_kernel_would_trust_or_obey_is_refused_by_name() {
         type Change = fn(&mut [u8]);
-        let cases: [(Change, &str); 14] = [
+        let cases: [(Change, &str); 16] = [
             (|record| put16(record, 60, 3), "errors=panic"),
             (|record| record[512..520].copy_from_slice(b"abort,\0\0"), "mount options"),
             (|record| put32(record, 4, u32::MAX), "blocks of 4096"),
@@ -405,10 +478,89 @@ mod tests {
             (|record| put32(record, 96, get32(record, 96) | 0x8), "features"),
             (|record| put32(record, 100, get32(record, 100) | 0x1_0000), "features"),
             (|record| put32(record, 24, 6), "2^6 KiB"),
+            (|record| record[584..588].fill(0xff), "its own"),
+            (|record| put16(record, 206, u16::MAX), "for descriptors"),
         ];
         for (change, needle) in cases {
             let mut disk = sample();
             change(&mut disk[OFFSET..OFFSET + RECORD]);
+            let text = check(&disk).unwrap_err();
+            assert!(text.contains(needle), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_disk_of_a_native_image_may_be_one_that_was_used_and_must_obey_the_same_rules() {
+        let native = |disk: &[u8]| check_kind(disk, ImageKind::Native);
+        assert_eq!(native(&sample()), Ok(()));
+        assert_eq!(native(&[7; 8192]), Ok(()), "no filesystem that is mounted");
+        let mut used = sample();
+        let record = &mut used[OFFSET..OFFSET + RECORD];
+        put32(record, 96, get32(record, 96) | RECOVER);
+        put32(record, 100, get32(record, 100) | 0x1_0000);
+        assert_eq!(native(&used), Ok(()));
+        let mut panics = sample();
+        put16(&mut panics[OFFSET..OFFSET + RECORD], 60, 3);
+        assert!(native(&panics).unwrap_err().contains("errors=panic"));
+        let mut outside = sample();
+        put32(&mut outside[4096..], 8, u32::MAX);
+        assert!(native(&outside).unwrap_err().contains("outside"));
+    }
+
+    #[test]
+    fn more_groups_than_any_image_has_are_refused_before_they_are_read() {
+        /// A disk of 2 PiB: the superblock, and nothing else that could be read.
+        struct Huge(Vec<u8>);
+        impl ByteSource for Huge {
+            fn len(&self) -> u64 {
+                2 << 50
+            }
+            fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), SourceError> {
+                assert_eq!(offset, OFFSET as u64);
+                buf.copy_from_slice(&self.0[OFFSET..][..buf.len()]);
+                Ok(())
+            }
+            fn name(&self) -> &str {
+                "huge"
+            }
+        }
+        let mut disk = sample();
+        let record = &mut disk[OFFSET..OFFSET + RECORD];
+        let groups = MOST_GROUPS + 1;
+        let blocks = groups * u64::from(get32(record, 32));
+        put32(record, 96, get32(record, 96) | WIDE);
+        put32(record, 4, blocks as u32);
+        put32(record, 336, (blocks >> 32) as u32);
+        let text = check_mountable(&Huge(disk), ImageKind::Meta).unwrap_err().to_string();
+        assert!(text.contains("131073 groups"), "{text}");
+    }
+
+    #[test]
+    fn an_erofs_is_the_one_that_upstream_makes() {
+        let erofs = || {
+            let mut disk = vec![0; 16384];
+            put32(&mut disk[1024..], 0, 0xe0f5_e1e2);
+            disk[1024 + 12] = 12;
+            put16(&mut disk[1024..], 14, 1); // root
+            put32(&mut disk[1024..], 36, 4); // blocks
+            put32(&mut disk[1024..], 40, 1); // inodes begin in this block
+            put16(&mut disk[4096 + 32..], 4, 0o040_755);
+            disk
+        };
+        assert_eq!(check(&erofs()), Ok(()));
+        type Change = fn(&mut [u8]);
+        let cases: [(Change, &str); 7] = [
+            (|record| record[12] = 16, "2^16"),
+            (|record| put32(record, 80, 1), "features"),
+            (|record| put32(record, 80, 0x8), "features"),
+            (|record| put16(record, 86, 1), "further devices"),
+            (|record| put32(record, 36, 5), "claims"),
+            (|record| put32(record, 40, 4), "claims"),
+            (|record| put16(record, 14, 2), "not a directory"),
+        ];
+        for (change, needle) in cases {
+            let mut disk = erofs();
+            change(&mut disk[1024..2048]);
             let text = check(&disk).unwrap_err();
             assert!(text.contains(needle), "{text}");
         }

@@ -10,9 +10,13 @@
 //!   every read of the device fails**, of every device of that meta image, and an attach that would share it is refused;
 //!   a line in the log and a metric tell why. A new attach uses the image that was built here.
 //!
+//! A reference by digest shows the image that was built here, and a meta image that lies unsigned beside it is passed over. The
+//! one is compared with the other as soon as it is open: a difference is a line in the log and counted, and the device is
+//! right and goes on.
+//!
 //! What cannot be compared, because a layer cannot be read now, stays as it was and is counted. Without a background fill
-//! (`download.enable`) there is no comparison. One image is compared at a time, by a thread of the lowest priority, and only
-//! while it is quiet ([`blobs::quiet`]): each piece of a layer waits for that, and with it all that is made of the piece.
+//! (`download.enable`) there is no comparison of what a tag shows. One image is compared at a time, by a thread of the lowest
+//! priority, and only while it is quiet ([`blobs::quiet`]): each piece of a layer waits for that, and with it all that is made of the piece.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -28,7 +32,7 @@ use blobs::fetch::{Blob, Filling, WholeBlob};
 use blobs::quiet::{Allowance, Demand};
 use convert::Silent;
 use convert::compare::{self, CompareError, Difference};
-use convert::meta::{MetaError, MetaImages, Plain};
+use convert::meta::{MetaError, MetaImages, PassedOver, Plain};
 use disk::image::{ImageError, open_image};
 use disk::{Disk, DiskParts};
 use formats::oci::{Descriptor, Digest, Manifest};
@@ -43,8 +47,23 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// Lowest priority of a thread: it runs when nothing else wants the processor.
 const LOWEST: i32 = 19;
 
+/// Meta images that nothing has proved.
+pub enum Unproved {
+    /// The one that a device shows.
+    Shown(Box<ShownUnproved>),
+    /// Others than the one that this host has built and a device shows.
+    PassedOver {
+        /// The store of the plain image.
+        store: Arc<dyn ImageStore>,
+        /// What was found.
+        found: Vec<PassedOver>,
+        /// The manifest of the built one.
+        built: Manifest,
+    },
+}
+
 /// A meta image that is used without proof, and the plain image that it was found for.
-pub struct Unproved {
+pub struct ShownUnproved {
     /// How this host builds its own.
     pub images: MetaImages,
     /// The store of the plain image.
@@ -90,21 +109,26 @@ impl Comparisons {
         &self.counters
     }
 
-    /// Begins the comparison of `disk` with its layers, once `filling` has ended. `name` is the image's in messages.
+    /// Begins the comparison of `disk` with its layers once `filling` has ended, or with what was passed over at once.
+    /// `name` is the image's in messages.
     pub(super) fn begin(
         &self,
         name: &str,
         unproved: Unproved,
         disk: &Disk,
-        filling: &Arc<Filling>,
+        filling: Option<&Arc<Filling>>,
     ) -> Option<Comparing> {
+        let awaited = match unproved {
+            Unproved::Shown(_) => Some(Arc::downgrade(filling?)),
+            Unproved::PassedOver { .. } => None,
+        };
         let stop = Arc::new(AtomicBool::new(false));
         let job = ComparisonJob {
             name: name.to_owned(),
             unproved,
             parts: Arc::downgrade(disk.parts()),
             cache: disk.cache().clone(),
-            filling: Arc::downgrade(filling),
+            awaited,
             stop: stop.clone(),
             counters: self.counters.clone(),
             turn: self.turn.clone(),
@@ -123,7 +147,8 @@ struct ComparisonJob {
     /// The disk lives as long as its device, not as long as this thread.
     parts: Weak<DiskParts>,
     cache: Arc<Cache>,
-    filling: Weak<Filling>,
+    /// What must have ended before; `None`: nothing.
+    awaited: Option<Weak<Filling>>,
     stop: Arc<AtomicBool>,
     counters: Arc<ComparisonCounters>,
     turn: Arc<Mutex<()>>,
@@ -139,11 +164,16 @@ impl ComparisonJob {
             tracing::debug!(%error, "A comparison reads the disk in the class of other threads");
         }
         let turn = loop {
-            let Some(filling) = self.filling.upgrade() else { return };
+            let filling = self.awaited.as_ref().map(Weak::upgrade);
+            let is_due = match &filling {
+                Some(None) => return,
+                Some(Some(filling)) => filling.ended(),
+                None => true,
+            };
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            if filling.ended()
+            if is_due
                 && self.cache.demand().allowance() > Allowance::Nothing
                 && let Some(turn) = self.turn.try_lock()
             {
@@ -155,8 +185,53 @@ impl ComparisonJob {
         let Some(parts) = self.parts.upgrade() else { return };
         // Its own recorders: the comparison is no start of the image.
         let disk = Disk::of(parts, self.cache.clone());
-        let result = self.compare(&disk);
+        match &self.unproved {
+            Unproved::Shown(shown) => self.tell_of_shown(self.compare(&disk, shown), &disk),
+            Unproved::PassedOver { store, found, built } => {
+                for one in found {
+                    if self.stop.load(Ordering::Acquire) {
+                        return;
+                    }
+                    let result = self.compare_passed_over(one, store, (&disk, built));
+                    self.tell_of_passed_over(result, &one.digest);
+                }
+            }
+        }
         drop(turn);
+    }
+
+    fn tell_of_passed_over(
+        &self,
+        result: Result<Vec<Difference>, ComparisonFailure>,
+        digest: &Digest,
+    ) {
+        let name = &self.name;
+        match result {
+            Ok(differences) if differences.is_empty() => {
+                self.counters.equal.add(1);
+                tracing::info!(
+                    "{name}: the meta image {digest}, which is not used, shows what its layers contain"
+                );
+            }
+            Ok(differences) => {
+                self.counters.different.add(1);
+                let listed = listed(&differences);
+                tracing::error!(
+                    "{name}: the meta image {digest} was found for it and does not show what its layers contain. It is not \
+                     used: {listed}"
+                );
+            }
+            Err(error) => {
+                self.counters.failed.add(1);
+                let reason = with_causes(&error);
+                tracing::warn!(
+                    "{name}: the meta image {digest}, which is not used, could not be compared with its layers: {reason}"
+                );
+            }
+        }
+    }
+
+    fn tell_of_shown(&self, result: Result<Vec<Difference>, ComparisonFailure>, disk: &Disk) {
         let name = &self.name;
         match result {
             _ if self.stop.load(Ordering::Acquire) => {}
@@ -165,8 +240,7 @@ impl ComparisonJob {
                 tracing::info!("{name}: its meta image shows what its layers contain");
             }
             Ok(differences) => {
-                let listed: Vec<String> = differences.iter().map(ToString::to_string).collect();
-                let listed = listed.join("; ");
+                let listed = listed(&differences);
                 self.counters.different.add(1);
                 tracing::error!(
                     "{name}: its meta image does not show what its layers contain, and its reads fail from now on: {listed}"
@@ -183,9 +257,27 @@ impl ComparisonJob {
         }
     }
 
+    /// The differences between the image that this host built, which `disk` shows, and one that it passed over.
+    fn compare_passed_over(
+        &self,
+        found: &PassedOver,
+        store: &Arc<dyn ImageStore>,
+        (disk, built): (&Disk, &Manifest),
+    ) -> Result<Vec<Difference>, ComparisonFailure> {
+        if layer_digests(&found.manifest) == layer_digests(built) {
+            return Ok(Vec::new());
+        }
+        let opened = open_image(&*found.store, &**store, &found.manifest, self.cache.clone())?;
+        Ok(compare::disks(&opened.disk, disk)?)
+    }
+
     /// The differences between the image that this host builds and `disk`.
-    fn compare(&self, disk: &Disk) -> Result<Vec<Difference>, ComparisonFailure> {
-        let Unproved { images, store, stored, plain, found } = &self.unproved;
+    fn compare(
+        &self,
+        disk: &Disk,
+        shown: &ShownUnproved,
+    ) -> Result<Vec<Difference>, ComparisonFailure> {
+        let ShownUnproved { images, store, stored, plain, found } = shown;
         let blobs = disk.blobs().into_iter().zip(&plain.layers);
         let near = NearLayers {
             store: store.clone(),
@@ -203,16 +295,24 @@ impl ComparisonJob {
             manifest: plain,
         };
         let built = images.build_from(&plain, &near, &Silent)?;
-        let layers = |manifest: &Manifest| -> Vec<Digest> {
-            manifest.layers.iter().map(|layer| layer.digest).collect()
-        };
-        if layers(&built.manifest) == layers(found) {
+        if layer_digests(&built.manifest) == layer_digests(found) {
             return Ok(Vec::new());
         }
         let expected =
             open_image(&*built.store, &**store, &built.manifest, self.cache.clone())?.disk;
         Ok(compare::disks(disk, &expected)?)
     }
+}
+
+/// Digests of a meta image's layers.
+fn layer_digests(manifest: &Manifest) -> Vec<Digest> {
+    manifest.layers.iter().map(|layer| layer.digest).collect()
+}
+
+/// Differences in one line.
+fn listed(differences: &[Difference]) -> String {
+    let listed: Vec<String> = differences.iter().map(ToString::to_string).collect();
+    listed.join("; ")
 }
 
 /// The plain image's store, whose layers are read from this host where they are on it.

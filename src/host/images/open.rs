@@ -18,7 +18,7 @@ use disk::image::{
 use disk::volume::VolumeSource;
 use disk::writable::{WritableError, WritableFiles};
 use disk::{Disk, DiskError};
-use formats::ext4::{MountableError, check_mountable};
+use formats::ext4::{ImageKind, MountableError, check_mountable};
 use formats::oci::{Digest, ImageName, Manifest, ReferenceError, RepositoryName, annotations};
 use formats::trace::Trace;
 use formats::units::Bytes;
@@ -29,7 +29,7 @@ use source::chunk::{ChunkSource, SerialChunks};
 use source::failure::with_causes;
 use thiserror::Error;
 
-use super::comparing::Unproved;
+use super::comparing::{ShownUnproved, Unproved};
 use super::live::{FoundImage, LiveImages, LiveName};
 use super::origin::{self, OriginError};
 use super::registries::Registries;
@@ -131,7 +131,7 @@ pub struct OpenImage {
     pub upper: Option<WritableFiles>,
     /// Settings of the background download in the device config; they replace the host's.
     pub download: Option<DeviceDownload>,
-    /// Its meta image, if that was found beside a tag and nothing has proved it.
+    /// Meta images that were found and that nothing has proved: the one that it shows, or others.
     pub unproved: Option<Unproved>,
     /// Why its meta image is used; none for a device config, and for an image that holds all its data itself.
     pub reason: Option<MetaReason>,
@@ -225,6 +225,7 @@ impl Opening<'_> {
         let client = self.registries.client(&self.spec.registry)?;
         let (store, selector) = store::open(&image, &client)?;
         let chosen = choose_manifest(&*store, &selector)?;
+        let store = store.with_urls(&chosen.manifest.layers).unwrap_or(store);
         let named = Some((store.clone(), chosen.stored.digest));
         let opened = if is_plain(&chosen.manifest) {
             self.open_plain(store, &image.repository(), &selector, &chosen, &client)?
@@ -303,17 +304,21 @@ impl Opening<'_> {
         let meta = images.of(&plain, &Silent)?;
         let converted = (&*meta.store, &meta.stored, &meta.manifest);
         let opened = self.open_converted(converted, store.clone(), place, client)?;
-        if meta.reason == MetaReason::Repository {
-            let unproved = Unproved {
+        let unproved = if meta.reason == MetaReason::Repository {
+            Some(Unproved::Shown(Box::new(ShownUnproved {
                 images,
                 store,
                 stored: chosen.stored.clone(),
                 plain: chosen.manifest.clone(),
                 found: meta.manifest,
-            };
-            return Ok(OpenImage { reason: Some(meta.reason), unproved: Some(unproved), ..opened });
-        }
-        Ok(OpenImage { reason: Some(meta.reason), ..opened })
+            })))
+        } else if own.meta_trust == MetaTrust::Verify && !meta.passed_over.is_empty() {
+            let (found, built) = (meta.passed_over, meta.manifest);
+            Some(Unproved::PassedOver { store, found, built })
+        } else {
+            None
+        };
+        Ok(OpenImage { reason: Some(meta.reason), unproved, ..opened })
     }
 
     /// Opens a converted image (its store, its manifest, the same parsed) whose original layers are in
@@ -362,13 +367,11 @@ impl Opening<'_> {
     }
 }
 
-/// Refuses a meta image whose filesystem the kernel must not be given. The filesystem of a native image is read from its
-/// layers as the kernel mounts it: it is not held back for that.
+/// Refuses an image whose filesystem the kernel must not be given. Of a native image, a chunk or two of its layers are
+/// fetched for that, which the mount reads next.
 fn check_filesystem(disk: &Disk) -> Result<(), OpenError> {
-    if disk.has_metadata() {
-        check_mountable(&VolumeSource(disk))?;
-    }
-    Ok(())
+    let kind = if disk.has_metadata() { ImageKind::Meta } else { ImageKind::Native };
+    Ok(check_mountable(&VolumeSource(disk), kind)?)
 }
 
 /// Says which layers of a device have a zstd frame that no tier on this host holds once it is decoded.

@@ -412,12 +412,12 @@ pub const AUDIT: &[Metric<AuditCounters>] = &[
 pub const COMPARISON: &[Metric<ComparisonCounters>] = &[
     counter(
         "turbobd_meta_equal_total",
-        "Meta images found beside a tag that were compared with their layers and show what these contain",
+        "Meta images found beside an image that were compared with its layers and show what these contain",
         |comparisons: &ComparisonCounters| (&comparisons.equal).into(),
     ),
     counter(
         "turbobd_meta_different_total",
-        "Meta images that show something else than their layers contain; reads of their devices fail",
+        "Meta images that show something else than their layers contain; reads of devices that show one fail",
         |comparisons: &ComparisonCounters| (&comparisons.different).into(),
     ),
     counter(

@@ -1,5 +1,6 @@
 //! A repository of a registry as a store.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::sync::Arc;
 
@@ -13,6 +14,14 @@ use source::ByteSource;
 pub struct RepositoryStore {
     name: String,
     repository: Repository,
+    /// Layers of an image that are elsewhere too.
+    elsewhere: BTreeMap<Digest, LayerElsewhere>,
+}
+
+/// Another place of a layer, by its descriptor.
+struct LayerElsewhere {
+    size: u64,
+    urls: Vec<String>,
 }
 
 impl RepositoryStore {
@@ -22,7 +31,12 @@ impl RepositoryStore {
     /// Returns [`StoreError::Registry`] when the two cannot be part of a URL.
     pub fn new(client: &RegistryClient, host: &str, name: &str) -> Result<Self, StoreError> {
         let repository = client.repository(host, name)?;
-        Ok(Self { name: format!("{host}/{name}"), repository })
+        Ok(Self { name: format!("{host}/{name}"), repository, elsewhere: BTreeMap::new() })
+    }
+
+    /// The URLs of a layer.
+    fn urls(&self, digest: &Digest) -> &[String] {
+        self.elsewhere.get(digest).map_or(&[], |layer| &layer.urls)
     }
 }
 
@@ -54,7 +68,8 @@ impl ImageStore for RepositoryStore {
     }
 
     fn open_blob(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>, StoreError> {
-        let reader: BlobReader = self.repository.blob_stream(&blob.digest, blob.size)?;
+        let urls = if blob.urls.is_empty() { self.urls(&blob.digest) } else { &blob.urls };
+        let reader: BlobReader = self.repository.blob_stream(&blob.digest, blob.size, urls)?;
         Ok(Box::new(reader))
     }
 
@@ -63,7 +78,8 @@ impl ImageStore for RepositoryStore {
         digest: &Digest,
         size: Option<u64>,
     ) -> Result<Arc<dyn ByteSource>, StoreError> {
-        let size = match size {
+        let known = || self.elsewhere.get(digest).map(|layer| layer.size);
+        let size = match size.or_else(known) {
             Some(size) => size,
             None => self.repository.blob_size(digest)?,
         };
@@ -75,7 +91,18 @@ impl ImageStore for RepositoryStore {
         digest: &Digest,
         size: u64,
     ) -> Result<Arc<dyn ByteSource>, StoreError> {
-        Ok(Arc::new(self.repository.covered_blob(digest, size)?))
+        Ok(Arc::new(self.repository.covered_blob(digest, size, self.urls(digest))?))
+    }
+
+    fn with_urls(&self, layers: &[Descriptor]) -> Option<Arc<dyn ImageStore>> {
+        let named = layers.iter().filter(|layer| !layer.urls.is_empty());
+        let elsewhere: BTreeMap<_, _> = named
+            .map(|layer| {
+                (layer.digest, LayerElsewhere { size: layer.size, urls: layer.urls.clone() })
+            })
+            .collect();
+        let (name, repository) = (self.name.clone(), self.repository.clone());
+        (!elsewhere.is_empty()).then(|| Arc::new(Self { name, repository, elsewhere }) as _)
     }
 
     fn put_blob(&self, bytes: &[u8]) -> Result<(), StoreError> {
