@@ -791,7 +791,7 @@ fn what_is_kept_on_disk_outlives_the_daemon_and_is_verified_and_pruned() {
         sample(&page, "turbobd_tier_writes_total", &[]).unwrap_or_default()
     };
     while filled() < 5.0 {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{}", host.done(&["ls", "--metrics"]));
+        assert!(begun.elapsed() < Duration::from_secs(60), "{}", host.done(&["ls", "--metrics"]));
         std::thread::sleep(Duration::from_millis(50));
     }
     let busy = host.refused(&["cache", "--service-config", &service], &["Another process", "ls"]);

@@ -5,8 +5,9 @@
 //! a second, with all that it holds. Two rules follow.
 //!
 //! * **A lock is never held in this class.** A thread enters it for one computation on memory of its own
-//!   ([`IdleThread::run`]), and is back in its ordinary class before it touches what others share. (The allocator has
-//!   locks too: memory is taken before.)
+//!   ([`IdleThread::run`]), and is back in its ordinary class before it touches what others share. The allocator has
+//!   locks too, and so has the kernel's map of the process's memory, which a page fault holds: memory is taken before, and
+//!   [touched](fault_in). What a decoder allocates for itself remains: some hundred nanoseconds of some milliseconds.
 //! * **What a reader waits for is not left in this class.** The thread that is asked for its result is
 //!   [raised](IdleThread::raise) by the one that asks.
 //!
@@ -29,6 +30,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// The value of `RLIMIT_NICE` that allows nice 0: 20 less the nice value (`getrlimit(2)`).
 const NICE_0: u64 = 20;
+
+/// Least size of a page of memory on all systems.
+const PAGE: usize = 4096;
 
 /// `IOPRIO_WHO_PROCESS`: one thread, whatever the name says (`ioprio_set(2)`).
 const ONE_THREAD: c_int = 1;
@@ -105,6 +109,12 @@ pub fn can_return() -> bool {
         let there_and_back = || set_class(0, libc::SCHED_IDLE) && set_class(0, libc::SCHED_OTHER);
         std::thread::spawn(there_and_back).join().unwrap_or(false)
     })
+}
+
+/// Touches each page of memory that will be overwritten, so that it is there before the idle class is entered.
+pub fn fault_in(memory: &mut [u8]) {
+    memory.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
+    std::hint::black_box(memory);
 }
 
 /// Puts a thread (0: the calling one) into a scheduling class; false if the system refuses.

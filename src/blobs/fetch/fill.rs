@@ -545,7 +545,7 @@ impl FetchShared {
 
 /// Verifies and stores a chunk without a waiter. False when it has one: then it is decoded and delivered.
 ///
-/// Memory is taken before the thread enters the idle class, and all that readers share is touched after it has left it.
+/// Memory is taken and touched before the thread enters the idle class, and all that readers share is touched after it has left it.
 pub(super) fn store(
     shared: &Arc<FetchShared>,
     thread: &IdleThread,
@@ -564,6 +564,7 @@ pub(super) fn store(
             // A chunk that cannot be verified in its encoded form must decode.
             if thread.run(|| source.verify(chunk, encoded.bytes())) != Some(true) {
                 let mut room = vec![0; source.room(chunk)];
+                sys::idle::fault_in(&mut room);
                 let decoded = thread.run(|| source.decode(chunk, encoded, &mut room));
                 decoded.map_err(Arc::new)?;
             }
@@ -604,6 +605,7 @@ fn decoded(
     let Input::Fetched(encoded) = &mut job.input else {
         return Err(super::failure(&job.blob, "The chunk has no bytes"));
     };
+    sys::idle::fault_in(room.bytes_mut());
     let begun = Instant::now();
     let source = job.blob.source();
     let data =

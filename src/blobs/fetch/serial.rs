@@ -39,6 +39,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::FetchShared;
 use super::blob::{Blob, Key};
+use super::fair::Flow;
 use super::queue::WantedChunk;
 use source::Class;
 use threads::Pool;
@@ -334,6 +335,11 @@ pub(super) fn want(
     if state.ending || (state.threads.is_empty() && !add_thread(shared, &mut state)) {
         return Err(wanted);
     }
+    let filled: Vec<(Key, Flow)> = wanted
+        .iter()
+        .filter(|wanted| wanted.class == Class::Fill)
+        .map(|wanted| (wanted.key(), wanted.flow))
+        .collect();
     for wanted in wanted {
         let chunks = wanted.blob.source().frame(wanted.chunk);
         let first = wanted.blob.key(chunks.start);
@@ -354,6 +360,7 @@ pub(super) fn want(
     serials.wake.notify_all();
     // A frame of the fill may wait for quiet, and have a waiter now.
     shared.crew.look_again();
+    filled.into_iter().for_each(|(key, flow)| shared.urge_awaited(key, flow));
     Ok(())
 }
 
