@@ -292,8 +292,8 @@ impl ContentDevices {
         found
     }
 
-    /// Removes what is left in the folder of the devices and is not in `needed`: mounts, the daemon's devices, folders. To be
-    /// called once, before the first device is opened. What the kernel uses stays, and is found by the next sweep.
+    /// Removes what an earlier process has left in the folder of the devices and is not in `needed`: mounts, the daemon's
+    /// devices, folders. What the kernel uses stays, and is found by the next sweep.
     ///
     /// # Errors
     /// [`DeviceError::Folder`] if the folder cannot be read.
@@ -305,11 +305,19 @@ impl ContentDevices {
         // Without a daemon there is no device, only mounts of dead ones.
         let records = self.host.list().unwrap_or_default();
         for key in keys {
+            {
+                let mut entries = self.entries.lock();
+                if entries.contains_key(&key) {
+                    continue;
+                }
+                entries.insert(key.clone(), ContentEntry::Working);
+            }
             let record = records.iter().find(|record| is_of(record, &key));
             let removed = match record {
                 Some(record) => self.remove(&key, record.id),
                 None => self.clear(&key).and_then(|()| self.remove_folder(&key)),
             };
+            self.settle(&key, None);
             match removed {
                 Ok(()) => tracing::info!(device = %key, "a device that no snapshot names is removed"),
                 Err(error) => {
