@@ -25,8 +25,8 @@ enum Streams {
 /// gets a client only.
 struct Table(&'static str, &'static str, bool, &'static [Call]);
 
-/// Message without fields.
-const EMPTY: &str = "()";
+/// Message without fields: the generator takes paths alone.
+const EMPTY: &str = "crate::api::types::Nothing";
 
 const SERVICES: &[Table] = &[Table(
     "containerd.services.snapshots.v1",

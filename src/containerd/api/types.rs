@@ -16,3 +16,6 @@ pub struct Mount {
     #[prost(string, repeated, tag = "4")]
     pub options: Vec<String>,
 }
+
+/// `google.protobuf.Empty`.
+pub type Nothing = ();
