@@ -40,6 +40,7 @@ mod plain;
 mod registry;
 mod registry_ways;
 mod settings;
+mod snapshotter;
 mod sparse;
 mod trace;
 mod trust;
