@@ -42,6 +42,7 @@ mod plain;
 mod registry;
 mod registry_ways;
 mod settings;
+mod snapshotter;
 mod snapshotter_containers;
 mod sparse;
 mod trace;
