@@ -32,8 +32,8 @@ use source::failure::with_causes;
 
 use super::chain::{ChainOptions, DeviceKey, streamed};
 use super::devices::{ContentDevices, DeviceError, Readiness};
-use super::layer::{BlobRepository, LayerBlob, LayerContent, StreamedImage};
-use crate::labels::{LabelError, LayerLabels, Labels, PullLabels};
+use super::layer::{BlobRepository, LayerContent, RepositoryBlob, StreamedImage};
+use crate::labels::{LabelError, Labels, LayerLabels, PullLabels};
 
 /// Longest time that the first layer of a plain image waits for its device. containerd holds a lock meanwhile, which the collection of
 /// garbage waits for, and behind that all snapshots of this snapshotter.
@@ -172,7 +172,11 @@ impl LazyLayers {
         }
         let on_blocks = matches!(
             parent,
-            Some(LayerContent::Native { .. } | LayerContent::TurboOci { .. } | LayerContent::Acceleration)
+            Some(
+                LayerContent::Native { .. }
+                    | LayerContent::TurboOci { .. }
+                    | LayerContent::Acceleration
+            )
         );
         match LayerLabels::of(labels).map_err(OrdinaryReason::Labels)? {
             LayerLabels::TurboOci { .. } | LayerLabels::Acceleration => Err(OrdinaryReason::Small),
@@ -182,7 +186,7 @@ impl LazyLayers {
                 if parent.is_some() && !on_blocks {
                     return Err(OrdinaryReason::OnFiles);
                 }
-                let blob = LayerBlob { repository, digest: blob, size };
+                let blob = RepositoryBlob { repository, digest: blob, size };
                 Ok(LayerContent::Native { blob: Some(blob) })
             }
             LayerLabels::Plain if on_blocks => Err(OrdinaryReason::OnBlocks),
