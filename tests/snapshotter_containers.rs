@@ -286,8 +286,8 @@ fn a_container_runs_from_an_image_of_each_kind_whose_layers_were_not_fetched() {
     let metrics = host.metrics();
     assert!(metrics.contains("turbobd_snapshotter_pulls_total{lazy=\"all\"} 3\n"), "{metrics}");
     let log = host.log();
-    assert!(log.contains("team/app:latest pulled: 3 layers; lazy: 3 streamed"), "{log}");
-    assert!(log.contains("team/app:native pulled: 3 layers; lazy: 3 native"), "{log}");
+    assert!(log.contains("team/app:latest pulled, layers: 3; lazy: 3 streamed"), "{log}");
+    assert!(log.contains("team/app:native pulled, layers: 3; lazy: 3 native"), "{log}");
 }
 
 #[test]
@@ -300,7 +300,7 @@ fn another_image_shares_lower_layers_and_containers_at_once_share_a_device() {
     host.pull(&image);
     host.pull(&more);
     let log = host.log();
-    assert!(log.contains("team/app:more pulled: 1 layers; lazy: 1 streamed"), "{log}");
+    assert!(log.contains("team/app:more pulled, layers: 1; lazy: 1 streamed"), "{log}");
     let host = &host;
     std::thread::scope(|scope| {
         let texts: Vec<_> = (0..6)
