@@ -90,6 +90,10 @@ impl Snapshotter {
         let store = SnapshotStore::open(&file).map_err(failed)?;
         let folders = Folders::open(&root)?;
         sweep::folders(&store, &folders)?;
+        // The names of the store and of the folders, if they are new.
+        std::fs::File::open(&root)
+            .and_then(|folder| folder.sync_all())
+            .map_err(|source| SnapshotterError::Start { what: "write the root to disk", source })?;
         let lowers = Lowers::open(&config, host)?;
         let options = OverlayOptions::of_this_host();
         Ok(Self { config, store, folders, lowers, options, usages: UsageCache::default() })
@@ -210,16 +214,19 @@ impl Snapshotter {
         // A refusal costs no folder.
         self.store.check(|change| rules::create(change, record()).map(drop))?;
         self.folders.create(id, kind == SnapshotKind::Active, self.owner(new)?)?;
-        match self.store.change(|change| rules::create(change, record())) {
-            Ok(record) => self.mounts_of(&record, until, true).inspect_err(|_| {
-                // A device that is not there is said now, and nothing of the snapshot is left.
-                let _ = self.remove(&new.snapshotter, &new.key);
-            }),
+        let made = match self.store.change(|change| rules::create(change, record())) {
+            Ok(made) => made,
             Err(error) => {
                 let _ = self.folders.discard(id);
-                Err(error)
+                return Err(error);
             }
+        };
+        let mounts = self.mounts_of(&made, until, true);
+        if mounts.is_err() {
+            // A device that is not there is said now. The caller knows of no snapshot, and may ask for the same key again.
+            let _ = self.remove(&new.snapshotter, &new.key);
         }
+        mounts
     }
 
     /// User and group of the root folder of the parent, which those of a new snapshot are too.

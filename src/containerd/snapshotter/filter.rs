@@ -45,7 +45,7 @@ pub struct Filter {
 #[derive(Clone, Debug)]
 struct Condition {
     field: RecordField,
-    test: Test,
+    test: FilterTest,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +59,7 @@ enum RecordField {
 }
 
 #[derive(Clone, Debug)]
-enum Test {
+enum FilterTest {
     Present,
     Equal(String),
     Different(String),
@@ -110,18 +110,18 @@ impl Condition {
             RecordField::Absent => None,
         };
         match &self.test {
-            Test::Present => value.is_some(),
-            Test::Equal(wanted) => value == Some(wanted),
-            Test::Different(other) => value.unwrap_or_default() != other,
-            Test::Matches(expression) => expression.is_match(value.unwrap_or_default()),
-            Test::Anything => true,
+            FilterTest::Present => value.is_some(),
+            FilterTest::Equal(wanted) => value == Some(wanted),
+            FilterTest::Different(other) => value.unwrap_or_default() != other,
+            FilterTest::Matches(expression) => expression.is_match(value.unwrap_or_default()),
+            FilterTest::Anything => true,
         }
     }
 }
 
 /// A piece of a filter, as containerd's scanner cuts it.
 #[derive(Debug, PartialEq, Eq)]
-enum Piece {
+enum FilterPiece {
     Field(String),
     Value(String),
     Quoted(char, String),
@@ -162,26 +162,28 @@ impl<'a> FilterParser<'a> {
     fn condition(&mut self) -> Result<Condition, FilterError> {
         let field = self.path()?;
         if matches!(self.peek(), None | Some(',')) {
-            return Ok(Condition { field, test: Test::Present });
+            return Ok(Condition { field, test: FilterTest::Present });
         }
         let operator = match self.piece()? {
-            Piece::Operator(operator) => operator,
+            FilterPiece::Operator(operator) => operator,
             _ => return Err(self.error("no operator (==, !=, ~=)")),
         };
         let matches = operator == "~=";
         let value = match self.piece()? {
-            Piece::Value(text) | Piece::Field(text) | Piece::Quoted('"', text) => text,
-            Piece::Quoted(_, text) if matches => text,
+            FilterPiece::Value(text)
+            | FilterPiece::Field(text)
+            | FilterPiece::Quoted('"', text) => text,
+            FilterPiece::Quoted(_, text) if matches => text,
             _ => return Err(self.error("no value")),
         };
         let test = match operator.as_str() {
-            "==" => Test::Equal(value),
-            "!=" => Test::Different(value),
+            "==" => FilterTest::Equal(value),
+            "!=" => FilterTest::Different(value),
             "~=" => match RegexBuilder::new(&value).size_limit(LARGEST_EXPRESSION).build() {
-                Ok(expression) => Test::Matches(expression),
+                Ok(expression) => FilterTest::Matches(expression),
                 Err(error) => {
                     tracing::warn!("A filter's regular expression is not understood: {error}");
-                    Test::Anything
+                    FilterTest::Anything
                 }
             },
             _ => return Err(self.error("unknown operator (known: ==, !=, ~=)")),
@@ -208,7 +210,7 @@ impl<'a> FilterParser<'a> {
 
     fn field(&mut self) -> Result<String, FilterError> {
         match self.piece()? {
-            Piece::Field(text) | Piece::Quoted('"', text) => Ok(text),
+            FilterPiece::Field(text) | FilterPiece::Quoted('"', text) => Ok(text),
             _ => Err(self.error("no field")),
         }
     }
@@ -236,29 +238,29 @@ impl<'a> FilterParser<'a> {
         text
     }
 
-    fn piece(&mut self) -> Result<Piece, FilterError> {
+    fn piece(&mut self) -> Result<FilterPiece, FilterError> {
         loop {
-            let Some(first) = self.next() else { return Ok(Piece::End) };
+            let Some(first) = self.next() else { return Ok(FilterPiece::End) };
             return match first {
-                '"' | '/' | '|' => Ok(Piece::Quoted(first, self.quoted(first)?)),
+                '"' | '/' | '|' => Ok(FilterPiece::Quoted(first, self.quoted(first)?)),
                 ',' | '.' => {
                     self.value = false;
-                    Ok(Piece::Separator(first))
+                    Ok(FilterPiece::Separator(first))
                 }
                 '=' | '!' | '~' => {
                     let operator = self.take_while(first, |c| matches!(c, '=' | '!' | '~'));
                     self.value = true;
-                    Ok(Piece::Operator(operator))
+                    Ok(FilterPiece::Operator(operator))
                 }
                 '\0' => Err(self.error("a null character")),
                 space if space.is_whitespace() => continue,
                 _ if self.value => {
                     self.value = false;
                     let belongs = |c: char| c != ',' && !c.is_whitespace() && !c.is_control();
-                    Ok(Piece::Value(self.take_while(first, belongs)))
+                    Ok(FilterPiece::Value(self.take_while(first, belongs)))
                 }
                 letter if is_of_field(letter) => {
-                    Ok(Piece::Field(self.take_while(letter, is_of_field)))
+                    Ok(FilterPiece::Field(self.take_while(letter, is_of_field)))
                 }
                 _ => Err(self.error("unexpected input")),
             };

@@ -129,23 +129,17 @@ impl Folders {
         work: bool,
         owner: Option<(u32, u32)>,
     ) -> Result<(), SnapshotError> {
-        let made = self.make(id, work, owner);
-        if made.is_err() {
+        make(&self.folder(id), FOLDER_MODE)?;
+        failpoint::reached("folder-begun");
+        let filled = self.fill(id, work, owner);
+        if filled.is_err() {
             let _ = self.discard(id);
         }
-        made
+        filled
     }
 
-    fn make(&self, id: u64, work: bool, owner: Option<(u32, u32)>) -> Result<(), SnapshotError> {
+    fn fill(&self, id: u64, work: bool, owner: Option<(u32, u32)>) -> Result<(), SnapshotError> {
         let folder = self.folder(id);
-        // Modes are set apart: that of a new folder depends on the umask of this process.
-        let make = |path: &Path, mode: u32| {
-            let made = DirBuilder::new().mode(mode).create(path);
-            made.and_then(|()| fs::set_permissions(path, Permissions::from_mode(mode)))
-                .map_err(step("make the folder", path))
-        };
-        make(&folder, FOLDER_MODE)?;
-        failpoint::reached("folder-begun");
         let upper = self.upper(id);
         make(&upper, FS_MODE)?;
         if let Some((user, group)) = owner {
@@ -200,6 +194,13 @@ impl Folders {
         drop(work);
         fs::read_dir(&self.trash.place).is_ok_and(|mut names| names.next().is_none())
     }
+}
+
+/// Makes a folder with this mode, whatever the umask of the process.
+fn make(path: &Path, mode: u32) -> Result<(), SnapshotError> {
+    let made = DirBuilder::new().mode(mode).create(path);
+    made.and_then(|()| fs::set_permissions(path, Permissions::from_mode(mode)))
+        .map_err(step("make the folder", path))
 }
 
 impl Drop for Folders {
@@ -324,6 +325,7 @@ mod tests {
         assert_eq!(mode(folders.folder(1)), 0o700);
         assert!(!folders.work(2).exists());
         assert!(folders.create(1, true, None).is_err(), "a number is used once");
+        assert!(folders.upper(1).exists(), "the folder that was there stays");
     }
 
     #[test]

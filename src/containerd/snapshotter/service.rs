@@ -168,7 +168,11 @@ impl SnapshotsService {
         });
         let result = match tokio::time::timeout_at(until.into(), work).await {
             Ok(Ok(result)) => result,
-            // The runtime ends, or the call has panicked, which the log has told.
+            Ok(Err(error)) if error.is_panic() => {
+                return Err(Status::internal(format!(
+                    "{what} has failed by a defect: see the log"
+                )));
+            }
             Ok(Err(_)) => Err(SnapshotError::Ending),
             Err(_) => Err(SnapshotError::Deadline { what: what.to_owned() }),
         };

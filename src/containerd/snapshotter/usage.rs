@@ -82,7 +82,7 @@ pub fn walk(folder: &Path, until: Instant) -> Result<DiskUsage, SnapshotError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = open(folder, flags, Mode::empty()).map_err(failed)?;
     let stat = rustix::fs::fstat(&root).map_err(failed)?;
-    let mut walk = Walk {
+    let mut walk = UsageWalk {
         device: stat.st_dev,
         seen: HashSet::new(),
         open: vec![PathBuf::from(".")],
@@ -103,7 +103,7 @@ pub fn walk(folder: &Path, until: Instant) -> Result<DiskUsage, SnapshotError> {
 }
 
 /// A walk under way. Folders that are still to be read are paths, not open files: their number has no limit.
-struct Walk {
+struct UsageWalk {
     device: u64,
     /// Inodes with several names that were counted.
     seen: HashSet<u64>,
@@ -112,7 +112,7 @@ struct Walk {
     usage: DiskUsage,
 }
 
-impl Walk {
+impl UsageWalk {
     fn folder(&mut self, path: &Path, dir: &OwnedFd) -> Result<(), Errno> {
         for entry in Dir::read_from(dir)? {
             let entry = entry?;
