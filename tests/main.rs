@@ -16,6 +16,7 @@ mod machine;
 mod registry_double;
 mod run_dir;
 mod serve;
+mod stack;
 
 mod attach;
 mod bad_input;
@@ -39,6 +40,7 @@ mod pages;
 mod plain;
 mod registry;
 mod registry_ways;
+mod rpull;
 mod settings;
 mod sparse;
 mod trace;
