@@ -39,7 +39,10 @@ fn layers() -> Vec<(&'static str, Vec<u8>)> {
     vec![
         (OCI_GZIP, gzip(&program())),
         (OCI_GZIP, gzip(&tar_of(&[("etc/", b""), ("etc/text", b"first\n"), ("gone", b"x")]))),
-        (OCI_TAR, tar_of(&[("etc/text", b"second\n"), (".wh.gone", b""), ("noise", &noise(1, 3 << 20))])),
+        (
+            OCI_TAR,
+            tar_of(&[("etc/text", b"second\n"), (".wh.gone", b""), ("noise", &noise(1, 3 << 20))]),
+        ),
     ]
 }
 
@@ -142,7 +145,12 @@ fn a_second_rpull_asks_the_registry_for_the_tag_alone_and_containerd_for_no_chan
             run(stack.ctr().args(["content", "get", blob])).starts_with("{\"architecture\"")
         });
         let config = config.unwrap();
-        run(stack.ctr().args(["content", "label", &config, "containerd.io/gc.ref.snapshot.overlayfs="]));
+        run(stack.ctr().args([
+            "content",
+            "label",
+            &config,
+            "containerd.io/gc.ref.snapshot.overlayfs=",
+        ]));
         stack.collect();
         assert!(stack.snapshots("overlayfs").is_empty());
         let told = pulled(&stack, &[&name]);
@@ -242,7 +250,10 @@ fn an_interrupted_rpull_says_so_and_leaves_nothing() {
             let ended = child.wait_with_output().unwrap();
             let told = String::from_utf8(ended.stderr).unwrap();
             assert_eq!(ended.status.code(), Some(1), "{told}");
-            assert_eq!(told, "turbobd: rpull: Interrupted; containerd removes what was pulled so far\n");
+            assert_eq!(
+                told,
+                "turbobd: rpull: Interrupted; containerd removes what was pulled so far\n"
+            );
             assert!(stack.listed(&["leases", "ls", "-q"]).is_empty());
             let (blobs, snapshots) = (stack.blobs(), stack.snapshots("overlayfs"));
             assert!(blobs.is_empty() && snapshots.is_empty(), "{blobs:?} {snapshots:?}");
@@ -267,7 +278,10 @@ fn two_pulls_of_one_image_at_once_fetch_each_layer_once() {
         for layer in blobs(&manifest) {
             assert_eq!(registry.count(&format!("GET /v2/{REPOSITORY}/blobs/{layer}")), 1);
         }
-        assert_eq!(stack.run_container("overlayfs", &name, &["/busybox", "cat", "/etc/text"]), "second");
+        assert_eq!(
+            stack.run_container("overlayfs", &name, &["/busybox", "cat", "/etc/text"]),
+            "second"
+        );
         assert_eq!(stack.snapshots("overlayfs").len(), 3);
     }
 }
@@ -301,7 +315,10 @@ fn a_private_image_of_several_platforms_is_pulled_with_its_name_by_digest() {
     let ended = child.wait_with_output().unwrap();
     assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
     assert_eq!(String::from_utf8(ended.stdout).unwrap().trim_end(), digest);
-    assert_eq!(stack.run_container("overlayfs", &name, &["/busybox", "cat", "/etc/text"]), "second");
+    assert_eq!(
+        stack.run_container("overlayfs", &name, &["/busybox", "cat", "/etc/text"]),
+        "second"
+    );
     // The index, the manifest of this platform, its config and its layers; nothing of the other platform.
     let content: BTreeSet<String> = stack.blobs();
     assert_eq!(content.len(), 6);
@@ -314,7 +331,8 @@ fn a_private_image_of_several_platforms_is_pulled_with_its_name_by_digest() {
 fn a_pull_that_cannot_be_says_what_to_do_and_leaves_nothing() {
     machine::need_root();
     let release = Release::system();
-    let more = "[proxy_plugins.gone]\n  type = \"snapshot\"\n  address = \"/nonexistent/gone.sock\"\n";
+    let more =
+        "[proxy_plugins.gone]\n  type = \"snapshot\"\n  address = \"/nonexistent/gone.sock\"\n";
     let stack = Stack::start(&release, more);
     let (registry, manifest) = registry();
     let name = name(&registry);
@@ -362,7 +380,11 @@ fn a_pull_that_cannot_be_says_what_to_do_and_leaves_nothing() {
     let config = config_of(&[(OCI_TAR, b"another tar".to_vec())]);
     images.tag("liar", &images.image(&config, &honest[1..2]));
     serve(&images, &registry, REPOSITORY);
-    refused(&stack, &[&format!("{}/{REPOSITORY}:liar", registry.host())], &["another tar", &layers[1]]);
+    refused(
+        &stack,
+        &[&format!("{}/{REPOSITORY}:liar", registry.host())],
+        &["another tar", &layers[1]],
+    );
     images.tag("short", &images.image(&config, &honest[..2]));
     serve(&images, &registry, REPOSITORY);
     let short = format!("{}/{REPOSITORY}:short", registry.host());

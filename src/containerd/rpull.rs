@@ -228,12 +228,7 @@ impl Pull<'_> {
         }
     }
 
-    fn pulled(
-        &self,
-        documents: &Documents,
-        layers: Vec<PulledLayer>,
-        fetched: u64,
-    ) -> PulledImage {
+    fn pulled(&self, documents: &Documents, layers: Vec<PulledLayer>, fetched: u64) -> PulledImage {
         PulledImage { name: self.name.clone(), digest: documents.target.digest, layers, fetched }
     }
 }
@@ -272,7 +267,11 @@ async fn name_image(
                 }
             }
             None => {
-                let record = ImageRecord { name: name.to_owned(), target: target.clone(), ..ImageRecord::default() };
+                let record = ImageRecord {
+                    name: name.to_owned(),
+                    target: target.clone(),
+                    ..ImageRecord::default()
+                };
                 let create = CreateImageRequest { image: Some(record) };
                 match containerd.images().create(containerd.request(create)).await {
                     Ok(_) => return Ok(()),

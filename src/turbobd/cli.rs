@@ -20,6 +20,7 @@ mod log;
 mod ls;
 mod registry_flags;
 mod rpull;
+mod snapshotter;
 mod stderr;
 mod stdout;
 mod table;
@@ -113,6 +114,8 @@ enum Command {
     Doctor(doctor::Args),
     /// Serve the devices of this host.
     Daemon(daemon::Args),
+    /// Serve the snapshots of containerd, as a proxy plugin.
+    Snapshotter(snapshotter::Args),
 }
 
 /// Reason for an end without success.
@@ -173,7 +176,7 @@ pub fn main() -> ExitCode {
     match &cli.command {
         // Its configuration says where to.
         Command::Daemon(_) => {}
-        Command::Attach(_) => log_to_stderr(cli.verbose, true),
+        Command::Attach(_) | Command::Snapshotter(_) => log_to_stderr(cli.verbose, true),
         _ => log_to_stderr(cli.verbose, false),
     }
     let (name, outcome) = match cli.command {
@@ -190,6 +193,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => ("doctor", doctor::run(&args)),
         Command::Cache(args) => ("cache", cache::run(&args, &cli.service)),
         Command::Daemon(args) => ("daemon", daemon::run(&args, &cli.service, cli.verbose)),
+        Command::Snapshotter(args) => ("snapshotter", snapshotter::run(&args)),
         Command::Trace(args) => ("trace", trace::run(&args, &cli.service)),
     };
     match outcome {

@@ -83,7 +83,8 @@ static NAMED: AtomicUsize = AtomicUsize::new(0);
 impl Stack {
     /// Starts one without CRI. `more` goes to the end of its configuration, of version 2.
     pub fn start(release: &Release, more: &str) -> Self {
-        let disabled = "disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.nri.v1.nri\"]\n";
+        let disabled =
+            "disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.nri.v1.nri\"]\n";
         Self::with_config(release, tempfile::tempdir().unwrap(), 2, disabled, more)
     }
 

@@ -68,8 +68,13 @@ impl Connection {
         let mut request = connection.request(());
         request.set_timeout(CONNECT_DEADLINE);
         let version = VersionClient::new(connection.channel.clone()).version(request).await;
-        let version = version.map_err(|status| unreachable(io::Error::other(CallError::of(&status))))?;
-        tracing::info!("containerd {} answers at {}", version.into_inner().version, socket.display());
+        let version =
+            version.map_err(|status| unreachable(io::Error::other(CallError::of(&status))))?;
+        tracing::info!(
+            "containerd {} answers at {}",
+            version.into_inner().version,
+            socket.display()
+        );
         Ok(connection)
     }
 

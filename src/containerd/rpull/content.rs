@@ -5,7 +5,6 @@
 //! each other: the second waits, and finds the blob. The bytes come from a blocking reader in a thread of its own, a
 //! few pieces ahead of containerd, so that a blob of any size needs little memory.
 
-use std::collections::BTreeMap;
 use std::io::Read;
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,7 @@ use registry::store::StoreError;
 
 use super::connection::Connection;
 use super::error::{CallError, RpullError};
-use super::labels::{Source, UNCOMPRESSED};
+use super::labels::{Labels, Source, UNCOMPRESSED};
 use crate::api::content::{
     ContentInfo, InfoRequest, ReadContentRequest, UpdateContentRequest, WriteAction,
     WriteContentRequest,
@@ -35,9 +34,6 @@ const AHEAD: usize = 4;
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Time without progress after which another process's write is given up.
 const STANDSTILL: Duration = Duration::from_secs(60);
-
-/// Labels of a blob.
-pub(super) type Labels = BTreeMap<String, String>;
 
 /// containerd's content store, for blobs of one repository.
 #[derive(Clone)]
@@ -83,9 +79,11 @@ impl ContentStore {
         if u64::try_from(info.size).is_ok_and(|size| size > limit) {
             return Ok(None);
         }
-        let failed = |status: &Status| self.containerd.failed(format!("read blob {digest}"), status);
+        let failed =
+            |status: &Status| self.containerd.failed(format!("read blob {digest}"), status);
         let whole = ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 };
-        let mut pieces = match self.containerd.content().read(self.containerd.request(whole)).await {
+        let mut pieces = match self.containerd.content().read(self.containerd.request(whole)).await
+        {
             Ok(reply) => reply.into_inner(),
             Err(status) if status.code() == Code::NotFound => return Ok(None), // collected meanwhile
             Err(status) => return Err(failed(&status)),
@@ -124,7 +122,8 @@ impl ContentStore {
         bytes: Vec<u8>,
         labels: Labels,
     ) -> Result<(), RpullError> {
-        let open = move || Ok(Box::new(std::io::Cursor::new(bytes.clone())) as Box<dyn Read + Send>);
+        let open =
+            move || Ok(Box::new(std::io::Cursor::new(bytes.clone())) as Box<dyn Read + Send>);
         self.put_from(blob, labels, open, |_| {}).await.map(drop)
     }
 
@@ -154,9 +153,9 @@ impl ContentStore {
                     return Ok(false);
                 }
                 Session::Locked => {
-                    other.look(self.progress(blob).await?).map_err(|seconds| {
-                        RpullError::Locked { digest: *digest, seconds }
-                    })?;
+                    other
+                        .look(self.progress(blob).await?)
+                        .map_err(|seconds| RpullError::Locked { digest: *digest, seconds })?;
                     tokio::time::sleep(LOOK_AGAIN).await;
                 }
             }
@@ -209,7 +208,9 @@ impl ContentStore {
         // The answer to the first message: from here on the reference is ours.
         let known = match answers.message().await {
             Ok(Some(answer)) => answer.offset,
-            Ok(None) => return failed(&Status::unknown("the session ended before its first answer")),
+            Ok(None) => {
+                return failed(&Status::unknown("the session ended before its first answer"));
+            }
             Err(status) => return failed(&status),
         };
         let is_whole = resume && known > 0 && known == last.offset;
@@ -250,9 +251,9 @@ impl ContentStore {
         match self.containerd.content().status(self.containerd.request(status)).await {
             Ok(reply) => Ok(reply.into_inner().status.map(|status| status.offset)),
             Err(status) if status.code() == Code::NotFound => Ok(None),
-            Err(status) => {
-                Err(self.containerd.failed(format!("look at the write of {}", blob.digest), &status))
-            }
+            Err(status) => Err(self
+                .containerd
+                .failed(format!("look at the write of {}", blob.digest), &status)),
         }
     }
 }

@@ -8,9 +8,9 @@ use formats::oci::{
 };
 use registry::store::{ImageStore, Selector, StoreError};
 
-use super::content::{ContentStore, Labels};
+use super::content::ContentStore;
 use super::error::RpullError;
-use super::labels;
+use super::labels::{self, Labels};
 
 /// The documents of an image.
 pub(super) struct Documents {
@@ -66,8 +66,10 @@ impl Documents {
         written.push((place.clone(), bytes, labels::children(Some(&config), &layers)));
         let bytes =
             read(&config, store, content, &name, |store, place| store.read_blob(place)).await?;
-        let parsed = ImageConfig::parse(&bytes).map_err(|source| {
-            RpullError::Config { name: name.clone(), digest: config.digest, source }
+        let parsed = ImageConfig::parse(&bytes).map_err(|source| RpullError::Config {
+            name: name.clone(),
+            digest: config.digest,
+            source,
         })?;
         let tars = parsed.diff_ids().to_vec();
         if tars.len() != layers.len() {

@@ -12,8 +12,9 @@ use tokio::task::JoinHandle;
 use formats::oci::{Descriptor, Digest};
 use registry::store::ImageStore;
 
-use super::content::{ContentStore, Labels};
+use super::content::ContentStore;
 use super::error::RpullError;
+use super::labels::Labels;
 use super::{PullEvent, Report};
 
 /// Blobs that are fetched at once: as many as containerd's own pulls fetch.

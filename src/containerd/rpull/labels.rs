@@ -1,9 +1,12 @@
 //! Labels of blobs and snapshots, as containerd's own pulls set them.
 
+use std::collections::BTreeMap;
+
 use formats::oci::manifest::media;
 use formats::oci::{Descriptor, Digest, RegistryName};
 
-use super::content::Labels;
+/// Labels of a blob or a snapshot.
+pub(super) type Labels = BTreeMap<String, String>;
 
 /// Longest label: key and value together, in bytes (`pkg/labels/validate.go` of containerd).
 const LONGEST_LABEL: usize = 4096;
@@ -15,7 +18,8 @@ const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// Prefix of annotations that a snapshotter is told.
 const INHERITED: &str = "containerd.io/snapshot/";
 /// Labels that only containerd itself may set: an image that brings them would choose who owns its files.
-const OWNERS: [&str; 2] = ["containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"];
+const OWNERS: [&str; 2] =
+    ["containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"];
 /// Chain ID of the layer below (2.3 and later).
 const PARENT_CHAIN: &str = "containerd.io/snapshot/parent-chain-id";
 /// Digest of the layer's tar (2.4 and later).
@@ -55,7 +59,8 @@ impl Source {
     /// Adds the repository to those that the label in `known` names. A label that would be too long is left out.
     pub(super) fn add(&self, labels: &mut Labels, known: &Labels) {
         let known = known.get(&self.key).map_or("", String::as_str);
-        let mut repositories: Vec<&str> = known.split(',').filter(|name| !name.is_empty()).collect();
+        let mut repositories: Vec<&str> =
+            known.split(',').filter(|name| !name.is_empty()).collect();
         repositories.push(&self.repository);
         repositories.sort_unstable();
         repositories.dedup();
@@ -78,7 +83,10 @@ pub(super) fn children(config: Option<&Descriptor>, parts: &[Descriptor]) -> Lab
             media::OCI_MANIFEST | media::DOCKER_MANIFEST => ("m", &mut manifests),
             _ => ("l", &mut layers),
         };
-        labels.insert(format!("containerd.io/gc.ref.content.{kind}.{count}"), part.digest.to_string());
+        labels.insert(
+            format!("containerd.io/gc.ref.content.{kind}.{count}"),
+            part.digest.to_string(),
+        );
         *count += 1;
     }
     labels
@@ -122,9 +130,10 @@ impl LayerPlace<'_> {
     /// Labels of the layer's snapshot, at Prepare and at Commit.
     pub(super) fn labels(&self) -> Labels {
         let layer = &self.layers[self.number];
-        let inherited = layer.annotations.iter().filter(|(key, _)| {
-            key.starts_with(INHERITED) && !OWNERS.contains(&key.as_str())
-        });
+        let inherited = layer
+            .annotations
+            .iter()
+            .filter(|(key, _)| key.starts_with(INHERITED) && !OWNERS.contains(&key.as_str()));
         let mut labels: Labels =
             inherited.map(|(key, value)| (key.clone(), value.clone())).collect();
         let mut set = |key: &str, value: String| labels.insert(key.to_owned(), value);

@@ -23,7 +23,7 @@ use super::content::ContentStore;
 use super::documents::Documents;
 use super::error::RpullError;
 use super::fetches::Fetches;
-use super::labels::{LayerPlace, Labels};
+use super::labels::{Labels, LayerPlace};
 use super::{LayerOutcome, PullTarget, PulledLayer, Report};
 use crate::api::diff::ApplyRequest;
 use crate::api::snapshots::{
@@ -192,7 +192,9 @@ impl Layers<'_> {
                     }
                 }
                 Err(status) => {
-                    return Err(self.failed(format!("prepare a snapshot of layer {chain}"), &status));
+                    return Err(
+                        self.failed(format!("prepare a snapshot of layer {chain}"), &status)
+                    );
                 }
             }
         }
@@ -248,8 +250,7 @@ impl Layers<'_> {
 
     /// Removes an active snapshot. If that fails, it goes with the lease.
     async fn abandon(&self, key: &str) {
-        let remove =
-            RemoveSnapshotRequest { snapshotter: self.snapshotter(), key: key.to_owned() };
+        let remove = RemoveSnapshotRequest { snapshotter: self.snapshotter(), key: key.to_owned() };
         if let Err(status) =
             self.containerd.snapshots().remove(self.containerd.request(remove)).await
         {
@@ -263,7 +264,10 @@ fn alike(layer: &Descriptor, other: &Descriptor) -> bool {
     let kind = |layer| LayerKind::of(layer).ok();
     match (kind(layer), kind(other)) {
         (Some(LayerKind::Native), _) | (_, Some(LayerKind::Native)) => layer.digest == other.digest,
-        (a, b) => a.map(|kind| std::mem::discriminant(&kind)) == b.map(|kind| std::mem::discriminant(&kind)),
+        (a, b) => {
+            a.map(|kind| std::mem::discriminant(&kind))
+                == b.map(|kind| std::mem::discriminant(&kind))
+        }
     }
 }
 

@@ -14,9 +14,7 @@ use tonic::Code;
 
 use super::connection::Connection;
 use super::error::RpullError;
-use crate::api::leases::{
-    CreateLeaseRequest, DeleteLeaseRequest, LeaseRecord, ListLeasesRequest,
-};
+use crate::api::leases::{CreateLeaseRequest, DeleteLeaseRequest, LeaseRecord, ListLeasesRequest};
 
 /// Label with the time at which containerd ends a lease.
 const EXPIRE: &str = "containerd.io/gc.expire";

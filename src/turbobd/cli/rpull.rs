@@ -41,7 +41,8 @@ impl Args {
     fn target(&self) -> PullTarget {
         // An empty variable counts as unset, as for ctr.
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let address = self.address.clone().or_else(|| variable("CONTAINERD_ADDRESS").map(Into::into));
+        let address =
+            self.address.clone().or_else(|| variable("CONTAINERD_ADDRESS").map(Into::into));
         let namespace = self.namespace.clone().or_else(|| {
             variable("CONTAINERD_NAMESPACE").map(|value| value.to_string_lossy().into_owned())
         });
