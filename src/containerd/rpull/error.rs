@@ -9,6 +9,8 @@ use tonic::{Code, Status};
 use formats::oci::{Digest, ImageConfigError, ManifestError};
 use registry::store::StoreError;
 
+use crate::snapshotter::config::ADDRESS;
+
 /// A failed call to containerd.
 #[derive(Debug, Error)]
 #[error("{message}")]
@@ -65,7 +67,7 @@ pub enum RpullError {
     /// containerd's configuration does not name the snapshotter.
     #[error(
         "The containerd at {} has no snapshotter {name}: add to its config.toml a section [proxy_plugins.{name}] with \
-         type = \"snapshot\" and address = \"SOCKET\", the socket of `turbobd snapshotter`, and restart it",
+         type = \"snapshot\" and address = \"{ADDRESS}\" (the socket of `turbobd snapshotter`), and restart it",
         socket.display()
     )]
     NoSnapshotter {
