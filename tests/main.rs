@@ -42,6 +42,7 @@ mod registry;
 mod registry_ways;
 mod rpull;
 mod settings;
+mod snapshotter;
 mod sparse;
 mod trace;
 mod trust;

@@ -42,6 +42,9 @@ pub mod store;
 pub mod sweep;
 pub mod usage;
 
+#[cfg(test)]
+mod tests;
+
 pub use calls::{NewSnapshot, Snapshotter};
 pub use config::SnapshotterConfig;
 pub use error::{SnapshotError, SnapshotterError};
