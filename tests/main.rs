@@ -3,7 +3,8 @@
 //! Most of them run the program that cargo has built. Helpers stand in folders: [`image`] makes images,
 //! [`registry_double`] is a registry that fails on request, [`machine`] and [`run_dir`] are this machine and a daemon of
 //! a test's own, [`block`] reads block devices and starts guests, [`listing`] compares trees, [`checker`] is an
-//! independent checker of all formats, [`serve`] opens images over the double.
+//! independent checker of all formats, [`serve`] opens images over the double, [`stack`] is a real
+//! containerd.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -43,6 +44,7 @@ mod registry_ways;
 mod rpull;
 mod settings;
 mod snapshotter;
+mod snapshotter_containers;
 mod sparse;
 mod trace;
 mod trust;

@@ -3,11 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::Path;
+
+use client::mounts::MountRights;
+use client::{ClientError, Code, DaemonClient, DeviceSpec, Frontend, ImageSpec};
+use formats::oci::Digest;
 
 use crate::image::{
     Images, OCI_GZIP, OCI_TAR, done, end, gzip, lower, prose, refused, turbobd, upper,
 };
+use crate::machine;
 use crate::registry_double::Double;
 use crate::run_dir::RunDir;
 use crate::serve::serve;
@@ -110,4 +116,41 @@ fn a_plain_image_attaches() {
     assert_eq!(detached.code, Some(0), "{}", detached.stderr);
     assert_eq!(read.unwrap(), b"second\n");
     assert!(meta.join("index.json").exists());
+}
+
+/// Attaches by the control socket and reads a file; returns it, or the error.
+fn shown(host: &RunDir, spec: ImageSpec, file: &str) -> Result<Vec<u8>, ClientError> {
+    let run_dir = host.at("run");
+    let daemon = || host.turbobd(&["daemon", "--auto"]);
+    let mut client = DaemonClient::connect_or_spawn(&run_dir, daemon)?;
+    let spec = DeviceSpec { frontend: Frontend::Loop, ..DeviceSpec::of(spec) };
+    let (record, _) = client.attach_and_mount(spec, &host.mnt(), MountRights::default())?;
+    let read = fs::read(host.mnt().join(file)).unwrap();
+    client.detach(&record.device.to_string_lossy())?;
+    Ok(read)
+}
+
+#[test]
+fn a_tag_is_opened_as_the_client_resolved_it_and_with_as_many_layers_as_it_wants() {
+    machine::need_root();
+    let (images, registry, host) = (Images::sample(), Double::start(), RunDir::new());
+    serve(&images, &registry, "team/app");
+    let resolved: Digest = images.tagged("latest")["digest"].as_str().unwrap().parse().unwrap();
+    // The tag moves to an image of the lower layer alone.
+    images.add("latest", &[(OCI_GZIP, gzip(&lower()))]);
+    serve(&images, &registry, "team/app");
+    let spec = || ImageSpec {
+        meta_dir: Some(host.at("meta")),
+        ..ImageSpec::of_reference(format!("{}/team/app:latest", registry.host()))
+    };
+    let resolved = || ImageSpec { manifest: Some(resolved), ..spec() };
+    let lowest = |count| ImageSpec { layers: NonZeroUsize::new(count), ..resolved() };
+    let first = shown(&host, spec(), "etc/first").unwrap();
+    assert_eq!(shown(&host, resolved(), "etc/first").unwrap(), b"second\n");
+    assert_eq!(shown(&host, lowest(2), "etc/first").unwrap(), b"second\n");
+    assert_ne!(first, b"second\n");
+    assert_eq!(shown(&host, lowest(1), "etc/first").unwrap(), first);
+    let error = shown(&host, lowest(3), "etc/first").unwrap_err();
+    assert_eq!(error.code(), Code::Invalid);
+    assert!(error.to_string().contains("has 2 layers"), "{error}");
 }

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -21,6 +22,12 @@ impl Connection {
     #[must_use]
     pub fn new(stream: UnixStream, path: PathBuf) -> Self {
         Self { reader: BufReader::new(stream), path }
+    }
+
+    /// True if nothing has come from the other side, not even its end.
+    pub(crate) fn is_quiet(&self) -> bool {
+        let mut fds = [PollFd::new(self.reader.get_ref(), PollFlags::IN)];
+        self.reader.buffer().is_empty() && matches!(poll(&mut fds, Some(&Timespec::default())), Ok(0))
     }
 
     /// Sends one message.

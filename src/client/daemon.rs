@@ -247,6 +247,28 @@ impl DaemonClient {
         }
     }
 
+    /// Says where a device is mounted; `None`: nowhere.
+    ///
+    /// # Errors
+    /// Returns the daemon's error.
+    pub fn mounted(&mut self, id: u64, mountpoint: Option<PathBuf>) -> Result<(), ClientError> {
+        self.done(&Request::Mounted { id, mountpoint })
+    }
+
+    /// Removes a device that is neither mounted nor open.
+    ///
+    /// # Errors
+    /// Returns the daemon's error, with [`Code::Busy`](crate::Code::Busy) if the device is in use.
+    pub fn remove(&mut self, id: u64) -> Result<(), ClientError> {
+        self.done(&Request::Detach { id })
+    }
+
+    /// False once the daemon has closed the connection, because it has ended. Asks the system, not the daemon.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.connection.is_quiet()
+    }
+
     /// Unmounts the device that `what` names (device, mount point or image) at every place where this process
     /// sees it mounted, and removes it.
     ///

@@ -153,6 +153,9 @@ pub struct DeviceRecord {
     pub image: String,
     /// The string of the user's request, if it differs from the name.
     pub requested: String,
+    /// Name of the device that the request gave it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub dev_id: Option<String>,
     /// Its front end.
     pub frontend: Frontend,
     /// `/dev/ublkbN` or `/dev/loopN`.
@@ -394,6 +397,7 @@ mod tests {
             id,
             image: image.into(),
             requested: image.into(),
+            dev_id: None,
             frontend: Frontend::Loop,
             device: device.into(),
             mountpoint: mountpoint.map(PathBuf::from),

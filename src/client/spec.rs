@@ -1,7 +1,9 @@
 //! What to open, and how to serve it: plain data, the same for a command, a device config and a snapshotter.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use formats::oci::Digest;
 use serde::{Deserialize, Serialize};
 
 /// The image behind a device. Paths are absolute: the daemon has another working directory.
@@ -21,6 +23,13 @@ pub struct ImageSpec {
     /// Repository of the original layers, if the image says that they are there; `None`: its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
+    /// Manifest, or index, that the reference meant when a program resolved it; `None`: what it means now. A tag may
+    /// have moved since. The digest decides what is opened; the reference still decides which meta image may serve it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<Digest>,
+    /// Only so many lowest layers of the image of a reference; `None`: all. Another image may share only these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layers: Option<NonZeroUsize>,
 }
 
 /// Name of an image.
@@ -53,6 +62,8 @@ impl ImageSpec {
             meta_dir: None,
             publish: false,
             origin: None,
+            manifest: None,
+            layers: None,
         }
     }
 

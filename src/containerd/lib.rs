@@ -10,6 +10,7 @@
 //! and never started from here.
 //!
 //! * [`api`]         messages and stubs of containerd's services
+//! * [`labels`]      labels of snapshots, and what they say
 //! * [`rpull`]       a pull without layer data, over containerd's own services
 //! * [`snapshotter`] the snapshots service: records, folders, mounts, socket
 #![cfg_attr(
@@ -24,5 +25,6 @@
 )]
 
 pub mod api;
+pub mod labels;
 pub mod rpull;
 pub mod snapshotter;

@@ -21,7 +21,13 @@
 //! * [`error`]   failures of a call, and of the start
 //! * [`store`]   records
 //! * [`filter`]  containerd's filter language
-//! * [`layer`]   what a snapshot holds
+//! * [`layer`]   what a snapshot holds, and how it is recognised
+//! * [`lazy`]    a Prepare that is a pull
+//! * [`pulls`]   a line and a count for each pull
+//! * [`chain`]   from the layers of an image to what a device shows
+//! * [`devices`] devices by their content, mounted
+//! * [`lowers`]  the folders below a snapshot: files of layers, and mounts of devices
+//! * [`idmap`]   these folders with the owners of a user namespace
 //! * [`mounts`]  what Mounts answers
 //! * [`folders`] folders of snapshots, and their removal
 //! * [`usage`]   what a folder occupies
@@ -29,13 +35,19 @@
 //! * `failpoint` places where a test kills the process
 
 pub mod calls;
+pub mod chain;
 pub mod config;
+pub mod devices;
 pub mod error;
 mod failpoint;
 pub mod filter;
 pub mod folders;
+pub mod idmap;
 pub mod layer;
+pub mod lazy;
+pub mod lowers;
 pub mod mounts;
+pub mod pulls;
 pub mod service;
 pub mod socket;
 pub mod store;

@@ -6,6 +6,7 @@
 //!
 //! * [`extents`] where the bytes of a file lie on its device (`FS_IOC_FIEMAP`)
 //! * [`flock`]   a file that one process has at a time
+//! * [`idmap`]   a clone of a mount with other owners (`mount_setattr`)
 //! * [`limits`]  limits of a process
 //! * [`private`] folders and files that no other user can replace
 //! * [`privilege`] rights that the daemon gives up at its start
@@ -21,6 +22,7 @@
 pub mod extents;
 pub mod flock;
 pub mod heap;
+pub mod idmap;
 pub mod limits;
 pub mod private;
 pub mod privilege;

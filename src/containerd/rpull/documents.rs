@@ -10,7 +10,8 @@ use registry::store::{ImageStore, Selector, StoreError};
 
 use super::content::ContentStore;
 use super::error::RpullError;
-use super::labels::{self, Labels};
+use super::labels;
+use crate::labels::Labels;
 
 /// The documents of an image.
 pub(super) struct Documents {

@@ -14,8 +14,8 @@ use registry::store::ImageStore;
 
 use super::content::ContentStore;
 use super::error::RpullError;
-use super::labels::Labels;
 use super::{PullEvent, Report};
+use crate::labels::Labels;
 
 /// Blobs that are fetched at once: as many as containerd's own pulls fetch.
 const AT_ONCE: usize = 3;

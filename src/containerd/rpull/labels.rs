@@ -1,39 +1,21 @@
-//! Labels of blobs and snapshots, as containerd's own pulls set them.
-
-use std::collections::BTreeMap;
+//! Labels that a pull sets on blobs and snapshots, as containerd's own pulls do.
 
 use formats::oci::manifest::media;
 use formats::oci::{Descriptor, Digest, RegistryName};
 
-/// Labels of a blob or a snapshot.
-pub(super) type Labels = BTreeMap<String, String>;
+use crate::labels::{
+    CRI_IMAGE_REF, CRI_LAYER, CRI_LAYERS, CRI_MANIFEST, DIFF_ID, GID_MAPPING, IMAGE_REF, Labels, PARENT_CHAIN, REF,
+    UID_MAPPING,
+};
 
 /// Longest label: key and value together, in bytes (`pkg/labels/validate.go` of containerd).
 const LONGEST_LABEL: usize = 4096;
 
 /// Digest of the tar in a layer's blob.
 pub(super) const UNCOMPRESSED: &str = "containerd.io/uncompressed";
-/// Chain ID of a layer: its snapshot is a pull.
-const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// Prefix of annotations that a snapshotter is told.
 const INHERITED: &str = "containerd.io/snapshot/";
-/// Labels that only containerd itself may set: an image that brings them would choose who owns its files.
-const OWNERS: [&str; 2] =
     ["containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"];
-/// Chain ID of the layer below (2.3 and later).
-const PARENT_CHAIN: &str = "containerd.io/snapshot/parent-chain-id";
-/// Digest of the layer's tar (2.4 and later).
-const DIFF_ID: &str = "containerd.io/snapshot/diff-id";
-/// Name of the image, as overlaybd's pull says it.
-const IMAGE_REF: &str = "containerd.io/snapshot/image-ref";
-/// Name of the image, as CRI says it.
-const CRI_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
-/// Digest of the image's manifest.
-const CRI_MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
-/// Digest of the layer's blob.
-const CRI_LAYER: &str = "containerd.io/snapshot/cri.layer-digest";
-/// Digests of the blobs from this layer on, with commas.
-const CRI_LAYERS: &str = "containerd.io/snapshot/cri.image-layers";
 
 /// The label that names the repositories of a registry that have a blob. A push to the registry then takes it from there.
 #[derive(Clone, Debug)]
@@ -130,14 +112,15 @@ impl LayerPlace<'_> {
     /// Labels of the layer's snapshot, at Prepare and at Commit.
     pub(super) fn labels(&self) -> Labels {
         let layer = &self.layers[self.number];
+        // An image that brings the last two would choose who owns its files.
         let inherited = layer
             .annotations
             .iter()
-            .filter(|(key, _)| key.starts_with(INHERITED) && !OWNERS.contains(&key.as_str()));
+            .filter(|(key, _)| key.starts_with(INHERITED) && ![UID_MAPPING, GID_MAPPING].contains(&key.as_str()));
         let mut labels: Labels =
             inherited.map(|(key, value)| (key.clone(), value.clone())).collect();
         let mut set = |key: &str, value: String| labels.insert(key.to_owned(), value);
-        set(SNAPSHOT_REF, self.chains[self.number].to_string());
+        set(REF, self.chains[self.number].to_string());
         set(DIFF_ID, self.tars[self.number].to_string());
         if let Some(below) = self.number.checked_sub(1) {
             set(PARENT_CHAIN, self.chains[below].to_string());

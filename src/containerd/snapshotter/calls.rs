@@ -4,20 +4,25 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::config::SnapshotterConfig;
 use super::error::{SnapshotError, SnapshotterError, step};
 use super::filter::Filter;
 use super::folders::Folders;
-use super::layer::LayerContent;
+use super::devices::host::{DaemonHost, DeviceHost};
+use super::layer::{LayerContent, recognise};
+use super::lazy::{PullAnswer, lazy_name};
+use super::lowers::{Lowers, is_extraction};
 use super::mounts::{MountPlan, OverlayOptions};
 use super::store::record::{DiskUsage, Record, SnapshotKind};
 use super::store::rules::{self, NewCommit, NewRecord};
 use super::store::{RecordsError, SnapshotStore};
+use super::pulls::LayerOutcome;
 use super::usage::UsageCache;
-use super::{failpoint, sweep};
+use super::{failpoint, idmap, sweep};
 use crate::api::types::Mount;
+use crate::labels::{OwnerMap, PullLabels, REF};
 
 /// Name of the store's file in the root.
 const RECORDS_FILE: &str = "records.redb";
@@ -47,6 +52,7 @@ pub struct Snapshotter {
     config: SnapshotterConfig,
     store: SnapshotStore,
     folders: Folders,
+    lowers: Lowers,
     options: OverlayOptions,
     usages: UsageCache,
 }
@@ -57,6 +63,18 @@ impl Snapshotter {
     /// # Errors
     /// Returns [`SnapshotterError`]. Nothing in a root that another snapshotter has made is touched.
     pub fn open(config: SnapshotterConfig) -> Result<Self, SnapshotterError> {
+        let host = Arc::new(DaemonHost::new(config.run_dir.clone()));
+        Self::open_on(config, host)
+    }
+
+    /// Form of [`open`](Self::open) with another host for the devices.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(
+        config: SnapshotterConfig,
+        host: Arc<dyn DeviceHost>,
+    ) -> Result<Self, SnapshotterError> {
         let root = config.root.clone();
         let text = root.display().to_string();
         if let Some(character) = SEPARATORS.into_iter().find(|c| text.contains(*c)) {
@@ -72,8 +90,9 @@ impl Snapshotter {
         let store = SnapshotStore::open(&file).map_err(failed)?;
         let folders = Folders::open(&root)?;
         sweep::folders(&store, &folders)?;
+        let lowers = Lowers::open(&config, host)?;
         let options = OverlayOptions::of_this_host();
-        Ok(Self { config, store, folders, options, usages: UsageCache::default() })
+        Ok(Self { config, store, folders, lowers, options, usages: UsageCache::default() })
     }
 
     /// The configuration.
@@ -87,6 +106,9 @@ impl Snapshotter {
     /// # Errors
     /// Those of [`rules::create`]; [`SnapshotError::Folder`], [`SnapshotError::Store`].
     pub fn prepare(&self, new: &NewSnapshot, until: Instant) -> Result<Vec<Mount>, SnapshotError> {
+        if let Some(pull) = PullLabels::of(&new.labels) {
+            self.pull(new, &pull, until)?;
+        }
         self.create(new, SnapshotKind::Active, until)
     }
 
@@ -96,6 +118,77 @@ impl Snapshotter {
     /// As [`prepare`](Self::prepare).
     pub fn view(&self, new: &NewSnapshot, until: Instant) -> Result<Vec<Mount>, SnapshotError> {
         self.create(new, SnapshotKind::View, until)
+    }
+
+    /// Answers a pull by [`SnapshotError::Exists`] if its layer need not be fetched.
+    fn pull(
+        &self,
+        new: &NewSnapshot,
+        pull: &PullLabels,
+        until: Instant,
+    ) -> Result<(), SnapshotError> {
+        let parent = named(&new.parent);
+        let record = |name, kind, id, content| NewRecord {
+            id,
+            snapshotter: &new.snapshotter,
+            name,
+            parent,
+            kind,
+            labels: &new.labels,
+            content,
+        };
+        // What is wrong with the request comes before what is known of the layer.
+        let active = || record(&new.key, SnapshotKind::Active, 0, LayerContent::Plain);
+        self.store.check(|change| rules::create(change, active()).map(drop))?;
+        let exists = || SnapshotError::Exists(new.key.clone());
+        let parents = match parent {
+            Some(parent) => {
+                let parent = self.store.get(&new.snapshotter, parent)?;
+                self.store.read().chain(&parent).map_err(SnapshotError::ParentNotFound)?
+            }
+            None => Vec::new(),
+        };
+        let answer = if self.has_layer(new, pull) {
+            self.lowers.pulls().layer(pull, LayerOutcome::Known);
+            return Err(exists());
+        } else {
+            self.lowers.answer(pull, &new.labels, &parents, until)
+        };
+        let content = match answer {
+            PullAnswer::Ordinary(reason) => {
+                self.lowers.pulls().layer(pull, LayerOutcome::Unpacked(reason));
+                return Ok(());
+            }
+            PullAnswer::Lazy(content) => content,
+        };
+        let (id, kind) = (self.store.new_id(), content.name());
+        let name = lazy_name(parent, &pull.chain, &content);
+        self.folders.create(id, false, None)?;
+        let committed = record(&name, SnapshotKind::Committed, id, content);
+        if let Err(error) = self.store.change(|change| rules::create(change, committed)) {
+            let _ = self.folders.discard(id);
+            // Another call for the same layer was faster.
+            if !matches!(error, SnapshotError::Exists(_)) {
+                return Err(error);
+            }
+        }
+        self.lowers.pulls().layer(pull, LayerOutcome::Lazy(kind));
+        Err(exists())
+    }
+
+    /// True if a layer that containerd need not fetch is here, on the parent that the request names.
+    fn has_layer(&self, new: &NewSnapshot, pull: &PullLabels) -> bool {
+        let parent = named(&new.parent);
+        // Without its parent it would be taken for one that has none.
+        if parent.is_none() && pull.parent_chain.is_some() {
+            return false;
+        }
+        self.store.read().of(&new.snapshotter).any(|record| {
+            record.kind == SnapshotKind::Committed
+                && record.content.needs_device()
+                && record.parent.as_deref() == parent
+                && record.labels.get(REF) == Some(&pull.chain)
+        })
     }
 
     fn create(
@@ -118,7 +211,10 @@ impl Snapshotter {
         self.store.check(|change| rules::create(change, record()).map(drop))?;
         self.folders.create(id, kind == SnapshotKind::Active, self.owner(new)?)?;
         match self.store.change(|change| rules::create(change, record())) {
-            Ok(record) => self.mounts_of(&record, until),
+            Ok(record) => self.mounts_of(&record, until, true).inspect_err(|_| {
+                // A device that is not there is said now, and nothing of the snapshot is left.
+                let _ = self.remove(&new.snapshotter, &new.key);
+            }),
             Err(error) => {
                 let _ = self.folders.discard(id);
                 Err(error)
@@ -130,6 +226,14 @@ impl Snapshotter {
     fn owner(&self, new: &NewSnapshot) -> Result<Option<(u32, u32)>, SnapshotError> {
         let Some(parent) = named(&new.parent) else { return Ok(None) };
         let parent = self.store.get(&new.snapshotter, parent)?;
+        let remapped = parent.committed_from.as_deref().is_some_and(idmap::is_remapped);
+        if !remapped && let Some(map) = OwnerMap::of(&new.labels)? {
+            return Ok(map.root());
+        }
+        // The root folder of a device is not looked at: it may not be there yet.
+        if parent.content.needs_device() {
+            return Ok(None);
+        }
         let upper = self.folders.upper(parent.id);
         let meta = std::fs::symlink_metadata(&upper).map_err(step("examine the folder", upper))?;
         Ok(Some((meta.uid(), meta.gid())))
@@ -149,19 +253,18 @@ impl Snapshotter {
         if record.kind == SnapshotKind::Committed {
             return Err(SnapshotError::Committed(key.to_owned()));
         }
-        self.mounts_of(&record, until)
+        self.mounts_of(&record, until, false)
     }
 
     fn mounts_of(
         &self,
         record: &Arc<Record>,
-        _until: Instant,
+        until: Instant,
+        late_is_fine: bool,
     ) -> Result<Vec<Mount>, SnapshotError> {
         let chain = self.store.read().chain(record).map_err(SnapshotError::ParentNotFound)?;
-        let mut lowers: Vec<PathBuf> = Vec::with_capacity(chain.len() - 1);
-        for parent in &chain[1..] {
-            lowers.push(self.lower(parent)?);
-        }
+        let lowers =
+            self.lowers.folders(record, &chain[1..], &self.folders, until, late_is_fine)?;
         let lowers: Vec<&Path> = lowers.iter().map(PathBuf::as_path).collect();
         let plan = MountPlan {
             kind: record.kind,
@@ -173,30 +276,19 @@ impl Snapshotter {
         Ok(plan.mounts())
     }
 
-    /// Folder of a committed snapshot in a mount.
-    fn lower(&self, record: &Record) -> Result<PathBuf, SnapshotError> {
-        if let Some(kind) = record.content.unknown_kind() {
-            let (name, kind) = (record.name.clone(), kind.to_owned());
-            return Err(SnapshotError::UnknownContent { name, kind });
-        }
-        let upper = self.folders.upper(record.id);
-        match std::fs::symlink_metadata(&upper) {
-            Ok(_) => Ok(upper),
-            Err(error) => Err(step(
-                "find the files of a layer (remove its image and pull it again) in",
-                upper,
-            )(error)),
-        }
-    }
-
     /// Turns an active snapshot into a committed one.
     ///
     /// # Errors
     /// Those of [`rules::commit`]; [`SnapshotError::Store`].
     pub fn commit(&self, commit: &NewCommit<'_>) -> Result<(), SnapshotError> {
-        let committed = self
-            .store
-            .change(|change| rules::commit(change, commit, |_| Ok(LayerContent::Plain)))?;
+        let active = self.store.get(commit.snapshotter, commit.key)?;
+        let content = if is_extraction(&active) {
+            recognise(&self.folders.upper(active.id), &active.labels, commit.labels)?
+        } else {
+            LayerContent::Plain
+        };
+        let committed =
+            self.store.change(|change| rules::commit(change, commit, |_| Ok(content)))?;
         self.usages.forget(committed.id);
         Ok(())
     }
@@ -208,6 +300,10 @@ impl Snapshotter {
     pub fn remove(&self, snapshotter: &str, key: &str) -> Result<(), SnapshotError> {
         let removed = self.store.change(|change| rules::remove(change, snapshotter, key))?;
         self.usages.forget(removed.id);
+        // Clones of its lower folders would keep its folder from being moved.
+        if let Err(error) = idmap::remove_clones(&self.folders.folder(removed.id)) {
+            tracing::warn!("{}", source::failure::with_causes(&error));
+        }
         // The record is gone, so the answer is yes. What stays is swept at the next start.
         if let Err(error) = self.folders.discard(removed.id) {
             tracing::warn!("{}", source::failure::with_causes(&error));
@@ -279,6 +375,17 @@ impl Snapshotter {
         failpoint::reached("record-written");
         self.usages.forget(record.id);
         Ok(usage)
+    }
+
+    /// Removes devices that no container has had for a while, and ends the account of pulls. To be called every few seconds.
+    pub fn tidy(&self) {
+        let idle = Duration::from_secs(self.config.idle_seconds);
+        self.lowers.tidy(&self.store, &self.folders, idle);
+    }
+
+    /// Removes devices that were left behind and that no record names.
+    pub fn sweep_devices(&self) {
+        self.lowers.sweep(&self.store, &self.folders);
     }
 
     /// Waits until the files of removed snapshots are gone, at most until `until`; the rest goes on behind the answer.

@@ -11,6 +11,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use thiserror::Error;
 
+use super::chain::ChainOptions;
+use super::lazy::PlainImages;
+
 /// Files that are looked for, in this order.
 pub const FILES: [&str; 2] =
     ["/etc/turbobd/snapshotter.json", "/etc/overlaybd-snapshotter/config.json"];
@@ -35,6 +38,14 @@ pub struct SnapshotterConfig {
     pub root: PathBuf,
     /// `address`: the socket, unless systemd passes one.
     pub address: PathBuf,
+    /// `plain`: what is done with plain images.
+    pub plain: PlainImages,
+    /// `idleSeconds`: time after which a device that no container has is removed.
+    pub idle_seconds: u64,
+    /// `turboFsType`: file systems of TurboOCI layers that have several, the first one preferred.
+    pub turbo_fs_type: Vec<String>,
+    /// `mirrorRegistry`: registries that are spoken to without TLS.
+    pub mirror_registry: Vec<InsecureRegistry>,
     /// Run directory of the daemon that makes devices (`TURBOBD_RUN_DIR`).
     #[serde(skip)]
     pub run_dir: PathBuf,
@@ -43,11 +54,25 @@ pub struct SnapshotterConfig {
     pub(crate) unknown: BTreeMap<String, Value>,
 }
 
+/// An entry of `mirrorRegistry`. Nothing is mirrored by it, in overlaybd neither.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct InsecureRegistry {
+    /// Host with port.
+    pub host: String,
+    /// True if it has no TLS.
+    #[serde(default)]
+    pub insecure: bool,
+}
+
 impl Default for SnapshotterConfig {
     fn default() -> Self {
         Self {
             root: ROOT.into(),
             address: ADDRESS.into(),
+            plain: PlainImages::default(),
+            idle_seconds: 300,
+            turbo_fs_type: Vec::new(),
+            mirror_registry: Vec::new(),
             run_dir: client::protocol::run_dir(),
             unknown: BTreeMap::new(),
         }
@@ -78,6 +103,16 @@ pub enum SnapshotterConfigError {
 }
 
 impl SnapshotterConfig {
+    /// How chains of layers are shown.
+    #[must_use]
+    pub fn chain_options(&self) -> ChainOptions {
+        let insecure = self.mirror_registry.iter().filter(|registry| registry.insecure);
+        ChainOptions {
+            erofs: self.turbo_fs_type.first().is_some_and(|first| first == "erofs"),
+            plain_http: insecure.map(|registry| registry.host.clone()).collect(),
+        }
+    }
+
     /// Reads `file`, else the first of [`FILES`] that exists, else takes the defaults. Warnings name keys without a meaning.
     ///
     /// # Errors

@@ -6,12 +6,17 @@ use std::path::PathBuf;
 use thiserror::Error;
 use tonic::{Code, Status};
 
+use client::ClientError;
 use source::failure::with_causes;
 
+use super::chain::ChainError;
 use super::config::SnapshotterConfigError;
+use super::devices::DeviceError;
 use super::filter::FilterError;
+use super::layer::LayerError;
 use super::socket::SocketError;
 use super::store::RecordsError;
+use crate::labels::LabelError;
 
 /// Failure of a call. containerd decides by the code ([`SnapshotError::code`]), people by the text.
 #[derive(Debug, Error)]
@@ -110,6 +115,21 @@ pub enum SnapshotError {
         /// The kind.
         kind: String,
     },
+    /// The device of an image is not there.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The layers of an image cannot be shown together.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// A layer that was unpacked cannot be used.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// Labels of a container cannot be understood.
+    #[error("The {0}")]
+    Labels(#[from] LabelError),
+    /// The owners of files cannot be mapped for a container.
+    #[error("The files of the image cannot be shown to the container's users")]
+    Owners(#[source] ClientError),
     /// The snapshotter ends.
     #[error("The snapshotter ends: repeat the call")]
     Ending,
@@ -128,17 +148,20 @@ impl SnapshotError {
             | Self::NotActive(_)
             | Self::HasChildren { .. }
             | Self::InUse { .. }
+            | Self::Chain(_)
+            | Self::Layer(_)
             | Self::UnknownContent { .. } => Code::FailedPrecondition,
             Self::ParentNotCommitted(_)
             | Self::WrongParent { .. }
             | Self::Immutable(_)
             | Self::Invalid(_)
+            | Self::Labels(_)
             | Self::Filter { .. } => Code::InvalidArgument,
             Self::Deadline { .. } => Code::DeadlineExceeded,
             Self::Store(error) if error.is_full() => Code::ResourceExhausted,
             Self::Folder { source, .. } if is_full(source) => Code::ResourceExhausted,
-            Self::Store(_) | Self::Folder { .. } => Code::Internal,
-            Self::Ending => Code::Unavailable,
+            Self::Store(_) | Self::Folder { .. } | Self::Owners(_) => Code::Internal,
+            Self::Device(_) | Self::Ending => Code::Unavailable,
         }
     }
 }

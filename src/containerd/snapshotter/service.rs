@@ -42,6 +42,9 @@ const LARGEST_MESSAGE: usize = 16 << 20;
 /// Snapshots in one message of List, as containerd's own service sends them.
 const LIST_BLOCK: usize = 100;
 
+/// Pause between two looks for idle devices.
+const TIDY_PAUSE: Duration = Duration::from_secs(5);
+
 /// Most threads for calls that block; more calls wait for one.
 const CALL_THREADS: usize = 128;
 
@@ -54,6 +57,7 @@ pub fn run(config: SnapshotterConfig) -> Result<(), SnapshotterError> {
     let address = config.address.clone();
     let snapshotter = Arc::new(Snapshotter::open(config)?);
     let socket = ServiceSocket::take(&address)?;
+    keep_tidy(&snapshotter).map_err(start("start the thread of the devices"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -86,6 +90,22 @@ pub fn run(config: SnapshotterConfig) -> Result<(), SnapshotterError> {
     // A call that still waits for something is left alone: it is a transaction, whole or not at all.
     runtime.shutdown_background();
     served
+}
+
+/// Starts the thread that removes idle devices. It ends with the process.
+fn keep_tidy(snapshotter: &Arc<Snapshotter>) -> std::io::Result<()> {
+    let snapshotter = Arc::downgrade(snapshotter);
+    let work = move || {
+        if let Some(snapshotter) = snapshotter.upgrade() {
+            snapshotter.sweep_devices();
+        }
+        while let Some(snapshotter) = snapshotter.upgrade() {
+            snapshotter.tidy();
+            drop(snapshotter);
+            std::thread::sleep(TIDY_PAUSE);
+        }
+    };
+    std::thread::Builder::new().name("tidy".to_owned()).spawn(work).map(drop)
 }
 
 /// Ends at the first SIGTERM or SIGINT.

@@ -5,6 +5,7 @@ use std::fs;
 
 use super::error::{SnapshotError, step};
 use super::folders::Folders;
+use super::idmap;
 use super::store::SnapshotStore;
 use super::store::record::SnapshotKind;
 
@@ -27,6 +28,9 @@ pub fn folders(store: &SnapshotStore, folders: &Folders) -> Result<(), SnapshotE
             Some(id) => _ = found.insert(id),
             None => {
                 tracing::info!("{} belongs to no snapshot: it is removed", entry.path().display());
+                if let Err(error) = idmap::remove_clones(&entry.path()) {
+                    tracing::warn!("{}", source::failure::with_causes(&error));
+                }
                 folders.discard_path(&entry.path())?;
             }
         }

@@ -143,6 +143,7 @@ impl DeviceTable {
             id,
             image: name,
             requested: spec.image.name(),
+            dev_id: spec.dev_id.clone(),
             frontend,
             device,
             mountpoint: None,

@@ -1,6 +1,7 @@
 //! The images that devices have open, so that another device of one opens nothing.
 
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -30,6 +31,8 @@ pub(super) struct LiveName {
     pub(super) way: RegistrySpec,
     /// Place of the original layers that the command names, which is reached as the registry is.
     pub(super) origin: Option<String>,
+    /// Number of its lowest layers that are open; `None`: all.
+    pub(super) layers: Option<NonZeroUsize>,
 }
 
 /// An image as long as a device has it.

@@ -1,5 +1,6 @@
 //! From an [`ImageSpec`] to an opened image.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,7 +20,8 @@ use disk::volume::VolumeSource;
 use disk::writable::{WritableError, WritableFiles};
 use disk::{Disk, DiskError};
 use formats::ext4::{MountableError, check_mountable};
-use formats::oci::{Digest, ImageName, Manifest, ReferenceError, RepositoryName, annotations};
+use formats::oci::annotations::{self, split_acceleration};
+use formats::oci::{Digest, ImageName, Manifest, ReferenceError, RepositoryName};
 use formats::trace::Trace;
 use formats::units::Bytes;
 use registry::store::{self, ImageStore, Selector, StoreError, StoredManifest};
@@ -82,6 +84,14 @@ pub enum OpenError {
     /// The image names a place for its original layers that is not followed.
     #[error(transparent)]
     Origin(#[from] OriginError),
+    /// The image has fewer layers than are wanted of it.
+    #[error("The image has {has} layers, and its lowest {wanted} are wanted: another image is meant")]
+    FewLayers {
+        /// Number of its layers.
+        has: usize,
+        /// Number of the wanted ones.
+        wanted: NonZeroUsize,
+    },
     /// Two writable layers are named.
     #[error("The device config names a writable layer, and --upper another: name one")]
     TwoUppers,
@@ -105,7 +115,7 @@ impl OpenError {
             Self::Upper(error) => error,
             Self::Unsigned { .. } | Self::Origin(_) => return Code::Denied,
             Self::Different { .. } => return Code::Damaged,
-            Self::TwoUppers | Self::BlobUrl(_) => return Code::Invalid,
+            Self::TwoUppers | Self::BlobUrl(_) | Self::FewLayers { .. } => return Code::Invalid,
         };
         crate::failure::code_of(inner)
     }
@@ -224,7 +234,7 @@ impl Opening<'_> {
         let image: ImageName = name.parse()?;
         let client = self.registries.client(&self.spec.registry)?;
         let (store, selector) = store::open(&image, &client)?;
-        let chosen = choose_manifest(&*store, &selector)?;
+        let chosen = self.choose(&*store, &selector)?;
         let named = Some((store.clone(), chosen.stored.digest));
         let opened = if is_plain(&chosen.manifest) {
             self.open_plain(store, &image.repository(), &selector, &chosen, &client)?
@@ -238,6 +248,25 @@ impl Opening<'_> {
             OpenImage { reason, ..opened }
         };
         Ok(OpenImage { named, ..opened })
+    }
+
+    /// The manifest that the name leads to; if the spec has one, that one. The name is followed then too: an index above the
+    /// manifest may list a meta image of it.
+    fn choose(
+        &self,
+        store: &dyn ImageStore,
+        selector: &Selector,
+    ) -> Result<HostManifest, OpenError> {
+        let named = choose_manifest(store, selector);
+        let Some(digest) = self.spec.manifest else { return Ok(named?) };
+        match named {
+            Ok(chosen) if chosen.stored.digest == digest || chosen.indexes.contains(&digest) => {
+                Ok(chosen)
+            }
+            Err(error) if crate::failure::code_of(&error) != Code::NotFound => Err(error.into()),
+            // The tag has moved, or is gone.
+            Ok(_) | Err(_) => Ok(choose_manifest(store, &Selector::Digest(digest))?),
+        }
     }
 
     /// Why the meta image that the user named is used; `None` if it is none and holds all its data itself.
@@ -339,6 +368,7 @@ impl Opening<'_> {
             targets: targets.name().to_owned(),
             way: self.spec.registry.clone(),
             origin: self.spec.origin.clone(),
+            layers: self.spec.layers,
         };
         let (disk, layers, trace) = match self.live.find(&name) {
             Some(FoundImage { parts, layers, trace }) => {
@@ -351,6 +381,8 @@ impl Opening<'_> {
                 (Disk::of(parts, self.cache.clone()), layers, trace)
             }
             None => {
+                let lowest = self.spec.layers.map(|count| lowest(manifest, count)).transpose()?;
+                let manifest = lowest.as_ref().unwrap_or(manifest);
                 let OpenedImage { layers, disk, trace } =
                     open_image(store, &*targets, manifest, self.cache.clone())?;
                 self.live.note(name, &disk, &layers, trace.as_ref());
@@ -360,6 +392,16 @@ impl Opening<'_> {
         let (targets, manifest) = (Some(targets), Some(manifest.clone()));
         Ok(OpenImage { layers, digest, manifest, targets, ..OpenImage::of(disk, trace) })
     }
+}
+
+/// The manifest with its `count` lowest layers alone, and without the trace of the whole image.
+fn lowest(manifest: &Manifest, count: NonZeroUsize) -> Result<Manifest, OpenError> {
+    let (trace, layers) = split_acceleration(&manifest.layers);
+    let has = layers.len();
+    let lowest = layers.get(..count.get()).ok_or(OpenError::FewLayers { has, wanted: count })?;
+    let trace = trace.filter(|_| has == count.get());
+    let layers = lowest.iter().chain(trace).cloned().collect();
+    Ok(Manifest { layers, ..manifest.clone() })
 }
 
 /// Refuses a meta image whose filesystem the kernel must not be given. The filesystem of a native image is read from its

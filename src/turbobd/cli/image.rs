@@ -80,6 +80,8 @@ impl Args {
             meta_dir: meta_dir.map_err(Failure::because)?,
             publish: self.publish,
             origin: origin.transpose()?,
+            manifest: None,
+            layers: None,
         })
     }
 }
