@@ -9,8 +9,8 @@
 
 use std::collections::BTreeMap;
 
-use formats::oci::annotations::{self, LEGACY_TARGET_DIGEST, LEGACY_TARGET_MEDIA_TYPE};
 use formats::oci::Digest;
+use formats::oci::annotations::{self, LEGACY_TARGET_DIGEST, LEGACY_TARGET_MEDIA_TYPE};
 use formats::oci::manifest::media;
 use sys::idmap::{IdRange, MOST_RANGES};
 use thiserror::Error;
@@ -163,7 +163,9 @@ impl LayerLabels {
             let is_gzip = match text(labels, media_key).ok_or(missing)? {
                 media::DOCKER_LAYER_GZIP | media::OCI_LAYER_GZIP => true,
                 media::DOCKER_LAYER | media::OCI_LAYER => false,
-                other => return Err(wrong(media_key, other, "media type of a tar or a gzip layer")),
+                other => {
+                    return Err(wrong(media_key, other, "media type of a tar or a gzip layer"));
+                }
             };
             return Ok(Self::TurboOci { blob, target, is_gzip });
         }
@@ -297,7 +299,10 @@ mod tests {
             vec![(annotations::BLOB_DIGEST, &*blob)],
             vec![(annotations::BLOB_DIGEST, &*blob), (annotations::BLOB_SIZE, "-1")],
             vec![(annotations::VERSION, annotations::VERSION_TURBO)],
-            vec![(annotations::TARGET_DIGEST, &*blob), (annotations::TARGET_MEDIA_TYPE, "text/html")],
+            vec![
+                (annotations::TARGET_DIGEST, &*blob),
+                (annotations::TARGET_MEDIA_TYPE, "text/html"),
+            ],
         ] {
             assert!(of(&pairs).is_err(), "{pairs:?}");
         }

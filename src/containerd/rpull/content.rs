@@ -20,11 +20,12 @@ use registry::store::StoreError;
 
 use super::connection::Connection;
 use super::error::{CallError, RpullError};
-use super::labels::{Labels, Source, UNCOMPRESSED};
+use super::labels::{Source, UNCOMPRESSED};
 use crate::api::content::{
     ContentInfo, InfoRequest, ReadContentRequest, UpdateContentRequest, WriteAction,
     WriteContentRequest,
 };
+use crate::labels::Labels;
 
 /// Bytes in a message: containerd's own client sends as much. A message may have 16 MiB.
 const PIECE: usize = 1 << 20;

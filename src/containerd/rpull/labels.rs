@@ -4,8 +4,8 @@ use formats::oci::manifest::media;
 use formats::oci::{Descriptor, Digest, RegistryName};
 
 use crate::labels::{
-    CRI_IMAGE_REF, CRI_LAYER, CRI_LAYERS, CRI_MANIFEST, DIFF_ID, GID_MAPPING, IMAGE_REF, Labels, PARENT_CHAIN, REF,
-    UID_MAPPING,
+    CRI_IMAGE_REF, CRI_LAYER, CRI_LAYERS, CRI_MANIFEST, DIFF_ID, GID_MAPPING, IMAGE_REF, Labels,
+    PARENT_CHAIN, REF, UID_MAPPING,
 };
 
 /// Longest label: key and value together, in bytes (`pkg/labels/validate.go` of containerd).
@@ -15,7 +15,6 @@ const LONGEST_LABEL: usize = 4096;
 pub(super) const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 /// Prefix of annotations that a snapshotter is told.
 const INHERITED: &str = "containerd.io/snapshot/";
-    ["containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"];
 
 /// The label that names the repositories of a registry that have a blob. A push to the registry then takes it from there.
 #[derive(Clone, Debug)]
@@ -113,10 +112,9 @@ impl LayerPlace<'_> {
     pub(super) fn labels(&self) -> Labels {
         let layer = &self.layers[self.number];
         // An image that brings the last two would choose who owns its files.
-        let inherited = layer
-            .annotations
-            .iter()
-            .filter(|(key, _)| key.starts_with(INHERITED) && ![UID_MAPPING, GID_MAPPING].contains(&key.as_str()));
+        let inherited = layer.annotations.iter().filter(|(key, _)| {
+            key.starts_with(INHERITED) && ![UID_MAPPING, GID_MAPPING].contains(&key.as_str())
+        });
         let mut labels: Labels =
             inherited.map(|(key, value)| (key.clone(), value.clone())).collect();
         let mut set = |key: &str, value: String| labels.insert(key.to_owned(), value);

@@ -23,13 +23,14 @@ use super::content::ContentStore;
 use super::documents::Documents;
 use super::error::RpullError;
 use super::fetches::Fetches;
-use super::labels::{Labels, LayerPlace};
+use super::labels::LayerPlace;
 use super::{LayerOutcome, PullTarget, PulledLayer, Report};
 use crate::api::diff::ApplyRequest;
 use crate::api::snapshots::{
     CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
 };
 use crate::api::types::{BlobDescriptor, Mount};
+use crate::labels::Labels;
 
 /// Tries of a Prepare that finds a snapshot which is gone at the next look, as in containerd's own pulls.
 const TRIES: u32 = 3;

@@ -18,7 +18,7 @@ use registry::proxy::is_loopback;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
-use super::layer::{LayerContent, BlobRepository, StreamedImage, index_names, metadata_name};
+use super::layer::{BlobRepository, LayerContent, StreamedImage, index_names, metadata_name};
 
 /// Hexadecimal digits of a key: 128 bits, and a path that stays short.
 const KEY_DIGITS: usize = 32;

@@ -196,7 +196,10 @@ impl ContentDevices {
             if let Err(error) = &opened {
                 tracing::warn!(device = %wanted.key, "{}", with_causes(error));
             }
-            devices.settle(&wanted.key, Some(opened.map_or_else(ContentEntry::Failed, ContentEntry::Ready)));
+            devices.settle(
+                &wanted.key,
+                Some(opened.map_or_else(ContentEntry::Failed, ContentEntry::Ready)),
+            );
         };
         let thread = std::thread::Builder::new().name("device".into()).spawn(work);
         if let Err(error) = thread {
@@ -319,7 +322,9 @@ impl ContentDevices {
             };
             self.settle(&key, None);
             match removed {
-                Ok(()) => tracing::info!(device = %key, "a device that no snapshot names is removed"),
+                Ok(()) => {
+                    tracing::info!(device = %key, "a device that no snapshot names is removed")
+                }
                 Err(error) => {
                     tracing::warn!(device = %key, "a device that no snapshot names stays: {}", with_causes(&error));
                 }

@@ -9,15 +9,13 @@ use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 use std::path::Path;
 
-use formats::archive::{
-    EROFS_META_NAME, FS_META_NAME, GZIP_META_NAME, MARKER_NAME, SIDECAR_NAME,
-};
+use formats::archive::{EROFS_META_NAME, FS_META_NAME, GZIP_META_NAME, MARKER_NAME, SIDECAR_NAME};
 use formats::oci::{Digest, ImageName, RegistryName};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::labels::{LabelError, LayerLabels, Labels, PullLabels};
+use crate::labels::{LabelError, Labels, LayerLabels, PullLabels};
 
 /// File of a native layer that was unpacked.
 pub const COMMIT_NAME: &str = "overlaybd.commit";
@@ -217,7 +215,8 @@ fn begins_as_layer(path: &Path) -> Result<bool, LayerError> {
 /// File system metadata of a TurboOCI layer that lies in `files`: erofs first if `erofs` is true.
 #[must_use]
 pub fn metadata_name(files: &Path, erofs: bool) -> Option<&'static str> {
-    let order = if erofs { [EROFS_META_NAME, FS_META_NAME] } else { [FS_META_NAME, EROFS_META_NAME] };
+    let order =
+        if erofs { [EROFS_META_NAME, FS_META_NAME] } else { [FS_META_NAME, EROFS_META_NAME] };
     order.into_iter().find(|name| files.join(name).is_file())
 }
 
@@ -281,7 +280,8 @@ mod tests {
         prepared.insert(REF.into(), "sha256:0".into());
         // The labels of Prepare count where Commit repeats only some.
         let content = recognise(dir.path(), &prepared, &Labels::new()).unwrap();
-        let repository = BlobRepository { host: "reg.example:5000".into(), path: "team/app".into() };
+        let repository =
+            BlobRepository { host: "reg.example:5000".into(), path: "team/app".into() };
         let wanted = LayerContent::TurboOci { repository, blob: None, target, is_gzip: true };
         assert_eq!(content, wanted);
     }

@@ -33,7 +33,7 @@ use source::failure::with_causes;
 use super::chain::{ChainOptions, DeviceKey, streamed};
 use super::devices::{ContentDevices, DeviceError, Readiness};
 use super::layer::{BlobRepository, LayerBlob, LayerContent, StreamedImage};
-use crate::labels::{LabelError, LayerLabels, Labels, PullLabels};
+use crate::labels::{LabelError, Labels, LayerLabels, PullLabels};
 
 /// Longest time that the first layer of a plain image waits for its device. containerd holds a lock meanwhile, which the collection of
 /// garbage waits for, and behind that all snapshots of this snapshotter.
@@ -172,7 +172,11 @@ impl LazyLayers {
         }
         let on_blocks = matches!(
             parent,
-            Some(LayerContent::Native { .. } | LayerContent::TurboOci { .. } | LayerContent::Acceleration)
+            Some(
+                LayerContent::Native { .. }
+                    | LayerContent::TurboOci { .. }
+                    | LayerContent::Acceleration
+            )
         );
         match LayerLabels::of(labels).map_err(OrdinaryReason::Labels)? {
             LayerLabels::TurboOci { .. } | LayerLabels::Acceleration => Err(OrdinaryReason::Small),

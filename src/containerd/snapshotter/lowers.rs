@@ -27,7 +27,7 @@ use super::lazy::{LazyLayers, PullAnswer, WantedLayer};
 use super::pulls::{Pulls, QUIET};
 use super::store::SnapshotStore;
 use super::store::record::{Record, SnapshotKind};
-use crate::labels::{LayerLabels, Labels, OwnerMap, PullLabels, REF};
+use crate::labels::{Labels, LayerLabels, OwnerMap, PullLabels, REF};
 
 /// Name of the folder of devices in the root.
 const DEVICES_NAME: &str = "devices";
@@ -146,8 +146,12 @@ impl Lowers {
 
     /// Contents that snapshots of containers show.
     fn needed(&self, store: &SnapshotStore, folders: &Folders) -> HashSet<DeviceKey> {
-        let mounted: Vec<Arc<Record>> =
-            store.read().all().filter(|record| record.kind != SnapshotKind::Committed).cloned().collect();
+        let mounted: Vec<Arc<Record>> = store
+            .read()
+            .all()
+            .filter(|record| record.kind != SnapshotKind::Committed)
+            .cloned()
+            .collect();
         let key = |record: Arc<Record>| {
             let chain = store.read().chain(&record).ok()?;
             // What cannot be shown needs nothing.

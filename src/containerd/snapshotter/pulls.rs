@@ -191,7 +191,8 @@ impl RunningPull {
                 *lazy.entry(outcome.word()).or_default() += 1;
             }
         }
-        let lazy: Vec<String> = lazy.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+        let lazy: Vec<String> =
+            lazy.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
         if !lazy.is_empty() {
             let _ = write!(line, "; lazy: {}", lazy.join(", "));
         }
@@ -257,7 +258,8 @@ mod tests {
              unpacked: 4 (it is metadata, which is small)"
         );
         assert_eq!((pull.share(), pull.is_as_intended()), ("part", false));
-        let meta = RunningPull { layers: vec![unpacked(OrdinaryReason::Small)], last: Instant::now() };
+        let meta =
+            RunningPull { layers: vec![unpacked(OrdinaryReason::Small)], last: Instant::now() };
         assert_eq!((meta.share(), meta.is_as_intended()), ("all", true));
     }
 }
