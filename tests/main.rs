@@ -26,6 +26,7 @@ mod commit;
 mod containerd;
 mod continued;
 mod convert;
+mod cri;
 mod daemon;
 mod device_config;
 mod encodings;

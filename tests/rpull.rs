@@ -16,23 +16,11 @@ use crate::image::{
 use crate::machine::{self, run};
 use crate::registry_double::{Access, Double, Fault};
 use crate::serve::serve;
+use crate::snapshotter_containers::{Host, PLUGIN, Published, program};
 use crate::stack::{Release, Stack};
 
 /// Repository of the images.
 const REPOSITORY: &str = "team/app";
-
-/// A layer with a program that runs without any other file.
-fn program() -> Vec<u8> {
-    let program = ["/bin/busybox", "/usr/bin/busybox"].iter().find(|path| Path::new(path).exists());
-    let bytes = fs::read(program.expect("busybox-static is needed: scripts/install-needs test"));
-    let bytes = bytes.unwrap();
-    let mut tar = tar::Builder::new(Vec::new());
-    let mut header = tar::Header::new_ustar();
-    header.set_mode(0o755);
-    header.set_size(bytes.len() as u64);
-    tar.append_data(&mut header, "busybox", &bytes[..]).unwrap();
-    tar.into_inner().unwrap()
-}
 
 /// Three layers: a program, a text, and the text changed with noise beside it.
 fn layers() -> Vec<(&'static str, Vec<u8>)> {
@@ -396,4 +384,85 @@ fn a_pull_that_cannot_be_says_what_to_do_and_leaves_nothing() {
     assert!(content.is_empty() && snapshots.is_empty(), "{content:?} {snapshots:?}");
     // The reference of the damaged blob is no obstacle.
     pulled(&stack, &[&name]);
+}
+
+/// A host with our snapshotter, and a containerd that has no setting for lazy pulls.
+fn host(release: &Release) -> Host {
+    Host::with_stack(&json!({}), |plugin| Stack::start(release, plugin))
+}
+
+/// Pulls with our snapshotter; returns what is told.
+#[track_caller]
+fn pulled_lazily(host: &Host, args: &[&str]) -> String {
+    let mut command = image::turbobd();
+    command.args(["rpull", "--address"]).arg(host.stack.socket()).args(args);
+    let ended = end(&mut command);
+    assert_eq!(ended.code, Some(0), "{}\n{}", ended.stderr, host.log());
+    ended.stderr
+}
+
+#[test]
+fn an_image_of_each_kind_is_pulled_lazily_whatever_containerd_is_set_to() {
+    machine::need_root();
+    let Some(published) = Published::new() else { return };
+    for release in Release::all() {
+        let host = host(&release);
+        for (tag, outcome) in
+            [("latest", "3 lazy; 0 B"), ("native", "3 lazy; 0 B"), ("turbo", "3 unpacked")]
+        {
+            let image = published.name(tag);
+            let told = pulled_lazily(&host, &[&image]);
+            assert!(told.contains(outcome), "{tag}: {told}{}", host.log());
+            assert_eq!(host.text(&image), "second", "{tag}: {}", host.log());
+            assert!(pulled_lazily(&host, &[&image]).contains("3 there already; 0 B"), "{tag}");
+        }
+        let (fetched, lazy) =
+            (host.stack.blobs(), ["latest", "native"].map(|tag| published.layers(tag)));
+        assert!(
+            lazy.iter().flatten().all(|layer| !fetched.contains(layer)),
+            "a lazy layer was fetched"
+        );
+        assert_eq!(host.devices().len(), 3, "{:#?}", host.devices());
+        host.stack.collect();
+        assert_eq!(
+            host.text(&published.name("native")),
+            "second",
+            "what an image needs is collected"
+        );
+    }
+}
+
+#[test]
+fn rpull_download_completes_a_lazy_image_for_push_and_for_another_snapshotter() {
+    machine::need_root();
+    let Some(published) = Published::new() else { return };
+    for release in Release::all() {
+        let host = host(&release);
+        for tag in ["latest", "native"] {
+            let image = published.name(tag);
+            pulled_lazily(&host, &[&image]);
+            let archive = host.stack.path().join(format!("{tag}.tar"));
+            let export = || {
+                let mut ctr = host.stack.ctr();
+                ctr.args(["images", "export"]).arg(&archive).arg(&image);
+                end(&mut ctr).code
+            };
+            assert_ne!(export(), Some(0), "containerd exports what it has not");
+            let told = pulled_lazily(&host, &[&image, "--download"]);
+            assert!(told.contains("3 there already") && !told.contains("; 0 B"), "{told}");
+            assert_eq!(export(), Some(0));
+            let copy = format!("{}:copy", image.rsplit_once(':').unwrap().0);
+            run(host.stack.ctr().args(["images", "push", "--plain-http", &copy, &image]));
+            assert_eq!(host.text(&image), "second");
+        }
+        // The plain image is one for containerd's own snapshotter too.
+        let image = published.name("latest");
+        let mut other = image::turbobd();
+        other.args(["rpull", "--snapshotter", "overlayfs", "--address"]).arg(host.stack.socket());
+        let told = end(other.arg(&image)).stderr;
+        assert!(told.contains("3 unpacked; 0 B fetched"), "{told}");
+        let text = ["/busybox", "cat", "/etc/text"];
+        assert_eq!(host.stack.run_container("overlayfs", &image, &text), "second");
+        assert_eq!(host.stack.run_container(PLUGIN, &image, &text), "second");
+    }
 }
