@@ -47,7 +47,14 @@ impl Published {
         let layers = vec![
             (OCI_GZIP, gzip(&program())),
             (OCI_GZIP, gzip(&tar_of(&[("etc/", b""), ("etc/text", b"first\n"), ("gone", b"x")]))),
-            (OCI_GZIP, gzip(&tar_of(&[("etc/text", b"second\n"), (".wh.gone", b""), ("noise", &noise(1, 3 << 20))]))),
+            (
+                OCI_GZIP,
+                gzip(&tar_of(&[
+                    ("etc/text", b"second\n"),
+                    (".wh.gone", b""),
+                    ("noise", &noise(1, 3 << 20)),
+                ])),
+            ),
         ];
         images.add("latest", &layers);
         let mut more = layers;
@@ -59,7 +66,13 @@ impl Published {
         let published = Self { registry, images };
         for tag in ["latest", "more", "turbo", "native"] {
             run(Command::new("skopeo")
-                .args(["--insecure-policy", "copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false"])
+                .args([
+                    "--insecure-policy",
+                    "copy",
+                    "--quiet",
+                    "--preserve-digests",
+                    "--dest-tls-verify=false",
+                ])
                 .arg(published.images.name(tag))
                 .arg(format!("docker://{}", published.name(tag))));
         }
@@ -326,7 +339,16 @@ fn containers_start_after_the_snapshotter_or_the_daemon_was_killed() {
     host.kill_daemon();
     let begun = Instant::now();
     let mut ctr = host.stack.ctr();
-    let failed = end(ctr.args(["run", "--rm", "--snapshotter", PLUGIN, &image, "without-daemon", "/busybox", "true"]));
+    let failed = end(ctr.args([
+        "run",
+        "--rm",
+        "--snapshotter",
+        PLUGIN,
+        &image,
+        "without-daemon",
+        "/busybox",
+        "true",
+    ]));
     assert_ne!(failed.code, Some(0));
     assert!(failed.stderr.contains("systemctl start turbobd"), "{}", failed.stderr);
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());

@@ -27,7 +27,8 @@ impl Connection {
     /// True if nothing has come from the other side, not even its end.
     pub(crate) fn is_quiet(&self) -> bool {
         let mut fds = [PollFd::new(self.reader.get_ref(), PollFlags::IN)];
-        self.reader.buffer().is_empty() && matches!(poll(&mut fds, Some(&Timespec::default())), Ok(0))
+        self.reader.buffer().is_empty()
+            && matches!(poll(&mut fds, Some(&Timespec::default())), Ok(0))
     }
 
     /// Sends one message.

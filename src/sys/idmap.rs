@@ -94,7 +94,7 @@ fn set_attributes(tree: BorrowedFd<'_>, attributes: &MountAttributes) -> io::Res
 /// A user namespace with these mappings.
 fn user_namespace(users: &[IdRange], groups: &[IdRange]) -> io::Result<OwnedFd> {
     let (wait, hold) = pipe_with(PipeFlags::CLOEXEC)?;
-    let child = Waiting::start(&wait, &hold)?;
+    let child = NamespaceHolder::start(&wait, &hold)?;
     let at = |name: &str| format!("/proc/{}/{name}", child.0.as_raw_nonzero());
     fs::write(at("uid_map"), lines(users))?;
     fs::write(at("gid_map"), lines(groups))?;
@@ -104,15 +104,14 @@ fn user_namespace(users: &[IdRange], groups: &[IdRange]) -> io::Result<OwnedFd> 
 
 /// The text of `/proc/PID/uid_map`.
 fn lines(ranges: &[IdRange]) -> String {
-    let line =
-        |range: &IdRange| format!("{} {} {}\n", range.inside, range.outside, range.count);
+    let line = |range: &IdRange| format!("{} {} {}\n", range.inside, range.outside, range.count);
     ranges.iter().map(line).collect()
 }
 
 /// A process in a user namespace of its own that does nothing. Dropping it ends it.
-struct Waiting(Pid);
+struct NamespaceHolder(Pid);
 
-impl Waiting {
+impl NamespaceHolder {
     /// Starts a process that ends once no other process has the writing end of its pipe.
     fn start(wait: &OwnedFd, hold: &OwnedFd) -> io::Result<Self> {
         let (wait, hold) = (wait.as_raw_fd(), hold.as_raw_fd());
@@ -121,7 +120,9 @@ impl Waiting {
         // SAFETY: without CLONE_VM the child has a copy of the memory, and continues on its own copy of this stack as
         // after fork(2). It calls close, read and _exit alone, which are safe after a fork of a process with threads,
         // and never returns.
-        let pid = unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), none, none, none, none) };
+        let pid = unsafe {
+            libc::syscall(libc::SYS_clone, libc::c_long::from(flags), none, none, none, none)
+        };
         if pid == 0 {
             let mut byte = 0_u8;
             // SAFETY: the descriptors are open, the byte is writable, and _exit does not return.
@@ -136,7 +137,7 @@ impl Waiting {
     }
 }
 
-impl Drop for Waiting {
+impl Drop for NamespaceHolder {
     fn drop(&mut self) {
         // It has no state to lose, and another process may hold a copy of the pipe that was forked meanwhile.
         let _ = rustix::process::kill_process(self.0, rustix::process::Signal::KILL);

@@ -265,7 +265,7 @@ mod tests {
     use std::num::NonZeroUsize;
     use std::path::Path;
 
-    use super::super::layer::LayerBlob;
+    use super::super::layer::RepositoryBlob;
     use super::*;
     use formats::archive::{EROFS_META_NAME, FS_META_NAME, GZIP_META_NAME};
 
@@ -279,7 +279,7 @@ mod tests {
 
     fn native(id: u64, blob: &str) -> ChainLink {
         let repository = repository("127.0.0.1:5000");
-        let blob = LayerBlob { repository, digest: Digest::of(blob.as_bytes()), size: 7 };
+        let blob = RepositoryBlob { repository, digest: Digest::of(blob.as_bytes()), size: 7 };
         link(id, LayerContent::Native { blob: Some(blob) })
     }
 

@@ -35,7 +35,7 @@ pub enum LayerContent {
     /// The blob of a native layer: in the snapshot's folder, or in a repository.
     Native {
         /// The blob in the repository; `None`: the folder has it.
-        blob: Option<LayerBlob>,
+        blob: Option<RepositoryBlob>,
     },
     /// File system metadata in the snapshot's folder; the data is in a blob of the repository.
     TurboOci {
@@ -68,7 +68,7 @@ pub struct BlobRepository {
 
 /// A blob in a repository.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LayerBlob {
+pub struct RepositoryBlob {
     /// Its repository.
     pub repository: BlobRepository,
     /// Its digest.

@@ -32,7 +32,7 @@ use source::failure::with_causes;
 
 use super::chain::{ChainOptions, DeviceKey, streamed};
 use super::devices::{ContentDevices, DeviceError, Readiness};
-use super::layer::{BlobRepository, LayerBlob, LayerContent, StreamedImage};
+use super::layer::{BlobRepository, LayerContent, RepositoryBlob, StreamedImage};
 use crate::labels::{LabelError, Labels, LayerLabels, PullLabels};
 
 /// Longest time that the first layer of a plain image waits for its device. containerd holds a lock meanwhile, which the collection of
@@ -186,7 +186,7 @@ impl LazyLayers {
                 if parent.is_some() && !on_blocks {
                     return Err(OrdinaryReason::OnFiles);
                 }
-                let blob = LayerBlob { repository, digest: blob, size };
+                let blob = RepositoryBlob { repository, digest: blob, size };
                 Ok(LayerContent::Native { blob: Some(blob) })
             }
             LayerLabels::Plain if on_blocks => Err(OrdinaryReason::OnBlocks),

@@ -120,6 +120,7 @@ mod tests {
     /// The rows of the page's table of a device config: key, and what it means.
     fn page() -> Vec<(String, String)> {
         let page = include_str!("../../../CONFIG.md").split("## Device config").nth(1).unwrap();
+        let page = page.split("\n## ").next().unwrap();
         let rows = page.lines().filter(|line| line.starts_with("| `"));
         rows.map(|row| {
             let mut cells = row.trim_matches('|').split('|').map(str::trim);

@@ -85,7 +85,9 @@ pub enum OpenError {
     #[error(transparent)]
     Origin(#[from] OriginError),
     /// The image has fewer layers than are wanted of it.
-    #[error("The image has {has} layers, and its lowest {wanted} are wanted: another image is meant")]
+    #[error(
+        "The image has {has} layers, and its lowest {wanted} are wanted: another image is meant"
+    )]
     FewLayers {
         /// Number of its layers.
         has: usize,

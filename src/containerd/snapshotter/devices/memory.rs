@@ -13,11 +13,11 @@ use super::host::{DeviceHost, Refusal};
 /// A daemon and a kernel in memory.
 #[derive(Default)]
 pub struct MemoryHost {
-    state: Mutex<HostState>,
+    state: Mutex<MemoryState>,
 }
 
 #[derive(Default)]
-struct HostState {
+struct MemoryState {
     life: Option<u64>,
     lives: u64,
     last: u64,
@@ -83,7 +83,7 @@ impl MemoryHost {
     }
 }
 
-impl HostState {
+impl MemoryState {
     fn running(&self) -> Result<(), Refusal> {
         self.life.map(|_| ()).ok_or(None)
     }
