@@ -16,13 +16,13 @@ use crate::registry_double::real::{self, RealRegistry};
 use crate::stack::{Release, Stack};
 
 /// Name of the plugin; nerdctl knows it.
-const PLUGIN: &str = "overlaybd";
+pub const PLUGIN: &str = "overlaybd";
 
 /// Longest time for what must happen soon, on a loaded machine.
 const SOON: Duration = Duration::from_secs(60);
 
 /// A program that runs without any other file.
-fn program() -> Vec<u8> {
+pub fn program() -> Vec<u8> {
     let program = ["/bin/busybox", "/usr/bin/busybox"].iter().find(|path| Path::new(path).exists());
     let bytes = fs::read(program.expect("busybox-static is needed: scripts/install-needs test"));
     let bytes = bytes.unwrap();
@@ -36,13 +36,13 @@ fn program() -> Vec<u8> {
 
 /// A registry with one image in three forms: `latest` is plain, `turbo` its meta image, `native` its native image. The plain
 /// one has a fourth layer in `more`.
-struct Published {
+pub struct Published {
     registry: RealRegistry,
     images: Images,
 }
 
 impl Published {
-    fn new() -> Option<Self> {
+    pub fn new() -> Option<Self> {
         let registry = real::start()?;
         let images = Images::new();
         let layers = vec![
@@ -80,11 +80,11 @@ impl Published {
         Some(published)
     }
 
-    fn name(&self, tag: &str) -> String {
+    pub fn name(&self, tag: &str) -> String {
         format!("{}/team/app:{tag}", self.registry.host())
     }
 
-    fn layers(&self, tag: &str) -> Vec<String> {
+    pub fn layers(&self, tag: &str) -> Vec<String> {
         (0..self.images.manifest(tag)["layers"].as_array().unwrap().len())
             .map(|number| self.images.layer(tag, number))
             .collect()
@@ -115,9 +115,9 @@ impl Drop for Running {
 }
 
 /// A host: a daemon, a snapshotter and containerd.
-struct Host {
+pub struct Host {
     // Dropped in this order: containerd, then the snapshotter, then the daemon.
-    stack: Stack,
+    pub stack: Stack,
     snapshotter: Running,
     daemon: Option<Running>,
     dir: tempfile::TempDir,
@@ -125,21 +125,27 @@ struct Host {
 
 impl Host {
     fn start(release: &Release, config: &Value) -> Self {
+        Self::with_stack(config, |plugin| {
+            let more = format!(
+                "{plugin}[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  platform = \"linux\"\n  snapshotter = \"{PLUGIN}\"\n\
+                 [[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  platform = \"linux\"\n  snapshotter = \"overlayfs\"\n",
+            );
+            Stack::start(release, &more)
+        })
+    }
+
+    /// A host whose containerd `start` starts; it is given the section of the plugin for containerd's configuration.
+    pub fn with_stack(config: &Value, start: impl FnOnce(&str) -> Stack) -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
         let daemon = Some(Self::start_daemon(dir.path()));
         let snapshotter = Self::start_snapshotter(dir.path());
-        let stack = Stack::start(
-            release,
-            &format!(
-                "[proxy_plugins.{PLUGIN}]\n  type = \"snapshot\"\n  address = \"{socket}\"\n\
-                 [proxy_plugins.{PLUGIN}.exports]\n  root = \"{root}\"\n  enable_remote_snapshot_annotations = \"true\"\n\
-                 [[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  platform = \"linux\"\n  snapshotter = \"{PLUGIN}\"\n\
-                 [[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  platform = \"linux\"\n  snapshotter = \"overlayfs\"\n",
-                socket = dir.path().join("snapshotter.sock").display(),
-                root = dir.path().join("root").display(),
-            ),
-        );
+        let stack = start(&format!(
+            "[proxy_plugins.{PLUGIN}]\n  type = \"snapshot\"\n  address = \"{socket}\"\n\
+             [proxy_plugins.{PLUGIN}.exports]\n  root = \"{root}\"\n  enable_remote_snapshot_annotations = \"true\"\n",
+            socket = dir.path().join("snapshotter.sock").display(),
+            root = dir.path().join("root").display(),
+        ));
         Self { stack, snapshotter, daemon, dir }
     }
 
@@ -179,7 +185,7 @@ impl Host {
         self.dir.path().join(name)
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         let read = |name| fs::read_to_string(self.at(name)).unwrap_or_default();
         format!("{}\n{}\n{}", read("snapshotter.log"), read("daemon.log"), self.stack.log())
     }
@@ -200,12 +206,12 @@ impl Host {
         assert_eq!(ended.code, Some(0), "{}\n{}", ended.stderr, self.log());
     }
 
-    fn text(&self, image: &str) -> String {
+    pub fn text(&self, image: &str) -> String {
         self.stack.run_container(PLUGIN, image, &["/busybox", "cat", "/etc/text"])
     }
 
     /// Devices of the daemon.
-    fn devices(&self) -> Vec<Value> {
+    pub fn devices(&self) -> Vec<Value> {
         let mut ls = crate::image::turbobd();
         let list = run(ls.args(["ls", "--json"]).env("TURBOBD_RUN_DIR", self.at("run")));
         serde_json::from_str::<Value>(&list).unwrap().as_array().unwrap().clone()
@@ -219,12 +225,12 @@ impl Host {
         places.filter(|place| place.starts_with(&root)).map(str::to_owned).collect()
     }
 
-    fn metrics(&self) -> String {
+    pub fn metrics(&self) -> String {
         fs::read_to_string(self.at("root/metrics.prom")).unwrap_or_default()
     }
 
     /// Removes all images, and waits until nothing of them is left.
-    fn remove_all(&self) {
+    pub fn remove_all(&self) {
         for image in self.stack.listed(&["images", "ls", "-q"]) {
             run(self.stack.ctr().args(["images", "rm", "--sync", &image]));
         }
@@ -249,7 +255,7 @@ impl Drop for Host {
 
 /// Waits for an event of another process.
 #[track_caller]
-fn until(what: &str, happened: impl Fn() -> bool) {
+pub fn until(what: &str, happened: impl Fn() -> bool) {
     let begun = Instant::now();
     while !happened() {
         assert!(begun.elapsed() < SOON, "waited in vain: {what}");

@@ -6,6 +6,13 @@
 //!
 //! * [`types`]     messages that several services share
 //! * [`snapshots`] `containerd.services.snapshots.v1`
+//! * [`content`], [`diff`], [`images`], [`leases`], [`version`]: the services of containerd that a pull calls; of their messages, the
+//!   fields that it uses
 
+pub mod content;
+pub mod diff;
+pub mod images;
+pub mod leases;
 pub mod snapshots;
 pub mod types;
+pub mod version;

@@ -11,6 +11,7 @@
 //!
 //! * [`api`]         messages and stubs of containerd's services
 //! * [`labels`]      labels of snapshots, and what they say
+//! * [`rpull`]       a pull without layer data, over containerd's own services
 //! * [`snapshotter`] the snapshots service: records, folders, mounts, socket
 #![cfg_attr(
     not(test),
@@ -25,4 +26,5 @@
 
 pub mod api;
 pub mod labels;
+pub mod rpull;
 pub mod snapshotter;

@@ -19,6 +19,7 @@ mod inspect;
 mod log;
 mod ls;
 mod registry_flags;
+mod rpull;
 mod snapshotter;
 mod stderr;
 mod stdout;
@@ -93,6 +94,8 @@ enum Command {
     Ls(ls::Args),
     /// Show the layer, blob and segment behind a file or byte of a device, and the reads that wait.
     Explain(explain::Args),
+    /// Pull an image into containerd, with a snapshotter that fetches its data when it is read.
+    Rpull(rpull::Args),
     /// Build the meta image or the native image of an OCI image, or both, beside it.
     Convert(Box<convert::Args>),
     /// Show the layers of an image, their sizes and indexes.
@@ -183,6 +186,7 @@ pub fn main() -> ExitCode {
         Command::Detach(args) => ("detach", detach::run(&args)),
         Command::Ls(args) => ("ls", ls::run(&args)),
         Command::Explain(args) => ("explain", explain::run(&args)),
+        Command::Rpull(args) => ("rpull", rpull::run(&args, &cli.service)),
         Command::Export(args) => ("export", export::run(&args, &cli.service)),
         Command::Inspect(args) => ("inspect", inspect::run(&args, &cli.service)),
         Command::Check(args) => ("check", check::run(&args, &cli.service)),

@@ -1,5 +1,9 @@
 //! Messages that several services share: package `containerd.types`.
 
+use std::collections::BTreeMap;
+
+use formats::oci::Descriptor;
+
 /// A mount as containerd makes it: fields of mount(2), with options as in fstab.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct Mount {
@@ -19,3 +23,33 @@ pub struct Mount {
 
 /// `google.protobuf.Empty`.
 pub type Nothing = ();
+
+/// A reference to a blob.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct BlobDescriptor {
+    /// Media type of the blob.
+    #[prost(string, tag = "1")]
+    pub media_type: String,
+    /// Digest of the blob.
+    #[prost(string, tag = "2")]
+    pub digest: String,
+    /// Size in bytes.
+    #[prost(int64, tag = "3")]
+    pub size: i64,
+    /// Annotations.
+    #[prost(btree_map = "string, string", tag = "5")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl BlobDescriptor {
+    /// The message that says what `descriptor` says.
+    #[must_use]
+    pub fn of(descriptor: &Descriptor) -> Self {
+        Self {
+            media_type: descriptor.media_type.clone(),
+            digest: descriptor.digest.to_string(),
+            size: i64::try_from(descriptor.size).unwrap_or(i64::MAX),
+            annotations: descriptor.annotations.clone(),
+        }
+    }
+}
