@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -86,25 +87,47 @@ func fill(t *testing.T, client snapshots.Snapshotter) {
 	}
 }
 
-// serveOverlayfs serves containerd's overlayfs snapshotter on a socket, as a proxy plugin would.
-func serveOverlayfs(t *testing.T) snapshots.Snapshotter {
-	snapshotter, err := overlay.NewSnapshotter(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
+// Variable with the folder of the process that serves overlayfs.
+const overlayfsIn = "SERVE_OVERLAYFS_IN"
+
+// TestMain is the process of serveOverlayfs, if the variable says so.
+func TestMain(m *testing.M) {
+	dir := os.Getenv(overlayfsIn)
+	if dir == "" {
+		os.Exit(m.Run())
 	}
-	socket := filepath.Join(t.TempDir(), "s")
-	listener, err := net.Listen("unix", socket)
+	snapshotter, err := overlay.NewSnapshotter(filepath.Join(dir, "root"))
 	if err != nil {
-		t.Fatal(err)
+		panic(err)
+	}
+	listener, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		panic(err)
 	}
 	server := grpc.NewServer()
 	api.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(snapshotter))
-	go server.Serve(listener)
-	conn, client, err := dial(socket)
+	panic(server.Serve(listener))
+}
+
+// serveOverlayfs serves containerd's overlayfs snapshotter on a socket, as a proxy plugin would: from a process of its
+// own, as ours is one.
+func serveOverlayfs(t *testing.T) snapshots.Snapshotter {
+	dir := t.TempDir()
+	command := exec.Command(os.Args[0])
+	command.Env = append(os.Environ(), overlayfsIn+"="+dir)
+	command.Stderr = os.Stderr
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { command.Process.Kill(); command.Wait() })
+	if err := answers(filepath.Join(dir, "s")); err != nil {
+		t.Fatal(err)
+	}
+	conn, client, err := dial(filepath.Join(dir, "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { conn.Close(); server.Stop(); snapshotter.Close() })
+	t.Cleanup(func() { conn.Close() })
 	return client
 }
 

@@ -164,9 +164,8 @@ impl<'a> FilterParser<'a> {
         if matches!(self.peek(), None | Some(',')) {
             return Ok(Condition { field, test: FilterTest::Present });
         }
-        let operator = match self.piece()? {
-            FilterPiece::Operator(operator) => operator,
-            _ => return Err(self.error("no operator (==, !=, ~=)")),
+        let FilterPiece::Operator(operator) = self.piece()? else {
+            return Err(self.error("no operator (==, !=, ~=)"));
         };
         let matches = operator == "~=";
         let value = match self.piece()? {

@@ -261,6 +261,7 @@ impl Trash {
                 failpoint::reached("trash-opened");
                 match self.remove(&entry.path()) {
                     Ok(()) => removed = true,
+                    Err(_) if self.is_ending() => return,
                     Err(error) => tracing::warn!(
                         "{} of a removed snapshot cannot be removed now: {error}",
                         entry.path().display()

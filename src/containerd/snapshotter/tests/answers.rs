@@ -100,7 +100,7 @@ async fn labels_and_times_are_those_of_containerds_reference() {
         assert_eq!(answer.labels, labels(expected), "{mask:?}");
         let stat = served.stat("name").await.unwrap();
         assert_eq!(answer, stat);
-        assert_eq!(served.list(&["name==name"]).await.unwrap(), [stat.clone()]);
+        assert_eq!(served.list(&["name==name"]).await.unwrap(), std::slice::from_ref(&stat));
         assert_eq!(stat.created_at, committed.created_at);
         let time = |info: &SnapshotInfo| info.updated_at.map(|time| (time.seconds, time.nanos));
         assert!(time(&stat) > time(&committed));
