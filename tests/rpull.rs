@@ -171,7 +171,7 @@ fn rpull_download_completes_what_push_needs() {
         // Without the option the image counts as whole.
         assert!(pulled(&stack, &[&name]).contains("3 there already; 0 B fetched"));
         let told = pulled(&stack, &[&name, "--download"]);
-        assert!(told.contains("3 there already; 3.") && !told.contains("; 0 B"), "{told}");
+        assert!(told.contains("3 there already") && !told.contains("; 0 B"), "{told}");
         let target = format!("{}/team/copy:v2", registry.host());
         assert!(push(&target));
         let digest = manifest["layers"][2]["digest"].as_str().unwrap().parse::<Digest>().unwrap();
@@ -258,7 +258,9 @@ fn two_pulls_of_one_image_at_once_fetch_each_layer_once() {
         let name = name(&registry);
         // Long enough for the other to come: it then waits for the blobs of the first.
         registry.fault("/blobs/", Fault::Delay(Duration::from_millis(300)), 8);
-        let pull = || rpull(&stack, &[&name]).stderr(Stdio::piped()).spawn().unwrap();
+        let pull = || {
+            rpull(&stack, &[&name]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+        };
         let both = [pull(), pull()].map(|child| child.wait_with_output().unwrap());
         for ended in both {
             assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
@@ -293,7 +295,7 @@ fn a_private_image_of_several_platforms_is_pulled_with_its_name_by_digest() {
     serve(&images, &registry, REPOSITORY);
     registry.set_access(Access::Basic("me:secret".to_owned()));
     let tagged = name(&registry);
-    refused(&stack, &[&tagged], &["refused access", &registry.host()]);
+    refused(&stack, &[&tagged], &["was denied", &registry.host()]);
     let digest = index["digest"].as_str().unwrap();
     let name = format!("{}/{REPOSITORY}@{digest}", registry.host());
     let mut pull = rpull(&stack, &["-u", "me", "--password-stdin", &name]);
