@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -291,8 +292,8 @@ fn a_container_runs_from_an_image_of_each_kind_whose_layers_were_not_fetched() {
     let metrics = host.metrics();
     assert!(metrics.contains("turbobd_snapshotter_pulls_total{lazy=\"all\"} 3\n"), "{metrics}");
     let log = host.log();
-    assert!(log.contains("team/app:latest pulled: 3 layers; lazy: 3 streamed"), "{log}");
-    assert!(log.contains("team/app:native pulled: 3 layers; lazy: 3 native"), "{log}");
+    assert!(log.contains("team/app:latest pulled, layers: 3; lazy: 3 streamed"), "{log}");
+    assert!(log.contains("team/app:native pulled, layers: 3; lazy: 3 native"), "{log}");
 }
 
 #[test]
@@ -305,12 +306,13 @@ fn another_image_shares_lower_layers_and_containers_at_once_share_a_device() {
     host.pull(&image);
     host.pull(&more);
     let log = host.log();
-    assert!(log.contains("team/app:more pulled: 1 layers; lazy: 1 streamed"), "{log}");
+    assert!(log.contains("team/app:more pulled, layers: 1; lazy: 1 streamed"), "{log}");
+    let host = &host;
     std::thread::scope(|scope| {
         let texts: Vec<_> = (0..6)
             .map(|number| {
                 let image = if number % 2 == 0 { &image } else { &more };
-                (number, scope.spawn(|| host.text(image)))
+                (number, scope.spawn(move || host.text(image)))
             })
             .collect();
         for (number, text) in texts {
@@ -401,6 +403,8 @@ fn a_container_in_a_user_namespace_owns_its_files_and_none_is_copied() {
     let Some(published) = Published::new() else { return };
     let Some(release) = Release::newest() else { return };
     let host = Host::start(&release, &soon_idle());
+    // The user of the container enters containerd's folder.
+    fs::set_permissions(host.stack.path(), fs::Permissions::from_mode(0o711)).unwrap();
     for tag in ["latest", "native"] {
         let image = published.name(tag);
         host.pull(&image);

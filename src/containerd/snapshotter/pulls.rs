@@ -182,9 +182,9 @@ impl RunningPull {
         self.unpacked().all(|(_, reason)| reason.is_intended())
     }
 
-    /// `reg/a:1 pulled: 3 layers, lazy: 2 streamed; unpacked: layer 3 (…)`; layers count from 1, the lowest.
+    /// `reg/a:1 pulled, layers: 3; lazy: 2 streamed; unpacked: 3 (…)`; layers count from 1, the lowest.
     fn line(&self, name: &str) -> String {
-        let mut line = format!("{name} pulled: {} layers", self.layers.len());
+        let mut line = format!("{name} pulled, layers: {}", self.layers.len());
         let mut lazy = BTreeMap::<&str, usize>::new();
         for outcome in &self.layers {
             if !matches!(outcome, LayerOutcome::Unpacked(_)) {
@@ -254,7 +254,7 @@ mod tests {
         let pull = RunningPull { layers, last: Instant::now() };
         assert_eq!(
             pull.line("reg/a:1"),
-            "reg/a:1 pulled: 4 layers; lazy: 1 streamed; unpacked: 1, 2 (the daemon is still opening the image); \
+            "reg/a:1 pulled, layers: 4; lazy: 1 streamed; unpacked: 1, 2 (the daemon is still opening the image); \
              unpacked: 4 (it is metadata, which is small)"
         );
         assert_eq!((pull.share(), pull.is_as_intended()), ("part", false));
