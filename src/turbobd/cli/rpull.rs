@@ -81,7 +81,7 @@ fn bars() -> Report {
     })
 }
 
-/// `NAME: 3 layers: 2 lazy, 1 unpacked; 12.0 MiB fetched of 340.0 MiB`
+/// `NAME: layers: 2 lazy, 1 unpacked; 12.0 MiB fetched of 340 MiB`
 fn summary(pulled: &PulledImage) -> String {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for layer in &pulled.layers {
@@ -92,12 +92,14 @@ fn summary(pulled: &PulledImage) -> String {
         };
         *counts.entry(outcome).or_default() += 1;
     }
+    if counts.is_empty() {
+        return format!("{}: it has no layers", pulled.name);
+    }
     let counts: Vec<String> =
         counts.iter().map(|(outcome, count)| format!("{count} {outcome}")).collect();
     format!(
-        "{}: {} layers: {}; {} fetched of {}",
+        "{}: layers: {}; {} fetched of {}",
         pulled.name,
-        pulled.layers.len(),
         counts.join(", "),
         table::size(pulled.fetched),
         table::size(pulled.layers.iter().map(|layer| layer.size).sum()),
