@@ -9,7 +9,7 @@ use super::bars::Bars;
 use super::{Failure, Outcome, Service, registry_flags, stderr, stdout, table};
 use ::convert::Progress as _;
 use ::registry::store;
-use containerd::rpull::{self, LayerOutcome, PullEvent, PullTarget, PulledImage, Report};
+use containerd::rpull::{self, PullEvent, PullOutcome, PullTarget, PulledImage, Report};
 use formats::oci::ImageName;
 use host::images::Registries;
 
@@ -86,9 +86,9 @@ fn summary(pulled: &PulledImage) -> String {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for layer in &pulled.layers {
         let outcome = match layer.outcome {
-            LayerOutcome::Present => "there already",
-            LayerOutcome::Lazy => "lazy",
-            LayerOutcome::Unpacked => "unpacked",
+            PullOutcome::Present => "there already",
+            PullOutcome::Lazy => "lazy",
+            PullOutcome::Unpacked => "unpacked",
         };
         *counts.entry(outcome).or_default() += 1;
     }
