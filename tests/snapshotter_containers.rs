@@ -62,8 +62,19 @@ impl Published {
         more.push((OCI_GZIP, gzip(&tar_of(&[("etc/text", b"third\n")]))));
         images.add("more", &more);
         let place = images.place();
-        images.convert(&[]);
-        done(&["convert", "-r", &place, "-i", "latest", "--overlaybd", "native", "--vsize", "1"]);
+        images.convert(&["--oci"]);
+        done(&[
+            "convert",
+            "-r",
+            &place,
+            "-i",
+            "latest",
+            "--overlaybd",
+            "native",
+            "--vsize",
+            "1",
+            "--oci",
+        ]);
         let published = Self { registry, images };
         for tag in ["latest", "more", "turbo", "native"] {
             run(Command::new("skopeo")

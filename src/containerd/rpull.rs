@@ -47,11 +47,11 @@ use registry::store::ImageStore;
 
 use crate::api::images::{CreateImageRequest, GetImageRequest, ImageRecord, UpdateImageRequest};
 use crate::api::types::BlobDescriptor;
-use connection::Connection;
+use connection::ContainerdClient;
 use content::ContentStore;
 use documents::Documents;
 use layers::Layers;
-use lease::Lease;
+use lease::PullLease;
 
 pub use error::{CallError, RpullError};
 
@@ -70,7 +70,7 @@ pub struct PullTarget {
 
 /// What a layer has become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LayerOutcome {
+pub enum PullOutcome {
     /// Its snapshot was there.
     Present,
     /// The snapshotter serves it; its data is fetched when it is read.
@@ -87,7 +87,7 @@ pub struct PulledLayer {
     /// Size of its blob in bytes.
     pub size: u64,
     /// What has become of it.
-    pub outcome: LayerOutcome,
+    pub outcome: PullOutcome,
 }
 
 /// An image that was pulled.
@@ -174,8 +174,9 @@ struct Pull<'a> {
 
 impl Pull<'_> {
     /// Pulls. A lease that was begun is left in `lease`.
-    async fn run(&self, lease: &mut Option<Lease>) -> Result<PulledImage, RpullError> {
-        let containerd = Connection::open(&self.target.socket, &self.target.namespace).await?;
+    async fn run(&self, lease: &mut Option<PullLease>) -> Result<PulledImage, RpullError> {
+        let containerd =
+            ContainerdClient::open(&self.target.socket, &self.target.namespace).await?;
         containerd.need_snapshotter(&self.target.snapshotter).await?;
         let source = labels::distribution_source(self.image);
         let content = ContentStore::new(containerd.clone(), source.clone());
@@ -183,7 +184,7 @@ impl Pull<'_> {
         if let Some(layers) = self.present(&containerd, &content, &documents).await? {
             return Ok(self.pulled(&documents, layers, 0));
         }
-        let lease = lease.insert(Lease::begin(&containerd).await?);
+        let lease = lease.insert(PullLease::begin(&containerd).await?);
         let containerd = containerd.with_lease(lease.id())?;
         let content = ContentStore::new(containerd.clone(), source);
         documents.write(&content).await?;
@@ -197,7 +198,7 @@ impl Pull<'_> {
     /// The layers of an image that is there, with all that a pull would make.
     async fn present(
         &self,
-        containerd: &Connection,
+        containerd: &ContainerdClient,
         content: &ContentStore,
         documents: &Documents,
     ) -> Result<Option<Vec<PulledLayer>>, RpullError> {
@@ -213,7 +214,7 @@ impl Pull<'_> {
 
     fn layers<'p>(
         &'p self,
-        containerd: &'p Connection,
+        containerd: &'p ContainerdClient,
         content: &'p ContentStore,
         documents: &'p Documents,
     ) -> Layers<'p> {
@@ -235,7 +236,7 @@ impl Pull<'_> {
 
 /// The image of this name, if there is one.
 async fn named_image(
-    containerd: &Connection,
+    containerd: &ContainerdClient,
     name: &str,
 ) -> Result<Option<ImageRecord>, RpullError> {
     let get = containerd.request(GetImageRequest { name: name.to_owned() });
@@ -248,7 +249,7 @@ async fn named_image(
 
 /// Points the name at the image. Labels of a name that is there stay.
 async fn name_image(
-    containerd: &Connection,
+    containerd: &ContainerdClient,
     name: &str,
     target: &Descriptor,
 ) -> Result<(), RpullError> {

@@ -33,14 +33,14 @@ const CALL_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A connection to a containerd. Clones share it.
 #[derive(Clone)]
-pub(super) struct Connection {
+pub(super) struct ContainerdClient {
     channel: Channel,
     socket: PathBuf,
     namespace: MetadataValue<Ascii>,
     lease: Option<MetadataValue<Ascii>>,
 }
 
-impl Connection {
+impl ContainerdClient {
     /// Connects to the socket, and asks for the version: what answers is a containerd.
     pub(super) async fn open(socket: &Path, namespace: &str) -> Result<Self, RpullError> {
         let header = namespace.parse::<MetadataValue<Ascii>>();

@@ -18,9 +18,9 @@ use formats::oci::{Descriptor, Digest};
 use registry::RegistryError;
 use registry::store::StoreError;
 
-use super::connection::Connection;
+use super::connection::ContainerdClient;
 use super::error::{CallError, RpullError};
-use super::labels::{Source, UNCOMPRESSED};
+use super::labels::{DistributionSource, UNCOMPRESSED};
 use crate::api::content::{
     ContentInfo, InfoRequest, ReadContentRequest, UpdateContentRequest, WriteAction,
     WriteContentRequest,
@@ -39,9 +39,9 @@ const STANDSTILL: Duration = Duration::from_secs(60);
 /// containerd's content store, for blobs of one repository.
 #[derive(Clone)]
 pub(super) struct ContentStore {
-    containerd: Connection,
+    containerd: ContainerdClient,
     /// The label that says where a blob comes from.
-    source: Source,
+    source: DistributionSource,
 }
 
 /// Result of one write session.
@@ -56,7 +56,7 @@ enum Session {
 }
 
 impl ContentStore {
-    pub(super) fn new(containerd: Connection, source: Source) -> Self {
+    pub(super) fn new(containerd: ContainerdClient, source: DistributionSource) -> Self {
         Self { containerd, source }
     }
 

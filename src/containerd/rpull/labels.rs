@@ -18,25 +18,25 @@ const INHERITED: &str = "containerd.io/snapshot/";
 
 /// The label that names the repositories of a registry that have a blob. A push to the registry then takes it from there.
 #[derive(Clone, Debug)]
-pub(super) struct Source {
+pub(super) struct DistributionSource {
     key: String,
     repository: String,
 }
 
 /// The label for blobs of this image.
-pub(super) fn distribution_source(image: &RegistryName) -> Source {
+pub(super) fn distribution_source(image: &RegistryName) -> DistributionSource {
     // containerd leaves out the port.
     let host = match image.host.rsplit_once(':') {
         Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
         _ => &image.host,
     };
-    Source {
+    DistributionSource {
         key: format!("containerd.io/distribution.source.{}", host.trim_matches(['[', ']'])),
         repository: image.repository.clone(),
     }
 }
 
-impl Source {
+impl DistributionSource {
     /// Adds the repository to those that the label in `known` names. A label that would be too long is left out.
     pub(super) fn add(&self, labels: &mut Labels, known: &Labels) {
         let known = known.get(&self.key).map_or("", String::as_str);

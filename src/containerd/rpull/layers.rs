@@ -18,13 +18,13 @@ use formats::oci::annotations::LayerKind;
 use formats::oci::{Descriptor, Digest};
 use registry::store::ImageStore;
 
-use super::connection::Connection;
+use super::connection::ContainerdClient;
 use super::content::ContentStore;
 use super::documents::Documents;
 use super::error::RpullError;
 use super::fetches::Fetches;
 use super::labels::LayerPlace;
-use super::{LayerOutcome, PullTarget, PulledLayer, Report};
+use super::{PullOutcome, PullTarget, PulledLayer, Report};
 use crate::api::diff::ApplyRequest;
 use crate::api::snapshots::{
     CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
@@ -37,7 +37,7 @@ const TRIES: u32 = 3;
 
 /// The layers of an image, to be made snapshots.
 pub(super) struct Layers<'a> {
-    pub(super) containerd: &'a Connection,
+    pub(super) containerd: &'a ContainerdClient,
     pub(super) content: &'a ContentStore,
     pub(super) store: &'a Arc<dyn ImageStore>,
     pub(super) documents: &'a Documents,
@@ -80,17 +80,17 @@ impl Layers<'_> {
         &self,
         number: usize,
         fetches: &mut Fetches,
-    ) -> Result<(LayerOutcome, u64), RpullError> {
+    ) -> Result<(PullOutcome, u64), RpullError> {
         let layer = &self.documents.layers[number];
         let chain = self.documents.chains[number];
         let labels = self.place(number).labels();
         let was_there = self.is_there(&chain).await?;
         let (key, mounts) = match self.prepare(number, &labels).await? {
-            Prepared::Exists if was_there => return Ok((LayerOutcome::Present, 0)),
-            Prepared::Exists => return Ok((LayerOutcome::Lazy, 0)),
+            Prepared::Exists if was_there => return Ok((PullOutcome::Present, 0)),
+            Prepared::Exists => return Ok((PullOutcome::Lazy, 0)),
             Prepared::Staged(key) => {
                 self.commit(&chain, &key, labels).await?;
-                return Ok((LayerOutcome::Lazy, 0));
+                return Ok((PullOutcome::Lazy, 0));
             }
             Prepared::Empty(key, mounts) => (key, mounts),
         };
@@ -107,7 +107,7 @@ impl Layers<'_> {
         };
         self.commit(&chain, &key, labels).await?;
         self.content.note_tar(&layer.digest, &self.documents.tars[number]).await?;
-        Ok((LayerOutcome::Unpacked, fetched))
+        Ok((PullOutcome::Unpacked, fetched))
     }
 
     fn place(&self, number: usize) -> LayerPlace<'_> {
@@ -151,7 +151,7 @@ impl Layers<'_> {
         let present = |layer: &Descriptor| PulledLayer {
             digest: layer.digest,
             size: layer.size,
-            outcome: LayerOutcome::Present,
+            outcome: PullOutcome::Present,
         };
         layers.map(present).collect()
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tonic::Code;
 
-use super::connection::Connection;
+use super::connection::ContainerdClient;
 use super::error::RpullError;
 use crate::api::leases::{CreateLeaseRequest, DeleteLeaseRequest, LeaseRecord, ListLeasesRequest};
 
@@ -24,15 +24,15 @@ const PROCESS: &str = "dev.turbobd.rpull.process";
 const LIFE: Duration = Duration::from_secs(24 * 3600);
 
 /// A lease that is held.
-pub(super) struct Lease {
-    containerd: Connection,
+pub(super) struct PullLease {
+    containerd: ContainerdClient,
     id: String,
 }
 
-impl Lease {
+impl PullLease {
     /// Ends the leases of dead pulls, and begins one.
-    pub(super) async fn begin(containerd: &Connection) -> Result<Self, RpullError> {
-        let this = Process::this();
+    pub(super) async fn begin(containerd: &ContainerdClient) -> Result<Self, RpullError> {
+        let this = PullProcess::this();
         for lease in dead(containerd, this.as_ref()).await {
             tracing::info!(lease, "ending the lease of a pull that died");
             // Another pull may do the same.
@@ -62,7 +62,7 @@ impl Lease {
     }
 }
 
-async fn delete(containerd: &Connection, id: &str, collect: bool) -> Result<(), RpullError> {
+async fn delete(containerd: &ContainerdClient, id: &str, collect: bool) -> Result<(), RpullError> {
     let request = DeleteLeaseRequest { id: id.to_owned(), sync: collect };
     match containerd.leases().delete(containerd.request(request)).await {
         Ok(_) => Ok(()),
@@ -72,7 +72,7 @@ async fn delete(containerd: &Connection, id: &str, collect: bool) -> Result<(), 
 }
 
 /// Leases of pulls whose process is no more. Without an answer there are none: they are found another time.
-async fn dead(containerd: &Connection, this: Option<&Process>) -> Vec<String> {
+async fn dead(containerd: &ContainerdClient, this: Option<&PullProcess>) -> Vec<String> {
     let Some(this) = this else { return Vec::new() };
     let list = containerd.request(ListLeasesRequest::default());
     let leases = match containerd.leases().list(list).await {
@@ -83,7 +83,7 @@ async fn dead(containerd: &Connection, this: Option<&Process>) -> Vec<String> {
         }
     };
     let is_dead = |lease: &LeaseRecord| {
-        let process = lease.labels.get(PROCESS).and_then(|text| Process::parse(text));
+        let process = lease.labels.get(PROCESS).and_then(|text| PullProcess::parse(text));
         process.is_some_and(|process| process.is_dead(this))
     };
     leases.into_iter().filter(is_dead).map(|lease| lease.id).collect()
@@ -91,7 +91,7 @@ async fn dead(containerd: &Connection, this: Option<&Process>) -> Vec<String> {
 
 /// A process, told from all others of all boots.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Process {
+struct PullProcess {
     /// Identifier of the boot.
     boot: String,
     /// Namespace of process numbers, as `/proc` names it.
@@ -101,7 +101,7 @@ struct Process {
     start: u64,
 }
 
-impl Process {
+impl PullProcess {
     /// This process; `None` without `/proc`.
     fn this() -> Option<Self> {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned();
@@ -130,7 +130,7 @@ impl Process {
     }
 }
 
-impl std::fmt::Display for Process {
+impl std::fmt::Display for PullProcess {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} {} {} {}", self.boot, self.namespace, self.number, self.start)
     }
@@ -150,18 +150,18 @@ mod tests {
 
     #[test]
     fn a_process_is_known_again_and_one_that_ended_is_dead() {
-        let this = Process::this().unwrap();
-        assert_eq!(Process::parse(&this.to_string()), Some(this.clone()));
+        let this = PullProcess::this().unwrap();
+        assert_eq!(PullProcess::parse(&this.to_string()), Some(this.clone()));
         assert!(!this.is_dead(&this));
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let mut other = this.clone();
         (other.number, other.start) = (child.id(), start_of(child.id()).unwrap());
         child.wait().unwrap();
         assert!(other.is_dead(&this));
-        let elsewhere = Process { namespace: "pid:[1]".to_owned(), ..other.clone() };
+        let elsewhere = PullProcess { namespace: "pid:[1]".to_owned(), ..other.clone() };
         assert!(!elsewhere.is_dead(&this), "a process that cannot be seen may live");
-        let earlier = Process { boot: "b".to_owned(), ..this.clone() };
+        let earlier = PullProcess { boot: "b".to_owned(), ..this.clone() };
         assert!(earlier.is_dead(&this));
-        assert_eq!(Process::parse("a b c"), None);
+        assert_eq!(PullProcess::parse("a b c"), None);
     }
 }

@@ -9,7 +9,7 @@ use super::bars::Bars;
 use super::{Failure, Outcome, Service, registry_flags, stderr, stdout, table};
 use ::convert::Progress as _;
 use ::registry::store;
-use containerd::rpull::{self, LayerOutcome, PullEvent, PullTarget, PulledImage, Report};
+use containerd::rpull::{self, PullEvent, PullOutcome, PullTarget, PulledImage, Report};
 use formats::oci::ImageName;
 use host::images::Registries;
 
@@ -81,23 +81,25 @@ fn bars() -> Report {
     })
 }
 
-/// `NAME: 3 layers: 2 lazy, 1 unpacked; 12.0 MiB fetched of 340.0 MiB`
+/// `NAME: layers: 2 lazy, 1 unpacked; 12.0 MiB fetched of 340 MiB`
 fn summary(pulled: &PulledImage) -> String {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for layer in &pulled.layers {
         let outcome = match layer.outcome {
-            LayerOutcome::Present => "there already",
-            LayerOutcome::Lazy => "lazy",
-            LayerOutcome::Unpacked => "unpacked",
+            PullOutcome::Present => "there already",
+            PullOutcome::Lazy => "lazy",
+            PullOutcome::Unpacked => "unpacked",
         };
         *counts.entry(outcome).or_default() += 1;
+    }
+    if counts.is_empty() {
+        return format!("{}: it has no layers", pulled.name);
     }
     let counts: Vec<String> =
         counts.iter().map(|(outcome, count)| format!("{count} {outcome}")).collect();
     format!(
-        "{}: {} layers: {}; {} fetched of {}",
+        "{}: layers: {}; {} fetched of {}",
         pulled.name,
-        pulled.layers.len(),
         counts.join(", "),
         table::size(pulled.fetched),
         table::size(pulled.layers.iter().map(|layer| layer.size).sum()),
