@@ -58,7 +58,7 @@ pub enum Unproved {
         /// What was found.
         found: Vec<PassedOver>,
         /// The manifest of the built one.
-        built: Manifest,
+        built: Box<Manifest>,
     },
 }
 

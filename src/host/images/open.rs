@@ -344,7 +344,7 @@ impl Opening<'_> {
                 found: meta.manifest,
             })))
         } else if own.meta_trust == MetaTrust::Verify && !meta.passed_over.is_empty() {
-            let (found, built) = (meta.passed_over, meta.manifest);
+            let (found, built) = (meta.passed_over, Box::new(meta.manifest));
             Some(Unproved::PassedOver { store, found, built })
         } else {
             None
