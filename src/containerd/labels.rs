@@ -119,7 +119,7 @@ impl PullLabels {
 }
 
 /// What the annotations of a layer say it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayerLabels {
     /// An ordinary tar.
     Plain,

@@ -238,6 +238,7 @@ mod tests {
     use super::*;
     use crate::writable::WritableFiles;
     use formats::units::Bytes;
+    use source::MemoryBudget;
 
     fn part(at: u64, len: u64) -> DataPart {
         DataPart { at: Sectors(at), len: Sectors(len) }
@@ -247,7 +248,7 @@ mod tests {
     fn what_a_thread_has_read_is_kept_until_a_request_has_all_of_its_parts() {
         let dir = tempfile::tempdir().unwrap();
         let files = WritableFiles::in_dir(dir.path());
-        let layer = UpperLayer::create(&files, Bytes(1 << 20)).unwrap();
+        let layer = UpperLayer::create(&files, Bytes(1 << 20), &MemoryBudget::default()).unwrap();
         let bytes: Vec<u8> = (0..4096_u32).map(|at| (at / 7) as u8).collect();
         let UpperLayer::Appended(appended) = &layer else { panic!("it is append-only") };
         appended.write(0, &bytes).unwrap();

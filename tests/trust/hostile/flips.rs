@@ -24,11 +24,11 @@ struct Told {
 }
 
 impl Told {
-    fn add(&mut self, result: Result<Digest, String>, right: Digest, what: &str) {
+    fn add(&mut self, result: &Result<Digest, String>, right: Digest, what: &str) {
         match result {
             Err(_) => self.caught += 1,
             Ok(digest) => {
-                assert_eq!(digest, right, "{what}: other bytes are shown");
+                assert_eq!(*digest, right, "{what}: other bytes are shown");
                 self.harmless += 1;
             }
         }
@@ -76,7 +76,7 @@ fn a_flipped_bit_of_a_layer_is_caught_and_healed_where_it_comes_right_again() {
             times: u64::MAX,
         };
         let lying = SpecimenStore { flip: Some(flip), ..scene.store.clone() };
-        told.add(show(&scene.manifest, &lying, Tiers::default()), scene.right, "a layer");
+        told.add(&show(&scene.manifest, &lying, Tiers::default()), scene.right, "a layer");
         // Wrong once: the next delivery is a good copy.
         let once = SpecimenStore { flip: Some(Flip { times: 1, ..flip }), ..scene.store.clone() };
         assert_eq!(show(&scene.manifest, &once, Tiers::default()), Ok(scene.right), "{case}");
@@ -111,7 +111,7 @@ fn flips_in(scene: &Scene, name: &str, fitting: bool) -> Told {
             }
             show(&scene.manifest, &SpecimenStore::of(blobs), Tiers::default())
         };
-        told.add(result, scene.right, name);
+        told.add(&result, scene.right, name);
     }
     told
 }
@@ -144,7 +144,7 @@ fn a_flipped_bit_of_an_archive_is_caught() {
         bytes[at] ^= 1 << dice.below(8);
         blobs.insert(digest, bytes.into());
         let result = show(&scene.manifest, &SpecimenStore::of(blobs), Tiers::default());
-        told.add(result, scene.right, "an archive");
+        told.add(&result, scene.right, "an archive");
     }
     println!("flips of archives: {told:?}");
     assert_eq!(told.harmless, 0, "its digest covers each bit");
@@ -260,7 +260,7 @@ fn a_flipped_bit_of_a_trace_is_caught_or_harmless() {
         let (cache, _) = cache(Tiers::default());
         let disk = opened(&scene.manifest, &scene.store, &cache).unwrap();
         replay::replay(&trace, &cache, &disk.blobs(), 4 << 20);
-        told.add(shown(&disk), scene.right, "a trace");
+        told.add(&shown(&disk), scene.right, "a trace");
     }
     println!("{count} flips of traces: {told:?}");
     assert!(told.caught >= count / 2, "its checksum covers each bit");

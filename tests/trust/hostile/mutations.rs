@@ -156,7 +156,9 @@ fn layers(specimen: &mut Specimen, dice: &mut Dice) {
             list.extend(vec![copied; times]);
         }
         2 => {
-            specimen.manifest["layers"].as_array_mut().map(|list| list.truncate(at));
+            if let Some(list) = specimen.manifest["layers"].as_array_mut() {
+                list.truncate(at);
+            }
         }
         _ => {
             if let Some(list) = specimen.manifest["layers"].as_array_mut()
