@@ -6,10 +6,10 @@
 use tonic_build::manual::{Builder, Method, Service};
 
 /// A method: its name on the wire, its name in Rust, request, reply, and which of the two is a stream.
-struct Call(&'static str, &'static str, &'static str, &'static str, Streams);
+struct GrpcMethod(&'static str, &'static str, &'static str, &'static str, GrpcStreams);
 
 /// Which messages of a method are streams.
-enum Streams {
+enum GrpcStreams {
     /// One request, one reply.
     None,
     /// One request, a stream of replies.
@@ -22,212 +22,212 @@ enum Streams {
 ///
 /// The generated module is `PACKAGE.NAME.rs`, included in the file of the service's messages. A service that is not served
 /// gets a client only.
-struct Table(&'static str, &'static str, bool, &'static [Call]);
+struct GrpcService(&'static str, &'static str, bool, &'static [GrpcMethod]);
 
 /// Message without fields: the generator takes paths alone.
 const EMPTY: &str = "crate::api::types::Nothing";
 
-const SERVICES: &[Table] = &[
-    Table(
+const SERVICES: &[GrpcService] = &[
+    GrpcService(
         "containerd.services.snapshots.v1",
         "Snapshots",
         true,
         &[
-            Call(
+            GrpcMethod(
                 "Prepare",
                 "prepare",
                 "crate::api::snapshots::PrepareSnapshotRequest",
                 "crate::api::snapshots::PrepareSnapshotResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "View",
                 "view",
                 "crate::api::snapshots::ViewSnapshotRequest",
                 "crate::api::snapshots::ViewSnapshotResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Mounts",
                 "mounts",
                 "crate::api::snapshots::MountsRequest",
                 "crate::api::snapshots::MountsResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Commit",
                 "commit",
                 "crate::api::snapshots::CommitSnapshotRequest",
                 EMPTY,
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Remove",
                 "remove",
                 "crate::api::snapshots::RemoveSnapshotRequest",
                 EMPTY,
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Stat",
                 "stat",
                 "crate::api::snapshots::StatSnapshotRequest",
                 "crate::api::snapshots::StatSnapshotResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Update",
                 "update",
                 "crate::api::snapshots::UpdateSnapshotRequest",
                 "crate::api::snapshots::UpdateSnapshotResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "List",
                 "list",
                 "crate::api::snapshots::ListSnapshotsRequest",
                 "crate::api::snapshots::ListSnapshotsResponse",
-                Streams::Reply,
+                GrpcStreams::Reply,
             ),
-            Call(
+            GrpcMethod(
                 "Usage",
                 "usage",
                 "crate::api::snapshots::UsageRequest",
                 "crate::api::snapshots::UsageResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Cleanup",
                 "cleanup",
                 "crate::api::snapshots::CleanupRequest",
                 EMPTY,
-                Streams::None,
+                GrpcStreams::None,
             ),
         ],
     ),
-    Table(
+    GrpcService(
         "containerd.services.content.v1",
         "Content",
         false,
         &[
-            Call(
+            GrpcMethod(
                 "Info",
                 "info",
                 "crate::api::content::InfoRequest",
                 "crate::api::content::InfoResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Update",
                 "update",
                 "crate::api::content::UpdateContentRequest",
                 "crate::api::content::UpdateContentResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Read",
                 "read",
                 "crate::api::content::ReadContentRequest",
                 "crate::api::content::ReadContentResponse",
-                Streams::Reply,
+                GrpcStreams::Reply,
             ),
-            Call(
+            GrpcMethod(
                 "Status",
                 "status",
                 "crate::api::content::StatusRequest",
                 "crate::api::content::StatusResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Write",
                 "write",
                 "crate::api::content::WriteContentRequest",
                 "crate::api::content::WriteContentResponse",
-                Streams::Both,
+                GrpcStreams::Both,
             ),
         ],
     ),
-    Table(
+    GrpcService(
         "containerd.services.images.v1",
         "Images",
         false,
         &[
-            Call(
+            GrpcMethod(
                 "Get",
                 "get",
                 "crate::api::images::GetImageRequest",
                 "crate::api::images::GetImageResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Create",
                 "create",
                 "crate::api::images::CreateImageRequest",
                 "crate::api::images::CreateImageResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Update",
                 "update",
                 "crate::api::images::UpdateImageRequest",
                 "crate::api::images::UpdateImageResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
         ],
     ),
-    Table(
+    GrpcService(
         "containerd.services.leases.v1",
         "Leases",
         false,
         &[
-            Call(
+            GrpcMethod(
                 "Create",
                 "create",
                 "crate::api::leases::CreateLeaseRequest",
                 "crate::api::leases::CreateLeaseResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "Delete",
                 "delete",
                 "crate::api::leases::DeleteLeaseRequest",
                 EMPTY,
-                Streams::None,
+                GrpcStreams::None,
             ),
-            Call(
+            GrpcMethod(
                 "List",
                 "list",
                 "crate::api::leases::ListLeasesRequest",
                 "crate::api::leases::ListLeasesResponse",
-                Streams::None,
+                GrpcStreams::None,
             ),
         ],
     ),
-    Table(
+    GrpcService(
         "containerd.services.diff.v1",
         "Diff",
         false,
-        &[Call(
+        &[GrpcMethod(
             "Apply",
             "apply",
             "crate::api::diff::ApplyRequest",
             "crate::api::diff::ApplyResponse",
-            Streams::None,
+            GrpcStreams::None,
         )],
     ),
-    Table(
+    GrpcService(
         "containerd.services.version.v1",
         "Version",
         false,
-        &[Call("Version", "version", EMPTY, "crate::api::version::VersionResponse", Streams::None)],
+        &[GrpcMethod("Version", "version", EMPTY, "crate::api::version::VersionResponse", GrpcStreams::None)],
     ),
 ];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    for Table(package, name, served, calls) in SERVICES {
+    for GrpcService(package, name, served, calls) in SERVICES {
         let mut service = Service::builder().name(*name).package(*package);
-        for Call(route, method, request, reply, streams) in *calls {
+        for GrpcMethod(route, method, request, reply, streams) in *calls {
             let mut call = Method::builder()
                 .name(*method)
                 .route_name(*route)
@@ -235,9 +235,9 @@ fn main() {
                 .output_type(*reply)
                 .codec_path("tonic_prost::ProstCodec");
             call = match streams {
-                Streams::None => call,
-                Streams::Reply => call.server_streaming(),
-                Streams::Both => call.client_streaming().server_streaming(),
+                GrpcStreams::None => call,
+                GrpcStreams::Reply => call.server_streaming(),
+                GrpcStreams::Both => call.client_streaming().server_streaming(),
             };
             service = service.method(call.build());
         }
