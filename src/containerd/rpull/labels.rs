@@ -230,7 +230,7 @@ mod tests {
         assert_eq!(labels["containerd.io/gc.ref.content.config"], config.digest.to_string());
         assert_eq!(labels["containerd.io/gc.ref.content.l.1"], layers[1].digest.to_string());
         let manifest = Descriptor::of(media::OCI_MANIFEST, b"m");
-        let labels = children(None, &[manifest.clone()]);
+        let labels = children(None, std::slice::from_ref(&manifest));
         assert_eq!(labels["containerd.io/gc.ref.content.m.0"], manifest.digest.to_string());
     }
 }

@@ -66,11 +66,10 @@ impl Layers<'_> {
             layers.iter().for_each(|layer| fetches.begin(layer));
         }
         let (mut pulled, mut fetched) = (Vec::new(), 0);
-        for number in 0..layers.len() {
+        for (number, layer) in layers.iter().enumerate() {
             let (outcome, bytes) = self.layer(number, &mut fetches).await?;
             fetched += bytes;
-            let Descriptor { digest, size, .. } = layers[number];
-            pulled.push(PulledLayer { digest, size, outcome });
+            pulled.push(PulledLayer { digest: layer.digest, size: layer.size, outcome });
         }
         fetched += fetches.finish_all().await?;
         Ok((pulled, fetched))
