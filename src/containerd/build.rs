@@ -219,7 +219,13 @@ const SERVICES: &[GrpcService] = &[
         "containerd.services.version.v1",
         "Version",
         false,
-        &[GrpcMethod("Version", "version", EMPTY, "crate::api::version::VersionResponse", GrpcStreams::None)],
+        &[GrpcMethod(
+            "Version",
+            "version",
+            EMPTY,
+            "crate::api::version::VersionResponse",
+            GrpcStreams::None,
+        )],
     ),
 ];
 

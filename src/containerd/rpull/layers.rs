@@ -69,8 +69,7 @@ impl Layers<'_> {
         for (number, layer) in layers.iter().enumerate() {
             let (outcome, bytes) = self.layer(number, &mut fetches).await?;
             fetched += bytes;
-            let Descriptor { digest, size, .. } = *layer;
-            pulled.push(PulledLayer { digest, size, outcome });
+            pulled.push(PulledLayer { digest: layer.digest, size: layer.size, outcome });
         }
         fetched += fetches.finish_all().await?;
         Ok((pulled, fetched))
