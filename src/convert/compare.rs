@@ -33,6 +33,7 @@ use formats::oci::annotations::{AnnotationError, LayerKind, split_acceleration};
 use formats::oci::{Descriptor, Manifest};
 use formats::units::{Bytes, SECTOR, Sectors};
 use registry::store::{ImageStore, LayoutStore, StoreError};
+use source::Reserved;
 
 /// Most differences that are listed: the first ones say enough.
 pub const MOST: usize = 20;
@@ -181,13 +182,16 @@ struct ComparedTree<'d> {
     disk: &'d Disk,
     tree: Tree,
     image: Image,
+    /// What both take.
+    _memory: Reserved,
 }
 
 impl<'d> ComparedTree<'d> {
     fn read(disk: &'d Disk, which: &'static str) -> Result<Self, CompareError> {
-        let (tree, image) = ext4::read(&VolumeSource(disk), disk.mapped())
+        let memory = disk.cache().residents().budget().part();
+        let (tree, image, memory) = ext4::read_within(&VolumeSource(disk), disk.mapped(), memory)
             .map_err(|source| CompareError::Filesystem { which, source })?;
-        Ok(Self { disk, tree, image })
+        Ok(Self { disk, tree, image, _memory: memory })
     }
 
     /// The places of the first `size` bytes of a file, without a gap.

@@ -111,6 +111,8 @@ pub struct LayerSizes {
 struct Streamed {
     hasher: BlobHasher,
     parsed: Result<Parsed, ConvertLayerError>,
+    /// The rest of the layer was not read.
+    is_cut: bool,
 }
 
 struct Parsed {
@@ -206,7 +208,7 @@ pub(super) fn convert_layer(
     let parser = LayerParser::new(tree, builder, wanted.turbo, options);
     let streamed = stream(blob, descriptor, parser, progress)?;
     let (got, got_size) = streamed.hasher.whole();
-    if got != descriptor.digest || got_size != descriptor.size {
+    if !streamed.is_cut && (got != descriptor.digest || got_size != descriptor.size) {
         return Err(ConvertLayerError::Mismatch { got, got_size, want_size: descriptor.size });
     }
     let mut parsed = streamed.parsed?;
@@ -238,14 +240,14 @@ fn stream(
     thread::scope(|scope| {
         let reader = scope.spawn(move || read_pieces(blob, &piece_tx));
         let hasher = scope.spawn(move || hash_pieces(&hash_rx));
-        let parsed = parse_pieces(&piece_rx, &hash_tx, descriptor, parser, progress);
+        let (parsed, is_cut) = parse_pieces(&piece_rx, &hash_tx, descriptor, parser, progress);
         drop((piece_rx, hash_tx)); // ends the other two threads, also if parsing failed
         let lost = |_| {
             ConvertLayerError::Read(std::io::Error::other("a thread of the conversion ended early"))
         };
         reader.join().map_err(lost)?.map_err(ConvertLayerError::Read)?;
         let hasher = hasher.join().map_err(lost)?;
-        Ok(Streamed { hasher, parsed })
+        Ok(Streamed { hasher, parsed, is_cut })
     })
 }
 
@@ -347,30 +349,39 @@ fn hash_pieces(scanned: &Receiver<ScannedPiece>) -> BlobHasher {
     hasher.unwrap_or_else(|| BlobHasher::new(&Cuts::None))
 }
 
-/// Thread 2, the caller's: scans, parses and applies a piece, then passes it on.
+/// Most bytes that are read behind a failure of the parser. If the layer then has another digest than it should, that is the
+/// reason to tell: the bytes were damaged on their way. More are not read: a layer of petabytes ends at the byte that is wrong.
+const READ_ON: u64 = 64 << 20;
+
+/// Thread 2, the caller's: scans, parses and applies a piece, then passes it on. With the result comes true if the rest of
+/// the layer was not read.
 fn parse_pieces(
     pieces: &Receiver<Piece>,
     hashed: &Sender<ScannedPiece>,
     descriptor: &Descriptor,
     mut parser: LayerParser<'_>,
     progress: &dyn Progress,
-) -> Result<Parsed, ConvertLayerError> {
+) -> (Result<Parsed, ConvertLayerError>, bool) {
     let mut failed = None;
+    let mut left = descriptor.size;
     for piece in pieces {
         progress.advance(&descriptor.digest, piece.len() as u64);
+        left = left.saturating_sub(piece.len() as u64);
         let mut cuts = Cuts::None;
         if failed.is_none() {
             match parser.feed(&piece) {
                 Ok(()) => cuts = parser.take_cuts(),
+                Err(error) if left > READ_ON => return (Err(error), true),
                 Err(error) => failed = Some(error),
             }
         }
         let _ = hashed.send(ScannedPiece { piece, cuts }); // the receiver is gone only if it panicked, which join reports
     }
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    parser.finish()
+    let parsed = match failed {
+        Some(error) => Err(error),
+        None => parser.finish(),
+    };
+    (parsed, false)
 }
 
 /// Processes compressed pieces to entries in the tree, and to the native layer's data.

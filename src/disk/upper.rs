@@ -28,6 +28,7 @@ use crate::writable::{SparseLayer, WritableError, WritableFiles};
 use crate::writable::{WrittenPlace, WrittenRun};
 use formats::units::{Bytes, SECTOR, Sectors};
 pub use live::{LiveError, LiveVolume};
+use source::MemoryBudget;
 
 /// A writable disk.
 pub struct UpperVolume {
@@ -37,44 +38,55 @@ pub struct UpperVolume {
     cold: ColdReads,
     layer: Arc<UpperLayer>,
     files: WritableFiles,
+    budget: MemoryBudget,
     /// Held exclusively by a write that also writes bytes that it has read.
     completing: RwLock<()>,
 }
 
 impl UpperVolume {
-    /// Opens the layer in the folder `dir` over `lower`; makes it if there is none.
+    /// Opens the layer in the folder `dir` over `lower`; makes it if there is none. The index of what is written takes memory
+    /// of `budget`: a write for which there is none fails as on a full disk.
     ///
     /// # Errors
     /// [`WritableError`], also if the layer belongs to a disk of another size.
-    pub fn open(dir: &Path, lower: Arc<dyn Volume>) -> Result<Self, WritableError> {
+    pub fn open(
+        dir: &Path,
+        lower: Arc<dyn Volume>,
+        budget: MemoryBudget,
+    ) -> Result<Self, WritableError> {
         let (files, size) = (WritableFiles::in_dir(dir), Bytes(lower.size()));
         let layer = if files.data.exists() {
-            UpperLayer::open(&files, size)?
+            UpperLayer::open(&files, size, &budget)?
         } else {
-            UpperLayer::create(&files, size)?
+            UpperLayer::create(&files, size, &budget)?
         };
         let own = layer.virtual_size();
         if own != Bytes::ZERO && own != size {
             let rule = "its disk has another size than the image's: it belongs to another image";
             return Err(WritableError::Invalid { path: files.data, rule });
         }
-        Self::over(lower, layer, files)
+        Self::over(lower, layer, files, budget)
     }
 
-    /// Opens the layer in `files`, which must exist, over `lower`. The disk has the size in the layer, if it
+    /// Opens the layer in `files`, which must exist, over `lower`, with memory as in [`open`](Self::open). The disk has the size in the layer, if it
     /// has one: a layer may enlarge the disk, with zeros, or make it smaller.
     ///
     /// # Errors
     /// [`WritableError`].
-    pub fn open_files(files: WritableFiles, lower: Arc<dyn Volume>) -> Result<Self, WritableError> {
-        let layer = UpperLayer::open(&files, Bytes(lower.size()))?;
-        Self::over(lower, layer, files)
+    pub fn open_files(
+        files: WritableFiles,
+        lower: Arc<dyn Volume>,
+        budget: MemoryBudget,
+    ) -> Result<Self, WritableError> {
+        let layer = UpperLayer::open(&files, Bytes(lower.size()), &budget)?;
+        Self::over(lower, layer, files, budget)
     }
 
     fn over(
         lower: Arc<dyn Volume>,
         layer: UpperLayer,
         files: WritableFiles,
+        budget: MemoryBudget,
     ) -> Result<Self, WritableError> {
         let size = match layer.virtual_size() {
             Bytes::ZERO => lower.size(),
@@ -86,7 +98,7 @@ impl UpperVolume {
             path: files.data.clone(),
             source,
         })?;
-        Ok(Self { lower, size, cold, layer, files, completing: RwLock::default() })
+        Ok(Self { lower, size, cold, layer, files, budget, completing: RwLock::default() })
     }
 
     /// Position of bytes of the disk below, which may be shorter.
@@ -245,6 +257,10 @@ mod tests {
 
     const SIZE: usize = 1 << 20;
 
+    fn unbounded() -> MemoryBudget {
+        MemoryBudget::default()
+    }
+
     fn below() -> Vec<u8> {
         (0..SIZE).map(|at| (at / 512) as u8 | 1).collect()
     }
@@ -257,7 +273,7 @@ mod tests {
             Arc::new(FaultyVolume::new(memory, Duration::from_millis(2), None))
         };
         let mut expected = below();
-        let volume = UpperVolume::open(dir.path(), slow()).unwrap();
+        let volume = UpperVolume::open(dir.path(), slow(), unbounded()).unwrap();
         volume.write_at(&[0xee; 1024], 4096).unwrap();
         volume.discard(DiskRange::new(8192, 512)).unwrap();
         volume.write_at(&[0xdd; 512], 4608).unwrap();
@@ -274,18 +290,20 @@ mod tests {
         check(&volume);
         // Dropped in order, so no data is lost although there was no flush.
         drop(volume);
-        check(&UpperVolume::open(dir.path(), slow()).unwrap());
+        check(&UpperVolume::open(dir.path(), slow(), unbounded()).unwrap());
     }
 
     #[test]
     fn a_layer_of_another_disk_and_writes_past_the_end_are_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let volume = UpperVolume::open(dir.path(), Arc::new(MemoryVolume::new(below()))).unwrap();
+        let volume =
+            UpperVolume::open(dir.path(), Arc::new(MemoryVolume::new(below())), unbounded())
+                .unwrap();
         let past = volume.write_at(&[0; 1024], SIZE as u64 - 512);
         assert!(matches!(past, Err(VolumeError::Upper { .. })));
         drop(volume);
         let other = Arc::new(MemoryVolume::new(vec![0; 4096]));
-        let error = UpperVolume::open(dir.path(), other).err().unwrap().to_string();
+        let error = UpperVolume::open(dir.path(), other, unbounded()).err().unwrap().to_string();
         assert!(error.contains("another size"), "{error}");
     }
 
@@ -297,7 +315,7 @@ mod tests {
         let empty = sparse::empty_file(Bytes(2 * SIZE as u64));
         std::fs::write(&files.data, empty).unwrap();
         let lower = || Arc::new(MemoryVolume::new(below()));
-        let volume = UpperVolume::open_files(files.clone(), lower()).unwrap();
+        let volume = UpperVolume::open_files(files.clone(), lower(), unbounded()).unwrap();
         // Larger than the disk below: the rest is zeros.
         let mut expected = [below(), vec![0; SIZE]].concat();
         assert_eq!(volume.size(), expected.len() as u64);
@@ -318,6 +336,6 @@ mod tests {
         };
         check(&volume);
         drop(volume);
-        check(&UpperVolume::open_files(files, lower()).unwrap());
+        check(&UpperVolume::open_files(files, lower(), unbounded()).unwrap());
     }
 }

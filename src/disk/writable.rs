@@ -61,7 +61,7 @@ pub use sparse::SparseLayer;
 pub use view::view;
 
 use self::batch::{BatchFailure, MappingBatch};
-use self::extents::{Extents, RunContent};
+use self::extents::{Extents, RUN_MEMORY, RunContent};
 use self::log::Log;
 use self::place::RunWrite;
 use self::room::IndexRoom;
@@ -71,6 +71,7 @@ use formats::lsmt::mapping::{ENTRY, LBA_LIMIT, MAX_LEN, MOFFSET_LIMIT, Mapping};
 use formats::lsmt::writer::{LayerIdentity, NativeWriter};
 use formats::lsmt::{LsmtError, RECORD};
 use formats::units::{Bytes, SECTOR, Sectors};
+use source::{OverBudget, Reserved};
 
 /// The data file in a layer's folder, named as by containerd's snapshotter.
 pub const DATA_NAME: &str = "writable_data";
@@ -82,6 +83,9 @@ const MAX_RECORDS: u64 = 128_000_000;
 
 /// Most records held back: 1 MiB of index.
 const HELD_BACK: u64 = 1 << 16;
+
+/// Steps in which memory of the index is reserved: a thousand runs.
+const MEMORY_STEP: u64 = 1000 * RUN_MEMORY;
 
 /// Bytes per step of a commit's copying and of its search for zeros.
 const COPY: usize = 1 << 20;
@@ -132,6 +136,9 @@ pub enum WritableError {
         /// The data file.
         path: PathBuf,
     },
+    /// The index of the written data has no room in memory.
+    #[error(transparent)]
+    Memory(#[from] OverBudget),
     /// The log has reached its limit.
     #[error("The writable layer has {MAX_RECORDS} records, the limit of readers: commit it")]
     Full,
@@ -148,7 +155,7 @@ impl WritableError {
             Self::Io { source, .. } => {
                 matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
             }
-            Self::Full => true,
+            Self::Full | Self::Memory(_) => true,
             _ => false,
         }
     }
@@ -296,6 +303,8 @@ pub struct WritableLayer {
     room: Arc<IndexRoom>,
     header: LsmtHeader,
     extents: Extents,
+    /// What the runs of `extents` take.
+    memory: Reserved,
     /// Sector of the data file for the next payload.
     position: u64,
     /// Records in the index file.
@@ -360,12 +369,21 @@ impl WritableLayer {
     /// # Errors
     /// [`WritableError`].
     pub fn open(files: &WritableFiles) -> Result<Self, WritableError> {
+        Self::open_within(files, Reserved::unbounded())
+    }
+
+    /// As [`open`](Self::open), with the memory of the layer's index in `memory`, which grows with it. A change for which
+    /// it has no room fails with [`WritableError::Memory`].
+    ///
+    /// # Errors
+    /// [`WritableError`].
+    pub fn open_within(files: &WritableFiles, mut memory: Reserved) -> Result<Self, WritableError> {
         let (data, index) =
             (Named::open_to_write(&files.data)?, Named::open_to_write(&files.index)?);
         data.lock()?;
         let header = data.header()?;
         check_appended(&data, &header)?;
-        let log = Log::read(&index, &data)?;
+        let log = Log::read(&index, &data, &mut memory)?;
         let (data, index) = (Arc::new(data), Arc::new(index));
         let layer = Self {
             room: Arc::new(IndexRoom::new(index.clone())),
@@ -373,6 +391,7 @@ impl WritableLayer {
             index,
             header,
             extents: log.extents,
+            memory,
             position: log.position,
             records: log.records,
             leaving: 0,
@@ -383,6 +402,12 @@ impl WritableLayer {
         };
         layer.cut_tails()?;
         Ok(layer)
+    }
+
+    /// A new layer whose index grows in `memory`, as with [`open_within`](Self::open_within).
+    #[must_use]
+    pub fn within(self, memory: Reserved) -> Self {
+        Self { memory, ..self }
     }
 
     /// Cuts off unflushed bytes: the end of the log, and payload without a record.
@@ -480,6 +505,14 @@ impl WritableLayer {
         let all = self.records + self.leaving + self.pending.len() as u64 + self.promised + needs;
         if all > MAX_RECORDS {
             return Err(WritableError::Full);
+        }
+        // Each change adds two runs at most: itself, and the end of one that it parts.
+        let runs = self.extents.count() + 2 * (self.promised + needs);
+        let needed = runs * RUN_MEMORY;
+        if needed > self.memory.bytes() {
+            let what = format!("The index of {}", self.data.path.display());
+            let step = needed.next_multiple_of(MEMORY_STEP);
+            self.memory.grow_to(step, &what).or_else(|_| self.memory.grow_to(needed, &what))?;
         }
         self.promised += needs;
         let (data, room) = (self.data.clone(), self.room.clone());

@@ -77,7 +77,7 @@ pub use geometry::Geometry;
 pub use image::{FilePart, Image};
 pub use layer::{LayerBlocks, LayerRun};
 pub use mountable::{ImageKind, MountableError, check_mountable};
-pub use read::{ReadError, read};
+pub use read::{ReadError, read, read_within};
 pub use superblock::FilesystemIdentity;
 pub use tree::{LINKS_MAX, NAME_MAX, NodeId, SYMLINK_MAX, Tree, TreeError};
 pub use xattr::XattrError;

@@ -95,7 +95,7 @@ fn own_code(error: &(dyn Error + 'static)) -> Option<Code> {
     if let Some(error) = error.downcast_ref::<WritableError>() {
         return match error {
             WritableError::Busy { .. } => Some(Code::Busy),
-            WritableError::Full => Some(Code::Exhausted),
+            WritableError::Full | WritableError::Memory(_) => Some(Code::Exhausted),
             WritableError::Invalid { .. } | WritableError::Range { .. } => Some(Code::Invalid),
             WritableError::Broken { .. } => Some(Code::Damaged),
             WritableError::Io { .. } => None,

@@ -175,12 +175,15 @@ fn writable(
     spec: &DeviceSpec,
     disk: &Arc<Disk>,
     upper: Option<WritableFiles>,
+    budget: &MemoryBudget,
 ) -> Result<ServedVolume, OpenError> {
     Ok(match (&spec.upper, upper, &spec.image.source) {
         (Some(_), Some(_), _) => return Err(OpenError::TwoUppers),
-        (Some(dir), None, _) => (Arc::new(UpperVolume::open(dir, disk.clone())?), None),
+        (Some(dir), None, _) => {
+            (Arc::new(UpperVolume::open(dir, disk.clone(), budget.clone())?), None)
+        }
         (None, Some(files), ImageSource::DeviceConfig(config)) => {
-            let volume = UpperVolume::open_files(files, disk.clone())?;
+            let volume = UpperVolume::open_files(files, disk.clone(), budget.clone())?;
             let live = Arc::new(LiveVolume::new(volume));
             let snapshots = ConfigSnapshots { volume: live.clone(), config: config.clone() };
             (live, Some(Arc::new(snapshots)))
@@ -224,7 +227,7 @@ impl ImageOpener for HostImages {
             tracing::info!("{image}: by its trace {replayed}");
         }
         let disk = Arc::new(opened.disk);
-        let (volume, snapshots) = writable(spec, &disk, opened.upper)?;
+        let (volume, snapshots) = writable(spec, &disk, opened.upper, &self.budget)?;
         let blobs = disk.blobs().into_iter().flatten().collect();
         let download = match opened.download {
             None => self.config.download.clone(),

@@ -55,7 +55,7 @@ fn write(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
 fn upper(dir: &Path, lower: &[u8]) -> Arc<UpperVolume> {
     let lower = MemoryVolume::new(lower.to_vec());
     let lower = FaultyVolume::new(lower, Duration::from_millis(1), None);
-    Arc::new(UpperVolume::open(dir, Arc::new(lower)).unwrap())
+    Arc::new(UpperVolume::open(dir, Arc::new(lower), source::MemoryBudget::default()).unwrap())
 }
 
 fn whole(volume: &dyn Volume) -> Vec<u8> {

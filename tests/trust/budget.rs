@@ -1,17 +1,26 @@
 //! Memory that an image claims: reserved before it is taken, and refused with the figures.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use blobs::cache::{Cache, CacheOptions};
 use blobs::fetch::FetchOptions;
 use blobs::tier::Tiers;
 use disk::image::{host_manifest, open_image};
+use formats::oci::Digest;
 use registry::store::{LayoutStore, Selector};
+use serde_json::json;
 use source::MemoryBudget;
 use source::failure::with_causes;
 
-use crate::image::{Images, OCI_GZIP, end, gunzip, gzip, members_of, tar_of, upper};
+use crate::image::{
+    Images, OCI_CONFIG, OCI_GZIP, OCI_MANIFEST, OCI_TAR, end, gunzip, gzip, members_of, tar_of,
+    upper,
+};
 use crate::machine;
 use crate::run_dir::RunDir;
 
@@ -188,4 +197,154 @@ fn a_plain_image_of_very_many_files_ends_its_own_conversion_and_not_the_daemon()
         .find(|(name, _)| name == "page")
         .expect("a file of the upper layer");
     assert!(fs::read(mnt.join(name)).unwrap() == data);
+}
+
+/// A registry with one plain image, `app:latest`, whose bare tar is made while it is sent.
+struct Endless {
+    host: String,
+    /// Bytes of the layer that were sent.
+    sent: Arc<AtomicU64>,
+}
+
+impl Endless {
+    /// `next` gives the pieces of the tar until it has no more; the layer claims `size` bytes.
+    fn start(
+        size: u64,
+        make: impl Fn() -> Box<dyn Iterator<Item = Vec<u8>>> + Send + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        let sent = Arc::new(AtomicU64::new(0));
+        // It is never read to its end, so its digest is not known either.
+        let layer = Digest::of(b"endless").to_string();
+        let config = json!({
+            "architecture": crate::image::host_architecture(), "os": "linux", "config": {},
+            "rootfs": {"type": "layers", "diff_ids": [layer]},
+        })
+        .to_string();
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": OCI_MANIFEST,
+            "config": {
+                "mediaType": OCI_CONFIG, "digest": Digest::of(config.as_bytes()).to_string(), "size": config.len()
+            },
+            "layers": [{"mediaType": OCI_TAR, "digest": layer, "size": size}],
+        })
+        .to_string();
+        let counter = sent.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let mut asked = BufReader::new(stream.try_clone().unwrap());
+                let mut line = String::new();
+                while asked.read_line(&mut line).is_ok_and(|len| len > 0) {
+                    let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
+                    while line.trim() != "" {
+                        line.clear();
+                        if !asked.read_line(&mut line).is_ok_and(|len| len > 0) {
+                            break;
+                        }
+                    }
+                    line.clear();
+                    let (status, kind, body) = if path.contains("/manifests/latest") {
+                        ("200 OK", OCI_MANIFEST, manifest.as_str())
+                    } else if path.ends_with(&Digest::of(config.as_bytes()).to_string()) {
+                        ("200 OK", "application/octet-stream", config.as_str())
+                    } else if path.ends_with(&layer) {
+                        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n");
+                        for piece in std::iter::once(head.into_bytes()).chain(make()) {
+                            if stream.write_all(&piece).is_err() {
+                                break;
+                            }
+                            counter.fetch_add(piece.len() as u64, Ordering::Relaxed);
+                        }
+                        break;
+                    } else {
+                        ("404 Not Found", "application/json", "{}")
+                    };
+                    let head = format!(
+                        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
+                        body.len()
+                    );
+                    if stream.write_all(&[head.as_bytes(), body.as_bytes()].concat()).is_err() {
+                        break;
+                    }
+                }
+            }
+        });
+        Self { host, sent }
+    }
+
+    /// Attaches it to a daemon; what the refusal says, and the bytes of the layer that were read until then.
+    fn refused(&self, dir: &RunDir, service: &Path) -> (String, u64) {
+        let name = format!("{}/app:latest", self.host);
+        let ended = end(dir.turbobd(&["attach", &name]).env("TURBOBD_SERVICE_CONFIG", service));
+        assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+        (ended.stderr, self.sent.load(Ordering::Relaxed))
+    }
+}
+
+/// With `TURBOBD_CASES`, within the memory of the defaults; else within a small one, which ends sooner.
+#[test]
+fn a_layer_of_ten_million_files_is_refused_with_the_figure_and_its_rest_is_not_read() {
+    machine::need_root();
+    let _turn = crate::block::alone();
+    const FILES: u64 = 10_000_000;
+    let endless = Endless::start(FILES * 512 + 1024, || {
+        let one = tar_of(&[("a/00000000", b"")]);
+        let header = move |number: u64| {
+            let mut header = tar::Header::from_byte_slice(&one[..512]).clone();
+            header.set_path(format!("a/{number:08}")).unwrap();
+            header.set_cksum();
+            header.as_bytes().to_vec()
+        };
+        let groups = (0..FILES).step_by(1000);
+        Box::new(groups.map(move |first| (first..first + 1000).flat_map(&header).collect()))
+    });
+    let dir = RunDir::new();
+    let service = match std::env::var_os("TURBOBD_CASES") {
+        Some(_) => dir.at("default.json"),
+        None => small_budget(&dir),
+    };
+    if !service.exists() {
+        fs::write(&service, json!({"turbobd": {"metaDir": dir.at("meta")}}).to_string()).unwrap();
+    }
+    let begun = std::time::Instant::now();
+    let (said, sent) = endless.refused(&dir, &service);
+    println!("refused after {} files in {:.1?}: {said}", sent / 512, begun.elapsed());
+    assert!(said.contains("bytes of memory, which one conversion may take"), "{said}");
+    assert!(sent < FILES * 512, "all of it was read");
+}
+
+#[test]
+fn a_file_of_petabytes_is_refused_with_the_figure_at_its_header() {
+    machine::need_root();
+    let _turn = crate::block::alone();
+    const SIZE: u64 = 3 << 50;
+    let headers: [fn(&mut tar::Header); 2] = [
+        |header| header.set_entry_type(tar::EntryType::Regular),
+        |header| {
+            // GNU's sparse form: no byte of data, and the real size.
+            header.set_entry_type(tar::EntryType::GNUSparse);
+            let gnu = header.as_gnu_mut().unwrap();
+            gnu.realsize[0] = 0x80;
+            gnu.realsize[4..].copy_from_slice(&SIZE.to_be_bytes());
+        },
+    ];
+    for (form, change) in headers.into_iter().enumerate() {
+        let endless = Endless::start(SIZE + 4096, move || {
+            let mut header = tar::Header::new_gnu();
+            header.set_path("petabytes").unwrap();
+            header.set_mode(0o644);
+            header.set_size(if form == 0 { SIZE } else { 0 });
+            change(&mut header);
+            header.set_cksum();
+            let first = header.as_bytes().to_vec();
+            Box::new(std::iter::once(first).chain(std::iter::repeat_with(|| vec![0; 64 << 10])))
+        });
+        let dir = RunDir::new();
+        let (said, sent) = endless.refused(&dir, &small_budget(&dir));
+        println!("form {form}: refused after {sent} bytes: {said}");
+        assert!(said.contains("a file of ext4 has"), "{said}");
+        assert!(sent < 64 << 20, "{sent} bytes were sent");
+    }
 }

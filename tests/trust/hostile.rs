@@ -146,8 +146,10 @@ impl Specimen {
             let Some(layer) = manifest["layers"].get_mut(number) else { break };
             layer["digest"] = digest.to_string().into();
             layer["size"] = bytes.len().into();
-            layer["annotations"][format!("{NOTE}/blob-digest")] = digest.to_string().into();
-            layer["annotations"][format!("{NOTE}/blob-size")] = bytes.len().to_string().into();
+            if let Some(notes) = layer["annotations"].as_object_mut() {
+                notes.insert(format!("{NOTE}/blob-digest"), digest.to_string().into());
+                notes.insert(format!("{NOTE}/blob-size"), bytes.len().to_string().into());
+            }
             blobs.insert(digest, bytes.into());
         }
         let text = manifest.to_string();

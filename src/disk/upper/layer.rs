@@ -5,6 +5,7 @@ use crate::writable::{WrittenRun, sparse};
 use formats::lsmt::Uuid;
 use formats::lsmt::writer::LayerIdentity;
 use formats::units::{Bytes, Sectors};
+use source::MemoryBudget;
 
 /// A writable layer of either kind; see the module.
 pub(super) enum UpperLayer {
@@ -15,18 +16,28 @@ pub(super) enum UpperLayer {
 }
 
 impl UpperLayer {
-    /// Opens the layer in `files`; `below` is the size of the disk in bytes if the layer has none.
-    pub(super) fn open(files: &WritableFiles, below: Bytes) -> Result<Self, WritableError> {
+    /// Opens the layer in `files`; `below` is the size of the disk in bytes if the layer has none. Its index takes memory of
+    /// `budget`.
+    pub(super) fn open(
+        files: &WritableFiles,
+        below: Bytes,
+        budget: &MemoryBudget,
+    ) -> Result<Self, WritableError> {
         if sparse::is_sparse_file(&files.data)? {
             return SparseLayer::open(&files.data, below).map(Self::Sparse);
         }
-        Self::appended(WritableLayer::open(files)?, files)
+        Self::appended(WritableLayer::open_within(files, budget.part())?, files)
     }
 
     /// Makes a new layer of the append-only kind.
-    pub(super) fn create(files: &WritableFiles, size: Bytes) -> Result<Self, WritableError> {
+    pub(super) fn create(
+        files: &WritableFiles,
+        size: Bytes,
+        budget: &MemoryBudget,
+    ) -> Result<Self, WritableError> {
         let identity = LayerIdentity { uuid: random_uuid(), ..LayerIdentity::default() };
-        Self::appended(WritableLayer::create(files, size, identity)?, files)
+        let layer = WritableLayer::create(files, size, identity)?.within(budget.part());
+        Self::appended(layer, files)
     }
 
     fn appended(layer: WritableLayer, files: &WritableFiles) -> Result<Self, WritableError> {

@@ -74,7 +74,7 @@ impl LiveVolume {
         if is_same(&files.data, &old.files.data) || is_same(&files.index, &old.files.index) {
             return Err(refuse("it is the layer in use"));
         }
-        let next = UpperVolume::open_files(files.clone(), old.clone())?;
+        let next = UpperVolume::open_files(files.clone(), old.clone(), old.budget.clone())?;
         if !next.layer.is_empty() {
             return Err(refuse("it was written to already"));
         }

@@ -27,7 +27,15 @@ pub(super) struct Extents {
     runs: BTreeMap<u64, (u64, RunContent)>,
 }
 
+/// Memory of a run, in bytes: 32 of key and value, in nodes that are at least half full.
+pub(super) const RUN_MEMORY: u64 = 64;
+
 impl Extents {
+    /// Number of runs.
+    pub(super) fn count(&self) -> u64 {
+        self.runs.len() as u64
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }

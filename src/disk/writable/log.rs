@@ -3,11 +3,13 @@
 
 use std::os::unix::fs::FileExt;
 
+use super::extents::RUN_MEMORY;
 use super::{COPY, Extents, MAX_RECORDS, Named, RunContent, WritableError};
 use formats::lsmt::layer::{FLAG_DATA, FLAG_HEADER};
 use formats::lsmt::mapping::{ENTRY, Mapping};
 use formats::lsmt::{FIRST_SECTOR, RECORD};
 use formats::units::SECTOR;
+use source::Reserved;
 
 /// Result of reading a log.
 pub(super) struct Log {
@@ -23,11 +25,15 @@ pub(super) struct Log {
 
 impl Log {
     /// Reads the log up to the first invalid record: a partial one, one of zeros, or one that points past the
-    /// data. Changes nothing.
+    /// data. Changes nothing. `memory` grows with the runs.
     ///
     /// # Errors
     /// [`WritableError`], also for a header that is not that of a log.
-    pub(super) fn read(index: &Named, data: &Named) -> Result<Self, WritableError> {
+    pub(super) fn read(
+        index: &Named,
+        data: &Named,
+        memory: &mut Reserved,
+    ) -> Result<Self, WritableError> {
         let header = index.header()?;
         if header.flags & (FLAG_HEADER | FLAG_DATA) != FLAG_HEADER || header.index_offset != RECORD
         {
@@ -46,6 +52,9 @@ impl Log {
         let mut step = vec![0; COPY];
         'log: while log.records < total {
             let bytes = ((total - log.records) * ENTRY).min(COPY as u64) as usize;
+            // A record adds two runs at most: itself, and the end of one that it parts.
+            let most = log.extents.count() + 2 * bytes as u64 / ENTRY;
+            memory.grow_to(most * RUN_MEMORY, &index.path.display().to_string())?;
             let at = RECORD + log.records * ENTRY;
             index.file.read_exact_at(&mut step[..bytes], at).map_err(index.error("read"))?;
             for entry in step[..bytes].as_chunks::<{ ENTRY as usize }>().0 {
@@ -62,6 +71,7 @@ impl Log {
                 log.records += 1;
             }
         }
+        memory.shrink_to(log.extents.count() * RUN_MEMORY);
         log.torn = index_len - (RECORD + log.records * ENTRY);
         Ok(log)
     }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use formats::lsmt::{LsmtLayer, RunPlace, Stack, TagMeaning};
-use source::{ByteSource as _, MemorySource};
+use source::{ByteSource as _, MemoryBudget, MemorySource};
 
 const SIZE: u64 = 1 << 20;
 
@@ -436,4 +436,34 @@ fn a_write_that_fails_leaves_its_place_to_the_next() {
     let next = first.take_place(DiskRange::new(8192, 512)).unwrap();
     assert_eq!(next.content, other.content, "the last place is free again");
     assert_eq!((next.index_end, first.promised), (RECORD + ENTRY, 1));
+}
+
+#[test]
+fn the_index_of_written_data_stays_within_its_budget_and_a_write_beyond_it_finds_a_full_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let budget = MemoryBudget::new(60_000);
+    let mut first = layer(dir.path()).within(budget.part());
+    // Every second sector, so that no two writes are one run.
+    let mut written = 0;
+    let error = loop {
+        match first.write(written * 1024 % SIZE, &[written as u8 | 1; 512]) {
+            Ok(()) => written += 1,
+            Err(error) => break error,
+        }
+        assert!(budget.used() <= 60_000);
+    };
+    assert!(error.is_full(), "{error}");
+    assert!(error.to_string().contains("turbobd.memoryBudgetMB"), "{error}");
+    assert!((800..1000).contains(&written), "{written} runs in 60,000 bytes");
+    // What is there stays, can be read and made durable.
+    first.flush().unwrap();
+    let disk = read_all(&first);
+    assert!((0..written).all(|nth| disk[(nth * 1024) as usize] == nth as u8 | 1));
+    drop(first);
+    assert_eq!(budget.used(), 0);
+    let little = MemoryBudget::new(10_000);
+    let refused = WritableLayer::open_within(&files(dir.path()), little.part()).err().unwrap();
+    assert!(matches!(refused, WritableError::Memory(_)), "{refused}");
+    let again = WritableLayer::open_within(&files(dir.path()), MemoryBudget::new(200_000).part());
+    assert_eq!(read_all(&again.unwrap()), disk);
 }

@@ -11,6 +11,7 @@ use formats::lsmt::LsmtLayer;
 use formats::lsmt::layer::{FLAG_DATA, FLAG_SEALED, LsmtHeader, Uuid};
 use formats::lsmt::mapping::Mapping;
 use formats::units::SECTOR;
+use source::Reserved;
 
 /// The layer in `files`; its payload lies in the data file.
 ///
@@ -27,7 +28,8 @@ pub fn view(files: &WritableFiles) -> Result<LsmtLayer, WritableError> {
         (sparse::written(&data, end)?, end)
     } else {
         super::check_appended(&data, &header)?;
-        let log = Log::read(&Named::open_to_read(&files.index)?, &data)?;
+        let memory = &mut Reserved::unbounded();
+        let log = Log::read(&Named::open_to_read(&files.index)?, &data, memory)?;
         (log.extents, log.position)
     };
     let mappings = mappings(&extents, end);

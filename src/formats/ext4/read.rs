@@ -18,7 +18,8 @@
 //!
 //! The checks make sure that a new layer cannot damage a lower file. Every block belongs to one owner and is
 //! marked in use, or reading fails: a block that two files share could not be freed, and an unmarked block in
-//! use would be given out. This also bounds the work for any input.
+//! use would be given out. This also bounds the work for any input, but not the memory: a layer can show one block of names
+//! at any number of places of the disk. So memory is reserved for what is kept, as it is read ([`read_within`]).
 //!
 //! New files get blocks that are free *and* were never written by a lower layer, because only those read as
 //! zeros where a layer has no mapping ([`super::allocation`]).
@@ -41,7 +42,7 @@ use super::image::Image;
 use super::tree::Tree;
 use crate::units::{Bytes, Sectors};
 use groups::Groups;
-use source::{ByteSource, SourceError};
+use source::{ByteSource, OverBudget, Reserved, SourceError};
 use superblock::Superblock;
 use walk::Walk;
 
@@ -51,6 +52,9 @@ pub enum ReadError {
     /// The disk could not be read.
     #[error("Cannot read the filesystem of the lower layers")]
     Source(#[from] SourceError),
+    /// There is no memory for what it contains.
+    #[error(transparent)]
+    Memory(#[from] OverBudget),
     /// There is no ext4 filesystem.
     #[error("The lower layers hold no ext4 filesystem: no magic number 0xef53 at byte 1080")]
     NotExt4,
@@ -84,12 +88,33 @@ pub fn read(
     disk: &dyn ByteSource,
     written: impl IntoIterator<Item = (Sectors, Sectors)>,
 ) -> Result<(Tree, Image), ReadError> {
+    let (tree, image, _) = read_within(disk, written, Reserved::unbounded())?;
+    Ok((tree, image))
+}
+
+/// As [`read`], with `memory` grown by what the tree and the image keep, and returned beside them.
+///
+/// # Errors
+/// [`ReadError`]; [`ReadError::Memory`] when it has no room.
+pub fn read_within(
+    disk: &dyn ByteSource,
+    written: impl IntoIterator<Item = (Sectors, Sectors)>,
+    memory: Reserved,
+) -> Result<(Tree, Image, Reserved), ReadError> {
     let source = Source(disk);
     let superblock = Superblock::read(source)?;
-    let mut groups = Groups::read(source, &superblock)?;
+    let mut groups = Groups::read(source, &superblock, memory)?;
     let walk = Walk::whole(source, &superblock, &mut groups)?;
     let Groups {
-        mut layout, descriptors, mut blocks, mut inodes, accounts, table, emitted, ..
+        mut layout,
+        descriptors,
+        mut blocks,
+        mut inodes,
+        accounts,
+        table,
+        emitted,
+        memory,
+        ..
     } = groups;
     let data = match own_layout(&layout) {
         Some(own) => {
@@ -120,7 +145,7 @@ pub fn read(
         seen: tree.clock(),
         layout,
     };
-    Ok((tree, image))
+    Ok((tree, image, memory))
 }
 
 /// The layout, if it is one of this program: its two regions are then known.

@@ -122,7 +122,9 @@ fn annotations(specimen: &mut Specimen, dice: &mut Dice) {
     match dice.below(6) {
         0 => layer["mediaType"] = value,
         1 => layer["annotations"] = value,
-        2 => layer["annotations"][format!("{NOTE}/turbo-oci/target-digest")] = value,
+        2 if !keys.is_empty() => {
+            layer["annotations"][format!("{NOTE}/turbo-oci/target-digest")] = value;
+        }
         _ if keys.is_empty() => layer["size"] = value,
         _ => layer["annotations"][keys[dice.below(keys.len())].as_str()] = value,
     }

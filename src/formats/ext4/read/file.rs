@@ -131,6 +131,9 @@ pub(super) fn read(
     Ok(File { kind, attributes: found, record, content, indexed })
 }
 
+/// Longest directory, in bytes: half of what the kernel takes, and ten million names.
+const LONGEST_DIRECTORY: u64 = 1 << 30;
+
 /// Number of blocks with content.
 fn allocated(blocks: &FileBlocks) -> u64 {
     blocks.extents.iter().map(|extent| u64::from(extent.count)).sum()
@@ -139,10 +142,16 @@ fn allocated(blocks: &FileBlocks) -> u64 {
 /// The blocks of a directory of that size; none may be missing.
 fn directory_blocks(blocks: &FileBlocks, size: u64) -> Result<Vec<u64>, String> {
     let needed = size / BLOCK as u64;
+    if size > LONGEST_DIRECTORY {
+        return Err(format!("is a directory of {size} B"));
+    }
     let mut content = Vec::new();
     for extent in &blocks.extents {
         if u64::from(extent.logical) != content.len() as u64 {
             return Err("is a directory with a hole".into());
+        }
+        if content.len() as u64 > needed {
+            break; // blocks behind its end
         }
         content.extend(extent.physical..extent.physical + u64::from(extent.count));
     }

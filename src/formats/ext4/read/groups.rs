@@ -8,6 +8,7 @@ use crate::ext4::geometry::{BLOCK, FilesystemLayout, GroupPlaces};
 use crate::ext4::group::{BLOCK_UNINIT, INODE_UNINIT};
 use crate::ext4::layer::Emitted;
 use crate::ext4::table::InodeTable;
+use source::Reserved;
 
 /// The counts of the filesystem, and the owner of each block.
 pub(super) struct Groups {
@@ -21,10 +22,19 @@ pub(super) struct Groups {
     pub(super) emitted: Emitted,
     /// Blocks owned by the files read so far.
     claimed: Bitmaps,
+    /// What is kept of the filesystem.
+    pub(super) memory: Reserved,
 }
 
+/// Memory of a group, in bytes: three bitmaps of a block, its descriptor and account, and the checksums of its blocks.
+const GROUP_MEMORY: u64 = 4 * BLOCK as u64;
+
 impl Groups {
-    pub(super) fn read(source: Source<'_>, superblock: &Superblock) -> Result<Self, ReadError> {
+    pub(super) fn read(
+        source: Source<'_>,
+        superblock: &Superblock,
+        memory: Reserved,
+    ) -> Result<Self, ReadError> {
         let (layout, descriptors) = places(source, superblock)?;
         let count = layout.group_count();
         let inodes = Bitmaps::new(layout.group_inodes, u64::from(layout.inodes()), count);
@@ -37,6 +47,7 @@ impl Groups {
             inodes,
             descriptors,
             layout,
+            memory,
         };
         groups.emitted.know(0, &source.block(0)?[..]);
         for (&place, bytes) in
@@ -49,6 +60,11 @@ impl Groups {
             groups.load_group(source, superblock, group)?;
         }
         Ok(groups)
+    }
+
+    /// Reserves memory for what was read.
+    pub(super) fn keep(&mut self, bytes: u64) -> Result<(), ReadError> {
+        Ok(self.memory.add(bytes, "The filesystem of the image")?)
     }
 
     fn descriptor(&self, group: u32) -> &[u8] {
@@ -112,6 +128,7 @@ impl Groups {
         superblock: &Superblock,
         group: u32,
     ) -> Result<(), ReadError> {
+        self.keep(GROUP_MEMORY)?;
         let places = self.layout.groups[group as usize];
         let record = self.descriptor(group);
         let wide = record.len() >= 64;

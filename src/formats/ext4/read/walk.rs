@@ -15,6 +15,19 @@ use crate::ext4::xattr::SharedBlocks;
 type ChildNames = Vec<(Box<[u8]>, u32)>;
 type Finished = (Tree, Vec<Option<FileRecord>>, Option<FileRecord>, SharedBlocks);
 
+/// Memory of a file, in bytes: it stands in the list of files, in the tree, and in the records of the image.
+const FILE_MEMORY: u64 = 768;
+
+/// Memory of a name: in the list of names, and in the tree.
+const NAME_MEMORY: u64 = 128;
+
+fn memory_of(file: &File) -> u64 {
+    let xattrs = file.attributes.xattrs.iter();
+    let xattrs = xattrs.map(|(name, value)| (name.len() + value.len() + 128) as u64).sum::<u64>();
+    // Attributes are in the tree and in the record.
+    FILE_MEMORY + file.content.len() as u64 * 8 + 2 * xattrs
+}
+
 /// Result of the walk.
 pub(super) struct Walk {
     /// Files by inode number: those of this program are returned in the order of their creation.
@@ -57,6 +70,7 @@ impl Walk {
                 }
                 if known.is_none() {
                     let file = file::read(source, groups, &mut xattrs, child)?;
+                    groups.keep(memory_of(&file))?;
                     if file.kind == NodeKind::Directory {
                         open.push(child);
                     }
@@ -141,7 +155,10 @@ fn read_names(
     for &place in content {
         let block = source.block(place)?;
         groups.emitted.know(place, &block[..]);
+        let before = names.len();
         directory::entries(dir, &block[..], &mut names)?;
+        let kept_too = if keep { BLOCK as u64 } else { 0 };
+        groups.keep((names.len() - before) as u64 * NAME_MEMORY + kept_too)?;
         if keep {
             kept.push(block);
         }

@@ -11,9 +11,9 @@ use proptest::prelude::*;
 use super::disk::{TestDisk, tar_bytes, written};
 use super::fixture::{MIB, TarOffsets, attributes, with_xattrs};
 use super::random::{RandomStep, apply, step};
-use crate::ext4::{LayerBlocks, LayerRun, NodeId, NodeKind, Tree, read};
+use crate::ext4::{LayerBlocks, LayerRun, NodeId, NodeKind, ReadError, Tree, read, read_within};
 use crate::units::Sectors;
-use source::{ByteSource, SourceError};
+use source::{ByteSource, MemoryBudget, SourceError};
 
 /// Checks that two trees are equal except for the positions of data.
 pub(super) fn assert_same(ours: &Tree, theirs: &Tree) {
@@ -241,6 +241,20 @@ fn undamaged_disks_are_continued() {
         disk.put(&image.commit_layer(&tree).unwrap());
         let (again, _) = read(&disk, disk.written()).unwrap();
         assert_same(&tree, &again);
+    }
+}
+
+#[test]
+fn what_is_kept_of_a_filesystem_is_reserved_and_refused_without_room() {
+    for disk in DISKS.iter() {
+        let budget = MemoryBudget::new(256 << 20);
+        let (_, _, memory) = read_within(disk, disk.written(), budget.part()).unwrap();
+        let needed = memory.bytes();
+        assert!(needed > 0 && budget.used() == needed);
+        let little = MemoryBudget::new(needed - 1);
+        let refused = read_within(disk, disk.written(), little.part()).err();
+        assert!(matches!(refused, Some(ReadError::Memory(_))), "{refused:?}");
+        assert_eq!(little.used(), 0);
     }
 }
 
