@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use formats::oci::Digest;
 use registry::{
-    ClientOptions, Credential, Proxies, RegistryClient, RegistryError, Repository, RetryPolicy,
+    ClientCertificate, ClientOptions, Credential, Proxies, RegistryClient, RegistryError,
+    Repository, RetryPolicy,
 };
 use serde_json::{Value, json};
 use source::ByteSource as _;
@@ -463,6 +464,30 @@ fn the_urls_of_a_layer_lead_a_registry_elsewhere_neither_to_this_host_nor_to_a_m
     let error = ask(&there).unwrap_err();
     assert!(error.contains("is this host itself"), "{error}");
     assert_eq!(inside.log().len(), 0);
+}
+
+#[test]
+fn the_certificate_of_the_host_is_for_registries_and_not_for_the_urls_of_a_layer() {
+    let Some(authority) = Authority::make() else { return };
+    let (registry, other) = (Double::start(), Double::start());
+    let bytes = noise(6, 1000);
+    let digest = other.add_blob("store", &bytes);
+    let fronts = [(&registry, true), (&other, false), (&other, true)];
+    let [home, open, asking] =
+        fronts.map(|(double, asks)| TlsFront::start(&authority, &double.host(), asks));
+    let (certificate, key) = authority.client();
+    let certificate = Some(ClientCertificate { certificate, key });
+    let authorities = vec![authority.certificate()];
+    let client =
+        RegistryClient::new(ClientOptions { certificate, authorities, ..options() }).unwrap();
+    let repository = client.repository(&home.host(), REPOSITORY).unwrap();
+    let ask = |front: &TlsFront| {
+        let url = format!("https://{}/v2/store/blobs/{digest}", front.host());
+        read_covered(&repository, (&digest, &bytes), &[url])
+    };
+    assert_eq!(ask(&open).unwrap(), bytes[..bytes.len() - 1]);
+    assert!(registry.count("GET") > 0, "the registry was shown the certificate");
+    assert!(ask(&asking).is_err(), "the other host was shown it");
 }
 
 #[test]
