@@ -166,7 +166,7 @@ fn as_many_layers_as_upstream_stacks_and_no_more() {
     let device = Device::new();
     let one = |number: u64| {
         let entries = [entry(number * 2, 1, 8, false, 0)];
-        layer(Way::Committed, &[number as u8 + 1; 512], &entries, MIB, NOBODY)
+        layer(Way::Committed, &[(number as u8).wrapping_add(1); 512], &entries, MIB, NOBODY)
     };
     let mut layers: Vec<_> = (0..255).map(one).collect();
     let mut disk = vec![0; MIB as usize];

@@ -97,6 +97,21 @@ fn bare(stream: &[u8]) -> Vec<u8> {
     packed(stream, &ZFileOptions { algo: 1, block_size: 4096, verify: false })
 }
 
+/// The content of a ZFile; `None` if an earlier change broke it. The checker takes memory as the file says.
+fn unpacked(file: &[u8]) -> Option<Vec<u8>> {
+    let trailer = file.len().checked_sub(512)?;
+    let is_small = |record: usize| {
+        file.len() >= record + 80
+            && le64(file, record + 56) < 1 << 26
+            && le32(file, record + 72) < 1 << 20
+    };
+    if !is_small(0) || !is_small(trailer) {
+        return None;
+    }
+    let checked = catch_unwind(|| zfile::check(file, false, &mut Report::default()));
+    checked.ok().flatten().map(|(stream, _)| stream)
+}
+
 fn some_layer(specimen: &Specimen, dice: &mut Dice) -> usize {
     dice.below(specimen.archives.len())
 }
@@ -227,8 +242,7 @@ fn in_stream(
 ) {
     let layer = some_layer(specimen, dice);
     let Some(file) = specimen.member(layer, FS_META) else { return };
-    let unpacked = catch_unwind(|| zfile::check(file, false, &mut Report::default()));
-    let Ok(Some((mut stream, _))) = unpacked else { return }; // an earlier change broke it
+    let Some(mut stream) = unpacked(file) else { return };
     change(&mut stream, dice);
     *file = bare(&stream);
 }
@@ -279,9 +293,7 @@ fn ext4_metadata(specimen: &mut Specimen, dice: &mut Dice) {
 fn raw_zfile(specimen: &mut Specimen, dice: &mut Dice) {
     let layer = some_layer(specimen, dice);
     let Some(file) = specimen.member(layer, FS_META) else { return };
-    if let Ok(Some((stream, _))) =
-        catch_unwind(|| zfile::check(file, false, &mut Report::default()))
-    {
+    if let Some(stream) = unpacked(file) {
         *file = bare(&stream);
     }
     let Some(trailer) = file.len().checked_sub(512) else { return };
