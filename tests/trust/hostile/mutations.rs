@@ -1,6 +1,7 @@
 //! Meta images that lie in each kind of field, with digests and checksums that fit.
 
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use disk::volume::VolumeSource;
@@ -8,7 +9,6 @@ use flate2::{Compression, read};
 use formats::ext4::{self, ImageKind, check_mountable};
 use serde_json::{Value, json};
 use source::failure::with_causes;
-use std::io::Read as _;
 
 use super::{
     BUDGET, Dice, NOTE, Specimen, Watch, cache, cases, opened, peak, quick_gzip, read_some,
