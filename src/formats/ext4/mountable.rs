@@ -537,6 +537,7 @@ mod tests {
 
     #[test]
     fn an_erofs_is_the_one_that_upstream_makes() {
+        type Change = fn(&mut [u8]);
         let erofs = || {
             let mut disk = vec![0; 16384];
             put32(&mut disk[1024..], 0, 0xe0f5_e1e2);
@@ -548,7 +549,6 @@ mod tests {
             disk
         };
         assert_eq!(check(&erofs()), Ok(()));
-        type Change = fn(&mut [u8]);
         let cases: [(Change, &str); 7] = [
             (|record| record[12] = 16, "2^16"),
             (|record| put32(record, 80, 1), "features"),

@@ -90,7 +90,7 @@ impl ByteSource for Guarded {
 }
 
 /// A cache with a tier, a blob of it, and what is requested.
-struct Host {
+struct FilledHost {
     source: Arc<Guarded>,
     cache: Arc<Cache>,
     blob: Arc<Blob>,
@@ -98,7 +98,7 @@ struct Host {
     _dir: tempfile::TempDir,
 }
 
-impl Host {
+impl FilledHost {
     fn new(chunks: u64, holds: Holds) -> Self {
         Self::of(chunks, holds, |source| Arc::new(PlainChunks::new(id(), source)))
     }
@@ -201,7 +201,7 @@ fn what_cannot_be_had_is_tried_in_as_many_rounds_as_the_options_say() {
 
 /// Reads for `most`, or longer until no pause between two reads was as long as what counts as quiet. False if there was a
 /// pause: then nothing can be concluded.
-fn read_on(host: &Host, most: Duration, mut chunk: impl FnMut() -> u32) -> bool {
+fn read_on(host: &FilledHost, most: Duration, mut chunk: impl FnMut() -> u32) -> bool {
     let (begun, mut last) = (Instant::now(), Instant::now());
     while begun.elapsed() < most {
         assert!(host.ask(chunk()).recv_timeout(LONG).unwrap());
@@ -218,7 +218,7 @@ fn read_on(host: &Host, most: Duration, mut chunk: impl FnMut() -> u32) -> bool 
 fn nothing_is_filled_while_reads_come_and_all_is_there_soon_after() {
     // On a machine that stops for half a second, the reads do not come; then once more.
     for _ in 0..20 {
-        let host = Host::new(600, Holds::Nowhere);
+        let host = FilledHost::new(600, Holds::Nowhere);
         let filling = host.fill();
         // Of other chunks each time, and of one that is in memory.
         let mut next = 0;
@@ -243,7 +243,7 @@ fn nothing_is_filled_while_reads_come_and_all_is_there_soon_after() {
 
 #[test]
 fn a_read_takes_over_a_chunk_that_the_fill_has_begun_to_fetch() {
-    let host = Host::new(40, Holds::BeforeTheAnswer);
+    let host = FilledHost::new(40, Holds::BeforeTheAnswer);
     let filling = host.fill();
     let chunk = host.next_of_fill();
     // The request of the fill has no answer, and gets none before the read has one.
@@ -260,7 +260,7 @@ fn a_read_takes_over_a_chunk_that_the_fill_has_begun_to_fetch() {
 
 #[test]
 fn a_read_waits_for_a_request_of_the_fill_whose_answer_has_begun() {
-    let host = Host::new(40, Holds::WithinTheAnswer);
+    let host = FilledHost::new(40, Holds::WithinTheAnswer);
     let filling = host.fill();
     let chunk = host.next_of_fill();
     let answer = host.ask(chunk);
@@ -273,7 +273,7 @@ fn a_read_waits_for_a_request_of_the_fill_whose_answer_has_begun() {
 #[test]
 fn chunks_that_arrive_for_the_fill_wait_for_quiet_but_not_their_readers() {
     for _ in 0..20 {
-        let host = Host::new(40, Holds::WithinTheAnswer);
+        let host = FilledHost::new(40, Holds::WithinTheAnswer);
         let filling = host.fill();
         let chunk = host.next_of_fill();
         // Demand comes, and the chunk of the fill arrives.
@@ -360,7 +360,7 @@ fn a_read_raises_the_thread_that_verifies_its_chunk_for_the_fill_and_others_have
     let (sender, classes) = channel();
     let door = Arc::<Door>::default();
     let own = door.clone();
-    let host = Host::of(40, Holds::Nowhere, |source| {
+    let host = FilledHost::of(40, Holds::Nowhere, |source| {
         let classes = Mutex::new(sender);
         Arc::new(Checked { chunks: PlainChunks::new(id(), source), door: own, classes })
     });
@@ -380,7 +380,7 @@ fn a_read_raises_the_thread_that_verifies_its_chunk_for_the_fill_and_others_have
 #[test]
 fn a_blob_is_read_from_front_to_end_only_while_it_is_quiet() {
     for _ in 0..20 {
-        let host = Host::new(40, Holds::Nowhere);
+        let host = FilledHost::new(40, Holds::Nowhere);
         let stop = Arc::<AtomicBool>::default();
         let (blob, demand) = (host.blob.clone(), host.cache.demand().clone());
         demand.attached();
