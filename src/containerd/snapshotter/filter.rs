@@ -36,7 +36,7 @@ pub struct FilterError {
     pub at: usize,
 }
 
-/// A list of filters, one of which must hold; an empty list holds always.
+/// A list of filters: one of them must hold. An empty list holds always.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     any: Vec<Vec<Condition>>,

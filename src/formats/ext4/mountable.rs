@@ -46,7 +46,7 @@ const READ_ONLY: u32 = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x20 | 0x40 | 0x400 | 0x10
 
 const META_BG: u32 = 0x10;
 const EXTENTS: u32 = 0x40;
-/// What the kernel finds on disks that somebody used as such: a journal to be replayed, encryption, case folding.
+/// What the kernel finds on disks that were in use as such: a journal to be replayed, encryption, case folding.
 const INCOMPATIBLE_OF_DISKS: u32 = RECOVER | 0x1_0000 | 0x2_0000;
 
 /// The same: quotas, project quotas, verity, files that were deleted while they were open.
