@@ -15,7 +15,7 @@ use formats::trace::Trace;
 use source::failure::with_causes;
 
 use crate::connection::Connection;
-use crate::error::{ClientError, Fault, step};
+use crate::error::{ClientError, Code, Fault, step};
 use crate::mounts::{self, MountRights};
 use crate::protocol::{
     DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request, VERSION,
@@ -25,6 +25,10 @@ use crate::spec::DeviceSpec;
 
 /// Number of times that a client may meet a daemon that is just ending.
 const ATTEMPTS: u32 = 5;
+
+/// Longest wait for copies of a mount to go. A container that starts has a copy of all mounts of the host, and drops it a moment
+/// later.
+const COPIES: Duration = Duration::from_secs(2);
 
 /// A connection to the daemon.
 pub struct DaemonClient {
@@ -276,11 +280,19 @@ impl DaemonClient {
     /// Returns the errors of [`find`]; [`ClientError::Busy`]; the daemon's error.
     pub fn detach(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
-        for place in mounts::mounted_from(&record.device)?.iter().rev() {
+        let places = mounts::mounted_from(&record.device)?;
+        for place in places.iter().rev() {
             mounts::unmount_dir(place)?;
         }
-        self.done(&Request::Detach { id: record.id })?;
-        Ok(record)
+        let until = Instant::now() + if places.is_empty() { Duration::ZERO } else { COPIES };
+        loop {
+            match self.done(&Request::Detach { id: record.id }) {
+                Err(error) if error.code() == Code::Busy && Instant::now() < until => {
+                    std::thread::sleep(COPIES / 100);
+                }
+                ended => return ended.map(|()| record),
+            }
+        }
     }
 
     /// Asks the daemon to remove unused devices and to end. Returns the devices in use; if there are any, the

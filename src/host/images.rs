@@ -201,8 +201,8 @@ fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
         .ok()?
 }
 
-impl ImageOpener for HostImages {
-    fn open(&self, spec: &DeviceSpec) -> Result<ServableImage, OpenFailure> {
+impl HostImages {
+    fn open_image(&self, spec: &DeviceSpec) -> Result<ServableImage, OpenError> {
         self.audit.get_or_init(|| self.begin_audit());
         let cache = self.cache.get_or_init(|| new_cache(&self.config, self.budget.clone())).clone();
         let image = spec.image.name();
@@ -249,6 +249,13 @@ impl ImageOpener for HostImages {
             recorders: Some(recorders),
             snapshots,
         })
+    }
+}
+
+impl ImageOpener for HostImages {
+    fn open(&self, spec: &DeviceSpec) -> Result<ServableImage, OpenFailure> {
+        self.open_image(spec)
+            .map_err(|error| OpenFailure { code: error.code(), error: Box::new(error) })
     }
 
     fn audit(&self) -> Option<Arc<Audit>> {
