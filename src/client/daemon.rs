@@ -28,7 +28,7 @@ const ATTEMPTS: u32 = 5;
 
 /// Longest wait for copies of a mount to go. A container that starts has a copy of all mounts of the host, and drops it a moment
 /// later.
-const COPIES: Duration = Duration::from_secs(2);
+const COPIES: Duration = Duration::from_secs(10);
 
 /// A connection to the daemon.
 pub struct DaemonClient {
