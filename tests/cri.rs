@@ -33,18 +33,8 @@ fn publish_pause(published: &Published) -> String {
         "layers": [images.descriptor(OCI_GZIP, &layers[0].1)]
     });
     images.set_manifest("pause", &manifest);
-    let name = published.name("pause");
-    run(Command::new("skopeo")
-        .args([
-            "--insecure-policy",
-            "copy",
-            "--quiet",
-            "--preserve-digests",
-            "--dest-tls-verify=false",
-        ])
-        .arg(images.name("pause"))
-        .arg(format!("docker://{name}")));
-    name
+    published.push(&images, "pause");
+    published.name("pause")
 }
 
 impl Cri {

@@ -77,18 +77,17 @@ impl Published {
         ]);
         let published = Self { registry, images };
         for tag in ["latest", "more", "turbo", "native"] {
-            run(Command::new("skopeo")
-                .args([
-                    "--insecure-policy",
-                    "copy",
-                    "--quiet",
-                    "--preserve-digests",
-                    "--dest-tls-verify=false",
-                ])
-                .arg(published.images.name(tag))
-                .arg(format!("docker://{}", published.name(tag))));
+            published.push(&published.images, tag);
         }
         Some(published)
+    }
+
+    /// Puts an image of `images` into the registry, with its digests as they are.
+    pub fn push(&self, images: &Images, tag: &str) {
+        let mut skopeo = Command::new("skopeo");
+        skopeo.args(["--insecure-policy", "copy", "--quiet", "--preserve-digests"]);
+        skopeo.arg("--dest-tls-verify=false").arg(images.name(tag));
+        run(skopeo.arg(format!("docker://{}", self.name(tag))));
     }
 
     pub fn name(&self, tag: &str) -> String {

@@ -370,6 +370,12 @@ impl FetchShared {
     }
 }
 
+/// Those of these chunks that are wanted for the fill.
+fn filled(wanted: &[WantedChunk]) -> Vec<(Key, Flow)> {
+    let filled = wanted.iter().filter(|wanted| wanted.class == Class::Fill);
+    filled.map(|wanted| (wanted.key(), wanted.flow)).collect()
+}
+
 /// The error for waiters that remain at the end.
 fn ended(blob: &Blob) -> Arc<ChunkError> {
     failure(blob, "The cache was closed before this chunk was loaded")

@@ -26,8 +26,9 @@ use crate::spec::DeviceSpec;
 /// Number of times that a client may meet a daemon that is just ending.
 const ATTEMPTS: u32 = 5;
 
-/// Longest wait for copies of a mount to go. A container that starts has a copy of all mounts of the host, and drops it a moment
-/// later.
+/// Longest wait for copies of a mount to go. A process that enters a mount namespace of its own while the device is mounted has a
+/// copy of the mount: a container until it has changed its root, and, where the host's mounts are private, another daemon as
+/// long as it lives.
 const COPIES: Duration = Duration::from_secs(10);
 
 /// A connection to the daemon.
@@ -233,7 +234,7 @@ impl DaemonClient {
     /// Begins a recording of the reads of the device that `what` names.
     ///
     /// # Errors
-    /// Returns the errors of [`find`]; a fault with [`Code::Unsupported`](crate::Code::Unsupported) when it cannot be recorded.
+    /// Returns the errors of [`find`]; a fault with [`Code::Unsupported`] when it cannot be recorded.
     pub fn begin_trace(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
         self.done(&Request::BeginTrace { id: record.id })?;
@@ -262,7 +263,7 @@ impl DaemonClient {
     /// Removes a device that is neither mounted nor open.
     ///
     /// # Errors
-    /// Returns the daemon's error, with [`Code::Busy`](crate::Code::Busy) if the device is in use.
+    /// Returns the daemon's error, with [`Code::Busy`] if the device is in use.
     pub fn remove(&mut self, id: u64) -> Result<(), ClientError> {
         self.done(&Request::Detach { id })
     }

@@ -290,6 +290,34 @@ pub struct FailureRecord {
     pub reason: String,
 }
 
+impl DeviceRecord {
+    /// A new device that nothing has read: every count is 0.
+    #[must_use]
+    pub fn new(id: u64, spec: &DeviceSpec, frontend: Frontend, device: PathBuf) -> Self {
+        Self {
+            id,
+            image: spec.image.name(),
+            requested: spec.image.name(),
+            dev_id: spec.dev_id.clone(),
+            frontend,
+            device,
+            mountpoint: None,
+            state: DeviceState::Ready,
+            size_bytes: 0,
+            bytes_read: 0,
+            bytes_fetched: 0,
+            bytes_cached: 0,
+            errors: 0,
+            retries: 0,
+            waiting: 0,
+            oldest_wait_ms: 0,
+            since_unix_s: 0,
+            opening_us: 0,
+            making_us: 0,
+        }
+    }
+}
+
 /// Returns the one device among `records` that `what` names: a device path, a mount point or an image. For an
 /// image attached several times the name is ambiguous.
 ///
@@ -393,27 +421,10 @@ mod tests {
     use crate::spec::{ImageSpec, RegistrySpec};
 
     fn record(id: u64, image: &str, device: &str, mountpoint: Option<&str>) -> DeviceRecord {
-        DeviceRecord {
-            id,
-            image: image.into(),
-            requested: image.into(),
-            dev_id: None,
-            frontend: Frontend::Loop,
-            device: device.into(),
-            mountpoint: mountpoint.map(PathBuf::from),
-            state: DeviceState::Ready,
-            size_bytes: 512,
-            bytes_read: 0,
-            bytes_fetched: 0,
-            bytes_cached: 0,
-            errors: 0,
-            retries: 0,
-            waiting: 0,
-            oldest_wait_ms: 0,
-            since_unix_s: 0,
-            opening_us: 0,
-            making_us: 0,
-        }
+        let spec = DeviceSpec::of(ImageSpec::of_reference(image));
+        let mountpoint = mountpoint.map(PathBuf::from);
+        let new = DeviceRecord::new(id, &spec, Frontend::Loop, device.into());
+        DeviceRecord { mountpoint, size_bytes: 512, ..new }
     }
 
     #[test]

@@ -366,11 +366,7 @@ pub(super) fn want(
     if state.ending || (state.threads.is_empty() && !add_thread(shared, &mut state)) {
         return Err(wanted);
     }
-    let filled: Vec<(Key, Flow)> = wanted
-        .iter()
-        .filter(|wanted| wanted.class == Class::Fill)
-        .map(|wanted| (wanted.key(), wanted.flow))
-        .collect();
+    let filled = super::filled(&wanted);
     for wanted in wanted {
         state.queue.push(wanted);
     }

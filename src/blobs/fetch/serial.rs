@@ -39,7 +39,6 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::FetchShared;
 use super::blob::{Blob, Key};
-use super::fair::Flow;
 use super::queue::WantedChunk;
 use source::Class;
 use threads::Pool;
@@ -335,11 +334,7 @@ pub(super) fn want(
     if state.ending || (state.threads.is_empty() && !add_thread(shared, &mut state)) {
         return Err(wanted);
     }
-    let filled: Vec<(Key, Flow)> = wanted
-        .iter()
-        .filter(|wanted| wanted.class == Class::Fill)
-        .map(|wanted| (wanted.key(), wanted.flow))
-        .collect();
+    let filled = super::filled(&wanted);
     for wanted in wanted {
         let chunks = wanted.blob.source().frame(wanted.chunk);
         let first = wanted.blob.key(chunks.start);

@@ -361,6 +361,7 @@ impl TierShared {
             if self.send(WriterCommand::Offer(offer)) {
                 return true;
             }
+            self.lock().offered.remove(&key);
         }
         self.unqueue(len, &[]);
         self.counters.dropped.add(1);

@@ -152,13 +152,11 @@ impl Snapshotter {
             }
             None => Vec::new(),
         };
-        let answer = if self.has_layer(new, pull) {
+        if self.has_layer(new, pull) {
             self.lowers.pulls().layer(pull, LayerOutcome::Known);
             return Err(exists());
-        } else {
-            self.lowers.answer(pull, &new.labels, &parents, until)
-        };
-        let content = match answer {
+        }
+        let content = match self.lowers.answer(pull, &new.labels, &parents, until) {
             PullAnswer::Ordinary(reason) => {
                 self.lowers.pulls().layer(pull, LayerOutcome::Unpacked(reason));
                 return Ok(());
@@ -294,8 +292,7 @@ impl Snapshotter {
         } else {
             LayerContent::Plain
         };
-        let committed =
-            self.store.change(|change| rules::commit(change, commit, |_| Ok(content)))?;
+        let committed = self.store.change(|change| rules::commit(change, commit, content))?;
         self.usages.forget(committed.id);
         Ok(())
     }

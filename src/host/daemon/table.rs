@@ -140,25 +140,12 @@ impl DeviceTable {
         waits.named(&device.to_string_lossy());
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let record = DeviceRecord {
-            id,
             image: name,
-            requested: spec.image.name(),
-            dev_id: spec.dev_id.clone(),
-            frontend,
-            device,
-            mountpoint: None,
-            state: DeviceState::Ready,
             size_bytes: size,
-            bytes_read: 0,
-            bytes_fetched: 0,
-            bytes_cached: 0,
-            errors: 0,
-            retries: 0,
-            waiting: 0,
-            oldest_wait_ms: 0,
             since_unix_s: since,
             opening_us: opened.as_micros() as u64,
             making_us: made.as_micros() as u64,
+            ..DeviceRecord::new(id, spec, frontend, device)
         };
         tracing::info!(device = %record.device.display(), "{}: opened in {opened:.1?}, device made in {made:.1?}", record.image);
         let dev_id = spec.dev_id.clone();

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use client::protocol::DeviceState;
 use client::{ClientError, Code, DeviceRecord, DeviceSpec, Fault, Frontend, step};
 use parking_lot::{Condvar, Mutex};
 
@@ -113,27 +112,8 @@ impl DeviceHost for MemoryHost {
         }
         state.last += 1;
         let id = state.last;
-        let record = DeviceRecord {
-            id,
-            image: spec.image.name(),
-            requested: spec.image.name(),
-            dev_id: spec.dev_id,
-            frontend: Frontend::Loop,
-            device: format!("/dev/memory{id}").into(),
-            mountpoint: None,
-            state: DeviceState::Ready,
-            size_bytes: 0,
-            bytes_read: 0,
-            bytes_fetched: 0,
-            bytes_cached: 0,
-            errors: 0,
-            retries: 0,
-            waiting: 0,
-            oldest_wait_ms: 0,
-            since_unix_s: 0,
-            opening_us: 0,
-            making_us: 0,
-        };
+        let device = format!("/dev/memory{id}").into();
+        let record = DeviceRecord::new(id, &spec, Frontend::Loop, device);
         state.records.insert(id, record.clone());
         Ok(record)
     }

@@ -87,17 +87,15 @@ pub struct NewCommit<'a> {
     pub parent: Option<&'a str>,
 }
 
-/// Turns an active record into a committed one with another name and the same folder. `content` sees the record as it
-/// will be, and says what it holds.
+/// Turns an active record into a committed one with another name and the same folder, which holds `content`.
 ///
 /// # Errors
 /// [`SnapshotError::NotFound`], [`SnapshotError::Exists`], [`SnapshotError::NotActive`], [`SnapshotError::WrongParent`],
-/// [`SnapshotError::ParentNotFound`], [`SnapshotError::CommitOnUncommitted`], [`SnapshotError::Invalid`], and those of
-/// `content`.
+/// [`SnapshotError::ParentNotFound`], [`SnapshotError::CommitOnUncommitted`], [`SnapshotError::Invalid`].
 pub fn commit(
     change: &mut Change<'_>,
     commit: &NewCommit<'_>,
-    content: impl FnOnce(&Record) -> Result<LayerContent, SnapshotError>,
+    content: LayerContent,
 ) -> Result<Arc<Record>, SnapshotError> {
     check_name(commit.name)?;
     check_labels(commit.labels)?;
@@ -130,7 +128,7 @@ pub fn commit(
         }
     }
     let now = Moment::now();
-    let mut record = Record {
+    Ok(change.put(Record {
         name: commit.name.to_owned(),
         parent,
         kind: SnapshotKind::Committed,
@@ -138,11 +136,10 @@ pub fn commit(
         created: now,
         updated: now,
         committed_from: Some(commit.key.to_owned()),
+        content,
         usage: None,
         ..(*active).clone()
-    };
-    record.content = content(&record)?;
-    Ok(change.put(record))
+    }))
 }
 
 /// Removes a record without children.

@@ -44,12 +44,11 @@ async fn of_many_callers_with_one_key_one_succeeds() {
     let served = Arc::new(Served::start().await);
     served.layer("base", "").await;
     let mut tasks = Vec::new();
-    for caller in 0..CALLERS {
+    for _ in 0..CALLERS {
         let served = served.clone();
         tasks.push(tokio::spawn(async move {
             let prepared = served.prepare("k", "base", &[]).await.err().map(|error| error.code());
             let committed = served.commit("n", "k", "", &[]).await.err().map(|error| error.code());
-            let _ = caller;
             (prepared, committed)
         }));
     }
