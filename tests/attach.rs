@@ -202,6 +202,25 @@ fn a_mounted_image_is_the_exported_one() {
 }
 
 #[test]
+fn nothing_is_mounted_over_a_mount_and_a_missing_mount_point_is_made() {
+    let (host, images) = (Host::new(), Images::converted());
+    let name = images.name("turbo");
+    let place = host.mnt().parent().unwrap().join("new/folder");
+    let dir = place.to_str().unwrap().to_owned();
+    host.refused(&["attach", &images.name("none"), "--mount", &dir], &["none"]);
+    assert!(!place.exists());
+    host.done(&["attach", &name, "--frontend", "loop", "--mount", &dir]);
+    assert!(place.join("big").exists());
+    for mode in [&[][..], &["--foreground"]] {
+        let again = ["attach", &name, "--frontend", "loop", "--mount", &dir];
+        host.refused(&[&again[..], mode].concat(), &[&dir, "mount point already", "ext4 on"]);
+    }
+    assert_eq!(host.list().len(), 1);
+    host.done(&["detach", &dir]);
+    host.done(&["daemon", "--stop"]);
+}
+
+#[test]
 fn a_device_is_made_and_served_though_nobody_reads_its_name() {
     let (host, images) = (Host::new(), Images::converted());
     let name = images.name("turbo");
@@ -315,8 +334,6 @@ fn a_cold_small_read_fetches_one_segment() {
 #[test]
 fn what_cannot_be_attached_leaves_no_device_no_mount_and_no_process() {
     let (host, images) = (Host::new(), Images::converted());
-    let absent = host.dir.path().join("absent");
-    let absent = absent.to_str().unwrap();
     let turbo = images.name("turbo");
     let mount = |name: &str, place: &str, needles: &[&str]| {
         host.refused(&["attach", name, "--frontend", "loop", "--mount", place], needles);
@@ -326,10 +343,11 @@ fn what_cannot_be_attached_leaves_no_device_no_mount_and_no_process() {
         );
         host.assert_clean(1);
     };
-    mount(&turbo, absent, &[absent, "No such file"]);
     fs::write(host.dir.path().join("file"), "").unwrap();
     let file = host.dir.path().join("file");
     mount(&turbo, file.to_str().unwrap(), &[file.to_str().unwrap(), "Not a directory"]);
+    let below = file.join("mnt");
+    mount(&turbo, below.to_str().unwrap(), &[below.to_str().unwrap(), "Not a directory"]);
     let mnt = host.mnt();
     let mnt = mnt.to_str().unwrap();
     mount(&images.name("none"), mnt, &["no image \"none\""]);

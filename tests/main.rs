@@ -44,6 +44,7 @@ mod registry;
 mod registry_ways;
 mod rpull;
 mod settings;
+mod slips;
 mod snapshotter;
 mod snapshotter_containers;
 mod sparse;

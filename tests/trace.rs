@@ -162,13 +162,22 @@ fn a_command_in_an_image_a_device_and_what_was_recorded() {
     assert_eq!(shown["blobs"][0], images.layer("latest", 0));
     assert_eq!(shown["touches"].as_array().unwrap().len(), trace.touches.len());
     assert!(host.done(&["trace", "show", &out]).stdout.starts_with("SECONDS"));
-    // `record` returns the command's exit status; its trace is kept.
-    let ended = end(&mut host.turbobd(&["trace", "record", &device, "-o", &out, "--", "false"]));
+    // A good trace is not replaced by accident, and never by that of a command that failed.
+    host.refused(&["trace", "record", &device, "-o", &out, "--", "true"], &[&out, "--force"]);
+    let failed = ["trace", "record", &device, "-f", "-o", &out, "--", "false"];
+    host.refused(&failed, &["exit status: 1", &out, "the trace of before"]);
+    assert_eq!(Trace::parse(&fs::read(&out).unwrap()).unwrap().touches, trace.touches);
+    // `record` returns the command's exit status; its trace is kept where there was none.
+    let second = host.text("second.trace");
+    let ended = end(&mut host.turbobd(&["trace", "record", &device, "-o", &second, "--", "false"]));
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("exit status: 1"), "{}", ended.stderr);
-    assert_eq!(Trace::parse(&fs::read(&out).unwrap()).unwrap().touches, []);
-    host.refused(&["trace", "record", "/dev/loop9999"], &["/dev/loop9999", "turbobd ls"]);
-    host.refused(&["trace", "record", &images.name("none"), "-o", &out], &["no image \"none\""]);
+    assert_eq!(Trace::parse(&fs::read(&second).unwrap()).unwrap().touches, []);
+    let nowhere = ["trace", "record", "/dev/loop9999", "-o", &host.text("third.trace")];
+    host.refused(&nowhere, &["/dev/loop9999", "turbobd ls"]);
+    let third = host.text("third.trace");
+    host.refused(&["trace", "record", &images.name("none"), "-o", &third], &["no image \"none\""]);
+    assert!(!Path::new(&third).exists());
     fs::write(&out, b"turbotrc\x09\0").unwrap();
     host.refused(&["trace", "show", &out], &[&out, "ends within its head"]);
     fs::write(&out, b"hello").unwrap();
@@ -213,7 +222,8 @@ fn upstreams_trace_is_written_and_as_an_acceleration_layer_replayed() {
     let plain = native(None);
     let args = ["trace", "record", &plain.name("app"), "-o", &out, "--format", "overlaybd"];
     let mut command = host.turbobd(&args);
-    let mut recording = command.args(["--seconds", "3"]).stdout(Stdio::piped()).spawn().unwrap();
+    // Long enough for the reads below on a busy machine.
+    let mut recording = command.args(["--seconds", "10"]).stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     BufReader::new(recording.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let mount = line.trim_end().split_once(' ').unwrap().1;

@@ -16,7 +16,7 @@ use source::failure::with_causes;
 
 use crate::connection::Connection;
 use crate::error::{ClientError, Code, Fault, step};
-use crate::mounts::{self, MountRights};
+use crate::mounts::{self, MountPoint, MountRights};
 use crate::protocol::{
     DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request, VERSION,
     find, socket,
@@ -170,7 +170,8 @@ impl DaemonClient {
         rights: MountRights,
     ) -> Result<(DeviceRecord, Option<String>), ClientError> {
         // First the steps that need no device.
-        let dir = std::fs::canonicalize(dir).map_err(step("find the mount point", dir))?;
+        let place = MountPoint::new(dir)?;
+        let dir = place.dir().to_owned();
         let (mut device, note) = self.attach(request)?;
         let start = Instant::now();
         if let Err(error) = mounts::mount_image(&device.device, &dir, rights) {
@@ -189,6 +190,7 @@ impl DaemonClient {
             let _ = mounts::unmount_dir(&dir);
             return Err(error);
         }
+        place.keep();
         Ok((device, note))
     }
 

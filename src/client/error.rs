@@ -85,6 +85,14 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// Something is mounted at the mount point: a second mount would hide it.
+    #[error("{dir} is a mount point already, of {what}: unmount it, or name another folder", dir = dir.display())]
+    MountPointTaken {
+        /// The mount point.
+        dir: PathBuf,
+        /// File system and source of what is mounted there.
+        what: String,
+    },
     /// The run directory takes no socket: its filesystem is a share that holds none, or its path is too long for one.
     #[error(
         "Cannot {what} {socket} (TURBOBD_RUN_DIR names another run directory: take a short path on a local filesystem)",
@@ -161,7 +169,7 @@ impl ClientError {
             Self::Refused(fault) => fault.code,
             Self::NotFound(_) => Code::NotFound,
             Self::Ambiguous { .. } => Code::Invalid,
-            Self::Busy(_) => Code::Busy,
+            Self::Busy(_) | Self::MountPointTaken { .. } => Code::Busy,
         }
     }
 }

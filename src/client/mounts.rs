@@ -86,6 +86,85 @@ pub fn unmount_dir(dir: &Path) -> Result<(), ClientError> {
     }
 }
 
+/// A folder for a mount, at which nothing is mounted. It is made if it is missing, and removed again when this is dropped
+/// before [`keep`](Self::keep).
+#[derive(Debug)]
+pub struct MountPoint {
+    dir: PathBuf,
+    made: bool,
+}
+
+impl MountPoint {
+    /// Checks `dir`, or makes it.
+    ///
+    /// # Errors
+    /// [`ClientError::MountPointTaken`] if a mount is there, also one that no longer answers; [`ClientError::Step`] if
+    /// the folder cannot be made or found.
+    pub fn new(dir: &Path) -> Result<Self, ClientError> {
+        let found = std::fs::canonicalize(dir);
+        let place = match &found {
+            Ok(place) => place.clone(),
+            // A folder below a mount that does not answer cannot be resolved.
+            Err(_) => std::path::absolute(dir).map_err(step("find the mount point", dir))?,
+        };
+        if let Some(what) = mounted_at(&place)? {
+            return Err(ClientError::MountPointTaken { dir: place, what });
+        }
+        match found {
+            Ok(dir) => Ok(Self { dir, made: false }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                std::fs::create_dir_all(dir).map_err(step("make the mount point", dir))?;
+                let dir = std::fs::canonicalize(dir).map_err(step("find the mount point", dir))?;
+                Ok(Self { dir, made: true })
+            }
+            Err(error) => Err(step("find the mount point", dir)(error)),
+        }
+    }
+
+    /// The folder, absolute and without links.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Leaves the folder to its mount.
+    pub fn keep(mut self) {
+        self.made = false;
+    }
+}
+
+impl Drop for MountPoint {
+    fn drop(&mut self) {
+        if self.made {
+            let _ = std::fs::remove_dir(&self.dir); // it is empty, or in use by now
+        }
+    }
+}
+
+/// File system and source of the uppermost mount at `dir`, an absolute path without links.
+fn mounted_at(dir: &Path) -> Result<Option<String>, ClientError> {
+    let list = Path::new("/proc/self/mountinfo");
+    let text = std::fs::read(list).map_err(step("read", list))?;
+    Ok(last_at(&text, dir))
+}
+
+/// The last line of mountinfo with this mount point: later mounts lie above earlier ones. A hyphen ends the optional
+/// fields; file system and source follow it.
+fn last_at(mountinfo: &[u8], dir: &Path) -> Option<String> {
+    let shown = |field: &[u8]| PathBuf::from(unescape(field)).display().to_string();
+    mountinfo
+        .split(|&byte| byte == b'\n')
+        .filter_map(|line| {
+            let mut fields = line.split(|&byte| byte == b' ');
+            if Path::new(&unescape(fields.nth(4)?)) != dir {
+                return None;
+            }
+            let mut kind = fields.skip_while(|field| *field != b"-").skip(1);
+            Some(format!("{} on {}", shown(kind.next()?), shown(kind.next()?)))
+        })
+        .next_back()
+}
+
 /// Mount points of the file system on `device`, in the order of the mounts.
 ///
 /// # Errors
@@ -139,6 +218,30 @@ fn unescape(field: &[u8]) -> OsString {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_uppermost_mount_at_a_folder_is_named() {
+        let list = b"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+            30 21 0:5 / /a\\040b rw shared:1 - tmpfs none rw\n\
+            31 30 7:3 / /a\\040b ro,nosuid shared:2 master:1 - ext4 /dev/loop3 ro\n";
+        assert_eq!(last_at(list, Path::new("/a b")).unwrap(), "ext4 on /dev/loop3");
+        assert_eq!(last_at(list, Path::new("/")).unwrap(), "ext4 on /dev/sda1");
+        assert_eq!(last_at(list, Path::new("/a")), None);
+        assert_eq!(last_at(b"31 30 7:3 / /a\n", Path::new("/a")), None);
+    }
+
+    #[test]
+    fn a_folder_that_was_made_for_a_mount_goes_without_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("mnt");
+        drop(MountPoint::new(&place).unwrap());
+        assert!(!place.exists());
+        MountPoint::new(&place).unwrap().keep();
+        drop(MountPoint::new(&place).unwrap());
+        assert!(place.is_dir());
+        let taken = MountPoint::new(Path::new("/proc")).unwrap_err().to_string();
+        assert!(taken.starts_with("/proc is a mount point already, of proc on "), "{taken}");
+    }
 
     #[test]
     fn mount_points_are_found_by_device_number_and_unescaped() {

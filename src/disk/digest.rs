@@ -3,7 +3,7 @@
 //! Both functions read only mapped sectors: a disk of 64 GiB with 20 MiB of data costs 20 MiB.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _, Write};
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
@@ -68,6 +68,33 @@ pub fn export_raw(disk: &Disk, out: &File) -> Result<(), ExportError> {
         })
     })?;
     write(start, &run)
+}
+
+/// Writes every byte of the disk in order, zeros too, into what may hold other bytes or has no positions.
+///
+/// # Errors
+/// [`ExportError`] if the disk cannot be read, or `out` cannot be written.
+pub fn export_stream(disk: &Disk, out: &mut dyn Write) -> Result<(), ExportError> {
+    let failed = |error| ExportError::Write(Arc::new(error));
+    let mut at = 0;
+    scan(disk, &steps(disk.mapped(), disk.size()), |offset, pieces| {
+        zeros(out, offset - at).map_err(failed)?;
+        at = offset;
+        for piece in pieces {
+            match piece.bytes() {
+                Some(bytes) => out.write_all(bytes),
+                None => zeros(out, piece.len() as u64),
+            }
+            .map_err(failed)?;
+            at += piece.len() as u64;
+        }
+        Ok::<_, ExportError>(())
+    })?;
+    zeros(out, disk.size() - at).and_then(|()| out.flush()).map_err(failed)
+}
+
+fn zeros(out: &mut dyn Write, len: u64) -> io::Result<()> {
+    io::copy(&mut io::repeat(0).take(len), out).map(drop)
 }
 
 /// Error of exporting a disk.

@@ -18,6 +18,7 @@ mod image;
 mod inspect;
 mod log;
 mod ls;
+mod output;
 mod registry_flags;
 mod rpull;
 mod snapshotter;

@@ -16,7 +16,7 @@ use super::{Failure, Outcome, Service, image, stderr, stdout};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Mount the device at this directory: read-only, unless the device has a writable layer.
+    /// Mount the device at this directory, which is made if it is missing: read-only, unless the device has a writable layer.
     #[arg(long, value_name = "DIR")]
     mount: Option<PathBuf>,
     /// Let programs of the image get the user, group and capabilities that their files name. Without it the mount is nosuid.
@@ -120,6 +120,8 @@ fn serve_here(args: &Args, spec: &DeviceSpec, service: &Service, start: Instant)
     let images = HostImages::new(service.load()?).audited().map_err(Failure::because)?;
     let images = Arc::new(images);
     let mut signals = Signals::new().map_err(Failure::because)?;
+    let mount = args.mount.as_deref().map(mounts::MountPoint::new);
+    let mount = mount.transpose().map_err(Failure::because)?;
     let run_dir = protocol::run_dir();
     sys::private::folder(&run_dir).map_err(Failure::because)?;
     let policy = images.read_policy();
@@ -128,9 +130,11 @@ fn serve_here(args: &Args, spec: &DeviceSpec, service: &Service, start: Instant)
     if let Some(note) = note {
         stderr::line(format_args!("turbobd: attach: {note}"));
     }
-    if let Some(dir) = &args.mount {
+    if let Some(place) = mount {
         // On failure the table goes, and the device with it.
-        mounts::mount_image(&device.device, dir, args.rights()).map_err(Failure::because)?;
+        mounts::mount_image(&device.device, place.dir(), args.rights())
+            .map_err(Failure::because)?;
+        place.keep();
     }
     tracing::info!("attached after {:.1?}", start.elapsed());
     // Without its name printed the device is useless: remove it again.

@@ -1,6 +1,5 @@
 //! `turbobd commit`: make a native layer from a writable layer, and an image with it on top.
 
-use std::fs::OpenOptions;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,6 +7,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
+use super::output::OutputFile;
 use super::{Failure, Outcome, Service, convert, registry_flags, stderr, stdout};
 use ::convert::chain::CHAINS;
 use ::convert::native::{NativeBlob, commit_layer};
@@ -26,7 +26,7 @@ use host::images::Registries;
 pub(super) struct Args {
     /// Directory of the writable layer, as in `attach --upper`. Detach its device first.
     upper: PathBuf,
-    /// Write the layer to this file.
+    /// Write the layer to this file; `-` is stdout, and the digest is then not printed.
     #[arg(short, long, value_name = "FILE", required_unless_present = "tag")]
     output: Option<PathBuf>,
     /// Replace an existing file.
@@ -80,6 +80,8 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
             layer.cut()
         ));
     }
+    let output = args.output.as_deref().map(|path| OutputFile::open(path, args.force));
+    let output = output.transpose()?;
     let (uuid, parent) = layer.uuids();
     let identity = LayerIdentity {
         uuid: args.uuid.unwrap_or(uuid),
@@ -90,10 +92,12 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let blob =
         commit_layer(&mut layer, size, identity, args.compression.zfile(), args.dir.as_deref())
             .map_err(Failure::because)?;
-    if let Some(path) = &args.output {
-        write_file(args, path, &blob).map_err(|source| {
-            Failure::Failed(format!("Cannot write {}: {source}", path.display()))
-        })?;
+    if let Some(output) = output {
+        let mut file = output.file();
+        blob.reader()
+            .and_then(|mut reader| io::copy(&mut reader, &mut file))
+            .map_err(output.cannot())?;
+        output.finish()?;
     }
     match (&args.repository, &args.input_tag, &args.tag) {
         (Some(repository), Some(base), Some(tag)) => {
@@ -102,30 +106,10 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
                 .map_err(Failure::because)?;
             stdout::line(publish(repository, base, tag, &message, &blob, &client)?)?;
         }
+        _ if args.output.as_deref() == Some("-".as_ref()) => {}
         _ => stdout::line(blob.digest())?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Writes the layer to a file; `--force` replaces an existing file only with a complete layer.
-fn write_file(args: &Args, path: &PathBuf, blob: &NativeBlob) -> io::Result<()> {
-    if args.force {
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
-        let mut file = tempfile::NamedTempFile::new_in(dir.unwrap_or(".".as_ref()))?;
-        io::copy(&mut blob.reader()?, &mut file)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        return Ok(());
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
-    let written = blob
-        .reader()
-        .and_then(|mut reader| io::copy(&mut reader, &mut file))
-        .and_then(|_| file.sync_all());
-    if written.is_err() {
-        let _ = std::fs::remove_file(path); // created above
-    }
-    written
 }
 
 /// Puts the layer on top of the image `base`, as the image `tag`; returns its digest.

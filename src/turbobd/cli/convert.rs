@@ -10,6 +10,7 @@ use super::{Failure, Outcome, Service, registry_flags, stderr, stdout, table};
 use ::convert::{ConvertOptions, KnownLayers, LocalLayers, Tags, convert};
 use ::registry::RegistryClient;
 use ::registry::store::{self, ImageStore, Selector};
+use disk::image::host_manifest;
 use formats::oci::{Digest, ImageName, RepositoryName};
 use formats::units::Bytes;
 use formats::zfile;
@@ -55,6 +56,9 @@ pub(super) struct Args {
     /// Number of platforms to convert at the same time; 0 means all.
     #[arg(long, value_name = "N", default_value_t = 4)]
     concurrency_limit: usize,
+    /// Move a target tag that names an image which is not converted.
+    #[arg(long)]
+    force: bool,
     /// Build everything, and store nothing in the repository.
     #[arg(long)]
     no_upload: bool,
@@ -202,6 +206,19 @@ impl Args {
         Ok(known)
     }
 
+    /// Refuses a target tag that names an image of layers which are not converted: moving it would lose the image's name.
+    fn keeps_original(&self, tag: &str, into: &dyn ImageStore) -> Result<(), Failure> {
+        let is_input = self.to.is_none() && self.input_tag.as_deref() == Some(tag);
+        let is_plain = |(_, manifest): (_, _)| ::convert::meta::is_plain(&manifest);
+        if is_input || host_manifest(into, &Selector::Tag(tag.to_owned())).is_ok_and(is_plain) {
+            return Err(Failure::Failed(format!(
+                "The tag {tag} names an image that is not converted: give the result another tag, for example {tag}-turbo \
+                 (--force moves {tag} to the result)"
+            )));
+        }
+        Ok(())
+    }
+
     /// A tag of the target, or an image anywhere.
     fn named(
         &self,
@@ -255,6 +272,9 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
             return Err(Failure::Usage("name the image with -i TAG or -g DIGEST".into()));
         }
     };
+    for tag in [tags.turbo, tags.native].into_iter().flatten().filter(|_| !args.force) {
+        args.keeps_original(tag, &*into)?;
+    }
     let options = ConvertOptions {
         disk_size: Bytes(args.vsize << 30),
         span: Bytes(args.span << 10),

@@ -1,20 +1,25 @@
 //! `turbobd export`: the whole virtual disk as a file or digest, without a block device.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use super::output::OutputFile;
 use super::{Failure, Outcome, Service, image, stdout};
 use blobs::cache::Cache;
+use disk::volume::Volume as _;
 use disk::{Disk, digest, scan};
 use host::images::{self, Registries};
 
 #[derive(Debug, clap::Args)]
 #[command(mut_arg("publish", |arg| arg.hide(true)))]
 pub(super) struct Args {
-    /// Write the disk to this sparse file.
+    /// Write the disk to this sparse file. A device or FIFO gets every byte of the disk, and so does stdout: `-`.
     #[arg(short, long, value_name = "RAW", required_unless_present = "digest")]
     output: Option<PathBuf>,
+    /// Replace an existing file.
+    #[arg(short, long, requires = "output")]
+    force: bool,
     /// Print `content_sha256=… vsize=…`: the digest of all blocks that are not zero, and the size in bytes.
     #[arg(long)]
     digest: bool,
@@ -24,6 +29,11 @@ pub(super) struct Args {
 
 /// Exports.
 pub(super) fn run(args: &Args, service: &Service) -> Outcome {
+    if args.digest && args.output.as_deref() == Some("-".as_ref()) {
+        return Err(Failure::Usage("--digest and -o - would both write to stdout".into()));
+    }
+    let output = args.output.as_deref().map(|path| OutputFile::open(path, args.force));
+    let output = output.transpose()?;
     let registries = Registries::new(service.load()?);
     let used = if args.image.is_local() { scan::MEMORY } else { scan::MEMORY_FAR };
     let budget = registries.service().turbobd.memory_cache.min(used);
@@ -32,8 +42,8 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     let opened =
         images::open::open(&args.image.spec()?, &registries, cache).map_err(Failure::open)?;
     tracing::info!("opened in {:.2?}", start.elapsed());
-    if let Some(path) = &args.output {
-        export(&opened.disk, path)?;
+    if let Some(output) = output {
+        export(&opened.disk, output)?;
     }
     if args.digest {
         let (digest, size) =
@@ -44,17 +54,15 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes the disk to a temporary file beside `path`, and renames it to `path` when it is complete.
-fn export(disk: &Disk, path: &Path) -> Result<(), Failure> {
-    let cannot = |error: std::io::Error| {
-        Failure::Failed(format!("Cannot write {}: {error}", path.display()))
-    };
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let file =
-        tempfile::Builder::new().prefix(".turbobd-export").tempfile_in(dir).map_err(cannot)?;
-    digest::export_raw(disk, file.as_file()).map_err(Failure::because)?;
-    file.persist(path).map_err(|error| cannot(error.error))?;
-    Ok(())
+/// Writes the disk: a new file with holes for zeros, anything else from the first byte to the last.
+fn export(disk: &Disk, output: OutputFile) -> Result<(), Failure> {
+    if output.is_new() {
+        digest::export_raw(disk, output.file()).map_err(Failure::because)?;
+    } else {
+        output.has_room_for(disk.size())?;
+        digest::export_stream(disk, &mut output.file()).map_err(Failure::because)?;
+    }
+    output.finish()
 }
 
 /// Number of loaders: one for each core, because they only decode.

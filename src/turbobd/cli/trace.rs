@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 
 use clap::{Subcommand, ValueEnum};
 
+use super::output::OutputFile;
 use super::{Failure, Outcome, Service, image, stderr, stdout, table};
 use blobs::cache::Cache;
-use blobs::trace::{learn, upstream};
+use blobs::trace::upstream;
 use client::{DaemonClient, DeviceSpec, find, mounts, protocol};
 use disk::Disk;
 use formats::trace::Trace;
@@ -42,6 +43,9 @@ struct RecordArgs {
     /// Write the trace to this file.
     #[arg(short, long, value_name = "FILE", default_value = "turbobd.trace")]
     output: PathBuf,
+    /// Replace an existing file. It stays as it is if the command fails.
+    #[arg(short, long)]
+    force: bool,
     /// Format of the trace. overlaybd's format covers native layers only.
     #[arg(long, value_enum, default_value_t = TraceFormat::Turbobd)]
     format: TraceFormat,
@@ -83,6 +87,7 @@ pub(super) fn run(args: &Args, service: &Service) -> Outcome {
 const SECONDS: u64 = 30;
 
 fn record(args: &RecordArgs, service: &Service) -> Outcome {
+    let output = OutputFile::open(&args.output, args.force)?;
     let (trace, status) = match served_device(&args.image)? {
         Some((client, name)) => {
             if args.format == TraceFormat::Overlaybd {
@@ -98,20 +103,25 @@ fn record(args: &RecordArgs, service: &Service) -> Outcome {
         TraceFormat::Turbobd => trace.to_bytes(),
         TraceFormat::Overlaybd => overlaybd(&trace, &open(args, service)?)?,
     };
-    learn::write(&args.output, &bytes).map_err(|error| {
-        Failure::Failed(format!("Cannot write {}: {error}", args.output.display()))
-    })?;
+    let failed = status.filter(|status| !status.success());
+    if let Some(status) = failed.filter(|_| output.replaces()) {
+        return Err(Failure::Failed(format!(
+            "The command ended with {status}; {} is the trace of before",
+            args.output.display()
+        )));
+    }
+    output.write(&bytes)?;
     stderr::line(format_args!(
         "turbobd: trace: {} pieces, {}, in {}",
         trace.touches.len(),
         table::size(trace.bytes()),
         args.output.display()
     ));
-    match status {
-        Some(status) if !status.success() => {
+    match failed {
+        Some(status) => {
             Err(Failure::Failed(format!("The command ended with {status}; its trace is kept")))
         }
-        _ => Ok(ExitCode::SUCCESS),
+        None => Ok(ExitCode::SUCCESS),
     }
 }
 
