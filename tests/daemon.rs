@@ -33,6 +33,7 @@ fn open_image(spec: &DeviceSpec) -> Result<ServableImage, OpenFailure> {
         view,
         recorders: None,
         snapshots: None,
+        identity: None,
     })
 }
 

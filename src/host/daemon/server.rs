@@ -16,7 +16,7 @@ use rustix::thread::UnshareFlags;
 use super::error::step;
 use super::signals::Signals;
 use super::table::DeviceTable;
-use super::{HostError, ImageOpener, ReadPolicy, snapshots};
+use super::{HostError, ImageOpener, ReadPolicy, recovery, snapshots};
 use crate::endpoint::{Endpoint, Listen};
 use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
 use crate::metrics::{Page, Process, names};
@@ -81,7 +81,7 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
         source,
     })?;
     let server = Arc::new(Server {
-        table: DeviceTable::new(run_dir.clone(), opener, options.reads),
+        table: DeviceTable::new(run_dir.clone(), opener, options.reads).recorded(),
         path,
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         exporter: OnceLock::new(),
@@ -91,6 +91,7 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
             .map_err(io::Error::from)
             .map_err(step("serve", run_dir))?,
     });
+    recovery::bring_all_back(&server, |server| &server.table, |server| server.wake());
     watch_signals(&server)?;
     let exporter = options.exporter.as_ref().and_then(|options| export(&server, options));
     let snapshots = options.snapshots.as_ref().and_then(|listen| take_snapshots(&server, listen));
