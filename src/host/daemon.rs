@@ -19,6 +19,7 @@
 //! * [`view`]    an image's traffic, and the sources of its bytes
 //! * `snapshots` upstream's interface for a snapshot of a device in use
 //! * `journal`   records of the devices, for the next daemon; `recovery` takes their devices back
+//! * [`keeper`]  restarts a daemon that a client started and that was killed
 //! * `server`    accepts, answers, ends
 //! * `signals`   waits for SIGTERM and SIGINT
 //!
@@ -28,6 +29,7 @@ mod alarm;
 pub mod audit;
 mod error;
 mod journal;
+pub mod keeper;
 mod recovery;
 pub mod server;
 pub mod signals;

@@ -265,6 +265,12 @@ impl Journal {
     }
 }
 
+/// True if a daemon of this run directory has left records of devices.
+pub(super) fn has_records(run_dir: &Path) -> bool {
+    let names = fs::read_dir(run_dir.join(FOLDER)).into_iter().flatten().flatten();
+    names.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with(SUFFIX))
+}
+
 fn read_record(path: &Path) -> Result<JournalRecord, RecordError> {
     let mut bytes = Vec::new();
     let file = sys::private::open(path, OpenOptions::new().read(true)).map_err(RecordError::Read)?;

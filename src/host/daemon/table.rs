@@ -472,6 +472,11 @@ impl DeviceTable {
         Ok(Explanation { waiting: waiting.collect(), device, places, blobs: view.blobs() })
     }
 
+    /// True if devices of an earlier daemon are not back yet.
+    pub(super) fn has_returning(&self) -> bool {
+        !self.lock().returning.is_empty()
+    }
+
     /// True if no device is served or about to be.
     pub(super) fn is_empty(&self) -> bool {
         let devices = self.lock();
