@@ -129,7 +129,7 @@ impl KernelDevice {
             },
             token: DeviceToken::of_number(info.ublksrv_flags),
             survives: features::survives(info.flags),
-            diskseq: attribute(id, "diskseq"),
+            diskseq: diskseq(id),
             size: attribute(id, "size").unwrap_or_default() * formats::units::SECTOR,
             pid: info.ublksrv_pid,
         }
@@ -148,8 +148,14 @@ pub(super) fn node(id: u32) -> PathBuf {
 }
 
 /// An attribute of the disk in sysfs. Never waits for the device.
-pub(super) fn attribute(id: u32, name: &str) -> Option<u64> {
+fn attribute(id: u32, name: &str) -> Option<u64> {
     std::fs::read_to_string(format!("/sys/block/ublkb{id}/{name}")).ok()?.trim().parse().ok()
+}
+
+/// Number of the disk of a device now ([`KernelDevice::diskseq`]). Asks neither the driver nor the device.
+#[must_use]
+pub fn diskseq(id: u32) -> Option<u64> {
+    attribute(id, "diskseq")
 }
 
 /// Step of a recovery, for the caller's notes.

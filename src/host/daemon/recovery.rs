@@ -24,11 +24,12 @@ use client::{DeviceRecord, DeviceSpec, Frontend, mounts};
 use frontends::ublk::recovery::{self, KernelDevice, KernelState, RecoveryStep};
 use frontends::ublk::{UblkDevice, UblkError};
 use parking_lot::Mutex;
+use rustix::mount::{UnmountFlags, unmount};
 use source::failure::with_causes;
 use thiserror::Error;
 
 use super::journal::{Journal, JournalRecord, RecordedDevice, Stage};
-use super::table::{DeviceTable, TableEntry};
+use super::table::{DeviceTable, TableEntry, in_use};
 use super::{HostError, ServableImage};
 
 /// Pause after the first failure of a device to return.
@@ -71,23 +72,20 @@ impl Returning {
         node(self.journal.device)
     }
 
-    fn is_mounted(&self) -> bool {
-        mounts::mounted_from(&self.node()).is_ok_and(|places| !places.is_empty())
-    }
-
     /// Error of a client that asks for the removal; `None`: it can be removed.
     pub(super) fn busy(&self) -> Option<HostError> {
         let busy = |mounted| Some(HostError::Busy { device: self.node(), mounted });
         if self.changes_hands {
             return busy(" (it is being taken back from an earlier daemon)".to_owned());
         }
-        let places = mounts::mounted_from(&self.node()).unwrap_or_default();
-        places.first().and_then(|place| busy(format!(" (mounted at {})", place.display())))
+        let place = self.journal.mountpoint.as_ref();
+        let place = place.map(|place| format!(" (mounted at {})", place.display()));
+        if in_use(&self.node()) { busy(place.unwrap_or_default()) } else { None }
     }
 
     /// True if it can be removed now.
     pub(super) fn is_unused(&self) -> bool {
-        !self.changes_hands && !self.is_mounted()
+        !self.changes_hands && !in_use(&self.node())
     }
 }
 
@@ -219,6 +217,7 @@ impl DeviceTable {
         }
         let mut devices = self.lock();
         for journal in records {
+            drop_copies(&journal);
             let number = journal.number;
             devices.last = devices.last.max(number);
             let returning =
@@ -383,6 +382,21 @@ impl DeviceTable {
         entry.record.mountpoint.clone_from(&record.mountpoint);
         entry.journal = Some(record);
         Ok(Outcome::Served(Box::new(entry)))
+    }
+}
+
+/// Takes the mounts of a device out of this process's mount namespace, which copied them when it was made. Where the host's mounts
+/// are private, an unmount there would leave them here, and the device in use.
+fn drop_copies(record: &JournalRecord) {
+    let Some(device) = record.device else { return };
+    if device.diskseq.is_none() || recovery::diskseq(device.id) != device.diskseq {
+        return;
+    }
+    for place in mounts::mounted_from(&node(record.device)).unwrap_or_default().iter().rev() {
+        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+        if let Err(error) = unmount(place, flags) {
+            tracing::warn!(%error, "The daemon keeps a copy of the mount at {}", place.display());
+        }
     }
 }
 

@@ -608,8 +608,9 @@ fn serve(
     Ok((device, note))
 }
 
-/// True if a mount, or another exclusive user, holds the block device, in any mount namespace.
-fn in_use(device: &Path) -> bool {
+/// True if a mount, or another exclusive user, holds the block device, in any mount namespace. Reads nothing of the device, so it
+/// does not wait for a server.
+pub(super) fn in_use(device: &Path) -> bool {
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device);
     matches!(opened, Err(error) if error.raw_os_error() == Some(libc::EBUSY))
 }
