@@ -47,6 +47,7 @@ mod settings;
 mod snapshotter;
 mod snapshotter_containers;
 mod sparse;
+mod survival;
 mod trace;
 mod trust;
 mod uppers;

@@ -20,6 +20,7 @@
 //! * `snapshots` upstream's interface for a snapshot of a device in use
 //! * `journal`   records of the devices, for the next daemon; `recovery` takes their devices back
 //! * [`keeper`]  restarts a daemon that a client started and that was killed
+//! * [`orphans`] devices whose daemon is dead
 //! * `server`    accepts, answers, ends
 //! * `signals`   waits for SIGTERM and SIGINT
 //!
@@ -30,6 +31,7 @@ pub mod audit;
 mod error;
 mod journal;
 pub mod keeper;
+pub mod orphans;
 mod recovery;
 pub mod server;
 pub mod signals;

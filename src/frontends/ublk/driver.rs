@@ -52,10 +52,7 @@ impl QueueDriver {
     ///
     /// # Errors
     /// Returns the kernel's refusal of a ring.
-    pub(super) fn new(
-        mailbox: Arc<Mailbox<Post>>,
-        survivors: Arc<AtomicBool>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(mailbox: Arc<Mailbox<Post>>, survivors: Arc<AtomicBool>) -> io::Result<Self> {
         threads::mark_io_thread();
         become_unprivileged()?;
         let ring = Ring::new()?;

@@ -294,7 +294,8 @@ mod tests {
         let state = |state: u32| {
             KernelDevice::of(&DeviceInfo { state: state as u16, ..DeviceInfo::default() }).state
         };
-        let states = [KernelState::Dead, KernelState::Live, KernelState::Quiesced, KernelState::FailIo];
+        let states =
+            [KernelState::Dead, KernelState::Live, KernelState::Quiesced, KernelState::FailIo];
         assert_eq!([0, 1, 2, 3].map(state), states);
     }
 }

@@ -74,7 +74,8 @@ impl QueueThreads {
     /// # Errors
     /// Returns [`UblkError::Queue`].
     pub(super) fn prepare(&self, queues: u16) -> Result<(), UblkError> {
-        let failed = |queue| move |source| UblkError::Queue { queue, what: "starting its thread", source };
+        let failed =
+            |queue| move |source| UblkError::Queue { queue, what: "starting its thread", source };
         let mut threads = self.threads.lock();
         for queue in 0..queues {
             while threads.len() <= place(queue) {

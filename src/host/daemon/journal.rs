@@ -44,7 +44,7 @@ const MOST_BYTES: u64 = 1 << 20;
 /// State of a device in the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Stage {
+pub(super) enum DeviceStage {
     /// It is about to be made.
     Making,
     /// It is served.
@@ -57,7 +57,7 @@ pub(super) enum Stage {
     Armed,
 }
 
-impl Stage {
+impl DeviceStage {
     /// The step of a recovery that an earlier daemon had reached.
     pub(super) fn step(self) -> Option<RecoveryStep> {
         match self {
@@ -69,7 +69,7 @@ impl Stage {
     }
 }
 
-impl From<RecoveryStep> for Stage {
+impl From<RecoveryStep> for DeviceStage {
     fn from(step: RecoveryStep) -> Self {
         match step {
             RecoveryStep::Recovering => Self::Recovering,
@@ -87,7 +87,7 @@ pub(super) struct JournalRecord {
     /// Number of the [`DeviceToken`].
     pub(super) token: u64,
     /// State of the device.
-    pub(super) stage: Stage,
+    pub(super) stage: DeviceStage,
     /// Number of the device in the daemon.
     pub(super) number: u64,
     /// The request.
@@ -273,7 +273,8 @@ pub(super) fn has_records(run_dir: &Path) -> bool {
 
 fn read_record(path: &Path) -> Result<JournalRecord, RecordError> {
     let mut bytes = Vec::new();
-    let file = sys::private::open(path, OpenOptions::new().read(true)).map_err(RecordError::Read)?;
+    let file =
+        sys::private::open(path, OpenOptions::new().read(true)).map_err(RecordError::Read)?;
     file.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(RecordError::Read)?;
     if bytes.len() as u64 > MOST_BYTES {
         return Err(RecordError::Foreign);
@@ -297,7 +298,7 @@ mod tests {
         JournalRecord {
             boot: String::new(),
             token: DeviceToken::draw().number(),
-            stage: Stage::Serving,
+            stage: DeviceStage::Serving,
             number,
             spec: DeviceSpec { dev_id: Some("d".into()), ..DeviceSpec::of(image) },
             image: "reg.example/app:1".into(),
@@ -322,10 +323,10 @@ mod tests {
     fn a_record_is_read_as_it_was_written_and_only_its_user_can_read_it() {
         let dir = tempfile::tempdir().unwrap();
         let (journal, first) = journal(dir.path());
-        let second = JournalRecord { stage: Stage::Making, device: None, ..first.clone() };
+        let second = JournalRecord { stage: DeviceStage::Making, device: None, ..first.clone() };
         let second = JournalRecord { token: DeviceToken::draw().number(), number: 9, ..second };
         journal.write(&second).unwrap();
-        journal.write(&JournalRecord { stage: Stage::Making, ..first.clone() }).unwrap();
+        journal.write(&JournalRecord { stage: DeviceStage::Making, ..first.clone() }).unwrap();
         journal.write(&first).unwrap();
         let mode = fs::metadata(journal.path(first.token)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
@@ -349,8 +350,10 @@ mod tests {
         let (records, refused) = journal.read().unwrap();
         assert!(records.is_empty());
         assert!(matches!(&refused[..], [(path, RecordError::Foreign)] if *path == copy));
-        let mut left: Vec<_> =
-            fs::read_dir(&journal.folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut left: Vec<_> = fs::read_dir(&journal.folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
         left.sort();
         assert_eq!(left, ["copy.device", "note"]);
     }

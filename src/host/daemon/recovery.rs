@@ -15,20 +15,20 @@
 //!
 //! One device that does not return holds up no other.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use client::protocol::DeviceState;
 use client::{DeviceRecord, DeviceSpec, Frontend, mounts};
 use frontends::ublk::recovery::{self, KernelDevice, KernelState, RecoveryStep};
-use frontends::ublk::{UblkDevice, UblkError};
+use frontends::ublk::{UblkDevice, UblkError, probe};
 use parking_lot::Mutex;
 use rustix::mount::{UnmountFlags, unmount};
 use source::failure::with_causes;
 use thiserror::Error;
 
-use super::journal::{Journal, JournalRecord, RecordedDevice, Stage};
+use super::journal::{DeviceStage, Journal, JournalRecord, RecordedDevice};
 use super::table::{DeviceTable, TableEntry, in_use};
 use super::{HostError, ServableImage};
 
@@ -123,8 +123,8 @@ enum ReturnError {
     },
 }
 
-/// Outcome of a try.
-enum Outcome {
+/// ReturnOutcome of a try.
+enum ReturnOutcome {
     /// The device is served.
     Served(Box<TableEntry>),
     /// There is no device any more.
@@ -140,11 +140,12 @@ pub(super) fn begin_record(
     number: u64,
     image: &ServableImage,
 ) -> Option<JournalRecord> {
-    let journal = journal.filter(|_| spec.frontend != Frontend::Loop)?;
+    let may_be_ublk = spec.frontend != Frontend::Loop && Path::new(probe::CONTROL).exists();
+    let journal = journal.filter(|_| may_be_ublk)?;
     let record = JournalRecord {
         boot: journal.boot().to_owned(),
         token: recovery::DeviceToken::draw().number(),
-        stage: Stage::Making,
+        stage: DeviceStage::Making,
         number,
         spec: spec.clone(),
         image: image.name.clone(),
@@ -180,7 +181,7 @@ pub(super) fn complete_record(
         // The token finds it.
         Err(_) => None,
     };
-    let record = JournalRecord { stage: Stage::Serving, device, since_unix_s, ..record };
+    let record = JournalRecord { stage: DeviceStage::Serving, device, since_unix_s, ..record };
     keep_record(journal, &record);
     Some(record)
 }
@@ -213,7 +214,10 @@ impl DeviceTable {
         };
         for (path, error) in refused {
             let error = with_causes(&error);
-            tracing::error!("{} is passed over, and its device stays without a server: {error}", path.display());
+            tracing::error!(
+                "{} is passed over, and its device stays without a server: {error}",
+                path.display()
+            );
         }
         let mut devices = self.lock();
         for journal in records {
@@ -235,21 +239,28 @@ impl DeviceTable {
             let record = self.lock().returning.get(&number).map(|device| device.journal.clone());
             let Some(record) = record else { return };
             let error = match self.try_back(&record) {
-                Ok(Outcome::Served(entry)) => {
+                Ok(ReturnOutcome::Served(mut entry)) => {
                     let mut devices = self.lock();
+                    let returning = devices.returning.remove(&number);
+                    // A client may have told a new one in the meantime.
+                    let mountpoint = returning.and_then(|returning| returning.journal.mountpoint);
+                    entry.record.mountpoint.clone_from(&mountpoint);
+                    if let (Some(journal), Some(record)) = (self.journal(), &mut entry.journal) {
+                        record.mountpoint = mountpoint;
+                        keep_record(journal, record);
+                    }
                     tracing::warn!(device = %entry.device().display(), "{}: taken back from an earlier daemon in {:.1?}", record.image, begun.elapsed());
-                    devices.returning.remove(&number);
                     devices.entries.insert(number, *entry);
                     return;
                 }
-                Ok(Outcome::Gone) => {
+                Ok(ReturnOutcome::Gone) => {
                     self.lock().returning.remove(&number);
                     if let Some(journal) = self.journal() {
                         drop_record(journal, record.token);
                     }
                     return;
                 }
-                Ok(Outcome::Detached) => return,
+                Ok(ReturnOutcome::Detached) => return,
                 Err(error) => error,
             };
             let is_lost = matches!(error, ReturnError::Another { .. });
@@ -291,20 +302,20 @@ impl DeviceTable {
         HostError::Ublk { image: record.image.clone(), source }
     }
 
-    fn try_back(&self, record: &JournalRecord) -> Result<Outcome, ReturnError> {
+    fn try_back(&self, record: &JournalRecord) -> Result<ReturnOutcome, ReturnError> {
         let driver = |source| ReturnError::Driver { device: node(record.device), source };
-        let Some(found) = find(record).map_err(driver)? else { return Ok(Outcome::Gone) };
+        let Some(found) = find(record).map_err(driver)? else { return Ok(ReturnOutcome::Gone) };
         let found = settled(found).map_err(driver)?;
-        let Some(found) = found else { return Ok(Outcome::Gone) };
+        let Some(found) = found else { return Ok(ReturnOutcome::Gone) };
         if !found.survives || found.state == KernelState::Dead {
             tracing::warn!(device = %found.path().display(), "{}: its device did not survive an earlier daemon, and is removed", record.image);
             recovery::remove_orphan(found.id).map_err(driver)?;
-            return Ok(Outcome::Gone);
+            return Ok(ReturnOutcome::Gone);
         }
-        if record.stage == Stage::Arming && recovery::arming_is_deadly().map_err(driver)? {
+        if record.stage == DeviceStage::Arming && recovery::arming_is_deadly().map_err(driver)? {
             tracing::error!(device = %found.path().display(), "{}: an earlier daemon died while it took the device back, and this kernel loses it then: its readers get EIO, and it is removed", record.image);
             recovery::remove_orphan(found.id).map_err(driver)?;
-            return Ok(Outcome::Gone);
+            return Ok(ReturnOutcome::Gone);
         }
         // From here on the node is known, also if the record was written before it.
         let record = JournalRecord {
@@ -312,11 +323,8 @@ impl DeviceTable {
             ..record.clone()
         };
         let image = self.open_again(&record)?;
-        let another = |what| ReturnError::Another {
-            image: record.image.clone(),
-            device: found.path(),
-            what,
-        };
+        let another =
+            |what| ReturnError::Another { image: record.image.clone(), device: found.path(), what };
         if image.volume.size() != record.size_bytes || image.volume.size() != found.size {
             return Err(another("its size differs"));
         }
@@ -326,7 +334,7 @@ impl DeviceTable {
         {
             let mut devices = self.lock();
             let Some(device) = devices.returning.get_mut(&record.number) else {
-                return Ok(Outcome::Detached);
+                return Ok(ReturnOutcome::Detached);
             };
             device.journal = record.clone();
             device.changes_hands = true;
@@ -348,7 +356,7 @@ impl DeviceTable {
         record: JournalRecord,
         found: &KernelDevice,
         image: ServableImage,
-    ) -> Result<Outcome, ReturnError> {
+    ) -> Result<ReturnOutcome, ReturnError> {
         let start = Instant::now();
         let (waits, volume) = self.watch(&image)?;
         let written = Mutex::new(record.clone());
@@ -368,20 +376,16 @@ impl DeviceTable {
             }
             Err(error) => {
                 tracing::error!(device = %found.path().display(), "{}: {}", record.image, with_causes(&error));
-                return Ok(Outcome::Gone);
+                return Ok(ReturnOutcome::Gone);
             }
         };
-        let record = JournalRecord { stage: Stage::Serving, ..record };
-        if let Some(journal) = self.journal() {
-            keep_record(journal, &record);
-        }
+        let record = JournalRecord { stage: DeviceStage::Serving, ..record };
         let spec = record.spec.clone();
         let times = [Duration::ZERO, start.elapsed()];
         let mut entry = self.entry(&spec, record.number, image, waits, Box::new(served), times);
         entry.record.since_unix_s = record.since_unix_s;
-        entry.record.mountpoint.clone_from(&record.mountpoint);
         entry.journal = Some(record);
-        Ok(Outcome::Served(Box::new(entry)))
+        Ok(ReturnOutcome::Served(Box::new(entry)))
     }
 }
 
@@ -406,7 +410,8 @@ fn find(record: &JournalRecord) -> Result<Option<KernelDevice>, UblkError> {
     let is_it = |device: &KernelDevice| {
         // A disk that was stopped has no number any more.
         let recorded = record.device.and_then(|recorded| recorded.diskseq);
-        let same_disk = device.diskseq.is_none() || recorded.is_none() || recorded == device.diskseq;
+        let same_disk =
+            device.diskseq.is_none() || recorded.is_none() || recorded == device.diskseq;
         device.token == Some(token) && same_disk
     };
     if let Some(recorded) = record.device {

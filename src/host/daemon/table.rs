@@ -402,7 +402,9 @@ impl DeviceTable {
             let error = with_causes(&error);
             tracing::warn!(device = %device.display(), error, "A device was not removed cleanly");
         }
-        for (journal, token) in self.journal().into_iter().flat_map(|j| tokens.values().map(move |t| (j, t))) {
+        for (journal, token) in
+            self.journal().into_iter().flat_map(|j| tokens.values().map(move |t| (j, t)))
+        {
             recovery::drop_record(journal, *token);
         }
     }
@@ -582,7 +584,6 @@ impl TableEntry {
         })
     }
 }
-
 
 pub(super) fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
