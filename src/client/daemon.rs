@@ -155,7 +155,7 @@ impl DaemonClient {
                     milliseconds(device.opening_us),
                     milliseconds(device.making_us)
                 );
-                Ok((device, note))
+                Ok((*device, note))
             }
             other => Err(self.unexpected(&other)),
         }

@@ -110,7 +110,7 @@ pub enum Reply {
     /// To [`Request::Attach`].
     Attached {
         /// The new device.
-        device: DeviceRecord,
+        device: Box<DeviceRecord>,
         /// A note for the user, such as a slower front end and the reason.
         note: Option<String>,
     },

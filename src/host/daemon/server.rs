@@ -337,7 +337,8 @@ impl Server {
                 pid: std::process::id(),
             }),
             Request::Attach(spec) => {
-                table.attach(&spec).map(|(device, note)| Reply::Attached { device, note })
+                let attached = table.attach(&spec);
+                attached.map(|(device, note)| Reply::Attached { device: Box::new(device), note })
             }
             Request::Mounted { id, mountpoint } => {
                 table.mounted(id, mountpoint).map(|()| Reply::Done)
