@@ -33,6 +33,7 @@ fn open_image(spec: &DeviceSpec) -> Result<ServableImage, OpenFailure> {
         view,
         recorders: None,
         snapshots: None,
+        identity: None,
     })
 }
 
@@ -237,18 +238,29 @@ fn ublk_or_loop_clients_at_once_share_one_daemon_and_sigterm_ends_it() {
 }
 
 #[test]
-fn ublk_or_loop_a_killed_daemon_leaves_no_device_and_no_mount() {
+fn ublk_or_loop_a_killed_daemon_leaves_no_device_and_no_mount_that_the_next_does_not_have() {
     with_host(|host| {
         let mut client = host.client();
         let (record, _) = client.attach(host.request("e:1")).unwrap();
         signal(client.pid(), rustix::process::Signal::KILL);
         assert!(soon(|| !alive(client.pid())));
-        assert!(gone(&record), "{} is left", record.device.display());
+        // A loop device goes at once; a ublk device waits for the next daemon.
+        let is_ublk = record.frontend == Frontend::Ublk;
+        assert_eq!(!is_ublk && gone(&record), !is_ublk, "{} is left", record.device.display());
         assert!(!mounts().contains(host.run_dir().to_str().unwrap()));
         // The next client starts another daemon over the dead one's socket.
         let mut next = host.client();
         assert_ne!(next.pid(), client.pid());
+        let back = || {
+            let devices = host.client().list().unwrap();
+            devices.len() == usize::from(is_ublk)
+                && devices
+                    .iter()
+                    .all(|device| device.device == record.device && device.trouble.is_none())
+        };
+        assert!(soon(back), "{:?}", next.list());
         assert_eq!(next.stop().unwrap(), []);
+        assert!(gone(&record), "{} is left", record.device.display());
     });
 }
 

@@ -48,6 +48,7 @@ mod slips;
 mod snapshotter;
 mod snapshotter_containers;
 mod sparse;
+mod survival;
 mod trace;
 mod trust;
 mod uppers;

@@ -109,7 +109,10 @@ impl DaemonClient {
             if let Some(client) = Self::connect(run_dir)? {
                 return Ok(client);
             }
-            spawn(run_dir, command())?;
+            if let Err(error) = spawn(run_dir, command()) {
+                // Another one may have come first: that which follows a killed daemon.
+                return Self::connect(run_dir)?.ok_or(error);
+            }
         }
         Err(ClientError::NoAnswer(socket(run_dir)))
     }
@@ -152,7 +155,7 @@ impl DaemonClient {
                     milliseconds(device.opening_us),
                     milliseconds(device.making_us)
                 );
-                Ok((device, note))
+                Ok((*device, note))
             }
             other => Err(self.unexpected(&other)),
         }

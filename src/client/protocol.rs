@@ -110,7 +110,7 @@ pub enum Reply {
     /// To [`Request::Attach`].
     Attached {
         /// The new device.
-        device: DeviceRecord,
+        device: Box<DeviceRecord>,
         /// A note for the user, such as a slower front end and the reason.
         note: Option<String>,
     },
@@ -164,6 +164,10 @@ pub struct DeviceRecord {
     pub mountpoint: Option<PathBuf>,
     /// Its state.
     pub state: DeviceState,
+    /// The reason why it is not served, if it is not: a daemon died that served it, and the next one has not taken it back yet, or
+    /// cannot.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub trouble: Option<String>,
     /// Bytes of the disk.
     pub size_bytes: u64,
     /// Bytes read by the kernel.
@@ -303,6 +307,7 @@ impl DeviceRecord {
             device,
             mountpoint: None,
             state: DeviceState::Ready,
+            trouble: None,
             size_bytes: 0,
             bytes_read: 0,
             bytes_fetched: 0,

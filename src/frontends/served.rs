@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use crate::counters::FrontTotals;
 use crate::looped::{LoopedDevice, LoopedError};
+use crate::ublk::recovery::{DeviceToken, KernelDevice};
 use crate::ublk::{UblkDevice, UblkError, UblkOptions};
 use disk::volume::Volume;
 
@@ -42,6 +43,14 @@ pub trait ServedDevice: Send + Sync {
 
     /// Counters of its requests.
     fn counters(&self) -> FrontTotals;
+
+    /// The device as the ublk driver knows it; `None` for another front end.
+    ///
+    /// # Errors
+    /// Returns the driver's refusal.
+    fn kernel_device(&self) -> Result<Option<KernelDevice>, UblkError> {
+        Ok(None)
+    }
 
     /// Stops and removes the device after the requests in flight were answered. Unmount it first.
     ///
@@ -82,6 +91,10 @@ impl ServedDevice for UblkDevice {
         self.counters()
     }
 
+    fn kernel_device(&self) -> Result<Option<KernelDevice>, UblkError> {
+        self.kernel_device()
+    }
+
     fn stop(self: Box<Self>) -> Result<(), FrontError> {
         Ok((*self).stop()?)
     }
@@ -106,7 +119,7 @@ impl ServedDevice for LoopedDevice {
 }
 
 /// Serves a disk. A file system that the loop front end needs is mounted at `dir` for a moment. The second value is
-/// the reason why ublk was passed over, if it was.
+/// the reason why ublk was passed over, if it was. A ublk device with a token survives this process if it is read-only.
 ///
 /// # Errors
 /// Returns the error of the front end that failed; nothing remains then.
@@ -114,10 +127,11 @@ pub fn serve(
     volume: Arc<dyn Volume>,
     choice: FrontChoice,
     dir: &Path,
+    token: Option<DeviceToken>,
 ) -> Result<(Box<dyn ServedDevice>, Option<UblkError>), FrontError> {
     let mut passed_over = None;
     if choice != FrontChoice::Only(FrontKind::Looped) {
-        match UblkDevice::start(volume.clone(), &UblkOptions::default()) {
+        match UblkDevice::start(volume.clone(), &UblkOptions { token, ..UblkOptions::default() }) {
             Ok(device) => return Ok((Box::new(device), None)),
             Err(why @ (UblkError::Unavailable { .. } | UblkError::KnownBadKernel { .. }))
                 if choice == FrontChoice::UblkOrLooped =>

@@ -47,6 +47,7 @@
 //! * `features`   features that are requested
 //! * `device`     a device's options and lifetime
 //! * `running`    a device on the queue threads, set up by the commands of `control`
+//! * [`recovery`] a device that outlives its server, and its next server
 //! * `threads`    the queue threads
 //! * `driver`     body of a queue thread
 //! * `queue`      a queue that a thread serves, with its request `descriptors`
@@ -71,6 +72,7 @@ mod features;
 mod mailbox;
 pub mod probe;
 mod queue;
+pub mod recovery;
 mod request;
 mod ring;
 mod running;
@@ -130,6 +132,15 @@ pub enum UblkError {
         #[source]
         source: std::io::Error,
     },
+    /// A device could not be taken back, and is gone.
+    #[error("ublk device {id} is lost: its readers got EIO")]
+    LostInRecovery {
+        /// Its number.
+        id: u32,
+        /// The step that failed.
+        #[source]
+        source: Box<UblkError>,
+    },
     /// A thread could not be started.
     #[error("Cannot start the thread {name}")]
     Thread {
@@ -147,4 +158,12 @@ pub enum UblkError {
         /// Seconds waited.
         seconds: u64,
     },
+}
+
+impl UblkError {
+    /// True if a device that could not be [taken back](UblkDevice::take_back) is as it was before: quiesced, for another try.
+    #[must_use]
+    pub fn leaves_the_device(&self) -> bool {
+        !matches!(self, Self::LostInRecovery { .. })
+    }
 }

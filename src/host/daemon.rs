@@ -18,6 +18,9 @@
 //! * [`audit`]   a line for each download and each read that waited, if the configuration wants it
 //! * [`view`]    an image's traffic, and the sources of its bytes
 //! * `snapshots` upstream's interface for a snapshot of a device in use
+//! * `journal`   records of the devices, for the next daemon; `recovery` takes their devices back
+//! * [`keeper`]  restarts a daemon that a client started and that was killed
+//! * [`orphans`] devices whose daemon is dead
 //! * `server`    accepts, answers, ends
 //! * `signals`   waits for SIGTERM and SIGINT
 //!
@@ -26,6 +29,10 @@
 mod alarm;
 pub mod audit;
 mod error;
+mod journal;
+pub mod keeper;
+pub mod orphans;
+mod recovery;
 pub mod server;
 pub mod signals;
 mod snapshots;
@@ -37,6 +44,8 @@ use std::error::Error;
 use std::sync::Arc;
 
 use client::{Code, DeviceSpec};
+use formats::oci::Digest;
+use serde::{Deserialize, Serialize};
 
 use crate::metrics::Page;
 use crate::metrics::upstream::Totals;
@@ -62,6 +71,17 @@ pub struct ServableImage {
     pub recorders: Option<Arc<Recorders>>,
     /// Interface for snapshots, if it can be written.
     pub snapshots: Option<Arc<dyn Snapshots>>,
+    /// What tells the disk from another one, if that is known: a later daemon shows nothing else in its place.
+    pub identity: Option<DiskIdentity>,
+}
+
+/// What tells the disk of an image from another one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskIdentity {
+    /// Manifest that the name of the image meant; `None`: the name is none of a manifest.
+    pub manifest: Option<Digest>,
+    /// Digest over what decides the contents of the disk.
+    pub disk: Digest,
 }
 
 /// A disk that can be continued on a new writable layer.

@@ -12,6 +12,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::daemon::orphans::orphans;
+
 /// State of a fact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -99,5 +101,17 @@ impl fmt::Display for Report {
 /// Examines all facts.
 #[must_use]
 pub fn examine() -> Report {
-    rows::report(&kernel::Facts::of_this_host())
+    let mut report = rows::report(&kernel::Facts::of_this_host());
+    report.rows.extend(orphans(&[]).iter().map(|orphan| {
+        Row::new(
+            "device of a dead daemon",
+            FactState::Warn,
+            format!("{} has no server: its readers wait", orphan.device.display()),
+            format!(
+                "start a daemon with the same run directory, which takes it back, or `turbobd detach {}`",
+                orphan.device.display()
+            ),
+        )
+    }));
+    report
 }

@@ -41,7 +41,7 @@ pub use registries::Registries;
 use crate::config::log_file::LogFile;
 use crate::config::{DownloadConfig, ServiceConfig, ServiceConfigError, TracesConfig};
 use crate::daemon::{
-    Audit, DiskView, ImageOpener, OpenFailure, ReadPolicy, ServableImage, Snapshots,
+    Audit, DiskIdentity, DiskView, ImageOpener, OpenFailure, ReadPolicy, ServableImage, Snapshots,
 };
 use crate::metrics::exporter::ExporterOptions;
 use crate::metrics::upstream::Totals;
@@ -201,6 +201,23 @@ fn seek(store: &dyn ImageStore, manifest: &Digest) -> Option<Trace> {
         .ok()?
 }
 
+/// The manifest of a converted image decides its disk, with the number of its layers that are used. Of a device config, its
+/// layers do.
+fn identity(opened: &OpenImage) -> DiskIdentity {
+    let mut text = format!("{}\n", opened.layers.len());
+    match &opened.digest {
+        Some(digest) => text += &digest.to_string(),
+        None => {
+            for blob in opened.disk.blobs() {
+                text += blob.as_ref().map_or("-", |blob| blob.source().id());
+                text.push('\n');
+            }
+        }
+    }
+    let manifest = opened.named.as_ref().map(|(_, digest)| *digest);
+    DiskIdentity { manifest, disk: Digest::of(text.as_bytes()) }
+}
+
 impl HostImages {
     fn open_image(&self, spec: &DeviceSpec) -> Result<ServableImage, OpenError> {
         self.audit.get_or_init(|| self.begin_audit());
@@ -215,6 +232,7 @@ impl HostImages {
             &self.builder,
         )?;
         tracing::info!("{image}: opened in {:.1?}", start.elapsed());
+        let identity = Some(identity(&opened));
         let recorders = opened.disk.recorders().clone();
         let given = match (opened.trace, opened.named) {
             (Some(trace), _) => Given::Here(trace),
@@ -248,6 +266,7 @@ impl HostImages {
             view: Arc::new(DiskView::new(disk).filled(filling).compared(comparing)),
             recorders: Some(recorders),
             snapshots,
+            identity,
         })
     }
 }

@@ -38,6 +38,7 @@ use thiserror::Error;
 use ::convert::child as convert_child;
 use host::config::ServiceConfig;
 use host::config::log_file::LogFile;
+use host::daemon::keeper;
 use host::images::OpenError;
 use source::failure::with_causes;
 
@@ -169,6 +170,16 @@ pub fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 stderr::line(format_args!("turbobd: {}: {error}", convert_child::COMMAND));
+                ExitCode::FAILURE
+            }
+        };
+    }
+    // Nor this.
+    if std::env::args_os().nth(1).is_some_and(|first| first == keeper::COMMAND) {
+        return match keeper::keep(std::env::args_os().skip(2)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                stderr::line(format_args!("turbobd: {}: {error}", keeper::COMMAND));
                 ExitCode::FAILURE
             }
         };

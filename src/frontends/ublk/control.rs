@@ -1,16 +1,18 @@
 //! Commands to the driver about a device: add, set up, start, stop, delete.
 //!
 //! A command is a 32-byte `ublksrv_ctrl_cmd` in a large submission entry on the control node, and may sleep;
-//! the caller waits for it. Each [`Control`] has a ring of its own, so any thread may have one.
+//! the caller waits for it. Each [`Control`] has a ring of its own, so any thread may have one. A control with a time limit
+//! gives up a command that sleeps for longer, and takes no other one after it.
 //!
-//! `unsafe` is needed to push an entry that points to the command's buffer. The buffer is borrowed until the
-//! completion has been seen; [`Control::command`] never returns before that.
+//! `unsafe` is needed to push an entry that points to the command's buffer. The buffer is dropped only after the
+//! completion has been seen; that of a command that was given up is never dropped.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libublk::sys;
@@ -29,6 +31,10 @@ pub(super) struct Control {
     mask: u32,
     /// Features that the driver offers; `None` before 6.5.
     features: Option<u64>,
+    /// Longest time that a command may take; `None`: any.
+    limit: Option<Duration>,
+    /// True after a command that was given up: its completion may come at any time.
+    stuck: bool,
 }
 
 impl Control {
@@ -37,11 +43,19 @@ impl Control {
     /// # Errors
     /// Returns [`UblkError::Control`]: no root, no ring, no descriptors.
     pub(super) fn open() -> Result<Self, UblkError> {
+        Self::with_limit(None)
+    }
+
+    /// Opens the control node; a command that takes longer than `limit` fails with [`io::ErrorKind::TimedOut`].
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open).
+    pub(super) fn with_limit(limit: Option<Duration>) -> Result<Self, UblkError> {
         let refused = |what| move |source| UblkError::Control { what, source };
         let node = OpenOptions::new().read(true).write(true).open(probe::CONTROL);
         let node = node.map_err(refused("open its control node"))?;
         let ring = IoUring::builder().build(4).map_err(refused("make a control ring"))?;
-        let mut control = Self { ring, node, mask: u32::MAX, features: None };
+        let mut control = Self { ring, node, mask: u32::MAX, features: None, limit, stuck: false };
         let mut features = [0; 8];
         // Known from 6.5 on; since 6.4 the other commands have their long numbers.
         match control.command(sys::UBLK_U_CMD_GET_FEATURES, 0, 0, &mut features) {
@@ -85,6 +99,31 @@ impl Control {
         self.ask("start the device", sys::UBLK_U_CMD_START_DEV, id, pid, &mut [])
     }
 
+    /// Reads the driver's settings of a device and its state; `None`: there is no such device.
+    pub(super) fn info(&mut self, id: u32) -> Result<Option<DeviceInfo>, UblkError> {
+        let mut bytes = [0; size_of::<DeviceInfo>()];
+        match self.command(sys::UBLK_U_CMD_GET_DEV_INFO, id, 0, &mut bytes) {
+            Ok(()) => {
+                let mut info = DeviceInfo::default();
+                get_info(&bytes, &mut info);
+                Ok(Some(info))
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+            Err(source) => Err(UblkError::Control { what: "tell its state", source }),
+        }
+    }
+
+    /// Begins the recovery of a device whose server has gone. `EBUSY` as long as that one has not closed its node.
+    pub(super) fn start_recovery(&mut self, id: u32) -> io::Result<()> {
+        self.command(sys::UBLK_U_CMD_START_USER_RECOVERY, id, 0, &mut [])
+    }
+
+    /// Ends the recovery: waits until all tags are armed by this process; then the device is live.
+    pub(super) fn end_recovery(&mut self, id: u32) -> Result<(), UblkError> {
+        let pid = u64::from(std::process::id());
+        self.ask("end the recovery", sys::UBLK_U_CMD_END_USER_RECOVERY, id, pid, &mut [])
+    }
+
     /// Stops a device; returns when no request is in flight and all tags are back.
     pub(super) fn stop(&mut self, id: u32) -> Result<(), UblkError> {
         self.ask("stop the device", sys::UBLK_U_CMD_STOP_DEV, id, 0, &mut [])
@@ -105,6 +144,18 @@ impl Control {
             }
             _ => Ok(()),
         }
+    }
+
+    /// True if the driver may lose a device whose new server dies while it arms the tags. It is told from others by a later
+    /// feature, `QUIESCE_DEV`.
+    pub(super) fn arming_is_deadly(&self) -> bool {
+        self.features.is_none_or(|features| features & u64::from(sys::UBLK_F_QUIESCE) == 0)
+    }
+
+    /// Deletes a device that this process does not have open; does not wait for its mounts to go where the kernel has
+    /// that (6.6+).
+    pub(super) fn delete_soon(&mut self, id: u32) -> Result<(), UblkError> {
+        self.delete(id, None)
     }
 
     /// The CPUs whose requests go to a queue; `None` if the kernel does not report them.
@@ -152,20 +203,40 @@ impl Control {
         body[4..6].copy_from_slice(&queue.to_ne_bytes());
         let len = u16::try_from(buffer.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
         body[6..8].copy_from_slice(&len.to_ne_bytes());
+        if self.stuck {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // Memory of the command itself, which can outlive this call.
+        let mut own = buffer.to_vec();
         if len > 0 {
-            body[8..16].copy_from_slice(&(buffer.as_mut_ptr() as u64).to_ne_bytes());
+            body[8..16].copy_from_slice(&(own.as_mut_ptr() as u64).to_ne_bytes());
         }
         body[16..24].copy_from_slice(&data.to_ne_bytes());
         let node = types::Fd(self.node.as_raw_fd());
         let entry = opcode::UringCmd80::new(node, op & self.mask).cmd(body).build();
-        // SAFETY: the entry points to `buffer`, which stays borrowed until its completion has been seen
-        // below; no other entry is ever in this ring.
+        // SAFETY: the entry points to `own`, which is dropped after its completion has been seen below, or never; no
+        // other entry is ever in this ring, because a control that is stuck takes none.
         unsafe { self.ring.submission().push(&entry) }
             .map_err(|_| io::Error::other("the control ring is full"))?;
+        let until = self.limit.map(|limit| Instant::now() + limit);
         let result = loop {
-            match self.ring.submit_and_wait(1) {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                self.stuck = true;
+                std::mem::forget(own);
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let entered = match left {
+                None => self.ring.submit_and_wait(1),
+                Some(left) => {
+                    let left = types::Timespec::from(left);
+                    let args = types::SubmitArgs::new().timespec(&left);
+                    self.ring.submitter().submit_with_args(1, &args)
+                }
+            };
+            match entered {
                 Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME)) => {}
                 // The entry may be in flight: it must not be left there with this buffer.
                 Err(error) => {
                     tracing::warn!(%error, "Waiting for the ublk driver");
@@ -176,6 +247,7 @@ impl Control {
                 break completion.result();
             }
         };
+        buffer.copy_from_slice(&own);
         if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
     }
 }
@@ -188,17 +260,21 @@ fn put_info(bytes: &mut [u8; size_of::<DeviceInfo>()], info: &DeviceInfo) {
     bytes[12..16].copy_from_slice(&info.dev_id.to_ne_bytes());
     bytes[16..20].copy_from_slice(&info.ublksrv_pid.to_ne_bytes());
     bytes[24..32].copy_from_slice(&info.flags.to_ne_bytes());
+    bytes[32..40].copy_from_slice(&info.ublksrv_flags.to_ne_bytes());
 }
 
 fn get_info(bytes: &[u8; size_of::<DeviceInfo>()], info: &mut DeviceInfo) {
-    let [a, b, c, d, _, _, _, _, e, f, g, h, i, j, k, l, ..] = *bytes;
+    let [a, b, c, d, m, n, _, _, e, f, g, h, i, j, k, l, ..] = *bytes;
     info.nr_hw_queues = u16::from_ne_bytes([a, b]);
     info.queue_depth = u16::from_ne_bytes([c, d]);
     info.max_io_buf_bytes = u32::from_ne_bytes([e, f, g, h]);
     info.dev_id = u32::from_ne_bytes([i, j, k, l]);
+    info.state = u16::from_ne_bytes([m, n]);
     let mut flags = [0; 8];
     flags.copy_from_slice(&bytes[24..32]);
     info.flags = u64::from_ne_bytes(flags);
+    flags.copy_from_slice(&bytes[32..40]);
+    info.ublksrv_flags = u64::from_ne_bytes(flags);
 }
 
 /// Writes the fields of `struct ublk_params` (its basic part and that about discards) to their places.
@@ -240,7 +316,9 @@ mod tests {
         assert_eq!(offset_of!(DeviceInfo, max_io_buf_bytes), 8);
         assert_eq!(offset_of!(DeviceInfo, dev_id), 12);
         assert_eq!(offset_of!(DeviceInfo, ublksrv_pid), 16);
+        assert_eq!(offset_of!(DeviceInfo, state), 4);
         assert_eq!(offset_of!(DeviceInfo, flags), 24);
+        assert_eq!(offset_of!(DeviceInfo, ublksrv_flags), 32);
         assert_eq!(offset_of!(sys::ublk_params, types), 4);
         let basic = offset_of!(sys::ublk_params, basic);
         assert_eq!(basic, 8);

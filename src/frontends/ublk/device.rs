@@ -1,11 +1,13 @@
 //! One device: its options, and its lifetime from start to stop.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libublk::sys;
 
+use super::recovery::{self, DeviceToken, KernelDevice, RecoveryStep};
 use super::running::RunningDevice;
 use super::writer::{DeviceWriter, WriterThreads};
 use super::{UblkError, probe};
@@ -34,6 +36,10 @@ pub struct UblkOptions {
     /// Default 256 KiB: a quarter or half of the usual decoded chunk, so that most requests lie in one
     /// decoded chunk, while a sequential reader still gets large requests.
     pub chunk: u32,
+    /// Token of a device that shall survive this process: see [`recovery`](super::recovery). `None`: the kernel removes the
+    /// device when this process dies. A device that can be written is removed in any case, because acknowledged writes may
+    /// still be in the memory of its server.
+    pub token: Option<DeviceToken>,
     /// True if the kernel may refuse writes before they reach this process, when the volume cannot be
     /// written. Always `true`, except in the test that writes which do arrive are harmless.
     pub read_only: bool,
@@ -42,7 +48,13 @@ pub struct UblkOptions {
 impl Default for UblkOptions {
     fn default() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { queues: cpus.clamp(1, 2) as u16, depth: 64, chunk: 256 * 1024, read_only: true }
+        Self {
+            queues: cpus.clamp(1, 2) as u16,
+            depth: 64,
+            chunk: 256 * 1024,
+            token: None,
+            read_only: true,
+        }
     }
 }
 
@@ -79,6 +91,11 @@ pub(super) struct Backing {
 }
 
 impl Backing {
+    /// True if the device shall survive this process.
+    pub(super) fn survives(&self) -> bool {
+        self.options.token.is_some() && self.writer.is_none()
+    }
+
     /// Parameters of the disk for the driver.
     ///
     /// A writable disk has a volatile cache: a write is durable after the next flush, as the writable layer's
@@ -147,6 +164,34 @@ impl UblkDevice {
     pub fn start(volume: Arc<dyn Volume>, options: &UblkOptions) -> Result<Self, UblkError> {
         options.check(&*volume)?;
         probe::examine_and_load().verdict()?;
+        Self::run(volume, options, RunningDevice::start)
+    }
+
+    /// Takes a device back whose server has died, by the order of [`recovery`]. `volume` must be
+    /// the disk that it showed. `before` is the last step of an earlier try; `note` is called before each step, and an error of it
+    /// ends the try.
+    ///
+    /// # Errors
+    /// Returns [`UblkError`]. The device is as it was if [`UblkError::leaves_the_device`], and gone otherwise: its readers got
+    /// EIO.
+    pub fn take_back(
+        volume: Arc<dyn Volume>,
+        device: &KernelDevice,
+        before: Option<RecoveryStep>,
+        note: &mut dyn FnMut(RecoveryStep) -> io::Result<()>,
+    ) -> Result<Self, UblkError> {
+        let options = UblkOptions { token: device.token, ..UblkOptions::default() };
+        options.check(&*volume)?;
+        Self::run(volume, &options, |backing| {
+            RunningDevice::take_back(backing, device.id, before, note)
+        })
+    }
+
+    fn run(
+        volume: Arc<dyn Volume>,
+        options: &UblkOptions,
+        run: impl FnOnce(&Backing) -> Result<RunningDevice, UblkError>,
+    ) -> Result<Self, UblkError> {
         let counters = Arc::new(FrontCounters::default());
         let writers = WriterThreads::start(&volume)?;
         let backing = Backing {
@@ -155,10 +200,17 @@ impl UblkDevice {
             options: options.clone(),
             counters: counters.clone(),
         };
-        let running = RunningDevice::start(&backing)?;
+        let running = run(&backing)?;
         let id = running.id();
-        let path = PathBuf::from(format!("/dev/ublkb{id}"));
-        Ok(Self { path, id, counters, running: Some(running), writers })
+        Ok(Self { path: recovery::node(id), id, counters, running: Some(running), writers })
+    }
+
+    /// The device as the driver knows it now.
+    ///
+    /// # Errors
+    /// Returns the driver's refusal.
+    pub fn kernel_device(&self) -> Result<Option<KernelDevice>, UblkError> {
+        recovery::kernel_device(self.id)
     }
 
     /// `/dev/ublkbN`.
@@ -218,7 +270,7 @@ pub(super) fn without_scheduler(id: u32) {
 /// node.
 pub(super) fn wait_for_node(id: u32) -> Result<(), UblkError> {
     use std::os::unix::fs::FileTypeExt;
-    let path = format!("/dev/ublkb{id}");
+    let path = recovery::node(id).display().to_string();
     let until = Instant::now() + Duration::from_secs(NODE_SECONDS);
     loop {
         if std::fs::metadata(&path).is_ok_and(|found| found.file_type().is_block_device()) {

@@ -5,9 +5,11 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use io_uring::cqueue;
 use libublk::sys;
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use super::answer::Verdict;
 use super::mailbox::{Letter, Mailbox, WaitOutcome};
@@ -40,31 +42,44 @@ pub(super) struct QueueDriver {
     ticket: u32,
     pinned: bool,
     ending: bool,
+    /// True once it has served a queue of a device that survives this process.
+    survivors: Arc<AtomicBool>,
 }
 
 impl QueueDriver {
-    /// Creates the state of this thread, and polls its mailbox.
+    /// Creates the state of this thread, and polls its mailbox. `survivors` is set when it serves a device that survives this
+    /// process.
     ///
     /// # Errors
     /// Returns the kernel's refusal of a ring.
-    pub(super) fn new(mailbox: Arc<Mailbox<Post>>) -> io::Result<Self> {
+    pub(super) fn new(mailbox: Arc<Mailbox<Post>>, survivors: Arc<AtomicBool>) -> io::Result<Self> {
         threads::mark_io_thread();
+        become_unprivileged()?;
         let ring = Ring::new()?;
-        let mut driver =
-            Self { ring, mailbox, queues: Vec::new(), ticket: 0, pinned: false, ending: false };
+        let mut driver = Self {
+            ring,
+            mailbox,
+            queues: Vec::new(),
+            ticket: 0,
+            pinned: false,
+            ending: false,
+            survivors,
+        };
         driver.poll_mailbox()?;
         driver.ring.enter(0)?;
         Ok(driver)
     }
 
-    /// Serves until the end; an error is counted for all queues and logged.
-    pub(super) fn run(&mut self) {
-        if let Err(error) = self.serve() {
+    /// Serves until the end; an error is counted for all queues and logged. Returns true without an error.
+    pub(super) fn run(&mut self) -> bool {
+        let served = self.serve();
+        if let Err(error) = &served {
             for queue in self.queues.iter().flatten() {
                 queue.counters.lost_queues.add(1);
             }
             tracing::error!(%error, "A ublk queue thread has ended: requests of its devices will fail");
         }
+        served.is_ok()
     }
 
     /// Serves until it is told to end and has no queue left.
@@ -104,6 +119,9 @@ impl QueueDriver {
     }
 
     fn arm(&mut self, new: NewQueue) -> io::Result<()> {
+        if new.survives {
+            self.survivors.store(true, Ordering::Relaxed);
+        }
         let (depth, longest) = (new.depth, new.longest);
         let mut queue = ServedQueue::new(new)?;
         self.ring.answers.prepare(longest);
@@ -247,4 +265,13 @@ impl QueueDriver {
     fn poll_mailbox(&mut self) -> io::Result<()> {
         self.ring.poll(self.mailbox.event())
     }
+}
+
+/// Gives up `CAP_SYS_ADMIN` on this thread, which then serves no partition scan: the driver looks for partitions only if every
+/// queue is armed by a thread with that right. Images have none. Before 7.3 the scan runs inside `START_DEV`, and a server that dies in
+/// it leaves a device that only a reboot removes.
+fn become_unprivileged() -> io::Result<()> {
+    let mut sets = capabilities(None)?;
+    sets.effective.remove(CapabilitySet::SYS_ADMIN);
+    Ok(set_capabilities(None, sets)?)
 }

@@ -8,18 +8,30 @@
 //! | 7.0 | `NO_AUTO_PART_SCAN` | no reads of the partition scan, and no wait for them at the start |
 //!
 //! `NEED_GET_DATA` is always required: without it a stray write would be copied to the address of the tag's
-//! last commit, that is, into the cache. Features that are not requested: user copy and the zero copy modes,
+//! last commit, that is, into the cache. A device that [survives](super::recovery) its server needs `USER_RECOVERY` and
+//! `USER_RECOVERY_REISSUE`; drivers clear flags that they do not know, so the flags that they return are compared.
+//! Features that are not requested: user copy and the zero copy modes,
 //! which turn the copy at commit time off; batches of commands (7.0), which do not support `NEED_GET_DATA`.
 
 use libublk::sys;
 
 use super::UblkError;
 
-/// Flags for `ADD_DEV`, where the driver lists `offered`; `None` before it could (6.5).
-pub(super) fn wanted(offered: Option<u64>) -> u64 {
-    let needed = u64::from(sys::UBLK_F_NEED_GET_DATA);
+/// Flags of a device that survives its server: the kernel keeps it and its requests, and asks the next server again for those
+/// that were in flight.
+const SURVIVAL: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
+
+/// Flags for `ADD_DEV`, where the driver lists `offered`; `None` before it could (6.5). With `survives`, those of a device that
+/// survives its server.
+pub(super) fn wanted(offered: Option<u64>, survives: bool) -> u64 {
+    let needed = u64::from(sys::UBLK_F_NEED_GET_DATA) | if survives { SURVIVAL } else { 0 };
     let helpful = u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE | sys::UBLK_F_NO_AUTO_PART_SCAN);
     needed | offered.map_or(0, |offered| offered & helpful)
+}
+
+/// True if a device with the driver's `flags` survives its server.
+pub(super) fn survives(flags: u64) -> bool {
+    flags & SURVIVAL == SURVIVAL
 }
 
 /// Checks that a device with the driver's `flags` may be used.
@@ -50,7 +62,9 @@ mod tests {
             ("6.16", Some(0x3fff), need | encode),
             ("7.3", Some(0x1f_ffff), need | encode | no_scan),
         ] {
-            assert_eq!(wanted(offered), flags, "{kernel}");
+            assert_eq!(wanted(offered, false), flags, "{kernel}");
+            assert_eq!(wanted(offered, true), flags | 0x18, "{kernel}");
+            assert!(survives(wanted(offered, true)) && !survives(flags) && !survives(flags | 8));
             assert!(check(flags).is_ok());
         }
         assert!(check(encode).is_err());

@@ -31,6 +31,8 @@ pub(super) struct NewQueue {
     pub(super) writer: Option<DeviceWriter>,
     /// Its device's counters.
     pub(super) counters: Arc<FrontCounters>,
+    /// True if its device survives this process: then a thread that fails must end the process.
+    pub(super) survives: bool,
     /// CPUs whose requests come here.
     pub(super) cpus: Option<CpuSet>,
     /// Receives a message when all tags are armed, or the reason why they are not.

@@ -14,6 +14,7 @@ use super::control::{Control, DeviceInfo};
 use super::device::{Backing, wait_for_node, without_scheduler};
 use super::features;
 use super::queue::{NewQueue, wait_until_gone};
+use super::recovery::{self, DeviceToken, RecoveryStep};
 use super::threads::QueueThreads;
 
 /// Seconds to wait for the character node: devtmpfs creates it at once, udev on a busy host later.
@@ -38,14 +39,19 @@ impl RunningDevice {
             queue_depth: options.depth,
             max_io_buf_bytes: options.chunk,
             ublksrv_pid: std::process::id() as i32,
-            flags: features::wanted(control.features()),
+            flags: features::wanted(control.features(), backing.survives()),
+            ublksrv_flags: options.token.map_or(0, DeviceToken::number),
             ..DeviceInfo::default()
         };
         control.add(&mut info)?;
-        let (gone_sender, gone) = unbounded();
-        let mut device =
-            Self { id: info.dev_id, threads: QueueThreads::shared(), gone, node: None };
-        let served = device.serve(&mut control, &info, backing, gone_sender);
+        if backing.survives() && !features::survives(info.flags) {
+            tracing::warn!(
+                device = info.dev_id,
+                "This kernel's ublk keeps no device whose server dies: its reads will fail then"
+            );
+        }
+        let (mut device, gone) = Self::new(info.dev_id);
+        let served = device.serve(&mut control, &info, backing, gone);
         match served {
             Ok(()) => Ok(device),
             Err(error) => {
@@ -54,6 +60,56 @@ impl RunningDevice {
                 Err(error)
             }
         }
+    }
+
+    /// Takes a device back whose server has died: see [`recovery`]. After an error that does not
+    /// [leave the device](UblkError::leaves_the_device), the device is gone.
+    pub(super) fn take_back(
+        backing: &Backing,
+        id: u32,
+        before: Option<RecoveryStep>,
+        note: &mut dyn FnMut(RecoveryStep) -> io::Result<()>,
+    ) -> Result<Self, UblkError> {
+        let mut noted = |step| {
+            note(step).map_err(|source| UblkError::Control { what: "wait for a note", source })
+        };
+        let mut control = Control::with_limit(Some(recovery::PATIENCE))?;
+        let gone = || UblkError::Control {
+            what: "take back a device that is gone",
+            source: io::Error::from_raw_os_error(libc::ENODEV),
+        };
+        let info = control.info(id)?.ok_or_else(gone)?;
+        if let Some(token) = backing.options.token {
+            recovery::check(&info, token)?;
+        }
+        let (mut device, gone) = Self::new(id);
+        device.threads.prepare(info.nr_hw_queues)?;
+        noted(RecoveryStep::Recovering)?;
+        recovery::begin(&mut control, id, before)?;
+        let node = Arc::new(open_node(id)?);
+        noted(RecoveryStep::Arming)?;
+        device.node = Some(node);
+        let mut ended = device.arm(&mut control, &info, backing, gone);
+        if ended.is_ok() {
+            ended = noted(RecoveryStep::Armed).and_then(|()| control.end_recovery(id));
+        }
+        match ended {
+            Ok(()) => Ok(device),
+            Err(error) => {
+                // Armed tags can be taken back by a stop alone. The control may be stuck in the command that failed.
+                drop(control);
+                if let Ok(mut control) = Control::with_limit(Some(recovery::PATIENCE)) {
+                    let _ = device.end(&mut control);
+                }
+                Err(UblkError::LostInRecovery { id, source: Box::new(error) })
+            }
+        }
+    }
+
+    /// A device without a served queue, and the sender that its queues hold.
+    fn new(id: u32) -> (Self, Sender<()>) {
+        let (gone_sender, gone) = unbounded();
+        (Self { id, threads: QueueThreads::shared(), gone, node: None }, gone_sender)
     }
 
     /// N of `/dev/ublkbN`.
@@ -79,18 +135,39 @@ impl RunningDevice {
     ) -> Result<(), UblkError> {
         features::check(info.flags)?;
         control.set_params(self.id, &backing.params())?;
-        let node = Arc::new(open_node(self.id)?);
-        self.node = Some(node.clone());
+        self.node = Some(Arc::new(open_node(self.id)?));
+        self.arm(control, info, backing, gone)?;
+        control.start(self.id)?;
+        wait_for_node(self.id)?;
+        without_scheduler(self.id);
+        Ok(())
+    }
+
+    /// Gives the queues of the open device to their threads, which arm all tags.
+    fn arm(
+        &self,
+        control: &mut Control,
+        info: &DeviceInfo,
+        backing: &Backing,
+        gone: Sender<()>,
+    ) -> Result<(), UblkError> {
         let (armed, arming) = channel();
+        let node = self.node.clone().ok_or(UblkError::Queue {
+            queue: 0,
+            what: "opening its device",
+            source: io::ErrorKind::NotFound.into(),
+        })?;
+        let survives = features::survives(info.flags);
         let queue = |number, cpus| NewQueue {
             number,
             depth: info.queue_depth,
-            longest: backing.options.chunk as usize,
+            longest: info.max_io_buf_bytes as usize,
             encoded: info.flags & u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) != 0,
             node: node.clone(),
             volume: backing.volume.clone(),
             writer: backing.writer.clone(),
             counters: backing.counters.clone(),
+            survives,
             cpus,
             armed: armed.clone(),
             gone: gone.clone(),
@@ -111,11 +188,7 @@ impl RunningDevice {
                 armed.map_err(|source| UblkError::Queue { queue, what: "arming its tags", source });
             result = result.and(armed);
         }
-        result?;
-        control.start(self.id)?;
-        wait_for_node(self.id)?;
-        without_scheduler(self.id);
-        Ok(())
+        result
     }
 
     /// Ends the device, also one that never started: STOP takes the armed tags back.

@@ -6,8 +6,12 @@
 //! machine a CPU, which saves the most expensive part of a read: waking a thread on another CPU.
 //!
 //! The threads start with the first device and end with the last.
+//!
+//! A device that survives its server becomes free for the next one only when this whole process has closed it. A queue thread
+//! that ended alone would leave readers waiting for ever, so it ends the process.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -55,8 +59,7 @@ impl QueueThreads {
     pub(super) fn serve(&self, queue: NewQueue) -> Result<(), UblkError> {
         let number = queue.number;
         let failed = |what| move |source| UblkError::Queue { queue: number, what, source };
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let place = usize::from(number) % cpus.min(MOST_THREADS);
+        let place = place(number);
         let mut threads = self.threads.lock();
         while threads.len() <= place {
             let thread = Thread::start(threads.len()).map_err(failed("starting its thread"))?;
@@ -64,6 +67,45 @@ impl QueueThreads {
         }
         threads[place].mailbox.post(Post::Queue(Box::new(queue)));
         Ok(())
+    }
+
+    /// Starts the threads of a device with so many queues, before it needs them.
+    ///
+    /// # Errors
+    /// Returns [`UblkError::Queue`].
+    pub(super) fn prepare(&self, queues: u16) -> Result<(), UblkError> {
+        let failed =
+            |queue| move |source| UblkError::Queue { queue, what: "starting its thread", source };
+        let mut threads = self.threads.lock();
+        for queue in 0..queues {
+            while threads.len() <= place(queue) {
+                let thread = Thread::start(threads.len()).map_err(failed(queue))?;
+                threads.push(thread);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Number of the thread of a queue.
+fn place(queue: u16) -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    usize::from(queue) % cpus.min(MOST_THREADS)
+}
+
+/// Ends this process if it is dropped after the thread has served a device that survives it.
+struct EndsProcess(Arc<AtomicBool>);
+
+impl Drop for EndsProcess {
+    fn drop(&mut self) {
+        if self.0.load(Ordering::Relaxed) {
+            tracing::error!("This process ends, so that the next one can take the devices back");
+            // No core dump: the kernel frees the device only after it was written.
+            let _ = rustix::process::kill_process(
+                rustix::process::getpid(),
+                rustix::process::Signal::KILL,
+            );
+        }
     }
 }
 
@@ -84,10 +126,15 @@ impl Thread {
         let mailbox = Arc::new(Mailbox::new()?);
         let own = mailbox.clone();
         let (ready, readiness) = channel();
-        let body = move || match QueueDriver::new(own) {
+        let survivors = Arc::new(AtomicBool::new(false));
+        let body = move || match QueueDriver::new(own, survivors.clone()) {
             Ok(mut driver) => {
                 let _ = ready.send(Ok(()));
-                driver.run();
+                // Dropped by a panic too.
+                let ends = EndsProcess(survivors);
+                if driver.run() {
+                    std::mem::forget(ends);
+                }
             }
             Err(error) => drop(ready.send(Err(error))),
         };

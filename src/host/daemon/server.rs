@@ -14,9 +14,10 @@ use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::UnshareFlags;
 
 use super::error::step;
+use super::keeper::{Keeper, KeeperOptions};
 use super::signals::Signals;
 use super::table::DeviceTable;
-use super::{HostError, ImageOpener, ReadPolicy, snapshots};
+use super::{HostError, ImageOpener, ReadPolicy, recovery, snapshots};
 use crate::endpoint::{Endpoint, Listen};
 use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
 use crate::metrics::{Page, Process, names};
@@ -43,6 +44,8 @@ pub struct DaemonOptions {
     pub exporter: Option<ExporterOptions>,
     /// Where requests of snapshots are taken, by HTTP.
     pub snapshots: Option<Listen>,
+    /// The process that starts the next daemon when this one is killed; `None`: an init system does it.
+    pub keeper: Option<KeeperOptions>,
 }
 
 /// Runs the daemon until it is asked to end. Call it on the main thread before any other thread exists: the
@@ -51,13 +54,24 @@ pub struct DaemonOptions {
 /// # Errors
 /// [`HostError::Running`]; [`ClientError::Socket`] and [`HostError::Step`] when it cannot set up.
 pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), HostError> {
+    // The module of ublk is loaded while this process still may.
+    frontends::ublk::probe::load();
+    let keeper = Arc::new(Keeper::start(options.keeper.as_ref()));
+    let ended = run_kept(options, opener, &keeper);
+    keeper.end();
+    ended
+}
+
+fn run_kept(
+    options: &DaemonOptions,
+    opener: Arc<dyn ImageOpener>,
+    keeper: &Arc<Keeper>,
+) -> Result<(), HostError> {
     let run_dir = &options.run_dir;
     enter_namespace()?;
     if let Err(error) = sys::limits::raise_descriptor_limit() {
         tracing::warn!(%error, "The limit of descriptors stays: few devices can be served");
     }
-    // The module of ublk is loaded while this process still may.
-    frontends::ublk::probe::load();
     for (what, error) in sys::privilege::give_up() {
         tracing::warn!(%error, "The daemon keeps a right that it does not need: {what}");
     }
@@ -81,16 +95,19 @@ pub fn run(options: &DaemonOptions, opener: Arc<dyn ImageOpener>) -> Result<(), 
         source,
     })?;
     let server = Arc::new(Server {
-        table: DeviceTable::new(run_dir.clone(), opener, options.reads),
+        table: DeviceTable::new(run_dir.clone(), opener, options.reads).recorded(),
         path,
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         exporter: OnceLock::new(),
         connections: AtomicUsize::new(0),
         ending: AtomicBool::new(false),
+        keeper: keeper.clone(),
         wake: eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(io::Error::from)
             .map_err(step("serve", run_dir))?,
     });
+    recovery::bring_all_back(&server, |server| &server.table, Server::brought_back);
+    server.brought_back();
     watch_signals(&server)?;
     let exporter = options.exporter.as_ref().and_then(|options| export(&server, options));
     let snapshots = options.snapshots.as_ref().and_then(|listen| take_snapshots(&server, listen));
@@ -208,6 +225,7 @@ struct Server {
     exporter: OnceLock<Arc<ExporterCounters>>,
     connections: AtomicUsize,
     ending: AtomicBool,
+    keeper: Arc<Keeper>,
     wake: rustix::fd::OwnedFd,
 }
 
@@ -257,6 +275,14 @@ impl Server {
             }
         }
         Ok(())
+    }
+
+    /// Notes that a device has been brought back, or cannot be.
+    fn brought_back(&self) {
+        if !self.table.has_returning() {
+            self.keeper.settled();
+        }
+        self.wake();
     }
 
     fn wake(&self) {
@@ -311,7 +337,8 @@ impl Server {
                 pid: std::process::id(),
             }),
             Request::Attach(spec) => {
-                table.attach(&spec).map(|(device, note)| Reply::Attached { device, note })
+                let attached = table.attach(&spec);
+                attached.map(|(device, note)| Reply::Attached { device: Box::new(device), note })
             }
             Request::Mounted { id, mountpoint } => {
                 table.mounted(id, mountpoint).map(|()| Reply::Done)

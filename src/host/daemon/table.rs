@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::alarm::Alarm;
 use super::audit::AuditedDevice;
 use super::error::step;
+use super::journal::{Journal, JournalRecord};
+use super::recovery::{self, Returning};
 use super::view::placed;
 use super::waits::{Waits, Watched};
 use super::{
@@ -25,12 +27,15 @@ use client::{DeviceRecord, DeviceSpec, Frontend, mounts};
 use disk::DiskRange;
 use disk::volume::Volume;
 use formats::trace::Trace;
+use frontends::ublk::recovery::DeviceToken;
 use frontends::{FrontChoice, FrontKind, ServedDevice};
 use source::failure::with_causes;
 
-struct TableEntry {
+pub(super) struct TableEntry {
     served: Box<dyn ServedDevice>,
-    record: DeviceRecord,
+    pub(super) record: DeviceRecord,
+    /// Its record in the journal, if it is in it.
+    pub(super) journal: Option<JournalRecord>,
     view: Arc<dyn ImageView>,
     waits: Arc<Waits>,
     recorders: Option<Arc<Recorders>>,
@@ -50,9 +55,11 @@ const MOST_WAITING: usize = 16;
 const MOST_PLACES: usize = 8;
 
 #[derive(Default)]
-struct Devices {
-    entries: BTreeMap<u64, TableEntry>,
-    last: u64,
+pub(super) struct Devices {
+    pub(super) entries: BTreeMap<u64, TableEntry>,
+    /// Those of an earlier daemon that are not served yet.
+    pub(super) returning: BTreeMap<u64, Returning>,
+    pub(super) last: u64,
     /// Number of attaches in progress.
     coming: usize,
     /// True when no new devices are accepted.
@@ -69,17 +76,37 @@ pub struct DeviceTable {
     devices: Mutex<Devices>,
     rates: Rates,
     alarm: Alarm,
+    journal: Option<Journal>,
+    /// A returning device was removed.
+    changed: Condvar,
 }
 
 impl DeviceTable {
-    /// Creates an empty table; FUSE mount points are created in `run_dir`, which exists.
+    /// Creates an empty table; FUSE mount points are created in `run_dir`, which exists. Its devices do not survive this process.
     #[must_use]
     pub fn new(run_dir: PathBuf, opener: Arc<dyn ImageOpener>, policy: ReadPolicy) -> Self {
         let (devices, rates) = Default::default();
-        Self { run_dir, opener, policy, devices, rates, alarm: Alarm::new() }
+        let (journal, changed) = (None, Condvar::new());
+        Self { run_dir, opener, policy, devices, rates, alarm: Alarm::new(), journal, changed }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Devices> {
+    /// The same table with records of its devices, so that they survive this process. A failure to keep records is logged.
+    pub(super) fn recorded(self) -> Self {
+        let journal = Journal::open(&self.run_dir)
+            .inspect_err(|error| tracing::warn!(%error, "Devices will not survive this daemon: no records can be kept"))
+            .ok();
+        Self { journal, ..self }
+    }
+
+    pub(super) fn journal(&self) -> Option<&Journal> {
+        self.journal.as_ref()
+    }
+
+    pub(super) fn changed(&self) -> &Condvar {
+        &self.changed
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Devices> {
         self.devices.lock()
     }
 
@@ -105,7 +132,7 @@ impl DeviceTable {
         if let Err(error) = devices.check_name(spec.dev_id.as_deref()) {
             // Another device has taken the name in the meantime.
             drop(devices);
-            entry.stop()?;
+            self.stop(entry)?;
             return Err(error);
         }
         let record = entry.record.clone();
@@ -115,23 +142,61 @@ impl DeviceTable {
 
     fn make(&self, spec: &DeviceSpec, id: u64) -> Result<(TableEntry, Option<String>), HostError> {
         let start = Instant::now();
-        let ServableImage { volume, name, view, recorders, snapshots } = self
-            .opener
-            .open(spec)
-            .map_err(|failure| HostError::of_opener(spec.image.name(), failure))?;
-        sys::heap::trim_heap();
-        let size = volume.size();
+        let image = self.open(spec)?;
         let dir = self.run_dir.join(format!("fuse-{}-{id}", std::process::id()));
         let opened = start.elapsed();
-        let reason = view.clone();
+        let (waits, volume) = self.watch(&image)?;
+        let journal = recovery::begin_record(self.journal(), spec, id, &image);
+        let token = journal.as_ref().and_then(JournalRecord::token);
+        let (served, note) = serve(volume, spec, &dir, token).inspect_err(|_| {
+            // Nothing remains: the record neither.
+            if let (Some(journal), Some(token)) = (self.journal(), token) {
+                recovery::drop_record(journal, token.number());
+            }
+        })?;
+        let times = [opened, start.elapsed() - opened];
+        let mut entry = self.entry(spec, id, image, waits, served, times);
+        let kernel = entry.served.kernel_device();
+        let since = entry.record.since_unix_s;
+        entry.journal = recovery::complete_record(self.journal(), journal, kernel, since);
+        Ok((entry, note))
+    }
+
+    /// Opens an image.
+    pub(super) fn open(&self, spec: &DeviceSpec) -> Result<ServableImage, HostError> {
+        let opened = self.opener.open(spec);
+        let image = opened.map_err(|failure| HostError::of_opener(spec.image.name(), failure))?;
+        sys::heap::trim_heap();
+        Ok(image)
+    }
+
+    /// The disk of an image, with a watch over the reads that wait.
+    pub(super) fn watch(
+        &self,
+        image: &ServableImage,
+    ) -> Result<(Arc<Waits>, Arc<dyn Volume>), HostError> {
+        let reason = image.view.clone();
         let waits = Waits::new(self.policy, self.alarm.bell(), move || reason.trouble());
         self.alarm.watch(&waits).map_err(step("start a thread for", &self.run_dir))?;
         if let Some(audit) = self.opener.audit() {
-            waits.audit(AuditedDevice::new(audit, &name));
+            waits.audit(AuditedDevice::new(audit, &image.name));
         }
-        let volume = Arc::new(Watched::new(volume, waits.clone()));
-        let (served, note) = serve(volume, spec, &dir)?;
-        let made = start.elapsed() - opened;
+        let volume = Arc::new(Watched::new(image.volume.clone(), waits.clone()));
+        Ok((waits, volume))
+    }
+
+    /// The entry of a device that is served. `times`: to open the image, and to make the device.
+    pub(super) fn entry(
+        &self,
+        spec: &DeviceSpec,
+        id: u64,
+        image: ServableImage,
+        waits: Arc<Waits>,
+        served: Box<dyn ServedDevice>,
+        [opened, made]: [Duration; 2],
+    ) -> TableEntry {
+        let ServableImage { volume, name, view, recorders, snapshots, identity: _ } = image;
+        let size = volume.size();
         let device = served.path().to_owned();
         let frontend = match served.kind() {
             FrontKind::Ublk => Frontend::Ublk,
@@ -149,23 +214,28 @@ impl DeviceTable {
         };
         tracing::info!(device = %record.device.display(), "{}: opened in {opened:.1?}, device made in {made:.1?}", record.image);
         let dev_id = spec.dev_id.clone();
-        let entry = TableEntry {
+        TableEntry {
             served,
             record,
+            journal: None,
             view,
             waits,
             recorders,
             dev_id,
             snapshots,
             recording: None,
-        };
-        Ok((entry, note))
+        }
     }
 
-    /// The devices now, in the order of their attaches.
+    /// The devices now, in the order of their attaches, with those of an earlier daemon that are not served yet.
     #[must_use]
     pub fn list(&self) -> Vec<DeviceRecord> {
-        self.lock().entries.values().map(TableEntry::now).collect()
+        let devices = self.lock();
+        let returning = devices.returning.values().map(Returning::now);
+        let mut records: Vec<_> =
+            devices.entries.values().map(TableEntry::now).chain(returning).collect();
+        records.sort_by_key(|record| record.id);
+        records
     }
 
     /// Records the mount point that a client chose for the device.
@@ -174,11 +244,19 @@ impl DeviceTable {
     /// Returns [`HostError::NotFound`].
     pub fn mounted(&self, id: u64, mountpoint: Option<PathBuf>) -> Result<(), HostError> {
         let mut devices = self.lock();
-        let entry = devices
-            .entries
-            .get_mut(&id)
-            .ok_or_else(|| HostError::NotFound(format!("number {id}")))?;
-        entry.record.mountpoint = mountpoint;
+        let devices = &mut *devices;
+        let record = match (devices.entries.get_mut(&id), devices.returning.get_mut(&id)) {
+            (Some(entry), _) => {
+                entry.record.mountpoint.clone_from(&mountpoint);
+                entry.journal.as_mut()
+            }
+            (None, Some(returning)) => Some(&mut returning.journal),
+            (None, None) => return Err(HostError::NotFound(format!("number {id}"))),
+        };
+        if let (Some(journal), Some(record)) = (self.journal(), record) {
+            record.mountpoint = mountpoint;
+            recovery::keep_record(journal, record);
+        }
         Ok(())
     }
 
@@ -254,6 +332,15 @@ impl DeviceTable {
         let entry = {
             let mut devices = self.lock();
             let missing = || HostError::NotFound(format!("number {id}"));
+            if let Some(returning) = devices.returning.get(&id) {
+                if let Some(busy) = returning.busy() {
+                    return Err(busy);
+                }
+                let returning = devices.returning.remove(&id).ok_or_else(missing)?;
+                self.changed.notify_all();
+                drop(devices);
+                return self.remove_returning(&returning);
+            }
             let entry = devices.entries.get(&id).ok_or_else(missing)?;
             if in_use(&entry.record.device) {
                 return Err(entry.busy());
@@ -263,24 +350,63 @@ impl DeviceTable {
             entry
         };
         // Outside the lock: requests in flight are answered first.
-        entry.stop()
+        self.stop(entry)
+    }
+
+    /// Stops a device, and removes its record when it is gone.
+    fn stop(&self, entry: TableEntry) -> Result<(), HostError> {
+        let token = entry.journal.as_ref().map(|record| record.token);
+        entry.stop()?;
+        if let (Some(journal), Some(token)) = (self.journal(), token) {
+            recovery::drop_record(journal, token);
+        }
+        Ok(())
     }
 
     /// Removes all unused devices and returns those in use. If there are none of these, no new device can be
     /// created any more.
     #[must_use]
     pub fn close(&self) -> Vec<DeviceRecord> {
-        let free: Vec<TableEntry> = {
+        let (free, lost): (Vec<TableEntry>, Vec<Returning>) = {
             let mut devices = self.lock();
+            let unused = devices.returning.extract_if(.., |_, device| device.is_unused());
+            let lost = unused.map(|(_, device)| device).collect();
+            self.changed.notify_all();
             let all = std::mem::take(&mut devices.entries);
             let (busy, free): (BTreeMap<_, _>, BTreeMap<_, _>) =
                 all.into_iter().partition(|(_, entry)| in_use(&entry.record.device));
             devices.entries = busy;
             free.values().for_each(|entry| devices.forget(entry));
-            free.into_values().collect()
+            (free.into_values().collect(), lost)
         };
-        stop_all(free);
+        self.stop_all(free);
+        for device in lost {
+            if let Err(error) = self.remove_returning(&device) {
+                tracing::warn!("A device was not removed cleanly: {}", with_causes(&error));
+            }
+        }
         if self.close_if_empty() { Vec::new() } else { self.list() }
+    }
+
+    /// Stops unused devices, several at a time; failures are logged.
+    fn stop_all(&self, entries: Vec<TableEntry>) {
+        let mut tokens = BTreeMap::new();
+        let close = |entry: TableEntry| {
+            entry.waits.close();
+            let record = entry.journal.as_ref();
+            tokens.extend(record.map(|record| (entry.device().to_owned(), record.token)));
+            entry.served
+        };
+        for (device, error) in frontends::stop_all(entries.into_iter().map(close).collect()) {
+            tokens.remove(&device);
+            let error = with_causes(&error);
+            tracing::warn!(device = %device.display(), error, "A device was not removed cleanly");
+        }
+        for (journal, token) in
+            self.journal().into_iter().flat_map(|j| tokens.values().map(move |t| (j, t)))
+        {
+            recovery::drop_record(journal, *token);
+        }
     }
 
     /// Adds all devices, and the state that they share, to a page of metrics.
@@ -348,25 +474,42 @@ impl DeviceTable {
         Ok(Explanation { waiting: waiting.collect(), device, places, blobs: view.blobs() })
     }
 
+    /// True if devices of an earlier daemon are not back yet.
+    pub(super) fn has_returning(&self) -> bool {
+        !self.lock().returning.is_empty()
+    }
+
     /// True if no device is served or about to be.
     pub(super) fn is_empty(&self) -> bool {
         let devices = self.lock();
-        devices.entries.is_empty() && devices.coming == 0
+        devices.is_empty()
     }
 
     /// Tests that no device is served or being attached; from then on no new one is accepted.
     pub(super) fn close_if_empty(&self) -> bool {
         let mut devices = self.lock();
-        let empty = devices.entries.is_empty() && devices.coming == 0;
+        let empty = devices.is_empty();
         devices.closed |= empty;
         empty
     }
 }
 
 impl Devices {
+    /// True if no device is served, returning or about to be made.
+    fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.returning.is_empty() && self.coming == 0
+    }
+
     /// Refuses a name that a device has.
     fn check_name(&self, name: Option<&str>) -> Result<(), HostError> {
         let Some(name) = name else { return Ok(()) };
+        let mut returning = self.returning.values();
+        if let Some(device) =
+            returning.find(|device| device.journal.spec.dev_id.as_deref() == Some(name))
+        {
+            let device = device.now().device;
+            return Err(HostError::Taken { name: name.to_owned(), device });
+        }
         match self.entries.values().find(|entry| entry.dev_id.as_deref() == Some(name)) {
             None => Ok(()),
             Some(entry) => {
@@ -384,6 +527,11 @@ impl Devices {
 }
 
 impl TableEntry {
+    /// Its node.
+    pub(super) fn device(&self) -> &Path {
+        &self.record.device
+    }
+
     fn reading(&self) -> DeviceReading {
         let (size, front) = (self.record.size_bytes, self.served.counters());
         DeviceReading { size, front, waits: self.waits.reading(), image: self.view.counters() }
@@ -437,18 +585,6 @@ impl TableEntry {
     }
 }
 
-/// Stops unused devices, several at a time; failures are logged.
-fn stop_all(entries: Vec<TableEntry>) {
-    let close = |entry: TableEntry| {
-        entry.waits.close();
-        entry.served
-    };
-    for (device, error) in frontends::stop_all(entries.into_iter().map(close).collect()) {
-        let error = with_causes(&error);
-        tracing::warn!(device = %device.display(), error, "A device was not removed cleanly");
-    }
-}
-
 pub(super) fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
@@ -458,13 +594,14 @@ fn serve(
     volume: Arc<dyn Volume>,
     spec: &DeviceSpec,
     dir: &Path,
+    token: Option<DeviceToken>,
 ) -> Result<(Box<dyn ServedDevice>, Option<String>), HostError> {
     let choice = match spec.frontend {
         Frontend::Auto => FrontChoice::UblkOrLooped,
         Frontend::Ublk => FrontChoice::Only(FrontKind::Ublk),
         Frontend::Loop => FrontChoice::Only(FrontKind::Looped),
     };
-    let (device, passed_over) = frontends::serve(volume, choice, dir)
+    let (device, passed_over) = frontends::serve(volume, choice, dir, token)
         .map_err(|error| HostError::of_front(spec.image.name(), error))?;
     let note = passed_over.map(|why| {
         format!("{why}; served through FUSE and a loop device, which is slower than ublk")
@@ -472,8 +609,9 @@ fn serve(
     Ok((device, note))
 }
 
-/// True if a mount, or another exclusive user, holds the block device, in any mount namespace.
-fn in_use(device: &Path) -> bool {
+/// True if a mount, or another exclusive user, holds the block device, in any mount namespace. Reads nothing of the device, so it
+/// does not wait for a server.
+pub(super) fn in_use(device: &Path) -> bool {
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device);
     matches!(opened, Err(error) if error.raw_os_error() == Some(libc::EBUSY))
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use client::{DaemonClient, protocol};
+use host::daemon::keeper::KeeperOptions;
 use host::daemon::{self, DaemonOptions};
 use host::images::HostImages;
 
@@ -17,6 +18,26 @@ pub(super) struct Args {
     /// Run in the background until no device is left; `attach` starts the daemon so.
     #[arg(long, hide = true, conflicts_with = "stop")]
     auto: bool,
+    /// Number of daemons before this one that died before their devices were back.
+    #[arg(long, hide = true, requires = "auto", default_value_t = 0)]
+    deaths: u32,
+}
+
+impl Args {
+    /// The process that starts the next daemon if this one is killed. An init system does that for a daemon that it started.
+    fn keeper(&self, service: &Service, verbose: u8) -> Option<KeeperOptions> {
+        if !self.auto {
+            return None;
+        }
+        let file = service.file.as_ref().and_then(|file| std::path::absolute(file).ok());
+        let file = file.map(|file| ["--service-config".into(), file.into_os_string()]);
+        let verbose = (0..verbose).map(|_| "-v".into());
+        Some(KeeperOptions {
+            program: std::env::current_exe().ok()?,
+            arguments: verbose.chain(file.into_iter().flatten()).collect(),
+            deaths: self.deaths,
+        })
+    }
 }
 
 /// Serves until a signal or `--stop` ends it; with `--stop`, ends the running daemon.
@@ -46,6 +67,7 @@ pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
         reads: images.read_policy(),
         exporter: images.exporter(),
         snapshots,
+        keeper: args.keeper(service, verbose),
     };
     let ended = daemon::run(&options, images.clone());
     images.flush_audit();

@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
-use super::{Failure, Outcome, stdout, table};
+use super::{Failure, Outcome, stderr, stdout, table};
 use client::protocol::{self, DeviceState};
 use client::{DaemonClient, DeviceRecord};
+use host::daemon::orphans::orphans;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -16,7 +17,7 @@ pub(super) struct Args {
     metrics: bool,
 }
 
-/// Lists the devices; without a daemon the list is empty.
+/// Lists the devices of the daemon, and those of dead ones.
 pub(super) fn run(args: &Args) -> Outcome {
     let client = DaemonClient::connect(&protocol::run_dir()).map_err(Failure::because)?;
     if args.metrics {
@@ -27,10 +28,11 @@ pub(super) fn run(args: &Args) -> Outcome {
         stdout::lines(page)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let devices = match client {
+    let mut devices = match client {
         Some(mut client) => client.list().map_err(Failure::because)?,
         None => Vec::new(),
     };
+    devices.extend(orphans(&devices));
     if args.json {
         table::print_json(&devices)?;
     } else {
@@ -46,6 +48,11 @@ pub(super) fn run(args: &Args) -> Outcome {
             "ERRORS",
         ];
         table::print(&head, &devices.iter().map(row).collect::<Vec<_>>())?;
+        for (device, trouble) in
+            devices.iter().filter_map(|device| Some((device, device.trouble.as_ref()?)))
+        {
+            stderr::line(format_args!("turbobd: ls: {}: {trouble}", device.device.display()));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -67,6 +74,8 @@ fn row(device: &DeviceRecord) -> Vec<String> {
 /// State of a device; of a stalled one with the time.
 pub(super) fn state(device: &DeviceRecord) -> String {
     match device.state {
+        DeviceState::Failed if device.trouble.is_some() => "no server".into(),
+        _ if device.trouble.is_some() => "returning".into(),
         DeviceState::Ready => "ready".into(),
         DeviceState::InUse => "in use".into(),
         DeviceState::Stalled => format!("stalled {}", table::duration(device.oldest_wait_ms)),
