@@ -15,7 +15,8 @@ use formats::trace::Trace;
 use source::failure::with_causes;
 
 use crate::connection::Connection;
-use crate::error::{ClientError, Code, Fault, step};
+use crate::detaching::{self, Patience};
+use crate::error::{ClientError, Fault, step};
 use crate::mounts::{self, MountRights};
 use crate::protocol::{
     DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request, VERSION,
@@ -25,11 +26,6 @@ use crate::spec::DeviceSpec;
 
 /// Number of times that a client may meet a daemon that is just ending.
 const ATTEMPTS: u32 = 5;
-
-/// Longest wait for copies of a mount to go. A process that enters a mount namespace of its own while the device is mounted has a
-/// copy of the mount: a container until it has changed its root, and, where the host's mounts are private, another daemon as
-/// long as it lives.
-const COPIES: Duration = Duration::from_secs(10);
 
 /// A connection to the daemon.
 pub struct DaemonClient {
@@ -263,7 +259,7 @@ impl DaemonClient {
     /// Removes a device that is neither mounted nor open.
     ///
     /// # Errors
-    /// Returns the daemon's error, with [`Code::Busy`] if the device is in use.
+    /// Returns the daemon's error, with [`Code::Busy`](crate::Code::Busy) if the device is in use.
     pub fn remove(&mut self, id: u64) -> Result<(), ClientError> {
         self.done(&Request::Detach { id })
     }
@@ -275,25 +271,27 @@ impl DaemonClient {
     }
 
     /// Unmounts the device that `what` names (device, mount point or image) at every place where this process
-    /// sees it mounted, and removes it.
+    /// sees it mounted, and removes it. A device in use is waited for ([`TIMEOUT`](crate::detaching::TIMEOUT)).
     ///
     /// # Errors
-    /// Returns the errors of [`find`]; [`ClientError::Busy`]; the daemon's error.
+    /// Returns the errors of [`find`]; [`ClientError::InUse`], and everything is as it was; the daemon's error.
     pub fn detach(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
+        let timeout = detaching::TIMEOUT;
+        self.detach_within(what, Patience { timeout, tell: &mut |_| {}, enough: &|| false })
+    }
+
+    /// Form of [`detach`](Self::detach) with another wait for a device in use.
+    ///
+    /// # Errors
+    /// Those of [`detach`](Self::detach).
+    pub fn detach_within(
+        &mut self,
+        what: &str,
+        mut patience: Patience<'_>,
+    ) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
-        let places = mounts::mounted_from(&record.device)?;
-        for place in places.iter().rev() {
-            mounts::unmount_dir(place)?;
-        }
-        let until = Instant::now() + if places.is_empty() { Duration::ZERO } else { COPIES };
-        loop {
-            match self.done(&Request::Detach { id: record.id }) {
-                Err(error) if error.code() == Code::Busy && Instant::now() < until => {
-                    std::thread::sleep(COPIES / 100);
-                }
-                ended => return ended.map(|()| record),
-            }
-        }
+        detaching::detach(self, &record, &mut patience)?;
+        Ok(record)
     }
 
     /// Asks the daemon to remove unused devices and to end. Returns the devices in use; if there are any, the

@@ -147,6 +147,16 @@ pub enum ClientError {
     /// A mount is in use.
     #[error("{place} is in use: unmount it first (files there are open)", place = .0.display())]
     Busy(PathBuf),
+    /// A device is still in use after the wait for it. Nothing was changed.
+    #[error("{device} is still in use after {seconds} s, and stays as it was: {holders}", device = device.display())]
+    InUse {
+        /// The device.
+        device: PathBuf,
+        /// Seconds of the wait.
+        seconds: u64,
+        /// The processes that hold it.
+        holders: String,
+    },
 }
 
 impl ClientError {
@@ -161,7 +171,7 @@ impl ClientError {
             Self::Refused(fault) => fault.code,
             Self::NotFound(_) => Code::NotFound,
             Self::Ambiguous { .. } => Code::Invalid,
-            Self::Busy(_) => Code::Busy,
+            Self::Busy(_) | Self::InUse { .. } => Code::Busy,
         }
     }
 }

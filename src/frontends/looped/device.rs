@@ -132,6 +132,19 @@ impl LoopDevice {
         std::fs::read_to_string(self.sysfs().join("dio")).is_ok_and(|dio| dio.trim() == "1")
     }
 
+    /// Gives the device up if this process alone has it open: then it goes away at the last close, and takes no new users.
+    /// `LOOP_CLR_FD` does nothing on a device that others have open, and answers `ENXIO` on one that is given up.
+    pub(super) fn give_up(&self) -> Result<(), LoopedError> {
+        for _ in 0..2 {
+            match control(&self.node, LOOP_CLR_FD, &Argument::None) {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(()),
+                Err(error) => return Err(step("detach", &self.path)(error)),
+            }
+        }
+        Err(LoopedError::Busy { path: self.path.clone() })
+    }
+
     /// Detaches the file and waits until the kernel has released it.
     pub(super) fn detach(self) -> Result<(), LoopedError> {
         let sysfs = self.sysfs();

@@ -258,6 +258,11 @@ impl DeviceTable {
             if in_use(&entry.record.device) {
                 return Err(entry.busy());
             }
+            // A device that is open but not mounted stays in the table, too.
+            entry.served.give_up().map_err(|error| match error {
+                error if error.is_busy() => entry.busy(),
+                error => HostError::of_front(entry.record.image.clone(), error),
+            })?;
             let entry = devices.entries.remove(&id).ok_or_else(missing)?;
             devices.forget(&entry);
             entry
