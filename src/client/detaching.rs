@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{major, minor};
 use std::os::unix::fs::MetadataExt as _;
 
-use crate::daemon::DaemonClient;
+use crate::daemon::{DaemonClient, PROMPT};
 use crate::error::{ClientError, Code, step};
 use crate::holders::{self, DeviceNumber};
 use crate::mountinfo::{self, MountRow};
@@ -32,6 +32,9 @@ pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// Time that a device without mounts may stay busy before its mounts are made again. The kernel itself reports it as busy
 /// for some milliseconds after an unmount, while any process clones its mount namespace.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// Longest time for the removal itself: requests in flight are answered first, and the kernel may take some seconds.
+const REMOVAL: Duration = Duration::from_secs(60);
 
 /// Pause between two tries.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -124,7 +127,9 @@ fn attempt(
     lasting: &mut BTreeSet<PathBuf>,
 ) -> Result<Try, ClientError> {
     // The daemon answers now: else a device would be left without its mounts.
+    client.set_patience(PROMPT)?;
     client.list()?;
+    client.set_patience(REMOVAL)?;
     let mut taken = Vec::new();
     for row in rows.iter().rev() {
         match mounts::unmount_dir(&row.place) {

@@ -25,6 +25,7 @@
 //! [`Volume::locate`]: disk::volume::Volume::locate
 
 mod device;
+pub mod found;
 mod fuse;
 mod memory;
 

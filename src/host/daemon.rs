@@ -19,12 +19,14 @@
 //! * [`view`]    an image's traffic, and the sources of its bytes
 //! * `snapshots` upstream's interface for a snapshot of a device in use
 //! * `server`    accepts, answers, ends
+//! * `copies`    mounts of other daemons in the namespace that this one enters
 //! * `signals`   waits for SIGTERM and SIGINT
 //!
 //! [`IDLE`]: server::IDLE
 
 mod alarm;
 pub mod audit;
+mod copies;
 mod error;
 pub mod server;
 pub mod signals;

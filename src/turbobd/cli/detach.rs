@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::{Failure, Outcome, stderr};
-use client::{DaemonClient, Patience, detaching, protocol};
+use client::daemon::PROMPT;
+use client::{ClientError, DaemonClient, Patience, detaching, mounts, protocol};
 use formats::oci::ImageName;
 use host::daemon::signals::Signals;
+use host::leftovers::{self, DeadLoop};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -23,10 +25,13 @@ pub(super) struct Args {
 
 /// Detaches.
 pub(super) fn run(args: &Args) -> Outcome {
-    let none =
-        || Failure::Failed(format!("{} is not attached: no daemon runs on this host", args.target));
-    let mut client =
-        DaemonClient::connect(&protocol::run_dir()).map_err(Failure::because)?.ok_or_else(none)?;
+    let client = DaemonClient::connect_within(&protocol::run_dir(), PROMPT);
+    let Some(mut client) = client.map_err(Failure::because)? else {
+        return dead(&args.target).unwrap_or_else(|| {
+            let target = &args.target;
+            Err(Failure::Failed(format!("{target} is not attached: no daemon runs on this host")))
+        });
+    };
     // The daemon knows an image by its absolute name.
     let absolute = args.target.parse::<ImageName>().ok().and_then(|image| image.absolute().ok());
     let target = match absolute {
@@ -47,7 +52,30 @@ pub(super) fn run(args: &Args) -> Outcome {
         tell: &mut |waits| stderr::line(format_args!("turbobd: detach: {waits}")),
         enough: &|| stopped.load(Ordering::SeqCst),
     };
-    let record = client.detach_within(&target, patience).map_err(Failure::because)?;
-    tracing::info!("removed {}", record.device.display());
+    match client.detach_within(&target, patience) {
+        Ok(record) => tracing::info!("removed {}", record.device.display()),
+        Err(error @ ClientError::NotFound(_)) => {
+            return dead(&args.target).unwrap_or_else(|| Err(Failure::because(error)));
+        }
+        Err(error) => return Err(Failure::because(error)),
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Removes a device whose daemon has died, by its node or its mount point; `None` if there is none of this name.
+fn dead(target: &str) -> Option<Outcome> {
+    let place = std::fs::canonicalize(target).unwrap_or_else(|_| target.into());
+    let is_it = |device: &DeadLoop| {
+        device.path == place
+            || mounts::mounted_from(&device.path).is_ok_and(|places| places.contains(&place))
+    };
+    let device = leftovers::dead_devices().into_iter().find(is_it)?;
+    let all = leftovers::remove_device(&device);
+    all.removed
+        .iter()
+        .for_each(|what| stderr::line(format_args!("turbobd: detach: removed {what}")));
+    Some(match all.left.first() {
+        None => Ok(ExitCode::SUCCESS),
+        Some(left) => Err(Failure::Failed(format!("not removed: {left}"))),
+    })
 }

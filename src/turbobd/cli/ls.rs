@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Failure, Outcome, stdout, table};
+use client::daemon::PROMPT;
 use client::protocol::{self, DeviceState};
 use client::{DaemonClient, DeviceRecord};
 
@@ -18,7 +19,8 @@ pub(super) struct Args {
 
 /// Lists the devices; without a daemon the list is empty.
 pub(super) fn run(args: &Args) -> Outcome {
-    let client = DaemonClient::connect(&protocol::run_dir()).map_err(Failure::because)?;
+    let client =
+        DaemonClient::connect_within(&protocol::run_dir(), PROMPT).map_err(Failure::because)?;
     if args.metrics {
         let Some(mut client) = client else {
             return Err(Failure::Failed("no daemon runs on this host: nothing is counted".into()));
