@@ -21,8 +21,8 @@ use crate::detaching::{self, Patience};
 use crate::error::{ClientError, Fault, is_late, step};
 use crate::mounts::{self, MountRights};
 use crate::protocol::{
-    DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request, VERSION,
-    find, socket,
+    self, DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request,
+    VERSION, find, socket,
 };
 use crate::spec::DeviceSpec;
 
@@ -437,7 +437,7 @@ struct DeviceInUse {
 
 /// Starts a daemon and returns when it accepts connections.
 fn spawn(run_dir: &Path, mut command: Command) -> Result<(), ClientError> {
-    let log = run_dir.join("turbobd.log");
+    let log = protocol::log(run_dir);
     let file = OpenOptions::new()
         .create(true)
         .append(true)

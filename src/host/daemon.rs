@@ -15,6 +15,7 @@
 //! * `error`     failures, with their codes
 //! * `table`     the devices
 //! * `waits`     the reads of a device that wait, and their deadlines; `alarm` wakes at these
+//! * `outage`    what the log says of a device that stalls or fails
 //! * [`audit`]   a line for each download and each read that waited, if the configuration wants it
 //! * [`view`]    an image's traffic, and the sources of its bytes
 //! * `snapshots` upstream's interface for a snapshot of a device in use
@@ -28,6 +29,7 @@ mod alarm;
 pub mod audit;
 mod copies;
 mod error;
+mod outage;
 pub mod server;
 pub mod signals;
 mod snapshots;

@@ -12,6 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::alarm::Alarm;
 use super::audit::AuditedDevice;
 use super::error::step;
+use super::outage::STALLED;
 use super::view::placed;
 use super::waits::{Waits, Watched};
 use super::{
@@ -39,9 +40,6 @@ struct TableEntry {
     /// The recording that a client requested.
     recording: Option<Arc<Recorder>>,
 }
-
-/// Time after which a waiting read is no longer just slow: the device is reported as stalled.
-const STALLED: Duration = Duration::from_secs(5);
 
 /// Limit on the waiting reads that `explain` reports.
 const MOST_WAITING: usize = 16;
