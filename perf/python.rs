@@ -93,7 +93,7 @@ pub fn run(disk: &Arc<Watched>, command: &[&str]) -> Duration {
     std::fs::create_dir(&place).unwrap();
     let device = LoopedDevice::start(disk.clone(), &dir.path().join("fuse"))
         .expect("root, FUSE and loop devices");
-    mounts::mount_ext4(device.path(), &place, mounts::MountRights::default()).unwrap();
+    mounts::mount_image(device.path(), &place, mounts::MountRights::default()).unwrap();
     let start = Instant::now();
     let status = Command::new("chroot").arg(&place).args(command).stdout(Stdio::null()).status();
     let time = start.elapsed();

@@ -4,16 +4,20 @@
 
 use crate::block;
 use std::fs::File;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::block::{
     MIB, alone, content, loop_here, mounts, open, read, soon, sys_block, ublk_here,
 };
 use client::mounts::MountRights;
 use client::protocol::DeviceState;
-use client::{ClientError, Code, DaemonClient, DeviceRecord, DeviceSpec, Frontend, ImageSpec};
+use client::{
+    ClientError, Code, DaemonClient, DeviceRecord, DeviceSpec, Frontend, ImageSpec, Patience,
+};
 use disk::testing::MemoryVolume;
 use host::daemon::{DaemonOptions, IoCounters, OpenFailure, ServableImage};
 
@@ -167,8 +171,8 @@ fn ublk_or_loop_attach_mount_list_detach_and_the_daemon_ends_when_idle() {
         assert_eq!(client.stop().unwrap().len(), 1);
         assert!(std::fs::read(host.mountpoint().join("file")).unwrap() == host.tree);
         let open = File::open(host.mountpoint().join("file")).unwrap();
-        let busy = client.detach("a:1").unwrap_err();
-        assert!(matches!(busy, ClientError::Busy { .. }), "{busy:?}");
+        let busy = at_once(&mut client, "a:1").unwrap_err();
+        assert_eq!(busy.code(), Code::Busy, "{busy:?}");
         drop(open);
         client.detach(host.mountpoint().to_str().unwrap()).unwrap();
         assert!(gone(&record) && client.list().unwrap().is_empty());
@@ -264,9 +268,179 @@ fn ublk_or_loop_a_killed_daemon_leaves_no_device_and_no_mount_that_the_next_does
     });
 }
 
+/// Detaches without a wait.
+fn at_once(client: &mut DaemonClient, what: &str) -> Result<DeviceRecord, ClientError> {
+    let timeout = Duration::ZERO;
+    client.detach_within(what, Patience { timeout, tell: &mut |_| {}, enough: &|| false })
+}
+
+/// A process that lives until it is dropped; `command` must end with its standard input.
+struct Living(std::process::Child);
+
+impl Living {
+    fn start(command: &mut Command) -> Self {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        // It writes a line once it holds what it is to hold.
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut String::new()).unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for Living {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn ublk_or_loop_a_detach_of_a_busy_device_changes_nothing_and_names_the_process() {
+    with_host(|host| {
+        let mut client = host.client();
+        let dir = host.mountpoint();
+        let (record, _) =
+            client.attach_and_mount(host.request("a:1"), &dir, MountRights::default()).unwrap();
+        let refused = |client: &mut DaemonClient, pid: u32| {
+            let before = mounts();
+            let error = at_once(client, "a:1").unwrap_err();
+            assert!(matches!(error, ClientError::InUse { .. }), "{error:?}");
+            assert!(error.to_string().contains(&format!("process {pid} (")), "{error}");
+            assert_eq!(mounts(), before);
+            assert_eq!(client.list().unwrap().len(), 1);
+        };
+        for holder in [
+            Command::new("sh").args(["-c", "echo; exec cat"]).current_dir(&dir),
+            Command::new("sh").args(["-c", "exec 7< file; echo; exec cat"]).current_dir(&dir),
+            Command::new("unshare").args([
+                "-m",
+                "--propagation",
+                "private",
+                "sh",
+                "-c",
+                "echo; exec cat",
+            ]),
+        ] {
+            let holder = Living::start(holder);
+            refused(&mut client, holder.0.id());
+            assert!(std::fs::read(dir.join("file")).unwrap() == host.tree);
+        }
+        // The device alone is open.
+        client.mounted(record.id, None).unwrap();
+        client::mounts::unmount_dir(&dir).unwrap();
+        if record.frontend == Frontend::Loop {
+            let holder = Living::start(
+                Command::new("sh").args(["-c", "exec 7< $0; echo; exec cat"]).arg(&record.device),
+            );
+            refused(&mut client, holder.0.id());
+            assert_eq!(read(&open(&record.device, false), 1024, 4096).unwrap().len(), 4096);
+        }
+        client.detach("a:1").unwrap();
+        assert!(gone(&record));
+    });
+}
+
+#[test]
+fn ublk_or_loop_a_detach_says_what_it_waits_for_and_takes_all_away_once_it_is_free() {
+    with_host(|host| {
+        let mut client = host.client();
+        let dir = host.mountpoint();
+        let (record, _) =
+            client.attach_and_mount(host.request("a:1"), &dir, MountRights::default()).unwrap();
+        let mut unshare = Command::new("unshare");
+        unshare.args(["-m", "--propagation", "private", "sh", "-c", "echo; exec cat"]);
+        let mut holder = Some(Living::start(&mut unshare));
+        let pid = holder.as_ref().unwrap().0.id();
+        let mut told = String::new();
+        let mut tell = |text: &str| {
+            told = text.to_owned();
+            holder = None;
+        };
+        let timeout = Duration::from_secs(60);
+        client
+            .detach_within("a:1", Patience { timeout, tell: &mut tell, enough: &|| false })
+            .unwrap();
+        assert!(told.contains(&format!("process {pid} (")), "{told}");
+        assert!(gone(&record) && client.list().unwrap().is_empty());
+        assert!(!mounts().contains(dir.to_str().unwrap()));
+    });
+}
+
+#[test]
+fn ublk_or_loop_a_daemon_keeps_no_copy_of_the_mounts_of_another() {
+    with_host(|host| {
+        let other = Host::new().unwrap();
+        let mut client = host.client();
+        let dir = host.mountpoint();
+        client.attach_and_mount(host.request("a:1"), &dir, MountRights::default()).unwrap();
+        let second = other.client();
+        client.detach("a:1").unwrap();
+        assert!(alive(second.pid()));
+    });
+}
+
+#[test]
+fn a_daemon_that_is_stopped_or_has_a_full_queue_is_reported_and_not_waited_for() {
+    with_host(|host| {
+        let patience = Duration::from_millis(500);
+        let hung = |run_dir: &Path| match DaemonClient::connect_within(run_dir, patience) {
+            Err(error @ ClientError::Hung { .. }) => error.to_string(),
+            Err(error) => panic!("{error}"),
+            Ok(_) => panic!("a daemon answers"),
+        };
+        let pid = host.client().pid();
+        signal(pid, rustix::process::Signal::STOP);
+        let text = hung(&host.run_dir());
+        signal(pid, rustix::process::Signal::CONT);
+        assert!(text.contains(&format!("process {pid} is stopped")), "{text}");
+        // No process takes these connections.
+        let dir = tempfile::tempdir().unwrap();
+        let path = client::protocol::socket(dir.path());
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let (unix, stream) = (rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM);
+        let listener = rustix::net::socket_with(unix, stream, flags, None).unwrap();
+        rustix::net::bind(&listener, &rustix::net::SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let waiting = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        hung(dir.path());
+        drop(waiting);
+    });
+}
+
+#[test]
+fn a_daemon_without_a_device_ends_when_its_run_folder_is_gone() {
+    with_host(|host| {
+        // With a connection it is not idle.
+        let client = host.client();
+        std::fs::remove_dir_all(host.run_dir()).unwrap();
+        assert!(soon(|| !alive(client.pid())), "the daemon stays");
+    });
+}
+
+#[test]
+fn the_mount_and_the_loop_device_of_a_killed_daemon_are_removed_by_the_next() {
+    with_host(|host| {
+        if !loop_here() {
+            return;
+        }
+        let mut client = host.client();
+        let dir = host.mountpoint();
+        let spec = DeviceSpec { frontend: Frontend::Loop, ..host.request("a:1") };
+        let (record, _) = client.attach_and_mount(spec, &dir, MountRights::default()).unwrap();
+        let folder = host.run_dir().join(format!("fuse-{}-99", client.pid()));
+        std::fs::create_dir(&folder).unwrap();
+        signal(client.pid(), rustix::process::Signal::KILL);
+        assert!(soon(|| !alive(client.pid())));
+        assert!(mounts().contains(dir.to_str().unwrap()), "the kernel keeps the mount");
+        let mut next = host.client();
+        assert!(!mounts().contains(dir.to_str().unwrap()));
+        assert!(gone(&record) && !folder.exists());
+        assert_eq!(next.stop().unwrap(), []);
+    });
+}
+
 /// Runs the tests above in a guest that has ublk.
 #[test]
 fn daemon_in_a_guest() {
     let _alone = alone();
-    block::in_a_guest_with_ublk(module_path!(), &["ublk_or_loop_"], 4);
+    block::in_a_guest_with_ublk(module_path!(), &["ublk_or_loop_"], 7);
 }

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
@@ -22,6 +23,15 @@ impl Connection {
     #[must_use]
     pub fn new(stream: UnixStream, path: PathBuf) -> Self {
         Self { reader: BufReader::new(stream), path }
+    }
+
+    /// Bounds each later read and write; `None`: no bound. A longer one fails with [`is_late`](crate::error::is_late).
+    pub(crate) fn set_patience(&self, patience: Option<Duration>) -> Result<(), ClientError> {
+        let stream = self.reader.get_ref();
+        stream
+            .set_read_timeout(patience)
+            .and_then(|()| stream.set_write_timeout(patience))
+            .map_err(step("set the deadline of", &self.path))
     }
 
     /// True if nothing has come from the other side, not even its end.

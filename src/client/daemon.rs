@@ -2,49 +2,69 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde::Deserialize;
 
 use formats::trace::Trace;
 use source::failure::with_causes;
 
 use crate::connection::Connection;
-use crate::error::{ClientError, Code, Fault, step};
+use crate::detaching::{self, Patience};
+use crate::error::{ClientError, Fault, is_late, step};
 use crate::mounts::{self, MountPoint, MountRights};
 use crate::protocol::{
-    DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request, VERSION,
-    find, socket,
+    self, DeviceRecord, Explanation, OLDEST_VERSION, READY, RUN_DIR_VARIABLE, Reply, Request,
+    VERSION, find, socket,
 };
 use crate::spec::DeviceSpec;
 
 /// Number of times that a client may meet a daemon that is just ending.
 const ATTEMPTS: u32 = 5;
 
-/// Longest wait for copies of a mount to go. A process that enters a mount namespace of its own while the device is mounted has a
-/// copy of the mount: a container until it has changed its root, and, where the host's mounts are private, another daemon as
-/// long as it lives.
-const COPIES: Duration = Duration::from_secs(10);
+/// Longest wait for the first answer of a daemon. Each connection has a thread of its own, so even one with much work
+/// answers in milliseconds; the machine may be busy with other work.
+const FIRST_ANSWER: Duration = Duration::from_secs(30);
+
+/// Wait of commands that must say within five seconds that a daemon does not answer.
+pub const PROMPT: Duration = Duration::from_secs(4);
 
 /// A connection to the daemon.
 pub struct DaemonClient {
     connection: Connection,
     path: PathBuf,
     pid: u32,
+    /// Bound of an answer, as it was set.
+    patience: Duration,
 }
 
 impl DaemonClient {
     /// Connects to the daemon of `run_dir`; `None` if there is none.
     ///
     /// # Errors
-    /// [`ClientError::Version`]; [`ClientError::Socket`] if there is one that cannot be reached, or can be none.
+    /// [`ClientError::Version`]; [`ClientError::Socket`] if there is one that cannot be reached, or can be none;
+    /// [`ClientError::Hung`].
     pub fn connect(run_dir: &Path) -> Result<Option<Self>, ClientError> {
-        let Some((client, [oldest, newest])) = Self::open(run_dir)? else { return Ok(None) };
+        let Some(client) = Self::connect_within(run_dir, FIRST_ANSWER)? else { return Ok(None) };
+        client.connection.set_patience(None)?;
+        Ok(Some(client))
+    }
+
+    /// Form of [`connect`](Self::connect) whose connection, and each answer on it, takes no longer than `patience`.
+    ///
+    /// # Errors
+    /// Those of [`connect`](Self::connect); here and later [`ClientError::Hung`] after that time.
+    pub fn connect_within(run_dir: &Path, patience: Duration) -> Result<Option<Self>, ClientError> {
+        let Some((client, [oldest, newest])) = Self::open(run_dir, patience)? else {
+            return Ok(None);
+        };
         if newest.min(VERSION) < oldest.max(OLDEST_VERSION) {
             return Err(ClientError::Version { oldest, newest, ours: VERSION });
         }
@@ -52,10 +72,12 @@ impl DaemonClient {
     }
 
     /// Connects to the daemon of `run_dir`, and learns the oldest and the newest version that it speaks.
-    fn open(run_dir: &Path) -> Result<Option<(Self, [u32; 2])>, ClientError> {
+    fn open(run_dir: &Path, patience: Duration) -> Result<Option<(Self, [u32; 2])>, ClientError> {
         let path = socket(run_dir);
-        let stream = match UnixStream::connect(&path) {
+        let hung = || hung(&path, server_of(run_dir), patience);
+        let stream = match reach(&path, patience) {
             Ok(stream) => stream,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(hung()),
             Err(error)
                 if [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused]
                     .contains(&error.kind()) =>
@@ -68,6 +90,7 @@ impl DaemonClient {
         };
         trust(&stream).map_err(step("trust the daemon at", &path))?;
         let mut connection = Connection::new(stream, path.clone());
+        connection.set_patience(Some(patience))?;
         // An ending daemon closes without an answer: it counts as none.
         if connection.send(&Request::Version).is_err() {
             return Ok(None);
@@ -75,10 +98,11 @@ impl DaemonClient {
         match connection.receive() {
             Ok(Some(Reply::Version { protocol, oldest, pid, .. })) => {
                 let versions = [oldest.unwrap_or(protocol), protocol];
-                Ok(Some((Self { connection, path, pid }, versions)))
+                Ok(Some((Self { connection, path: path.clone(), pid, patience }, versions)))
             }
+            Err(error) if is_late(&error) => Err(hung()),
             Ok(Some(other)) => Err(ClientError::Protocol {
-                path,
+                path: path.clone(),
                 what: format!("{other:?} in answer to the version request"),
             }),
             Ok(None) | Err(ClientError::Step { .. }) => Ok(None),
@@ -124,12 +148,22 @@ impl DaemonClient {
     }
 
     fn ask(&mut self, request: &Request) -> Result<Reply, ClientError> {
-        self.connection.send(request)?;
-        match self.connection.receive()? {
+        let answer = self.connection.send(request).and_then(|()| self.connection.receive());
+        match answer.map_err(|error| self.unless_late(error))? {
             Some(Reply::Error(fault)) => Err(fault.into()),
             Some(reply) => Ok(reply),
             None => Err(ClientError::NoAnswer(self.path.clone())),
         }
+    }
+
+    fn unless_late(&self, error: ClientError) -> ClientError {
+        if is_late(&error) { hung(&self.path, Some(self.pid), self.patience) } else { error }
+    }
+
+    /// Bounds each later answer.
+    pub(crate) fn set_patience(&mut self, patience: Duration) -> Result<(), ClientError> {
+        self.patience = patience;
+        self.connection.set_patience(Some(patience))
     }
 
     fn unexpected(&self, reply: &Reply) -> ClientError {
@@ -268,7 +302,7 @@ impl DaemonClient {
     /// Removes a device that is neither mounted nor open.
     ///
     /// # Errors
-    /// Returns the daemon's error, with [`Code::Busy`] if the device is in use.
+    /// Returns the daemon's error, with [`Code::Busy`](crate::Code::Busy) if the device is in use.
     pub fn remove(&mut self, id: u64) -> Result<(), ClientError> {
         self.done(&Request::Detach { id })
     }
@@ -280,25 +314,27 @@ impl DaemonClient {
     }
 
     /// Unmounts the device that `what` names (device, mount point or image) at every place where this process
-    /// sees it mounted, and removes it.
+    /// sees it mounted, and removes it. A device in use is waited for ([`TIMEOUT`](crate::detaching::TIMEOUT)).
     ///
     /// # Errors
-    /// Returns the errors of [`find`]; [`ClientError::Busy`]; the daemon's error.
+    /// Returns the errors of [`find`]; [`ClientError::InUse`], and everything is as it was; the daemon's error.
     pub fn detach(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
+        let timeout = detaching::TIMEOUT;
+        self.detach_within(what, Patience { timeout, tell: &mut |_| {}, enough: &|| false })
+    }
+
+    /// Form of [`detach`](Self::detach) with another wait for a device in use.
+    ///
+    /// # Errors
+    /// Those of [`detach`](Self::detach).
+    pub fn detach_within(
+        &mut self,
+        what: &str,
+        mut patience: Patience<'_>,
+    ) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
-        let places = mounts::mounted_from(&record.device)?;
-        for place in places.iter().rev() {
-            mounts::unmount_dir(place)?;
-        }
-        let until = Instant::now() + if places.is_empty() { Duration::ZERO } else { COPIES };
-        loop {
-            match self.done(&Request::Detach { id: record.id }) {
-                Err(error) if error.code() == Code::Busy && Instant::now() < until => {
-                    std::thread::sleep(COPIES / 100);
-                }
-                ended => return ended.map(|()| record),
-            }
-        }
+        detaching::detach(self, &record, &mut patience)?;
+        Ok(record)
     }
 
     /// Asks the daemon to remove unused devices and to end. Returns the devices in use; if there are any, the
@@ -320,7 +356,7 @@ impl DaemonClient {
     /// # Errors
     /// Returns the connection's error.
     pub fn stop_any_version(run_dir: &Path) -> Result<Option<Vec<PathBuf>>, ClientError> {
-        let Some((mut client, _)) = Self::open(run_dir)? else { return Ok(None) };
+        let Some((mut client, _)) = Self::open(run_dir, FIRST_ANSWER)? else { return Ok(None) };
         client.connection.send(&Request::Stop)?;
         match client.connection.receive()? {
             Some(StopReply::Stopping(left)) => {
@@ -337,6 +373,47 @@ impl DaemonClient {
             other => Err(self.unexpected(&other)),
         }
     }
+}
+
+/// Connects to a socket. A socket whose queue of connections is full is waited for: `WouldBlock` when the time is over.
+fn reach(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
+
+/// The process that holds the lock of a run directory: `/proc/locks` has it with the inode of the file.
+fn server_of(run_dir: &Path) -> Option<u32> {
+    let inode = std::fs::metadata(run_dir.join("turbobd.lock")).ok()?.ino();
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    let suffix = format!(":{inode}");
+    let fields = locks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let mut held =
+        fields.filter(|fields| fields.get(5).is_some_and(|file| file.ends_with(&suffix)));
+    held.find_map(|fields| fields.get(4)?.parse().ok())
+}
+
+/// The error of a daemon that does not answer.
+fn hung(path: &Path, pid: Option<u32>, waited: Duration) -> ClientError {
+    let state = pid.map_or_else(
+        || "its process is not known".to_owned(),
+        |pid| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+            match state {
+                Some('T' | 't') => {
+                    format!("its process {pid} is stopped; it goes on after kill -CONT {pid}")
+                }
+                Some(_) => format!(
+                    "its process {pid} runs; its log is beside the socket, or in the journal"
+                ),
+                None => format!("its process {pid} is gone"),
+            }
+        },
+    );
+    ClientError::Hung { socket: path.to_owned(), seconds: waited.as_secs(), state }
 }
 
 /// Refuses a daemon of another user: it would be told credentials, and its devices would be mounted.
@@ -365,7 +442,7 @@ struct DeviceInUse {
 
 /// Starts a daemon and returns when it accepts connections.
 fn spawn(run_dir: &Path, mut command: Command) -> Result<(), ClientError> {
-    let log = run_dir.join("turbobd.log");
+    let log = protocol::log(run_dir);
     let file = OpenOptions::new()
         .create(true)
         .append(true)

@@ -138,6 +138,16 @@ pub enum ClientError {
     /// The connection ended before the answer.
     #[error("The daemon closed the connection without an answer: its log is beside {socket}", socket = .0.display())]
     NoAnswer(PathBuf),
+    /// The daemon lives and does not answer.
+    #[error("The daemon at {socket} has not answered for {seconds} s: {state}", socket = socket.display())]
+    Hung {
+        /// The socket.
+        socket: PathBuf,
+        /// Seconds of the wait.
+        seconds: u64,
+        /// The state of its process, and what to do.
+        state: String,
+    },
     /// The daemon refused.
     #[error(transparent)]
     Refused(#[from] Fault),
@@ -155,6 +165,16 @@ pub enum ClientError {
     /// A mount is in use.
     #[error("{place} is in use: unmount it first (files there are open)", place = .0.display())]
     Busy(PathBuf),
+    /// A device is still in use after the wait for it. Nothing was changed.
+    #[error("{device} is still in use after {seconds} s, and stays as it was: {holders}", device = device.display())]
+    InUse {
+        /// The device.
+        device: PathBuf,
+        /// Seconds of the wait.
+        seconds: u64,
+        /// The processes that hold it.
+        holders: String,
+    },
 }
 
 impl ClientError {
@@ -163,13 +183,13 @@ impl ClientError {
     pub fn code(&self) -> Code {
         match self {
             Self::Step { source, .. } | Self::Socket { source, .. } => code_of_io(source),
-            Self::NotStarted { .. } | Self::NoAnswer(_) => Code::Unavailable,
+            Self::NotStarted { .. } | Self::NoAnswer(_) | Self::Hung { .. } => Code::Unavailable,
             Self::Version { .. } => Code::Unsupported,
             Self::Protocol { .. } => Code::Internal,
             Self::Refused(fault) => fault.code,
             Self::NotFound(_) => Code::NotFound,
             Self::Ambiguous { .. } => Code::Invalid,
-            Self::Busy(_) | Self::MountPointTaken { .. } => Code::Busy,
+            Self::Busy(_) | Self::InUse { .. } | Self::MountPointTaken { .. } => Code::Busy,
         }
     }
 }
@@ -193,6 +213,12 @@ pub fn code_of_io(error: &io::Error) -> Code {
         | io::ErrorKind::NetworkUnreachable => Code::Unavailable,
         _ => Code::Internal,
     }
+}
+
+/// True if a read or write of a connection has taken longer than its bound.
+pub(crate) fn is_late(error: &ClientError) -> bool {
+    let late = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut];
+    matches!(error, ClientError::Step { source, .. } if late.contains(&source.kind()))
 }
 
 /// Names the step and its object of a refusal of the system.

@@ -10,6 +10,9 @@
 //! * [`error`]    codes and causes
 //! * [`daemon`]   finds or starts a daemon and asks it
 //! * [`mounts`]   ext4 and erofs mounts of a device
+//! * [`detaching`] removal of a device with its mounts: all of it, or nothing
+//! * [`holders`]  the processes that keep a device busy
+//! * [`mountinfo`] the mounts of a process
 //! * `connection` lines on the socket
 //!
 //! ```
@@ -22,13 +25,17 @@
 
 mod connection;
 pub mod daemon;
+pub mod detaching;
 pub mod error;
+pub mod holders;
+pub mod mountinfo;
 pub mod mounts;
 pub mod protocol;
 pub mod spec;
 
 pub use connection::Connection;
 pub use daemon::DaemonClient;
+pub use detaching::Patience;
 pub use error::{ClientError, Code, Fault, step};
 pub use protocol::{DeviceRecord, find};
 pub use spec::{CertificateSpec, DeviceSpec, Frontend, ImageSource, ImageSpec, RegistrySpec};

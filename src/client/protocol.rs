@@ -44,6 +44,12 @@ pub fn socket(run_dir: &Path) -> PathBuf {
     run_dir.join("turbobd.sock")
 }
 
+/// The log, in a run directory, of a daemon that a client started.
+#[must_use]
+pub fn log(run_dir: &Path) -> PathBuf {
+    run_dir.join("turbobd.log")
+}
+
 /// A request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -25,6 +25,7 @@
 //! [`Volume::locate`]: disk::volume::Volume::locate
 
 mod device;
+pub mod found;
 mod fuse;
 mod memory;
 
@@ -125,6 +126,14 @@ impl LoopedDevice {
     #[must_use]
     pub fn counters(&self) -> FrontTotals {
         self.session.as_ref().map(fuse::FuseSession::counters).unwrap_or_default()
+    }
+
+    /// Makes sure that the device can be stopped: afterwards it takes no new users.
+    ///
+    /// # Errors
+    /// Returns [`LoopedError::Busy`] if another process has the device open; nothing has changed then.
+    pub fn give_up(&self) -> Result<(), LoopedError> {
+        self.device.as_ref().map_or(Ok(()), device::LoopDevice::give_up)
     }
 
     /// Detaches the loop device, waits for the file system to end, and joins the threads.

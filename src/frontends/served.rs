@@ -52,6 +52,14 @@ pub trait ServedDevice: Send + Sync {
         Ok(None)
     }
 
+    /// Makes sure that the device can be stopped, as far as its front end can: afterwards it takes no new users.
+    ///
+    /// # Errors
+    /// Returns the front end's error; [`FrontError::is_busy`] if the device has users. Nothing has changed then.
+    fn give_up(&self) -> Result<(), FrontError> {
+        Ok(())
+    }
+
     /// Stops and removes the device after the requests in flight were answered. Unmount it first.
     ///
     /// # Errors
@@ -111,6 +119,10 @@ impl ServedDevice for LoopedDevice {
 
     fn counters(&self) -> FrontTotals {
         self.counters()
+    }
+
+    fn give_up(&self) -> Result<(), FrontError> {
+        Ok(self.give_up()?)
     }
 
     fn stop(self: Box<Self>) -> Result<(), FrontError> {

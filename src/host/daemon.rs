@@ -15,6 +15,7 @@
 //! * `error`     failures, with their codes
 //! * `table`     the devices
 //! * `waits`     the reads of a device that wait, and their deadlines; `alarm` wakes at these
+//! * `outage`    what the log says of a device that stalls or fails
 //! * [`audit`]   a line for each download and each read that waited, if the configuration wants it
 //! * [`view`]    an image's traffic, and the sources of its bytes
 //! * `snapshots` upstream's interface for a snapshot of a device in use
@@ -22,16 +23,19 @@
 //! * [`keeper`]  restarts a daemon that a client started and that was killed
 //! * [`orphans`] devices whose daemon is dead
 //! * `server`    accepts, answers, ends
+//! * `copies`    mounts of other daemons in the namespace that this one enters
 //! * `signals`   waits for SIGTERM and SIGINT
 //!
 //! [`IDLE`]: server::IDLE
 
 mod alarm;
 pub mod audit;
+mod copies;
 mod error;
 mod journal;
 pub mod keeper;
 pub mod orphans;
+mod outage;
 mod recovery;
 pub mod server;
 pub mod signals;

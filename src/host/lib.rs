@@ -11,6 +11,7 @@
 //! * [`metrics`]  every number that is counted, and the page on which others read it
 //! * [`readings`] figures of a device, for the metrics and for lists
 //! * [`doctor`]   what this host can do, and the remedy for what it cannot
+//! * [`leftovers`] what dead daemons have left, and its removal
 //! * [`endpoint`] a small HTTP server, for the metrics and for snapshots
 //! * [`failure`]  from an error to its code
 //!
@@ -29,5 +30,6 @@ pub mod doctor;
 pub mod endpoint;
 pub mod failure;
 pub mod images;
+pub mod leftovers;
 pub mod metrics;
 pub mod readings;

@@ -28,7 +28,7 @@ mod table;
 mod trace;
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -73,11 +73,16 @@ impl Service {
         ServiceConfig::load(self.file.as_deref()).map(Arc::new).map_err(Failure::because)
     }
 
-    /// Loads the configuration of a daemon and begins its log, which the configuration describes.
-    fn load_with_log(&self, verbose: u8) -> Result<(Arc<ServiceConfig>, Option<LogFile>), Failure> {
+    /// Loads the configuration of a daemon and begins its log, which the configuration describes; `own` is its file if the
+    /// configuration names none.
+    fn load_with_log(
+        &self,
+        verbose: u8,
+        own: Option<&Path>,
+    ) -> Result<(Arc<ServiceConfig>, Option<LogFile>), Failure> {
         let (config, warnings) =
             ServiceConfig::read(self.file.as_deref()).map_err(Failure::because)?;
-        let log = log::begin_for_daemon(verbose, &config)?;
+        let log = log::begin_for_daemon(verbose, &config, own)?;
         for warning in warnings {
             tracing::warn!("{warning}");
         }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::{LoopedError, step};
 
 const LOOP_CLR_FD: u64 = 0x4C01;
+const LOOP_GET_STATUS64: u64 = 0x4C05;
 const LOOP_CONFIGURE: u64 = 0x4C0A; // Linux 5.8
 const LOOP_CTL_GET_FREE: u64 = 0x4C82;
 
@@ -40,6 +41,24 @@ struct Info {
     crypt_name: [u8; 64],
     encrypt_key: [u8; 32],
     init: [u64; 2],
+}
+
+impl Info {
+    const EMPTY: Self = Self {
+        device: 0,
+        inode: 0,
+        rdevice: 0,
+        offset: 0,
+        sizelimit: 0,
+        number: 0,
+        encrypt_type: 0,
+        encrypt_key_size: 0,
+        flags: 0,
+        file_name: [0; 64],
+        crypt_name: [0; 64],
+        encrypt_key: [0; 32],
+        init: [0; 2],
+    };
 }
 
 /// `struct loop_config` of `linux/loop.h`.
@@ -68,16 +87,19 @@ pub(super) struct LoopDevice {
 enum Argument<'a> {
     None,
     Config(&'a LoopConfig),
+    Status(&'a mut Info),
 }
 
-fn control(file: &File, request: u64, argument: &Argument<'_>) -> io::Result<u32> {
-    let pointer = match argument {
-        Argument::None => std::ptr::null(),
-        Argument::Config(config) => std::ptr::from_ref::<LoopConfig>(config),
+fn control(file: &File, request: u64, argument: &mut Argument<'_>) -> io::Result<u32> {
+    let pointer: *mut libc::c_void = match argument {
+        Argument::None => std::ptr::null_mut(),
+        Argument::Config(config) => std::ptr::from_ref::<LoopConfig>(config).cast_mut().cast(),
+        Argument::Status(info) => std::ptr::from_mut::<Info>(info).cast(),
     };
     // SAFETY: LOOP_CTL_GET_FREE and LOOP_CLR_FD take no argument. LOOP_CONFIGURE reads a `struct
     // loop_config`, whose layout `LoopConfig` has (asserted in a test), from a reference that lives until the
-    // call returns. None of them writes through the pointer.
+    // call returns, and does not write to it. LOOP_GET_STATUS64 writes a `struct loop_info64`, whose layout `Info` has
+    // (asserted too), and which is made of numbers alone, to a unique reference that lives as long.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request as _, pointer) };
     u32::try_from(result).map_err(|_| io::Error::last_os_error())
 }
@@ -89,7 +111,7 @@ impl LoopDevice {
         let controller = OpenOptions::new().read(true).write(true).open(control_path);
         let controller = controller.map_err(step("open", control_path))?;
         for _ in 0..ATTEMPTS {
-            let number = control(&controller, LOOP_CTL_GET_FREE, &Argument::None)
+            let number = control(&controller, LOOP_CTL_GET_FREE, &mut Argument::None)
                 .map_err(step("find a free loop device through", control_path))?;
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let node = match open_node(&path, writable) {
@@ -101,7 +123,7 @@ impl LoopDevice {
             match control(
                 &node,
                 LOOP_CONFIGURE,
-                &Argument::Config(&config(backing, name, writable)),
+                &mut Argument::Config(&config(backing, name, writable)),
             ) {
                 Ok(_) => {
                     // Twice the largest FUSE read, as on a ublk device; a failure is harmless.
@@ -132,13 +154,26 @@ impl LoopDevice {
         std::fs::read_to_string(self.sysfs().join("dio")).is_ok_and(|dio| dio.trim() == "1")
     }
 
+    /// Gives the device up if this process alone has it open: then it goes away at the last close, and takes no new users.
+    /// `LOOP_CLR_FD` does nothing on a device that others have open, and answers `ENXIO` on one that is given up.
+    pub(super) fn give_up(&self) -> Result<(), LoopedError> {
+        for _ in 0..2 {
+            match control(&self.node, LOOP_CLR_FD, &mut Argument::None) {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(()),
+                Err(error) => return Err(step("detach", &self.path)(error)),
+            }
+        }
+        Err(LoopedError::Busy { path: self.path.clone() })
+    }
+
     /// Detaches the file and waits until the kernel has released it.
     pub(super) fn detach(self) -> Result<(), LoopedError> {
         let sysfs = self.sysfs();
         let sequence = || std::fs::read_to_string(sysfs.with_file_name("diskseq")).ok();
         let ours = sequence();
         let Self { path, node } = self;
-        match control(&node, LOOP_CLR_FD, &Argument::None) {
+        match control(&node, LOOP_CLR_FD, &mut Argument::None) {
             Err(error) if error.raw_os_error() != Some(libc::ENXIO) => {
                 return Err(step("detach", &path)(error));
             }
@@ -157,6 +192,14 @@ impl LoopDevice {
         }
         Ok(())
     }
+}
+
+/// The name that a loop device was given, at most its last 63 bytes.
+pub(super) fn name_of(node: &File) -> io::Result<String> {
+    let mut info = Info::EMPTY;
+    control(node, LOOP_GET_STATUS64, &mut Argument::Status(&mut info))?;
+    let end = info.file_name.iter().position(|&byte| byte == 0).unwrap_or(info.file_name.len());
+    Ok(String::from_utf8_lossy(&info.file_name[..end]).into_owned())
 }
 
 /// Opens the node of a loop device that may just have been created: in a container without devtmpfs it
@@ -181,26 +224,17 @@ fn open_node(path: &Path, writable: bool) -> io::Result<File> {
 fn config(backing: &File, name: &Path, writable: bool) -> LoopConfig {
     let read_only = if writable { 0 } else { LO_FLAGS_READ_ONLY };
     let mut file_name = [0; 64];
+    // Of a long name the end: it tells the device from those of other programs.
     let bytes = name.as_os_str().as_encoded_bytes();
-    let shown = bytes.len().min(63);
-    file_name[..shown].copy_from_slice(&bytes[..shown]);
+    let shown = &bytes[bytes.len().saturating_sub(63)..];
+    file_name[..shown.len()].copy_from_slice(shown);
     LoopConfig {
         fd: backing.as_raw_fd() as u32,
         block_size: 512,
         info: Info {
-            device: 0,
-            inode: 0,
-            rdevice: 0,
-            offset: 0,
-            sizelimit: 0,
-            number: 0,
-            encrypt_type: 0,
-            encrypt_key_size: 0,
             flags: read_only | LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
             file_name,
-            crypt_name: [0; 64],
-            encrypt_key: [0; 32],
-            init: [0; 2],
+            ..Info::EMPTY
         },
         reserved: [0; 8],
     }

@@ -8,6 +8,9 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::waits::Waits;
 
+/// Name of the thread: every process that serves devices has it.
+pub(super) const ALARM_THREAD: &str = "deadlines";
+
 /// Wakes the waits that are due. Dropping it ends its thread.
 pub(super) struct Alarm {
     shared: Arc<AlarmShared>,
@@ -95,7 +98,7 @@ impl Alarm {
                 threads::mark_io_thread();
                 shared.run();
             };
-            *thread = Some(std::thread::Builder::new().name("deadlines".into()).spawn(body)?);
+            *thread = Some(std::thread::Builder::new().name(ALARM_THREAD.into()).spawn(body)?);
         }
         self.shared.lock().waits.push(Arc::downgrade(waits));
         Ok(())

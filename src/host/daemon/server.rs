@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,8 +18,9 @@ use super::error::step;
 use super::keeper::{Keeper, KeeperOptions};
 use super::signals::Signals;
 use super::table::DeviceTable;
-use super::{HostError, ImageOpener, ReadPolicy, recovery, snapshots};
+use super::{HostError, ImageOpener, ReadPolicy, copies, recovery, snapshots};
 use crate::endpoint::{Endpoint, Listen};
+use crate::leftovers;
 use crate::metrics::exporter::{Exporter, ExporterCounters, ExporterOptions};
 use crate::metrics::{Page, Process, names};
 use client::protocol::{DeviceRecord, OLDEST_VERSION, READY, Reply, Request, VERSION, socket};
@@ -29,6 +31,9 @@ use source::failure::with_causes;
 /// Time that a daemon started by a client outlives its last device and connection: long enough for a script
 /// that detaches one image and attaches the next, short enough that no idle daemon is left behind noticeably.
 pub const IDLE: Duration = Duration::from_secs(3);
+
+/// Time between two looks at the socket's path.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// Options of a daemon.
 #[derive(Clone, Debug, Default)]
@@ -68,6 +73,8 @@ fn run_kept(
     keeper: &Arc<Keeper>,
 ) -> Result<(), HostError> {
     let run_dir = &options.run_dir;
+    // In the host's namespace, where the mounts of dead daemons are.
+    let dead = leftovers::remove(None);
     enter_namespace()?;
     if let Err(error) = sys::limits::raise_descriptor_limit() {
         tracing::warn!(%error, "The limit of descriptors stays: few devices can be served");
@@ -85,7 +92,11 @@ fn run_kept(
     let _lock = lock(run_dir)?;
     let path = socket(run_dir);
     // The lock makes this process the only owner, so an existing socket belongs to a dead daemon.
-    let _ = std::fs::remove_file(&path);
+    let files = leftovers::remove(Some(run_dir));
+    for found in [dead, files] {
+        found.removed.iter().for_each(|what| tracing::warn!("Removed {what}"));
+        found.left.iter().for_each(|what| tracing::warn!("Not removed: {what}"));
+    }
     let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let listener = UnixListener::bind(&path);
     rustix::process::umask(mask);
@@ -96,6 +107,7 @@ fn run_kept(
     })?;
     let server = Arc::new(Server {
         table: DeviceTable::new(run_dir.clone(), opener, options.reads).recorded(),
+        bound: identity(&path),
         path,
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         exporter: OnceLock::new(),
@@ -116,13 +128,16 @@ fn run_kept(
     }
     let result = server.accept(&listener, options.auto);
     drop((exporter, snapshots));
-    let _ = std::fs::remove_file(&server.path);
+    // Not the socket of a daemon that has made the folder anew.
+    if identity(&server.path) == server.bound {
+        let _ = std::fs::remove_file(&server.path);
+    }
     result
 }
 
 /// Enters a copy of the host's mounts that follows the host: an unmount there also unmounts here, so that no
 /// mount is held while the daemon lives; mounts made here stay here. On a host whose mounts are private, the
-/// copy does not change.
+/// copy does not change: there, mounts of turbobd's devices are taken out of it.
 fn enter_namespace() -> Result<(), HostError> {
     // Deprecated in favour of an unsafe form because of UnshareFlags::FILES, which is not used here.
     #[allow(deprecated)]
@@ -131,7 +146,16 @@ fn enter_namespace() -> Result<(), HostError> {
     unshared
         .and_then(|()| mount_change("/", slave))
         .map_err(io::Error::from)
-        .map_err(step("enter a mount namespace of its own, away from", "/"))
+        .map_err(step("enter a mount namespace of its own, away from", "/"))?;
+    for place in copies::release() {
+        tracing::debug!("No copy of the mount {} is kept", place.display());
+    }
+    Ok(())
+}
+
+/// Device and inode of a file; `None` if it is not there.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
 fn lock(run_dir: &Path) -> Result<File, HostError> {
@@ -220,6 +244,8 @@ fn watch_signals(server: &Arc<Server>) -> Result<(), HostError> {
 struct Server {
     table: DeviceTable,
     path: PathBuf,
+    /// Identity of the socket, to know it from another at the same path.
+    bound: Option<(u64, u64)>,
     /// Seconds since 1970.
     started: u64,
     exporter: OnceLock<Arc<ExporterCounters>>,
@@ -251,15 +277,24 @@ impl Server {
             } else if since.elapsed() >= IDLE && self.table.close_if_empty() {
                 return Ok(());
             }
-            let wait = (auto && !busy)
-                .then(|| IDLE.saturating_sub(since.elapsed()) + Duration::from_millis(1));
-            let timeout = wait.map(|wait| Timespec {
-                tv_sec: wait.as_secs() as i64,
-                tv_nsec: wait.subsec_nanos().into(),
-            });
+            // Without its socket no client can reach it.
+            if identity(&self.path) != self.bound && self.table.close_if_empty() {
+                tracing::warn!(
+                    "{} is gone, and no device is served: the daemon ends",
+                    self.path.display()
+                );
+                return Ok(());
+            }
+            let wait = if auto && !busy {
+                LOOK.min(IDLE.saturating_sub(since.elapsed()) + Duration::from_millis(1))
+            } else {
+                LOOK
+            };
+            let timeout =
+                Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() };
             let mut events =
                 [PollFd::new(listener, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
-            match poll(&mut events, timeout.as_ref()) {
+            match poll(&mut events, Some(&timeout)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(step("wait on", &self.path)(error.into())),
             }

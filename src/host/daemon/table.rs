@@ -13,6 +13,7 @@ use super::alarm::Alarm;
 use super::audit::AuditedDevice;
 use super::error::step;
 use super::journal::{Journal, JournalRecord};
+use super::outage::STALLED;
 use super::recovery::{self, Returning};
 use super::view::placed;
 use super::waits::{Waits, Watched};
@@ -44,9 +45,6 @@ pub(super) struct TableEntry {
     /// The recording that a client requested.
     recording: Option<Arc<Recorder>>,
 }
-
-/// Time after which a waiting read is no longer just slow: the device is reported as stalled.
-const STALLED: Duration = Duration::from_secs(5);
 
 /// Limit on the waiting reads that `explain` reports.
 const MOST_WAITING: usize = 16;
@@ -345,6 +343,11 @@ impl DeviceTable {
             if in_use(&entry.record.device) {
                 return Err(entry.busy());
             }
+            // A device that is open but not mounted stays in the table, too.
+            entry.served.give_up().map_err(|error| match error {
+                error if error.is_busy() => entry.busy(),
+                error => HostError::of_front(entry.record.image.clone(), error),
+            })?;
             let entry = devices.entries.remove(&id).ok_or_else(missing)?;
             devices.forget(&entry);
             entry

@@ -19,6 +19,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::alarm::Bell;
 use super::audit::AuditedDevice;
+use super::outage::{Outage, STALLED};
 use crate::config::OnError;
 use crate::readings::WaitReading;
 use blobs::Histogram;
@@ -32,6 +33,14 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 
 /// Longest pause: a registry that is back should be noticed soon.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Time for which a read that failed after a long wait fails again at once, unless its bytes have come. The kernel asks a
+/// second time, page by page, for what a read-ahead did not get, before the program sees the error: its deadline would pass
+/// twice.
+const ASKED_AGAIN: Duration = Duration::from_secs(1);
+
+/// A wait that a program notices as one.
+const LONG: Duration = Duration::from_secs(1);
 
 /// Deadline of reads, and the action after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +72,7 @@ pub(super) struct Waits {
     expired: Counter,
     repeated: Counter,
     audit: OnceLock<AuditedDevice>,
+    outage: Outage,
 }
 
 #[derive(Default)]
@@ -73,6 +83,8 @@ struct WaitTable {
     waiting: BTreeMap<u64, Waiting>,
     /// Reads that failed and will ask again, or have asked again and wait.
     failed: HashMap<DiskRange, Failed>,
+    /// Reads that have failed after a long wait, with the time of the failure, the oldest first.
+    late: Vec<(DiskRange, Instant)>,
 }
 
 struct Waiting {
@@ -124,6 +136,7 @@ impl Waits {
             expired: Counter::default(),
             repeated: Counter::default(),
             audit: OnceLock::new(),
+            outage: Outage::default(),
         })
     }
 
@@ -134,16 +147,34 @@ impl Waits {
 
     /// The device is there.
     pub(super) fn named(&self, device: &str) {
+        self.outage.named(device);
         if let Some(audit) = self.audit.get() {
             audit.named(device);
         }
     }
 
     /// A wait is over, without an error or with one.
-    fn over(&self, range: DiskRange, took: Duration, error: impl FnOnce() -> Option<String>) {
+    fn over(&self, range: DiskRange, took: Duration, error: Option<String>) {
         self.times.add(took);
+        match &error {
+            // A device that is being removed has no users.
+            Some(_) if self.closed.load(Ordering::Relaxed) => {}
+            Some(error) => self.outage.failed(Instant::now(), range, error),
+            None => self.succeeded(),
+        }
         if let Some(audit) = self.audit.get() {
-            audit.read(range, took, error());
+            audit.read(range, took, error);
+        }
+    }
+
+    /// A read was answered with its bytes.
+    fn succeeded(&self) {
+        if self.outage.is_on() {
+            let now = Instant::now();
+            let stalls = self.lock().reads(now).any(|read| read.waits >= STALLED);
+            if !stalls {
+                self.outage.succeeded(now);
+            }
         }
     }
 
@@ -155,13 +186,18 @@ impl Waits {
     fn begin(self: &Arc<Self>, range: DiskRange, waiter: Waiter) -> Waiter {
         let since = Instant::now();
         let mut table = self.lock();
+        if table.has_just_failed(range, since) {
+            drop(table);
+            let last = Some("the same read has just waited so long".to_owned());
+            let seconds = self.policy.deadline.as_secs();
+            waiter(Err(VolumeError::Deadline { offset: range.offset, seconds, last }));
+            return Box::new(|_| {});
+        }
         table.last += 1;
         let number = table.last;
         table.waiting.insert(number, Waiting { range, since, waiter });
         drop(table);
-        if let Some(deadline) = self.deadline() {
-            self.bell.by(since + deadline);
-        }
+        self.bell.by(since + self.deadline().unwrap_or(STALLED).min(STALLED));
         let mut promise = DiskPromise { waits: Some(self.clone()), number };
         Box::new(move |result| promise.keep(Some(result)))
     }
@@ -185,12 +221,17 @@ impl Waits {
                 drop(table);
                 let (since, others) =
                     failed.map_or((since, Vec::new()), |failed| (failed.since, failed.waiters));
-                self.over(range, now.saturating_duration_since(since), || match &result {
+                let error = match &result {
                     Some(result) => {
                         result.as_ref().err().map(|error| source::failure::with_causes(error))
                     }
                     None => Some("The disk has given the read up".to_owned()),
-                });
+                };
+                let took = now.saturating_duration_since(since);
+                if error.is_some() && took >= LONG {
+                    self.lock().late.push((range, now));
+                }
+                self.over(range, took, error);
                 // If it is dropped uncalled, the front end's waiter is an error too.
                 if let Some(result) = result {
                     waiter(result);
@@ -204,14 +245,14 @@ impl Waits {
     /// Records a read that was answered at once, which ends its failures.
     fn answered(&self, range: DiskRange) {
         if self.failing.load(Ordering::Relaxed) == 0 {
-            return;
+            return self.succeeded();
         }
         let mut table = self.lock();
         let failed = table.failed.remove(&range);
         self.failing.store(table.failed.len(), Ordering::Relaxed);
         drop(table);
         if let Some(failed) = failed {
-            self.over(range, failed.since.elapsed(), || None);
+            self.over(range, failed.since.elapsed(), None);
             failed.waiters.into_iter().for_each(|waiter| waiter(Ok(())));
         }
     }
@@ -237,7 +278,18 @@ impl Waits {
                 next = [next, Some(failed.next)].into_iter().flatten().min();
             }
         }
+        let stalled =
+            table.reads(now).filter(|read| read.waits >= STALLED).max_by_key(|read| read.waits);
+        let soon = table.waiting.values().map(|read| read.since + STALLED).find(|&at| at > now);
+        next = [next, soon].into_iter().flatten().min();
+        table.late.extend(late.iter().map(|wait| (wait.range, now)));
         drop(table);
+        if let Some(read) = stalled
+            && !self.outage.is_on()
+        {
+            let reason = read.error.or_else(|| (self.reason)());
+            self.outage.stalled(now, read.range, read.waits, reason.as_deref());
+        }
         self.repeated.add(again.len() as u64);
         again.into_iter().for_each(|waiter| waiter(Ok(())));
         let last = if late.is_empty() { None } else { (self.reason)() };
@@ -245,7 +297,7 @@ impl Waits {
             self.expired.add(1);
             let (seconds, last) = (self.policy.deadline.as_secs(), last.clone());
             let error = VolumeError::Deadline { offset: range.offset, seconds, last };
-            self.over(range, now.saturating_duration_since(since), || Some(error.to_string()));
+            self.over(range, now.saturating_duration_since(since), Some(error.to_string()));
             waiter(Err(error));
         }
         next
@@ -300,6 +352,15 @@ impl Waits {
 }
 
 impl WaitTable {
+    /// True if the kernel asks once more for what has just failed after a long wait.
+    fn has_just_failed(&mut self, range: DiskRange, now: Instant) -> bool {
+        self.late.retain(|(_, at)| now.saturating_duration_since(*at) < ASKED_AGAIN);
+        let overlaps = |late: &DiskRange| {
+            late.offset < range.offset + range.len && range.offset < late.offset + late.len
+        };
+        self.late.iter().any(|(late, _)| overlaps(late))
+    }
+
     /// Records that a read has failed, and returns the time of its next try.
     fn failed(
         &mut self,
@@ -391,7 +452,11 @@ impl Volume for Watched {
         range: DiskRange,
         waiter: &mut dyn FnMut() -> Waiter,
     ) -> Result<Located, VolumeError> {
-        let located = self.volume.locate(range, &mut || self.waits.begin(range, waiter()))?;
+        let located = self.volume.locate(range, &mut || self.waits.begin(range, waiter()));
+        let located = located.inspect_err(|error| {
+            let error = source::failure::with_causes(error);
+            self.waits.outage.failed(Instant::now(), range, &error);
+        })?;
         if matches!(located, Located::Ready(_)) {
             self.waits.answered(range);
         }
@@ -528,6 +593,21 @@ mod tests {
         read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
         assert_eq!(watch.waits.failing.load(Ordering::SeqCst), 0);
         assert!(watch.waits.oldest(9).is_empty());
+    }
+
+    #[test]
+    fn a_read_that_the_kernel_asks_twice_waits_once() {
+        let watch = watch(OnError::Eio, 300, Told::new(vec![None, None]));
+        read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap_err();
+        let error = read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap_err();
+        assert!(matches!(error, VolumeError::Deadline { .. }), "{error}");
+        // It was not waited for: no second wait has expired.
+        assert_eq!(
+            (watch.waits.reading().expired, watch.told.asked.load(Ordering::SeqCst)),
+            (1, 2)
+        );
+        // What has come meanwhile is served at once.
+        read(&watch).recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
     }
 
     #[test]

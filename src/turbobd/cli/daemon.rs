@@ -56,7 +56,8 @@ pub(super) fn run(args: &Args, service: &Service, verbose: u8) -> Outcome {
             names.join(", ")
         )));
     }
-    let (config, log) = service.load_with_log(verbose)?;
+    let own = args.auto.then(|| protocol::log(&run_dir));
+    let (config, log) = service.load_with_log(verbose, own.as_deref())?;
     let api = &config.api;
     let snapshots = api.enable.then(|| api.address.clone());
     let images = HostImages::new(config.clone()).audited().map_err(Failure::because)?;

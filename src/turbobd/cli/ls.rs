@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Failure, Outcome, stderr, stdout, table};
+use client::daemon::PROMPT;
 use client::protocol::{self, DeviceState};
 use client::{DaemonClient, DeviceRecord};
 use host::daemon::orphans::orphans;
@@ -19,7 +20,8 @@ pub(super) struct Args {
 
 /// Lists the devices of the daemon, and those of dead ones.
 pub(super) fn run(args: &Args) -> Outcome {
-    let client = DaemonClient::connect(&protocol::run_dir()).map_err(Failure::because)?;
+    let client =
+        DaemonClient::connect_within(&protocol::run_dir(), PROMPT).map_err(Failure::because)?;
     if args.metrics {
         let Some(mut client) = client else {
             return Err(Failure::Failed("no daemon runs on this host: nothing is counted".into()));
