@@ -205,7 +205,7 @@ fn ublk_or_loop_failures_leave_nothing_and_name_their_cause() {
             client
                 .attach_and_mount(
                     host.request("d:1"),
-                    Path::new("/nonexistent"),
+                    &zeros.join("below a file"),
                     MountRights::default()
                 )
                 .is_err()

@@ -190,7 +190,7 @@ fn layers_that_were_converted_before_are_known_again_whatever_they_are() {
     images.add("latest", &[(OCI_ZSTD, zstd(&lower())), (OCI_TAR, upper())]);
     images.convert(&[]);
     let (first, kept) = (images.manifest("turbo"), folder());
-    let more = ["--layer-store", kept.path().to_str().unwrap()];
+    let more = ["--force", "--layer-store", kept.path().to_str().unwrap()];
     for _ in 0..3 {
         // From the tag, then from the store, in which the second finds the results of the first.
         images.convert(&more);

@@ -27,7 +27,7 @@ const KEYS: usize = 4096;
 type LineKey = Option<(Identifier, String)>;
 
 /// Lines of one key in a minute.
-struct Budget {
+struct LineBudget {
     since: Instant,
     written: u32,
     left_out: u64,
@@ -36,7 +36,7 @@ struct Budget {
 /// A log whose repeated failures are bounded.
 pub(super) struct LimitedLog {
     inner: BoxMakeWriter,
-    budgets: Mutex<HashMap<LineKey, Budget>>,
+    budgets: Mutex<HashMap<LineKey, LineBudget>>,
 }
 
 impl LimitedLog {
@@ -57,7 +57,7 @@ impl LimitedLog {
                 key = None;
             }
         }
-        let budget = budgets.entry(key).or_insert(Budget { since: now, written: 0, left_out: 0 });
+        let budget = budgets.entry(key).or_insert(LineBudget { since: now, written: 0, left_out: 0 });
         if now.saturating_duration_since(budget.since) >= MINUTE {
             (budget.since, budget.written) = (now, 0);
         }
@@ -121,9 +121,9 @@ mod tests {
     use tracing_subscriber::layer::SubscriberExt as _;
 
     #[derive(Clone, Default)]
-    struct Kept(Arc<Mutex<Vec<u8>>>);
+    struct LogText(Arc<Mutex<Vec<u8>>>);
 
-    impl Write for Kept {
+    impl Write for LogText {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().extend(bytes);
             Ok(bytes.len())
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn a_failure_that_repeats_leaves_one_line_for_each_device_and_others_stay() {
-        let kept = Kept::default();
+        let kept = LogText::default();
         let into = kept.clone();
         let log = LimitedLog::new(BoxMakeWriter::new(move || into.clone()));
         let lines = tracing_subscriber::fmt::layer().with_writer(log).with_ansi(false);
