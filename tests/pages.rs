@@ -245,7 +245,8 @@ fn is_implemented(text: &str, name: &str, kind: &str) -> bool {
 }
 
 /// Thread names that the code computes: the file, the argument of `name`, and what it can be. `N` is a number.
-const COMPUTED: [(&str, &str, &[&str]); 3] = [
+const COMPUTED: [(&str, &str, &[&str]); 4] = [
+    ("src/host/daemon/alarm.rs", "ALARM_THREAD.into()", &["deadlines"]),
     ("src/frontends/ublk/writer.rs", "THREAD_NAME", &["ublk-write-N"]),
     ("src/blobs/tier.rs", "name", &["tier-encoded", "tier-decoded"]),
     ("src/host/endpoint.rs", "name.into()", &["metrics", "snapshots"]),

@@ -118,7 +118,7 @@ impl Disks {
     /// Exports the disk, and returns its tree.
     fn exported(&self, config: &str, clean: bool) -> machine::Mounted {
         let raw = self.at("raw");
-        done(&["export", "--config", config, "-o", raw.to_str().unwrap()]);
+        done(&["export", "--config", config, "-f", "-o", raw.to_str().unwrap()]);
         if clean {
             run(Command::new("e2fsck").arg("-fn").arg(&raw));
         }
