@@ -428,7 +428,7 @@ fn a_run_directory_that_takes_no_socket_is_named_with_what_to_do() {
     for args in cases {
         let ended = end(host.turbobd(args).env("TURBOBD_RUN_DIR", &long));
         let socket = long.join("turbobd.sock").display().to_string();
-        image::is_refusal(&ended, args, &[&socket, "TURBOBD_RUN_DIR", "too long"]);
+        image::is_refusal(&ended, args, &[&socket, "TURBOBD_RUN_DIR", "take a short path"]);
     }
 }
 
