@@ -57,7 +57,8 @@ impl LimitedLog {
                 key = None;
             }
         }
-        let budget = budgets.entry(key).or_insert(LineBudget { since: now, written: 0, left_out: 0 });
+        let budget =
+            budgets.entry(key).or_insert(LineBudget { since: now, written: 0, left_out: 0 });
         if now.saturating_duration_since(budget.since) >= MINUTE {
             (budget.since, budget.written) = (now, 0);
         }
