@@ -273,7 +273,7 @@ impl DaemonClient {
     /// Begins a recording of the reads of the device that `what` names.
     ///
     /// # Errors
-    /// Returns the errors of [`find`]; a fault with [`Code::Unsupported`] when it cannot be recorded.
+    /// Returns the errors of [`find`]; a fault with [`Code::Unsupported`](crate::Code::Unsupported) when it cannot be recorded.
     pub fn begin_trace(&mut self, what: &str) -> Result<DeviceRecord, ClientError> {
         let record = find(&self.list()?, what)?.clone();
         self.done(&Request::BeginTrace { id: record.id })?;
